@@ -1,0 +1,42 @@
+# Two commands: `make demo` (the whole loop) and `make test`. Both build .venv when it is missing or stale.
+PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11,$(if $(shell $(p) -c 'import sys; sys.exit(not (3,11) <= sys.version_info[:2] < (3,13))' 2>/dev/null && echo ok),$(p))))
+VENV := .venv
+BIN := $(VENV)/bin
+export PYTHONUNBUFFERED := 1
+
+.PHONY: demo test test-long lint ui clean help
+
+help:
+	@echo "make demo   train, sweep, evaluate, promote, deploy and ask, on this machine"
+	@echo "make test   linters and tests"
+	@echo "make ui     the MLflow UI of runs/ on http://127.0.0.1:5000"
+
+# The stamp holds the time of the last complete install: an interrupted one leaves none, so make repeats it.
+$(VENV)/.installed: pyproject.toml
+	@if [ -z "$(PYTHON)" ]; then echo "error: no Python 3.11 or 3.12 on PATH; install one or pass PYTHON=/path/to/python" >&2; exit 1; fi
+	rm -f $@
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade pip
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar off -e '.[dev]'
+	touch $@
+
+.venv: $(VENV)/.installed
+
+demo: .venv
+	$(BIN)/python -m pipelines demo --config configs/tiny.yaml $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+test-long: .venv
+	$(BIN)/python -m pytest -m long $(ARGS)
+
+lint: .venv
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+ui: .venv
+	$(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///runs/mlflow.db --default-artifact-root runs/mlartifacts
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,24 @@
+"""Errors that a user can act on. Each message is one sentence that names the offending thing.
+
+The command line prints them without a traceback and returns a non-zero status; the server turns them into a 4xx.
+"""
+
+
+class FiftyfoldError(Exception):
+    """Base of all errors whose message is meant for the user."""
+
+
+class ConfigError(FiftyfoldError):
+    """A setting that is unknown, has the wrong type, is out of range, or contradicts another."""
+
+
+class DataError(FiftyfoldError):
+    """Input text or token shards that are missing, empty or damaged."""
+
+
+class CheckpointError(FiftyfoldError):
+    """A checkpoint folder that is missing, incomplete or does not fit its configuration."""
+
+
+class CacheError(FiftyfoldError):
+    """An operation that the cache cannot perform in its present state."""

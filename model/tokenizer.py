@@ -1,0 +1,101 @@
+"""Text to token ids and back. Bytes by default, a Hugging Face ``tokenizer.json`` where the user names one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Protocol
+
+from model.errors import ConfigError
+
+FILE_NAME = "tokenizer.json"
+BYTE = "byte"
+
+
+class Tokenizer(Protocol):
+    """What the project needs of a tokenizer. Neither ``encode`` nor ``decode`` adds or shows special tokens."""
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``tokenizer.json`` into ``folder``, readable by :func:`load_tokenizer`."""
+
+
+class ByteTokenizer:
+    """UTF-8 bytes shifted by two; ids 0 and 1 are BOS and EOS, as in DeepSeek-V4's vocabulary."""
+
+    bos_id = 0
+    eos_id = 1
+    vocab_size = 258
+
+    def encode(self, text: str) -> list[int]:
+        return [byte + 2 for byte in text.encode("utf-8")]
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(i - 2 for i in ids if 2 <= i < 258).decode("utf-8", errors="replace")
+
+    def save(self, folder: str | Path) -> None:
+        (Path(folder) / FILE_NAME).write_text(json.dumps({"fiftyfold": BYTE}) + "\n")
+
+
+class HuggingFaceTokenizer:
+    """A ``tokenizer.json`` file read by the ``tokenizers`` library. Nothing is downloaded."""
+
+    _BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|begin_of_sentence|>", "<｜begin▁of▁sentence｜>", "[CLS]")
+    _EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<｜end▁of▁sentence｜>", "[SEP]")
+
+    def __init__(self, path: str | Path):
+        from tokenizers import Tokenizer as Backend
+
+        self.path = Path(path)
+        try:
+            self._backend = Backend.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise ConfigError(f"{path}: not a readable tokenizer.json ({error})") from error
+        self.vocab_size = self._backend.get_vocab_size(with_added_tokens=True)
+        self.eos_id = self._find(self._EOS_NAMES, "end-of-sequence")
+        try:
+            self.bos_id = self._find(self._BOS_NAMES, "begin-of-sequence")
+        except ConfigError:
+            self.bos_id = self.eos_id  # GPT-2 style vocabularies have one token for both
+
+    def _find(self, names: tuple[str, ...], role: str) -> int:
+        for name in names:
+            token = self._backend.token_to_id(name)
+            if token is not None:
+                return token
+        raise ConfigError(f"{self.path}: has no {role} token (looked for {', '.join(names)})")
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._backend.decode(ids, skip_special_tokens=True)
+
+    def save(self, folder: str | Path) -> None:
+        shutil.copyfile(self.path, Path(folder) / FILE_NAME)
+
+
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """``"byte"``, a ``tokenizer.json`` file, or a folder that holds one. Raises ConfigError."""
+    if str(source) == BYTE:
+        return ByteTokenizer()
+    path = Path(source)
+    if path.is_dir():
+        path = path / FILE_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"tokenizer {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"tokenizer {path}: not valid JSON ({error})") from error
+    if isinstance(content, dict) and content.get("fiftyfold") == BYTE:
+        return ByteTokenizer()
+    return HuggingFaceTokenizer(path)

@@ -1,0 +1,264 @@
+"""The recipe: every number a run depends on, read from YAML files and the command line.
+
+``python -m pipelines <step> --config a.yaml [--config b.yaml] [--section.key value]``: later files win over earlier
+ones, the command line wins over all. Unknown keys, wrong types and values out of range are refused by name.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from yaml import YAMLError
+
+from model.config import ModelConfig
+from model.errors import ConfigError
+from model.muon import OptimizerConfig
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class RunSection(Section):
+    """Where a run lives: ``<folder>/<name>`` for its own files, ``<folder>`` for data and tracking."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "hybrid"
+    folder: Path = Path("runs")
+    seed: int = 0
+
+
+class DataSection(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "stdlib"
+    sources: tuple[str, ...] = ()
+    """Globs of .txt, .md, .py, .jsonl and .parquet files; empty means the running Python's standard library."""
+    text_field: str = "text"
+    """The field of .jsonl records and the column of .parquet files that hold the text."""
+    tokenizer: str = "byte"
+    """``byte``, or the path of a Hugging Face ``tokenizer.json``."""
+    sequence_length: Annotated[int, Field(ge=8)] = 256
+    max_text_bytes: Annotated[int, Field(ge=1)] | None = None
+    """Stop reading sources after this many bytes of text; None reads everything."""
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of documents, chosen by a hash of their content, kept for validation."""
+    retrieval_share: Share = 0.5
+    """Share of all training rows that are generated retrieval documents."""
+    needle_share: Share = 0.25
+    """Of the retrieval documents, the share that plants one needle in text; the others hold many key-value pairs."""
+    pairs: Annotated[int, Field(ge=1)] = 8
+    """Key-value pairs in a key-value recall document."""
+    retrieval_validation_documents: Annotated[int, Field(ge=1)] = 512
+    shard_tokens: Annotated[int, Field(ge=1024)] = 4_000_000
+    """A shard is closed once it holds this many tokens."""
+    seed: int = 1234
+
+
+class StageSection(Section):
+    """One part of the curriculum."""
+
+    attention: Literal["dense", "indexer_warmup", "sparse"] = "sparse"
+    """dense: csa layers attend to every visible entry. indexer_warmup: the same, only the indexer learns.
+    sparse: csa layers attend to the indexer's choice."""
+    steps: Annotated[int, Field(ge=1)]
+    learning_rate_scale: Annotated[float, Field(gt=0)] = 1.0
+
+
+class TrainSection(Section):
+    workers: Annotated[int, Field(ge=1)] = 1
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
+    threads_per_worker: Annotated[int, Field(ge=1)] = 1
+    use_gpu: bool = False
+    max_failures: Annotated[int, Field(ge=0)] = 2
+    """How often Ray Train restarts the workers from the last checkpoint."""
+    batch_rows: Annotated[int, Field(ge=1)] = 32
+    """Sequences per optimizer step, summed over the workers."""
+    stages: Annotated[tuple[StageSection, ...], Field(min_length=1)] = (StageSection(steps=100),)
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    final_lr_share: Share = 0.1
+    """The learning rate falls along a cosine to this share of its peak over the last ``decay_share`` of all steps."""
+    decay_share: Share = 0.4
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    indexer_loss_weight: Annotated[float, Field(ge=0)] = 1.0
+    balance_loss_weight: Annotated[float, Field(ge=0)] = 1e-4
+    router_bias_speed: Annotated[float, Field(ge=0)] = 1e-3
+    answer_loss_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Weight of an answer token's loss against a text token's."""
+    autocast: Literal["none", "bfloat16"] = "none"
+    """Matrix products in this type; the state, norms and softmaxes stay in float32."""
+    log_every: Annotated[int, Field(ge=1)] = 5
+    validate_every: Annotated[int, Field(ge=1)] = 50
+    validation_rows: Annotated[int, Field(ge=1)] = 128
+    """Rows of each kind (text, retrieval) that one validation reads."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 50
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    @property
+    def total_steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+
+class SweepSection(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "sweep"
+    space: dict[str, list[int]] = Field(default_factory=dict)
+    """Dotted recipe keys and the values to try, e.g. ``model.csa_ratio: [4, 8]``."""
+    trials: Annotated[int, Field(ge=1)] | None = None
+    """How many random combinations to try; None tries the whole grid."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Dotted recipe keys that every trial changes, e.g. a shorter curriculum."""
+    in_process: bool = True
+    """Train in the trial's own process; False gives each trial Ray Train workers of its own."""
+    max_concurrent: Annotated[int, Field(ge=1)] = 2
+    grace_validations: Annotated[int, Field(ge=1)] = 1
+    """Validations before ASHA may stop a trial."""
+    reduction_factor: Annotated[int, Field(ge=2)] = 2
+    metric: str = "validation/loss"
+    mode: Literal["min", "max"] = "min"
+    max_cache_bytes_per_token: Annotated[float, Field(gt=0)] | None = None
+    """The winner is the best trial whose cache fits this budget; None sets no budget."""
+
+
+class EvaluateSection(Section):
+    checkpoint: Path | None = None
+    """A checkpoint folder; None takes the final checkpoint of ``run.name``."""
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("mqar", "needle")
+    lengths: Annotated[tuple[Annotated[int, Field(ge=32)], ...], Field(min_length=1)] = (256,)
+    """Document lengths in tokens."""
+    depths: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.1, 0.5, 0.9)
+    """Where the needle stands, as a share of the way from the document's start to its last allowed place."""
+    samples: Annotated[int, Field(ge=1)] = 64
+    """Documents per task, length and depth."""
+    seed: int = 4321
+
+
+class PromoteSection(Section):
+    registered_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "fiftyfold"
+    alias: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")] = "champion"
+    metric: str = "eval/recall"
+    max_cache_bytes_per_token: Annotated[float, Field(gt=0)] | None = None
+
+
+class ServeSection(Section):
+    model_uri: str = "models:/fiftyfold@champion"
+    host: Literal["127.0.0.1", "localhost", "::1"] = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    replicas: Annotated[int, Field(ge=1)] = 1
+    cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
+    gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
+    threads_per_replica: Annotated[int, Field(ge=1)] = 1
+    max_active_requests: Annotated[int, Field(ge=1)] = 16
+    """Requests decoded together; further ones wait."""
+    max_waiting_requests: Annotated[int, Field(ge=0)] = 64
+    """Requests that may wait; beyond that the answer is 429."""
+    prefill_chunk: Annotated[int, Field(ge=1)] = 512
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 8_000_000
+    request_timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
+
+
+class TrackingSection(Section):
+    uri: str | None = None
+    """MLflow tracking URI; None is an SQLite file in ``run.folder``."""
+    experiment: str = "fiftyfold"
+
+
+def _model_config(value: Any) -> ModelConfig:
+    if isinstance(value, ModelConfig):
+        return value
+    if not isinstance(value, dict):
+        raise ConfigError(f"model: expected a mapping, found {value!r}")
+    return ModelConfig.from_dict(value)
+
+
+class Recipe(Section):
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    model: Annotated[ModelConfig, BeforeValidator(_model_config), PlainSerializer(ModelConfig.to_dict)] = ModelConfig()
+    train: TrainSection = TrainSection()
+    sweep: SweepSection = SweepSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    promote: PromoteSection = PromoteSection()
+    serve: ServeSection = ServeSection()
+    tracking: TrackingSection = TrackingSection()
+
+    # ModelConfig is a plain dataclass (model/ depends on torch alone), which pydantic must not re-validate.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), arbitrary_types_allowed=True, revalidate_instances="never"
+    )
+
+    @property
+    def run_folder(self) -> Path:
+        return self.run.folder / self.run.name
+
+    @property
+    def data_folder(self) -> Path:
+        return self.run.folder / "data" / self.data.name
+
+    @property
+    def final_checkpoint(self) -> Path:
+        return self.run_folder / "final"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON and for :func:`recipe_from_dict`."""
+        return self.model_dump(mode="json")
+
+
+def load_recipe(files: list[str | Path], overrides: list[str]) -> Recipe:
+    """Merge YAML ``files`` and ``key=value`` ``overrides`` into a validated recipe. Raises ConfigError."""
+    merged = OmegaConf.create({})
+    for file in files:
+        try:
+            content = OmegaConf.load(file)
+        except OSError as error:
+            raise ConfigError(f"{file}: {error.strerror}") from error
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
+        if not OmegaConf.is_dict(content):
+            raise ConfigError(f"{file}: expected a mapping of sections at the top level")
+        merged = OmegaConf.merge(merged, content)
+    try:
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(overrides))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"command line: {' '.join(str(error).split())}") from error
+    return recipe_from_dict(values)
+
+
+def recipe_from_dict(values: Any) -> Recipe:
+    """Validate plain values. Raises ConfigError with one line per offending key."""
+    try:
+        recipe = Recipe.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise ConfigError("; ".join(_sentence(item) for item in error.errors())) from None
+    folder = recipe.run.folder
+    if not folder.is_absolute():
+        if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+            raise ConfigError(
+                f"run.folder: '{folder}' is relative, and a submitted job works in a temporary copy of the project; "
+                "pass --run.folder with an absolute path"
+            )
+        # Ray workers run in folders of their own, so the recipe that travels to them names absolute paths.
+        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"folder": folder.absolute()})})
+    return recipe
+
+
+def with_overrides(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
+    """A copy of ``recipe`` with dotted keys replaced, validated again. Raises ConfigError."""
+    base = OmegaConf.create(recipe.to_dict())
+    for key, value in overrides.items():
+        OmegaConf.update(base, key, value, merge=False)
+    return recipe_from_dict(OmegaConf.to_container(base))
+
+
+def _sentence(item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"{key}: unknown key"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"{key}: {message}, found {item['input']!r}"
