@@ -1,0 +1,5 @@
+"""Cache entries to bytes and back: the one definition of what an entry looks like in memory."""
+
+from kernels.cache_io.reference import EntryLayout, pack, unpack
+
+__all__ = ["EntryLayout", "pack", "unpack"]

@@ -1,0 +1,110 @@
+"""Packing of cache entries, in eager PyTorch.
+
+An entry of ``size`` dims is ``body`` dims in one format followed by ``rope`` dims in another. In memory::
+
+    [ body values | rope values | E8M0 scales of the body | padding to an even count ]
+
+At the released sizes: 448 E4M3 + 64 BF16 (128 bytes) + 7 scales + 1 = 584 bytes; an index key of 128 E2M1 values and
+4 scales is 68 bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import formats
+
+_SCALED = {
+    "fp8": (formats.FP8_BLOCK, formats.E4M3_MAX, formats.FP8_AMAX_FLOOR),
+    "fp4": (formats.FP4_BLOCK, formats.E2M1_MAX, formats.FP4_AMAX_FLOOR),
+}
+_WIDTH = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "fp4": 0.5}
+_PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class EntryLayout:
+    """How one entry is stored: ``body`` dims as ``body_format``, then ``rope`` dims as ``rope_format``."""
+
+    body: int
+    body_format: str
+    rope: int = 0
+    rope_format: str = "bf16"
+
+    @property
+    def size(self) -> int:
+        return self.body + self.rope
+
+    @property
+    def block(self) -> int:
+        return min(_SCALED[self.body_format][0], self.body)
+
+    @property
+    def scales(self) -> int:
+        return -(-self.body // self.block) if self.body_format in _SCALED else 0
+
+    @property
+    def body_bytes(self) -> int:
+        return int(self.body * _WIDTH[self.body_format])
+
+    @property
+    def rope_bytes(self) -> int:
+        return int(self.rope * _WIDTH[self.rope_format])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes per entry, padding included."""
+        used = self.body_bytes + self.rope_bytes + self.scales
+        return used + used % 2  # BF16 parts must start at an even address
+
+
+def pack(x: Tensor, layout: EntryLayout) -> Tensor:
+    """Float [..., size] to uint8 [..., layout.nbytes]."""
+    body, rope = x.float().split((layout.body, layout.rope), dim=-1)
+    parts = []
+    scales = None
+    if layout.body_format in _SCALED:
+        _, grid_max, floor = _SCALED[layout.body_format]
+        blocks = formats.to_blocks(body, layout.block)
+        scales = formats.e8m0_from_amax(blocks.abs().amax(-1), grid_max, floor)
+        grid = formats.from_blocks(blocks / formats.e8m0_to_float(scales).unsqueeze(-1), layout.body)
+        if layout.body_format == "fp8":
+            parts.append(grid.clamp(-grid_max, grid_max).to(torch.float8_e4m3fn).view(torch.uint8))
+        else:
+            parts.append(formats.pack_e2m1(formats.round_to_e2m1(grid)))
+    else:
+        parts.append(_bytes_of(body, layout.body_format))
+    if layout.rope:
+        parts.append(_bytes_of(rope, layout.rope_format))
+    if scales is not None:
+        parts.append(scales)
+    packed = torch.cat(parts, dim=-1)
+    return torch.nn.functional.pad(packed, (0, layout.nbytes - packed.shape[-1]))
+
+
+def unpack(packed: Tensor, layout: EntryLayout) -> Tensor:
+    """Uint8 [..., layout.nbytes] to float32 [..., size]."""
+    rope_end = layout.body_bytes + layout.rope_bytes
+    raw = packed[..., : layout.body_bytes]
+    if layout.body_format in _SCALED:
+        grid = raw.contiguous().view(torch.float8_e4m3fn).float() if layout.body_format == "fp8" else None
+        if grid is None:
+            grid = formats.unpack_e2m1(raw)
+        scales = formats.e8m0_to_float(packed[..., rope_end : rope_end + layout.scales])
+        body = formats.from_blocks(formats.to_blocks(grid, layout.block) * scales.unsqueeze(-1), layout.body)
+    else:
+        body = _floats_of(raw, layout.body_format)
+    if not layout.rope:
+        return body
+    return torch.cat((body, _floats_of(packed[..., layout.body_bytes : rope_end], layout.rope_format)), dim=-1)
+
+
+def _bytes_of(x: Tensor, fmt: str) -> Tensor:
+    return x.to(_PLAIN[fmt]).contiguous().view(torch.uint8)
+
+
+def _floats_of(raw: Tensor, fmt: str) -> Tensor:
+    return raw.contiguous().view(_PLAIN[fmt]).float()

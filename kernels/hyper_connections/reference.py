@@ -1,0 +1,56 @@
+"""mHC in eager PyTorch (report 2.2; mHC paper, arXiv 2512.24880).
+
+Streams X are [B, S, n, d]. A block F is wrapped as ``X' = combT X + post F(pre X)``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
+    """Scale ``exp(logits)`` towards a doubly stochastic matrix. Logits [n, n, N]: rows, columns, then any batch.
+
+    The first iteration is a row softmax, then a column step; ``iterations - 1`` more (row, column) pairs follow.
+    The batch is the last dim so that sums over rows and columns run over contiguous memory.
+    """
+    matrix = logits.softmax(dim=1) + eps
+    matrix = matrix / (matrix.sum(dim=0, keepdim=True) + eps)
+    for _ in range(iterations - 1):
+        matrix = matrix / (matrix.sum(dim=1, keepdim=True) + eps)
+        matrix = matrix / (matrix.sum(dim=0, keepdim=True) + eps)
+    return matrix
+
+
+def mixing_weights(
+    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iterations: int, eps: float, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-token weights pre [B, S, n], post [B, S, n] and comb [B, S, n, n] from the streams [B, S, n, d].
+
+    fn [2n + n * n, n * d], scale [3], base [2n + n * n], in the order pre, post, comb; all float32.
+    comb's row is the source stream, its column the target.
+    """
+    B, S, n, d = streams.shape
+    flat = streams.reshape(B * S, n * d).float()
+    # Normalising after the product gives the same numbers and saves a pass over the streams.
+    rms = torch.rsqrt(flat.square().mean(dim=-1) + norm_eps)
+    raw = (fn @ flat.transpose(0, 1)) * rms  # [2n + n * n, B * S]
+    pre = torch.sigmoid(raw[:n] * scale[0] + base[:n, None]) + eps
+    post = 2 * torch.sigmoid(raw[n : 2 * n] * scale[1] + base[n : 2 * n, None])
+    comb = sinkhorn((raw[2 * n :] * scale[2] + base[2 * n :, None]).view(n, n, -1), iterations, eps)
+    return (
+        pre.t().reshape(B, S, n),
+        post.t().reshape(B, S, n),
+        comb.permute(2, 0, 1).reshape(B, S, n, n),
+    )
+
+
+def collapse(streams: Tensor, pre: Tensor) -> Tensor:
+    """The block's input: streams [B, S, n, d] weighted by pre [B, S, n], summed to [B, S, d]."""
+    return (pre.unsqueeze(-2) @ streams).squeeze(-2)
+
+
+def expand(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor) -> Tensor:
+    """New streams: ``out[k] = sum_j comb[j, k] * streams[j] + post[k] * output``; [B, S, n, d]."""
+    return comb.transpose(-1, -2) @ streams + post.unsqueeze(-1) * output.unsqueeze(-2)

@@ -1,0 +1,5 @@
+"""The lightning indexer: score compressed entries against a query and pick the best."""
+
+from kernels.index_topk.reference import index_scores, index_topk, select_topk
+
+__all__ = ["index_scores", "index_topk", "select_topk"]

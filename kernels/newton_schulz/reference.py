@@ -1,0 +1,33 @@
+"""Newton-Schulz iteration, in eager PyTorch (report 2.4, algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+V4_COEFFICIENTS: tuple[tuple[float, float, float], ...] = (
+    *((3.4445, -4.7750, 2.0315),) * 8,  # fast growth of small singular values, without settling
+    *((2.0, -1.5, 0.5),) * 2,  # settles at one
+)
+
+
+def newton_schulz(
+    matrices: Tensor,
+    coefficients: Sequence[tuple[float, float, float]] = V4_COEFFICIENTS,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Approximate polar factor U V^T of every matrix [..., r, c]; singular values go to about one.
+
+    Each step is ``X <- a X + (b A + c A A) X`` with ``A = X X^T``, begun at ``X / ||X||_F``. A is formed on the
+    shorter side. Computes in ``dtype`` and returns the input's dtype. An all-zero matrix stays zero.
+    """
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.transpose(-1, -2) if tall else matrices
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-20)).to(dtype)
+    for a, b, c in coefficients:
+        gram = x @ x.transpose(-1, -2)
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    x = x.to(matrices.dtype)
+    return x.transpose(-1, -2) if tall else x

@@ -1,0 +1,83 @@
+"""Fake quantisation and the Hadamard rotation, in eager PyTorch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels import formats
+
+FORMATS = ("fp32", "bf16", "fp8", "fp4")
+
+
+def round_to_format(x: Tensor, fmt: str) -> Tensor:
+    """The values that a tensor has after a round trip through storage format ``fmt``; float32 [..., n].
+
+    fp8: E4M3, one E8M0 scale per 64 along the last dim. fp4: E2M1, one per 32. Equal to what
+    ``kernels.cache_io`` packs and unpacks, bit for bit.
+    """
+    if fmt == "fp32":
+        return x.float()
+    if fmt == "bf16":
+        return x.to(torch.bfloat16).float()
+    if fmt == "fp8":
+        block, grid_max, floor, to_grid = (
+            formats.FP8_BLOCK,
+            formats.E4M3_MAX,
+            formats.FP8_AMAX_FLOOR,
+            formats.round_to_e4m3,
+        )
+    elif fmt == "fp4":
+        block, grid_max, floor, to_grid = (
+            formats.FP4_BLOCK,
+            formats.E2M1_MAX,
+            formats.FP4_AMAX_FLOOR,
+            formats.round_to_e2m1,
+        )
+    else:
+        raise ValueError(f"format '{fmt}' is not one of {', '.join(FORMATS)}")
+    blocks = formats.to_blocks(x.float(), min(block, x.shape[-1]))
+    scale = formats.e8m0_to_float(formats.e8m0_from_amax(blocks.abs().amax(-1, keepdim=True), grid_max, floor))
+    return formats.from_blocks(to_grid(blocks / scale) * scale, x.shape[-1])
+
+
+class _FakeQuantize(torch.autograd.Function):
+    # x + (rounded - x).detach() would not give the rounded value's bits back.
+    @staticmethod
+    def forward(ctx, x: Tensor, fmt: str) -> Tensor:
+        return round_to_format(x, fmt).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None
+
+
+def fake_quantize(x: Tensor, fmt: str) -> Tensor:
+    """:func:`round_to_format` with a straight-through gradient. Same shape and dtype as ``x``."""
+    return x if fmt == "fp32" else _FakeQuantize.apply(x, fmt)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Orthonormal Walsh-Hadamard rotation of the last dim [..., n], n a power of two: its own inverse.
+
+    It spreads outliers over the block before FP4 rounding; inner products of two rotated vectors are unchanged.
+    """
+    n = x.shape[-1]
+    return x @ _hadamard_matrix(n, x.device, x.dtype)
+
+
+_MATRICES: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+
+
+def _hadamard_matrix(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    key = (n, device, dtype)
+    if key not in _MATRICES:
+        if n < 1 or n & (n - 1):
+            raise ValueError(f"hadamard: the last dim must be a power of two, found {n}")
+        matrix = torch.ones(1, 1)
+        while matrix.shape[0] < n:
+            matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+        _MATRICES[key] = (matrix / math.sqrt(n)).to(device, dtype)
+    return _MATRICES[key]

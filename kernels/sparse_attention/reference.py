@@ -1,0 +1,77 @@
+"""The core attention of sliding, csa and hca layers, in eager PyTorch (report 2.3.3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sparse_attention(
+    query: Tensor,
+    window_kv: Tensor,
+    entries: Tensor | None,
+    entry_mask: Tensor | None,
+    sink: Tensor,
+    window: int,
+) -> tuple[Tensor, Tensor | None]:
+    """One softmax per head over the last ``window`` raw tokens, the permitted entries, and a sink without a value.
+
+    query [B, S, H, c]. window_kv [B, P + S, c]: P <= window - 1 past tokens, then the S tokens of the queries; key and
+    value are the same vector. entries [B, T, c], shared by all queries, or [B, S, K, c], gathered per query; None for
+    a sliding layer. entry_mask bool [B or 1, S, T or K], True where a query may look. sink [H] logits.
+
+    Returns the output [B, S, H, c] and the attention mass on the entries, summed over heads: [B, S, T or K] (None
+    without entries). The softmax scale is c ** -0.5. Work and memory grow with S * window, not S * S.
+    """
+    B, S, H, c = query.shape
+    query = query * c**-0.5
+    block = min(window, S)
+    keys, window_logits = _window_logits(query, window_kv, window, block)
+    logits = [window_logits]
+    if entries is not None and entry_mask is not None and entries.shape[-2]:
+        if entries.dim() == 3:
+            entry_logits = torch.bmm(query.reshape(B, S * H, c), entries.transpose(1, 2)).view(B, S, H, -1)
+        else:
+            entry_logits = query @ entries.transpose(-1, -2)
+        logits.append(entry_logits.masked_fill(~entry_mask.unsqueeze(2), float("-inf")))
+    logits.append(sink.view(1, 1, H, 1).expand(B, S, H, 1).to(query.dtype))
+    weights = torch.cat(logits, dim=-1).softmax(dim=-1)
+
+    n_window = window_logits.shape[-1]
+    blocks = keys.shape[1]
+    window_weights = _pad_queries(weights[..., :n_window], blocks * block)
+    out = window_weights.reshape(B, blocks, block * H, n_window) @ keys
+    out = out.reshape(B, blocks * block, H, c)[:, :S]
+    if len(logits) == 2:
+        return out, None
+    entry_weights = weights[..., n_window:-1]
+    if entries.dim() == 3:
+        out = out + torch.bmm(entry_weights.reshape(B, S * H, -1), entries).view(B, S, H, c)
+    else:
+        out = out + entry_weights @ entries
+    return out, entry_weights.detach().sum(dim=2)
+
+
+def _window_logits(query: Tensor, window_kv: Tensor, window: int, block: int) -> tuple[Tensor, Tensor]:
+    """Blocked window scores: keys [B, blocks, block + window - 1, c] and logits [B, S, H, block + window - 1]."""
+    B, S, H, c = query.shape
+    past = window_kv.shape[1] - S
+    blocks = -(-S // block)
+    span = block + window - 1
+    # A block's keys begin window - 1 tokens before its first query.
+    padded = F.pad(window_kv, (0, 0, window - 1 - past, blocks * block - S))
+    keys = padded.unfold(1, span, block).transpose(2, 3)
+    folded = _pad_queries(query, blocks * block).reshape(B, blocks, block * H, c)
+    logits = (folded @ keys.transpose(2, 3)).view(B, blocks, block, H, span)
+    row = torch.arange(block, device=query.device).unsqueeze(1)
+    column = torch.arange(span, device=query.device)
+    band = (column >= row) & (column < row + window)  # [block, span]
+    first = torch.arange(blocks, device=query.device).view(-1, 1, 1) * block
+    exists = first + column >= window - 1 - past  # positions before the sequence hold padding
+    logits = logits.masked_fill(~(band & exists).view(1, blocks, block, 1, span), float("-inf"))
+    return keys, logits.view(B, blocks * block, H, span)[:, :S]
+
+
+def _pad_queries(x: Tensor, length: int) -> Tensor:
+    return F.pad(x, (0, 0, 0, 0, 0, length - x.shape[1])) if x.shape[1] < length else x

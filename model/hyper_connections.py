@@ -1,0 +1,73 @@
+"""Residual streams around a block: manifold-constrained hyper-connections, or one plain residual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from kernels.hyper_connections import collapse, expand, mixing_weights
+from model.config import ModelConfig
+from model.norm import rms_normalize
+
+
+class HyperConnection(nn.Module):
+    """Wraps one block F: streams X [B, S, n, d] -> ``combT X + post F(pre X)`` (report 2.2). All float32."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        n = config.hc_mult
+        self.fn = nn.Parameter(torch.empty(2 * n + n * n, n * config.hidden_size))
+        self.base = nn.Parameter(torch.zeros(2 * n + n * n))
+        self.scale = nn.Parameter(torch.full((3,), config.hc_alpha_init))
+
+    def reset(self) -> None:
+        n = self.config.hc_mult
+        nn.init.normal_(self.fn, std=self.config.init_std)
+        nn.init.constant_(self.scale, self.config.hc_alpha_init)
+        nn.init.zeros_(self.base)
+        if self.config.hc_comb_init == "identity":
+            with torch.no_grad():  # e^4 : 1, so about 0.95 of a stream stays in place
+                self.base[2 * n :].view(n, n).fill_diagonal_(4.0)
+
+    def forward(self, streams: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
+        c = self.config
+        pre, post, comb = mixing_weights(
+            streams, self.fn, self.scale, self.base, c.hc_sinkhorn_iters, c.hc_eps, c.norm_eps
+        )
+        return expand(streams, comb, post, block(collapse(streams, pre)).float())
+
+
+class HyperHead(nn.Module):
+    """Streams [B, S, n, d] -> [B, S, d] by learned per-token weights, before the final norm (report 2.2)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.fn = nn.Parameter(torch.empty(config.hc_mult, config.hc_mult * config.hidden_size))
+        self.base = nn.Parameter(torch.zeros(config.hc_mult))
+        self.scale = nn.Parameter(torch.full((1,), config.hc_alpha_init))
+
+    def reset(self) -> None:
+        nn.init.normal_(self.fn, std=self.config.init_std)
+        nn.init.constant_(self.scale, self.config.hc_alpha_init)
+        nn.init.zeros_(self.base)
+
+    def forward(self, streams: Tensor) -> Tensor:
+        mixes = rms_normalize(streams.flatten(2), self.config.norm_eps) @ self.fn.t()
+        return collapse(streams, torch.sigmoid(mixes * self.scale + self.base) + self.config.hc_eps)
+
+
+class PlainResidual(nn.Module):
+    """``x + F(x)``: what the network uses with ``hyper_connections`` off."""
+
+    def forward(self, x: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
+        return x + block(x).float()
+
+
+def residual(config: ModelConfig) -> HyperConnection | PlainResidual:
+    return HyperConnection(config) if config.hyper_connections else PlainResidual()
+
+

@@ -1,0 +1,127 @@
+"""Compressed Sparse Attention: fine entries, of which a lightning indexer picks the few to attend to (report 2.3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from kernels.index_topk import index_scores, index_topk, select_topk
+from kernels.quantize import hadamard
+from kernels.sparse_attention import sparse_attention
+from model.cache import LayerCache
+from model.config import ModelConfig
+from model.mixers.base import Context
+from model.mixers.compressor import Compressor
+from model.mixers.hca import visible_entries
+from model.mixers.sliding import SlidingWindowAttention
+from model.rope import Rotation
+from model.telemetry import Telemetry
+
+
+class LightningIndexer(nn.Module):
+    """Scores entries for a query with small heads of its own (report eq. 13-17). Queries share the latent."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads, self.head_dim = config.index_heads, config.index_head_dim
+        self.wq_b = nn.Linear(config.q_lora_rank, self.heads * self.head_dim, bias=False)
+        self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
+        self.compressor = Compressor(config, self.head_dim, config.csa_ratio, overlap=True)
+
+    def queries(self, x: Tensor, latent: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Rotated queries [B, S, heads, head_dim] and scaled head weights [B, S, heads]."""
+        query = rotation.apply(self.wq_b(latent).unflatten(-1, (self.heads, self.head_dim)))
+        return hadamard(query), self.weights_proj(x) * (self.head_dim * self.heads) ** -0.5
+
+
+class CompressedSparseAttention(SlidingWindowAttention):
+    name = "csa"
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.compressor = Compressor(config, config.head_dim, config.csa_ratio, overlap=True)
+        self.indexer = LightningIndexer(config)
+
+    def attend(
+        self,
+        x: Tensor,
+        latent: Tensor,
+        query: Tensor,
+        window_kv: Tensor,
+        context: Context,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        new = self.compressor(x, context.start, cache.tail if cache else None)
+        entries = self.precision.round_main(new, self.training)
+        # The indexer learns from its own loss only, and the network from the language-model loss only: its inputs are
+        # detached here, and its choice below is an integer.
+        x, latent = x.detach(), latent.detach()
+        index_query, head_weights = self.indexer.queries(x, latent, context.rotation[self.name])
+        index_query = self.precision.round_index(index_query, self.training)
+        new_keys = self.indexer.compressor(x, context.start, cache.index_tail if cache else None)
+        index_keys = self.precision.round_index(hadamard(new_keys), self.training)
+        visible = visible_entries(context.start, x.shape[1], self.config.csa_ratio, x.device)
+        if cache is not None:
+            cache.entries.append(entries)
+            cache.index.append(index_keys)
+            return self._attend_cached(query, window_kv, index_query, head_weights, visible, cache)
+
+        scores = index_scores(index_query, index_keys, head_weights)
+        may_see = (torch.arange(scores.shape[-1], device=x.device) < visible.unsqueeze(-1)).unsqueeze(0)
+        mask = may_see if context.attention == "dense" else self._selected(scores, visible)
+        out, mass = sparse_attention(query, window_kv, entries, mask, self.sink, self.config.window)
+        telemetry = context.telemetry
+        if telemetry is not None and mass is not None:
+            telemetry.losses["indexer_kl"][self.layer] = indexer_kl(mass, scores, mask)
+            if telemetry.measure_selection:
+                _, teacher = sparse_attention(query, window_kv, entries, may_see, self.sink, self.config.window)
+                self._measure_selection(telemetry, teacher, scores, visible)
+        return out
+
+    def _selected(self, scores: Tensor, visible: Tensor) -> Tensor:
+        """The indexer's choice as a mask, bool [B, S, T]."""
+        chosen = select_topk(scores, visible, self.config.index_topk)
+        mask = torch.zeros(*scores.shape[:2], scores.shape[-1] + 1, dtype=torch.bool, device=scores.device)
+        # Unused places (-1) wrap around to the extra last column, which is cut off.
+        return mask.scatter_(-1, chosen % mask.shape[-1], True)[..., :-1]
+
+    def _attend_cached(
+        self,
+        query: Tensor,
+        window_kv: Tensor,
+        index_query: Tensor,
+        head_weights: Tensor,
+        visible: Tensor,
+        cache: LayerCache,
+    ) -> Tensor:
+        """Attention that unpacks only the entries it attends to."""
+        chosen = index_topk(index_query, cache.index.read(), head_weights, visible, self.config.index_topk)
+        entries = cache.entries.gather(chosen.clamp(min=0))
+        return sparse_attention(query, window_kv, entries, chosen >= 0, self.sink, self.config.window)[0]
+
+    def _measure_selection(self, telemetry: Telemetry, teacher: Tensor, scores: Tensor, visible: Tensor) -> None:
+        """Share of the dense attention mass that the indexer's choice holds, over queries with a real choice."""
+        k = self.config.index_topk
+        crowded = visible > k
+        if not crowded.any():
+            return
+        held = (teacher * self._selected(scores, visible))[:, crowded].sum(-1)
+        best = teacher[:, crowded].topk(k, dim=-1).values.sum(-1)
+        total = teacher[:, crowded].sum(-1)
+        telemetry.measures["recall_at_k"][self.layer] = (held / total).mean()
+        telemetry.measures["recall_at_k_of_best"][self.layer] = (held / best).mean()
+
+
+def indexer_kl(teacher: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
+    """KL(teacher || softmax(scores)) over the permitted entries, averaged over queries that have any.
+
+    teacher [B, S, T]: attention mass on entries out of the joint softmax with window and sink, summed over heads; it
+    is normalised here to the permitted entries (V3.2's rule, adapted to the joint softmax). scores [B, S, T] carry the
+    gradient; mask bool [B or 1, S, T].
+    """
+    has_any = mask.any(-1)
+    target = teacher / teacher.sum(-1, keepdim=True).clamp(min=1e-20)
+    log_choice = scores.masked_fill(~mask, float("-inf")).log_softmax(-1).masked_fill(~mask, 0.0)
+    divergence = (torch.xlogy(target, target) - target * log_choice).sum(-1)
+    counted = has_any.expand_as(divergence)
+    return divergence.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)

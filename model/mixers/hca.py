@@ -1,0 +1,48 @@
+"""Heavily Compressed Attention: every entry is far coarser than in csa, and all of them are attended (report 2.3)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.sparse_attention import sparse_attention
+from model.cache import LayerCache
+from model.config import ModelConfig
+from model.mixers.base import Context
+from model.mixers.compressor import Compressor
+from model.mixers.sliding import SlidingWindowAttention
+
+
+class HeavilyCompressedAttention(SlidingWindowAttention):
+    name = "hca"
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        self.compressor = Compressor(config, config.head_dim, config.hca_ratio, overlap=False)
+
+    def attend(
+        self,
+        x: Tensor,
+        latent: Tensor,
+        query: Tensor,
+        window_kv: Tensor,
+        context: Context,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        new = self.compressor(x, context.start, cache.tail if cache else None)
+        entries = self.precision.round_main(new, self.training)
+        if cache is not None:
+            cache.entries.append(entries)
+            entries = cache.entries.read()
+        visible = visible_entries(context.start, x.shape[1], self.config.hca_ratio, x.device)
+        mask = torch.arange(entries.shape[1], device=x.device) < visible.unsqueeze(-1)
+        return sparse_attention(query, window_kv, entries, mask.unsqueeze(0), self.sink, self.config.window)[0]
+
+
+def visible_entries(start: int, length: int, ratio: int, device: torch.device) -> Tensor:
+    """How many entries the queries at positions ``start ..`` may use: int64 [length].
+
+    Token t (from 0) sees entry s iff s < (t + 1) // ratio: a block becomes visible to its own last token. The report's
+    text can be read one token later; the released code, and so the released weights, do this.
+    """
+    return (torch.arange(start, start + length, device=device) + 1) // ratio

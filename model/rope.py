@@ -1,0 +1,60 @@
+"""Rotary positions on the last dims of a vector: interleaved pairs (2k, 2k + 1), optionally stretched by YaRN."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Cosines and sines [S, dim / 2] for S positions."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def apply(self, x: Tensor, inverse: bool = False) -> Tensor:
+        """Rotate the last ``dim`` dims of x, [B, S, ..., n]; ``inverse`` rotates back. The other dims pass through."""
+        dim = 2 * self.cos.shape[-1]
+        shape = (1, self.cos.shape[0], *(1,) * (x.dim() - 3), dim // 2)
+        cos, sin = self.cos.view(shape), self.sin.view(shape)
+        if inverse:
+            sin = -sin
+        even, odd = x[..., -dim::2], x[..., x.shape[-1] - dim + 1 :: 2]
+        rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+        return rotated if dim == x.shape[-1] else torch.cat((x[..., :-dim], rotated), dim=-1)
+
+
+class RotaryFrequencies:
+    """Angular frequencies of one rotary family; :meth:`at` gives the rotation for any positions."""
+
+    def __init__(self, dim: int, theta: float, config: ModelConfig | None = None):
+        """With ``config``, YaRN as it prescribes. The amplitude factor stays 1.0, as released."""
+        frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        if config is not None and config.yarn_factor > 1:
+            frequencies = _yarn(frequencies, dim, theta, config)
+        self.frequencies = frequencies
+
+    def at(self, positions: Tensor) -> Rotation:
+        """positions int64 [S] -> Rotation in float32. Angles are formed in float64: exact at a million tokens."""
+        angles = positions.double().unsqueeze(-1) * self.frequencies.to(positions.device)
+        return Rotation(angles.cos().float(), angles.sin().float())
+
+
+def _yarn(frequencies: Tensor, dim: int, theta: float, config: ModelConfig) -> Tensor:
+    """Divide slow frequencies by the factor, keep fast ones, blend linearly between (YaRN, arXiv 2309.00071)."""
+
+    def dim_of(turns: float) -> float:
+        """The (fractional) pair index that makes ``turns`` full turns over the original context."""
+        return dim * math.log(config.yarn_original_positions / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(math.floor(dim_of(config.yarn_beta_fast)), 0)
+    high = min(math.ceil(dim_of(config.yarn_beta_slow)), dim - 1)
+    ramp = (torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)
+    keep = 1 - ramp.clamp(0, 1)
+    return frequencies * keep + frequencies / config.yarn_factor * (1 - keep)
