@@ -1,5 +1,31 @@
-"""Manifold-constrained hyper-connections: several residual streams, mixed by doubly stochastic matrices."""
+"""Manifold-constrained hyper-connections: several residual streams, mixed by doubly stochastic matrices.
 
-from kernels.hyper_connections.reference import collapse, expand, mixing_weights, sinkhorn
+``collapse`` and ``expand`` run in blocks on a CPU (``blocked.py``) and as written in ``reference.py`` elsewhere;
+``backend=`` chooses by hand and :func:`backend_for` tells which one runs.
+"""
 
-__all__ = ["collapse", "expand", "mixing_weights", "sinkhorn"]
+from __future__ import annotations
+
+from torch import Tensor
+
+from kernels.hyper_connections import blocked, reference
+from kernels.hyper_connections.reference import mixing_weights, sinkhorn
+
+BACKENDS = {"reference": reference, "blocked": blocked}
+
+
+def backend_for(x: Tensor) -> str:
+    return "blocked" if x.device.type == "cpu" and x.dtype.itemsize == 4 else "reference"
+
+
+def collapse(streams: Tensor, pre: Tensor, backend: str | None = None) -> Tensor:
+    """See :func:`kernels.hyper_connections.reference.collapse`."""
+    return BACKENDS[backend or backend_for(streams)].collapse(streams, pre)
+
+
+def expand(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor, backend: str | None = None) -> Tensor:
+    """See :func:`kernels.hyper_connections.reference.expand`."""
+    return BACKENDS[backend or backend_for(streams)].expand(streams, comb, post, output)
+
+
+__all__ = ["BACKENDS", "backend_for", "collapse", "expand", "mixing_weights", "sinkhorn"]
