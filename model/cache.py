@@ -145,7 +145,9 @@ class Cache:
         self.batch_size = batch_size
         self.max_tokens = max_tokens
         self.length = 0
-        self.layers = [_layer_cache(config, name, batch_size, max_tokens, torch.device(device)) for name in config.layers]
+        self.layers = [
+            _layer_cache(config, name, batch_size, max_tokens, torch.device(device)) for name in config.layers
+        ]
 
     def check_room(self, batch_size: int, tokens: int) -> None:
         """Raise CacheError unless [batch_size, tokens] more ids fit."""
@@ -201,9 +203,7 @@ class Cache:
         self.length = tokens
 
 
-def _layer_cache(
-    config: ModelConfig, mixer: str, batch_size: int, max_tokens: int, device: torch.device
-) -> LayerCache:
+def _layer_cache(config: ModelConfig, mixer: str, batch_size: int, max_tokens: int, device: torch.device) -> LayerCache:
     precision = Precision(config)
     # Whole pages, so that every ratio divides what is allocated.
     tokens = -(-max_tokens // config.page_tokens) * config.page_tokens

@@ -37,7 +37,7 @@ class ModelConfig:
     vocab_size: int = 258
     hidden_size: int = 128
     layers: tuple[str, ...] = ("sliding", "csa", "hca", "csa")
-    max_positions: int = 4096
+    max_positions: int = 65_536
     norm_eps: float = 1e-6
     init_std: float = 0.02
     zero_init_output: bool = False

@@ -69,5 +69,3 @@ class PlainResidual(nn.Module):
 
 def residual(config: ModelConfig) -> HyperConnection | PlainResidual:
     return HyperConnection(config) if config.hyper_connections else PlainResidual()
-
-

@@ -73,9 +73,7 @@ class MuonAdamW(torch.optim.Optimizer):
             if ".indexer." in name and config.indexer_learning_rate:
                 rate = config.indexer_learning_rate
             key = (rule, rate)
-            group = groups.setdefault(
-                key, {"params": [], "names": [], "rule": rule, "lr": rate, "peak_lr": rate}
-            )
+            group = groups.setdefault(key, {"params": [], "names": [], "rule": rule, "lr": rate, "peak_lr": rate})
             group["params"].append(parameter)
             group["names"].append(name)
         if config.rule == "muon" and not any(rule == "muon" for rule, _ in groups):

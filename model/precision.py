@@ -78,5 +78,3 @@ class Precision:
 def gqa_format(config: ModelConfig) -> str:
     """The baseline's cache format: BF16, or FP32 where the policy asks for it. FP8 and FP4 are V4's choices."""
     return "fp32" if config.cache_precision == "fp32" else "bf16"
-
-

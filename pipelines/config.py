@@ -7,6 +7,7 @@ ones, the command line wins over all. Unknown keys, wrong types and values out o
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -77,6 +78,9 @@ class TrainSection(Section):
     use_gpu: bool = False
     max_failures: Annotated[int, Field(ge=0)] = 2
     """How often Ray Train restarts the workers from the last checkpoint."""
+    init_from: Path | None = None
+    """A checkpoint folder whose weights training starts from. Position biases of a compressor whose ratio differs
+    start at zero; every other shape must agree."""
     batch_rows: Annotated[int, Field(ge=1)] = 32
     """Sequences per optimizer step, summed over the workers."""
     stages: Annotated[tuple[StageSection, ...], Field(min_length=1)] = (StageSection(steps=100),)
@@ -142,6 +146,8 @@ class PromoteSection(Section):
     registered_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "fiftyfold"
     alias: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")] = "champion"
     metric: str = "eval/recall"
+    mode: Literal["min", "max"] = "max"
+    """Whether the best run has the lowest or the highest ``metric``."""
     max_cache_bytes_per_token: Annotated[float, Field(gt=0)] | None = None
 
 
@@ -160,6 +166,15 @@ class ServeSection(Section):
     prefill_chunk: Annotated[int, Field(ge=1)] = 512
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8_000_000
     request_timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
+
+
+class DemoSection(Section):
+    baseline: Path = Path("configs/baseline.yaml")
+    """The recipe file that, over the demo's own, makes the baseline."""
+    keep_serving: bool = False
+    """Go on answering requests after the table, until Ctrl-C."""
+    questions: Annotated[int, Field(ge=1)] = 8
+    """Recall questions to ask over HTTP; the first one is shown."""
 
 
 class TrackingSection(Section):
@@ -185,6 +200,7 @@ class Recipe(Section):
     evaluate: EvaluateSection = EvaluateSection()
     promote: PromoteSection = PromoteSection()
     serve: ServeSection = ServeSection()
+    demo: DemoSection = DemoSection()
     tracking: TrackingSection = TrackingSection()
 
     # ModelConfig is a plain dataclass (model/ depends on torch alone), which pydantic must not re-validate.
@@ -201,6 +217,10 @@ class Recipe(Section):
         return self.run.folder / "data" / self.data.name
 
     @property
+    def sweep_folder(self) -> Path:
+        return self.run.folder / "sweeps" / self.sweep.name
+
+    @property
     def final_checkpoint(self) -> Path:
         return self.run_folder / "final"
 
@@ -209,9 +229,17 @@ class Recipe(Section):
         return self.model_dump(mode="json")
 
 
-def load_recipe(files: list[str | Path], overrides: list[str]) -> Recipe:
+def load_recipe(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Recipe:
     """Merge YAML ``files`` and ``key=value`` ``overrides`` into a validated recipe. Raises ConfigError."""
-    merged = OmegaConf.create({})
+    return _merge(OmegaConf.create({}), files, overrides)
+
+
+def over(recipe: Recipe, file: str | Path) -> Recipe:
+    """``recipe`` with the settings of a YAML file over its own. Raises ConfigError."""
+    return _merge(OmegaConf.create(recipe.to_dict()), [file], [])
+
+
+def _merge(merged: Any, files: Sequence[str | Path], overrides: Sequence[str]) -> Recipe:
     for file in files:
         try:
             content = OmegaConf.load(file)
@@ -223,7 +251,7 @@ def load_recipe(files: list[str | Path], overrides: list[str]) -> Recipe:
             raise ConfigError(f"{file}: expected a mapping of sections at the top level")
         merged = OmegaConf.merge(merged, content)
     try:
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(overrides))
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"command line: {' '.join(str(error).split())}") from error

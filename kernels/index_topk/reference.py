@@ -16,7 +16,7 @@ def index_scores(query: Tensor, keys: Tensor, head_weights: Tensor) -> Tensor:
     """
     B, S, h, c = query.shape
     per_head = torch.bmm(query.reshape(B, S * h, c), keys.transpose(1, 2)).relu().view(B, S, h, -1)
-    return torch.einsum("bsh,bsht->bst", head_weights, per_head)
+    return torch.einsum("bsh,bsht->bst", head_weights, per_head).float()
 
 
 def select_topk(scores: Tensor, visible: Tensor, k: int) -> Tensor:
@@ -29,7 +29,7 @@ def select_topk(scores: Tensor, visible: Tensor, k: int) -> Tensor:
     T = scores.shape[-1]
     k_found = min(k, T)
     places = torch.arange(T, device=scores.device)
-    scores = scores.detach().masked_fill(places >= visible.unsqueeze(-1), float("-inf"))
+    scores = scores.detach().float().masked_fill(places >= visible.unsqueeze(-1), float("-inf"))
     # One sortable integer per entry: the score's bits, made monotone, above the negated index.
     bits = (scores + 0.0).contiguous().view(torch.int32).to(torch.int64)  # + 0.0 turns -0.0 into 0.0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

@@ -36,7 +36,7 @@ def sparse_attention(
             entry_logits = query @ entries.transpose(-1, -2)
         logits.append(entry_logits.masked_fill(~entry_mask.unsqueeze(2), float("-inf")))
     logits.append(sink.view(1, 1, H, 1).expand(B, S, H, 1).to(query.dtype))
-    weights = torch.cat(logits, dim=-1).softmax(dim=-1)
+    weights = torch.cat(logits, dim=-1).softmax(dim=-1, dtype=torch.float32)  # float32 under autocast, too
 
     n_window = window_logits.shape[-1]
     blocks = keys.shape[1]

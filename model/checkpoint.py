@@ -1,0 +1,119 @@
+"""Checkpoints: a folder of safetensors and JSON. Nothing is pickled, nothing half-written is ever visible.
+
+``model.safetensors`` holds every parameter and persistent buffer under its own name, ``config.json`` the
+:class:`ModelConfig` and the format version, ``tokenizer.json`` the tokenizer where one was given.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.errors import CheckpointError, ConfigError
+from model.files import atomic_folder
+from model.tokenizer import Tokenizer
+from model.transformer import Transformer
+
+FORMAT_VERSION = 1
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def save(model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
+    """Write ``folder``, replacing what is there once the new one is complete."""
+    with atomic_folder(folder) as scratch:
+        write(model, scratch, tokenizer)
+
+
+def write(model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
+    """Write the checkpoint's files into an existing folder, for callers that make the folder appear themselves."""
+    folder = Path(folder)
+    state = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    content = {"format_version": FORMAT_VERSION, "model": model.config.to_dict()}
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+def load_config(folder: str | Path) -> ModelConfig:
+    """The configuration of a checkpoint folder. Raises CheckpointError."""
+    path = Path(folder) / CONFIG
+    if not Path(folder).is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint folder")
+    try:
+        content = json.loads(path.read_text())
+        version, values = content["format_version"], content["model"]
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint configuration ({error})") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format version {version} is not the supported {FORMAT_VERSION}")
+    try:
+        return ModelConfig.from_dict(values)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> Transformer:
+    """The model of a checkpoint folder, in eval mode. Raises CheckpointError naming the file or tensor."""
+    config = load_config(folder)
+    model = Transformer(config)
+    load_weights(model, folder)
+    return model.to(device).eval()
+
+
+def load_weights(model: Transformer, folder: str | Path) -> None:
+    """Fill ``model`` from a checkpoint folder; it is untouched when anything does not fit. Raises CheckpointError."""
+    path = Path(folder) / WEIGHTS
+    _fill(model, path, read_tensors(path))
+
+
+def _fill(model: Transformer, path: Path, found: dict[str, Tensor]) -> None:
+    expected = model.state_dict()
+    for name, tensor in expected.items():
+        if name not in found:
+            raise CheckpointError(f"{path}: tensor '{name}' is missing")
+        if found[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{path}: tensor '{name}' has shape {list(found[name].shape)}, expected {list(tensor.shape)}"
+            )
+        if found[name].is_floating_point() and not found[name].isfinite().all():
+            raise CheckpointError(f"{path}: tensor '{name}' holds values that are not finite")
+    for name in found:
+        if name not in expected:
+            raise CheckpointError(f"{path}: tensor '{name}' is not part of this model")
+    model.load_state_dict(found)
+
+
+def warm_start(model: Transformer, folder: str | Path) -> list[str]:
+    """Fill ``model`` from the checkpoint of a network that may differ in its compression ratios.
+
+    Returns the names of the position biases that keep their initial zeros because their ratio changed. Every other
+    tensor must fit; raises CheckpointError.
+    """
+    path = Path(folder) / WEIGHTS
+    found, expected = read_tensors(path), model.state_dict()
+    fresh = [
+        name
+        for name, tensor in expected.items()
+        if name.endswith(".ape") and name in found and found[name].shape != tensor.shape
+    ]
+    _fill(model, path, {**found, **{name: expected[name] for name in fresh}})
+    return fresh
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises CheckpointError when it is missing or damaged."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged or not a safetensors file ({error})") from error

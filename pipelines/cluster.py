@@ -1,0 +1,48 @@
+"""The Ray cluster a step runs on: the one that RAY_ADDRESS names, else one of its own that ends with it."""
+
+from __future__ import annotations
+
+import os
+
+# Before ray is imported anywhere: no usage reports, and no token file in the user's home for a private cluster.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+if "RAY_ADDRESS" not in os.environ:
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+OBJECT_STORE_BYTES = 400 * 2**20
+
+
+@contextmanager
+def ray_session(num_cpus: float | None = None) -> Iterator[None]:
+    """Run the block on a Ray cluster; shuts down only what it started. Nested use shares the outer session.
+
+    ``num_cpus`` sizes a local cluster (logical CPUs; None: the machine's) and is ignored when joining one.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    # Workers import the rooms from the checkout; a joined cluster gets them from the job's working directory.
+    if address:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    else:
+        ray.init(
+            address="local",  # never a stale cluster that some file still names
+            num_cpus=int(num_cpus) if num_cpus else None,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=True,  # Train's controller and Serve ask its agent for state
+            dashboard_host="127.0.0.1",
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join((os.getcwd(), os.environ.get("PYTHONPATH", "")))}},
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()

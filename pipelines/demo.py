@@ -1,0 +1,170 @@
+"""The whole loop in one command: ``make demo``, or ``python -m pipelines demo --config configs/tiny.yaml``."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx
+
+from evals.retrieval import mqar
+from model import checkpoint
+from model.budget import cache_bytes_per_token
+from model.errors import FiftyfoldError
+from model.tokenizer import load_tokenizer
+from pipelines import deploy, evaluate, prepare, promote, sweep, train
+from pipelines.cluster import ray_session
+from pipelines.config import Recipe, over, with_overrides
+from pipelines.data import local_rows
+from pipelines.progress import print_table
+from pipelines.trainer import measured_cache
+
+LOGICAL_CPUS = 6
+"""The demo's cluster: two training workers, data reading and, later, a replica. Logical, so that a laptop has them."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One model's row of the final table."""
+
+    name: str
+    recipe: Recipe
+    metrics: dict[str, float]
+    muon_share: float
+    seconds: float
+
+
+def run(recipe: Recipe) -> None:
+    """Prepare, train, sweep, evaluate, promote, deploy and ask; ends with the table of hybrid against baseline."""
+    baseline = over(recipe, recipe.demo.baseline)
+    started = time.monotonic()
+    deploy.check_port(recipe.serve.host, recipe.serve.port)  # ten minutes later would be a bad time to learn it
+    clock: dict[str, float] = {}
+    with ray_session(num_cpus=LOGICAL_CPUS):
+        with _step(clock, "prepare"):
+            prepare.run(recipe)
+        with _step(clock, "train the hybrid"):
+            hybrid = train.run(recipe)
+        with _step(clock, "train the baseline"):
+            standard = train.run(baseline)
+        with _step(clock, "sweep"):
+            swept = sweep.run(with_overrides(recipe, {"train.init_from": str(hybrid.checkpoint)}))
+        with _step(clock, "evaluate"):
+            places = {"hybrid": hybrid.checkpoint, "baseline": standard.checkpoint, "winner": swept.checkpoint}
+            scores = {
+                name: evaluate.run(with_overrides(recipe, {"evaluate.checkpoint": str(place)})).metrics
+                for name, place in places.items()
+            }
+        with _step(clock, "promote"):
+            promoted = promote.run(recipe)
+        with _step(clock, "deploy"):
+            deployment = deploy.start(recipe)
+        with deployment:
+            with _step(clock, "ask"):
+                right = _ask(recipe, deployment)
+            contestants = [
+                Contestant("hybrid", recipe, {**hybrid.metrics, **scores["hybrid"]}, hybrid.muon_share, hybrid.seconds),
+                Contestant(
+                    "baseline",
+                    baseline,
+                    {**standard.metrics, **scores["baseline"]},
+                    standard.muon_share,
+                    standard.seconds,
+                ),
+            ]
+            if promoted.winner.checkpoint == swept.checkpoint:
+                model = checkpoint.load_config(swept.checkpoint)
+                contestants.insert(
+                    0,
+                    Contestant(
+                        "champion",
+                        recipe.model_copy(update={"model": model}),
+                        {**swept.winner.metrics, **scores["winner"]},
+                        hybrid.muon_share,
+                        hybrid.seconds + clock["sweep"],
+                    ),
+                )
+            _report(contestants, clock, time.monotonic() - started)
+            print(f"champion: {promoted.model_uri} version {promoted.version}, run '{promoted.winner.name}'")
+            print(f"asked over HTTP: {right} of {recipe.demo.questions} held-out recall questions right")
+            print("MLflow: make ui, then http://127.0.0.1:5000")
+            if recipe.demo.keep_serving:
+                print(f"endpoint: {deployment.url}/v1 (Ctrl-C stops)", flush=True)
+                deploy.wait_for_signal()
+            else:
+                print(f"endpoint: {deployment.url}/v1, stopped; to serve again: python -m pipelines deploy")
+
+
+def _ask(recipe: Recipe, deployment: deploy.Deployment) -> int:
+    """Ask held-out recall questions over HTTP, show the first; returns how many answers were right."""
+    tokenizer = load_tokenizer(deployment.checkpoint)
+    rng = random.Random(recipe.evaluate.seed + 1)
+    texts = local_rows(recipe.data_folder, "validation", recipe.data.sequence_length, kinds=["text"])
+    window = checkpoint.load_config(deployment.checkpoint).window
+    right = 0
+    for number in range(recipe.demo.questions):
+        filler = next(texts)["tokens"].tolist()
+        document = mqar(rng, tokenizer, filler, recipe.data.sequence_length, recipe.data.pairs, window)
+        start, end = document.answers[0]
+        context, value = document.tokens[:start], tokenizer.decode(document.tokens[start:end])
+        body = {"model": deployment.model_name, "prompt": context, "max_tokens": end - start, "temperature": 0}
+        response = httpx.post(f"{deployment.url}/v1/completions", json=body, timeout=60, trust_env=False)
+        if not response.is_success:
+            raise FiftyfoldError(f"{deployment.url}: status {response.status_code}: {response.text}")
+        answer = response.json()["choices"][0]["text"]
+        right += answer == value
+        if number == 0:
+            question = tokenizer.decode(context[-FACT_PREFIX_TOKENS:])
+            fact = next(
+                i for i in range(len(context)) if context[i : i + FACT_PREFIX_TOKENS] == context[-FACT_PREFIX_TOKENS:]
+            )
+            distance = len(context) - fact
+            print(f"asked over HTTP: {len(context)} tokens of text with {recipe.data.pairs} facts, then {question!r}")
+            print(f"  the fact stands {distance} tokens back, the window is {window}")
+            print(f"  answer {answer!r}, expected {value!r}", flush=True)
+    return right
+
+
+def _report(contestants: list[Contestant], clock: dict[str, float], total: float) -> None:
+    """The final tables: model against model, and where the time went."""
+
+    def row(label: str, value: Callable[[Contestant], str]) -> list[str]:
+        return [label, *(value(c) for c in contestants)]
+
+    def metric(name: str, form: str = ".3f") -> Callable[[Contestant], str]:
+        return lambda c: format(c.metrics[name], form) if name in c.metrics else "-"
+
+    length = contestants[0].recipe.evaluate.lengths[0]
+    measured = {c.name: measured_cache(c.recipe.model) for c in contestants}
+    tokens = int(measured[contestants[0].name]["cache/measured_tokens"])
+    baseline = measured[contestants[-1].name]["cache/bytes_per_token"]
+    rows = [
+        row("validation loss, text (nats per token)", metric("validation/text_loss")),
+        row(f"recall, {length} tokens (lm-eval)", metric("eval/recall", ".1%")),
+        row(
+            "cache bytes per token, closed form", lambda c: f"{sum(cache_bytes_per_token(c.recipe.model).values()):.1f}"
+        ),
+        row(
+            f"cache bytes per token, measured at {tokens:,}",
+            lambda c: f"{measured[c.name]['cache/bytes_per_token']:.1f}",
+        ),
+        row(
+            "cache, times smaller than the baseline",
+            lambda c: f"{baseline / measured[c.name]['cache/bytes_per_token']:.1f}",
+        ),
+        row("Muon / AdamW share of parameters", lambda c: f"{c.muon_share:.0%} / {1 - c.muon_share:.0%}"),
+        row("training time (s)", lambda c: f"{c.seconds:.0f}"),
+    ]
+    print_table("demo", ["", *(c.name for c in contestants)], rows)
+    print_table("time", ["step", "seconds"], [[n, f"{s:.0f}"] for n, s in clock.items()] + [["total", f"{total:.0f}"]])
+
+
+@contextmanager
+def _step(clock: dict[str, float], name: str) -> Iterator[None]:
+    print(f"\n== {name}", flush=True)
+    started = time.monotonic()
+    yield
+    clock[name] = time.monotonic() - started

@@ -1,0 +1,327 @@
+"""Search cache settings with Ray Tune: ``python -m pipelines sweep --config configs/tiny.yaml``.
+
+Every trial trains like ``pipelines train``, either in its own process or on Ray Train workers of its own. ASHA stops
+weak ones. The sweep is one MLflow run with a nested run per trial.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.cluster import ray_session  # sets Ray's environment before ray is imported
+
+# isort: split
+import torch
+import yaml
+from omegaconf import OmegaConf
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler
+
+from model.errors import ConfigError, FiftyfoldError
+from pipelines.config import Recipe, recipe_from_dict, with_overrides
+from pipelines.data import read_manifest, train_batches
+from pipelines.figures import pareto_figure, pareto_front
+from pipelines.progress import TrainingProgress, print_table
+from pipelines.tracking import TrackedRun, Tracking, attach, open_tracking
+from pipelines.train import build_trainer, claim, finalise, fit, fit_to_data, write_run_file
+from pipelines.trainer import check_stages, measured_cache
+
+_SETTINGS_THAT_BIND = ("data", "model", "train", "sweep")
+CACHE = "cache/bytes_per_token"
+
+
+@dataclass(frozen=True)
+class Trial:
+    settings: dict[str, int]
+    metrics: dict[str, float]
+    run_id: str
+    steps: int
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    run_id: str
+    winner: Trial
+    trials: list[Trial]
+    checkpoint: Path
+    """The winner's checkpoint, in a run folder of its own: ``<sweep.name>-winner``."""
+    overrides: Path
+    """A recipe file with the winner's settings, for ``--config``."""
+
+
+def run(recipe: Recipe) -> SweepResult:
+    """Run or resume the sweep ``sweep.name`` and keep its winner.
+
+    Raises ConfigError, before any trial starts, when the space is empty or holds a combination that cannot train.
+    """
+    recipe = fit_to_data(recipe, read_manifest(recipe.data_folder))
+    combinations = _combinations(recipe)
+    for settings in combinations:
+        check_stages(trial_recipe(recipe, settings))
+    folder = recipe.sweep_folder
+    known_run = claim(folder, recipe, _SETTINGS_THAT_BIND, "sweep.name")
+    tracking = open_tracking(recipe)
+    tracked = tracking.start_run(recipe.sweep.name, kind="sweep", recipe=recipe, run_id=known_run)
+    write_run_file(folder, tracked)
+    with tracked, ray_session(num_cpus=_logical_cpus(recipe)):
+        results = _tune(recipe, combinations, tracked)
+        trials = [_read_trial(result) for result in results if result.metrics and "settings" in result.metrics]
+        failed = len(combinations) - len(trials)
+        if failed:
+            print(f"{recipe.sweep.name}: {failed} of {len(combinations)} trials failed")
+        if not trials:
+            raise FiftyfoldError(f"{recipe.sweep.name}: no trial finished; see {folder / 'tune'}")
+        winner = choose(trials, recipe)
+        _log(recipe, tracked, trials, winner)
+        target = _keep_winner(recipe, results, winner, attach(tracked.uri, winner.run_id))
+        overrides = folder / "winner.yaml"
+        overrides.write_text(_nested_yaml(winner.settings))
+        tracked.log_artifact(overrides)
+    print(f"{recipe.sweep.name}: winner {_label(winner.settings)}, checkpoint {target}, settings {overrides}")
+    return SweepResult(tracked.run_id, winner, trials, target, overrides)
+
+
+def trial_recipe(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
+    """The recipe of one trial: the sweep's overrides, then the trial's own settings."""
+    return with_overrides(recipe, {**recipe.sweep.overrides, **settings})
+
+
+def choose(trials: list[Trial], recipe: Recipe) -> Trial:
+    """The best trial by ``sweep.metric`` whose cache fits the budget; equal scores go to the smaller cache."""
+    sweep = recipe.sweep
+    for trial in trials:
+        if sweep.metric not in trial.metrics:
+            known = ", ".join(sorted(k for k in trial.metrics if "/" in k))
+            raise ConfigError(f"sweep.metric: trials report no '{sweep.metric}'; they report {known}")
+    budget = sweep.max_cache_bytes_per_token
+    fitting = [t for t in trials if budget is None or t.metrics[CACHE] <= budget]
+    if not fitting:
+        smallest = min(t.metrics[CACHE] for t in trials)
+        raise ConfigError(
+            f"sweep.max_cache_bytes_per_token: no trial fits {budget:g} bytes; the smallest takes {smallest:.1f}"
+        )
+    sign = 1 if sweep.mode == "min" else -1
+    return min(fitting, key=lambda t: (sign * t.metrics[sweep.metric], t.metrics[CACHE]))
+
+
+def _combinations(recipe: Recipe) -> list[dict[str, int]]:
+    space = recipe.sweep.space
+    if not space or not all(space.values()):
+        empty = next((key for key, values in space.items() if not values), None)
+        raise ConfigError(f"sweep.space: '{empty}' has no values" if empty else "sweep.space: is empty")
+    grid = [dict(zip(space, values)) for values in itertools.product(*space.values())]
+    if recipe.sweep.trials is not None and recipe.sweep.trials < len(grid):
+        grid = random.Random(recipe.run.seed).sample(grid, recipe.sweep.trials)
+    return grid
+
+
+def _logical_cpus(recipe: Recipe) -> float:
+    sweep, train = recipe.sweep, recipe.train
+    per_trial = 1.0 if sweep.in_process else train.workers * train.cpus_per_worker + 1
+    return max(2.0, sweep.max_concurrent * per_trial)
+
+
+def _tune(recipe: Recipe, combinations: list[dict[str, int]], tracked: TrackedRun) -> tune.ResultGrid:
+    sweep = recipe.sweep
+    trial = tune.with_parameters(
+        _trial, recipe=recipe.to_dict(), tracking={"uri": tracked.uri, "parent": tracked.run_id}
+    )
+    trial = tune.with_resources(trial, {"CPU": 1.0 if sweep.in_process else 0.1})
+    example = trial_recipe(recipe, combinations[0]).train
+    validations = -(-example.total_steps // example.validate_every)
+    path = recipe.sweep_folder / "tune"
+    if tune.Tuner.can_restore(str(path)):
+        print(f"{sweep.name}: resuming from {path}")
+        return tune.Tuner.restore(str(path), trainable=trial, resume_unfinished=True, restart_errored=True).fit()
+    return tune.Tuner(
+        trial,
+        param_space={"settings": tune.grid_search(combinations)},
+        tune_config=tune.TuneConfig(
+            metric=sweep.metric,
+            mode=sweep.mode,
+            max_concurrent_trials=sweep.max_concurrent,
+            scheduler=ASHAScheduler(
+                time_attr="training_iteration",
+                max_t=max(validations, sweep.grace_validations),
+                grace_period=sweep.grace_validations,
+                reduction_factor=sweep.reduction_factor,
+            ),
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(recipe.sweep_folder),
+            verbose=0,
+            callbacks=[_Lines(recipe, len(combinations))],
+        ),
+    ).fit()
+
+
+class _Lines(tune.Callback):
+    """A line per finished trial."""
+
+    def __init__(self, recipe: Recipe, total: int):
+        self.name, self.metric, self.total = recipe.sweep.name, recipe.sweep.metric, total
+        self.done = 0
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self.done += 1
+        result = trial.last_result
+        print(
+            f"{self.name}: trial {self.done}/{self.total} {_label(trial.config['settings'])}  "
+            f"{self.metric} {result.get(self.metric, float('nan')):.3f}  "
+            f"{result.get(CACHE, float('nan')):.1f} cache bytes/token  after {result.get('step', 0):.0f} steps",
+            flush=True,
+        )
+
+
+# --- one trial
+
+
+def _trial(config: dict[str, Any], recipe: dict[str, Any], tracking: dict[str, str]) -> None:
+    settings = config["settings"]
+    whole = recipe_from_dict(recipe)
+    trial_id = tune.get_context().get_trial_id()
+    mine = trial_recipe(whole, settings)
+    mine = mine.model_copy(update={"run": mine.run.model_copy(update={"name": f"{whole.sweep.name}-{trial_id}"})})
+    tracked = _trial_run(open_tracking(mine), tracking["parent"], trial_id, settings, mine)
+    constant = {**measured_cache(mine.model), "settings": json.dumps(settings), "run_id": tracked.run_id}
+    tracked.log_metrics({k: v for k, v in constant.items() if not isinstance(v, str)})
+    with tracked:
+        if whole.sweep.in_process:
+            _train_here(mine, tracked, constant)
+        else:
+            quiet = TrainingProgress(trial_id, mine.train.total_steps, quiet=True)
+            storage = whole.sweep_folder / "train" / trial_id
+            metrics, last = fit(mine, tracked, quiet, storage, [TuneReportCallback()])
+            # Tune keeps stale numbers when a resumed trial has nothing left to report, so the last word is said again.
+            tune.report({**metrics, **constant}, checkpoint=last)
+
+
+def _train_here(recipe: Recipe, tracked: TrackedRun, constant: dict[str, Any]) -> None:
+    torch.set_num_threads(recipe.train.threads_per_worker)
+    trainer = build_trainer(
+        recipe,
+        lambda epoch, skip: train_batches(
+            recipe.data_folder, recipe.data.sequence_length, recipe.train.batch_rows, recipe.data.seed, epoch, skip
+        ),
+        _TuneReporter(tracked, constant),
+    )
+    last = tune.get_checkpoint()
+    if last is not None:
+        with last.as_directory() as folder:
+            trainer.load_checkpoint(Path(folder))
+    trainer.run()
+
+
+class _TuneReporter:
+    def __init__(self, tracked: TrackedRun, constant: dict[str, Any]):
+        self.tracked, self.constant = tracked, constant
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.tracked.log_metrics(metrics, step)
+
+    def report(self, step: int, metrics: dict[str, float], write: Callable[[Path], None] | None) -> None:
+        self.tracked.log_metrics(metrics, step)
+        if not metrics:
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            saved = None
+            if write is not None:
+                write(Path(folder))
+                saved = tune.Checkpoint.from_directory(folder)
+            tune.report({**metrics, **self.constant, "step": step}, checkpoint=saved)
+
+
+def _trial_run(tracking: Tracking, parent: str, trial_id: str, settings: dict[str, int], recipe: Recipe) -> TrackedRun:
+    """The trial's nested MLflow run: the one it had before it was stopped, or a new one."""
+    earlier = tracking.client.search_runs(
+        [tracking.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}' and tags.trial = '{trial_id}'"
+    )
+    run_id = earlier[0].info.run_id if earlier else None
+    tracked = tracking.start_run(_label(settings), kind="trial", recipe=recipe, parent_run_id=parent, run_id=run_id)
+    tracked.set_tags({"trial": trial_id})
+    return tracked
+
+
+# --- the result
+
+
+def _read_trial(result: Any) -> Trial:
+    metrics = {k: float(v) for k, v in result.metrics.items() if isinstance(v, int | float) and "/" in k}
+    return Trial(
+        json.loads(result.metrics["settings"]), metrics, result.metrics["run_id"], int(result.metrics.get("step", 0))
+    )
+
+
+def _log(recipe: Recipe, tracked: TrackedRun, trials: list[Trial], winner: Trial) -> None:
+    """Table and Pareto figure, on the terminal and in MLflow."""
+    keys = list(trials[0].settings)
+    shown = [CACHE, "validation/recall", "validation/loss"]
+    ordered = sorted(trials, key=lambda t: t.metrics[CACHE])
+    front = pareto_front(
+        [(t.metrics[CACHE], t.metrics[recipe.sweep.metric]) for t in ordered], higher=recipe.sweep.mode == "max"
+    )
+    rows = [
+        [_short(_label(t.settings)), *(f"{t.metrics.get(name, float('nan')):.3f}" for name in shown), str(t.steps)]
+        + ["winner" if t is winner else "front" if i in front else ""]
+        for i, t in enumerate(ordered)
+    ]
+    print_table(f"{recipe.sweep.name}: trials", ["settings", *shown, "steps", ""], rows)
+    tracked.log_table(
+        {
+            **{key: [t.settings[key] for t in ordered] for key in keys},
+            **{name: [t.metrics.get(name, float("nan")) for t in ordered] for name in shown},
+            "steps": [t.steps for t in ordered],
+            "winner": [t is winner for t in ordered],
+            "run_id": [t.run_id for t in ordered],
+        },
+        "trials.json",
+    )
+    figure = pareto_figure(
+        [
+            (t.metrics[CACHE], t.metrics.get("validation/recall"), t.metrics["validation/loss"], t.steps)
+            for t in ordered
+        ],
+        [_short(_label(t.settings)) for t in ordered],
+        ordered.index(winner),
+        recipe.sweep.max_cache_bytes_per_token,
+    )
+    tracked.log_figure(figure, "pareto.png")
+    figure.savefig(recipe.sweep_folder / "pareto.png", dpi=150)
+    tracked.log_metrics({f"winner/{name}": winner.metrics[name] for name in shown if name in winner.metrics})
+    tracked.set_tags({"winner": _label(winner.settings), "winner.run_id": winner.run_id})
+
+
+def _keep_winner(recipe: Recipe, results: tune.ResultGrid, winner: Trial, tracked: TrackedRun) -> Path:
+    """Give the winner a run folder like any trained model's. Returns its checkpoint folder."""
+    folder = recipe.run.folder / f"{recipe.sweep.name}-winner"
+    result = next(r for r in results if r.metrics and r.metrics.get("run_id") == winner.run_id)
+    if result.checkpoint is None:
+        raise FiftyfoldError(f"{recipe.sweep.name}: the winning trial left no checkpoint")
+    finalise(result.checkpoint, folder / "final")
+    write_run_file(folder, tracked)
+    tracked.set_tags({"checkpoint": str(folder / "final")})
+    return folder / "final"
+
+
+def _label(settings: dict[str, int]) -> str:
+    return " ".join(f"{key}={value}" for key, value in settings.items())
+
+
+def _short(label: str) -> str:
+    return label.replace("model.", "").replace("_ratio", "").replace("index_", "")
+
+
+def _nested_yaml(settings: dict[str, int]) -> str:
+    nested = OmegaConf.create({})
+    for key, value in settings.items():
+        OmegaConf.update(nested, key, value)
+    return yaml.safe_dump(OmegaConf.to_container(nested), sort_keys=False)

@@ -1,0 +1,336 @@
+"""Train one model under Ray Train: ``python -m pipelines train --config configs/tiny.yaml``."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.cluster import ray_session  # sets Ray's environment before ray is imported
+
+# isort: split
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.util.queue import Empty, Queue
+
+from model import checkpoint
+from model.errors import ConfigError, FiftyfoldError
+from model.files import atomic_folder
+from model.muon import MuonAdamW
+from model.precision import Precision
+from model.tokenizer import load_tokenizer
+from model.transformer import Transformer
+from pipelines.config import Recipe, recipe_from_dict
+from pipelines.data import (
+    KINDS,
+    Manifest,
+    TrainBatches,
+    batches,
+    local_rows,
+    read_manifest,
+    train_batches,
+    train_dataset,
+)
+from pipelines.progress import TrainingProgress, print_table
+from pipelines.tracking import TrackedRun, open_tracking
+from pipelines.trainer import Trainer, check_stages, measured_cache, validation_batches
+
+RECIPE, RUN = "recipe.json", "run.json"
+_SETTINGS_THAT_BIND = ("data", "model", "train")
+"""Sections that a resumed run must not change."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    run_id: str
+    checkpoint: Path
+    metrics: dict[str, float]
+    muon_share: float
+    seconds: float
+
+
+def run(recipe: Recipe, parent_run_id: str | None = None) -> TrainResult:
+    """Train ``run.name`` to its last step, from its last checkpoint where there is one, and keep ``final/``.
+
+    Raises ConfigError, DataError before any compute; the MLflow run ends FAILED when training does.
+    """
+    started = time.monotonic()
+    manifest = read_manifest(recipe.data_folder)
+    recipe = fit_to_data(recipe, manifest)
+    check_stages(recipe)
+    muon_share = describe(recipe)
+    folder = recipe.run_folder
+    known_run = claim(folder, recipe, _SETTINGS_THAT_BIND, "run.name")
+    tracking = open_tracking(recipe)
+    tracked = tracking.start_run(
+        recipe.run.name, kind="train", recipe=recipe, parent_run_id=parent_run_id, run_id=known_run
+    )
+    write_run_file(folder, tracked)
+    with tracked, ray_session(num_cpus=_logical_cpus(recipe)):
+        tracked.log_metrics({**measured_cache(recipe.model), "optimizer/muon_share": muon_share})
+        tracked.set_tags({"parameters": str(_parameters(recipe))})
+        progress = TrainingProgress(recipe.run.name, recipe.train.total_steps)
+        metrics, last = fit(recipe, tracked, progress, folder)
+        finalise(last, recipe.final_checkpoint)
+        tracked.set_tags({"checkpoint": str(recipe.final_checkpoint)})
+    print(f"{recipe.run.name}: checkpoint {recipe.final_checkpoint}")
+    print(f"{recipe.run.name}: MLflow run {tracked.run_id} ({tracked.url_hint()})")
+    return TrainResult(tracked.run_id, recipe.final_checkpoint, metrics, muon_share, time.monotonic() - started)
+
+
+def write_run_file(folder: Path, tracked: TrackedRun) -> None:
+    """Leave word in a run folder of the MLflow run that belongs to it."""
+    content = {"run_id": tracked.run_id, "tracking_uri": tracked.uri}
+    (folder / RUN).write_text(json.dumps(content) + "\n")
+
+
+def fit_to_data(recipe: Recipe, manifest: Manifest) -> Recipe:
+    """The recipe with the vocabulary of the prepared data. Raises ConfigError when the lengths disagree."""
+    if manifest.sequence_length != recipe.data.sequence_length:
+        raise ConfigError(
+            f"data.sequence_length: {recipe.data.sequence_length}, but {recipe.data_folder} was prepared for "
+            f"{manifest.sequence_length}; prepare under another data.name"
+        )
+    model = recipe.model.replace(vocab_size=manifest.vocab_size)
+    return recipe.model_copy(update={"model": model})
+
+
+def describe(recipe: Recipe) -> float:
+    """Print who gets which optimizer rule and which tensors are rounded to what; returns Muon's share."""
+    with torch.device("meta"):
+        model = Transformer(recipe.model)
+    optimizer = MuonAdamW(model.named_parameters(), recipe.train.optimizer)
+    rows = [[role, rule, shape, f"{numbers:,}", f"{rate:g}"] for role, rule, shape, numbers, rate in optimizer.table()]
+    print_table(
+        f"{recipe.run.name}: optimizer", ["parameter", "rule", "tensors", "numbers", "peak learning rate"], rows
+    )
+    precision = Precision(recipe.model).table(recipe.model)
+    if recipe.model.qat and not precision:
+        raise ConfigError("model.qat: quantisation-aware training was asked for, but it touches no tensor")
+    print_table(
+        f"{recipe.run.name}: precision",
+        ["tensor", "stored as", "rounded in training", "tensors"],
+        [[role, fmt, loop, str(count)] for role, fmt, loop, count in precision],
+    )
+    return optimizer.muon_share()
+
+
+# --- the driver's side
+
+
+def claim(folder: Path, recipe: Recipe, sections: tuple[str, ...], what: str) -> str | None:
+    """Take a run folder for this recipe, whose ``sections`` a later start must not change; ``what`` names the key of
+    its name. Returns the MLflow run to go on with, None for a new one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {name: value for name, value in recipe.to_dict().items() if name in sections}
+    path = folder / RECIPE
+    if path.exists():
+        try:
+            earlier = json.loads(path.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{path}: damaged ({error}); delete the run folder or choose another {what}") from error
+        changed = sorted(_flat(earlier).items() ^ _flat(settings).items())
+        if changed:
+            raise ConfigError(
+                f"{what}: '{folder.name}' was begun with another {changed[0][0]}; choose another {what}, or delete "
+                f"{folder} to begin again"
+            )
+    else:
+        path.write_text(json.dumps(settings, indent=2) + "\n")
+    try:
+        return json.loads((folder / RUN).read_text())["run_id"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder / RUN}: damaged ({error}); delete the run folder to begin again") from error
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}".strip(".")).items()}
+    return {prefix: json.dumps(value)}
+
+
+def _logical_cpus(recipe: Recipe) -> float:
+    """A local cluster must hold the workers plus a slot for reading data, whatever the machine has."""
+    return max(2.0, recipe.train.workers * recipe.train.cpus_per_worker + 1)
+
+
+def _parameters(recipe: Recipe) -> int:
+    with torch.device("meta"):
+        return Transformer(recipe.model).num_parameters()
+
+
+def fit(
+    recipe: Recipe,
+    tracked: TrackedRun,
+    progress: TrainingProgress,
+    storage: Path,
+    callbacks: list[ray.train.UserCallback] | None = None,
+) -> tuple[dict[str, float], ray.train.Checkpoint]:
+    """Train on Ray Train workers, their checkpoints under ``storage``, going on from the last one there.
+
+    Returns the last report's metrics and checkpoint. Raises FiftyfoldError.
+    """
+    train = recipe.train
+    queue = Queue(actor_options={"num_cpus": 0})
+    done = threading.Event()
+    with progress:
+        listener = threading.Thread(target=_listen, args=(queue, done, tracked, progress), daemon=True)
+        listener.start()
+        try:
+            result = ray.train.torch.TorchTrainer(
+                _worker,
+                train_loop_config={"recipe": recipe.to_dict(), "queue": queue},
+                datasets={"train": train_dataset(recipe.data_folder, recipe.data.sequence_length, recipe.data.seed)},
+                scaling_config=ray.train.ScalingConfig(
+                    num_workers=train.workers,
+                    use_gpu=train.use_gpu,
+                    resources_per_worker={"CPU": train.cpus_per_worker},
+                ),
+                run_config=ray.train.RunConfig(
+                    name="train",
+                    storage_path=str(storage),
+                    failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
+                    checkpoint_config=ray.train.CheckpointConfig(num_to_keep=train.keep_checkpoints),
+                    callbacks=callbacks,
+                    worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(train.threads_per_worker)}},
+                ),
+            ).fit()
+        except Exception as error:
+            raise _plain(error) from error
+        finally:
+            done.set()
+            listener.join()
+            queue.shutdown()
+    if result.checkpoint is None:
+        raise FiftyfoldError(f"{recipe.run.name}: training ended without a checkpoint")
+    return dict(result.metrics or {}), result.checkpoint
+
+
+def _listen(queue: Queue, done: threading.Event, tracked: TrackedRun, progress: TrainingProgress) -> None:
+    """Carry rank 0's numbers to MLflow and to the terminal until ``done`` is set and the queue is empty."""
+    while True:
+        try:
+            step, metrics, reported = queue.get(timeout=0.2)
+        except Empty:
+            if done.is_set():
+                return
+            continue
+        except ray.exceptions.RayError:
+            return  # the cluster went away; the training's own error says why
+        tracked.log_metrics(metrics, step)
+        progress.update(step, metrics, reported)
+
+
+def _plain(error: BaseException) -> FiftyfoldError:
+    """The user's error inside a chain of Ray's, or one sentence about what happened."""
+    seen: list[Any] = [error]
+    while seen:
+        current = seen.pop(0)
+        if isinstance(current, FiftyfoldError):
+            return current
+        for inner in (getattr(current, "cause", None), current.__cause__):
+            if isinstance(inner, BaseException):
+                seen.append(inner)
+        failures = getattr(current, "worker_failures", None) or getattr(current, "_worker_failures", None)
+        seen += [f for f in (failures or {}).values() if isinstance(f, BaseException)]
+    lines = str(error).strip().splitlines()
+    return FiftyfoldError(f"training failed: {lines[-1] if lines else type(error).__name__}")
+
+
+def finalise(last: ray.train.Checkpoint, target: Path) -> None:
+    """Copy the model's part of the last training checkpoint to ``target``, checked by loading it."""
+    with last.as_directory() as source:
+        checkpoint.load(source)
+        with atomic_folder(target) as scratch:
+            for name in (checkpoint.WEIGHTS, checkpoint.CONFIG, "tokenizer.json"):
+                shutil.copyfile(Path(source) / name, scratch / name)
+
+
+# --- the workers' side
+
+
+def _worker(config: dict[str, Any]) -> None:
+    recipe = recipe_from_dict(config["recipe"])
+    torch.set_num_threads(recipe.train.threads_per_worker)
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    shard = ray.train.get_dataset_shard("train")
+    trainer = build_trainer(
+        recipe,
+        lambda epoch, skip: train_batches(
+            shard, recipe.data.sequence_length, recipe.train.batch_rows // world, recipe.data.seed, epoch, skip
+        ),
+        _RayTrainReporter(config["queue"], rank),
+        rank,
+        world,
+        ray.train.torch.get_device(),
+    )
+    last = ray.train.get_checkpoint()
+    if last is not None:
+        with last.as_directory() as folder:
+            trainer.load_checkpoint(Path(folder))
+    trainer.run()
+
+
+def build_trainer(
+    recipe: Recipe,
+    open_batches: Callable[[int, int], TrainBatches],
+    reporter: Any,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+) -> Trainer:
+    """A trainer at step 0; every rank gets the same weights."""
+    torch.manual_seed(recipe.run.seed)
+    folder, length = recipe.data_folder, recipe.data.sequence_length
+    validation = validation_batches(
+        lambda kind, limit: local_rows(folder, "validation", length, kinds=[kind], limit=limit),
+        lambda rows, size: batches(rows, size),
+        [kind for kind in KINDS if read_manifest(folder).splits["validation"].rows.get(kind)],
+        recipe,
+        rank,
+        world,
+    )
+    model = Transformer(recipe.model)
+    if recipe.train.init_from is not None:
+        checkpoint.warm_start(model, recipe.train.init_from)
+    model.to(device)
+    return Trainer(recipe, model, open_batches, validation, reporter, load_tokenizer(folder))
+
+
+class _RayTrainReporter:
+    """Rank 0's numbers go to the driver's queue; every rank takes part in Ray Train's reports."""
+
+    def __init__(self, queue: Queue, rank: int):
+        self.queue, self.rank = queue, rank
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._put(step, metrics, False)
+
+    def report(self, step: int, metrics: dict[str, float], write: Callable[[Path], None] | None) -> None:
+        self._put(step, metrics, True)
+        if write is None:
+            ray.train.report({**metrics, "step": step})
+            return
+        with contextlib.ExitStack() as stack:
+            saved = None
+            if self.rank == 0:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                write(folder)
+                saved = ray.train.Checkpoint.from_directory(str(folder))
+            ray.train.report({**metrics, "step": step}, checkpoint=saved, checkpoint_dir_name=f"step_{step:06d}")
+
+    def _put(self, step: int, metrics: dict[str, float], reported: bool) -> None:
+        if self.rank == 0:
+            self.queue.put((step, metrics, reported))

@@ -1,0 +1,51 @@
+"""Token ids as strings, and log-probabilities in OpenAI's shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from model.tokenizer import Tokenizer
+from serve.engine import TokenLogprob
+from serve.schemas import Logprobs
+
+BOS_TEXT = "<|bos|>"
+EOS_TEXT = "<|eos|>"
+
+
+class TokenTexts:
+    """One token at a time as text. Different tokens shown side by side get different strings."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._special = {tokenizer.bos_id: BOS_TEXT, tokenizer.eos_id: EOS_TEXT}
+
+    def text(self, token_id: int) -> str:
+        """The token's own text; ``token_id:N`` where it has none, such as a byte inside a character."""
+        if token_id in self._special:
+            return self._special[token_id]
+        text = self._tokenizer.decode([token_id])
+        return text if text and "\N{REPLACEMENT CHARACTER}" not in text else f"token_id:{token_id}"
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``. The name of a special token, alone, is that token."""
+        for token_id, name in self._special.items():
+            if text == name:
+                return [token_id]
+        return self._tokenizer.encode(text)
+
+    def logprobs(self, records: Iterable[TokenLogprob], offset: int = 0) -> Logprobs:
+        """``records`` as four parallel lists; ``offset`` characters of text come before the first."""
+        records = list(records)
+        return Logprobs(
+            tokens=[self.text(record.token_id) for record in records],
+            token_logprobs=[record.logprob for record in records],
+            top_logprobs=[self._top(record) if record.logprob is not None else None for record in records],
+            text_offset=[offset + record.offset for record in records],
+        )
+
+    def _top(self, record: TokenLogprob) -> dict[str, float]:
+        top: dict[str, float] = {}
+        for token_id, logprob in record.top:
+            text = self.text(token_id)
+            top[f"token_id:{token_id}" if text in top else text] = logprob
+        return top

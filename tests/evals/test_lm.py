@@ -1,0 +1,172 @@
+"""The lm-eval model: what it scores and writes through the cache is what the full forward pass says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+
+from evals.lm import CheckpointLM, _chains
+from model import checkpoint as checkpoints
+from model.config import ModelConfig
+from model.errors import CheckpointError, ConfigError
+from model.tokenizer import ByteTokenizer
+from model.transformer import Transformer
+
+CONFIG = ModelConfig(
+    hidden_size=64,
+    layers=("sliding", "csa", "hca"),
+    max_positions=96,
+    hca_ratio=16,
+    index_topk=4,
+    init_std=0.15,  # at 0.02 every token is about equally likely, and a wrong position would hardly show
+)
+TEXT = "def recall(doc, results):\n    return {'recall': float(results[0] == doc['value'])}\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("checkpoint") / "final"
+    model = Transformer(CONFIG)
+    with torch.no_grad():
+        model.head.weight[:34] = model.head.weight[129:] = (
+            0.0  # writes printable ASCII, so that texts tell tokens apart
+        )
+    checkpoints.save(model, folder, ByteTokenizer())
+    return folder
+
+
+@pytest.fixture
+def lm(folder):
+    return CheckpointLM(folder, chunk=7)  # divides neither ratio, nor the window, nor the texts
+
+
+def requests(kind, arguments):
+    return [Instance(request_type=kind, doc={}, arguments=args, idx=i) for i, args in enumerate(arguments)]
+
+
+def full_scores(lm, ids):
+    """Log-softmax of a whole sequence, without a cache: [S, vocab]."""
+    with torch.inference_mode():
+        return lm._model(torch.tensor([ids]))[0].log_softmax(-1)
+
+
+def expected(lm, context, continuation):
+    ids = lm.tok_encode(context + continuation)
+    start = len(lm.tok_encode(context))
+    scores = full_scores(lm, ids[:-1])[start - 1 :]
+    target = torch.tensor(ids[start:])
+    total = scores.gather(1, target[:, None]).sum().item()
+    return total, bool((scores.argmax(-1) == target).all())
+
+
+def test_loglikelihood_equals_the_full_forward(lm):
+    pairs = [(TEXT[:n], TEXT[n : n + m]) for n, m in [(60, 20), (13, 1), (1, 40), (60, 1), (60, 2), (15, 17), (64, 1)]]
+    pairs += [("", TEXT[:30]), (TEXT[:20], "ab"), (TEXT[:20], "cd"), (TEXT[:20], "x"), (TEXT[:20], "y")]
+    results = lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+    for pair, (total, greedy) in zip(pairs, results):
+        assert (total, greedy) == (pytest.approx(expected(lm, *pair)[0], abs=1e-4), expected(lm, *pair)[1]), pair
+    assert len({round(total, 3) for total, _ in results}) == len(pairs)
+
+
+def test_greedy_flag_is_set_for_the_greedy_continuation(lm):
+    ids = lm.tok_encode(TEXT[:30])
+    best = full_scores(lm, ids)[-1].topk(2).indices.tolist()
+    scored = lm._loglikelihood_tokens([(("", ""), ids, [token]) for token in best], disable_tqdm=True)
+    assert [greedy for _, greedy in scored] == [True, False]
+
+    # One wrong token in front of twelve greedy ones, more than a chunk: the whole is not greedy.
+    wrong = [*ids, best[1]]
+    for _ in range(12):
+        wrong.append(full_scores(lm, wrong)[-1].argmax().item())
+    pairs = [(("", ""), wrong[: len(ids)], wrong[len(ids) :]), (("", ""), wrong[: len(ids) + 1], wrong[len(ids) + 1 :])]
+    assert [greedy for _, greedy in lm._loglikelihood_tokens(pairs, disable_tqdm=True)] == [False, True]
+
+
+def test_generation_equals_the_argmax_loop(lm):
+    prompts = [TEXT[:40], TEXT[5:45], TEXT[:33], TEXT[:40] + "@", "x"]
+    arguments = [(prompt, {"until": [], "max_gen_toks": 12}) for prompt in prompts]
+    for prompt, text in zip(prompts, lm.generate_until(requests("generate_until", arguments), disable_tqdm=True)):
+        ids = lm.tok_encode(prompt)
+        for _ in range(12):
+            ids.append(full_scores(lm, ids)[-1].argmax().item())
+        assert text == ByteTokenizer().decode(ids[-12:]), prompt
+
+
+def test_prompts_that_begin_one_another_are_read_once_and_answered_alike(lm):
+    prompts = [TEXT[:n] for n in (40, 44, 45, 60)] + [TEXT[10 : 10 + n] for n in (40, 44, 45, 60)] + [TEXT[:40]]
+    arguments = [(prompt, {"until": [], "max_gen_toks": 5}) for prompt in prompts]
+    together = lm.generate_until(requests("generate_until", arguments), disable_tqdm=True)
+    alone = [lm.generate_until(requests("generate_until", [one]), disable_tqdm=True)[0] for one in arguments]
+    assert together == alone
+    assert len(set(together)) > 4
+
+    read = []
+    forward = lm._model.forward
+    lm._model.forward = lambda ids, *rest, **more: read.append(ids.numel()) or forward(ids, *rest, **more)
+    lm.generate_until(requests("generate_until", [(p, {"max_gen_toks": 1}) for p in prompts]), disable_tqdm=True)
+    assert sum(read) == 2 * (60 + 1)  # two chains, BOS in each
+
+
+def test_chains():
+    prompts = [(1, 2), (1,), (3, 4), (1, 2, 5), (1, 3)]
+    assert _chains(prompts) == [[(1,), (1, 2), (1, 2, 5)], [(1, 3)], [(3, 4)]]
+
+
+def test_stop_string_and_end_of_text(lm):
+    def generate(**arguments):
+        one = requests("generate_until", [(TEXT[:40], {"max_gen_toks": 12, **arguments})])
+        return lm.generate_until(one, disable_tqdm=True)[0]
+
+    whole = generate(until=[])
+    letters = sorted(set(whole[2:]) - set(whole[:2]), key=whole.index)
+    assert letters, whole
+    place = whole.index(letters[0])
+    assert generate(until=[letters[0]]) == whole[:place]
+    assert generate(until=letters[0]) == whole[:place]
+    # Two stop strings that end together: the one that begins first counts.
+    assert generate(until=[letters[0], whole[place - 1 : place + 1]]) == whole[: place - 1]
+    assert generate(until=["never this"]) == whole
+    lm._tokenizer.eos_id = lm.tok_encode(letters[0])[-1]
+    assert generate(until=[]) == whole[:place]
+
+
+def test_rolling_scores_every_token_once_within_the_context(lm):
+    long = TEXT * 3
+    assert len(long) > 2 * CONFIG.max_positions
+    short_score, long_score, empty = lm.loglikelihood_rolling(
+        requests("loglikelihood_rolling", [(TEXT[:50],), (long,), ("",)]), disable_tqdm=True
+    )
+    assert empty == 0.0
+    assert short_score == pytest.approx(expected(lm, "", TEXT[:50])[0], abs=1e-4)
+
+    ids = lm.tok_encode(long)
+    size, total = CONFIG.max_positions, 0.0
+    for start in range(1, len(ids), size):  # each window predicts ids[start:end] and sees `size` tokens before its end
+        end = min(start + size, len(ids))
+        window = ids[max(0, end - 1 - size) : end]
+        scores = full_scores(lm, window[:-1])[-(end - start) :]
+        total += scores.gather(1, torch.tensor(window[-(end - start) :])[:, None]).sum().item()
+    assert long_score == pytest.approx(total, abs=2e-4)
+
+
+def test_what_exceeds_the_context_is_refused_not_cut(lm):
+    fits = "x" * (CONFIG.max_positions - 1)  # and BOS
+    lm.loglikelihood(requests("loglikelihood", [(fits, "y")]), disable_tqdm=True)
+    lm.generate_until(requests("generate_until", [(fits, {"max_gen_toks": 1})]), disable_tqdm=True)
+    with pytest.raises(ConfigError, match="need 97 positions, the model's context has 96"):
+        lm.loglikelihood(requests("loglikelihood", [(fits, "yz")]), disable_tqdm=True)
+    with pytest.raises(ConfigError, match="need 97 positions, the model's context has 96"):
+        lm.generate_until(requests("generate_until", [(fits, {"max_gen_toks": 2})]), disable_tqdm=True)
+
+
+def test_sampling_is_refused(lm):
+    with pytest.raises(ConfigError, match="do_sample"):
+        lm.generate_until(requests("generate_until", [("x", {"do_sample": True, "temperature": 1.0})]))
+
+
+def test_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere"):
+        CheckpointLM(tmp_path / "nowhere")

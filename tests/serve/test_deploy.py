@@ -1,0 +1,198 @@
+"""The deployed endpoint as its users meet it: Ray Serve in front, the openai client outside."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+
+from model import checkpoint
+from model.cache import Cache
+from model.errors import CheckpointError, ConfigError
+from model.generation import prefill
+from pipelines.config import Recipe, recipe_from_dict
+from pipelines.deploy import Deployment, start
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def recipe_for(folder: Path, model_uri: str | Path, **serve) -> Recipe:
+    serve = {"model_uri": str(model_uri), "port": free_port(), "cpus_per_replica": 0.5, **serve}
+    return recipe_from_dict({"run": {"folder": str(folder)}, "serve": serve})
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, endless_model, letters) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "letters" / "final"
+    checkpoint.save(endless_model, folder, letters)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def deployment(ray_cluster, saved) -> Iterator[Deployment]:
+    limits = {"max_active_requests": 2, "max_waiting_requests": 1, "max_body_bytes": 20_000, "prefill_chunk": 32}
+    with start(recipe_for(saved.parents[1], saved, **limits)) as deployment:
+        yield deployment
+
+
+@pytest.fixture(scope="module")
+def client(deployment) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{deployment.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def wait_until_idle(deployment: Deployment, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while (unfinished := httpx.get(f"{deployment.url}/healthz").json()["unfinished"]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert unfinished == 0
+
+
+def test_models(deployment, client) -> None:
+    [card] = client.models.list().data
+    assert card.id == deployment.model_name == "letters/final"
+    assert card.cache_bytes_per_token > 0
+    assert client.models.retrieve(card.id) == card
+
+
+def test_an_answer_is_the_models(deployment, client, endless_model, letters) -> None:
+    prompt = [letters.bos_id, *letters.encode("the other rain")]
+    with torch.inference_mode():
+        cache = Cache(endless_model.config, 1, 100)
+        token = prefill(endless_model, cache, torch.tensor([prompt]), chunk=32).argmax(-1)
+        want = [int(token)]
+        for _ in range(19):
+            token = endless_model(token[None], cache)[:, -1].argmax(-1)
+            want.append(int(token))
+    answer = client.completions.create(
+        model=deployment.model_name, prompt="the other rain", max_tokens=20, temperature=0
+    )
+    assert answer.choices[0].text == letters.decode(want)
+    assert answer.usage.completion_tokens == 20
+    assert answer.fiftyfold["cache_nbytes"] == Cache(endless_model.config, 1, len(prompt) + 19).nbytes()
+
+
+def test_streams_arrive_piece_by_piece_and_equal_the_whole(deployment, client) -> None:
+    ask = dict(model=deployment.model_name, prompt="the other rain", max_tokens=60, seed=5, temperature=1)
+    whole = client.completions.create(**ask)
+    times, texts = [], []
+    for chunk in client.completions.create(**ask, stream=True, stream_options={"include_usage": True}):
+        times.append(time.monotonic())
+        texts += [choice.text for choice in chunk.choices]
+    assert "".join(texts) == whole.choices[0].text
+    assert chunk.usage == whole.usage
+    assert len(texts) > 30
+    # Had the server collected the answer first, all chunks would come within the time of one token.
+    assert times[-1] - times[0] > 0.1
+
+
+def test_many_clients_at_once_get_what_each_would_alone(deployment, client) -> None:
+    def ask(seed: int) -> str:
+        return (
+            client.completions.create(model=deployment.model_name, prompt="in", max_tokens=20, seed=seed)
+            .choices[0]
+            .text
+        )
+
+    alone = {seed: ask(seed) for seed in range(3)}
+    together: dict[int, str] = {}
+    threads = [threading.Thread(target=lambda s=seed: together.update({s: ask(s)})) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"model": "other"}, openai.NotFoundError, "is not served here"),
+        ({"prompt": [5] * 600}, openai.BadRequestError, "the model's context is 512"),
+        ({"temperature": 9}, openai.BadRequestError, "temperature"),
+        ({"logit_bias": {"1": 2}}, openai.BadRequestError, "not supported"),
+        ({"n": 9}, openai.BadRequestError, "the server takes 3"),
+        ({"prompt": "a" * 30_000}, openai.APIStatusError, "larger than the 20000 bytes"),
+    ],
+)
+def test_errors_reach_the_client(deployment, client, change, error, words) -> None:
+    with pytest.raises(error, match=words):
+        client.completions.create(**{"model": deployment.model_name, "prompt": "a", **change})
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_client_that_hangs_up_frees_its_place(deployment, streamed) -> None:
+    body = {"prompt": "the", "max_tokens": 450, "temperature": 0, "stream": streamed}
+    if streamed:
+        with httpx.stream("POST", f"{deployment.url}/v1/completions", json=body) as response:
+            next(response.iter_lines())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{deployment.url}/v1/completions", json=body, timeout=0.5)
+    gone = time.monotonic()
+    wait_until_idle(deployment)
+    took = time.monotonic() - gone
+    # Without the abort it would decode to the end, which takes several times as long as this.
+    assert took < 1.5, took
+
+
+def test_more_than_may_wait_is_told_so(deployment, client) -> None:
+    body = {"prompt": "the", "max_tokens": 200, "temperature": 0, "n": 3, "stream": True}
+    with httpx.stream("POST", f"{deployment.url}/v1/completions", json=body) as response:
+        next(response.iter_lines())
+        with pytest.raises(openai.RateLimitError, match="busy with 3 of at most 3"):
+            client.completions.create(model=deployment.model_name, prompt="a")
+    wait_until_idle(deployment)
+
+
+def test_a_port_in_use_is_named_before_anything_starts(ray_cluster, saved) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            ConfigError, match=rf"^serve.port: cannot listen on 127.0.0.1:{port} \(Address already in use\)$"
+        ):
+            start(recipe_for(saved.parents[1], saved, port=port))
+
+
+def test_a_second_deployment_does_not_take_over_the_first(deployment, saved) -> None:
+    with pytest.raises(ConfigError, match="already runs Ray Serve"):
+        start(recipe_for(saved.parents[1], saved))
+    assert httpx.get(f"{deployment.url}/healthz").status_code == 200
+
+
+def test_missing_and_damaged_models(tmp_path, saved, endless_model, letters) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere: no such checkpoint folder"):
+        start(recipe_for(tmp_path, tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="models:/fiftyfold@champion"):
+        start(recipe_for(tmp_path, "models:/fiftyfold@champion"))
+    checkpoint.save(endless_model, tmp_path / "no-tokenizer")
+    with pytest.raises(ConfigError, match=r"tokenizer .*no-tokenizer"):
+        start(recipe_for(tmp_path, tmp_path / "no-tokenizer"))
+    checkpoint.save(endless_model, tmp_path / "damaged", letters)
+    weights = tmp_path / "damaged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"damaged.*model.safetensors"):
+        start(recipe_for(tmp_path, tmp_path / "damaged"))
+
+
+def test_events_on_the_wire(deployment) -> None:
+    """Byte for byte what a client without a library has to read."""
+    body = {"prompt": "the", "max_tokens": 3, "temperature": 0, "stream": True}
+    text = httpx.post(f"{deployment.url}/v1/completions", json=body).text
+    lines = text.split("\n")
+    assert lines[-3:] == ["data: [DONE]", "", ""]
+    for data, blank in zip(lines[:-3:2], lines[1:-3:2]):
+        assert blank == ""
+        assert json.loads(data.removeprefix("data: "))["object"] == "text_completion"
