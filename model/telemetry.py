@@ -29,6 +29,6 @@ class Telemetry:
     def means(self) -> dict[str, float]:
         """Losses and measures, each averaged over its layers."""
         return {
-            name: float(sum(float(v) for v in per_layer.values()) / len(per_layer))
+            name: sum(float(v.detach()) for v in per_layer.values()) / len(per_layer)
             for name, per_layer in {**self.losses, **self.measures}.items()
         }

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import ExitStack, redirect_stderr
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -47,7 +47,7 @@ class Deployment:
 
     def stop(self) -> None:
         """Stop serving, and the Ray cluster where it was started for this. A second call does nothing."""
-        with redirect_stderr(_WithoutShutdownNotice(sys.stderr)):
+        with redirect_stdout(_WithoutShutdownNotice(sys.stdout)):
             self._started.close()
 
     def __enter__(self) -> Deployment:
@@ -84,7 +84,7 @@ def start(recipe: Recipe) -> Deployment:
     for a damaged checkpoint.
     """
     section = recipe.serve
-    model_name, folder = _find_model(recipe)
+    model_name, folder = find_model(recipe)
     # Read once here, so that damage is told in one sentence instead of by replicas that keep restarting.
     checkpoints.load(folder)
     load_tokenizer(folder)
@@ -123,7 +123,7 @@ def wait_for_signal() -> None:
             signal.signal(number, handler)
 
 
-def _find_model(recipe: Recipe) -> tuple[str, Path]:
+def find_model(recipe: Recipe) -> tuple[str, Path]:
     """(the name clients use, the checkpoint folder) of ``serve.model_uri``."""
     uri = recipe.serve.model_uri
     if not uri.startswith("models:/"):
@@ -159,11 +159,6 @@ def check_port(host: str, port: int) -> None:
 
 def _check_cluster(section: ServeSection) -> None:
     """Raise ConfigError where Ray Serve would wait for ever, or serve in place of somebody else's application."""
-    if ray_serve.status().proxies:
-        raise ConfigError(
-            "serve: the Ray cluster already runs Ray Serve; add the application there with `serve deploy` and "
-            "import_path serve.app:build, or stop what is served"
-        )
     resources = ray.cluster_resources()
     for kind, each in (("CPU", section.cpus_per_replica), ("GPU", section.gpus_per_replica)):
         there, needed = resources.get(kind, 0), section.replicas * each
@@ -172,6 +167,11 @@ def _check_cluster(section: ServeSection) -> None:
                 f"serve.replicas: {section.replicas} replicas of {each:g} {kind} need {needed:g} {kind}, "
                 f"the Ray cluster has {there:g}"
             )
+    if ray_serve.status().proxies:
+        raise ConfigError(
+            "serve: the Ray cluster already runs Ray Serve; add the application there with `serve deploy` and "
+            "import_path serve.app:build, or stop what is served"
+        )
 
 
 def _wait_until_healthy(url: str) -> None:

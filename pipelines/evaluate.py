@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -54,6 +55,8 @@ def run(recipe: Recipe) -> EvaluateResult:
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint}: no checkpoint there; run the train step first")
     tracked = run_of_checkpoint(checkpoint)
+    if recipe.train.use_gpu and not torch.cuda.is_available():
+        raise ConfigError("train.use_gpu: no CUDA device here; pass --train.use_gpu false to evaluate on the CPU")
     digest = weights_digest(checkpoint)
     data_folder: Path | None = recipe.data_folder
     if not recipe.data_folder.is_dir():
@@ -68,6 +71,7 @@ def run(recipe: Recipe) -> EvaluateResult:
         section.seed,
         data_folder,
         recipe.data.pairs,
+        device="cuda" if recipe.train.use_gpu else "cpu",
     )
     scores = scores_of(metrics)
     tracked.log_metrics(metrics)

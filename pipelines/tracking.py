@@ -34,7 +34,6 @@ from mlflow.utils.validation import (
     MAX_METRICS_PER_BATCH,
     MAX_PARAM_VAL_LENGTH,
     MAX_PARAMS_TAGS_PER_BATCH,
-    MAX_TAG_VAL_LENGTH,
 )
 
 from model.errors import ConfigError
@@ -167,8 +166,8 @@ class TrackedRun:
             self._client.log_table(self.run_id, {key: list(values) for key, values in columns.items()}, file)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags; long values are cut to MLflow's limit."""
-        entries = [RunTag(key, str(value)[:MAX_TAG_VAL_LENGTH]) for key, value in tags.items()]
+        """Set tags; MLflow cuts long values."""
+        entries = [RunTag(key, str(value)) for key, value in tags.items()]
         for batch in _batches(entries, MAX_PARAMS_TAGS_PER_BATCH):
             self._client.log_batch(self.run_id, tags=batch)
 
@@ -330,7 +329,7 @@ def _experiment(client: MlflowClient, uri: str, name: str, folder: Path) -> str:
 
 
 def _params(recipe: Recipe) -> dict[str, str]:
-    """The recipe as MLflow parameters: dotted keys, text values no longer than MLflow's limit."""
+    """The recipe as MLflow parameters: dotted keys, text values."""
 
     def walk(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
         if isinstance(value, dict) and value:
@@ -341,7 +340,7 @@ def _params(recipe: Recipe) -> dict[str, str]:
                 yield from walk(f"{prefix}.{i}", item)
         else:
             text = value if isinstance(value, str) else json.dumps(value)
-            yield prefix, text[:MAX_PARAM_VAL_LENGTH]
+            yield prefix, text[:MAX_PARAM_VAL_LENGTH]  # MLflow's own cut would look like a change on resuming
 
     return dict(walk("", recipe.to_dict()))
 

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from model.errors import FiftyfoldError
+from model.tokenizer import Tokenizer
 from serve import http_errors
 from serve.engine import Delta, Engine, RequestError
 from serve.http_errors import ModelNotFoundError
@@ -61,7 +62,9 @@ def create_app(engine: Engine, model_name: str, max_body_bytes: int = 8_000_000)
     @app.post("/v1/completions", response_model=Completion)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         check_model(body.model)
-        answer = _Answer(body, model_name, engine, texts)
+        # In a thread: a text of many megabytes must not hold up the streams of others.
+        prompts = await asyncio.to_thread(_encode, body.prompt, tokenizer)
+        answer = _Answer(body, prompts, model_name, engine, texts)
         if body.stream:
             return _EventStream(answer)
         whole = asyncio.ensure_future(answer.whole())
@@ -125,15 +128,21 @@ def create_app(engine: Engine, model_name: str, max_body_bytes: int = 8_000_000)
     return app
 
 
+def _encode(prompts: list[str | list[int]], tokenizer: Tokenizer) -> list[list[int]]:
+    """Texts with BOS in front, token ids as they are."""
+    return [[tokenizer.bos_id, *tokenizer.encode(p)] if isinstance(p, str) else p for p in prompts]
+
+
 class _Answer:
     """One request on its way through the engine. Making it submits it, so refusals come before any output."""
 
-    def __init__(self, body: CompletionRequest, model_name: str, engine: Engine, texts: TokenTexts):
+    def __init__(
+        self, body: CompletionRequest, prompts: list[list[int]], model_name: str, engine: Engine, texts: TokenTexts
+    ):
         self._body = body
         self._texts = texts
         self._choices_per_prompt = body.n or 1
         tokenizer = engine.tokenizer
-        prompts = [[tokenizer.bos_id, *tokenizer.encode(p)] if isinstance(p, str) else p for p in body.prompt]
         choices = range(self._choices_per_prompt)
         self.stream = engine.submit([(tokens, body.sampling_params(i)) for tokens in prompts for i in choices])
         shown = [p if isinstance(p, str) else tokenizer.decode(p) for p in body.prompt] if body.echo else None

@@ -76,8 +76,9 @@ def _hadamard_matrix(n: int, device: torch.device, dtype: torch.dtype) -> Tensor
     if key not in _MATRICES:
         if n < 1 or n & (n - 1):
             raise ValueError(f"hadamard: the last dim must be a power of two, found {n}")
-        matrix = torch.ones(1, 1)
-        while matrix.shape[0] < n:
-            matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-        _MATRICES[key] = (matrix / math.sqrt(n)).to(device, dtype)
+        with torch.inference_mode(False):  # kept for later calls, which may want gradients through it
+            matrix = torch.ones(1, 1)
+            while matrix.shape[0] < n:
+                matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+            _MATRICES[key] = (matrix / math.sqrt(n)).to(device, dtype)
     return _MATRICES[key]

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 
@@ -15,7 +23,7 @@ from model.errors import CheckpointError, ConfigError
 from model.tokenizer import ByteTokenizer, load_tokenizer
 from model.transformer import Transformer
 from pipelines import evaluate, promote
-from pipelines.config import Recipe, recipe_from_dict
+from pipelines.config import Recipe, recipe_from_dict, with_overrides
 from pipelines.tracking import open_tracking
 
 MODEL = ModelConfig(hidden_size=32, layers=("sliding", "csa", "hca"), max_positions=512)
@@ -222,7 +230,8 @@ def test_weights_that_were_not_evaluated_are_not_promoted(recipe):
     tracking = open_tracking(recipe)
     # Now its low score is that of its weights, and the weak run is the best.
     assert promote.run(recipe).winner.name == "weak"
-    assert len(tracking.client.search_logged_models([tracking.experiment_id])) == 1
+    assert promote.run(with_budget(recipe, 1000, mode="min")).winner.name == "longer"
+    assert len(tracking.client.search_logged_models([tracking.experiment_id])) == 2
 
 
 def test_interrupted_copy_registers_nothing(recipe, store):
@@ -286,6 +295,10 @@ def test_evaluate_without_a_checkpoint_or_its_run(recipe):
     with pytest.raises(CheckpointError, match="final: no checkpoint there; run the train step first"):
         evaluate.run(recipe)
     train(recipe, "a", None, 100)
+    if not torch.cuda.is_available():
+        on_gpu = with_overrides(named(recipe, "a"), {"train.use_gpu": True})
+        with pytest.raises(ConfigError, match=r"train\.use_gpu: no CUDA device here"):
+            evaluate.run(on_gpu)
     path = named(recipe, "a").run_folder / "run.json"
     content = path.read_text()
     path.write_text("{")
@@ -297,3 +310,45 @@ def test_evaluate_without_a_checkpoint_or_its_run(recipe):
     path.unlink()
     with pytest.raises(ConfigError, match=r"run\.json: No such file or directory, so the run of"):
         evaluate.run(named(recipe, "a"))
+
+
+@pytest.mark.long
+def test_the_same_against_a_tracking_server(tmp_path):
+    """Artifacts travel over HTTP here, so nothing may rely on reading the store's files."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    uri = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
+    command += ["--artifacts-destination", str(tmp_path / "server")]
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (tmp_path / "server.log").open("w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        for _ in range(240):
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{uri}/health").status_code == 200:
+                    break
+            time.sleep(0.5)
+        recipe = recipe_from_dict(
+            {
+                "run": {"folder": str(tmp_path / "runs"), "name": "a"},
+                "evaluate": {"lengths": [128], "depths": [0.5], "samples": 2},
+                "tracking": {"uri": uri},
+            }
+        )
+        run = train(recipe, "b", None, 100)
+        evaluate.run(named(recipe, "b"))
+        result = promote.run(recipe)
+        assert result.winner.run_id == run.run_id
+        folder = promote.resolve(open_tracking(recipe), result.model_uri, tmp_path / "served" / "deep")
+        assert folder.is_relative_to(tmp_path / "served")
+        assert checkpoints.load(folder).config == MODEL
+        assert run.url_hint() == f"{uri}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
+        evaluate.run(named(recipe, "b"))  # replaces the table
+        assert not (tmp_path / "runs" / "mlflow.db").exists()
+        assert not (tmp_path / "runs" / "mlartifacts").exists()
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)

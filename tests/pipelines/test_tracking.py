@@ -66,9 +66,12 @@ def test_default_recipe_has_no_parameter_lost(store):
     """More than the 100 parameters that MLflow takes at once; a value longer than it takes is cut."""
     recipe = recipe_in(store, data={"sources": ["x" * 7000]})
     tracking = open_tracking(recipe)
-    params = tracking.client.get_run(tracking.start_run("a", kind="train", recipe=recipe).run_id).data.params
+    run_id = tracking.start_run("a", kind="train", recipe=recipe).run_id
+    params = tracking.client.get_run(run_id).data.params
     assert len(params) > 100
     assert len(params["data.sources"]) == 6000
+    tracking.start_run("a", kind="train", recipe=recipe, run_id=run_id)
+    assert "resumed.changed" not in tracking.client.get_run(run_id).data.tags
 
 
 def test_artifacts_figure_and_table(store, tmp_path):

@@ -1,7 +1,11 @@
 """The deployed endpoint as its users meet it: Ray Serve in front, the openai client outside."""
 
 import json
+import shlex
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +21,9 @@ from model.cache import Cache
 from model.errors import CheckpointError, ConfigError
 from model.generation import prefill
 from pipelines.config import Recipe, recipe_from_dict
-from pipelines.deploy import Deployment, start
+from pipelines.deploy import Deployment, find_model, start
+from pipelines.tracking import open_tracking
+from serve.app import build
 
 
 def free_port() -> int:
@@ -143,7 +149,7 @@ def test_a_client_that_hangs_up_frees_its_place(deployment, streamed) -> None:
     wait_until_idle(deployment)
     took = time.monotonic() - gone
     # Without the abort it would decode to the end, which takes several times as long as this.
-    assert took < 1.5, took
+    assert took < 3, took
 
 
 def test_more_than_may_wait_is_told_so(deployment, client) -> None:
@@ -170,6 +176,76 @@ def test_a_second_deployment_does_not_take_over_the_first(deployment, saved) -> 
     with pytest.raises(ConfigError, match="already runs Ray Serve"):
         start(recipe_for(saved.parents[1], saved))
     assert httpx.get(f"{deployment.url}/healthz").status_code == 200
+
+
+def test_lm_eval_scores_through_the_endpoint(deployment, endless_model, letters) -> None:
+    """lm-eval's own client, unchanged, gets the model's log-likelihoods."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    lm = LocalCompletionsAPI(
+        base_url=f"{deployment.url}/v1/completions", model=deployment.model_name, max_length=512, num_concurrent=2
+    )
+    pairs = [("the other", " rain"), ("in", "the end"), ("on and on", " at")]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    for (context, continuation), (logprob, greedy) in zip(pairs, lm.loglikelihood(requests)):
+        before, after = letters.encode(context), letters.encode(continuation)
+        with torch.inference_mode():
+            want = endless_model(torch.tensor([before + after]))[0].log_softmax(-1)[len(before) - 1 : -1]
+        token_logprobs = want.gather(1, torch.tensor(after)[:, None])
+        assert logprob == pytest.approx(token_logprobs.sum().item(), abs=1e-3)
+        assert greedy == (want.argmax(-1).tolist() == after)
+    [text] = lm.generate_until([Instance("generate_until", {}, ("the", {"until": ["a"], "max_gen_toks": 8}), 0)])
+    assert "a" not in text
+
+
+def test_a_registered_model_is_found_by_its_alias(tmp_path, saved) -> None:
+    recipe = recipe_for(tmp_path, "models:/letters@champion")
+    client = open_tracking(recipe).client
+    client.create_registered_model("letters")
+    version = client.create_model_version("letters", saved.as_uri())
+    client.set_registered_model_alias("letters", "champion", version.version)
+    name, folder = find_model(recipe)
+    assert name == "letters"
+    assert checkpoint.load_config(folder) == checkpoint.load_config(saved)
+    with pytest.raises(ConfigError, match="models:/letters@other"):
+        find_model(recipe_for(tmp_path, "models:/letters@other"))
+
+
+def test_more_replicas_than_the_cluster_can_hold(ray_cluster, saved) -> None:
+    # Ray Serve would wait for ever for the missing processors.
+    with pytest.raises(ConfigError, match=r"50 replicas of 0\.5 CPU need 25 CPU, the Ray cluster has \d+$"):
+        start(recipe_for(saved.parents[1], saved, replicas=50))
+
+
+def test_build_names_a_setting_it_does_not_know() -> None:
+    with pytest.raises(ConfigError, match="serve args: prefil_chunk: Extra inputs"):
+        build({"checkpoint": "x", "prefil_chunk": 5})
+    with pytest.raises(ConfigError, match="serve args: checkpoint: Field required"):
+        build({})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_what_the_step_started(tmp_path, saved, number) -> None:
+    recipe = recipe_for(tmp_path, saved)
+    code = (
+        "import json, sys; from pipelines.config import recipe_from_dict; from pipelines.deploy import run; "
+        "print(run(recipe_from_dict(json.loads(sys.argv[1]))))"
+    )
+    command = [sys.executable, "-c", code, json.dumps(recipe.to_dict())]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        lines = [process.stdout.readline(), process.stdout.readline()]
+        curl = shlex.split(lines[1])
+        answer = json.loads(subprocess.run([*curl, "-s"], capture_output=True, check=True, text=True).stdout)
+        assert answer["object"] == "text_completion"
+        process.send_signal(number)
+        rest = process.stdout.read()
+        assert process.wait(60) == 0, rest
+    assert lines[0].startswith(f"serving {saved} as 'letters/final' at http://127.0.0.1:{recipe.serve.port}/v1")
+    assert [line.split("(")[0] for line in rest.splitlines()] == ["stopping", "DeployResult"]
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", recipe.serve.port)) != 0
 
 
 def test_missing_and_damaged_models(tmp_path, saved, endless_model, letters) -> None:

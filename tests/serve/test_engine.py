@@ -275,6 +275,20 @@ def test_a_failure_inside_the_model_ends_one_sequence_only(letters_model, letter
     assert not scheduler.busy
 
 
+def test_an_engine_that_lost_its_worker_says_so(letters_model, letters) -> None:
+    async def main() -> None:
+        engine = Engine(letters_model, letters)
+        engine._worker.shutdown()
+        stream = engine.submit([([0], SamplingParams())] * 2)
+        with pytest.raises(EngineError, match="the engine failed"):
+            await stream.__anext__()
+        with pytest.raises(EngineError, match="cannot schedule new futures after shutdown"):
+            engine.check_health()  # by which Ray Serve knows to replace the replica
+        assert engine.unfinished == 0
+
+    run(main())
+
+
 def test_requests_that_can_never_run(letters_model, letters) -> None:
     async def main() -> None:
         engine = Engine(letters_model, letters)

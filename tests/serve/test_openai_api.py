@@ -194,6 +194,13 @@ def test_models(client, letters_model) -> None:
     assert client.get("/v1/models/letters").json() == card
 
 
+def test_the_schema_is_published(client) -> None:
+    schema = client.get("/openapi.json").json()
+    fields = schema["components"]["schemas"]["CompletionRequest"]["properties"]
+    assert {"prompt", "max_tokens", "stream", "echo", "logprobs"} <= set(fields)
+    assert len(fields["prompt"]["anyOf"]) == 5
+
+
 def test_healthz(client) -> None:
     response = client.get("/healthz")
     assert (response.status_code, response.json()["status"]) == (200, "ok")

@@ -1,0 +1,85 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from model import checkpoint
+from model.config import ModelConfig
+from model.errors import CheckpointError
+from model.tokenizer import ByteTokenizer, load_tokenizer
+from model.transformer import Transformer
+
+
+@pytest.fixture
+def saved(tmp_path):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(hidden_size=32, head_dim=16, rope_head_dim=8, expert_size=16)).eval()
+    checkpoint.save(model, tmp_path / "a", ByteTokenizer())
+    return model, tmp_path / "a"
+
+
+def test_round_trip(saved):
+    model, folder = saved
+    loaded = checkpoint.load(folder)
+    assert loaded.config == model.config and not loaded.training
+    ids = torch.randint(0, 258, (1, 20))
+    assert torch.equal(loaded(ids), model(ids))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.decode(tokenizer.encode("héllo\n")) == "héllo\n"
+
+
+def test_saving_replaces_the_folder_whole(saved):
+    model, folder = saved
+    (folder / "stray").write_text("x")
+    checkpoint.save(model, folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert [p.name for p in folder.parent.iterdir()] == ["a"]
+
+
+def change_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("norm.weight"), "tensor 'norm.weight' is missing"),
+        (lambda t: t.update(extra=torch.zeros(1)), "tensor 'extra' is not part of this model"),
+        (lambda t: t.update({"norm.weight": torch.zeros(3)}), r"'norm.weight' has shape \[3\], expected \[32\]"),
+        (lambda t: t["norm.weight"].fill_(float("nan")), "'norm.weight' holds values that are not finite"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(saved, change, message):
+    _, folder = saved
+    change_weights(folder, change)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.load(folder)
+
+
+def test_damaged_files_are_named(saved):
+    _, folder = saved
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=r"model.safetensors: damaged"):
+        checkpoint.load(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config.json: not a checkpoint configuration"):
+        checkpoint.load(folder)
+    (folder / "config.json").write_text(json.dumps({"format_version": 1, "model": {"windw": 3}}))
+    with pytest.raises(CheckpointError, match="did you mean 'window'"):
+        checkpoint.load(folder)
+    with pytest.raises(CheckpointError, match="no such checkpoint folder"):
+        checkpoint.load(folder / "nowhere")
+
+
+def test_warm_start_renews_only_position_biases(saved):
+    model, folder = saved
+    other = Transformer(model.config.replace(csa_ratio=8))
+    fresh = checkpoint.warm_start(other, folder)
+    assert fresh and all(name.endswith(".ape") for name in fresh)
+    assert torch.equal(other.embed.weight, model.embed.weight)
+    with pytest.raises(CheckpointError, match="has shape"):
+        checkpoint.warm_start(Transformer(model.config.replace(expert_size=8)), folder)

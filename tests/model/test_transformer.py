@@ -1,0 +1,265 @@
+"""The network as a whole: causality, cache equality, switches, gradients."""
+
+import pytest
+import torch
+
+from model.budget import cache_bytes, cache_bytes_per_token, fixed_state_bytes
+from model.cache import Cache
+from model.config import ModelConfig
+from model.errors import CacheError, ConfigError
+from model.generation import prefill
+from model.telemetry import Telemetry
+from model.transformer import Transformer
+
+SMALL = {
+    "hidden_size": 32,
+    "head_dim": 16,
+    "rope_head_dim": 8,
+    "num_heads": 4,
+    "q_lora_rank": 16,
+    "o_lora_rank": 8,
+    "window": 6,
+    "hca_ratio": 12,
+    "index_heads": 8,
+    "index_head_dim": 8,
+    "index_topk": 3,
+    "expert_size": 16,
+    "init_std": 0.2,
+    "max_positions": 512,
+    "vocab_size": 50,
+}
+SCHEDULES = {
+    "hybrid": ("sliding", "csa", "hca", "csa"),
+    "sliding": ("sliding",),
+    "csa": ("csa",),
+    "hca": ("hca",),
+    "gqa": ("gqa", "gqa"),
+}
+
+
+def build(seed=0, **overrides):
+    torch.manual_seed(seed)
+    model = Transformer(ModelConfig(**{**SMALL, **overrides}))
+    with torch.no_grad():  # zeros hide mistakes
+        for name, p in model.named_parameters():
+            if name.endswith((".sink", ".ape", ".base", ".scale")):
+                p.normal_(std=0.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_a_later_token_never_moves_an_earlier_output(schedule, attention):
+    model = build(layers=SCHEDULES[schedule])
+    ids = torch.randint(0, 50, (1, 60))
+    with torch.inference_mode():
+        before = model(ids, attention=attention)
+        for place in (1, 3, 4, 11, 12, 23, 35, 47, 59):
+            changed = ids.clone()
+            changed[0, place] = (changed[0, place] + 7) % 50
+            after = model(changed, attention=attention)
+            torch.testing.assert_close(after[:, :place], before[:, :place], rtol=0, atol=1e-5)
+            assert (after[:, place] - before[:, place]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_length_decodes_from_the_cache_like_the_full_forward(schedule):
+    # Without rounding, so that a flipped rounding cannot hide a mistake behind a loose tolerance.
+    model = build(layers=SCHEDULES[schedule], cache_precision="fp32", qat=False)
+    ids = torch.randint(0, 50, (2, 75))
+    with torch.inference_mode():
+        full = model(ids)
+        cache = Cache(model.config, 2, 75)
+        steps = [model(ids[:, t : t + 1], cache) for t in range(75)]
+    torch.testing.assert_close(torch.cat(steps, 1), full, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "mixed"])
+def test_prefill_may_be_cut_anywhere(precision):
+    model = build(cache_precision=precision, qat=precision == "mixed")
+    ids = torch.randint(0, 50, (1, 40))
+    with torch.inference_mode():
+        full = model(ids)
+        for cut in range(1, 40):
+            cache = Cache(model.config, 1, 40)
+            logits = torch.cat((model(ids[:, :cut], cache), model(ids[:, cut:], cache)), 1)
+            # With rounding, matmuls of another shape may flip a rare last bit across a rounding border.
+            close = ((logits - full).abs().amax(-1) < 2e-4).float().mean()
+            assert close == 1 if precision == "fp32" else close > 0.9, cut
+
+
+def test_generation_prefill_matches_in_any_chunk():
+    model = build(cache_precision="fp32", qat=False)
+    ids = torch.randint(0, 50, (1, 33))
+    with torch.inference_mode():
+        last = model(ids)[:, -1]
+    for chunk in (1, 5, 32, 33, 100):
+        torch.testing.assert_close(prefill(model, Cache(model.config, 1, 40), ids, chunk), last, rtol=0, atol=2e-4)
+
+
+def test_training_forward_equals_inference_forward_with_quantisation_in_the_loop():
+    model = build(qat=True)
+    ids = torch.randint(0, 50, (2, 40))
+    with torch.no_grad():
+        assert torch.equal(model.train()(ids), model.eval()(ids))
+        model = build(qat=False)
+        assert not torch.equal(model.train()(ids), model.eval()(ids))
+
+
+def test_cached_values_are_the_training_forwards_bit_for_bit():
+    model = build(layers=("csa",))
+    ids = torch.randint(0, 50, (1, 32))
+    seen = {}
+    precision = model.layers[0].attn.precision
+    original = precision.round_main
+
+    def spy(x, training):
+        out = original(x, training)
+        if training and x.shape[1] == 8:
+            seen["entries"] = out.detach()
+        return out
+
+    precision.round_main = spy
+    with torch.no_grad():
+        model.train()(ids)
+        cache = Cache(model.config, 1, 32)
+        model.eval()(ids, cache)
+    assert torch.equal(cache.layers[0].entries.read(), seen["entries"])
+
+
+def test_one_softmax_over_fewer_entries_than_topk_is_dense():
+    model = build(index_topk=100)
+    ids = torch.randint(0, 50, (1, 60))
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids, attention="sparse"), model(ids, attention="dense"))
+        sparse = build(index_topk=2)
+        assert not torch.allclose(sparse(ids, attention="sparse"), sparse(ids, attention="dense"), atol=1e-3)
+
+
+def test_the_indexer_learns_from_its_own_loss_only():
+    model = build().train()
+    ids = torch.randint(0, 50, (2, 60))
+    telemetry = Telemetry()
+    logits = model(ids, attention="sparse", telemetry=telemetry)
+    indexer = {n: p for n, p in model.named_parameters() if ".indexer." in n}
+    others = {n: p for n, p in model.named_parameters() if ".indexer." not in n}
+    logits.square().mean().backward(retain_graph=True)
+    assert all(p.grad is None for p in indexer.values())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in others.values())
+    model.zero_grad()
+    telemetry.loss("indexer_kl").backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in indexer.values())
+    assert all(p.grad is None for p in others.values())
+
+
+def test_the_indexer_can_fit_its_teacher():
+    model = build(layers=("csa",), qat=False).train()
+    ids = torch.randint(0, 50, (4, 60))
+    optimizer = torch.optim.AdamW(model.indexer_parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        telemetry = Telemetry(measure_selection=True)
+        model(ids, attention="dense", telemetry=telemetry)
+        loss = telemetry.loss("indexer_kl")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(telemetry.means())
+    assert losses[-1]["indexer_kl"] < 0.5 * losses[0]["indexer_kl"]
+    assert losses[-1]["recall_at_k_of_best"] > losses[0]["recall_at_k_of_best"]
+    assert all(0 <= m["recall_at_k"] <= m["recall_at_k_of_best"] <= 1 + 1e-6 for m in losses)
+
+
+SWITCHES = {
+    "attention": {"layers": ("gqa",) * 4},
+    "precision": {"cache_precision": "bf16"},
+    "hyper-connections": {"hyper_connections": False},
+    "qat": {"qat": False},
+    "experts": {"ffn": "dense"},
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_each_choice_can_be_taken_away_alone(switch):
+    full, without = build(), build(**SWITCHES[switch])
+    ids = torch.randint(0, 50, (1, 40))
+    with torch.no_grad():
+        assert not torch.allclose(full.train()(ids), without.train()(ids), atol=1e-4)
+    logits = without(ids)
+    logits.square().mean().backward()
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("tokens", [1, 11, 12, 13, 96, 500])
+@pytest.mark.parametrize("layers", SCHEDULES.values())
+@pytest.mark.parametrize("precision", ["mixed", "bf16"])
+def test_cache_bytes_are_the_closed_form(tokens, layers, precision):
+    config = ModelConfig(**{**SMALL, "layers": layers, "cache_precision": precision})
+    cache = Cache(config, 3, tokens)
+    page = config.page_tokens
+    rounded = -(-tokens // page) * page
+    assert cache.nbytes() == 3 * cache_bytes(config, rounded)
+    assert cache.nbytes("window") == 3 * fixed_state_bytes(config)["window"]
+    assert sum(cache.nbytes(c) for c in ("csa", "hca", "index", "gqa", "window", "tail")) == cache.nbytes()
+
+
+def test_released_bytes_per_token():
+    released = {
+        "num_heads": 64,
+        "head_dim": 512,
+        "rope_head_dim": 64,
+        "index_head_dim": 128,
+        "hca_ratio": 128,
+        "o_groups": 8,
+    }
+    flash = ModelConfig(layers=("sliding", "sliding", *("csa", "hca") * 20, "csa"), **released)
+    pro = ModelConfig(layers=("hca", "hca", *("csa", "hca") * 29, "csa"), **released)
+    assert sum(cache_bytes_per_token(flash).values()) == 3514.25
+    assert sum(cache_bytes_per_token(pro).values()) == 5031.4375
+
+
+def test_tiny_cache_agrees_with_the_closed_form_at_64k():
+    config = ModelConfig.from_preset("tiny")
+    measured = Cache(config, 1, 65_536).bytes_per_token()
+    assert abs(measured / sum(cache_bytes_per_token(config).values()) - 1) < 0.02
+
+
+def test_cache_refuses_what_does_not_fit_and_stays_as_it_was():
+    model = build()
+    cache = Cache(model.config, 1, 10)
+    ids = torch.randint(0, 50, (1, 8))
+    with torch.inference_mode():
+        model(ids, cache)
+        before = cache.fork()
+        with pytest.raises(CacheError, match="3 more tokens do not fit: the cache holds 8 of at most 10"):
+            model(ids[:, :3], cache)
+        with pytest.raises(CacheError, match="cannot truncate from 8 to 5"):
+            cache.truncate(5)
+        assert torch.equal(model(ids[:, :2], cache), model(ids[:, :2], before))
+    with pytest.raises(CacheError, match="max_positions of 512"):
+        Cache(model.config, 1, 513)
+    cache.truncate(0)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids, cache), model(ids), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": ("csa", "lstm")}, "'lstm' is not one of"),
+        ({"num_heads": 3}, "3 heads do not divide into o_groups 2"),
+        ({"index_head_dim": 24}, "power of two"),
+        ({"experts_per_token": 9}, "exceeds num_experts"),
+        ({"window": 0}, "window: must be at least 1"),
+        ({"cache_precision": "fp2"}, "'fp2' is not one of"),
+        ({"head_dim": "wide"}, "expected int, found 'wide'"),
+        ({"csa_ratio": True}, "expected int, found True"),
+        ({"num_hash_layers": 9}, "does not fit a schedule of 4 layers"),
+        ({"init_std": float("nan")}, "expected a number"),
+    ],
+)
+def test_bad_configurations_are_named(change, message):
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig(**{**SMALL, **change})
+    with pytest.raises(ConfigError, match="did you mean 'index_topk'"):
+        ModelConfig.from_dict({"index_topkk": 3})
