@@ -55,3 +55,16 @@ def test_balance_loss_is_one_when_even_and_more_when_not():
     skewed = torch.ones(1, 4, 4)
     skewed[..., 0] = 9
     assert sequence_balance(skewed, torch.tensor([[[0, 1], [0, 2], [0, 3], [0, 1]]])) > 1.3
+
+
+def test_kept_rounded_experts_follow_the_weights():
+    moe = build(qat=True).eval()
+    x, ids = torch.randn(1, 6, 16), torch.zeros(1, 6, dtype=torch.int64)
+    with torch.no_grad():
+        first = moe(x, ids)
+        assert torch.equal(moe(x, ids), first)
+        moe.w2.mul_(-1.0)
+        moe.w1.copy_(moe.w1 * 2)
+        changed = moe(x, ids)
+    assert not torch.allclose(changed, first, atol=1e-3)
+    assert torch.equal(changed, moe(x, ids).detach())

@@ -1,0 +1,177 @@
+"""`pipelines train` and `sweep` on a real Ray cluster and a real tracking store."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+
+from model import checkpoint
+from model.errors import ConfigError
+from pipelines import evaluate, promote, sweep, train
+from pipelines.config import over, with_overrides
+from pipelines.tracking import open_tracking
+
+
+@pytest.fixture(scope="module")
+def trained(prepared, ray_cluster):
+    recipe = with_overrides(prepared, {"run.name": "trained", "train.workers": 2})
+    return recipe, train.run(recipe)
+
+
+def test_a_run_leaves_a_checkpoint_and_its_record(trained):
+    recipe, result = trained
+    model = checkpoint.load(result.checkpoint)
+    assert model.config == recipe.model.replace(vocab_size=258)
+    assert not [p for p in recipe.run_folder.iterdir() if p.name.startswith(".")]
+    run = open_tracking(recipe).client.get_run(result.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["checkpoint"] == str(recipe.final_checkpoint)
+    assert run.data.params["model.index_topk"] == "4"
+    for name in (
+        "train/loss", "train/indexer_kl", "train/grad_norm", "train/step_seconds", "train/learning_rate/muon",
+        "train/learning_rate/adamw", "validation/loss", "validation/recall", "validation/recall_at_k",
+        "cache/bytes_per_token", "optimizer/muon_share",
+    ):  # fmt: skip
+        assert name in run.data.metrics, name
+    history = open_tracking(recipe).client.get_metric_history(result.run_id, "train/loss")
+    assert [m.step for m in history] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_finished_run_is_not_trained_again(trained):
+    recipe, result = trained
+    before = (result.checkpoint / "model.safetensors").read_bytes()
+    again = train.run(recipe)
+    assert again.run_id == result.run_id
+    assert (again.checkpoint / "model.safetensors").read_bytes() == before
+
+
+def test_a_changed_recipe_needs_a_name_of_its_own(trained):
+    recipe, _ = trained
+    with pytest.raises(ConfigError, match="'trained' was begun with another model.window"):
+        train.run(with_overrides(recipe, {"model.window": 6}))
+
+
+def test_a_killed_worker_costs_no_more_than_the_steps_since_the_last_checkpoint(prepared, ray_cluster):
+    recipe = with_overrides(
+        prepared,
+        {"run.name": "killed", "train.workers": 2, "train.stages": [{"attention": "dense", "steps": 60}],
+         "train.checkpoint_every": 5, "train.validate_every": 60},
+    )  # fmt: skip
+    killed = []
+
+    def kill():
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if list((recipe.run_folder / "train").glob("step_0000[1-3]*")):
+                for process in psutil.Process().children(recursive=True):
+                    if "RayTrainWorker" in " ".join(process.cmdline()):
+                        killed.append(process.pid)
+                        os.kill(process.pid, signal.SIGKILL)
+                        return
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    result = train.run(recipe)
+    killer.join()
+    assert killed
+    history = open_tracking(recipe).client.get_metric_history(result.run_id, "train/loss")
+    steps = [m.step for m in history]
+    assert set(steps) == set(range(1, 61))
+    repeated = len(steps) - 60
+    assert repeated < 40  # it went on from a checkpoint and not from the start
+
+
+@pytest.fixture(scope="module")
+def swept(trained):
+    recipe, result = trained
+    recipe = with_overrides(
+        recipe,
+        {
+            "sweep": {
+                "name": "ratios",
+                "space": {"model.csa_ratio": [4, 8], "model.index_topk": [2, 4]},
+                "overrides": {"train.workers": 1, "train.stages": [{"attention": "sparse", "steps": 4}],
+                              "train.validate_every": 2},
+                "max_cache_bytes_per_token": 12.0,
+            },
+            "train.init_from": str(result.checkpoint),
+        },
+    )  # fmt: skip
+    return recipe, sweep.run(recipe)
+
+
+def test_a_sweep_nests_its_trials_and_keeps_the_best_within_the_budget(swept):
+    recipe, result = swept
+    client = open_tracking(recipe).client
+    experiment = client.get_run(result.run_id).info.experiment_id
+    nested = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{result.run_id}'")
+    assert len(nested) == 4 == len(result.trials)
+    assert {run.info.status for run in nested} == {"FINISHED"}
+    fitting = [t for t in result.trials if t.metrics[sweep.CACHE] <= 12.0]
+    assert 0 < len(fitting) < 4
+    assert result.winner.metrics["validation/loss"] == min(t.metrics["validation/loss"] for t in fitting)
+    assert {a.path for a in client.list_artifacts(result.run_id)} >= {"pareto.png", "trials.json", "winner.yaml"}
+    config = checkpoint.load_config(result.checkpoint)
+    assert config.csa_ratio == result.winner.settings["model.csa_ratio"]
+    assert over(recipe, result.overrides).model.csa_ratio == config.csa_ratio
+
+
+def test_a_finished_sweep_resumes_to_the_same_winner(swept):
+    recipe, result = swept
+    again = sweep.run(recipe)
+    assert again.run_id == result.run_id
+    assert again.winner == result.winner
+
+
+def test_scores_promote_the_winner(swept):
+    recipe, result = swept
+    evaluate.run(with_overrides(recipe, {"evaluate.checkpoint": str(result.checkpoint)}))
+    promoted = promote.run(recipe)
+    assert promoted.winner.checkpoint == result.checkpoint
+    folder = promote.resolve(open_tracking(recipe), "models:/fiftyfold@champion")
+    assert checkpoint.load_config(folder) == checkpoint.load_config(result.checkpoint)
+
+
+def test_a_trial_may_have_train_workers_of_its_own(trained):
+    recipe, _ = trained
+    recipe = with_overrides(
+        recipe,
+        {
+            "sweep": {
+                "name": "workers",
+                "space": {"model.index_topk": [2, 4]},
+                "in_process": False,
+                "max_concurrent": 1,
+                "overrides": {"train.workers": 1, "train.stages": [{"attention": "sparse", "steps": 2}],
+                              "train.validate_every": 1},
+            }
+        },
+    )  # fmt: skip
+    result = sweep.run(recipe)
+    assert len(result.trials) == 2
+    assert checkpoint.load(result.checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sweep.space": {}}, "sweep.space: is empty"),
+        ({"sweep.space": {"model.index_topk": []}}, "'model.index_topk' has no values"),
+        ({"sweep.space": {"model.index_topk": [2, 24]}}, "24 is not below the 24 entries"),
+        ({"sweep.space": {"model.topk": [2]}}, "model.topk: unknown key"),
+    ],
+)
+def test_a_bad_space_is_refused_before_any_trial(prepared, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        sweep.run(with_overrides(prepared, changes))
+    assert not prepared.sweep_folder.exists()
+
+
+def test_run_file_is_json(trained):
+    recipe, result = trained
+    assert json.loads((recipe.run_folder / "run.json").read_text())["run_id"] == result.run_id
