@@ -46,7 +46,7 @@ class ModelConfig:
 
     # --- attention, shared by sliding / csa / hca
     num_heads: int = 4
-    head_dim: int = 32
+    head_dim: int = 64
     rope_head_dim: int = 16
     q_lora_rank: int = 64
     o_groups: int = 2
@@ -172,7 +172,7 @@ class ModelConfig:
 # Proportions that both releases share and that these keep: rope = 1/4..1/8 of the head, index head = 1/4..1/2 of the
 # head, one csa per hca, the last layer is csa, 4:1 output groups.
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {"zero_init_output": True},
+    "tiny": {"zero_init_output": True, "init_std": 0.04},
     # 36.6M parameters: the size every benchmark speaks of.
     "small": {
         "hidden_size": 512,
@@ -244,13 +244,33 @@ def _validate(c: ModelConfig) -> None:
             raise ConfigError("model." + message)
 
     positive = (
-        "vocab_size hidden_size max_positions num_heads head_dim rope_head_dim q_lora_rank o_groups o_lora_rank window "
-        "csa_ratio hca_ratio index_heads index_head_dim index_topk num_kv_heads hc_mult hc_sinkhorn_iters ffn_size "
-        "num_experts experts_per_token expert_size yarn_original_positions"
-    ).split()
+        "vocab_size",
+        "hidden_size",
+        "max_positions",
+        "num_heads",
+        "head_dim",
+        "rope_head_dim",
+        "q_lora_rank",
+        "o_groups",
+        "o_lora_rank",
+        "window",
+        "csa_ratio",
+        "hca_ratio",
+        "index_heads",
+        "index_head_dim",
+        "index_topk",
+        "num_kv_heads",
+        "hc_mult",
+        "hc_sinkhorn_iters",
+        "ffn_size",
+        "num_experts",
+        "experts_per_token",
+        "expert_size",
+        "yarn_original_positions",
+    )
     for name in positive:
         need(getattr(c, name) >= 1, f"{name}: must be at least 1, found {getattr(c, name)}")
-    for name in "norm_eps rope_theta compress_rope_theta routed_scaling_factor swiglu_limit hc_eps".split():
+    for name in ["norm_eps", "rope_theta", "compress_rope_theta", "routed_scaling_factor", "swiglu_limit", "hc_eps"]:
         need(getattr(c, name) > 0, f"{name}: must be positive, found {getattr(c, name)}")
     need(len(c.layers) >= 1, "layers: the schedule is empty")
     need(c.yarn_factor >= 1, f"yarn_factor: must be at least 1, found {c.yarn_factor}")

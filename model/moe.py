@@ -97,16 +97,17 @@ class MixtureOfExperts(nn.Module):
             outputs.append(F.linear((inner * gain.unsqueeze(-1)).to(rows.dtype), w2[expert]))
         return torch.zeros_like(flat).index_add(0, tokens, torch.cat(outputs).to(flat.dtype))
 
-
     def _expert_weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """The stacks as rounded for storage. Outside training they are kept: rounding them took a quarter of a
         decode step."""
         stacks = (self.w1, self.w3, self.w2)
         if self.training or torch.is_grad_enabled():
-            return tuple(self.precision.round_expert(w) for w in stacks)  # type: ignore[return-value]
+            w1, w3, w2 = map(self.precision.round_expert, stacks)
+            return w1, w3, w2
         versions = tuple((w._version, w.data_ptr()) for w in stacks)
         if self._rounded is None or self._rounded[0] != versions:
-            self._rounded = (versions, tuple(self.precision.round_expert(w) for w in stacks))
+            w1, w3, w2 = map(self.precision.round_expert, stacks)
+            self._rounded = (versions, (w1, w3, w2))
         return self._rounded[1]
 
 

@@ -124,7 +124,7 @@ class MuonAdamW(torch.optim.Optimizer):
         for p in parameters:
             by_shape.setdefault((p.shape[-2], p.shape[-1]), []).append(p)
         for (rows, columns), group in by_shape.items():
-            gradients = [p.grad for p in group]
+            gradients = [p.grad for p in group if p.grad is not None]
             momenta = [self._state(p, "momentum") for p in group]
             torch._foreach_mul_(momenta, config.momentum)
             torch._foreach_add_(momenta, gradients)
@@ -142,7 +142,7 @@ class MuonAdamW(torch.optim.Optimizer):
             return
         config = self.config
         beta1, beta2 = config.betas
-        gradients = [p.grad for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         first = [self._state(p, "exp_avg") for p in parameters]
         second = [self._state(p, "exp_avg_sq") for p in parameters]
         torch._foreach_lerp_(first, gradients, 1 - beta1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 # Before ray is imported anywhere: no usage reports, and no token file in the user's home for a private cluster.
@@ -30,7 +31,7 @@ def ray_session(num_cpus: float | None = None) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     # Workers import the rooms from the checkout; a joined cluster gets them from the job's working directory.
     if address:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     else:
         ray.init(
             address="local",  # never a stale cluster that some file still names
@@ -39,7 +40,7 @@ def ray_session(num_cpus: float | None = None) -> Iterator[None]:
             include_dashboard=True,  # Train's controller and Serve ask its agent for state
             dashboard_host="127.0.0.1",
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join((os.getcwd(), os.environ.get("PYTHONPATH", "")))}},
         )
     try:

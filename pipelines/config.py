@@ -54,7 +54,10 @@ class DataSection(Section):
     needle_share: Share = 0.25
     """Of the retrieval documents, the share that plants one needle in text; the others hold many key-value pairs."""
     pairs: Annotated[int, Field(ge=1)] = 8
-    """Key-value pairs in a key-value recall document."""
+    """Key-value pairs in a key-value recall document. Training documents draw their number from 2 up to this."""
+    rounds: Annotated[int, Field(ge=1)] = 1
+    """How often a training document asks all its pairs, at most; drawn from 1 up to this. Answers per step decide how
+    soon recall is learned. Validation documents ask once."""
     retrieval_validation_documents: Annotated[int, Field(ge=1)] = 512
     shard_tokens: Annotated[int, Field(ge=1024)] = 4_000_000
     """A shard is closed once it holds this many tokens."""
@@ -94,6 +97,8 @@ class TrainSection(Section):
     router_bias_speed: Annotated[float, Field(ge=0)] = 1e-3
     answer_loss_weight: Annotated[float, Field(gt=0)] = 1.0
     """Weight of an answer token's loss against a text token's."""
+    context_loss_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the other tokens of a retrieval document: 0 learns only to answer from them."""
     autocast: Literal["none", "bfloat16"] = "none"
     """Matrix products in this type; the state, norms and softmaxes stay in float32."""
     log_every: Annotated[int, Field(ge=1)] = 5

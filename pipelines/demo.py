@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import httpx
 
-from evals.retrieval import mqar
+from evals.retrieval import mqar, reserved_ids
 from model import checkpoint
 from model.budget import cache_bytes_per_token
 from model.errors import FiftyfoldError
-from model.tokenizer import load_tokenizer
+from model.tokenizer import Tokenizer, load_tokenizer
 from pipelines import deploy, evaluate, prepare, promote, sweep, train
 from pipelines.cluster import ray_session
 from pipelines.config import Recipe, over, with_overrides
@@ -102,30 +102,44 @@ def _ask(recipe: Recipe, deployment: deploy.Deployment) -> int:
     """Ask held-out recall questions over HTTP, show the first; returns how many answers were right."""
     tokenizer = load_tokenizer(deployment.checkpoint)
     rng = random.Random(recipe.evaluate.seed + 1)
-    texts = local_rows(recipe.data_folder, "validation", recipe.data.sequence_length, kinds=["text"])
-    window = checkpoint.load_config(deployment.checkpoint).window
+    length, window = recipe.data.sequence_length, checkpoint.load_config(deployment.checkpoint).window
+    texts = _fillers(recipe, tokenizer)
     right = 0
     for number in range(recipe.demo.questions):
-        filler = next(texts)["tokens"].tolist()
-        document = mqar(rng, tokenizer, filler, recipe.data.sequence_length, recipe.data.pairs, window)
+        document = mqar(rng, tokenizer, next(texts), length, recipe.data.pairs, window)
         start, end = document.answers[0]
         context, value = document.tokens[:start], tokenizer.decode(document.tokens[start:end])
         body = {"model": deployment.model_name, "prompt": context, "max_tokens": end - start, "temperature": 0}
         response = httpx.post(f"{deployment.url}/v1/completions", json=body, timeout=60, trust_env=False)
         if not response.is_success:
             raise FiftyfoldError(f"{deployment.url}: status {response.status_code}: {response.text}")
-        answer = response.json()["choices"][0]["text"]
+        content = response.json()
+        answer = content["choices"][0]["text"]
         right += answer == value
         if number == 0:
-            question = tokenizer.decode(context[-FACT_PREFIX_TOKENS:])
-            fact = next(
-                i for i in range(len(context)) if context[i : i + FACT_PREFIX_TOKENS] == context[-FACT_PREFIX_TOKENS:]
+            text = tokenizer.decode(context)
+            question = text[-2:]
+            distance = len(tokenizer.encode(text[text.index(question + value) + 3 :]))
+            print(f"prompt: {len(context)} tokens, {recipe.data.pairs} facts, then the question {question!r}")
+            print(f"  ...{text[-60:]!r}")
+            print(f"  the fact {question + value!r} ends {distance} tokens before its end; the window is {window}")
+            print(
+                f"  answer {answer!r}, expected {value!r}; cache {content['fiftyfold']['cache_nbytes']:,} bytes",
+                flush=True,
             )
-            distance = len(context) - fact
-            print(f"asked over HTTP: {len(context)} tokens of text with {recipe.data.pairs} facts, then {question!r}")
-            print(f"  the fact stands {distance} tokens back, the window is {window}")
-            print(f"  answer {answer!r}, expected {value!r}", flush=True)
     return right
+
+
+def _fillers(recipe: Recipe, tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Held-out text, ``sequence_length`` tokens at a time, without the tokens that facts are written with."""
+    leave_out = {tokenizer.bos_id, tokenizer.eos_id, *reserved_ids(tokenizer)}
+    length = recipe.data.sequence_length
+    held: list[int] = []
+    for row in local_rows(recipe.data_folder, "validation", length, kinds=["text"]):
+        held += [token for token in row["tokens"].tolist() if token not in leave_out]
+        if len(held) >= length:
+            yield held[:length]
+            held = []
 
 
 def _report(contestants: list[Contestant], clock: dict[str, float], total: float) -> None:

@@ -22,7 +22,7 @@ def pareto_front(points: Sequence[tuple[float, float]], higher: bool) -> set[int
 
 
 def pareto_figure(
-    trials: Sequence[tuple[float, float | None, float, int]],
+    trials: Sequence[tuple[float, float, float, int]],
     labels: Sequence[str],
     winner: int,
     budget: float | None,
@@ -34,8 +34,8 @@ def pareto_figure(
         ((1, "recall of key-value pairs", True), (2, "validation loss", False))
     ):
         axes = figure.add_subplot(1, 2, panel + 1)
-        rows = [(i, row[0], row[place], row[3]) for i, row in enumerate(trials) if row[place] is not None]
-        front = pareto_front([(x, float(y)) for _, x, y, _ in rows], higher)
+        rows = [(i, row[0], row[place], row[3]) for i, row in enumerate(trials)]
+        front = pareto_front([(x, y) for _, x, y, _ in rows], higher)
         line = sorted((rows[i][1], rows[i][2]) for i in front)
         axes.plot(
             [x for x, _ in line], [y for _, y in line], color=_LINE, linewidth=1.2, label="Pareto front", zorder=1

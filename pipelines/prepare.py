@@ -369,13 +369,14 @@ class _Retrieval:
         self._data = recipe.data
         self._window = recipe.model.window
         self._tokenizer = tokenizer
+        self._split = split
         self._rng = random.Random(f"{recipe.data.seed} {split}")
 
     def check(self) -> None:
         """Raise ConfigError now if documents of this length cannot hold what they must."""
         filler = [0] * self._data.sequence_length
         if self._data.needle_share < 1:
-            self._mqar(filler)
+            self._mqar(filler, full=True)
         if self._data.needle_share > 0:
             self._needle(filler)
 
@@ -390,9 +391,14 @@ class _Retrieval:
         kind: Kind = "needle" if document.kind == "needle" else "mqar"
         return _Stored(document_id, 0, "generated", kind, tokens, document.answers)
 
-    def _mqar(self, filler: list[int]) -> retrieval.RetrievalDocument:
-        data = self._data
-        return retrieval.mqar(self._rng, self._tokenizer, filler, data.sequence_length, data.pairs, self._window)
+    def _mqar(self, filler: list[int], full: bool = False) -> retrieval.RetrievalDocument:
+        data, rng = self._data, self._rng
+        pairs, rounds = data.pairs, 1
+        if self._split == "train" and not full:
+            pairs, rounds = rng.randint(min(2, pairs), pairs), rng.randint(1, data.rounds)
+        elif full:
+            rounds = data.rounds
+        return retrieval.mqar(rng, self._tokenizer, filler, data.sequence_length, pairs, self._window, rounds)
 
     def _needle(self, filler: list[int]) -> retrieval.RetrievalDocument:
         depth = self._rng.random()
@@ -406,7 +412,8 @@ class _SplitWriter:
         data = recipe.data
         self._folder, self._split = folder, split
         self._sequence_length, self._shard_tokens = data.sequence_length, data.shard_tokens
-        self._specials = [tokenizer.bos_id, tokenizer.eos_id]
+        # Special tokens, and the characters that facts are written with, stay out of the text they are planted in.
+        self._not_filler = [tokenizer.bos_id, tokenizer.eos_id, *retrieval.reserved_ids(tokenizer)]
         self._retrieval = _Retrieval(recipe, tokenizer, split)
         self._rng = np.random.default_rng([data.seed, SPLITS.index(split)])
         share = data.retrieval_share
@@ -458,7 +465,7 @@ class _SplitWriter:
     def _close_shard(self) -> None:
         stored = list(self._text) if self._keep_text else []
         text = np.concatenate([piece.tokens for piece in self._text])
-        text = text[~np.isin(text, self._specials)]
+        text = text[~np.isin(text, self._not_filler)]
         if len(text) >= self._sequence_length:
             self._planting_ground = text
         if len(self._planting_ground):

@@ -18,6 +18,7 @@ from typing import Any
 from pipelines.cluster import ray_session  # sets Ray's environment before ray is imported
 
 # isort: split
+import ray.tune
 import torch
 import yaml
 from omegaconf import OmegaConf
@@ -72,7 +73,7 @@ def run(recipe: Recipe) -> SweepResult:
     tracked = tracking.start_run(recipe.sweep.name, kind="sweep", recipe=recipe, run_id=known_run)
     write_run_file(folder, tracked)
     with tracked, ray_session(num_cpus=_logical_cpus(recipe)):
-        results = _tune(recipe, combinations, tracked)
+        results = list(_tune(recipe, combinations, tracked))  # type: ignore[call-overload]
         trials = [_read_trial(result) for result in results if result.metrics and "settings" in result.metrics]
         failed = len(combinations) - len(trials)
         if failed:
@@ -192,8 +193,9 @@ def _trial(config: dict[str, Any], recipe: dict[str, Any], tracking: dict[str, s
     mine = trial_recipe(whole, settings)
     mine = mine.model_copy(update={"run": mine.run.model_copy(update={"name": f"{whole.sweep.name}-{trial_id}"})})
     tracked = _trial_run(open_tracking(mine), tracking["parent"], trial_id, settings, mine)
-    constant = {**measured_cache(mine.model), "settings": json.dumps(settings), "run_id": tracked.run_id}
-    tracked.log_metrics({k: v for k, v in constant.items() if not isinstance(v, str)})
+    cache = measured_cache(mine.model)
+    constant = {**cache, "settings": json.dumps(settings), "run_id": tracked.run_id}
+    tracked.log_metrics(cache)
     with tracked:
         if whole.sweep.in_process:
             _train_here(mine, tracked, constant)
@@ -270,8 +272,12 @@ def _log(recipe: Recipe, tracked: TrackedRun, trials: list[Trial], winner: Trial
         [(t.metrics[CACHE], t.metrics[recipe.sweep.metric]) for t in ordered], higher=recipe.sweep.mode == "max"
     )
     rows = [
-        [_short(_label(t.settings)), *(f"{t.metrics.get(name, float('nan')):.3f}" for name in shown), str(t.steps)]
-        + ["winner" if t is winner else "front" if i in front else ""]
+        [
+            _short(_label(t.settings)),
+            *(f"{t.metrics.get(name, float('nan')):.3f}" for name in shown),
+            str(t.steps),
+            "winner" if t is winner else "front" if i in front else "",
+        ]
         for i, t in enumerate(ordered)
     ]
     print_table(f"{recipe.sweep.name}: trials", ["settings", *shown, "steps", ""], rows)
@@ -287,7 +293,7 @@ def _log(recipe: Recipe, tracked: TrackedRun, trials: list[Trial], winner: Trial
     )
     figure = pareto_figure(
         [
-            (t.metrics[CACHE], t.metrics.get("validation/recall"), t.metrics["validation/loss"], t.steps)
+            (t.metrics[CACHE], t.metrics.get("validation/recall", float("nan")), t.metrics["validation/loss"], t.steps)
             for t in ordered
         ],
         [_short(_label(t.settings)) for t in ordered],
@@ -300,7 +306,7 @@ def _log(recipe: Recipe, tracked: TrackedRun, trials: list[Trial], winner: Trial
     tracked.set_tags({"winner": _label(winner.settings), "winner.run_id": winner.run_id})
 
 
-def _keep_winner(recipe: Recipe, results: tune.ResultGrid, winner: Trial, tracked: TrackedRun) -> Path:
+def _keep_winner(recipe: Recipe, results: list[ray.tune.Result], winner: Trial, tracked: TrackedRun) -> Path:
     """Give the winner a run folder like any trained model's. Returns its checkpoint folder."""
     folder = recipe.run.folder / f"{recipe.sweep.name}-winner"
     result = next(r for r in results if r.metrics and r.metrics.get("run_id") == winner.run_id)

@@ -197,12 +197,12 @@ def fit(
                     use_gpu=train.use_gpu,
                     resources_per_worker={"CPU": train.cpus_per_worker},
                 ),
-                run_config=ray.train.RunConfig(
+                run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees Train V1's
                     name="train",
                     storage_path=str(storage),
                     failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
                     checkpoint_config=ray.train.CheckpointConfig(num_to_keep=train.keep_checkpoints),
-                    callbacks=callbacks,
+                    callbacks=callbacks,  # type: ignore[arg-type]
                     worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(train.threads_per_worker)}},
                 ),
             ).fit()

@@ -28,7 +28,7 @@ from model.telemetry import Telemetry
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from pipelines.config import Recipe, StageSection
-from pipelines.data import Batch, TargetKind, TrainBatches
+from pipelines.data import Batch, Kind, TargetKind, TrainBatches
 
 OPTIMIZER, STATE = "optimizer.safetensors", "trainer.json"
 CACHE_MEASURE_TOKENS = 65_536
@@ -109,17 +109,16 @@ class Trainer:
             while self.step < total:
                 started = time.perf_counter()
                 batch = next(batches)
-                measured = self._update(batch, self.stage_at(self.step), self._rate_scale())
+                update = self._update(batch, self.stage_at(self.step), self._rate_scale())
                 self.step += 1
                 self._position = (batches.epoch, batches.batch)
                 if self.step % train.log_every == 0 or self.step == total:
                     seconds = time.perf_counter() - started
                     tokens = train.batch_rows * self.recipe.data.sequence_length
-                    measured = {k: float(v) for k, v in measured.items()}
                     self.reporter.log(
                         self.step,
                         {
-                            **measured,
+                            **{k: float(v) for k, v in update.items()},
                             "train/step_seconds": seconds,
                             "train/tokens_per_second": tokens / seconds,
                             "validation/recall": self._recall,
@@ -164,6 +163,7 @@ class Trainer:
             logits = self.model(tokens[:, :-1], attention=attention, telemetry=telemetry)
         weights = (kinds != TargetKind.PADDING).float()
         weights = torch.where(kinds == TargetKind.ANSWER, train.answer_loss_weight, weights)
+        weights = torch.where(kinds == TargetKind.CONTEXT, train.context_loss_weight, weights)
         losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view_as(weights)
         loss_sum, weight_sum = (losses * weights).sum(), weights.sum()
         total_weight = sum_over_ranks(weight_sum.detach().clone())
@@ -301,9 +301,9 @@ def measured_cache(config: ModelConfig, tokens: int = CACHE_MEASURE_TOKENS) -> d
 
 
 def validation_batches(
-    rows: Callable[[str, int], Iterator[Any]],
+    rows: Callable[[Kind, int], Iterator[Any]],
     stack: Callable[[Iterable[Any], int], Iterator[Batch]],
-    kinds: Iterable[str],
+    kinds: Iterable[Kind],
     recipe: Recipe,
     rank: int = 0,
     world: int = 1,
@@ -332,11 +332,8 @@ def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
     """Average gradients over ranks in one message; a missing one counts as zero, so that ranks never disagree."""
     if world_size() == 1:
         return
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    flat = torch.cat([p.grad.flatten() for p in parameters])
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
     dist.all_reduce(flat)
     flat /= world_size()
     for p, piece in zip(parameters, flat.split([p.numel() for p in parameters])):
-        p.grad.copy_(piece.view_as(p))
+        p.grad = piece.view_as(p)

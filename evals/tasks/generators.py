@@ -20,7 +20,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evals.retrieval import RetrievalDocument, mqar, needle
+from evals.retrieval import KEYS, MARKER, RESERVED, RetrievalDocument, mqar, needle
 from model import checkpoint as checkpoints
 from model.config import ModelConfig
 from model.errors import ConfigError, DataError
@@ -29,7 +29,8 @@ from model.tokenizer import Tokenizer, load_tokenizer
 FILLER_CHARACTERS = 1_000_000
 """Text that is read to draw fillers from; more where a document is longer."""
 ATTEMPTS = 20
-FACT_START = re.compile(r"@[A-Za-z]=")
+QUESTION = re.compile(f"{MARKER}[{KEYS}]")
+NOT_FILLER = re.compile(f"[{re.escape(RESERVED)}]")
 
 Question = dict[str, Any]
 Build = Callable[[random.Random, Tokenizer, list[int], int, int], RetrievalDocument]
@@ -122,8 +123,8 @@ def _document(
 
 def _problem(context: str, answer: str, tokenizer: Tokenizer, window: int) -> str:
     """What is wrong with a question as the model will read it; empty when nothing is."""
-    question = context[-3:]
-    if not FACT_START.fullmatch(question) or context.count(question + answer) != 1 or context.count(question) != 2:
+    question = context[-2:]
+    if not QUESTION.fullmatch(question) or context.count(question + answer) != 1 or context.count(question) != 2:
         return "tokenizer: does not restore the text of the facts, so they cannot be asked for"
     after = context[context.index(question + answer) + len(question + answer) :]
     distance = len(tokenizer.encode(after))
@@ -159,14 +160,15 @@ def _filler(rng: random.Random, tokenizer: Tokenizer, text: str, length: int) ->
 
 
 def _filler_text(data: str | None, characters: int) -> str:
-    """About ``characters`` characters of real text in which nothing looks like a fact."""
+    """About ``characters`` characters of real text without those that facts are written with."""
     parts, size = [], 0
-    for part in _validation_texts(Path(data)) if data is not None else _standard_library():
+    for text in _validation_texts(Path(data)) if data is not None else _standard_library():
+        part = NOT_FILLER.sub("", text)
         parts.append(part)
         size += len(part)
         if size >= characters:
             break
-    return FACT_START.sub("", "".join(parts))
+    return "".join(parts)
 
 
 def _validation_texts(folder: Path) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Manifold-constrained hyper-connections: several residual streams, mixed by doubly stochastic matrices.
 
-``collapse`` and ``expand`` run in blocks on a CPU (``blocked.py``) and as written in ``reference.py`` elsewhere;
+On a CPU they run in blocks (``blocked.py``), elsewhere as written in ``reference.py``;
 ``backend=`` chooses by hand and :func:`backend_for` tells which one runs.
 """
 
@@ -9,13 +9,28 @@ from __future__ import annotations
 from torch import Tensor
 
 from kernels.hyper_connections import blocked, reference
-from kernels.hyper_connections.reference import mixing_weights, sinkhorn
+from kernels.hyper_connections.reference import sinkhorn
 
 BACKENDS = {"reference": reference, "blocked": blocked}
 
 
 def backend_for(x: Tensor) -> str:
     return "blocked" if x.device.type == "cpu" and x.dtype.itemsize == 4 else "reference"
+
+
+def mixing_weights(
+    streams: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`kernels.hyper_connections.reference.mixing_weights`."""
+    chosen = BACKENDS[backend or backend_for(streams)]
+    return chosen.mixing_weights(streams, fn, scale, base, iterations, eps, norm_eps)
 
 
 def collapse(streams: Tensor, pre: Tensor, backend: str | None = None) -> Tensor:

@@ -1,8 +1,9 @@
-"""collapse and expand for CPUs: scaled row additions over blocks of tokens that stay in the cache.
+"""mHC for CPUs: the reference's numbers with fewer passes over memory, forward and backward.
 
 A batched product of thousands of 4 x 4 with 4 x d matrices is dispatched one by one by CPU libraries, which costs far
-more than the arithmetic. Here each pair of streams is one fused multiply-add over a block of tokens, forward and
-backward.
+more than the arithmetic: here each pair of streams is one fused multiply-add over a block of tokens that stays in the
+cache. The norm's and Sinkhorn's backward passes are written out, because what autograd would record for them re-reads
+the streams several times and takes hundreds of small operations.
 """
 
 from __future__ import annotations
@@ -10,8 +11,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.hyper_connections.reference import weights_from_raw
+
 _BLOCK_BYTES = 1 << 18
 """Bytes of one stream in a block: with the others it fits a second-level cache."""
+
+
+_SINKHORN_TOKENS = 1024
+"""Tokens whose n x n matrices are iterated together."""
+
+
+def mixing_weights(
+    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iterations: int, eps: float, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, S, n, d = streams.shape
+    raw = _NormalizedProduct.apply(streams.reshape(B * S, n * d), fn, norm_eps)
+    return weights_from_raw(raw, (B, S, n), scale, base, eps, lambda x: _Sinkhorn.apply(x, iterations, eps))
 
 
 def collapse(streams: Tensor, pre: Tensor) -> Tensor:
@@ -89,3 +104,52 @@ class _Expand(torch.autograd.Function):
             for k in range(n):
                 grad_p[s, k] = (f[s] * rows[k]).sum(-1, keepdim=True)
         return grad_x.view_as(streams), grad_c.view_as(comb), grad_p.view_as(post), grad_f.view_as(output)
+
+
+class _NormalizedProduct(torch.autograd.Function):
+    """``fn @ (x / rms(x))^T`` for x [N, w], fn [m, w] -> [m, N]."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, fn: Tensor, eps: float) -> Tensor:
+        product = torch.mm(x, fn.t()).t()
+        rms = torch.rsqrt(torch.linalg.vector_norm(x, dim=1).square() / x.shape[1] + eps)
+        ctx.save_for_backward(x, fn, product, rms)
+        return product * rms
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, fn, product, rms = ctx.saved_tensors
+        scaled = grad * rms
+        through_norm = -(grad * product).sum(0) * rms**3 / x.shape[1]
+        grad_x = torch.mm(scaled.t(), fn).addcmul_(x, through_norm.unsqueeze(1))
+        return grad_x, torch.mm(scaled, x), None
+
+
+class _Sinkhorn(torch.autograd.Function):
+    """Keeps every half-step's matrix and sums, so that the backward pass is one line per half-step."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, iterations: int, eps: float) -> Tensor:
+        ctx.steps = []
+        pieces = []
+        for piece in logits.split(_SINKHORN_TOKENS, dim=2):
+            soft = matrix = piece.softmax(dim=1)
+            matrix = matrix + eps
+            halves = []
+            for half in range(2 * iterations - 1):
+                dim = half % 2
+                sums = matrix.sum(dim=dim, keepdim=True).add_(eps)
+                matrix = matrix / sums
+                halves.append((dim, matrix, sums))
+            ctx.steps.append((soft, halves))
+            pieces.append(matrix)
+        return torch.cat(pieces, dim=2)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        pieces = []
+        for piece, (soft, halves) in zip(grad.split(_SINKHORN_TOKENS, dim=2), ctx.steps):
+            for dim, matrix, sums in reversed(halves):
+                piece = (piece - (piece * matrix).sum(dim=dim, keepdim=True)).div_(sums)
+            pieces.append(soft * (piece - (piece * soft).sum(dim=1, keepdim=True)))
+        return torch.cat(pieces, dim=2), None, None

@@ -5,6 +5,8 @@ Streams X are [B, S, n, d]. A block F is wrapped as ``X' = combT X + post F(pre 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -36,9 +38,22 @@ def mixing_weights(
     # Normalising after the product gives the same numbers and saves a pass over the streams.
     rms = torch.rsqrt(flat.square().mean(dim=-1) + norm_eps)
     raw = (fn @ flat.transpose(0, 1)) * rms  # [2n + n * n, B * S]
+    return weights_from_raw(raw, (B, S, n), scale, base, eps, lambda x: sinkhorn(x, iterations, eps))
+
+
+def weights_from_raw(
+    raw: Tensor,
+    shape: tuple[int, int, int],
+    scale: Tensor,
+    base: Tensor,
+    eps: float,
+    make_doubly_stochastic: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The last part of :func:`mixing_weights`: raw [2n + n * n, B * S] to pre, post and comb."""
+    B, S, n = shape
     pre = torch.sigmoid(raw[:n] * scale[0] + base[:n, None]) + eps
     post = 2 * torch.sigmoid(raw[n : 2 * n] * scale[1] + base[n : 2 * n, None])
-    comb = sinkhorn((raw[2 * n :] * scale[2] + base[2 * n :, None]).view(n, n, -1), iterations, eps)
+    comb = make_doubly_stochastic((raw[2 * n :] * scale[2] + base[2 * n :, None]).view(n, n, -1))
     return (
         pre.t().reshape(B, S, n),
         post.t().reshape(B, S, n),

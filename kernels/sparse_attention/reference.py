@@ -46,6 +46,7 @@ def sparse_attention(
     if len(logits) == 2:
         return out, None
     entry_weights = weights[..., n_window:-1]
+    assert entries is not None
     if entries.dim() == 3:
         out = out + torch.bmm(entry_weights.reshape(B, S * H, -1), entries).view(B, S, H, c)
     else:

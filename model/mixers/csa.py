@@ -75,6 +75,7 @@ class CompressedSparseAttention(SlidingWindowAttention):
             telemetry.losses["indexer_kl"][self.layer] = indexer_kl(mass, scores, mask)
             if telemetry.measure_selection:
                 _, teacher = sparse_attention(query, window_kv, entries, may_see, self.sink, self.config.window)
+                assert teacher is not None
                 self._measure_selection(telemetry, teacher, scores, visible)
         return out
 

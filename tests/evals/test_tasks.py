@@ -18,7 +18,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from evals.retrieval import KEYS
 from evals.run import TASK_FOLDER, _summary, evaluate
-from evals.tasks.generators import FACT_START, mqar_questions, needle_questions
+from evals.tasks.generators import QUESTION, mqar_questions, needle_questions
 from model import checkpoint as checkpoints
 from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError, DataError
@@ -44,7 +44,7 @@ def shards(folder, texts, tokenizer):
     (folder / "validation").mkdir(parents=True)
     tokenizer.save(folder)
     rows = [("text", [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]) for text in texts]
-    rows.append(("mqar", [tokenizer.bos_id, *tokenizer.encode("!RETRIEVAL! @A=1 " * 500)]))
+    rows.append(("mqar", [tokenizer.bos_id, *tokenizer.encode("!retrieval! @A1 " * 500)]))
     table = {"kind": [kind for kind, _ in rows], "tokens": pa.array([t for _, t in rows], pa.list_(pa.int32()))}
     pq.write_table(pa.table(table), folder / "validation" / "00000.parquet")
     return str(folder)
@@ -55,8 +55,8 @@ def check_questions(questions, tokenizer, length, window):
     sizes = []
     for question in questions:
         context, answer = question["context"], question["answer"]
-        key = context[-3:]
-        assert FACT_START.fullmatch(key)
+        key = context[-2:]
+        assert QUESTION.fullmatch(key)
         assert context.count(key) == 2
         place = context.index(key + answer) + len(key + answer)
         assert len(tokenizer.encode(context[place:])) >= window
@@ -72,7 +72,7 @@ def test_mqar_documents_have_the_exact_length_and_ask_every_fact(checkpoint, len
     sizes = check_questions(questions, ByteTokenizer(), length, CONFIG.window)
     for document in range(6):
         mine = [i for i, question in enumerate(questions) if question["document"] == document]
-        assert len({questions[i]["context"][-3:] for i in mine}) == 4
+        assert len({questions[i]["context"][-2:] for i in mine}) == 4
         assert max(sizes[i] for i in mine) == length
 
 
@@ -80,10 +80,10 @@ def test_needle_stands_at_its_depth(checkpoint):
     def place(depth):
         questions = needle_questions(checkpoint=checkpoint, length=512, depth=depth, samples=8, seed=1)["test"]
         assert set(check_questions(questions, ByteTokenizer(), 512, CONFIG.window)) == {512}
-        return {q["context"].index(q["context"][-3:]) for q in questions}
+        return {q["context"].index(q["context"][-2:]) for q in questions}
 
     # 512 tokens hold BOS, the needle, its question and its value; the deepest needle ends a window before the question.
-    last = 512 - 1 - 2 * 4 - CONFIG.window
+    last = 512 - 1 - 2 * 3 - CONFIG.window
     assert place(0.0) == {0}
     assert place(0.5) == {round(0.5 * last)}
     assert place(1.0) == {last}
@@ -100,13 +100,13 @@ def test_equal_seeds_give_equal_documents(checkpoint):
 
 
 def test_filler_is_the_validation_text(checkpoint, tmp_path):
-    false_facts = " ".join(f"@{key}=0" for key in KEYS)
+    false_facts = " ".join(f"@{key}0" for key in KEYS)
     data = shards(tmp_path, [f"alpha beta gamma delta. {false_facts} " * 20], ByteTokenizer())
     questions = mqar_questions(checkpoint=checkpoint, length=256, pairs=4, samples=8, seed=1, data=data)["test"]
     check_questions(questions, ByteTokenizer(), 256, CONFIG.window)
     text = "".join(questions["context"])
     assert "alpha beta" in text
-    assert "RETRIEVAL" not in text
+    assert "retrieval" not in text
 
 
 def test_text_whose_characters_take_several_bytes(checkpoint, tmp_path):
@@ -123,7 +123,12 @@ def test_another_tokenizer(tmp_path):
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     text = [path.read_text() for path in sorted(TASK_FOLDER.glob("*.py"))]
-    backend.train_from_iterator(text, trainers.BpeTrainer(vocab_size=500, special_tokens=["<s>", "</s>"]))
+    backend.train_from_iterator(
+        text,
+        trainers.BpeTrainer(
+            vocab_size=500, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        ),
+    )
     backend.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
     checkpoint = save(tmp_path / "final", CONFIG.replace(vocab_size=tokenizer.vocab_size), tokenizer)
@@ -146,12 +151,12 @@ def test_tokenizer_that_loses_a_fact_is_refused(tmp_path):
         return save(tmp_path / name, CONFIG, load_tokenizer(tmp_path / f"{name}.json"))
 
     plain = characters("plain", string.printable)
-    assert len(mqar_questions(checkpoint=plain, length=1024, pairs=40, samples=1, seed=1)["test"]) == 40
+    assert len(mqar_questions(checkpoint=plain, length=1024, pairs=20, samples=1, seed=1)["test"]) == 20
     without_at = characters("without_at", string.printable.replace("@", ""))
     folds_case = characters("folds_case", string.printable, normalizers.Lowercase())  # two facts of one key
     for folder in (without_at, folds_case):
         with pytest.raises(ConfigError, match="tokenizer: does not restore the text of the facts"):
-            mqar_questions(checkpoint=folder, length=1024, pairs=40, samples=1, seed=1)
+            mqar_questions(checkpoint=folder, length=1024, pairs=20, samples=1, seed=1)
 
 
 @pytest.mark.parametrize(
@@ -188,14 +193,14 @@ def test_a_model_without_an_indexer_is_asked_all_the_same(tmp_path):
 
 
 class Reader(LM):
-    """Answers by looking the key up in the text, as a perfect memory would; wrongly for keys in capitals."""
+    """Answers by looking the key up in the text, as a perfect memory would; wrongly for the first half of the alphabet."""
 
     def generate_until(self, requests):
         answers = []
         for request in requests:
             context, _ = request.args
-            answer = re.search(re.escape(context[-3:]) + "(.)", context).group(1)
-            answers.append("?" if context[-2].isupper() else answer + "!")
+            answer = re.search(re.escape(context[-2:]) + "(.)", context).group(1)
+            answers.append("?" if context[-1] < "N" else answer + "!")
         return answers
 
     loglikelihood = loglikelihood_rolling = None
@@ -209,7 +214,7 @@ def test_yaml_tasks_work_with_any_model_of_lm_eval(checkpoint, task):
     results = simple_evaluate(Reader(), tasks=[task], task_manager=manager, bootstrap_iters=0)
     samples = results["samples"][task]
     assert len(samples) == (320 if task == "mqar" else 40)
-    share = sum(sample["doc"]["context"][-2].islower() for sample in samples) / len(samples)
+    share = sum(sample["doc"]["context"][-1] >= "N" for sample in samples) / len(samples)
     assert 0.2 < share < 0.8
     assert results["results"][task]["recall,none"] == pytest.approx(share)
 

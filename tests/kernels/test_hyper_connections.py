@@ -57,3 +57,16 @@ def test_blocked_backend_equals_the_reference_forward_and_backward(tokens):
         results[backend] = [expanded, collapsed, *(leaf.grad for leaf in leaves)]
     for slow, fast in zip(results["reference"], results["blocked"]):
         torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
+
+
+def test_blocked_mixing_weights_equal_the_reference_forward_and_backward():
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 700, 4, 16), torch.randn(24, 64), torch.tensor([0.4, 0.6, 0.8]), torch.randn(24)]
+    results = {}
+    for backend in ("reference", "blocked"):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        outputs = mixing_weights(*leaves, 20, 1e-6, 1e-6, backend=backend)
+        sum((out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum() for out in outputs).backward()
+        results[backend] = [*outputs, *(leaf.grad for leaf in leaves)]
+    for slow, fast in zip(results["reference"], results["blocked"]):
+        torch.testing.assert_close(fast, slow, rtol=1e-3, atol=1e-4)

@@ -51,7 +51,7 @@ def test_a_finished_run_is_not_trained_again(trained):
 
 def test_a_changed_recipe_needs_a_name_of_its_own(trained):
     recipe, _ = trained
-    with pytest.raises(ConfigError, match="'trained' was begun with another model.window"):
+    with pytest.raises(ConfigError, match=r"'trained' was begun with another model\.window"):
         train.run(with_overrides(recipe, {"model.window": 6}))
 
 
