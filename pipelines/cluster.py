@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 
 # Before ray is imported anywhere: no usage reports, and no token file in the user's home for a private cluster.
@@ -17,13 +18,16 @@ from contextlib import contextmanager
 import ray
 
 OBJECT_STORE_BYTES = 400 * 2**20
+MIN_LOGICAL_CPUS = 6
+"""Logical CPUs of a local cluster, however few cores there are: beside its workers a step reads data and runs Train's,
+Tune's or Serve's own processes, which mostly wait."""
 
 
 @contextmanager
-def ray_session(num_cpus: float | None = None) -> Iterator[None]:
+def ray_session(num_cpus: float = 0) -> Iterator[None]:
     """Run the block on a Ray cluster; shuts down only what it started. Nested use shares the outer session.
 
-    ``num_cpus`` sizes a local cluster (logical CPUs; None: the machine's) and is ignored when joining one.
+    ``num_cpus`` is what the step needs of a local cluster, in logical CPUs; it is ignored when joining one.
     """
     if ray.is_initialized():
         yield
@@ -35,7 +39,7 @@ def ray_session(num_cpus: float | None = None) -> Iterator[None]:
     else:
         ray.init(
             address="local",  # never a stale cluster that some file still names
-            num_cpus=int(num_cpus) if num_cpus else None,
+            num_cpus=math.ceil(max(num_cpus, MIN_LOGICAL_CPUS)),
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=True,  # Train's controller and Serve ask its agent for state
             dashboard_host="127.0.0.1",

@@ -22,9 +22,6 @@ from pipelines.data import local_rows
 from pipelines.progress import print_table
 from pipelines.trainer import measured_cache
 
-LOGICAL_CPUS = 6
-"""The demo's cluster: two training workers, data reading and, later, a replica. Logical, so that a laptop has them."""
-
 
 @dataclass(frozen=True)
 class Contestant:
@@ -43,7 +40,7 @@ def run(recipe: Recipe) -> None:
     started = time.monotonic()
     deploy.check_port(recipe.serve.host, recipe.serve.port)  # ten minutes later would be a bad time to learn it
     clock: dict[str, float] = {}
-    with ray_session(num_cpus=LOGICAL_CPUS):
+    with ray_session():
         with _step(clock, "prepare"):
             prepare.run(recipe)
         with _step(clock, "train the hybrid"):

@@ -127,7 +127,7 @@ def _combinations(recipe: Recipe) -> list[dict[str, int]]:
 def _logical_cpus(recipe: Recipe) -> float:
     sweep, train = recipe.sweep, recipe.train
     per_trial = 1.0 if sweep.in_process else train.workers * train.cpus_per_worker + 1
-    return max(2.0, sweep.max_concurrent * per_trial)
+    return sweep.max_concurrent * per_trial
 
 
 def _tune(recipe: Recipe, combinations: list[dict[str, int]], tracked: TrackedRun) -> tune.ResultGrid:

@@ -75,7 +75,7 @@ def run(recipe: Recipe, parent_run_id: str | None = None) -> TrainResult:
         recipe.run.name, kind="train", recipe=recipe, parent_run_id=parent_run_id, run_id=known_run
     )
     write_run_file(folder, tracked)
-    with tracked, ray_session(num_cpus=_logical_cpus(recipe)):
+    with tracked, ray_session(num_cpus=recipe.train.workers * recipe.train.cpus_per_worker + 1):
         tracked.log_metrics({**measured_cache(recipe.model), "optimizer/muon_share": muon_share})
         tracked.set_tags({"parameters": str(_parameters(recipe))})
         progress = TrainingProgress(recipe.run.name, recipe.train.total_steps)
@@ -158,11 +158,6 @@ def _flat(value: Any, prefix: str = "") -> dict[str, str]:
     if isinstance(value, dict):
         return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}".strip(".")).items()}
     return {prefix: json.dumps(value)}
-
-
-def _logical_cpus(recipe: Recipe) -> float:
-    """A local cluster must hold the workers plus a slot for reading data, whatever the machine has."""
-    return max(2.0, recipe.train.workers * recipe.train.cpus_per_worker + 1)
 
 
 def _parameters(recipe: Recipe) -> int:

@@ -70,7 +70,6 @@ class Trainer:
         self._position = (0, 0)
         self._validation = validation
         self._indexer = set(model.indexer_parameters())
-        self._recall = math.nan
 
     # --- checkpoints
 
@@ -121,14 +120,12 @@ class Trainer:
                             **{k: float(v) for k, v in update.items()},
                             "train/step_seconds": seconds,
                             "train/tokens_per_second": tokens / seconds,
-                            "validation/recall": self._recall,
                         },
                     )
                 validate = self.step % train.validate_every == 0 or self.step == total
                 save = self.step % train.checkpoint_every == 0 or self.step == total
                 if validate:
                     metrics = self.validate()
-                    self._recall = metrics.get("validation/recall", math.nan)
                 if validate or save:
                     self.reporter.report(self.step, metrics, self.write_checkpoint if save else None)
         finally:

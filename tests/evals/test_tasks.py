@@ -193,7 +193,7 @@ def test_a_model_without_an_indexer_is_asked_all_the_same(tmp_path):
 
 
 class Reader(LM):
-    """Answers by looking the key up in the text, as a perfect memory would; wrongly for the first half of the alphabet."""
+    """Answers by looking the key up in the text, as a perfect memory would; wrongly for keys before N."""
 
     def generate_until(self, requests):
         answers = []
