@@ -11,6 +11,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 if "RAY_ADDRESS" not in os.environ:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own panels; the sweep prints its trials itself
 
 from collections.abc import Iterator
 from contextlib import contextmanager

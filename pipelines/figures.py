@@ -27,45 +27,39 @@ def pareto_figure(
     winner: int,
     budget: float | None,
 ) -> Figure:
-    """Recall and validation loss against cache bytes per token; rows (bytes, recall, loss, steps)."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    """Recall and validation loss against cache bytes per token; rows (bytes, recall, loss, steps).
+
+    Points carry numbers that a list beside them explains: settings with nearly equal caches would overlap as labels.
+    """
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    panels = figure.subplots(1, 3, width_ratios=(1, 1, 0.62))
     most = max(steps for *_, steps in trials)
-    for panel, (place, title, higher) in enumerate(
-        ((1, "recall of key-value pairs", True), (2, "validation loss", False))
+    for axes, place, title, higher in (
+        (panels[0], 1, "recall of key-value pairs", True),
+        (panels[1], 2, "validation loss", False),
     ):
-        axes = figure.add_subplot(1, 2, panel + 1)
-        rows = [(i, row[0], row[place], row[3]) for i, row in enumerate(trials)]
-        front = pareto_front([(x, y) for _, x, y, _ in rows], higher)
-        line = sorted((rows[i][1], rows[i][2]) for i in front)
-        axes.plot(
-            [x for x, _ in line], [y for _, y in line], color=_LINE, linewidth=1.2, label="Pareto front", zorder=1
-        )
-        for i, x, y, steps in rows:
-            axes.scatter(
-                x,
-                y,
-                s=70 if i == winner else 40,
-                color=_WINNER if i == winner else _TRIAL,
-                facecolor=None if steps == most else "none",
-                zorder=2,
-            )
-        for n, (i, x, y, _) in enumerate(sorted(rows, key=lambda row: (row[1], row[2]))):
-            axes.annotate(
-                labels[i],
-                (x, y),
-                xytext=(6, 7 if n % 2 else -11),
-                textcoords="offset points",
-                fontsize=7,
-                color=_WINNER if i == winner else "#444444",
-            )
+        points = [(row[0], row[place]) for row in trials]
+        line = sorted(points[i] for i in pareto_front(points, higher))
+        axes.plot(*zip(*line), color=_LINE, linewidth=1.2, label="Pareto front", zorder=1)
+        for i, (x, y) in enumerate(points):
+            color = _WINNER if i == winner else _TRIAL
+            face = color if trials[i][3] == most else "white"
+            axes.scatter(x, y, s=210, edgecolor=color, facecolor=face, zorder=2 + i)
+            ink = "white" if face == color else color
+            axes.annotate(str(i + 1), (x, y), ha="center", va="center", fontsize=8, color=ink, zorder=2 + i)
         if budget is not None:
             axes.axvline(budget, color=_LINE, linestyle="--", linewidth=1, label=f"budget {budget:g} B")
-        axes.set_xlabel("cache bytes per token (measured)")
-        axes.set_title(title, fontsize=11)
-        if higher:
-            axes.set_ylim(-0.05, 1.08)
-        axes.margins(x=0.22)
+        axes.set(xlabel="cache bytes per token (measured)", title=title)
+        axes.margins(0.15)
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8, loc="lower right" if higher else "upper right")
-    figure.suptitle("Sweep: winner in red, hollow points stopped early", fontsize=10)
+    panels[2].axis("off")
+    listed = [
+        f"{i + 1}  {label}" + (f"  ({trials[i][3]} steps)" if trials[i][3] < most else "")
+        for i, label in enumerate(labels)
+    ]
+    for i, text in enumerate(listed):
+        color = _WINNER if i == winner else "#333333"
+        panels[2].text(0, 0.95 - 0.075 * i, text, fontsize=8.5, color=color, transform=panels[2].transAxes)
+    panels[2].set_title("trials (winner red, hollow: stopped early)", fontsize=9, loc="left")
     return figure

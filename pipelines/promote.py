@@ -58,7 +58,7 @@ class PromoteResult:
 
 
 def run(recipe: Recipe) -> PromoteResult:
-    """Register the best run of kind ``train`` in the experiment and move the alias to it.
+    """Register the best trained run of the experiment, a sweep's winner included, and move the alias to it.
 
     Eligible is a finished run with the metric ``promote.metric``, a checkpoint of its own, and a cache within
     ``promote.max_cache_bytes_per_token``. Of equal scores the smaller cache wins, then the newer run.
@@ -69,7 +69,7 @@ def run(recipe: Recipe) -> PromoteResult:
     tracking = open_tracking(recipe)
     eligible: list[Candidate] = []
     refused: dict[str, str] = {}
-    for stored in _train_runs(tracking):
+    for stored in _trained_runs(tracking):
         try:
             eligible.append(_candidate(stored, section))
         except _RefusedError as refusal:
@@ -125,11 +125,12 @@ class _RefusedError(Exception):
     """Why a run is no candidate."""
 
 
-def _train_runs(tracking: Tracking) -> Iterator[Run]:
+def _trained_runs(tracking: Tracking) -> Iterator[Run]:
     token = None
     while True:
-        page = tracking.client.search_runs([tracking.experiment_id], "tags.kind = 'train'", page_token=token)
-        yield from page
+        page = tracking.client.search_runs([tracking.experiment_id], page_token=token)
+        # A trial counts once its sweep has kept its checkpoint, which it does for the winner.
+        yield from (r for r in page if r.data.tags.get("kind") == "train" or "checkpoint" in r.data.tags)
         token = page.token
         if not token:
             return

@@ -1,0 +1,64 @@
+"""The command line: one clear sentence and a non-zero status for every mistake."""
+
+import pytest
+
+from pipelines import __main__ as cli
+from pipelines.config import load_recipe, over
+from pipelines.train import describe
+
+RECIPES = ["configs/tiny.yaml"]
+
+
+def test_the_shipped_recipes_are_valid_and_alike_where_they_must_be():
+    hybrid = load_recipe(RECIPES)
+    baseline = over(hybrid, "configs/baseline.yaml")
+    assert baseline.train.total_steps == hybrid.train.total_steps
+    assert baseline.model.hidden_size == hybrid.model.hidden_size
+    assert baseline.model.num_layers == hybrid.model.num_layers
+    assert baseline.data == hybrid.data
+    assert describe(hybrid) > 0.8
+    assert describe(baseline) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "nowhere.yaml"], "error: nowhere.yaml: No such file or directory"),
+        (["--model.index_top", "3"], "error: model.index_top: unknown key; did you mean 'index_topk'?"),
+        (["--train.stepz", "3"], "error: train.stepz: unknown key"),
+        (["--train.batch_rows", "0"], "error: train.batch_rows: Input should be greater than or equal to 1, found 0"),
+        (["--train.optimizer.momentum", "2"], "error: train.optimizer.momentum: must lie in [0, 1), found 2.0"),
+        (["--model.preset", "huge"], "error: model.preset: unknown preset 'huge'"),
+        (["--run.name", "../x"], "error: run.name: String should match pattern"),
+        (["--serve.host", "0.0.0.0"], "error: serve.host: Input should be '127.0.0.1'"),
+        (["--train.workers"], "error: command line: --train.workers has no value"),
+        (["stray"], "error: command line: 'stray' is neither an option nor --section.key value"),
+        (["--run.folder", "/dev/null/x"], "error: /dev/null/x/data/stdlib/manifest.json: Not a directory"),
+    ],
+)
+def test_mistakes_are_named(arguments, message, capsys):
+    assert cli.main(["train", *arguments]) == cli.USER_ERROR
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", ["a: [1", "- 1\n- 2\n", "model: 3\n"])
+def test_malformed_yaml_is_named(content, tmp_path, capsys):
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    assert cli.main(["train", "--config", str(path)]) == cli.USER_ERROR
+    err = capsys.readouterr().err.strip()
+    assert len(err.splitlines()) == 1 and ("bad.yaml" in err or "model: expected a mapping" in err)
+
+
+def test_a_job_must_not_write_into_its_temporary_folder(monkeypatch, capsys):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert cli.main(["train", "--config", *RECIPES]) == cli.USER_ERROR
+    assert "pass --run.folder with an absolute path" in capsys.readouterr().err
+
+
+def test_print_config_is_a_recipe(capsys, tmp_path):
+    assert cli.main(["train", "--config", *RECIPES, "--model.window", "8", "--print-config"]) == 0
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert load_recipe([tmp_path / "printed.yaml"]) == load_recipe(RECIPES, ["model.window=8"])
