@@ -19,7 +19,6 @@ from model.errors import CacheError
 from model.precision import Precision, gqa_format
 
 COMPONENTS = ("csa", "hca", "index", "gqa", "window", "tail")
-GROWING = ("csa", "hca", "index", "gqa")
 
 
 class PackedEntries:

@@ -55,6 +55,8 @@ def load_config(folder: str | Path) -> ModelConfig:
         raise CheckpointError(f"{path}: not a checkpoint configuration ({error})") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format version {version} is not the supported {FORMAT_VERSION}")
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: 'model' is not a mapping")
     try:
         return ModelConfig.from_dict(values)
     except ConfigError as error:

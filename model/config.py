@@ -103,6 +103,8 @@ class ModelConfig:
     """Train with the cache formats, FP4 index queries and FP4 expert weights in the loop (straight-through)."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.layers, list | tuple):
+            raise ConfigError(f"model.layers: expected a list of mixer names, found {self.layers!r}")
         object.__setattr__(self, "layers", tuple(self.layers))
         _check_types(self)
         _validate(self)
@@ -112,7 +114,7 @@ class ModelConfig:
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> ModelConfig:
         """The preset ``name`` (see :data:`PRESETS`) with some fields replaced. Raises ConfigError."""
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ConfigError(f"model.preset: unknown preset '{name}'; there are {', '.join(PRESETS)}")
         return cls.from_dict({**PRESETS[name], **overrides})
 

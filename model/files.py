@@ -1,4 +1,4 @@
-"""Writing folders so that a reader sees the old one or the new one, never half of one."""
+"""Writing so that a reader never sees half of a file or folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from pathlib import Path
 
 @contextmanager
 def atomic_folder(target: str | Path) -> Iterator[Path]:
-    """Yield an empty sibling folder that takes ``target``'s place when the block ends without an exception."""
+    """Yield an empty sibling folder that takes ``target``'s place when the block ends without an exception.
+
+    Replacing takes two renames: killed between them, the old content stands beside it as ``.<name>-...-old``.
+    """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -22,9 +25,23 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
         if target.exists():
             old = scratch.with_name(scratch.name + "-old")
             os.replace(target, old)
-            os.replace(scratch, target)
+            try:
+                os.replace(scratch, target)
+            except OSError:
+                os.replace(old, target)
+                raise
             shutil.rmtree(old)
         else:
             os.replace(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a whole text file: readers find the old content or the new."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(content)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kernels.hyper_connections import collapse, expand, mixing_weights
 from model.config import ModelConfig
 from model.norm import rms_normalize
+from model.precision import in_float32
 
 
 class HyperConnection(nn.Module):
@@ -34,9 +35,10 @@ class HyperConnection(nn.Module):
 
     def forward(self, streams: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
         c = self.config
-        pre, post, comb = mixing_weights(
-            streams, self.fn, self.scale, self.base, c.hc_sinkhorn_iters, c.hc_eps, c.norm_eps
-        )
+        with in_float32(streams):
+            pre, post, comb = mixing_weights(
+                streams, self.fn, self.scale, self.base, c.hc_sinkhorn_iters, c.hc_eps, c.norm_eps
+            )
         return expand(streams, comb, post, block(collapse(streams, pre)).float())
 
 
@@ -56,7 +58,8 @@ class HyperHead(nn.Module):
         nn.init.zeros_(self.base)
 
     def forward(self, streams: Tensor) -> Tensor:
-        mixes = rms_normalize(streams.flatten(2), self.config.norm_eps) @ self.fn.t()
+        with in_float32(streams):
+            mixes = rms_normalize(streams.flatten(2), self.config.norm_eps) @ self.fn.t()
         return collapse(streams, torch.sigmoid(mixes * self.scale + self.base) + self.config.hc_eps)
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.precision import Precision
+from model.precision import Precision, in_float32
 from model.telemetry import Telemetry
 
 
@@ -64,7 +64,8 @@ class MixtureOfExperts(nn.Module):
         """x [B, S, hidden], input_ids int64 [B, S] -> [B, S, hidden]."""
         c = self.config
         flat = x.flatten(0, 1)
-        affinity = F.softplus(F.linear(flat.float(), self.router.weight.float())).sqrt()
+        with in_float32(x):
+            affinity = F.softplus(F.linear(flat.float(), self.router.weight.float())).sqrt()
         if self.hash_routed:
             chosen = self.tid2eid[input_ids.flatten()]
         else:
@@ -101,7 +102,8 @@ class MixtureOfExperts(nn.Module):
         """The stacks as rounded for storage. Outside training they are kept: rounding them took a quarter of a
         decode step."""
         stacks = (self.w1, self.w3, self.w2)
-        if self.training or torch.is_grad_enabled():
+        # Weights made in inference mode carry no version to tell a change by.
+        if self.training or torch.is_grad_enabled() or self.w1.is_inference():
             w1, w3, w2 = map(self.precision.round_expert, stacks)
             return w1, w3, w2
         versions = tuple((w._version, w.data_ptr()) for w in stacks)

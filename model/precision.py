@@ -57,24 +57,25 @@ class Precision:
         """Rows (tensor role, storage format, rounded while training, tensors per forward) for printing."""
         compressed = sum(name in ("csa", "hca") for name in config.layers)
         hybrid = compressed + config.layers.count("sliding")
-        csa = config.layers.count("csa")
-        loop = "yes" if self.qat else "no"
-        rows = []
-        if hybrid:
-            rows += [
-                ("window and compressed entries, unrotated dims", self.roles["main_kv"], loop, hybrid + compressed),
-                ("window and compressed entries, rotary dims", self.roles["rope"], loop, hybrid + compressed),
-            ]
-        if csa:
-            rows.append(("index queries and keys (after Hadamard)", self.roles["index"], loop, 2 * csa))
-        if "gqa" in config.layers:
-            rows.append(("gqa keys and values", gqa_format(config), "no", 2 * config.layers.count("gqa")))
-        if config.ffn == "moe":
-            stacks = 3 * config.num_layers
-            rows.append(("routed expert weights", EXPERT_FORMAT if self.qat else "fp32", loop, stacks))
-        return rows
+        csa, gqa = config.layers.count("csa"), config.layers.count("gqa")
+        experts = 3 * config.num_layers if config.ffn == "moe" else 0
+        expert_format = EXPERT_FORMAT if self.qat else "fp32"
+        rows = (
+            ("window and compressed entries, unrotated dims", self.roles["main_kv"], hybrid + compressed),
+            ("window and compressed entries, rotary dims", self.roles["rope"], hybrid + compressed),
+            ("index queries and keys (after Hadamard)", self.roles["index"], 2 * csa),
+            ("gqa keys and values", gqa_format(config), 2 * gqa),
+            ("routed expert weights", expert_format, experts),
+        )
+        return [(role, fmt, "yes" if self.qat and fmt != "fp32" else "no", count) for role, fmt, count in rows if count]
 
 
 def gqa_format(config: ModelConfig) -> str:
     """The baseline's cache format: BF16, or FP32 where the policy asks for it. FP8 and FP4 are V4's choices."""
     return "fp32" if config.cache_precision == "fp32" else "bf16"
+
+
+def in_float32(x: Tensor) -> torch.autocast:
+    """A context in which autocast is off: router, head, hyper-connection weights and compressors compute in float32,
+    because what they decide (routes, selections, mixing) would differ between training and inference otherwise."""
+    return torch.autocast(x.device.type, enabled=False)

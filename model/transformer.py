@@ -13,6 +13,7 @@ from model.mixers.base import AttentionMode, Context
 from model.mixers.compressor import Compressor
 from model.moe import DenseFeedForward, MixtureOfExperts
 from model.norm import RMSNorm
+from model.precision import in_float32
 from model.rope import RotaryFrequencies
 from model.telemetry import Telemetry
 
@@ -91,7 +92,8 @@ class Transformer(nn.Module):
         if last_only:
             streams = streams[:, -1:]
         x = self.hyper_head(streams) if self.hyper_head is not None else streams
-        return nn.functional.linear(self.norm(x), self.head.weight).float()
+        with in_float32(x):
+            return nn.functional.linear(self.norm(x), self.head.weight.float())
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

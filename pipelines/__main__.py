@@ -69,6 +69,9 @@ def main(arguments: list[str]) -> int:
     except FiftyfoldError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
+    except OSError as error:
+        print(f"error: {error.filename or step}: {error.strerror or error}", file=sys.stderr)
+        return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

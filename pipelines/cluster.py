@@ -18,6 +18,8 @@ from contextlib import contextmanager
 
 import ray
 
+from model.errors import ConfigError, FiftyfoldError
+
 OBJECT_STORE_BYTES = 400 * 2**20
 MIN_LOGICAL_CPUS = 6
 """Logical CPUs of a local cluster, however few cores there are: beside its workers a step reads data and runs Train's,
@@ -36,7 +38,10 @@ def ray_session(num_cpus: float = 0) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     # Workers import the rooms from the checkout; a joined cluster gets them from the job's working directory.
     if address:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise FiftyfoldError(f"RAY_ADDRESS: cannot join the Ray cluster at {address} ({error})") from error
     else:
         ray.init(
             address="local",  # never a stale cluster that some file still names
@@ -52,3 +57,11 @@ def ray_session(num_cpus: float = 0) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def need(key: str, cpus: float, gpus: float = 0) -> None:
+    """Raise ConfigError naming ``key`` unless the cluster has that much; Ray would wait for it without end."""
+    there = ray.cluster_resources()
+    for kind, needed in (("CPU", cpus), ("GPU", gpus)):
+        if needed > there.get(kind, 0):
+            raise ConfigError(f"{key}: needs {needed:g} {kind}, the Ray cluster has {there.get(kind, 0):g}")

@@ -180,6 +180,8 @@ class DemoSection(Section):
     """Go on answering requests after the table, until Ctrl-C."""
     questions: Annotated[int, Field(ge=1)] = 8
     """Recall questions to ask over HTTP; the first one is shown."""
+    least_recall: Share = 0.9
+    """The demo fails when the champion's recall at the training length is less."""
 
 
 class TrackingSection(Section):
@@ -240,7 +242,7 @@ def load_recipe(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
 
 
 def over(recipe: Recipe, file: str | Path) -> Recipe:
-    """``recipe`` with the settings of a YAML file over its own. Raises ConfigError."""
+    """``recipe`` with the settings of a YAML file over its own; a preset there changes nothing. Raises ConfigError."""
     return _merge(OmegaConf.create(recipe.to_dict()), [file], [])
 
 
@@ -250,16 +252,19 @@ def _merge(merged: Any, files: Sequence[str | Path], overrides: Sequence[str]) -
             content = OmegaConf.load(file)
         except OSError as error:
             raise ConfigError(f"{file}: {error.strerror}") from error
-        except (YAMLError, OmegaConfBaseException) as error:
+        except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
             raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
         if not OmegaConf.is_dict(content):
             raise ConfigError(f"{file}: expected a mapping of sections at the top level")
         merged = OmegaConf.merge(merged, content)
     try:
         merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, YAMLError) as error:
+    except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
         raise ConfigError(f"command line: {' '.join(str(error).split())}") from error
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"recipe: {' '.join(str(error).split())}") from error
     return recipe_from_dict(values)
 
 
@@ -269,22 +274,31 @@ def recipe_from_dict(values: Any) -> Recipe:
         recipe = Recipe.model_validate(values)
     except pydantic.ValidationError as error:
         raise ConfigError("; ".join(_sentence(item) for item in error.errors())) from None
-    folder = recipe.run.folder
-    if not folder.is_absolute():
-        if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
-            raise ConfigError(
-                f"run.folder: '{folder}' is relative, and a submitted job works in a temporary copy of the project; "
-                "pass --run.folder with an absolute path"
-            )
-        # Ray workers run in folders of their own, so the recipe that travels to them names absolute paths.
-        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"folder": folder.absolute()})})
-    return recipe
+    if not recipe.run.folder.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise ConfigError(
+            f"run.folder: '{recipe.run.folder}' is relative, and a submitted job works in a temporary copy of the "
+            "project; pass --run.folder with an absolute path"
+        )
+    # Ray workers run in folders of their own, so the recipe that travels to them names absolute paths.
+    return recipe.model_copy(
+        update={
+            "run": recipe.run.model_copy(update={"folder": recipe.run.folder.absolute()}),
+            "train": recipe.train.model_copy(update={"init_from": _absolute(recipe.train.init_from)}),
+            "evaluate": recipe.evaluate.model_copy(update={"checkpoint": _absolute(recipe.evaluate.checkpoint)}),
+        }
+    )
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.absolute()
 
 
 def with_overrides(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
     """A copy of ``recipe`` with dotted keys replaced, validated again. Raises ConfigError."""
     base = OmegaConf.create(recipe.to_dict())
     for key, value in overrides.items():
+        if key == "model.preset":
+            raise ConfigError("model.preset: cannot be changed here, because every field of the model is set already")
         OmegaConf.update(base, key, value, merge=False)
     return recipe_from_dict(OmegaConf.to_container(base))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,15 +9,14 @@ from dataclasses import dataclass
 
 import httpx
 
-from evals.retrieval import mqar, reserved_ids
+from evals.tasks.generators import mqar_questions
 from model import checkpoint
 from model.budget import cache_bytes_per_token
 from model.errors import FiftyfoldError
-from model.tokenizer import Tokenizer, load_tokenizer
+from model.tokenizer import load_tokenizer
 from pipelines import deploy, evaluate, prepare, promote, sweep, train
 from pipelines.cluster import ray_session
 from pipelines.config import Recipe, over, with_overrides
-from pipelines.data import local_rows
 from pipelines.progress import print_table
 from pipelines.trainer import measured_cache
 
@@ -84,10 +82,16 @@ def run(recipe: Recipe) -> None:
                         hybrid.seconds + clock["sweep"],
                     ),
                 )
+            winner = promoted.winner.checkpoint
+            recall = next(scores[name]["eval/recall"] for name, place in places.items() if place == winner)
             _report(contestants, clock, time.monotonic() - started)
             print(f"champion: {promoted.model_uri} version {promoted.version}, run '{promoted.winner.name}'")
             print(f"asked over HTTP: {right} of {recipe.demo.questions} held-out recall questions right")
             print("MLflow: make ui, then http://127.0.0.1:5000")
+            if recall < recipe.demo.least_recall:
+                raise FiftyfoldError(
+                    f"demo.least_recall: the champion answers {recall:.1%}, less than {recipe.demo.least_recall:.0%}"
+                )
             if recipe.demo.keep_serving:
                 print(f"endpoint: {deployment.url}/v1 (Ctrl-C stops)", flush=True)
                 deploy.wait_for_signal()
@@ -98,15 +102,19 @@ def run(recipe: Recipe) -> None:
 def _ask(recipe: Recipe, deployment: deploy.Deployment) -> int:
     """Ask held-out recall questions over HTTP, show the first; returns how many answers were right."""
     tokenizer = load_tokenizer(deployment.checkpoint)
-    rng = random.Random(recipe.evaluate.seed + 1)
-    length, window = recipe.data.sequence_length, checkpoint.load_config(deployment.checkpoint).window
-    texts = _fillers(recipe, tokenizer)
+    questions = mqar_questions(
+        length=recipe.data.sequence_length,
+        pairs=recipe.data.pairs,
+        samples=recipe.demo.questions,
+        seed=recipe.evaluate.seed + 1,  # other documents than those of the evaluation
+        checkpoint=str(deployment.checkpoint),
+        data=str(recipe.data_folder),
+    )["test"]
+    asked = [questions[i] for i in range(0, len(questions), recipe.data.pairs)]  # one question of every document
     right = 0
-    for number in range(recipe.demo.questions):
-        document = mqar(rng, tokenizer, next(texts), length, recipe.data.pairs, window)
-        start, end = document.answers[0]
-        context, value = document.tokens[:start], tokenizer.decode(document.tokens[start:end])
-        body = {"model": deployment.model_name, "prompt": context, "max_tokens": end - start, "temperature": 0}
+    for number, question in enumerate(asked):
+        context, value = question["context"], question["answer"]
+        body = {"model": deployment.model_name, "prompt": context, "max_tokens": 1, "temperature": 0}
         response = httpx.post(f"{deployment.url}/v1/completions", json=body, timeout=60, trust_env=False)
         if not response.is_success:
             raise FiftyfoldError(f"{deployment.url}: status {response.status_code}: {response.text}")
@@ -114,29 +122,15 @@ def _ask(recipe: Recipe, deployment: deploy.Deployment) -> int:
         answer = content["choices"][0]["text"]
         right += answer == value
         if number == 0:
-            text = tokenizer.decode(context)
-            question = text[-2:]
-            distance = len(tokenizer.encode(text[text.index(question + value) + 3 :]))
-            print(f"prompt: {len(context)} tokens, {recipe.data.pairs} facts, then the question {question!r}")
-            print(f"  ...{text[-60:]!r}")
-            print(f"  the fact {question + value!r} ends {distance} tokens before its end; the window is {window}")
+            fact = context[-2:] + value
+            distance = len(tokenizer.encode(context[context.index(fact) + len(fact) :]))
+            window = checkpoint.load_config(deployment.checkpoint).window
+            print(f"prompt: {content['usage']['prompt_tokens']} tokens that end in ...{context[-50:]!r}")
+            print(f"  the fact {fact!r} ends {distance} tokens before the end; the sliding window is {window} tokens")
             print(
-                f"  answer {answer!r}, expected {value!r}; cache {content['fiftyfold']['cache_nbytes']:,} bytes",
-                flush=True,
+                f"  answer {answer!r}, expected {value!r}, from a cache of {content['fiftyfold']['cache_nbytes']:,} bytes"
             )
     return right
-
-
-def _fillers(recipe: Recipe, tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Held-out text, ``sequence_length`` tokens at a time, without the tokens that facts are written with."""
-    leave_out = {tokenizer.bos_id, tokenizer.eos_id, *reserved_ids(tokenizer)}
-    length = recipe.data.sequence_length
-    held: list[int] = []
-    for row in local_rows(recipe.data_folder, "validation", length, kinds=["text"]):
-        held += [token for token in row["tokens"].tolist() if token not in leave_out]
-        if len(held) >= length:
-            yield held[:length]
-            held = []
 
 
 def _report(contestants: list[Contestant], clock: dict[str, float], total: float) -> None:

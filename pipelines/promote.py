@@ -29,8 +29,8 @@ from model.errors import CheckpointError, ConfigError
 from pipelines.config import PromoteSection, Recipe
 from pipelines.evaluate import RUN_FILE, WEIGHTS_TAG, weights_digest
 from pipelines.tracking import Tracking, open_tracking
+from pipelines.trainer import CACHE as CACHE_METRIC
 
-CACHE_METRIC = "cache/bytes_per_token"
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
 
 

@@ -7,7 +7,7 @@ weak ones. The sweep is one MLflow run with a nested run per trial.
 from __future__ import annotations
 
 import itertools
-import json
+import math
 import random
 import tempfile
 from collections.abc import Callable
@@ -27,16 +27,16 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 
 from model.errors import ConfigError, FiftyfoldError
+from model.files import write_text
 from pipelines.config import Recipe, recipe_from_dict, with_overrides
 from pipelines.data import read_manifest, train_batches
 from pipelines.figures import pareto_figure, pareto_front
 from pipelines.progress import TrainingProgress, print_table
 from pipelines.tracking import TrackedRun, Tracking, attach, open_tracking
-from pipelines.train import build_trainer, claim, finalise, fit, fit_to_data, write_run_file
-from pipelines.trainer import check_stages, measured_cache
+from pipelines.train import build_trainer, claim, finalise, fit, fit_to_data, plain, write_run_file
+from pipelines.trainer import CACHE, check_stages, measured_cache
 
 _SETTINGS_THAT_BIND = ("data", "model", "train", "sweep")
-CACHE = "cache/bytes_per_token"
 
 
 @dataclass(frozen=True)
@@ -63,36 +63,43 @@ def run(recipe: Recipe) -> SweepResult:
 
     Raises ConfigError, before any trial starts, when the space is empty or holds a combination that cannot train.
     """
-    recipe = fit_to_data(recipe, read_manifest(recipe.data_folder))
+    manifest = read_manifest(recipe.data_folder)
+    recipe = fit_to_data(recipe, manifest)
     combinations = _combinations(recipe)
     for settings in combinations:
-        check_stages(trial_recipe(recipe, settings))
+        check_stages(fit_to_data(trial_recipe(recipe, settings), manifest))
+    tracking = open_tracking(recipe)
     folder = recipe.sweep_folder
     known_run = claim(folder, recipe, _SETTINGS_THAT_BIND, "sweep.name")
-    tracking = open_tracking(recipe)
     tracked = tracking.start_run(recipe.sweep.name, kind="sweep", recipe=recipe, run_id=known_run)
     write_run_file(folder, tracked)
     with tracked, ray_session(num_cpus=_logical_cpus(recipe)):
         results = list(_tune(recipe, combinations, tracked))  # type: ignore[call-overload]
-        trials = [_read_trial(result) for result in results if result.metrics and "settings" in result.metrics]
-        failed = len(combinations) - len(trials)
-        if failed:
-            print(f"{recipe.sweep.name}: {failed} of {len(combinations)} trials failed")
+        causes = sorted({str(plain(result.error)) for result in results if result.error})
+        for cause in causes:
+            print(f"{recipe.sweep.name}: a trial failed: {cause}")
+        run_ids = _trial_run_ids(tracking, tracked.run_id)
+        reported = [result for result in results if result.metrics and "trial_id" in result.metrics]
+        trials = [_read_trial(recipe, result, run_ids) for result in reported]
         if not trials:
-            raise FiftyfoldError(f"{recipe.sweep.name}: no trial finished; see {folder / 'tune'}")
+            raise FiftyfoldError(f"{recipe.sweep.name}: no trial reported anything ({'; '.join(causes)})")
         winner = choose(trials, recipe)
         _log(recipe, tracked, trials, winner)
-        target = _keep_winner(recipe, results, winner, attach(tracked.uri, winner.run_id))
+        target = _keep_winner(recipe, reported[trials.index(winner)], attach(tracked.uri, winner.run_id))
         overrides = folder / "winner.yaml"
-        overrides.write_text(_nested_yaml(winner.settings))
+        write_text(overrides, _nested_yaml(winner.settings))
         tracked.log_artifact(overrides)
     print(f"{recipe.sweep.name}: winner {_label(winner.settings)}, checkpoint {target}, settings {overrides}")
     return SweepResult(tracked.run_id, winner, trials, target, overrides)
 
 
 def trial_recipe(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
-    """The recipe of one trial: the sweep's overrides, then the trial's own settings."""
-    return with_overrides(recipe, {**recipe.sweep.overrides, **settings})
+    """The recipe of one trial: the sweep's overrides, then the trial's own settings.
+
+    Every validation leaves a checkpoint, so that a trial's last score and its last weights belong together.
+    """
+    changed = with_overrides(recipe, {**recipe.sweep.overrides, **settings})
+    return with_overrides(changed, {"train.checkpoint_every": changed.train.validate_every})
 
 
 def choose(trials: list[Trial], recipe: Recipe) -> Trial:
@@ -103,6 +110,9 @@ def choose(trials: list[Trial], recipe: Recipe) -> Trial:
             known = ", ".join(sorted(k for k in trial.metrics if "/" in k))
             raise ConfigError(f"sweep.metric: trials report no '{sweep.metric}'; they report {known}")
     budget = sweep.max_cache_bytes_per_token
+    trials = [t for t in trials if math.isfinite(t.metrics[sweep.metric])]
+    if not trials:
+        raise FiftyfoldError(f"{sweep.name}: no trial has a finite {sweep.metric}")
     fitting = [t for t in trials if budget is None or t.metrics[CACHE] <= budget]
     if not fitting:
         smallest = min(t.metrics[CACHE] for t in trials)
@@ -151,7 +161,8 @@ def _tune(recipe: Recipe, combinations: list[dict[str, int]], tracked: TrackedRu
             max_concurrent_trials=sweep.max_concurrent,
             scheduler=ASHAScheduler(
                 time_attr="training_iteration",
-                max_t=max(validations, sweep.grace_validations),
+                # One more than there are: a trial that comes to its end finishes by itself.
+                max_t=max(validations, sweep.grace_validations) + 1,
                 grace_period=sweep.grace_validations,
                 reduction_factor=sweep.reduction_factor,
             ),
@@ -177,8 +188,7 @@ class _Lines(tune.Callback):
         result = trial.last_result
         print(
             f"{self.name}: trial {self.done}/{self.total} {_label(trial.config['settings'])}  "
-            f"{self.metric} {result.get(self.metric, float('nan')):.3f}  "
-            f"{result.get(CACHE, float('nan')):.1f} cache bytes/token  after {result.get('step', 0):.0f} steps",
+            f"{self.metric} {result.get(self.metric, float('nan')):.3f} after {result.get('step', 0):.0f} steps",
             flush=True,
         )
 
@@ -193,28 +203,26 @@ def _trial(config: dict[str, Any], recipe: dict[str, Any], tracking: dict[str, s
     mine = trial_recipe(whole, settings)
     mine = mine.model_copy(update={"run": mine.run.model_copy(update={"name": f"{whole.sweep.name}-{trial_id}"})})
     tracked = _trial_run(open_tracking(mine), tracking["parent"], trial_id, settings, mine)
-    cache = measured_cache(mine.model)
-    constant = {**cache, "settings": json.dumps(settings), "run_id": tracked.run_id}
-    tracked.log_metrics(cache)
+    tracked.log_metrics(measured_cache(mine.model))
     with tracked:
         if whole.sweep.in_process:
-            _train_here(mine, tracked, constant)
-        else:
-            quiet = TrainingProgress(trial_id, mine.train.total_steps, quiet=True)
-            storage = whole.sweep_folder / "train" / trial_id
-            metrics, last = fit(mine, tracked, quiet, storage, [TuneReportCallback()])
-            # Tune keeps stale numbers when a resumed trial has nothing left to report, so the last word is said again.
-            tune.report({**metrics, **constant}, checkpoint=last)
+            _train_here(mine, tracked)
+            return
+        quiet = TrainingProgress(trial_id, mine.train.total_steps, quiet=True)
+        storage = whole.sweep_folder / "train" / trial_id
+        metrics, last = fit(mine, tracked, quiet, storage, [TuneReportCallback()])
+        # Tune keeps stale numbers when a resumed trial has nothing left to report, so the last word is said again.
+        tune.report(metrics, checkpoint=last)
 
 
-def _train_here(recipe: Recipe, tracked: TrackedRun, constant: dict[str, Any]) -> None:
+def _train_here(recipe: Recipe, tracked: TrackedRun) -> None:
     torch.set_num_threads(recipe.train.threads_per_worker)
     trainer = build_trainer(
         recipe,
         lambda epoch, skip: train_batches(
             recipe.data_folder, recipe.data.sequence_length, recipe.train.batch_rows, recipe.data.seed, epoch, skip
         ),
-        _TuneReporter(tracked, constant),
+        _TuneReporter(tracked),
     )
     last = tune.get_checkpoint()
     if last is not None:
@@ -224,22 +232,20 @@ def _train_here(recipe: Recipe, tracked: TrackedRun, constant: dict[str, Any]) -
 
 
 class _TuneReporter:
-    def __init__(self, tracked: TrackedRun, constant: dict[str, Any]):
-        self.tracked, self.constant = tracked, constant
+    def __init__(self, tracked: TrackedRun):
+        self.tracked = tracked
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.tracked.log_metrics(metrics, step)
 
     def report(self, step: int, metrics: dict[str, float], write: Callable[[Path], None] | None) -> None:
         self.tracked.log_metrics(metrics, step)
-        if not metrics:
-            return
         with tempfile.TemporaryDirectory() as folder:
             saved = None
             if write is not None:
                 write(Path(folder))
                 saved = tune.Checkpoint.from_directory(folder)
-            tune.report({**metrics, **self.constant, "step": step}, checkpoint=saved)
+            tune.report({**metrics, "step": step}, checkpoint=saved)
 
 
 def _trial_run(tracking: Tracking, parent: str, trial_id: str, settings: dict[str, int], recipe: Recipe) -> TrackedRun:
@@ -256,11 +262,18 @@ def _trial_run(tracking: Tracking, parent: str, trial_id: str, settings: dict[st
 # --- the result
 
 
-def _read_trial(result: Any) -> Trial:
-    metrics = {k: float(v) for k, v in result.metrics.items() if isinstance(v, int | float) and "/" in k}
-    return Trial(
-        json.loads(result.metrics["settings"]), metrics, result.metrics["run_id"], int(result.metrics.get("step", 0))
-    )
+def _trial_run_ids(tracking: Tracking, parent: str) -> dict[str, str]:
+    """MLflow run ids by trial id."""
+    nested = tracking.client.search_runs([tracking.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
+    return {run.data.tags["trial"]: run.info.run_id for run in nested if "trial" in run.data.tags}
+
+
+def _read_trial(recipe: Recipe, result: ray.tune.Result, run_ids: dict[str, str]) -> Trial:
+    settings = result.config["settings"]  # type: ignore[index]
+    reported = result.metrics or {}
+    metrics = {k: float(v) for k, v in reported.items() if isinstance(v, int | float) and "/" in k}
+    metrics |= measured_cache(trial_recipe(recipe, settings).model)
+    return Trial(settings, metrics, run_ids[reported["trial_id"]], int(reported.get("step", 0)))
 
 
 def _log(recipe: Recipe, tracked: TrackedRun, trials: list[Trial], winner: Trial) -> None:
@@ -306,13 +319,17 @@ def _log(recipe: Recipe, tracked: TrackedRun, trials: list[Trial], winner: Trial
     tracked.set_tags({"winner": _label(winner.settings), "winner.run_id": winner.run_id})
 
 
-def _keep_winner(recipe: Recipe, results: list[ray.tune.Result], winner: Trial, tracked: TrackedRun) -> Path:
+def _keep_winner(recipe: Recipe, result: ray.tune.Result, tracked: TrackedRun) -> Path:
     """Give the winner a run folder like any trained model's. Returns its checkpoint folder."""
     folder = recipe.run.folder / f"{recipe.sweep.name}-winner"
-    result = next(r for r in results if r.metrics and r.metrics.get("run_id") == winner.run_id)
-    if result.checkpoint is None:
+    last = result.checkpoint
+    if last is None and result.metrics and result.metrics.get("checkpoint_path"):
+        last = tune.Checkpoint(
+            result.metrics["checkpoint_path"]
+        )  # where Train's own checkpoints are, Tune has the path
+    if last is None:
         raise FiftyfoldError(f"{recipe.sweep.name}: the winning trial left no checkpoint")
-    finalise(result.checkpoint, folder / "final")
+    finalise(last, folder / "final")
     write_run_file(folder, tracked)
     tracked.set_tags({"checkpoint": str(folder / "final")})
     return folder / "final"

@@ -185,7 +185,8 @@ class TrackedRun:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        if kind is None:
+        # Ray Tune ends a trial that its scheduler stops with SystemExit(0).
+        if kind is None or (isinstance(error, SystemExit) and not error.code):
             self.finish()
         else:
             self.finish("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")

@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.cluster import ray_session  # sets Ray's environment before ray is imported
+from pipelines.cluster import need, ray_session  # sets Ray's environment before ray is imported
 
 # isort: split
 import ray
 import ray.train
 import ray.train.torch
 import torch
+from mlflow.exceptions import MlflowException
 from ray.util.queue import Empty, Queue
 
 from model import checkpoint
 from model.errors import ConfigError, FiftyfoldError
-from model.files import atomic_folder
+from model.files import atomic_folder, write_text
 from model.muon import MuonAdamW
 from model.precision import Precision
 from model.tokenizer import load_tokenizer
@@ -45,6 +46,7 @@ from pipelines.tracking import TrackedRun, open_tracking
 from pipelines.trainer import Trainer, check_stages, measured_cache, validation_batches
 
 RECIPE, RUN = "recipe.json", "run.json"
+WALL_SECONDS = "train/wall_seconds"
 _SETTINGS_THAT_BIND = ("data", "model", "train")
 """Sections that a resumed run must not change."""
 
@@ -68,9 +70,12 @@ def run(recipe: Recipe, parent_run_id: str | None = None) -> TrainResult:
     recipe = fit_to_data(recipe, manifest)
     check_stages(recipe)
     muon_share = describe(recipe)
+    if recipe.train.init_from is not None:
+        fresh = checkpoint.warm_start(Transformer(recipe.model), recipe.train.init_from)
+        print(f"{recipe.run.name}: starts from {recipe.train.init_from}; set to zero: {', '.join(fresh) or 'nothing'}")
+    tracking = open_tracking(recipe)
     folder = recipe.run_folder
     known_run = claim(folder, recipe, _SETTINGS_THAT_BIND, "run.name")
-    tracking = open_tracking(recipe)
     tracked = tracking.start_run(
         recipe.run.name, kind="train", recipe=recipe, parent_run_id=parent_run_id, run_id=known_run
     )
@@ -79,18 +84,23 @@ def run(recipe: Recipe, parent_run_id: str | None = None) -> TrainResult:
         tracked.log_metrics({**measured_cache(recipe.model), "optimizer/muon_share": muon_share})
         tracked.set_tags({"parameters": str(_parameters(recipe))})
         progress = TrainingProgress(recipe.run.name, recipe.train.total_steps)
+        trained_before = recipe.final_checkpoint.exists()
         metrics, last = fit(recipe, tracked, progress, folder)
+        seconds = time.monotonic() - started
+        if trained_before:
+            seconds = tracked.metrics().get(WALL_SECONDS, seconds)
+        tracked.log_metrics({WALL_SECONDS: seconds})
         finalise(last, recipe.final_checkpoint)
         tracked.set_tags({"checkpoint": str(recipe.final_checkpoint)})
     print(f"{recipe.run.name}: checkpoint {recipe.final_checkpoint}")
     print(f"{recipe.run.name}: MLflow run {tracked.run_id} ({tracked.url_hint()})")
-    return TrainResult(tracked.run_id, recipe.final_checkpoint, metrics, muon_share, time.monotonic() - started)
+    return TrainResult(tracked.run_id, recipe.final_checkpoint, metrics, muon_share, seconds)
 
 
 def write_run_file(folder: Path, tracked: TrackedRun) -> None:
     """Leave word in a run folder of the MLflow run that belongs to it."""
     content = {"run_id": tracked.run_id, "tracking_uri": tracked.uri}
-    (folder / RUN).write_text(json.dumps(content) + "\n")
+    write_text(folder / RUN, json.dumps(content) + "\n")
 
 
 def fit_to_data(recipe: Recipe, manifest: Manifest) -> Recipe:
@@ -99,6 +109,11 @@ def fit_to_data(recipe: Recipe, manifest: Manifest) -> Recipe:
         raise ConfigError(
             f"data.sequence_length: {recipe.data.sequence_length}, but {recipe.data_folder} was prepared for "
             f"{manifest.sequence_length}; prepare under another data.name"
+        )
+    if recipe.model.window > manifest.settings["window"]:
+        raise ConfigError(
+            f"model.window: {recipe.model.window} is wider than the {manifest.settings['window']} tokens that facts in "
+            f"{recipe.data_folder} keep away from their questions; prepare under another data.name"
         )
     model = recipe.model.replace(vocab_size=manifest.vocab_size)
     return recipe.model_copy(update={"model": model})
@@ -114,7 +129,7 @@ def describe(recipe: Recipe) -> float:
         f"{recipe.run.name}: optimizer", ["parameter", "rule", "tensors", "numbers", "peak learning rate"], rows
     )
     precision = Precision(recipe.model).table(recipe.model)
-    if recipe.model.qat and not precision:
+    if recipe.model.qat and not any(loop == "yes" for _, _, loop, _ in precision):
         raise ConfigError("model.qat: quantisation-aware training was asked for, but it touches no tensor")
     print_table(
         f"{recipe.run.name}: precision",
@@ -145,7 +160,7 @@ def claim(folder: Path, recipe: Recipe, sections: tuple[str, ...], what: str) ->
                 f"{folder} to begin again"
             )
     else:
-        path.write_text(json.dumps(settings, indent=2) + "\n")
+        write_text(path, json.dumps(settings, indent=2) + "\n")
     try:
         return json.loads((folder / RUN).read_text())["run_id"]
     except FileNotFoundError:
@@ -177,10 +192,13 @@ def fit(
     Returns the last report's metrics and checkpoint. Raises FiftyfoldError.
     """
     train = recipe.train
+    cpus = train.workers * train.cpus_per_worker
+    need("train.workers", cpus, train.workers if train.use_gpu else 0)
     queue = Queue(actor_options={"num_cpus": 0})
     done = threading.Event()
+    lost: list[Exception] = []
     with progress:
-        listener = threading.Thread(target=_listen, args=(queue, done, tracked, progress), daemon=True)
+        listener = threading.Thread(target=_listen, args=(queue, done, tracked, progress, lost), daemon=True)
         listener.start()
         try:
             result = ray.train.torch.TorchTrainer(
@@ -202,18 +220,28 @@ def fit(
                 ),
             ).fit()
         except Exception as error:
-            raise _plain(error) from error
+            raise plain(error) from error
         finally:
             done.set()
             listener.join()
             queue.shutdown()
+    if lost:
+        raise FiftyfoldError(
+            f"{recipe.run.name}: trained to its end, but {len(lost)} groups of metrics did not reach MLflow "
+            f"({str(lost[0]).splitlines()[0]}); start the step again to finish"
+        )
     if result.checkpoint is None:
         raise FiftyfoldError(f"{recipe.run.name}: training ended without a checkpoint")
     return dict(result.metrics or {}), result.checkpoint
 
 
-def _listen(queue: Queue, done: threading.Event, tracked: TrackedRun, progress: TrainingProgress) -> None:
-    """Carry rank 0's numbers to MLflow and to the terminal until ``done`` is set and the queue is empty."""
+def _listen(
+    queue: Queue, done: threading.Event, tracked: TrackedRun, progress: TrainingProgress, lost: list[Exception]
+) -> None:
+    """Carry rank 0's numbers to MLflow and to the terminal until ``done`` is set and the queue is empty.
+
+    What MLflow does not take goes to ``lost``: training must not end for it, nor may it pass in silence.
+    """
     while True:
         try:
             step, metrics, reported = queue.get(timeout=0.2)
@@ -223,11 +251,14 @@ def _listen(queue: Queue, done: threading.Event, tracked: TrackedRun, progress: 
             continue
         except ray.exceptions.RayError:
             return  # the cluster went away; the training's own error says why
-        tracked.log_metrics(metrics, step)
+        try:
+            tracked.log_metrics(metrics, step)
+        except MlflowException as error:
+            lost.append(error)
         progress.update(step, metrics, reported)
 
 
-def _plain(error: BaseException) -> FiftyfoldError:
+def plain(error: BaseException) -> FiftyfoldError:
     """The user's error inside a chain of Ray's, or one sentence about what happened."""
     seen: list[Any] = [error]
     while seen:

@@ -22,7 +22,7 @@ from torch import Tensor
 from model import checkpoint
 from model.cache import Cache
 from model.config import ModelConfig
-from model.errors import CheckpointError, ConfigError
+from model.errors import CheckpointError, ConfigError, FiftyfoldError
 from model.muon import MuonAdamW
 from model.telemetry import Telemetry
 from model.tokenizer import Tokenizer
@@ -31,7 +31,9 @@ from pipelines.config import Recipe, StageSection
 from pipelines.data import Batch, Kind, TargetKind, TrainBatches
 
 OPTIMIZER, STATE = "optimizer.safetensors", "trainer.json"
+CACHE = "cache/bytes_per_token"
 CACHE_MEASURE_TOKENS = 65_536
+_SELECTION = ("indexer_kl", "recall_at_k", "recall_at_k_of_best")
 
 
 class Reporter(Protocol):
@@ -41,7 +43,8 @@ class Reporter(Protocol):
         """Cheap numbers of the step just done."""
 
     def report(self, step: int, metrics: dict[str, float], write: Callable[[Path], None] | None) -> None:
-        """Validation metrics; ``write`` puts a complete checkpoint into an existing folder (None: not due)."""
+        """Validation metrics (empty when none was due); ``write`` puts a complete checkpoint into an existing folder
+        (None: not due)."""
 
 
 class Trainer:
@@ -127,7 +130,9 @@ class Trainer:
                 if validate:
                     metrics = self.validate()
                 if validate or save:
-                    self.reporter.report(self.step, metrics, self.write_checkpoint if save else None)
+                    self.reporter.report(
+                        self.step, metrics if validate else {}, self.write_checkpoint if save else None
+                    )
         finally:
             batches.close()
         return metrics
@@ -163,7 +168,7 @@ class Trainer:
         weights = torch.where(kinds == TargetKind.CONTEXT, train.context_loss_weight, weights)
         losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view_as(weights)
         loss_sum, weight_sum = (losses * weights).sum(), weights.sum()
-        total_weight = sum_over_ranks(weight_sum.detach().clone())
+        total_weight = sum_over_ranks(weight_sum.detach().clone()).clamp(min=1.0)  # a batch may be all context
         # Averaging gradients over ranks must give the whole batch's mean, whatever padding each rank drew.
         loss = loss_sum / total_weight * world_size()
         objective = loss if stage.attention != "indexer_warmup" else loss.new_zeros(())
@@ -178,10 +183,12 @@ class Trainer:
         learning = [p for p in self.model.parameters() if stage.attention != "indexer_warmup" or p in self._indexer]
         average_gradients(learning)
         grad_norm = torch.nn.utils.clip_grad_norm_(learning, train.grad_clip)
+        if not torch.isfinite(grad_norm):
+            # Going on would write damaged weights over the last good checkpoints.
+            raise FiftyfoldError(f"step {self.step + 1}: the gradient is not finite (loss {float(loss):g})")
         self.optimizer.set_lr_scale(rate_scale)
         self.optimizer.step()
-        if stage.attention != "indexer_warmup":
-            self._balance_routers(train.router_bias_speed)
+        self._balance_routers(0.0 if stage.attention == "indexer_warmup" else train.router_bias_speed)
         measured = {
             "train/loss": sum_over_ranks(loss_sum.detach().clone()) / total_weight,
             "train/grad_norm": grad_norm,
@@ -220,7 +227,8 @@ class Trainer:
         losses = []
         for name, batches in self._validation.items():
             counted = TargetKind.TEXT if name == "text" else TargetKind.ANSWER
-            sums: dict[str, float] = {"loss": 0.0, "tokens": 0, "right": 0, "answers": 0, "batches": 0}
+            # The same keys on every rank, also on one that got no batch: they are summed over ranks by place.
+            sums = dict.fromkeys(("loss", "tokens", "right", "answers", "batches", *_SELECTION), 0.0)
             for batch in batches:
                 telemetry = Telemetry(measure_selection=True)
                 tokens, kinds = batch["tokens"].to(self.device), batch["target_kind"].to(self.device)
@@ -233,8 +241,9 @@ class Trainer:
                     right, answers = count_answers(logits.argmax(-1) == tokens[:, 1:], chosen)
                     sums["right"] += right
                     sums["answers"] += answers
-                for key, value in telemetry.means().items():
-                    sums[key] = sums.get(key, 0.0) + value
+                means = telemetry.means()
+                for key in _SELECTION:
+                    sums[key] += means.get(key, math.nan)
                 sums["batches"] += 1
             sums = {
                 k: v
@@ -248,8 +257,8 @@ class Trainer:
                 metrics[f"validation/{prefix}answer_loss"] = losses[-1]
                 metrics[f"validation/{prefix}recall"] = sums["right"] / max(1, sums["answers"])
             if name == "mqar" or "mqar" not in self._validation:
-                for key in ("indexer_kl", "recall_at_k", "recall_at_k_of_best"):
-                    if key in sums:
+                for key in _SELECTION:
+                    if math.isfinite(sums[key]):  # not for models without an indexer
                         metrics[f"validation/{key}"] = sums[key] / max(1, sums["batches"])
         metrics["validation/loss"] = sum(losses) / len(losses)
         self.model.train()
@@ -275,6 +284,12 @@ def check_stages(recipe: Recipe) -> None:
         raise ConfigError(
             f"train.batch_rows: {recipe.train.batch_rows} rows do not divide over {recipe.train.workers} workers"
         )
+    for mixer in ("csa", "hca"):
+        ratio = config.compress_ratio(mixer)
+        if mixer in config.layers and ratio > length:
+            raise ConfigError(
+                f"model.{mixer}_ratio: {ratio} tokens per entry leave a {length}-token sequence without any entry"
+            )
     if "csa" not in config.layers:
         if any(stage.attention == "indexer_warmup" for stage in recipe.train.stages):
             raise ConfigError(
@@ -294,7 +309,7 @@ def check_stages(recipe: Recipe) -> None:
 def measured_cache(config: ModelConfig, tokens: int = CACHE_MEASURE_TOKENS) -> dict[str, float]:
     """Cache metrics of one sequence, from real storages allocated for ``tokens`` tokens (or the model's maximum)."""
     cache = Cache(config, 1, min(tokens, config.max_positions))
-    return {"cache/bytes_per_token": cache.bytes_per_token(), "cache/measured_tokens": float(cache.max_tokens)}
+    return {CACHE: cache.bytes_per_token(), "cache/measured_tokens": float(cache.max_tokens)}
 
 
 def validation_batches(

@@ -9,6 +9,7 @@ from kernels.compress import compress
 from model.cache import TailState
 from model.config import ModelConfig
 from model.norm import RMSNorm
+from model.precision import in_float32
 from model.rope import RotaryFrequencies
 
 
@@ -35,7 +36,9 @@ class Compressor(nn.Module):
         ``tail`` holds the projected rows that earlier calls left over and takes those that this one leaves.
         """
         m = self.ratio
-        rows = torch.cat((self.wkv(x), self.wgate(x)), dim=-1).float()
+        with in_float32(x):
+            x = x.float()
+            rows = torch.cat((self.wkv(x), self.wgate(x)), dim=-1)
         has_previous = False
         if tail is not None:
             rows = torch.cat((tail.read(), rows), dim=1)

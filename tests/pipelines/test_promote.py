@@ -57,7 +57,15 @@ def with_budget(recipe: Recipe, budget: float, **more) -> Recipe:
     return recipe.model_copy(update={"promote": recipe.promote.model_copy(update=update)})
 
 
-def train(recipe: Recipe, name: str, score: float | None, cache: float | None, seed: int = 0, kind: str = "train"):
+def train(
+    recipe: Recipe,
+    name: str,
+    score: float | None,
+    cache: float | None,
+    seed: int = 0,
+    kind: str = "train",
+    kept: bool = True,
+):
     """What a training leaves behind, without the training: a finished run, run.json and the final checkpoint."""
     mine = named(recipe, name)
     tracking = open_tracking(mine)
@@ -66,7 +74,8 @@ def train(recipe: Recipe, name: str, score: float | None, cache: float | None, s
         checkpoints.save(Transformer(MODEL), mine.final_checkpoint, ByteTokenizer())
         content = {"run_id": run.run_id, "tracking_uri": tracking.uri}
         (mine.run_folder / "run.json").write_text(json.dumps(content))
-        run.set_tags({"checkpoint": str(mine.final_checkpoint)})
+        if kept:
+            run.set_tags({"checkpoint": str(mine.final_checkpoint)})
         if score is not None:
             run.log_metrics({"eval/recall": score})
             run.set_tags({evaluate.WEIGHTS_TAG: evaluate.weights_digest(mine.final_checkpoint)})
@@ -89,7 +98,7 @@ def test_the_best_within_the_budget_wins(recipe, capsys):
     winner = train(recipe, "good", 0.9, 200, seed=2)
     train(recipe, "large", 0.99, 400, seed=3)
     train(recipe, "unscored", None, 100)
-    train(recipe, "trial", 1.0, 10, kind="trial")
+    train(recipe, "trial", 1.0, 10, kind="trial", kept=False)  # a sweep keeps its winner's checkpoint only
 
     result = promote.run(with_budget(recipe, 300))
     assert result.winner.run_id == winner.run_id
