@@ -127,9 +127,8 @@ def _ask(recipe: Recipe, deployment: deploy.Deployment) -> int:
             window = checkpoint.load_config(deployment.checkpoint).window
             print(f"prompt: {content['usage']['prompt_tokens']} tokens that end in ...{context[-50:]!r}")
             print(f"  the fact {fact!r} ends {distance} tokens before the end; the sliding window is {window} tokens")
-            print(
-                f"  answer {answer!r}, expected {value!r}, from a cache of {content['fiftyfold']['cache_nbytes']:,} bytes"
-            )
+            size = content["fiftyfold"]["cache_nbytes"]
+            print(f"  answer {answer!r}, expected {value!r}, from a cache of {size:,} bytes")
     return right
 
 
