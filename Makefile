@@ -2,6 +2,7 @@
 PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11,$(if $(shell $(p) -c 'import sys; sys.exit(not (3,11) <= sys.version_info[:2] < (3,13))' 2>/dev/null && echo ok),$(p))))
 VENV := .venv
 BIN := $(VENV)/bin
+RUNS ?= runs
 export PYTHONUNBUFFERED := 1
 
 .PHONY: demo test test-long lint ui clean help
@@ -9,7 +10,7 @@ export PYTHONUNBUFFERED := 1
 help:
 	@echo "make demo   train, sweep, evaluate, promote, deploy and ask, on this machine"
 	@echo "make test   linters and tests"
-	@echo "make ui     the MLflow UI of runs/ on http://127.0.0.1:5000"
+	@echo "make ui     the MLflow UI of runs/ (or RUNS=folder) on http://127.0.0.1:5000"
 
 # The stamp holds the time of the last complete install: an interrupted one leaves none, so make repeats it.
 $(VENV)/.installed: pyproject.toml
@@ -36,7 +37,10 @@ lint: .venv
 	$(BIN)/mypy
 
 ui: .venv
-	$(BIN)/mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///runs/mlflow.db --default-artifact-root runs/mlartifacts
+	@if [ ! -f "$(RUNS)/mlflow.db" ]; then echo "error: $(RUNS)/mlflow.db: no such file; run a step first or pass RUNS=folder" >&2; exit 1; fi
+	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --workers 1 \
+		--host 127.0.0.1 --port 5000 --backend-store-uri "sqlite:///$(abspath $(RUNS))/mlflow.db" \
+		--default-artifact-root "$(abspath $(RUNS))/mlartifacts"
 
 clean:
 	rm -rf $(VENV) build *.egg-info

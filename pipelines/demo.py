@@ -18,6 +18,7 @@ from pipelines import deploy, evaluate, prepare, promote, sweep, train
 from pipelines.cluster import ray_session
 from pipelines.config import Recipe, over, with_overrides
 from pipelines.progress import print_table
+from pipelines.tracking import open_tracking, ui_command
 from pipelines.trainer import measured_cache
 
 
@@ -87,7 +88,7 @@ def run(recipe: Recipe) -> None:
             _report(contestants, clock, time.monotonic() - started)
             print(f"champion: {promoted.model_uri} version {promoted.version}, run '{promoted.winner.name}'")
             print(f"asked over HTTP: {right} of {recipe.demo.questions} held-out recall questions right")
-            print("MLflow: make ui, then http://127.0.0.1:5000")
+            print(f"MLflow: {ui_command(open_tracking(recipe).uri)}, then http://127.0.0.1:5000")
             if recall < recipe.demo.least_recall:
                 raise FiftyfoldError(
                     f"demo.least_recall: the champion answers {recall:.1%}, less than {recipe.demo.least_recall:.0%}"

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table
 
 from evals.run import evaluate
 from model import checkpoint as checkpoints
 from model.errors import CheckpointError, ConfigError
 from pipelines.config import Recipe
+from pipelines.progress import print_table
 from pipelines.tracking import TrackedRun, attach
 
 RUN_FILE = "run.json"
@@ -88,7 +87,7 @@ def run(recipe: Recipe) -> EvaluateResult:
         TABLE_FILE,
     )
     tracked.log_figure(figure(scores), FIGURE_FILE)
-    Console().print(_table(scores, str(checkpoint)))
+    _print(scores, str(checkpoint))
     print(f"scores: {tracked.url_hint()}", flush=True)
     return EvaluateResult(tracked.run_id, checkpoint, metrics)
 
@@ -173,12 +172,10 @@ def figure(scores: list[Score]) -> Figure:
     return canvas
 
 
-def _table(scores: list[Score], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    for column in ("task", "length", "depth", "recall", "questions"):
-        table.add_column(column, justify="left" if column == "task" else "right")
+def _print(scores: list[Score], title: str) -> None:
+    rows = []
     for score in scores:
         spread = "" if score.stderr is None else f" ± {score.stderr:.3f}"
         depth = "" if score.depth is None else f"{score.depth:g}"
-        table.add_row(score.task, str(score.length), depth, f"{score.recall:.3f}{spread}", str(score.questions))
-    return table
+        rows.append([score.task, str(score.length), depth, f"{score.recall:.3f}{spread}", str(score.questions)])
+    print_table(title, ["task", "length", "depth", "recall", "questions"], rows)

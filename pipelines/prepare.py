@@ -117,7 +117,7 @@ def _writing(folder: Path) -> Iterator[Path]:
 
 
 def _settings(recipe: Recipe, files: list[_File], tokenizer_file: Path) -> dict[str, object]:
-    """Everything that the shards' content depends on, as plain JSON values."""
+    """What the shards' content depends on, as plain JSON values; of the sources their names and sizes."""
     sizes = hashlib.sha256()
     for file in files:
         sizes.update(f"{file.name}\0{file.bytes}\n".encode())

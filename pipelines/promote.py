@@ -21,13 +21,12 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
-from rich.console import Console
-from rich.table import Table
 
 from model import checkpoint as checkpoints
 from model.errors import CheckpointError, ConfigError
 from pipelines.config import PromoteSection, Recipe
 from pipelines.evaluate import RUN_FILE, WEIGHTS_TAG, weights_digest
+from pipelines.progress import print_table
 from pipelines.tracking import Tracking, open_tracking
 from pipelines.trainer import CACHE as CACHE_METRIC
 
@@ -87,7 +86,7 @@ def run(recipe: Recipe) -> PromoteResult:
     version = _register(tracking, section, winner, why)
     for name, reason in refused.items():
         print(f"refused {name}: {reason}")
-    Console().print(_table(eligible, section.metric))
+    _print(eligible, section.metric)
     model_uri = f"models:/{section.registered_name}@{section.alias}"
     print(f"{model_uri} is now version {version.version}: {why}", flush=True)
     return PromoteResult(model_uri, str(version.version), winner, eligible, refused)
@@ -251,11 +250,9 @@ def _why(eligible: list[Candidate], section: PromoteSection) -> str:
     return why
 
 
-def _table(eligible: list[Candidate], metric: str) -> Table:
-    table = Table()
-    for column in ("run", metric, "cache bytes per token", "MLflow run"):
-        table.add_column(column)
-    for candidate in eligible:
-        cache = candidate.cache_bytes_per_token
-        table.add_row(candidate.name, f"{candidate.score:.4g}", "" if cache is None else f"{cache:g}", candidate.run_id)
-    return table
+def _print(eligible: list[Candidate], metric: str) -> None:
+    rows = [
+        [c.name, f"{c.score:.4g}", "" if c.cache_bytes_per_token is None else f"{c.cache_bytes_per_token:g}", c.run_id]
+        for c in eligible
+    ]
+    print_table("eligible", ["run", metric, "cache bytes per token", "MLflow run"], rows)

@@ -179,7 +179,7 @@ class TrackedRun:
         page = f"/#/experiments/{self.experiment_id}/runs/{self.run_id}"
         if urlsplit(self.uri).scheme in ("http", "https"):
             return self.uri.rstrip("/") + page
-        return f"make ui, then http://127.0.0.1:5000{page}"
+        return f"{ui_command(self.uri)}, then http://127.0.0.1:5000{page}"
 
     def __enter__(self) -> TrackedRun:
         return self
@@ -223,6 +223,14 @@ def attach(uri: str, run_id: str) -> TrackedRun:
     if info.lifecycle_stage != "active":
         raise ConfigError(f"run {run_id}: was deleted from {_shown(uri)}")
     return TrackedRun(uri, run_id, info.experiment_id, client)
+
+
+def ui_command(uri: str) -> str:
+    """What opens the MLflow UI of a store that no server serves."""
+    if not uri.startswith("sqlite:///"):
+        return f"mlflow server --backend-store-uri {_shown(uri)}"
+    folder = _sqlite_path(uri).parent
+    return "make ui" if folder == Path("runs").absolute() else f"make ui RUNS={folder}"
 
 
 def git_tags() -> dict[str, str]:

@@ -263,3 +263,22 @@ def test_bad_configurations_are_named(change, message):
         ModelConfig(**{**SMALL, **change})
     with pytest.raises(ConfigError, match="did you mean 'index_topk'"):
         ModelConfig.from_dict({"index_topkk": 3})
+
+
+def test_what_decides_stays_float32_under_autocast():
+    model = build().train()
+    block = model.layers[1]
+    streams, x = torch.randn(2, 24, 4, 32), torch.randn(2, 24, 32)
+    parts = {
+        "hyper-connection": lambda: block.attn_residual(streams, lambda y: torch.zeros_like(y)),
+        "hyper head": lambda: model.hyper_head(streams),
+        "compressor": lambda: block.attn.compressor(x, 0),
+    }
+    for name, part in parts.items():
+        expected = part()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = part()
+        assert found.dtype == torch.float32 and torch.equal(found, expected), name
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block.attn.wq_a(x).dtype == torch.bfloat16
+        assert model(torch.randint(0, 50, (1, 24))).dtype == torch.float32

@@ -13,7 +13,7 @@ import pytest
 from model import checkpoint
 from model.errors import ConfigError
 from pipelines import evaluate, promote, sweep, train
-from pipelines.config import over, with_overrides
+from pipelines.config import over, recipe_from_dict, with_overrides
 from pipelines.tracking import open_tracking
 
 
@@ -163,6 +163,26 @@ def test_a_trial_may_have_train_workers_of_its_own(trained):
     result = sweep.run(recipe)
     assert len(result.trials) == 2
     assert checkpoint.load(result.checkpoint)
+
+
+def test_settings_that_the_data_or_the_cluster_cannot_serve_are_refused(prepared, ray_cluster):
+    with pytest.raises(ConfigError, match=r"model\.window: 9 is wider than the 8 tokens"):
+        train.run(with_overrides(prepared, {"run.name": "wide", "model.window": 9}))
+    with pytest.raises(ConfigError, match=r"train\.workers: needs 8 CPU, the Ray cluster has 6"):
+        train.run(with_overrides(prepared, {"run.name": "many", "train.workers": 8}))
+
+
+def test_a_tie_goes_to_the_smaller_cache_and_nan_never_wins():
+    recipe = recipe_from_dict({"sweep": {"metric": "validation/loss", "max_cache_bytes_per_token": 50}})
+    trials = [
+        sweep.Trial({"n": i}, {"validation/loss": loss, sweep.CACHE: cache}, str(i), 1)
+        for i, (loss, cache) in enumerate([(float("nan"), 1), (2.0, 40), (2.0, 30), (1.0, 60), (3.0, 10)])
+    ]
+    assert sweep.choose(trials, recipe) is trials[2]
+    with pytest.raises(ConfigError, match="no trial fits 50 bytes; the smallest takes 60"):
+        sweep.choose([trials[3]], recipe)
+    with pytest.raises(ConfigError, match="trials report no 'validation/loss'"):
+        sweep.choose([sweep.Trial({}, {sweep.CACHE: 1.0}, "x", 1)], recipe)
 
 
 @pytest.mark.parametrize(

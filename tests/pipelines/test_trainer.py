@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
-from model.errors import CheckpointError, ConfigError
+from model.errors import CheckpointError, ConfigError, FiftyfoldError
 from pipelines.config import recipe_from_dict, with_overrides
 from pipelines.data import train_batches
 from pipelines.train import build_trainer
@@ -151,6 +151,15 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(prepared):
+    trainer = trainer_for(prepared, Record())
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.model.layers[0].attn.wkv.weight.register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(FiftyfoldError, match="step 1: the gradient is not finite"):
+        trainer.run()
+    assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
+
+
 def test_routers_move_towards_an_even_load(prepared):
     trainer = trainer_for(prepared, Record())
     layer = trainer.model.moe_layers()[1]
@@ -166,6 +175,7 @@ def test_routers_move_towards_an_even_load(prepared):
         ({"model.index_topk": 24}, "24 is not below the 24 entries of a 96-token sequence"),
         ({"data.sequence_length": 300}, "exceeds model.max_positions 256"),
         ({"train.workers": 3}, "8 rows do not divide over 3 workers"),
+        ({"model.hca_ratio": 128}, "128 tokens per entry leave a 96-token sequence without any entry"),
         ({"train.indexer_loss_weight": 0}, "leaves the indexer untrained"),
         ({"model.layers": ["sliding"]}, "no csa layer to warm up"),
     ],
