@@ -146,8 +146,8 @@ def test_answer_targets_are_the_generator_s_answers(folder):
         places = np.flatnonzero(row["target_kind"] == TargetKind.ANSWER)
         document = tokenizer.decode(row["tokens"].tolist())
         for place in places:
-            fact = tokenizer.decode(row["tokens"][place - 2 : place + 2].tolist())
-            assert re.fullmatch(r"@[A-Za-z]=[0-9a-z]", fact)
+            fact = tokenizer.decode(row["tokens"][place - 1 : place + 2].tolist())
+            assert re.fullmatch(r"@[A-Z][0-9]", fact)
             assert document.count(fact) == 2
         assert (row["target_kind"] == TargetKind.CONTEXT).sum() == LENGTH - 1 - len(places)
         seen += len(places)
