@@ -80,7 +80,7 @@ def run(recipe: Recipe) -> None:
                         recipe.model_copy(update={"model": model}),
                         {**swept.winner.metrics, **scores["winner"]},
                         hybrid.muon_share,
-                        hybrid.seconds + clock["sweep"],
+                        hybrid.seconds + swept.seconds,
                     ),
                 )
             winner = promoted.winner.checkpoint

@@ -137,7 +137,7 @@ def _existing(folder: Path, settings: dict[str, object]) -> Manifest:
     if not (folder / MANIFEST_NAME).exists():
         raise DataError(f"{folder}: exists and holds no {MANIFEST_NAME}; {advice}")
     try:
-        manifest = read_manifest(folder)
+        manifest = read_manifest(folder, verify=True)
     except DataError as error:
         raise DataError(f"{error}; {advice}") from error
     found = manifest.settings

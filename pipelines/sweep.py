@@ -10,6 +10,7 @@ import itertools
 import math
 import random
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from pipelines.tracking import TrackedRun, Tracking, attach, open_tracking
 from pipelines.train import build_trainer, claim, finalise, fit, fit_to_data, plain, write_run_file
 from pipelines.trainer import CACHE, check_stages, measured_cache
 
+WALL_SECONDS = "sweep/wall_seconds"
 _SETTINGS_THAT_BIND = ("data", "model", "train", "sweep")
 
 
@@ -54,6 +56,8 @@ class SweepResult:
     trials: list[Trial]
     checkpoint: Path
     """The winner's checkpoint, in a run folder of its own: ``<sweep.name>-winner``."""
+    seconds: float
+    """Wall time of the sweep when it was run, not when it was found finished."""
     overrides: Path
     """A recipe file with the winner's settings, for ``--config``."""
 
@@ -63,7 +67,8 @@ def run(recipe: Recipe) -> SweepResult:
 
     Raises ConfigError, before any trial starts, when the space is empty or holds a combination that cannot train.
     """
-    manifest = read_manifest(recipe.data_folder)
+    started = time.monotonic()
+    manifest = read_manifest(recipe.data_folder, verify=True)
     recipe = fit_to_data(recipe, manifest)
     combinations = _combinations(recipe)
     for settings in combinations:
@@ -87,10 +92,14 @@ def run(recipe: Recipe) -> SweepResult:
         _log(recipe, tracked, trials, winner)
         target = _keep_winner(recipe, reported[trials.index(winner)], attach(tracked.uri, winner.run_id))
         overrides = folder / "winner.yaml"
+        seconds = time.monotonic() - started
+        if overrides.exists():
+            seconds = tracked.metrics().get(WALL_SECONDS, seconds)
+        tracked.log_metrics({WALL_SECONDS: seconds})
         write_text(overrides, _nested_yaml(winner.settings))
         tracked.log_artifact(overrides)
     print(f"{recipe.sweep.name}: winner {_label(winner.settings)}, checkpoint {target}, settings {overrides}")
-    return SweepResult(tracked.run_id, winner, trials, target, overrides)
+    return SweepResult(tracked.run_id, winner, trials, target, seconds, overrides)
 
 
 def trial_recipe(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
@@ -254,7 +263,9 @@ def _trial_run(tracking: Tracking, parent: str, trial_id: str, settings: dict[st
         [tracking.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}' and tags.trial = '{trial_id}'"
     )
     run_id = earlier[0].info.run_id if earlier else None
-    tracked = tracking.start_run(_label(settings), kind="trial", recipe=recipe, parent_run_id=parent, run_id=run_id)
+    tracked = tracking.start_run(
+        _short(_label(settings)), kind="trial", recipe=recipe, parent_run_id=parent, run_id=run_id
+    )
     tracked.set_tags({"trial": trial_id})
     return tracked
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -66,16 +67,16 @@ def run(recipe: Recipe, parent_run_id: str | None = None) -> TrainResult:
     Raises ConfigError, DataError before any compute; the MLflow run ends FAILED when training does.
     """
     started = time.monotonic()
-    manifest = read_manifest(recipe.data_folder)
+    manifest = read_manifest(recipe.data_folder, verify=True)
     recipe = fit_to_data(recipe, manifest)
     check_stages(recipe)
-    muon_share = describe(recipe)
     if recipe.train.init_from is not None:
         fresh = checkpoint.warm_start(Transformer(recipe.model), recipe.train.init_from)
         print(f"{recipe.run.name}: starts from {recipe.train.init_from}; set to zero: {', '.join(fresh) or 'nothing'}")
     tracking = open_tracking(recipe)
     folder = recipe.run_folder
     known_run = claim(folder, recipe, _SETTINGS_THAT_BIND, "run.name")
+    muon_share = describe(recipe)
     tracked = tracking.start_run(
         recipe.run.name, kind="train", recipe=recipe, parent_run_id=parent_run_id, run_id=known_run
     )
@@ -133,7 +134,7 @@ def describe(recipe: Recipe) -> float:
         raise ConfigError("model.qat: quantisation-aware training was asked for, but it touches no tensor")
     print_table(
         f"{recipe.run.name}: precision",
-        ["tensor", "stored as", "rounded in training", "tensors"],
+        ["tensor", "format", "rounded in training", "tensors"],
         [[role, fmt, loop, str(count)] for role, fmt, loop, count in precision],
     )
     return optimizer.muon_share()
@@ -197,6 +198,8 @@ def fit(
     queue = Queue(actor_options={"num_cpus": 0})
     done = threading.Event()
     lost: list[Exception] = []
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT)
     with progress:
         listener = threading.Thread(target=_listen, args=(queue, done, tracked, progress, lost), daemon=True)
         listener.start()
@@ -219,9 +222,14 @@ def fit(
                     worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": str(train.threads_per_worker)}},
                 ),
             ).fit()
+        except SystemExit as error:
+            # Ray Train answers Ctrl-C with sys.exit(0); in a trial's thread SystemExit is Tune's way to stop it.
+            raise (KeyboardInterrupt if in_main_thread else error) from None
         except Exception as error:
             raise plain(error) from error
         finally:
+            if in_main_thread:
+                signal.signal(signal.SIGINT, handler)  # Ray Train leaves its own behind
             done.set()
             listener.join()
             queue.shutdown()
