@@ -43,7 +43,7 @@ from pipelines.data import (
     train_dataset,
 )
 from pipelines.progress import TrainingProgress, print_table
-from pipelines.tracking import TrackedRun, open_tracking
+from pipelines.tracking import TrackedRun, attach, open_tracking
 from pipelines.trainer import Trainer, check_stages, measured_cache, validation_batches
 
 RECIPE, RUN = "recipe.json", "run.json"
@@ -77,6 +77,12 @@ def run(recipe: Recipe, parent_run_id: str | None = None) -> TrainResult:
     folder = recipe.run_folder
     known_run = claim(folder, recipe, _SETTINGS_THAT_BIND, "run.name")
     muon_share = describe(recipe)
+    if known_run is not None and recipe.final_checkpoint.exists():
+        finished = attach(tracking.uri, known_run)
+        if tracking.client.get_run(known_run).info.status == "FINISHED":
+            print(f"{recipe.run.name}: trained already, checkpoint {recipe.final_checkpoint}")
+            metrics = finished.metrics()
+            return TrainResult(known_run, recipe.final_checkpoint, metrics, muon_share, metrics.get(WALL_SECONDS, 0.0))
     tracked = tracking.start_run(
         recipe.run.name, kind="train", recipe=recipe, parent_run_id=parent_run_id, run_id=known_run
     )
@@ -85,13 +91,11 @@ def run(recipe: Recipe, parent_run_id: str | None = None) -> TrainResult:
         tracked.log_metrics({**measured_cache(recipe.model), "optimizer/muon_share": muon_share})
         tracked.set_tags({"parameters": str(_parameters(recipe))})
         progress = TrainingProgress(recipe.run.name, recipe.train.total_steps)
-        trained_before = recipe.final_checkpoint.exists()
         metrics, last = fit(recipe, tracked, progress, folder)
         seconds = time.monotonic() - started
-        if trained_before:
-            seconds = tracked.metrics().get(WALL_SECONDS, seconds)
         tracked.log_metrics({WALL_SECONDS: seconds})
         finalise(last, recipe.final_checkpoint)
+        metrics = {**tracked.metrics(), **metrics}
         tracked.set_tags({"checkpoint": str(recipe.final_checkpoint)})
     print(f"{recipe.run.name}: checkpoint {recipe.final_checkpoint}")
     print(f"{recipe.run.name}: MLflow run {tracked.run_id} ({tracked.url_hint()})")

@@ -102,8 +102,9 @@ class Trainer:
         total = train.total_steps
         metrics: dict[str, float] = {}
         if self.step >= total:
+            # No second checkpoint of this step: Ray Train would delete the first one, and the two share a folder.
             metrics = self.validate()
-            self.reporter.report(self.step, metrics, self.write_checkpoint)
+            self.reporter.report(self.step, metrics, None)
             return metrics
         batches = self._open_batches(*self._position)
         try:

@@ -205,3 +205,15 @@ def test_a_bad_space_is_refused_before_any_trial(prepared, changes, message):
 def test_run_file_is_json(trained):
     recipe, result = trained
     assert json.loads((recipe.run_folder / "run.json").read_text())["run_id"] == result.run_id
+
+
+def test_a_run_killed_before_its_last_word_only_says_it(trained):
+    recipe, result = trained
+    tracking = open_tracking(recipe)
+    before = (result.checkpoint / "model.safetensors").read_bytes()
+    for _ in range(3):  # more often than checkpoints are kept
+        tracking.client.set_terminated(result.run_id, "KILLED")
+        again = train.run(recipe)
+        assert (again.checkpoint / "model.safetensors").read_bytes() == before
+        assert again.metrics["validation/loss"] == pytest.approx(result.metrics["validation/loss"])
+    assert tracking.client.get_run(result.run_id).info.status == "FINISHED"
