@@ -61,8 +61,8 @@ def test_a_changed_recipe_needs_a_name_of_its_own(trained):
 def test_a_killed_worker_costs_no_more_than_the_steps_since_the_last_checkpoint(prepared, ray_cluster):
     recipe = with_overrides(
         prepared,
-        {"run.name": "killed", "train.workers": 2, "train.stages": [{"attention": "dense", "steps": 250}],
-         "train.checkpoint_every": 5, "train.validate_every": 250},
+        {"run.name": "killed", "train.workers": 2, "train.stages": [{"attention": "dense", "steps": 100}],
+         "train.checkpoint_every": 10, "train.validate_every": 100},
     )  # fmt: skip
     killed = []
 
@@ -86,9 +86,9 @@ def test_a_killed_worker_costs_no_more_than_the_steps_since_the_last_checkpoint(
     assert killed
     history = open_tracking(recipe).client.get_metric_history(result.run_id, "train/loss")
     steps = [m.step for m in history]
-    assert set(steps) == set(range(1, 251))
+    assert set(steps) == set(range(1, 101))
     second_start = next(b for a, b in itertools.pairwise(steps_in_order(history)) if b <= a)
-    assert second_start > 1 and second_start % 5 == 1  # it went on from a checkpoint and not from the start
+    assert second_start > 1 and second_start % 10 == 1  # it went on from a checkpoint and not from the start
     assert steps.count(1) == 1
 
 
