@@ -1,6 +1,7 @@
 """The network's configuration: every number that fixes shapes, formats and the layer schedule.
 
-Names follow DeepSeek-V4's release where it has one. Presets are in :data:`PRESETS`; any field can be overridden.
+Names follow DeepSeek-V4's release where it has one. Presets and the depth dial are in :mod:`model.presets`; any field
+can be overridden.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from model.errors import ConfigError
+from model.presets import LEAST_DEPTH, MOST_DEPTH, PRESETS, depth_values
 
 MIXER_NAMES = ("sliding", "csa", "hca", "gqa")
 COMPRESSED_MIXERS = ("csa", "hca")
@@ -37,6 +39,9 @@ class ModelConfig:
     vocab_size: int = 258
     hidden_size: int = 128
     layers: tuple[str, ...] = ("sliding", "csa", "hca", "csa")
+    mtp_layers: int = 0
+    """1 trains a module that predicts the token after next as well (its own block is a sliding one). Decoding does
+    without it."""
     max_positions: int = 65_536
     norm_eps: float = 1e-6
     init_std: float = 0.02
@@ -113,18 +118,32 @@ class ModelConfig:
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> ModelConfig:
-        """The preset ``name`` (see :data:`PRESETS`) with some fields replaced. Raises ConfigError."""
+        """The preset ``name`` (see :data:`model.presets.PRESETS`) with some fields replaced. Raises ConfigError."""
         if not isinstance(name, str) or name not in PRESETS:
             raise ConfigError(f"model.preset: unknown preset '{name}'; there are {', '.join(PRESETS)}")
         return cls.from_dict({**PRESETS[name], **overrides})
 
     @classmethod
+    def from_depth(cls, depth: int, **overrides: Any) -> ModelConfig:
+        """The member of the family with ``depth`` layers (:func:`model.presets.depth_values`; 43 is Flash), with some
+        fields replaced. A ``layers`` among them keeps the widths of ``depth``. Raises ConfigError."""
+        if type(depth) is not int or not LEAST_DEPTH <= depth <= MOST_DEPTH:
+            raise ConfigError(
+                f"model.depth: expected a whole number from {LEAST_DEPTH} to {MOST_DEPTH}, found {depth!r}"
+            )
+        return cls.from_dict({**depth_values(depth), **overrides})
+
+    @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Build from plain values, as read from YAML or JSON. A key ``preset`` names the starting point."""
+        """Build from plain values, as read from YAML or JSON. A key ``preset`` or ``depth`` gives the starting point."""
         values = dict(values)
-        preset = values.pop("preset", None)
+        preset, depth = values.pop("preset", None), values.pop("depth", None)
+        if preset is not None and depth is not None:
+            raise ConfigError(f"model.depth: {depth!r} and model.preset '{preset}' are two starting points, give one")
         if preset is not None:
             return cls.from_preset(preset, **values)
+        if depth is not None:
+            return cls.from_depth(depth, **values)
         known = {f.name for f in dataclasses.fields(cls)}
         for key in values:
             if key not in known:
@@ -169,53 +188,6 @@ class ModelConfig:
     def compress_ratio(self, mixer: str) -> int:
         """Tokens per compressed entry; 1 for mixers that keep every token, or none."""
         return {"csa": self.csa_ratio, "hca": self.hca_ratio}.get(mixer, 1)
-
-
-# Proportions that both releases share and that these keep: rope = 1/4..1/8 of the head, index head = 1/4..1/2 of the
-# head, one csa per hca, the last layer is csa, 4:1 output groups.
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {"zero_init_output": True, "init_std": 0.04},
-    # 35.3M parameters with the byte vocabulary: the size every benchmark speaks of.
-    "small": {
-        "hidden_size": 512,
-        "layers": ("sliding", "sliding", "csa", "hca", "csa", "hca", "csa", "hca"),
-        "max_positions": 1_048_576,
-        "num_heads": 8,
-        "head_dim": 128,
-        "rope_head_dim": 16,
-        "q_lora_rank": 128,
-        "o_groups": 2,
-        "o_lora_rank": 128,
-        "window": 128,
-        "hca_ratio": 128,
-        "index_heads": 16,
-        "index_head_dim": 32,
-        "index_topk": 128,
-        "num_experts": 8,
-        "expert_size": 256,
-        "num_hash_layers": 0,
-    },
-    "base": {
-        "hidden_size": 1536,
-        "layers": ("sliding", "sliding", *("csa", "hca") * 9, "csa"),
-        "max_positions": 1_048_576,
-        "vocab_size": 32_768,
-        "num_heads": 16,
-        "head_dim": 256,
-        "rope_head_dim": 32,
-        "q_lora_rank": 384,
-        "o_groups": 2,
-        "o_lora_rank": 512,
-        "window": 128,
-        "hca_ratio": 128,
-        "index_heads": 32,
-        "index_head_dim": 64,
-        "index_topk": 512,
-        "num_experts": 16,
-        "expert_size": 640,
-        "num_hash_layers": 3,
-    },
-}
 
 
 def _check_types(config: ModelConfig) -> None:
@@ -275,6 +247,7 @@ def _validate(c: ModelConfig) -> None:
     for name in ["norm_eps", "rope_theta", "compress_rope_theta", "routed_scaling_factor", "swiglu_limit", "hc_eps"]:
         need(getattr(c, name) > 0, f"{name}: must be positive, found {getattr(c, name)}")
     need(len(c.layers) >= 1, "layers: the schedule is empty")
+    need(c.mtp_layers in (0, 1), f"mtp_layers: must be 0 or 1, found {c.mtp_layers}")
     need(c.yarn_factor >= 1, f"yarn_factor: must be at least 1, found {c.yarn_factor}")
     need(
         c.num_heads % c.o_groups == 0, f"num_heads: {c.num_heads} heads do not divide into o_groups {c.o_groups} groups"

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.mixers.base import Context
 from model.precision import Precision, in_float32
-from model.telemetry import Telemetry
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
@@ -26,7 +26,7 @@ class DenseFeedForward(nn.Module):
         self.w3 = nn.Linear(config.hidden_size, size, bias=False)
         self.w2 = nn.Linear(size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, input_ids: Tensor, telemetry: Telemetry | None = None) -> Tensor:
+    def forward(self, x: Tensor, input_ids: Tensor, context: Context) -> Tensor:
         return self.w2(swiglu(self.w1(x), self.w3(x), self.limit).to(x.dtype))
 
 
@@ -58,10 +58,18 @@ class MixtureOfExperts(nn.Module):
         # Tokens per expert since the last bias update; not part of a checkpoint.
         self.register_buffer("expert_load", torch.zeros(c.num_experts), persistent=False)
         if self.hash_routed:
-            self.register_buffer("tid2eid", hash_table(c.vocab_size, c.num_experts, c.experts_per_token, layer))
+            self.register_buffer("tid2eid", torch.zeros(c.vocab_size, c.experts_per_token, dtype=torch.int64))
 
-    def forward(self, x: Tensor, input_ids: Tensor, telemetry: Telemetry | None = None) -> Tensor:
-        """x [B, S, hidden], input_ids int64 [B, S] -> [B, S, hidden]."""
+    def reset(self, std: float) -> None:
+        """Draw the expert stacks from a normal distribution and fill the table of a hash-routed layer."""
+        c = self.config
+        for weight in (self.w1, self.w2, self.w3):
+            nn.init.normal_(weight, std=std)
+        if self.hash_routed:
+            self.tid2eid.copy_(hash_table(c.vocab_size, c.num_experts, c.experts_per_token, self.layer))
+
+    def forward(self, x: Tensor, input_ids: Tensor, context: Context) -> Tensor:
+        """x [B, S, hidden], input_ids int64 [B, S] -> [B, S, hidden]. Padding takes part in no count and no loss."""
         c = self.config
         flat = x.flatten(0, 1)
         with in_float32(x):
@@ -73,15 +81,17 @@ class MixtureOfExperts(nn.Module):
         weights = affinity.gather(-1, chosen)
         weights = weights / weights.sum(-1, keepdim=True) * c.routed_scaling_factor
         if self.training:
+            counted = None if context.documents is None else context.documents.counted
             with torch.no_grad():
-                self.expert_load += torch.bincount(chosen.flatten(), minlength=c.num_experts)
-            if telemetry is not None and not self.hash_routed:
-                telemetry.losses["balance"][self.layer] = sequence_balance(
-                    affinity.view(*x.shape[:2], -1), chosen.view(*x.shape[:2], -1)
+                real = chosen if counted is None else chosen[counted.flatten()]
+                self.expert_load += torch.bincount(real.flatten(), minlength=c.num_experts)
+            if context.telemetry is not None and not self.hash_routed:
+                context.telemetry.losses["balance"][self.layer] = sequence_balance(
+                    affinity.view(*x.shape[:2], -1), chosen.view(*x.shape[:2], -1), counted
                 )
         out = self._routed(flat, chosen, weights)
         if self.shared is not None:
-            out = out + self.shared(flat, input_ids)
+            out = out + self.shared(flat, input_ids, context)
         return out.view(x.shape)
 
     def _routed(self, flat: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -113,15 +123,19 @@ class MixtureOfExperts(nn.Module):
         return self._rounded[1]
 
 
-def sequence_balance(affinity: Tensor, chosen: Tensor) -> Tensor:
+def sequence_balance(affinity: Tensor, chosen: Tensor, counted: Tensor | None = None) -> Tensor:
     """Sequence-wise balance loss (V3 report 2.1.2): mean over sequences of sum_e f_e * P_e.
 
-    affinity [B, S, E]; chosen int64 [B, S, K]. f_e is expert e's load relative to an even share, P_e its mean
-    normalised affinity. An even load gives 1.
+    affinity [B, S, E]; chosen int64 [B, S, K]; counted bool [B, S], False for padding. f_e is expert e's load relative
+    to an even share, P_e its mean normalised affinity. An even load gives 1.
     """
     experts, k = affinity.shape[-1], chosen.shape[-1]
-    load = F.one_hot(chosen, experts).sum(dim=(1, 2)).float() * experts / (k * chosen.shape[1])
-    share = (affinity / affinity.sum(-1, keepdim=True)).mean(dim=1)
+    if counted is None:
+        counted = torch.ones(chosen.shape[:2], dtype=torch.bool, device=chosen.device)
+    weight = counted.unsqueeze(-1).float()
+    tokens = weight.sum(dim=1).clamp(min=1)  # [B, 1]
+    load = (F.one_hot(chosen, experts).sum(dim=2) * weight).sum(dim=1) * experts / (k * tokens)
+    share = (affinity / affinity.sum(-1, keepdim=True) * weight).sum(dim=1) / tokens
     return (load * share).sum(-1).mean()
 
 

@@ -15,7 +15,7 @@ from kernels.newton_schulz import V4_COEFFICIENTS, newton_schulz
 from model.errors import CheckpointError, ConfigError
 
 ADAMW_NAMES = re.compile(
-    r"(^|\.)(embed|head|norm|attn_norm|ffn_norm|q_norm|kv_norm)\.|\.(base|scale|sink|ape)$|^hyper_head\."
+    r"(^|\.)(embed|head|norm|attn_norm|ffn_norm|q_norm|kv_norm)\.|\.(base|scale|sink|ape)$|(^|\.)hyper_head\."
 )
 """AdamW by role (report 2.4): embedding, head, norms, mHC biases and gates. Ours to decide: sink logits (1-D) and the
 compressors' position biases, which are bias tables and not maps, whatever their shape."""

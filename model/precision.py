@@ -56,9 +56,9 @@ class Precision:
     def table(self, config: ModelConfig) -> list[tuple[str, str, str, int]]:
         """Rows (tensor role, storage format, rounded while training, tensors per forward) for printing."""
         compressed = sum(name in ("csa", "hca") for name in config.layers)
-        hybrid = compressed + config.layers.count("sliding")
+        hybrid = compressed + config.layers.count("sliding") + config.mtp_layers
         csa, gqa = config.layers.count("csa"), config.layers.count("gqa")
-        experts = 3 * config.num_layers if config.ffn == "moe" else 0
+        experts = 3 * (config.num_layers + config.mtp_layers) if config.ffn == "moe" else 0
         expert_format = EXPERT_FORMAT if self.qat else "fp32"
         rows = (
             ("window and compressed entries, unrotated dims", self.roles["main_kv"], hybrid + compressed),

@@ -13,7 +13,7 @@ from model.config import ModelConfig
 
 @dataclass(frozen=True)
 class Rotation:
-    """Cosines and sines [S, dim / 2] for S positions."""
+    """Cosines and sines [B or 1, S, dim / 2] for the positions of S tokens."""
 
     cos: Tensor
     sin: Tensor
@@ -21,7 +21,7 @@ class Rotation:
     def apply(self, x: Tensor, inverse: bool = False) -> Tensor:
         """Rotate the last ``dim`` dims of x, [B, S, ..., n]; ``inverse`` rotates back. The other dims pass through."""
         dim = 2 * self.cos.shape[-1]
-        shape = (1, self.cos.shape[0], *(1,) * (x.dim() - 3), dim // 2)
+        shape = (*self.cos.shape[:2], *(1,) * (x.dim() - 3), dim // 2)
         cos, sin = self.cos.view(shape), self.sin.view(shape)
         if inverse:
             sin = -sin
@@ -34,14 +34,17 @@ class RotaryFrequencies:
     """Angular frequencies of one rotary family; :meth:`at` gives the rotation for any positions."""
 
     def __init__(self, dim: int, theta: float, config: ModelConfig | None = None):
-        """With ``config``, YaRN as it prescribes. The amplitude factor stays 1.0, as released."""
-        frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        """With ``config``, YaRN as it prescribes. The amplitude factor stays 1.0, as released.
+
+        The frequencies are real numbers on the CPU even where a model is built on the meta device.
+        """
+        frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
         if config is not None and config.yarn_factor > 1:
             frequencies = _yarn(frequencies, dim, theta, config)
         self.frequencies = frequencies
 
     def at(self, positions: Tensor) -> Rotation:
-        """positions int64 [S] -> Rotation in float32. Angles are formed in float64: exact at a million tokens."""
+        """positions int64 [B or 1, S] -> Rotation in float32. Angles in float64 are exact at a million tokens."""
         angles = positions.double().unsqueeze(-1) * self.frequencies.to(positions.device)
         return Rotation(angles.cos().float(), angles.sin().float())
 
@@ -55,6 +58,6 @@ def _yarn(frequencies: Tensor, dim: int, theta: float, config: ModelConfig) -> T
 
     low = max(math.floor(dim_of(config.yarn_beta_fast)), 0)
     high = min(math.ceil(dim_of(config.yarn_beta_slow)), dim - 1)
-    ramp = (torch.arange(dim // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)
+    ramp = (torch.arange(dim // 2, dtype=torch.float64, device="cpu") - low) / max(high - low, 1e-3)
     keep = 1 - ramp.clamp(0, 1)
     return frequencies * keep + frequencies / config.yarn_factor * (1 - keep)

@@ -18,6 +18,10 @@ class Telemetry:
     """
 
     measure_selection: bool = False
+    predict_ahead: bool = False
+    """Run the multi-token prediction module as well and keep its logits."""
+    mtp_logits: Tensor | None = None
+    """float32 [B, S - 1, vocab]: at token t those of token t + 2."""
     losses: dict[str, dict[int, Tensor]] = field(default_factory=lambda: defaultdict(dict))
     measures: dict[str, dict[int, Tensor]] = field(default_factory=lambda: defaultdict(dict))
 

@@ -5,36 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from model.cache import Cache, LayerCache
+from model.block import Block
+from model.cache import Cache
 from model.config import ModelConfig
-from model.hyper_connections import HyperConnection, HyperHead, residual
-from model.mixers import build_mixer
+from model.documents import PackedDocuments
+from model.hyper_connections import HyperConnection, HyperHead
 from model.mixers.base import AttentionMode, Context
 from model.mixers.compressor import Compressor
-from model.moe import DenseFeedForward, MixtureOfExperts
+from model.moe import MixtureOfExperts
+from model.mtp import PredictAhead
 from model.norm import RMSNorm
 from model.precision import in_float32
 from model.rope import RotaryFrequencies
 from model.telemetry import Telemetry
-
-
-class Block(nn.Module):
-    """One layer: a sequence mixer and a feed-forward, each with its own norm and residual."""
-
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__()
-        self.attn = build_mixer(config.layers[layer], config, layer)
-        self.ffn: nn.Module = (
-            MixtureOfExperts(config, layer) if config.ffn == "moe" else DenseFeedForward(config, config.ffn_size)
-        )
-        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attn_residual = residual(config)
-        self.ffn_residual = residual(config)
-
-    def forward(self, streams: Tensor, input_ids: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
-        streams = self.attn_residual(streams, lambda x: self.attn(self.attn_norm(x), context, cache))
-        return self.ffn_residual(streams, lambda x: self.ffn(self.ffn_norm(x), input_ids, context.telemetry))
 
 
 class Transformer(nn.Module):
@@ -44,10 +27,11 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, mixer, layer) for layer, mixer in enumerate(config.layers))
         self.hyper_head = HyperHead(config) if config.hyper_connections else None
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mtp = nn.ModuleList(PredictAhead(config) for _ in range(config.mtp_layers))
         rope = config.rope_head_dim
         sliding = RotaryFrequencies(rope, config.rope_theta)
         compressed = RotaryFrequencies(rope, config.compress_rope_theta, config)
@@ -63,6 +47,7 @@ class Transformer(nn.Module):
         self,
         input_ids: Tensor,
         cache: Cache | None = None,
+        positions: Tensor | None = None,
         attention: AttentionMode = "sparse",
         telemetry: Telemetry | None = None,
         last_only: bool = False,
@@ -71,33 +56,81 @@ class Transformer(nn.Module):
 
         With a cache the tokens follow those it holds and are appended to it, in pieces of any size; without, they are
         whole sequences. ``attention="dense"`` is the curriculum's warm-up and works without a cache only.
-        Raises CacheError, before anything is changed, when the tokens do not fit the cache.
+
+        ``positions`` int64 [B, S] packs several documents into a row, without a cache: each token's place in its own
+        document, 0 where one starts, -1 for padding. Nothing is pooled, attended to or counted across a start.
+
+        Raises CacheError, before anything is changed, when the tokens do not fit the cache; ValueError for arguments
+        that do not go together.
         """
         if cache is not None:
             cache.check_room(*input_ids.shape)
             if attention != "sparse":
                 raise ValueError("attention: a cache serves sparse attention only")
+            if positions is not None:
+                raise ValueError("positions: a cache takes the tokens as they follow, not packed documents")
+        if positions is not None and positions.shape != input_ids.shape:
+            raise ValueError(f"positions: expected shape {list(input_ids.shape)}, found {list(positions.shape)}")
         start = cache.length if cache is not None else 0
-        positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
-        rotation = {name: self._frequencies[name].at(positions) for name in set(self.config.layers)}
-        context = Context(start, rotation, attention, telemetry)
+        context = self._context(start, input_ids, positions, attention, telemetry)
 
-        streams = self.embed(input_ids).float()
+        embedding = self.embed(input_ids).float()
+        streams = embedding
         if self.config.hyper_connections:
             streams = streams.unsqueeze(2).repeat(1, 1, self.config.hc_mult, 1)
         for layer, block in enumerate(self.layers):
             streams = block(streams, input_ids, context, cache.layers[layer] if cache is not None else None)
         if cache is not None:
             cache.advance(input_ids.shape[1])
+        if telemetry is not None and telemetry.predict_ahead:
+            telemetry.mtp_logits = self._predict_ahead(streams, embedding, input_ids, positions, context)
         if last_only:
             streams = streams[:, -1:]
-        x = self.hyper_head(streams) if self.hyper_head is not None else streams
+        return self._logits(self.norm(self.hyper_head(streams) if self.hyper_head is not None else streams))
+
+    def _context(
+        self,
+        start: int,
+        input_ids: Tensor,
+        positions: Tensor | None,
+        attention: AttentionMode,
+        telemetry: Telemetry | None,
+    ) -> Context:
+        documents = PackedDocuments(positions) if positions is not None else None
+        if documents is not None:
+            places = documents.positions
+        else:
+            places = torch.arange(start, start + input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+        names = {*self.config.layers, *(["sliding"] if self.mtp else [])}
+        rotation = {name: self._frequencies[name].at(places) for name in names}
+        return Context(start, rotation, attention, telemetry, documents)
+
+    def _logits(self, x: Tensor) -> Tensor:
         with in_float32(x):
-            return nn.functional.linear(self.norm(x), self.head.weight.float())
+            return nn.functional.linear(x, self.head.weight.float())
+
+    def _predict_ahead(
+        self, streams: Tensor, embedding: Tensor, input_ids: Tensor, positions: Tensor | None, context: Context
+    ) -> Tensor:
+        """Logits [B, S - 1, vocab]: at token t those of token t + 2. At a document's last token they mean nothing."""
+        if not self.mtp:
+            raise ValueError("telemetry.predict_ahead: the model has no module for it (mtp_layers is 0)")
+        module = self.mtp[0]
+        assert isinstance(module, PredictAhead)
+        if context.start or input_ids.shape[1] < 2:
+            raise ValueError("telemetry.predict_ahead: needs whole sequences of at least 2 tokens")
+        kept = None if positions is None else positions[:, :-1]
+        context = self._context(0, input_ids[:, :-1], kept, context.attention, context.telemetry)
+        return self._logits(module.hidden(streams[:, :-1], embedding[:, 1:], input_ids[:, 1:], context))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all weights afresh: normal with ``init_std``, norms one, sinks, biases and position biases zero."""
+        """Draw all weights afresh: normal with ``init_std``, norms one, sinks, biases and position biases zero.
+
+        On the meta device, where a model has shapes only, there is nothing to draw.
+        """
+        if self.embed.weight.is_meta:
+            return
         for module in self.modules():
             if isinstance(module, HyperConnection | HyperHead):
                 module.reset()
@@ -106,8 +139,7 @@ class Transformer(nn.Module):
             elif isinstance(module, nn.Linear | nn.Embedding):
                 module.weight.normal_(std=self.config.init_std)
             elif isinstance(module, MixtureOfExperts):
-                for weight in (module.w1, module.w2, module.w3):
-                    weight.normal_(std=self.config.init_std)
+                module.reset(self.config.init_std)
             elif isinstance(module, Compressor):
                 module.ape.zero_()
         for name, parameter in self.named_parameters():
@@ -120,7 +152,7 @@ class Transformer(nn.Module):
                 parameter.zero_()
 
     def moe_layers(self) -> list[MixtureOfExperts]:
-        return [block.ffn for block in self.layers if isinstance(block.ffn, MixtureOfExperts)]
+        return [block.ffn for block in (*self.layers, *self.mtp) if isinstance(block.ffn, MixtureOfExperts)]
 
     def indexer_parameters(self) -> list[nn.Parameter]:
         return [p for name, p in self.named_parameters() if ".indexer." in name]

@@ -19,36 +19,42 @@ def index_scores(query: Tensor, keys: Tensor, head_weights: Tensor) -> Tensor:
     return torch.einsum("bsh,bsht->bst", head_weights, per_head).float()
 
 
-def select_topk(scores: Tensor, visible: Tensor, k: int) -> Tensor:
-    """Indices of the ``k`` best visible entries of every query: int64 [B, S, k], unused places -1.
+def select_topk(scores: Tensor, permitted: Tensor, k: int) -> Tensor:
+    """Indices of the ``k`` best permitted entries of every query: int64 [B, S, k], unused places -1.
 
-    scores float32 [B, S, T]; visible int64 [S], the number of entries (a prefix) that query s may use.
+    scores float32 [B, S, T]; permitted bool [B or 1, S, T], True where query s may use entry t.
     Ties go to the lower entry index, everywhere: ReLU makes exact ties at zero common, and prefill, chunked prefill
     and decode must choose alike.
     """
     T = scores.shape[-1]
     k_found = min(k, T)
     places = torch.arange(T, device=scores.device)
-    scores = scores.detach().float().masked_fill(places >= visible.unsqueeze(-1), float("-inf"))
+    scores = scores.detach().float().masked_fill(~permitted, float("-inf"))
     # One sortable integer per entry: the score's bits, made monotone, above the negated index.
     bits = (scores + 0.0).contiguous().view(torch.int32).to(torch.int64)  # + 0.0 turns -0.0 into 0.0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     keyed = ordered * (1 << 31) + (T - 1 - places)
     chosen = keyed.topk(k_found, dim=-1).indices
-    chosen = chosen.masked_fill(chosen >= visible.unsqueeze(-1), -1)
+    chosen = chosen.masked_fill(~permitted.expand_as(scores).gather(-1, chosen), -1)
     if k_found < k:
         chosen = torch.nn.functional.pad(chosen, (0, k - k_found), value=-1)
     return chosen
 
 
 def index_topk(query: Tensor, keys: Tensor, head_weights: Tensor, visible: Tensor, k: int) -> Tensor:
-    """:func:`index_scores` and :func:`select_topk` over bounded pieces of the queries. No gradient."""
+    """:func:`index_scores` and :func:`select_topk` over bounded pieces of the queries. No gradient.
+
+    visible int64 [S]: the number of entries, a prefix, that query s may use.
+    """
     B, S, h, _ = query.shape
+    places = torch.arange(keys.shape[1], device=keys.device)
     step = max(1, _CHUNK_ELEMENTS // max(1, B * h * keys.shape[1]))
     with torch.no_grad():
         pieces = [
             select_topk(
-                index_scores(query[:, s : s + step], keys, head_weights[:, s : s + step]), visible[s : s + step], k
+                index_scores(query[:, s : s + step], keys, head_weights[:, s : s + step]),
+                (places < visible[s : s + step].unsqueeze(-1)).unsqueeze(0),
+                k,
             )
             for s in range(0, S, step)
         ]

@@ -14,12 +14,14 @@ def sparse_attention(
     entry_mask: Tensor | None,
     sink: Tensor,
     window: int,
+    reach: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One softmax per head over the last ``window`` raw tokens, the permitted entries, and a sink without a value.
 
     query [B, S, H, c]. window_kv [B, P + S, c]: P <= window - 1 past tokens, then the S tokens of the queries; key and
     value are the same vector. entries [B, T, c], shared by all queries, or [B, S, K, c], gathered per query; None for
-    a sliding layer. entry_mask bool [B or 1, S, T or K], True where a query may look. sink [H] logits.
+    a sliding layer. entry_mask bool [B or 1, S, T or K], True where a query may look. sink [H] logits. reach int64
+    [B, S]: how many raw tokens, itself included, a query may see where that is less than the window (packed documents).
 
     Returns the output [B, S, H, c] and the attention mass on the entries, summed over heads: [B, S, T or K] (None
     without entries). The softmax scale is c ** -0.5. Work and memory grow with S * window, not S * S.
@@ -27,7 +29,7 @@ def sparse_attention(
     B, S, H, c = query.shape
     query = query * c**-0.5
     block = min(window, S)
-    keys, window_logits = _window_logits(query, window_kv, window, block)
+    keys, window_logits = _window_logits(query, window_kv, window, block, reach)
     logits = [window_logits]
     if entries is not None and entry_mask is not None and entries.shape[-2]:
         if entries.dim() == 3:
@@ -54,7 +56,9 @@ def sparse_attention(
     return out, entry_weights.detach().sum(dim=2)
 
 
-def _window_logits(query: Tensor, window_kv: Tensor, window: int, block: int) -> tuple[Tensor, Tensor]:
+def _window_logits(
+    query: Tensor, window_kv: Tensor, window: int, block: int, reach: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Blocked window scores: keys [B, blocks, block + window - 1, c] and logits [B, S, H, block + window - 1]."""
     B, S, H, c = query.shape
     past = window_kv.shape[1] - S
@@ -70,7 +74,11 @@ def _window_logits(query: Tensor, window_kv: Tensor, window: int, block: int) ->
     band = (column >= row) & (column < row + window)  # [block, span]
     first = torch.arange(blocks, device=query.device).view(-1, 1, 1) * block
     exists = first + column >= window - 1 - past  # positions before the sequence hold padding
-    logits = logits.masked_fill(~(band & exists).view(1, blocks, block, 1, span), float("-inf"))
+    sees = (band & exists).unsqueeze(0)  # [1, blocks, block, span]
+    if reach is not None:
+        oldest = row + window - F.pad(reach, (0, blocks * block - S), value=1).view(B, blocks, block, 1)
+        sees = sees & (column >= oldest)
+    logits = logits.masked_fill(~sees.unsqueeze(3), float("-inf"))
     return keys, logits.view(B, blocks * block, H, span)[:, :S]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.documents import PackedDocuments
 from model.precision import Precision
 from model.rope import Rotation
 from model.telemetry import Telemetry
@@ -20,7 +21,8 @@ AttentionMode = Literal["dense", "sparse"]
 
 @dataclass(frozen=True)
 class Context:
-    """One forward call, seen from a layer. Tokens are at positions ``start .. start + S - 1`` of every sequence."""
+    """One forward call, seen from a layer. Tokens are at positions ``start .. start + S - 1`` of every sequence, or
+    where ``documents`` says (``start`` is then 0)."""
 
     start: int
     rotation: dict[str, Rotation]
@@ -28,6 +30,8 @@ class Context:
     attention: AttentionMode = "sparse"
     """dense lets csa layers attend to every visible entry; their indexers learn but do not choose."""
     telemetry: Telemetry | None = None
+    documents: PackedDocuments | None = None
+    """Rows that hold several documents, which must not see one another."""
 
 
 class Mixer(nn.Module):

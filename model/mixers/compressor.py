@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from kernels.compress import compress
 from model.cache import TailState
 from model.config import ModelConfig
+from model.mixers.base import Context
 from model.norm import RMSNorm
 from model.precision import in_float32
 from model.rope import RotaryFrequencies
@@ -30,15 +31,19 @@ class Compressor(nn.Module):
         self.norm = RMSNorm(width, config.norm_eps)
         self.frequencies = RotaryFrequencies(config.rope_head_dim, config.compress_rope_theta, config)
 
-    def forward(self, x: Tensor, start: int, tail: TailState | None = None) -> Tensor:
-        """Entries of the blocks that x [B, S, hidden], at positions ``start ..``, completes: float32 [B, n, width].
+    def forward(self, x: Tensor, context: Context, tail: TailState | None = None) -> Tensor:
+        """Entries of the blocks that x [B, S, hidden] completes: float32 [B, n, width].
 
         ``tail`` holds the projected rows that earlier calls left over and takes those that this one leaves.
         """
-        m = self.ratio
+        m, start = self.ratio, context.start
         with in_float32(x):
             x = x.float()
             rows = torch.cat((self.wkv(x), self.wgate(x)), dim=-1)
+        if context.documents is not None:
+            blocks = context.documents.blocks(m)
+            rows, positions, starts = blocks.gather(rows), blocks.positions, blocks.starts
+            return self._pool(rows, positions, starts=starts)
         has_previous = False
         if tail is not None:
             rows = torch.cat((tail.read(), rows), dim=1)
@@ -46,11 +51,16 @@ class Compressor(nn.Module):
             end = start + x.shape[1]
             tail.write(rows, keep=end % m + (m if self.overlap and end >= m else 0))
         whole = rows.shape[1] // m * m
-        blocks = whole // m - has_previous
-        if blocks == 0:
-            return rows.new_zeros(x.shape[0], 0, self.norm.weight.shape[0])
-        values, gates = rows[:, :whole].chunk(2, dim=-1)
-        entries = self.norm(compress(values, gates, self.ape, self.overlap, has_previous))
         first = start // m
-        positions = torch.arange(first, first + blocks, device=x.device) * m
+        positions = torch.arange(first, first + whole // m - has_previous, device=x.device).unsqueeze(0) * m
+        return self._pool(rows[:, :whole], positions, has_previous)
+
+    def _pool(
+        self, rows: Tensor, positions: Tensor, has_previous: bool = False, starts: Tensor | None = None
+    ) -> Tensor:
+        """rows [B, whole blocks of tokens, 2 * width] and the new entries' positions [B or 1, n] -> [B, n, width]."""
+        if positions.shape[1] == 0:
+            return rows.new_zeros(rows.shape[0], 0, self.norm.weight.shape[0])
+        values, gates = rows.chunk(2, dim=-1)
+        entries = self.norm(compress(values, gates, self.ape, self.overlap, has_previous, starts))
         return self.frequencies.at(positions).apply(entries)

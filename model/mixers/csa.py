@@ -7,12 +7,11 @@ from torch import Tensor, nn
 
 from kernels.index_topk import index_scores, index_topk, select_topk
 from kernels.quantize import hadamard
-from kernels.sparse_attention import sparse_attention
 from model.cache import LayerCache
 from model.config import ModelConfig
 from model.mixers.base import Context
 from model.mixers.compressor import Compressor
-from model.mixers.hca import visible_entries
+from model.mixers.hca import entry_mask, visible_entries
 from model.mixers.sliding import SlidingWindowAttention
 from model.rope import Rotation
 from model.telemetry import Telemetry
@@ -51,37 +50,36 @@ class CompressedSparseAttention(SlidingWindowAttention):
         context: Context,
         cache: LayerCache | None,
     ) -> Tensor:
-        new = self.compressor(x, context.start, cache.tail if cache else None)
+        new = self.compressor(x, context, cache.tail if cache else None)
         entries = self.precision.round_main(new, self.training)
         # The indexer learns from its own loss only, and the network from the language-model loss only: its inputs are
         # detached here, and its choice below is an integer.
         x, latent = x.detach(), latent.detach()
         index_query, head_weights = self.indexer.queries(x, latent, context.rotation[self.name])
         index_query = self.precision.round_index(index_query, self.training)
-        new_keys = self.indexer.compressor(x, context.start, cache.index_tail if cache else None)
+        new_keys = self.indexer.compressor(x, context, cache.index_tail if cache else None)
         index_keys = self.precision.round_index(hadamard(new_keys), self.training)
-        visible = visible_entries(context.start, x.shape[1], self.config.csa_ratio, x.device)
         if cache is not None:
             cache.entries.append(entries)
             cache.index.append(index_keys)
-            return self._attend_cached(query, window_kv, index_query, head_weights, visible, cache)
+            return self._attend_cached(query, window_kv, index_query, head_weights, context, cache)
 
         scores = index_scores(index_query, index_keys, head_weights)
-        may_see = (torch.arange(scores.shape[-1], device=x.device) < visible.unsqueeze(-1)).unsqueeze(0)
-        mask = may_see if context.attention == "dense" else self._selected(scores, visible)
-        out, mass = sparse_attention(query, window_kv, entries, mask, self.sink, self.config.window)
+        may_see = entry_mask(context, x.shape[1], self.config.csa_ratio, entries)
+        mask = may_see if context.attention == "dense" else self._selected(scores, may_see)
+        out, mass = self.core_attention(query, window_kv, entries, mask, context)
         telemetry = context.telemetry
         if telemetry is not None and mass is not None:
             telemetry.losses["indexer_kl"][self.layer] = indexer_kl(mass, scores, mask)
             if telemetry.measure_selection:
-                _, teacher = sparse_attention(query, window_kv, entries, may_see, self.sink, self.config.window)
+                _, teacher = self.core_attention(query, window_kv, entries, may_see, context)
                 assert teacher is not None
-                self._measure_selection(telemetry, teacher, scores, visible)
+                self._measure_selection(telemetry, teacher, scores, may_see)
         return out
 
-    def _selected(self, scores: Tensor, visible: Tensor) -> Tensor:
+    def _selected(self, scores: Tensor, may_see: Tensor) -> Tensor:
         """The indexer's choice as a mask, bool [B, S, T]."""
-        chosen = select_topk(scores, visible, self.config.index_topk)
+        chosen = select_topk(scores, may_see, self.config.index_topk)
         mask = torch.zeros(*scores.shape[:2], scores.shape[-1] + 1, dtype=torch.bool, device=scores.device)
         # Unused places (-1) wrap around to the extra last column, which is cut off.
         return mask.scatter_(-1, chosen % mask.shape[-1], True)[..., :-1]
@@ -92,23 +90,24 @@ class CompressedSparseAttention(SlidingWindowAttention):
         window_kv: Tensor,
         index_query: Tensor,
         head_weights: Tensor,
-        visible: Tensor,
+        context: Context,
         cache: LayerCache,
     ) -> Tensor:
         """Attention that unpacks only the entries it attends to."""
+        visible = visible_entries(context.start, query.shape[1], self.config.csa_ratio, query.device)
         chosen = index_topk(index_query, cache.index.read(), head_weights, visible, self.config.index_topk)
         entries = cache.entries.gather(chosen.clamp(min=0))
-        return sparse_attention(query, window_kv, entries, chosen >= 0, self.sink, self.config.window)[0]
+        return self.core_attention(query, window_kv, entries, chosen >= 0, context)[0]
 
-    def _measure_selection(self, telemetry: Telemetry, teacher: Tensor, scores: Tensor, visible: Tensor) -> None:
+    def _measure_selection(self, telemetry: Telemetry, teacher: Tensor, scores: Tensor, may_see: Tensor) -> None:
         """Share of the dense attention mass that the indexer's choice holds, over queries with a real choice."""
         k = self.config.index_topk
-        crowded = visible > k
+        crowded = (may_see.sum(-1) > k).expand(scores.shape[:2])
         if not crowded.any():
             return
-        held = (teacher * self._selected(scores, visible))[:, crowded].sum(-1)
-        best = teacher[:, crowded].topk(k, dim=-1).values.sum(-1)
-        total = teacher[:, crowded].sum(-1)
+        held = (teacher * self._selected(scores, may_see))[crowded].sum(-1)
+        best = teacher[crowded].topk(k, dim=-1).values.sum(-1)
+        total = teacher[crowded].sum(-1)
         telemetry.measures["recall_at_k"][self.layer] = (held / total).mean()
         telemetry.measures["recall_at_k_of_best"][self.layer] = (held / best).mean()
 

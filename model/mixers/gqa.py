@@ -35,6 +35,8 @@ class GroupedQueryAttention(Mixer):
         if not self.training or c.qat:
             key, value = (fake_quantize(t, gqa_format(c)) for t in (key, value))
         mask = None
+        if context.documents is not None:
+            mask = context.documents.causal_mask().unsqueeze(1)
         if cache is not None:
             cache.entries.append(torch.cat((key, value), dim=-1).flatten(2))
             key, value = cache.entries.read().unflatten(-1, (c.num_kv_heads, 2 * c.head_dim)).chunk(2, dim=-1)

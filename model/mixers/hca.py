@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.sparse_attention import sparse_attention
 from model.cache import LayerCache
 from model.config import ModelConfig
 from model.mixers.base import Context
@@ -29,14 +28,13 @@ class HeavilyCompressedAttention(SlidingWindowAttention):
         context: Context,
         cache: LayerCache | None,
     ) -> Tensor:
-        new = self.compressor(x, context.start, cache.tail if cache else None)
+        new = self.compressor(x, context, cache.tail if cache else None)
         entries = self.precision.round_main(new, self.training)
         if cache is not None:
             cache.entries.append(entries)
             entries = cache.entries.read()
-        visible = visible_entries(context.start, x.shape[1], self.config.hca_ratio, x.device)
-        mask = torch.arange(entries.shape[1], device=x.device) < visible.unsqueeze(-1)
-        return sparse_attention(query, window_kv, entries, mask.unsqueeze(0), self.sink, self.config.window)[0]
+        mask = entry_mask(context, x.shape[1], self.config.hca_ratio, entries)
+        return self.core_attention(query, window_kv, entries, mask, context)[0]
 
 
 def visible_entries(start: int, length: int, ratio: int, device: torch.device) -> Tensor:
@@ -46,3 +44,12 @@ def visible_entries(start: int, length: int, ratio: int, device: torch.device) -
     text can be read one token later; the released code, and so the released weights, do this.
     """
     return (torch.arange(start, start + length, device=device) + 1) // ratio
+
+
+def entry_mask(context: Context, length: int, ratio: int, entries: Tensor) -> Tensor:
+    """Which of ``entries`` [B, T, c], pooled from ``ratio`` tokens each, the queries may use: bool
+    [B or 1, length, T]."""
+    if context.documents is not None:
+        return context.documents.blocks(ratio).mask
+    visible = visible_entries(context.start, length, ratio, entries.device)
+    return (torch.arange(entries.shape[1], device=entries.device) < visible.unsqueeze(-1)).unsqueeze(0)

@@ -60,7 +60,15 @@ class SlidingWindowAttention(Mixer):
 
         x [B, S, hidden], latent [B, S, q_lora_rank], query [B, S, H, head_dim], window_kv [B, P + S, head_dim].
         """
-        return sparse_attention(query, window_kv, None, None, self.sink, self.config.window)[0]
+        return self.core_attention(query, window_kv, None, None, context)[0]
+
+    def core_attention(
+        self, query: Tensor, window_kv: Tensor, entries: Tensor | None, mask: Tensor | None, context: Context
+    ) -> tuple[Tensor, Tensor | None]:
+        """:func:`kernels.sparse_attention.sparse_attention` with this layer's sink and window."""
+        window = self.config.window
+        reach = context.documents.reach(window) if context.documents is not None else None
+        return sparse_attention(query, window_kv, entries, mask, self.sink, window, reach)
 
     def project(self, out: Tensor) -> Tensor:
         """Grouped low-rank output projection: [B, S, H, head_dim] -> [B, S, hidden] (report 2.3.1)."""

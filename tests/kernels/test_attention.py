@@ -81,10 +81,14 @@ def test_index_scores_follow_the_formula():
 
 def test_ties_go_to_the_lower_entry_and_the_invisible_is_never_chosen():
     scores = torch.tensor([[[0.0, -0.0, 5.0, 0.0, 0.0, 9.0], [-1.0, -2.0, -1.0, -3.0, 7.0, 7.0]]])
-    visible = torch.tensor([5, 4])
-    assert select_topk(scores, visible, 3).tolist() == [[[2, 0, 1], [0, 2, 1]]]
-    assert select_topk(scores, torch.tensor([0, 2]), 3).tolist() == [[[-1, -1, -1], [0, 1, -1]]]
-    assert select_topk(scores, visible, 8)[0, 0].tolist()[-3:] == [-1, -1, -1]
+
+    def first(*counts):
+        return torch.arange(6) < torch.tensor([counts]).unsqueeze(-1)
+
+    assert select_topk(scores, first(5, 4), 3).tolist() == [[[2, 0, 1], [0, 2, 1]]]
+    assert select_topk(scores, first(0, 2), 3).tolist() == [[[-1, -1, -1], [0, 1, -1]]]
+    assert select_topk(scores, first(5, 4), 8)[0, 0].tolist()[-3:] == [-1, -1, -1]
+    assert select_topk(scores, ~first(1, 4), 2).tolist() == [[[5, 2], [4, 5]]]
 
 
 def test_topk_in_pieces_is_topk(monkeypatch):

@@ -1,7 +1,10 @@
 import torch
 
 from model.config import ModelConfig
+from model.mixers.base import Context
 from model.moe import MixtureOfExperts, hash_table, sequence_balance, swiglu
+
+CONTEXT = Context(0, {})
 
 
 def build(layer=1, **overrides):
@@ -10,6 +13,8 @@ def build(layer=1, **overrides):
     moe = MixtureOfExperts(ModelConfig(**values), layer)
     for p in moe.parameters():
         torch.nn.init.normal_(p, std=0.5)
+    with torch.no_grad():
+        moe.reset(0.5)
     return moe
 
 
@@ -17,14 +22,14 @@ def test_routing_follows_the_formula():
     moe = build()
     x, ids = torch.randn(2, 5, 16), torch.zeros(2, 5, dtype=torch.int64)
     moe.router_bias.copy_(torch.tensor([0.0, 3.0, 0.0, 0.0]))
-    out = moe.eval()(x, ids)
+    out = moe.eval()(x, ids, CONTEXT)
     for b in range(2):
         for s in range(5):
             token = x[b, s]
             affinity = torch.nn.functional.softplus(moe.router.weight @ token).sqrt()
             chosen = (affinity + moe.router_bias).topk(2).indices  # the bias chooses ...
             weights = affinity[chosen] / affinity[chosen].sum() * 1.5  # ... and does not weigh
-            expected = moe.shared(token, ids)
+            expected = moe.shared(token, ids, CONTEXT)
             for e, w in zip(chosen, weights):
                 expected = expected + moe.w2[e] @ (swiglu(moe.w1[e] @ token, moe.w3[e] @ token, 10.0) * w)
             torch.testing.assert_close(out[b, s], expected, rtol=1e-4, atol=1e-4)
@@ -45,7 +50,7 @@ def test_hash_layers_route_by_token_id():
     assert load.min() > 0.9 * load.mean()
     assert not torch.equal(hash_table(258, 4, 2, 0), hash_table(258, 4, 2, 1))
     x, ids = torch.randn(1, 4, 16), torch.tensor([[7, 7, 8, 9]])
-    moe.train()(x, ids)
+    moe.train()(x, ids, CONTEXT)
     assert moe.expert_load.tolist() == torch.bincount(table[ids].flatten(), minlength=4).tolist()
 
 
@@ -61,10 +66,10 @@ def test_kept_rounded_experts_follow_the_weights():
     moe = build(qat=True).eval()
     x, ids = torch.randn(1, 6, 16), torch.zeros(1, 6, dtype=torch.int64)
     with torch.no_grad():
-        first = moe(x, ids)
-        assert torch.equal(moe(x, ids), first)
+        first = moe(x, ids, CONTEXT)
+        assert torch.equal(moe(x, ids, CONTEXT), first)
         moe.w2.mul_(-1.0)
         moe.w1.copy_(moe.w1 * 2)
-        changed = moe(x, ids)
+        changed = moe(x, ids, CONTEXT)
     assert not torch.allclose(changed, first, atol=1e-3)
-    assert torch.equal(changed, moe(x, ids).detach())
+    assert torch.equal(changed, moe(x, ids, CONTEXT).detach())

@@ -2,32 +2,16 @@
 
 import pytest
 import torch
+from networks import SMALL, build
 
 from model.budget import cache_bytes, cache_bytes_per_token, fixed_state_bytes
 from model.cache import Cache
 from model.config import ModelConfig
 from model.errors import CacheError, ConfigError
 from model.generation import prefill
+from model.mixers.base import Context
 from model.telemetry import Telemetry
-from model.transformer import Transformer
 
-SMALL = {
-    "hidden_size": 32,
-    "head_dim": 16,
-    "rope_head_dim": 8,
-    "num_heads": 4,
-    "q_lora_rank": 16,
-    "o_lora_rank": 8,
-    "window": 6,
-    "hca_ratio": 12,
-    "index_heads": 8,
-    "index_head_dim": 8,
-    "index_topk": 3,
-    "expert_size": 16,
-    "init_std": 0.2,
-    "max_positions": 512,
-    "vocab_size": 50,
-}
 SCHEDULES = {
     "hybrid": ("sliding", "csa", "hca", "csa"),
     "sliding": ("sliding",),
@@ -35,16 +19,6 @@ SCHEDULES = {
     "hca": ("hca",),
     "gqa": ("gqa", "gqa"),
 }
-
-
-def build(seed=0, **overrides):
-    torch.manual_seed(seed)
-    model = Transformer(ModelConfig(**{**SMALL, **overrides}))
-    with torch.no_grad():  # zeros hide mistakes
-        for name, p in model.named_parameters():
-            if name.endswith((".sink", ".ape", ".base", ".scale")):
-                p.normal_(std=0.5)
-    return model.eval()
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -272,7 +246,7 @@ def test_what_decides_stays_float32_under_autocast():
     parts = {
         "hyper-connection": lambda: block.attn_residual(streams, lambda y: torch.zeros_like(y)),
         "hyper head": lambda: model.hyper_head(streams),
-        "compressor": lambda: block.attn.compressor(x, 0),
+        "compressor": lambda: block.attn.compressor(x, Context(0, {})),
     }
     for name, part in parts.items():
         expected = part()

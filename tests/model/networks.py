@@ -1,0 +1,34 @@
+"""Small networks whose every number is drawn at random, for tests."""
+
+import torch
+
+from model.config import ModelConfig
+from model.transformer import Transformer
+
+SMALL = {
+    "hidden_size": 32,
+    "head_dim": 16,
+    "rope_head_dim": 8,
+    "num_heads": 4,
+    "q_lora_rank": 16,
+    "o_lora_rank": 8,
+    "window": 6,
+    "hca_ratio": 12,
+    "index_heads": 8,
+    "index_head_dim": 8,
+    "index_topk": 3,
+    "expert_size": 16,
+    "init_std": 0.2,
+    "max_positions": 512,
+    "vocab_size": 50,
+}
+
+
+def build(seed=0, **overrides):
+    torch.manual_seed(seed)
+    model = Transformer(ModelConfig(**{**SMALL, **overrides}))
+    with torch.no_grad():  # zeros hide mistakes
+        for name, p in model.named_parameters():
+            if name.endswith((".sink", ".ape", ".base", ".scale")):
+                p.normal_(std=0.5)
+    return model.eval()

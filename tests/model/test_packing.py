@@ -1,0 +1,118 @@
+"""Several documents in one row: each must come out as if it were alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import build
+
+from model.documents import PackedDocuments
+from model.telemetry import Telemetry
+
+# Around the ratios (4 and 12) and the window (6), shorter than all of them, and one without a single whole block.
+LENGTHS = ((17, 1, 4, 29, 3), (3, 2, 1), (12, 11, 13), (40,), (1, 1, 24, 6, 7, 5))
+# Sums of other shapes round differently, and a rounding format would make that visible.
+EXACT = {"cache_precision": "fp32", "qat": False}
+
+
+def pack(rows, width, vocab=50, seed=0):
+    """(documents of each row, ids [B, width], positions [B, width]) for lists of lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    documents = [[torch.randint(0, vocab, (n,), generator=generator) for n in lengths] for lengths in rows]
+    ids = torch.randint(0, vocab, (len(rows), width), generator=generator)  # padding is not zeros, which could hide
+    positions = torch.full((len(rows), width), -1)
+    for row, parts in enumerate(documents):
+        tokens = torch.cat(parts)
+        ids[row, : len(tokens)] = tokens
+        positions[row, : len(tokens)] = torch.cat([torch.arange(len(part)) for part in parts])
+    return documents, ids, positions
+
+
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+@pytest.mark.parametrize("layers", [("sliding",), ("csa",), ("hca",), ("gqa",), ("sliding", "csa", "hca", "csa")])
+def test_every_document_comes_out_as_if_alone(layers, attention):
+    model = build(layers=layers, mtp_layers=1, **EXACT)
+    documents, ids, positions = pack(LENGTHS, width=60)
+    packed = Telemetry(predict_ahead=True)
+    with torch.inference_mode():
+        logits = model(ids, positions=positions, attention=attention, telemetry=packed)
+        assert logits.isfinite().all()
+        for row, parts in enumerate(documents):
+            start = 0
+            for part in parts:
+                end = start + len(part)
+                alone = Telemetry(predict_ahead=len(part) > 1)
+                expected = model(part[None], attention=attention, telemetry=alone)
+                torch.testing.assert_close(logits[row : row + 1, start:end], expected, rtol=1e-4, atol=1e-5)
+                if len(part) > 1:
+                    ahead = packed.mtp_logits[row : row + 1, start : end - 1]
+                    torch.testing.assert_close(ahead, alone.mtp_logits, rtol=1e-4, atol=1e-5)
+                start = end
+
+
+def test_gradients_and_auxiliary_losses_are_those_of_the_documents_alone():
+    model = build(**EXACT).train()
+    documents, ids, positions = pack(LENGTHS, width=60)
+
+    def gradients():
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return found
+
+    telemetry = Telemetry()
+    logits = model(ids, positions=positions, telemetry=telemetry)
+    counted = positions >= 0
+    F.cross_entropy(logits[counted], ids[counted], reduction="sum").backward()
+    together, load = gradients(), [m.expert_load.clone() for m in model.moe_layers()]
+    kl = telemetry.losses["indexer_kl"][1].item()
+    for layer in model.moe_layers():
+        layer.expert_load.zero_()
+    divergence = queries = 0
+    for part in (part for parts in documents for part in parts):
+        alone = Telemetry()
+        F.cross_entropy(model(part[None], telemetry=alone)[0], part, reduction="sum").backward()
+        n = max(0, len(part) - 3)  # queries that see an entry of 4 tokens
+        if n:
+            divergence += alone.losses["indexer_kl"][1].item() * n
+            queries += n
+    apart = gradients()
+    assert apart.keys() == together.keys()
+    for name, gradient in apart.items():
+        torch.testing.assert_close(
+            together[name], gradient, rtol=1e-3, atol=2e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    for found, layer in zip(load, model.moe_layers()):
+        assert torch.equal(found, layer.expert_load)
+    assert kl == pytest.approx(divergence / queries, rel=1e-4)
+
+
+def test_padding_takes_part_in_no_loss():
+    model = build().train()
+    _, ids, positions = pack(((30, 11),), width=60)
+    losses = []
+    for padding in (0, 17):
+        telemetry = Telemetry()
+        model(torch.where(positions < 0, padding, ids), positions=positions, telemetry=telemetry)
+        losses.append([telemetry.loss("balance").item(), telemetry.loss("indexer_kl").item()])
+    assert losses[0] == losses[1]
+
+
+def test_one_document_a_row_is_the_plain_forward():
+    model = build(**EXACT)
+    ids = torch.randint(0, 50, (2, 41))
+    positions = torch.arange(41).expand(2, -1)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids, positions=positions), model(ids), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "positions, message",
+    [
+        ([[0, 1, 3]], r"positions\[0, 2\]: expected 0 \(a new document\), -1 \(padding\) or 2, found 3"),
+        ([[0, 1, 2], [1, 2, 3]], r"positions\[1, 0\].*or 0, found 1"),
+        ([[0, -1, 1]], r"positions\[0, 2\].*or 0, found 1"),
+        ([[0, -2, 0]], r"positions\[0, 1\].*or 1, found -2"),
+    ],
+)
+def test_positions_that_skip_are_named(positions, message):
+    with pytest.raises(ValueError, match=message):
+        PackedDocuments(torch.tensor(positions))
