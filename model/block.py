@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from model.cache import LayerCache
+from model.cache_parts import LayerCache
 from model.config import ModelConfig
 from model.hyper_connections import residual
 from model.mixers import build_mixer

@@ -182,8 +182,10 @@ class ModelConfig:
 
     @property
     def page_tokens(self) -> int:
-        """Tokens covered by one cache page: the least common multiple of the ratios in use (report 3.5.1)."""
-        return math.lcm(*(self.compress_ratio(name) for name in self.layers))
+        """Tokens covered by one cache page: the smallest multiple of lcm(m, m'), the ratios in use, that is at least
+        64 (report 3.5.1 asks for a multiple; a page table of very small pages would outgrow what it points to)."""
+        common = math.lcm(*(self.compress_ratio(name) for name in self.layers))
+        return -(-64 // common) * common
 
     def compress_ratio(self, mixer: str) -> int:
         """Tokens per compressed entry; 1 for mixers that keep every token, or none."""

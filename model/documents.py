@@ -47,10 +47,6 @@ class PackedDocuments:
         self.positions = positions.clamp(min=0)
         self._blocks: dict[int, Blocks] = {}
 
-    def reach(self, window: int) -> Tensor:
-        """How many raw tokens, itself included, each token may see: int64 [B, S]."""
-        return (self.positions + 1).clamp(max=window)
-
     def causal_mask(self) -> Tensor:
         """bool [B, S, S]: row i may see column j of its own document, j <= i."""
         place = torch.arange(self.positions.shape[1], device=self.positions.device)

@@ -37,11 +37,19 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def write_text(path: Path, content: str) -> None:
-    """Write a whole text file: readers find the old content or the new."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+@contextmanager
+def atomic_file(target: str | Path) -> Iterator[Path]:
+    """Yield a sibling path; what is written there takes ``target``'s place when the block ends without an exception."""
+    target = Path(target)
+    scratch = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        scratch.write_text(content)
-        os.replace(scratch, path)
+        yield scratch
+        os.replace(scratch, target)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a whole text file: readers find the old content or the new."""
+    with atomic_file(path) as scratch:
+        scratch.write_text(content)

@@ -64,15 +64,17 @@ class Transformer(nn.Module):
         that do not go together.
         """
         if cache is not None:
-            cache.check_room(*input_ids.shape)
             if attention != "sparse":
                 raise ValueError("attention: a cache serves sparse attention only")
+            if telemetry is not None and telemetry.predict_ahead:
+                raise ValueError("telemetry.predict_ahead: works on whole sequences, without a cache")
             if positions is not None:
                 raise ValueError("positions: a cache takes the tokens as they follow, not packed documents")
         if positions is not None and positions.shape != input_ids.shape:
             raise ValueError(f"positions: expected shape {list(input_ids.shape)}, found {list(positions.shape)}")
-        start = cache.length if cache is not None else 0
-        context = self._context(start, input_ids, positions, attention, telemetry)
+        if cache is not None:
+            cache.begin(*input_ids.shape)
+        context = self._context(input_ids, cache, positions, attention, telemetry)
 
         embedding = self.embed(input_ids).float()
         streams = embedding
@@ -81,7 +83,7 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self.layers):
             streams = block(streams, input_ids, context, cache.layers[layer] if cache is not None else None)
         if cache is not None:
-            cache.advance(input_ids.shape[1])
+            cache.advance()
         if telemetry is not None and telemetry.predict_ahead:
             telemetry.mtp_logits = self._predict_ahead(streams, embedding, input_ids, positions, context)
         if last_only:
@@ -90,8 +92,8 @@ class Transformer(nn.Module):
 
     def _context(
         self,
-        start: int,
         input_ids: Tensor,
+        cache: Cache | None,
         positions: Tensor | None,
         attention: AttentionMode,
         telemetry: Telemetry | None,
@@ -100,10 +102,11 @@ class Transformer(nn.Module):
         if documents is not None:
             places = documents.positions
         else:
-            places = torch.arange(start, start + input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+            starts = cache.starts if cache is not None else torch.zeros(1, dtype=torch.int64, device=input_ids.device)
+            places = starts.unsqueeze(-1) + torch.arange(input_ids.shape[1], device=input_ids.device)
         names = {*self.config.layers, *(["sliding"] if self.mtp else [])}
         rotation = {name: self._frequencies[name].at(places) for name in names}
-        return Context(start, rotation, attention, telemetry, documents)
+        return Context(places, rotation, attention, telemetry, documents)
 
     def _logits(self, x: Tensor) -> Tensor:
         with in_float32(x):
@@ -117,10 +120,10 @@ class Transformer(nn.Module):
             raise ValueError("telemetry.predict_ahead: the model has no module for it (mtp_layers is 0)")
         module = self.mtp[0]
         assert isinstance(module, PredictAhead)
-        if context.start or input_ids.shape[1] < 2:
+        if input_ids.shape[1] < 2:
             raise ValueError("telemetry.predict_ahead: needs whole sequences of at least 2 tokens")
         kept = None if positions is None else positions[:, :-1]
-        context = self._context(0, input_ids[:, :-1], kept, context.attention, context.telemetry)
+        context = self._context(input_ids[:, :-1], None, kept, context.attention, context.telemetry)
         return self._logits(module.hidden(streams[:, :-1], embedding[:, 1:], input_ids[:, 1:], context))
 
     @torch.no_grad()

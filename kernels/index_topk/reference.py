@@ -44,7 +44,7 @@ def select_topk(scores: Tensor, permitted: Tensor, k: int) -> Tensor:
 def index_topk(query: Tensor, keys: Tensor, head_weights: Tensor, visible: Tensor, k: int) -> Tensor:
     """:func:`index_scores` and :func:`select_topk` over bounded pieces of the queries. No gradient.
 
-    visible int64 [S]: the number of entries, a prefix, that query s may use.
+    visible int64 [B or 1, S]: the number of entries, a prefix, that query s may use.
     """
     B, S, h, _ = query.shape
     places = torch.arange(keys.shape[1], device=keys.device)
@@ -53,7 +53,7 @@ def index_topk(query: Tensor, keys: Tensor, head_weights: Tensor, visible: Tenso
         pieces = [
             select_topk(
                 index_scores(query[:, s : s + step], keys, head_weights[:, s : s + step]),
-                (places < visible[s : s + step].unsqueeze(-1)).unsqueeze(0),
+                places < visible[:, s : s + step].unsqueeze(-1),
                 k,
             )
             for s in range(0, S, step)

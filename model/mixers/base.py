@@ -21,10 +21,10 @@ AttentionMode = Literal["dense", "sparse"]
 
 @dataclass(frozen=True)
 class Context:
-    """One forward call, seen from a layer. Tokens are at positions ``start .. start + S - 1`` of every sequence, or
-    where ``documents`` says (``start`` is then 0)."""
+    """One forward call, seen from a layer."""
 
-    start: int
+    positions: Tensor
+    """int64 [B or 1, S]: every token's place in its sequence or document."""
     rotation: dict[str, Rotation]
     """For the tokens' positions, by mixer name."""
     attention: AttentionMode = "sparse"

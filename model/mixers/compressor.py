@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.compress import compress
-from model.cache import TailState
+from model.cache_parts import Tail
 from model.config import ModelConfig
 from model.mixers.base import Context
 from model.norm import RMSNorm
@@ -31,29 +31,43 @@ class Compressor(nn.Module):
         self.norm = RMSNorm(width, config.norm_eps)
         self.frequencies = RotaryFrequencies(config.rope_head_dim, config.compress_rope_theta, config)
 
-    def forward(self, x: Tensor, context: Context, tail: TailState | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, tail: Tail | None = None) -> Tensor:
         """Entries of the blocks that x [B, S, hidden] completes: float32 [B, n, width].
 
         ``tail`` holds the projected rows that earlier calls left over and takes those that this one leaves.
         """
-        m, start = self.ratio, context.start
         with in_float32(x):
             x = x.float()
             rows = torch.cat((self.wkv(x), self.wgate(x)), dim=-1)
         if context.documents is not None:
-            blocks = context.documents.blocks(m)
+            blocks = context.documents.blocks(self.ratio)
             rows, positions, starts = blocks.gather(rows), blocks.positions, blocks.starts
             return self._pool(rows, positions, starts=starts)
-        has_previous = False
         if tail is not None:
-            rows = torch.cat((tail.read(), rows), dim=1)
-            has_previous = self.overlap and start >= m
-            end = start + x.shape[1]
-            tail.write(rows, keep=end % m + (m if self.overlap and end >= m else 0))
-        whole = rows.shape[1] // m * m
-        first = start // m
-        positions = torch.arange(first, first + whole // m - has_previous, device=x.device).unsqueeze(0) * m
-        return self._pool(rows[:, :whole], positions, has_previous)
+            return self._go_on(rows, tail)
+        whole = rows.shape[1] // self.ratio * self.ratio
+        positions = torch.arange(0, whole, self.ratio, device=x.device).unsqueeze(0)
+        return self._pool(rows[:, :whole], positions)
+
+    def _go_on(self, rows: Tensor, tail: Tail) -> Tensor:
+        """Entries [B, n, width] of the blocks that new rows complete together with kept ones; sequences that complete
+        fewer than n have them first."""
+        m, new = self.ratio, rows.shape[1]
+        made: list[tuple[list[int], Tensor]] = []
+        for group in tail.completions(new):
+            together = torch.cat((tail.read(group), rows[group.sequences]), dim=1)
+            whole = together.shape[1] // m * m
+            count = whole // m - group.has_previous
+            positions = (group.first_entry.unsqueeze(-1) + torch.arange(count, device=rows.device)) * m
+            made.append((group.sequences, self._pool(together[:, :whole], positions, group.has_previous)))
+        tail.append(rows)
+        if len(made) == 1 and len(made[0][0]) == len(rows):
+            return made[0][1]
+        most = max((entries.shape[1] for _, entries in made), default=0)
+        padded = rows.new_zeros(len(rows), most, self.norm.weight.shape[0])
+        for sequences, entries in made:
+            padded[sequences, : entries.shape[1]] = entries
+        return padded
 
     def _pool(
         self, rows: Tensor, positions: Tensor, has_previous: bool = False, starts: Tensor | None = None

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kernels.index_topk import index_scores, index_topk, select_topk
 from kernels.quantize import hadamard
-from model.cache import LayerCache
+from model.cache_parts import LayerCache
 from model.config import ModelConfig
 from model.mixers.base import Context
 from model.mixers.compressor import Compressor
@@ -65,7 +65,7 @@ class CompressedSparseAttention(SlidingWindowAttention):
             return self._attend_cached(query, window_kv, index_query, head_weights, context, cache)
 
         scores = index_scores(index_query, index_keys, head_weights)
-        may_see = entry_mask(context, x.shape[1], self.config.csa_ratio, entries)
+        may_see = entry_mask(context, self.config.csa_ratio, entries)
         mask = may_see if context.attention == "dense" else self._selected(scores, may_see)
         out, mass = self.core_attention(query, window_kv, entries, mask, context)
         telemetry = context.telemetry
@@ -94,7 +94,7 @@ class CompressedSparseAttention(SlidingWindowAttention):
         cache: LayerCache,
     ) -> Tensor:
         """Attention that unpacks only the entries it attends to."""
-        visible = visible_entries(context.start, query.shape[1], self.config.csa_ratio, query.device)
+        visible = visible_entries(context, self.config.csa_ratio)
         chosen = index_topk(index_query, cache.index.read(), head_weights, visible, self.config.index_topk)
         entries = cache.entries.gather(chosen.clamp(min=0))
         return self.core_attention(query, window_kv, entries, chosen >= 0, context)[0]

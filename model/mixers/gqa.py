@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.quantize import fake_quantize
-from model.cache import LayerCache
+from model.cache_parts import LayerCache
 from model.config import ModelConfig
 from model.mixers.base import Context, Mixer
 from model.precision import gqa_format
@@ -40,8 +40,7 @@ class GroupedQueryAttention(Mixer):
         if cache is not None:
             cache.entries.append(torch.cat((key, value), dim=-1).flatten(2))
             key, value = cache.entries.read().unflatten(-1, (c.num_kv_heads, 2 * c.head_dim)).chunk(2, dim=-1)
-            positions = torch.arange(context.start, context.start + x.shape[1], device=x.device)
-            mask = torch.arange(key.shape[1], device=x.device) <= positions.unsqueeze(-1)
+            mask = torch.arange(key.shape[1], device=x.device) <= context.positions.unsqueeze(-1).unsqueeze(1)
         out = F.scaled_dot_product_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.cache import LayerCache
+from model.cache_parts import LayerCache
 from model.config import ModelConfig
 from model.mixers.base import Context
 from model.mixers.compressor import Compressor
@@ -33,23 +33,21 @@ class HeavilyCompressedAttention(SlidingWindowAttention):
         if cache is not None:
             cache.entries.append(entries)
             entries = cache.entries.read()
-        mask = entry_mask(context, x.shape[1], self.config.hca_ratio, entries)
+        mask = entry_mask(context, self.config.hca_ratio, entries)
         return self.core_attention(query, window_kv, entries, mask, context)[0]
 
 
-def visible_entries(start: int, length: int, ratio: int, device: torch.device) -> Tensor:
-    """How many entries the queries at positions ``start ..`` may use: int64 [length].
+def visible_entries(context: Context, ratio: int) -> Tensor:
+    """How many entries, the first ones, each query may use: int64 [B or 1, S].
 
     Token t (from 0) sees entry s iff s < (t + 1) // ratio: a block becomes visible to its own last token. The report's
     text can be read one token later; the released code, and so the released weights, do this.
     """
-    return (torch.arange(start, start + length, device=device) + 1) // ratio
+    return (context.positions + 1) // ratio
 
 
-def entry_mask(context: Context, length: int, ratio: int, entries: Tensor) -> Tensor:
-    """Which of ``entries`` [B, T, c], pooled from ``ratio`` tokens each, the queries may use: bool
-    [B or 1, length, T]."""
+def entry_mask(context: Context, ratio: int, entries: Tensor) -> Tensor:
+    """Which of ``entries`` [B, T, c], pooled from ``ratio`` tokens each, the queries may use: bool [B or 1, S, T]."""
     if context.documents is not None:
         return context.documents.blocks(ratio).mask
-    visible = visible_entries(context.start, length, ratio, entries.device)
-    return (torch.arange(entries.shape[1], device=entries.device) < visible.unsqueeze(-1)).unsqueeze(0)
+    return torch.arange(entries.shape[1], device=entries.device) < visible_entries(context, ratio).unsqueeze(-1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.sparse_attention import sparse_attention
-from model.cache import LayerCache
+from model.cache_parts import LayerCache
 from model.config import ModelConfig
 from model.mixers.base import Context, Mixer
 from model.norm import RMSNorm, rms_normalize
@@ -40,7 +40,7 @@ class SlidingWindowAttention(Mixer):
         query = rms_normalize(self.wq_b(latent).unflatten(-1, (c.num_heads, c.head_dim)), c.norm_eps)
         query = rotation.apply(query)
         kv = self.precision.round_main(rotation.apply(self.kv_norm(self.wkv(x))), self.training)
-        window_kv = kv if cache is None else torch.cat((cache.window.read(c.window - 1), kv), dim=1)
+        window_kv = kv if cache is None else torch.cat((cache.window.read(), kv), dim=1)
         out = self.attend(x, latent, query, window_kv, context, cache)
         if cache is not None:
             cache.window.append(kv)
@@ -67,7 +67,8 @@ class SlidingWindowAttention(Mixer):
     ) -> tuple[Tensor, Tensor | None]:
         """:func:`kernels.sparse_attention.sparse_attention` with this layer's sink and window."""
         window = self.config.window
-        reach = context.documents.reach(window) if context.documents is not None else None
+        whole = window_kv.shape[1] == query.shape[1] and context.documents is None
+        reach = None if whole else (context.positions + 1).clamp(max=window).expand(query.shape[:2])
         return sparse_attention(query, window_kv, entries, mask, self.sink, window, reach)
 
     def project(self, out: Tensor) -> Tensor:

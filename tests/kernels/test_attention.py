@@ -93,7 +93,7 @@ def test_ties_go_to_the_lower_entry_and_the_invisible_is_never_chosen():
 
 def test_topk_in_pieces_is_topk(monkeypatch):
     q, k, w = torch.randn(2, 50, 4, 8), torch.randn(2, 30, 8), torch.randn(2, 50, 4)
-    visible = torch.arange(50) % 31
+    visible = torch.arange(50).unsqueeze(0) % 31
     whole = index_topk(q, k, w, visible, 6)
     monkeypatch.setattr("kernels.index_topk.reference._CHUNK_ELEMENTS", 1000)
     assert torch.equal(index_topk(q, k, w, visible, 6), whole)

@@ -4,7 +4,7 @@ from model.config import ModelConfig
 from model.mixers.base import Context
 from model.moe import MixtureOfExperts, hash_table, sequence_balance, swiglu
 
-CONTEXT = Context(0, {})
+CONTEXT = Context(torch.zeros(1, 1, dtype=torch.int64), {})
 
 
 def build(layer=1, **overrides):

@@ -54,7 +54,7 @@ def test_its_input_is_the_sum_of_two_projections(hyper):
         streams = torch.randn(1, 7, 4, 32) if hyper else torch.randn(1, 7, 32)
         ids = torch.randint(0, 50, (1, 7))
         embedding = model.embed(ids)
-        context = model._context(0, ids, None, "sparse", None)
+        context = model._context(ids, None, None, "sparse", None)
         found = module.hidden(streams, embedding, ids, context)
         from_token = module.e_proj(rms_normalize(embedding, 1e-6) * module.enorm.weight)
         from_past = module.h_proj(rms_normalize(streams, 1e-6) * module.hnorm.weight)

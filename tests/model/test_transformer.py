@@ -246,7 +246,7 @@ def test_what_decides_stays_float32_under_autocast():
     parts = {
         "hyper-connection": lambda: block.attn_residual(streams, lambda y: torch.zeros_like(y)),
         "hyper head": lambda: model.hyper_head(streams),
-        "compressor": lambda: block.attn.compressor(x, Context(0, {})),
+        "compressor": lambda: block.attn.compressor(x, Context(torch.arange(24).unsqueeze(0), {})),
     }
     for name, part in parts.items():
         expected = part()

@@ -1,0 +1,124 @@
+"""One sequence's cache on disk: a safetensors file with the packed rows in use and the newest rows of every ring."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model.cache import Cache
+from model.cache_parts import Entries
+from model.errors import CacheError
+from model.files import atomic_file
+
+FORMAT_VERSION = "1"
+
+
+def save_cache(cache: Cache, path: str | Path) -> None:
+    """Write the cache of one sequence; what stood at ``path`` is replaced once the new file is complete.
+
+    Raises CacheError for a cache of several sequences (:meth:`model.cache.Cache.split` makes single ones).
+    """
+    if cache.batch_size != 1:
+        raise CacheError(f"{path}: a file holds one sequence's cache, this one holds {cache.batch_size}")
+    tensors = {name: rows.contiguous().cpu() for name, rows in _rows(cache).items()}
+    metadata = {
+        "format_version": FORMAT_VERSION,
+        "model": json.dumps(cache.config.to_dict()),
+        "length": str(cache.length),
+        "rewind": str(cache.rewind),
+        "sha256": _digest(tensors),
+    }
+    with atomic_file(path) as scratch:
+        save_file(tensors, scratch, metadata=metadata)
+
+
+def restore_cache(cache: Cache, path: str | Path) -> None:
+    """Fill an empty cache of one sequence from a file of :func:`save_cache`, made with the same model configuration.
+
+    The weights that made the entries are not recorded: that they are the same is the caller's to know. Raises
+    CacheError, and leaves the cache empty, for another configuration, too little room, or a damaged file.
+    """
+    if cache.batch_size != 1 or cache.length:
+        raise CacheError(f"{path}: only an empty cache of one sequence can be filled")
+    metadata, tensors = _read(path)
+    try:
+        model, length, rewind = json.loads(metadata["model"]), int(metadata["length"]), int(metadata["rewind"])
+        digest = metadata["sha256"]
+    except (KeyError, ValueError) as error:
+        raise CacheError(f"{path}: not a saved cache ({error})") from error
+    ours = cache.config.to_dict()
+    for key in {**ours, **model}:
+        if ours.get(key) != model.get(key):
+            raise CacheError(
+                f"{path}: saved with another model configuration: {key} is {model.get(key)} there, {ours.get(key)} here"
+            )
+    if rewind != cache.rewind:
+        raise CacheError(f"{path}: saved with a rewind of {rewind} tokens, the cache has {cache.rewind}")
+    if _digest(tensors) != digest:
+        raise CacheError(f"{path}: the checksum does not match: the file is damaged")
+    cache.begin(1, length)
+    cache.advance()
+    try:
+        _fill(cache, tensors, path)
+    except CacheError:
+        cache.truncate(0)
+        raise
+
+
+def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise CacheError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise CacheError(f"{path}: damaged or not a safetensors file ({error})") from error
+
+
+def _rows(cache: Cache) -> dict[str, Tensor]:
+    """What counts in each part, by name: rows in use of entries, and of rings those that were written."""
+    ends = cache.starts
+    rows = {}
+    for layer, parts in enumerate(cache.layers):
+        for name, part in vars(parts).items():
+            if isinstance(part, Entries):
+                rows[f"layers.{layer}.{name}"] = part.packed()
+            else:
+                rows[f"layers.{layer}.{name}"] = part.ring.read(ends, min(cache.length, part.ring.capacity))[0]
+    return rows
+
+
+def _fill(cache: Cache, tensors: dict[str, Tensor], path: str | Path) -> None:
+    expected = _rows(cache)
+    for name in {**expected, **tensors}:
+        if name not in tensors or name not in expected:
+            raise CacheError(
+                f"{path}: tensor '{name}' is {'missing' if name in expected else 'not part of this cache'}"
+            )
+        found, wanted = tensors[name], expected[name]
+        if found.shape != wanted.shape or found.dtype != wanted.dtype:
+            raise CacheError(
+                f"{path}: tensor '{name}' is {found.dtype} {list(found.shape)}, "
+                f"expected {wanted.dtype} {list(wanted.shape)}"
+            )
+    for layer, parts in enumerate(cache.layers):
+        for name, part in vars(parts).items():
+            rows = tensors[f"layers.{layer}.{name}"].to(cache.device)
+            if isinstance(part, Entries):
+                part.put_packed(rows)
+            else:
+                part.ring.write(cache.starts, rows.unsqueeze(0))
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,200 @@
+"""What one layer keeps of the past, and how it is read and written: rings of the newest tokens, and paged entries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kernels.cache_io import EntryLayout, pack, unpack
+from model.precision import Precision
+
+if TYPE_CHECKING:
+    from model.cache import Cache
+
+
+class Ring:
+    """The newest rows of every sequence, [B, capacity, width], each at its position modulo the capacity."""
+
+    def __init__(self, data: Tensor):
+        self.data = data
+
+    @property
+    def capacity(self) -> int:
+        return self.data.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.untyped_storage().nbytes()
+
+    def read(self, ends: Tensor, count: int) -> Tensor:
+        """The ``count`` rows before positions ``ends`` (int64 [B or 1]): [B, count, width]. Rows of positions below 0
+        mean nothing."""
+        return self.data[self._places(ends, count)]
+
+    def write(self, ends: Tensor, rows: Tensor) -> None:
+        """Put rows [B, n, width], n at most the capacity, before positions ``ends`` (int64 [B or 1])."""
+        self.data[self._places(ends, rows.shape[1])] = rows
+
+    def _places(self, ends: Tensor, count: int) -> tuple[slice | Tensor, Tensor]:
+        places = (ends.unsqueeze(-1) - count + torch.arange(count, device=ends.device)) % self.capacity
+        if len(ends) == 1:
+            return slice(None), places[0]
+        return torch.arange(len(ends), device=ends.device).unsqueeze(-1), places
+
+
+class Window:
+    """The last raw tokens' key-values, packed."""
+
+    component = "window"
+
+    def __init__(self, cache: Cache, layout: EntryLayout, batch_size: int):
+        self.cache, self.layout, self.tokens = cache, layout, cache.config.window
+        shape = (batch_size, self.tokens + cache.rewind, layout.nbytes)
+        self.ring = Ring(torch.zeros(shape, dtype=torch.uint8, device=cache.device))
+
+    def first_needed(self, position: int) -> int:
+        """The oldest token that the one at ``position`` sees."""
+        return position - (self.tokens - 1)
+
+    def read(self) -> Tensor:
+        """The ``window - 1`` tokens before the new ones: float32 [B, window - 1, size]. What lies before a sequence's
+        start means nothing."""
+        return unpack(self.ring.read(self.cache.starts, self.tokens - 1), self.layout)
+
+    def append(self, x: Tensor) -> None:
+        """The new tokens' key-values, float [B, S, size]."""
+        self.ring.write(self.cache.starts + x.shape[1], pack(x[:, -self.ring.capacity :], self.layout))
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Sequences in which the new tokens complete the same number of blocks from the same place in a block."""
+
+    sequences: list[int]
+    past: int
+    """How many kept rows come before the new tokens' own."""
+    has_previous: bool
+    """The first block of these rows is only the predecessor of the second."""
+    first_entry: Tensor
+    """int64 [sequences]: the number of the first entry to be made."""
+
+
+class Tail:
+    """Projected rows (values and gates) of the newest tokens, float32: blocks and overlaps are pooled from them."""
+
+    component = "tail"
+
+    def __init__(self, cache: Cache, ratio: int, width: int, overlap: bool, batch_size: int):
+        self.cache, self.ratio, self.overlap = cache, ratio, overlap
+        rows = 2 * ratio - 1 if overlap else ratio - 1  # an unfinished block, and the whole one before it
+        shape = (batch_size, rows + cache.rewind, 2 * (2 * width if overlap else width))
+        self.ring = Ring(torch.zeros(shape, device=cache.device))
+
+    def first_needed(self, position: int) -> int:
+        """The oldest token that the block of the one at ``position`` is pooled from."""
+        return position // self.ratio * self.ratio - (self.ratio if self.overlap else 0)
+
+    def completions(self, tokens: int) -> Iterator[Completion]:
+        """Who completes blocks with ``tokens`` new tokens, sequences in the same phase together."""
+        m = self.ratio
+        groups: dict[tuple[int, bool], list[int]] = {}
+        for sequence, start in enumerate(self.cache.lengths):
+            if (start + tokens) // m > start // m:
+                groups.setdefault((start % m, self.overlap and start >= m), []).append(sequence)
+        for (phase, has_previous), sequences in groups.items():
+            starts = torch.tensor([self.cache.lengths[s] for s in sequences], device=self.cache.device)
+            yield Completion(sequences, phase + m * has_previous, has_previous, starts // m)
+
+    def read(self, group: Completion) -> Tensor:
+        """The kept rows of a group: float32 [sequences, past, width]."""
+        rows = self.ring.read(self.cache.starts, group.past)
+        return rows if len(group.sequences) == len(rows) else rows[group.sequences]
+
+    def append(self, rows: Tensor) -> None:
+        """The new tokens' rows, float32 [B, S, width]."""
+        self.ring.write(self.cache.starts + rows.shape[1], rows[:, -self.ring.capacity :])
+
+
+class Entries:
+    """One growing part: packed rows in the pages of every sequence."""
+
+    def __init__(self, cache: Cache, layer: int, name: str):
+        self.cache, self.layer, self.name = cache, layer, name
+        part = cache.pool.parts[layer, name]
+        self.layout, self.ratio = part.layout, part.ratio
+        self.per_page = cache.pool.page_tokens // part.ratio
+
+    @property
+    def _rows(self) -> Tensor:
+        return self.cache.pool.rows(self.layer, self.name)
+
+    def append(self, x: Tensor) -> None:
+        """The new entries, float [B, n, size]: of each sequence as many as its new tokens complete."""
+        before, after = self.cache.entry_counts(self.ratio)
+        new = [last - first for first, last in zip(before, after)]
+        if not any(new):
+            return
+        packed = pack(x, self.layout)
+        numbers = torch.tensor(before, device=x.device).unsqueeze(-1) + torch.arange(x.shape[1], device=x.device)
+        made = torch.arange(x.shape[1], device=x.device) < torch.tensor(new, device=x.device).unsqueeze(-1)
+        last = torch.tensor(after, device=x.device).unsqueeze(-1) - 1
+        self._rows[self._places(numbers.minimum(last.clamp(min=0)))[made]] = packed[made]
+
+    def read(self) -> Tensor:
+        """All entries, the new ones included: float32 [B, T, size], T those of the sequence with the most. Beyond a
+        sequence's own they mean nothing."""
+        counts = self.cache.entry_counts(self.ratio)[1]
+        most = max(counts)
+        if not most:
+            return torch.zeros(len(counts), 0, self.layout.size, device=self.cache.device)
+        page = self.cache.first_of_run(-(-most // self.per_page))
+        if page is not None:
+            return unpack(self._rows[page * self.per_page :][:most], self.layout).unsqueeze(0)
+        last = torch.tensor(counts, device=self.cache.device).unsqueeze(-1) - 1
+        return self.gather(torch.arange(most, device=self.cache.device).minimum(last.clamp(min=0)))
+
+    def gather(self, numbers: Tensor) -> Tensor:
+        """Entries by number, int64 [B, ...] -> float32 [B, ..., size]. Only these rows are touched."""
+        return unpack(self._rows[self._places(numbers)], self.layout)
+
+    def packed(self) -> Tensor:
+        """The rows in use of a single sequence, as stored: uint8 [T, layout.nbytes]."""
+        return self._rows[self._all_places()]
+
+    def put_packed(self, rows: Tensor) -> None:
+        """Inverse of :meth:`packed`, for as many rows as the sequence's length implies."""
+        self._rows[self._all_places()] = rows
+
+    def _all_places(self) -> Tensor:
+        (count,) = self.cache.entry_counts(self.ratio)[1]
+        numbers = torch.arange(count, device=self.cache.device).unsqueeze(0)
+        return self._places(numbers)[0] if count else numbers[0]
+
+    def _places(self, numbers: Tensor) -> Tensor:
+        """Rows of the pool that hold the entries ``numbers`` [B, ...]."""
+        pages = self.cache.tables.gather(1, (numbers // self.per_page).flatten(1)).view_as(numbers)
+        return pages * self.per_page + numbers % self.per_page
+
+
+class LayerCache:
+    """One layer's share. Which parts exist depends on its mixer; a mixer only touches its own."""
+
+    def __init__(self, cache: Cache, layer: int, batch_size: int):
+        config, mixer = cache.config, cache.config.layers[layer]
+        ratio, overlap = config.compress_ratio(mixer), mixer == "csa"
+        if mixer != "gqa":
+            self.window = Window(cache, Precision(config).main_layout, batch_size)
+        if mixer in ("csa", "hca"):
+            self.tail = Tail(cache, ratio, config.head_dim, overlap, batch_size)
+        if mixer in ("csa", "hca", "gqa"):
+            self.entries = Entries(cache, layer, "entries")
+        if mixer == "csa":
+            self.index = Entries(cache, layer, "index")
+            self.index_tail = Tail(cache, ratio, config.index_head_dim, True, batch_size)
+
+    def ring_parts(self) -> list[Window | Tail]:
+        return [part for part in vars(self).values() if isinstance(part, Window | Tail)]

@@ -1,0 +1,276 @@
+"""The cache as its users see it: whatever is done to it, the next logits are those of the tokens alone."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from networks import SMALL, build
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from model.cache import Cache
+from model.cache_file import restore_cache, save_cache
+from model.errors import CacheError
+from model.paging import PagePool
+
+EXACT = {"cache_precision": "fp32", "qat": False}
+NETWORKS = {
+    "hybrid": {},
+    "wide window": {"window": 20, "csa_ratio": 3, "hca_ratio": 6},
+    "one-token window": {"window": 1, "layers": ("csa", "hca")},
+    "baseline": {"layers": ("gqa", "sliding")},
+}
+MODELS = {name: build(**{**EXACT, **change}) for name, change in NETWORKS.items()}
+MOST = 150
+
+
+def logits_of(model, tokens):
+    with torch.inference_mode():
+        return model(torch.tensor([tokens]))[0, -1]
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Sequences of a common page pool, read on in any order and company, wound back, forked, saved and restored."""
+
+    @initialize(name=st.sampled_from(sorted(NETWORKS)), rewind=st.sampled_from([0, 5]), seed=st.integers(0, 99))
+    def start(self, name, rewind, seed):
+        self.model, self.rewind = MODELS[name], rewind
+        self.generator = torch.Generator().manual_seed(seed)
+        self.pool = PagePool(self.model.config, 40)
+        self.caches, self.tokens = [], []
+        self.new_sequence()
+
+    @precondition(lambda self: len(self.caches) < 5)
+    @rule()
+    def new_sequence(self):
+        self.caches.append(Cache(self.model.config, 1, MOST, pool=self.pool, rewind=self.rewind))
+        self.tokens.append([])
+
+    @rule(data=st.data(), count=st.one_of(st.just(1), st.integers(1, 40)))
+    def read_on(self, data, count):
+        """Some of the sequences together, all by the same number of tokens."""
+        chosen = data.draw(st.lists(st.sampled_from(range(len(self.caches))), unique=True, min_size=1))
+        chosen = [i for i in chosen if len(self.tokens[i]) + count <= MOST]
+        if not chosen:
+            return
+        ids = torch.randint(0, SMALL["vocab_size"], (len(chosen), count), generator=self.generator)
+        batch = Cache.join([self.caches[i] for i in chosen])
+        with torch.inference_mode():
+            logits = self.model(ids, batch)
+        for row, (i, part) in enumerate(zip(chosen, batch.split())):
+            self.caches[i] = part
+            self.tokens[i] = self.tokens[i] + ids[row].tolist()
+            torch.testing.assert_close(logits[row, -1], logits_of(self.model, self.tokens[i]), rtol=1e-3, atol=2e-4)
+
+    @rule(data=st.data(), share=st.floats(0, 1))
+    def truncate(self, data, share):
+        i = data.draw(st.sampled_from(range(len(self.caches))))
+        cache, length = self.caches[i], len(self.tokens[i])
+        target = round(share * length) if share < 0.5 else max(0, length - round((share - 0.5) * 12))
+        try:
+            cache.truncate(target)
+        except CacheError as error:
+            assert 0 < target < cache._written[0] - self.rewind, error  # what the rings were ever written to
+            assert cache.length == length
+        else:
+            self.tokens[i] = self.tokens[i][:target]
+
+    @precondition(lambda self: len(self.caches) < 5)
+    @rule(data=st.data())
+    def fork(self, data):
+        i = data.draw(st.sampled_from(range(len(self.caches))))
+        self.caches.append(self.caches[i].fork())
+        self.tokens.append(self.tokens[i])
+
+    @precondition(lambda self: len(self.caches) > 1)
+    @rule(data=st.data())
+    def drop(self, data):
+        i = data.draw(st.sampled_from(range(len(self.caches))))
+        self.caches.pop(i).release()
+        self.tokens.pop(i)
+
+    @rule(data=st.data())
+    def save_and_restore(self, data):
+        i = data.draw(st.sampled_from(range(len(self.caches))))
+        save_cache(self.caches[i], self.folder / "cache.safetensors")
+        self.caches[i].release()
+        self.caches[i] = Cache(self.model.config, 1, MOST, pool=self.pool, rewind=self.rewind)
+        restore_cache(self.caches[i], self.folder / "cache.safetensors")
+        assert self.caches[i].length == len(self.tokens[i])
+
+    @invariant()
+    def no_page_is_lost(self):
+        if hasattr(self, "caches"):
+            held = {page for cache in self.caches for table in cache._tables for page in table}
+            assert len(held) + self.pool.free_pages == self.pool.pages
+
+
+def run_machine(tmp_path, examples, steps):
+    CacheMachine.folder = tmp_path
+    run_state_machine_as_test(
+        CacheMachine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+def test_any_interleaving_gives_the_tokens_logits(tmp_path):
+    run_machine(tmp_path, examples=25, steps=25)
+
+
+@pytest.mark.long
+def test_many_long_interleavings_give_the_tokens_logits(tmp_path):
+    run_machine(tmp_path, examples=400, steps=60)
+
+
+def filled(model, tokens, seed=0, **options):
+    torch.manual_seed(seed)
+    ids = torch.randint(0, SMALL["vocab_size"], (1, tokens))
+    cache = Cache(model.config, 1, MOST, **options)
+    with torch.inference_mode():
+        model(ids, cache)
+    return cache, ids[0].tolist()
+
+
+def next_logits(model, cache, token=7):
+    with torch.inference_mode():
+        return model(torch.tensor([[token]] * cache.batch_size), cache)[:, -1]
+
+
+def test_a_rewind_cannot_be_used_twice():
+    cache, _ = filled(MODELS["hybrid"], 60, rewind=5)
+    cache.truncate(55)
+    with pytest.raises(CacheError, match=r"cannot truncate from 55 to 50 tokens.*reach back to 5[345] only"):
+        cache.truncate(50)
+    next_logits(MODELS["hybrid"], cache)
+    with pytest.raises(CacheError, match="cannot truncate from 56 to 50"):
+        cache.truncate(50)
+
+
+def test_each_sequence_of_a_batch_can_go_back_by_itself():
+    model = MODELS["hybrid"]
+    torch.manual_seed(0)
+    ids = torch.randint(0, SMALL["vocab_size"], (3, 30))
+    cache = Cache(model.config, 3, MOST, rewind=6)
+    with torch.inference_mode():
+        model(ids, cache)
+    cache.truncate([30, 25, 0])
+    with pytest.raises(CacheError, match=r"different lengths: \[30, 25, 0\]"):
+        _ = cache.length
+    found = next_logits(model, cache)
+    for row, length in enumerate((30, 25, 0)):
+        expected = logits_of(model, [*ids[row, :length].tolist(), 7])
+        torch.testing.assert_close(found[row], expected, rtol=1e-3, atol=2e-4)
+    with pytest.raises(CacheError, match="2 lengths were given for 3 sequences"):
+        cache.truncate([1, 2])
+
+
+def test_an_exhausted_pool_is_refused_and_the_cache_stays_as_it_was():
+    model = MODELS["hybrid"]
+    pool = PagePool(model.config, 2)
+    torch.manual_seed(0)
+    ids = torch.randint(0, SMALL["vocab_size"], (1, MOST))
+    cache = Cache(model.config, 1, MOST, pool=pool)
+    with torch.inference_mode():
+        model(ids[:, :70], cache)
+        needed = r"pool is exhausted: 2 more pages of 72 tokens are needed, 1 of 2 are free"
+        with pytest.raises(CacheError, match=needed):
+            model(ids[:, 70:], cache)
+        with pytest.raises(CacheError, match="81 more tokens do not fit: the cache holds 70 of at most 150"):
+            model(ids[:, :81], cache)
+        assert cache.length == 70 and pool.free_pages == 1
+        logits = model(ids[:, 70:140], cache)[0, -1]
+    expected = logits_of(model, ids[0, :140].tolist())
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=2e-4)
+
+
+def test_a_forks_complete_pages_are_shared():
+    model = MODELS["hybrid"]
+    pool = PagePool(model.config, 10)
+    cache, _ = filled(model, 100, pool=pool)
+    assert pool.free_pages == 8
+    twin = cache.fork()
+    assert pool.free_pages == 8
+    next_logits(model, twin)
+    assert pool.free_pages == 7  # the half-filled page is copied, the complete one is not
+    next_logits(model, cache)
+    assert pool.free_pages == 7
+    twin.release()
+    assert pool.free_pages == 8
+
+
+def test_a_fork_of_a_cache_with_memory_of_its_own_can_go_as_far():
+    model = MODELS["hybrid"]
+    cache, tokens = filled(model, 100)
+    twin = cache.fork()
+    rest = torch.randint(0, SMALL["vocab_size"], (1, 50))
+    with torch.inference_mode():
+        for each in (twin, cache):
+            logits = model(rest, each)[0, -1]
+            expected = logits_of(model, tokens + rest[0].tolist())
+            torch.testing.assert_close(logits, expected, rtol=1e-3, atol=2e-4)
+
+
+@pytest.fixture()
+def saved(tmp_path):
+    path = tmp_path / "cache.safetensors"
+    cache, tokens = filled(MODELS["hybrid"], 100)
+    save_cache(cache, path)
+    return path, cache, tokens
+
+
+def test_saved_bits_come_back(saved, tmp_path):
+    path, cache, _ = saved
+    again = Cache(cache.config, 1, MOST)
+    restore_cache(again, path)
+    assert torch.equal(next_logits(MODELS["hybrid"], cache), next_logits(MODELS["hybrid"], again))
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def damage(path, change):
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(metadata, tensors)
+    save_file(tensors, path, metadata=metadata)
+
+
+def test_saved_caches_that_do_not_fit_are_named(saved):
+    path, cache, _ = saved
+    config = cache.config
+
+    def refused(message, into=None):
+        into = into or Cache(config, 1, MOST)
+        with pytest.raises(CacheError, match=message):
+            restore_cache(into, path)
+        assert into.length == 0
+
+    refused("100 more tokens do not fit", Cache(config, 1, 90))
+    refused("index_topk is 3 there, 4 here", Cache(config.replace(index_topk=4), 1, MOST))
+    refused("saved with a rewind of 0 tokens, the cache has 3", Cache(config, 1, MOST, rewind=3))
+    with pytest.raises(CacheError, match="only an empty cache of one sequence"):
+        restore_cache(cache, path)
+    with pytest.raises(CacheError, match="holds one sequence's cache, this one holds 2"):
+        save_cache(Cache(config, 2, MOST), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10] + b"0123456789")
+    refused("the checksum does not match")
+    path.write_bytes(whole[: len(whole) // 2])
+    refused("damaged or not a safetensors file")
+    path.write_bytes(whole)
+    damage(path, lambda metadata, tensors: metadata.pop("length"))
+    refused("not a saved cache")
+    path.unlink()
+    refused("no such file")
