@@ -131,11 +131,15 @@ class ModelConfig:
             raise ConfigError(
                 f"model.depth: expected a whole number from {LEAST_DEPTH} to {MOST_DEPTH}, found {depth!r}"
             )
+        if overrides.keys() >= {field.name for field in dataclasses.fields(cls)}:
+            raise ConfigError(
+                f"model.depth: {depth} would change nothing, because every field of the model is set already"
+            )
         return cls.from_dict({**depth_values(depth), **overrides})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Build from plain values, as read from YAML or JSON. A key ``preset`` or ``depth`` gives the starting point."""
+        """Build from plain values, as read from YAML or JSON. A key ``preset`` or ``depth`` is the starting point."""
         values = dict(values)
         preset, depth = values.pop("preset", None), values.pop("depth", None)
         if preset is not None and depth is not None:
@@ -165,7 +169,10 @@ class ModelConfig:
             raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict):
             raise ConfigError(f"{path}: expected a mapping at the top level")
-        return cls.from_dict(content.get("model", content))
+        section = content.get("model", content)
+        if not isinstance(section, dict):
+            raise ConfigError(f"{path}: model: expected a mapping, found {section!r}")
+        return cls.from_dict(section)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

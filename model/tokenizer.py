@@ -19,6 +19,8 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int
     eos_id: int
+    bos_token: str
+    eos_token: str
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -33,6 +35,8 @@ class ByteTokenizer:
 
     bos_id = 0
     eos_id = 1
+    bos_token = "<｜begin▁of▁sentence｜>"
+    eos_token = "<｜end▁of▁sentence｜>"
     vocab_size = 258
 
     def encode(self, text: str) -> list[int]:
@@ -42,7 +46,41 @@ class ByteTokenizer:
         return bytes(i - 2 for i in ids if 2 <= i < 258).decode("utf-8", errors="replace")
 
     def save(self, folder: str | Path) -> None:
-        (Path(folder) / FILE_NAME).write_text(json.dumps({"fiftyfold": BYTE}) + "\n")
+        """As a byte-level vocabulary without merges, which any reader of ``tokenizer.json`` understands."""
+        special = {
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        content = {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [
+                {"id": self.bos_id, "content": self.bos_token, **special},
+                {"id": self.eos_id, "content": self.eos_token, **special},
+            ],
+            "normalizer": None,
+            "pre_tokenizer": level,
+            "post_processor": None,
+            "decoder": level,
+            "model": {"type": "BPE", "vocab": _byte_vocabulary(), "merges": []},
+        }
+        (Path(folder) / FILE_NAME).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _byte_vocabulary() -> dict[str, int]:
+    """Ids of the printable characters that stand for bytes in byte-level vocabularies: a printable Latin-1 character
+    for itself, characters from 256 on for the others in order."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    vocabulary = {ByteTokenizer.bos_token: ByteTokenizer.bos_id, ByteTokenizer.eos_token: ByteTokenizer.eos_id}
+    for byte in range(256):
+        vocabulary[chr(byte if byte in printable else next(others))] = byte + 2
+    return vocabulary
 
 
 class HuggingFaceTokenizer:
@@ -60,17 +98,17 @@ class HuggingFaceTokenizer:
         except Exception as error:  # the library raises plain Exception
             raise ConfigError(f"{path}: not a readable tokenizer.json ({error})") from error
         self.vocab_size = self._backend.get_vocab_size(with_added_tokens=True)
-        self.eos_id = self._find(self._EOS_NAMES, "end-of-sequence")
+        self.eos_token, self.eos_id = self._find(self._EOS_NAMES, "end-of-sequence")
         try:
-            self.bos_id = self._find(self._BOS_NAMES, "begin-of-sequence")
-        except ConfigError:
-            self.bos_id = self.eos_id  # GPT-2 style vocabularies have one token for both
+            self.bos_token, self.bos_id = self._find(self._BOS_NAMES, "begin-of-sequence")
+        except ConfigError:  # GPT-2 style vocabularies have one token for both
+            self.bos_token, self.bos_id = self.eos_token, self.eos_id
 
-    def _find(self, names: tuple[str, ...], role: str) -> int:
+    def _find(self, names: tuple[str, ...], role: str) -> tuple[str, int]:
         for name in names:
             token = self._backend.token_to_id(name)
             if token is not None:
-                return token
+                return name, token
         raise ConfigError(f"{self.path}: has no {role} token (looked for {', '.join(names)})")
 
     def encode(self, text: str) -> list[int]:
@@ -96,6 +134,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         raise ConfigError(f"tokenizer {path}: {error.strerror}") from error
     except ValueError as error:
         raise ConfigError(f"tokenizer {path}: not valid JSON ({error})") from error
-    if isinstance(content, dict) and content.get("fiftyfold") == BYTE:
-        return ByteTokenizer()
+    model = content.get("model") if isinstance(content, dict) else None
+    if isinstance(model, dict) and model.get("vocab") == _byte_vocabulary():
+        return ByteTokenizer()  # which, unlike the library, never takes text for a special token
     return HuggingFaceTokenizer(path)

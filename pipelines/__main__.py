@@ -16,7 +16,11 @@ STEPS = {
     "evaluate": "score a checkpoint on long-context tasks with lm-eval",
     "promote": "register the best evaluated run as a model version",
     "deploy": "answer OpenAI-style HTTP requests with a registered model on Ray Serve",
+    "budget": "cache bytes, FLOPs and parameters of a model beside its references (budget --help)",
 }
+OWN_OPTIONS = {"budget"}
+"""Steps with options of their own. Their module defines ``add_options(parser)``, ``load(options, files, overrides)``,
+which reads the recipe, and ``run(recipe, options)``."""
 USER_ERROR, INTERRUPTED = 2, 130
 
 
@@ -37,6 +41,22 @@ def parse(arguments: list[str]) -> tuple[str, list[str], list[str], bool]:
     return known.step, known.config, _overrides(rest), known.print_config
 
 
+def own_options(arguments: list[str]) -> tuple[argparse.Namespace | None, list[str]]:
+    """The options that the step declares for itself, and the arguments that are left; None where it has none."""
+    if not arguments or arguments[0] not in OWN_OPTIONS:
+        return None, arguments
+    step = arguments[0]
+    parser = argparse.ArgumentParser(
+        prog=f"python -m pipelines {step}",
+        usage="%(prog)s [options] [--config FILE] [--section.key value ...]",
+        description=STEPS[step],
+        allow_abbrev=False,
+    )
+    importlib.import_module(f"pipelines.{step}").add_options(parser)
+    options, rest = parser.parse_known_args(arguments[1:])
+    return options, [step, *rest]
+
+
 def _overrides(rest: list[str]) -> list[str]:
     pairs = []
     items = iter(rest)
@@ -55,17 +75,22 @@ def _overrides(rest: list[str]) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     try:
-        step, files, overrides, print_config = parse(arguments)
         _check_imports()
+        options, arguments = own_options(arguments)
+        step, files, overrides, print_config = parse(arguments)
         from pipelines.config import load_recipe
 
-        recipe = load_recipe(files, overrides)
+        module = importlib.import_module(f"pipelines.{step}") if options is not None else None
+        recipe = load_recipe(files, overrides) if module is None else module.load(options, files, overrides)
         if print_config:
             import yaml
 
             print(yaml.safe_dump(recipe.to_dict(), sort_keys=False), end="")
             return 0
-        importlib.import_module(f"pipelines.{step}").run(recipe)
+        if module is not None:
+            module.run(recipe, options)
+        else:
+            importlib.import_module(f"pipelines.{step}").run(recipe)
     except FiftyfoldError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR

@@ -1,0 +1,38 @@
+"""The byte tokenizer, and its form on disk as others read it."""
+
+import random
+
+import pytest
+from tokenizers import Tokenizer as Backend
+
+from model.errors import ConfigError
+from model.tokenizer import ByteTokenizer, load_tokenizer
+
+TEXTS = ["", "a b\n\tc\r", "naïve 漢字 😀", "\x00\x7f\xad\xa0", " two  spaces ", "".join(map(chr, range(0x300)))]
+
+
+def test_its_file_is_a_tokenizer_that_the_library_reads_the_same_way(tmp_path):
+    ours = ByteTokenizer()
+    ours.save(tmp_path)
+    theirs = Backend.from_file(str(tmp_path / "tokenizer.json"))
+    assert theirs.get_vocab_size() == ours.vocab_size
+    assert (theirs.token_to_id(ours.bos_token), theirs.token_to_id(ours.eos_token)) == (0, 1)
+    noise = bytes(random.Random(0).randrange(256) for _ in range(2000)).decode("utf-8", errors="replace")
+    for text in [*TEXTS, noise]:
+        ids = ours.encode(text)
+        assert theirs.encode(text, add_special_tokens=False).ids == ids
+        assert theirs.decode(ids) == ours.decode(ids) == text
+
+
+def test_it_comes_back_as_itself_and_takes_no_text_for_a_special_token(tmp_path):
+    ByteTokenizer().save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert isinstance(again, ByteTokenizer)
+    assert 0 not in again.encode(again.bos_token)
+
+
+def test_unreadable_files_are_named(tmp_path):
+    for content in ("{", "[]", '{"model": {"vocab": {}}}', '{"model": 3}'):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(ConfigError, match=r"tokenizer\.json"):
+            load_tokenizer(tmp_path)
