@@ -48,6 +48,11 @@ def load_config(folder: str | Path) -> ModelConfig:
         raise CheckpointError(f"{folder}: no such checkpoint folder")
     try:
         content = json.loads(path.read_text())
+        if isinstance(content, dict) and "model_type" in content:
+            raise CheckpointError(
+                f"{folder}: a checkpoint of model_type '{content['model_type']}', not of ours; the export step with "
+                "--format fiftyfold carries it over"
+            )
         version, values = content["format_version"], content["model"]
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""Reading a prompt into a cache, in pieces."""
+"""Reading a prompt into a cache, in pieces, and going on from it greedily."""
 
 from __future__ import annotations
 
@@ -19,3 +19,29 @@ def prefill(model: Transformer, cache: Cache, input_ids: Tensor, chunk: int = 51
     for piece in input_ids.split(chunk, dim=1):
         logits = model(piece, cache, last_only=True)
     return logits[:, -1]
+
+
+def generate(model: Transformer, input_ids: Tensor, max_new_tokens: int, eos_id: int | None = None) -> Tensor:
+    """The prompt and its greedy continuation: input_ids int64 [B, S >= 1] -> [B, S + n], 1 <= n <= max_new_tokens.
+
+    Every step takes the likeliest token, the lowest id of several. It ends early when every sequence has produced
+    ``eos_id``; one that ended sooner goes on with ``eos_id``. Raises CacheError when S + max_new_tokens - 1 tokens, as
+    many as are ever read, exceed the model's positions.
+    """
+    batch, length = input_ids.shape
+    cache = Cache(model.config, batch, length + max_new_tokens - 1, device=input_ids.device)
+    tokens = [input_ids]
+    with torch.inference_mode():
+        ended = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
+        logits = prefill(model, cache, input_ids)
+        for step in range(max_new_tokens):
+            if step:
+                logits = model(tokens[-1], cache, last_only=True)[:, -1]
+            chosen = logits.argmax(dim=-1)
+            if eos_id is not None:
+                chosen = chosen.masked_fill(ended, eos_id)
+                ended |= chosen == eos_id
+            tokens.append(chosen.unsqueeze(1))
+            if ended.all():
+                break
+    return torch.cat(tokens, dim=1)

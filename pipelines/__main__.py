@@ -16,9 +16,10 @@ STEPS = {
     "evaluate": "score a checkpoint on long-context tasks with lm-eval",
     "promote": "register the best evaluated run as a model version",
     "deploy": "answer OpenAI-style HTTP requests with a registered model on Ray Serve",
+    "export": "carry a checkpoint over to or from transformers and the released format (export --help)",
     "budget": "cache bytes, FLOPs and parameters of a model beside its references (budget --help)",
 }
-OWN_OPTIONS = {"budget"}
+OWN_OPTIONS = {"budget", "export"}
 """Steps with options of their own. Their module defines ``add_options(parser)``, ``load(options, files, overrides)``,
 which reads the recipe, and ``run(recipe, options)``."""
 USER_ERROR, INTERRUPTED = 2, 130

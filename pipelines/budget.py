@@ -34,8 +34,11 @@ from model.comparison import (
 )
 from model.config import ModelConfig
 from model.errors import ConfigError
+from model.hf import CONFIG, is_pretrained
+from model.hf_config import read_config
 from model.muon import rule_for
 from model.presets import PRESETS
+from model.shards import read_json
 from model.transformer import Transformer
 from pipelines.config import Recipe, load_recipe, with_overrides
 from pipelines.figures import FIGURE_SUFFIXES, budget_figure
@@ -179,7 +182,11 @@ def find_model(name: str) -> ModelConfig:
         depth = name.removeprefix("depth:")
         return ModelConfig.from_depth(int(depth) if depth.isdecimal() else depth)  # type: ignore[arg-type]
     if Path(name).is_dir():
-        return load_config(name)
+        return (
+            read_config(Path(name) / CONFIG, read_json(Path(name) / CONFIG))
+            if is_pretrained(name)
+            else load_config(name)
+        )
     if Path(name).is_file():
         return ModelConfig.from_yaml(name)
     raise ConfigError(

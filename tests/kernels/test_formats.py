@@ -75,3 +75,85 @@ def test_hadamard_on_both_sides_leaves_products_alone():
     assert not torch.allclose(hadamard(q) @ k.T, q @ k.T, atol=0.1)
     with pytest.raises(ValueError, match="power of two"):
         hadamard(torch.randn(2, 24))
+
+
+# --- weights: FP8 tiles of 128 x 128, FP4 groups of 32
+
+
+def test_every_scale_code_but_nan():
+    codes = torch.arange(255, dtype=torch.uint8)
+    expected = torch.tensor([2.0 ** (n - 127) for n in range(255)])
+    assert torch.equal(formats.e8m0_to_float(codes), expected)
+    assert torch.equal(codes.view(torch.float8_e8m0fnu).float(), expected)
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (1, 1), (129, 127), (300, 40), (40, 300)])
+def test_fp8_tiles(shape):
+    x = torch.randn(shape) * torch.logspace(-6, 3, shape[0]).unsqueeze(1)
+    values, scales = formats.quantize_fp8_tiles(x)
+    assert values.dtype == torch.float8_e4m3fn and values.shape == shape
+    assert scales.shape == (-(-shape[0] // 128), -(-shape[1] // 128))
+    back = formats.dequantize_fp8_tiles(values, scales)
+    for r, c in itertools.product(*map(range, scales.shape)):
+        tile = (slice(128 * r, 128 * r + 128), slice(128 * c, 128 * c + 128))
+        scale = 2.0 ** (int(scales[r, c]) - 127)
+        assert x[tile].abs().max() / scale <= 448 < x[tile].abs().max() / (scale / 2)
+        assert torch.equal(back[tile], formats.round_to_e4m3(x[tile] / scale) * scale)
+    again = formats.quantize_fp8_tiles(back, scales)
+    assert torch.equal(again[0].view(torch.uint8), values.view(torch.uint8)) and torch.equal(again[1], scales)
+
+
+def test_fp4_groups_are_the_cache_formats_groups():
+    x = torch.randn(5, 7, 96)
+    packed, scales = formats.quantize_fp4_groups(x)
+    assert packed.shape == (5, 7, 48) and scales.shape == (5, 7, 3) and packed.dtype == scales.dtype == torch.uint8
+    assert torch.equal(formats.dequantize_fp4_groups(packed, scales), round_to_format(x, "fp4"))
+
+
+@pytest.mark.parametrize("scale", [1, 120, 127, 200])
+def test_every_fp4_code_under_every_scale_that_it_was_read_with(scale):
+    codes = torch.arange(32, dtype=torch.uint8) % 16
+    packed = (codes[0::2] | (codes[1::2] << 4)).view(1, 16)
+    kept = torch.tensor([[scale]], dtype=torch.uint8)
+    values = formats.dequantize_fp4_groups(packed, kept)
+    found = formats.quantize_fp4_groups(values, kept)
+    assert torch.equal(found[0], packed) and torch.equal(found[1], kept)  # negative zero, code 8, included
+    low = torch.where((packed & 0x7) <= 2, packed & 0x7, 0) | torch.where((packed & 0x70) <= 0x20, packed & 0x70, 0)
+    values = formats.dequantize_fp4_groups(low, kept)  # at most 1.0: the smallest scale that fits is another
+    assert formats.quantize_fp4_groups(values)[1].item() == max(scale - 2, 1)
+    found = formats.quantize_fp4_groups(values, kept)
+    assert torch.equal(found[0], low) and torch.equal(found[1], kept)
+    values[0, 0] = 7 * 2.0 ** (scale - 127)  # no code under the old scale
+    assert formats.quantize_fp4_groups(values, kept)[1].item() == scale + 1
+
+
+@pytest.mark.parametrize("apart", [0, 1, 6, 11, 14])
+def test_fp4_becomes_fp8_bit_for_bit(apart):
+    torch.manual_seed(apart)
+    packed = torch.randint(0, 256, (200, 80), dtype=torch.uint8)  # partial tiles, too
+    scales = torch.randint(100, 101 + apart, (200, 5), dtype=torch.uint8)
+    scales[0, 0], scales[0, 1] = 100, 100 + apart
+    values, tiles = formats.fp4_groups_to_fp8_tiles(packed, scales)
+    assert tiles.shape == (2, 2) and tiles[0, 0] == 100 + apart - 6
+    expected = formats.dequantize_fp4_groups(packed, scales)
+    found = formats.dequantize_fp8_tiles(values, tiles)
+    assert torch.equal(found.view(torch.int32), expected.view(torch.int32))  # the sign of zero, too
+
+
+def test_fp4_that_no_fp8_scale_can_hold_is_refused():
+    packed = torch.full((128, 64), 0x11, dtype=torch.uint8)  # 0.5 everywhere
+    scales = torch.full((128, 4), 100, dtype=torch.uint8)
+    scales[3, 2] = 115
+    with pytest.raises(ValueError, match=r"tile \[0, 0\]: group scales 2 \*\* 15 apart"):
+        formats.fp4_groups_to_fp8_tiles(packed, scales)
+    packed[:] = 0x22  # 1.0, whose half step is not needed
+    values, tiles = formats.fp4_groups_to_fp8_tiles(packed, scales)
+    assert torch.equal(formats.dequantize_fp8_tiles(values, tiles), formats.dequantize_fp4_groups(packed, scales))
+
+
+@pytest.mark.parametrize("code", [0, 3, 254])
+def test_fp4_to_fp8_at_the_ends_of_the_scale_range(code):
+    packed = torch.full((4, 16), 0x21, dtype=torch.uint8)
+    scales = torch.full((4, 1), code, dtype=torch.uint8)
+    values, tiles = formats.fp4_groups_to_fp8_tiles(packed, scales)
+    assert torch.equal(formats.dequantize_fp8_tiles(values, tiles), formats.dequantize_fp4_groups(packed, scales))

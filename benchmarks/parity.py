@@ -1,0 +1,329 @@
+"""The network against ``DeepseekV4ForCausalLM`` of transformers: configurations, and the worst difference in each.
+
+    python -m benchmarks.parity [--only NAME ...] [--write docs/parity.md]
+
+For every configuration transformers' model is drawn at random, saved by transformers and imported. Then, in float32 and
+without any rounding: whole sequences of each length 1..300; 300 single tokens from our cache; a prompt in two pieces,
+cut at every place; and the gradients of every parameter that transformers trains. The tests run a part of this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor
+from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
+
+from model.cache import Cache
+from model.hf import import_pretrained
+from model.hf_names import sources
+from model.transformer import Transformer
+
+TOKENS = 300
+BEGIN, END = "<!-- table -->", "<!-- end of table -->"
+VOCAB = 64
+S, C, H = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
+BASE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "moe_intermediate_size": 32,
+    "num_attention_heads": 4,
+    "head_dim": 32,
+    "qk_rope_head_dim": 8,
+    "q_lora_rank": 24,
+    "o_groups": 2,
+    "o_lora_rank": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "sliding_window": 16,
+    "index_n_heads": 32,
+    "index_head_dim": 16,
+    "index_topk": 128,
+    "max_position_embeddings": 512,
+    "layer_types": [S, C, H],
+    "num_hash_layers": 1,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def _ratios(csa: int, hca: int) -> dict[str, Any]:
+    return {"compress_rates": {C: csa, H: hca}}
+
+
+def _yarn(factor: float, original: int, **more: Any) -> dict[str, Any]:
+    yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original, **more}
+    return {"rope_parameters": {"beta_fast": 32, "beta_slow": 1, **yarn}}
+
+
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "sliding layers only": {"layer_types": [S] * 3},
+    "csa layers only": {"layer_types": [C] * 3},
+    "hca layers only": {"layer_types": [H] * 3, **_ratios(4, 8)},
+    "schedule as in Flash": {"layer_types": [S, S, C, H, C, H, C]},
+    "schedule as in Pro": {"layer_types": [H, H, C, H, C, H, C]},
+    "hash-routed layers only": {"num_hash_layers": 3},
+    "scored layers only": {"num_hash_layers": 0},
+    "8 experts, top 3, scale 2.5": {"n_routed_experts": 8, "num_experts_per_tok": 3, "routed_scaling_factor": 2.5},
+    "SwiGLU limit 0.5": {"swiglu_limit": 0.5},
+    **{
+        f"{n} heads per group": {"num_attention_heads": n * groups, "o_groups": groups}
+        for n, groups in ((1, 4), (2, 3), (3, 2), (4, 2), (5, 1), (6, 1), (7, 2), (8, 2))
+    },
+    "window below the ratios (3; 4, 8)": {"sliding_window": 3, **_ratios(4, 8)},
+    "window at the csa ratio (4; 4, 8)": {"sliding_window": 4, **_ratios(4, 8)},
+    "window at the hca ratio (8; 4, 8)": {"sliding_window": 8, **_ratios(4, 8)},
+    "window above the ratios (20; 4, 8)": {"sliding_window": 20, **_ratios(4, 8)},
+    "window of 1": {"sliding_window": 1, **_ratios(4, 8)},
+    "ratios 2 and 6": _ratios(2, 6),
+    "ratios 3 and 5": _ratios(3, 5),
+    "ratios 8 and 4": _ratios(8, 4),
+    "ratios 16 and 64": _ratios(16, 64),
+    "YaRN, factor 16 over 64": _yarn(16.0, 64),
+    "YaRN, factor 4 over 128, betas 16 and 2": _yarn(4.0, 128, beta_fast=16, beta_slow=2),
+    "YaRN, factor 40 over 4096": _yarn(40.0, 4096),
+    "top-k 2": {"index_topk": 2, "layer_types": [C, C]},
+    "top-k 8": {"index_topk": 8, "layer_types": [S, C, H, C]},
+    "top-k 8 of ratio 2": {"index_topk": 8, "layer_types": [C, H, C], **_ratios(2, 16)},
+    "top-k 32": {"index_topk": 32, "layer_types": [S, C, C]},
+    "2 residual streams": {"hc_mult": 2},
+    "3 residual streams, 5 Sinkhorn iterations": {"hc_mult": 3, "hc_sinkhorn_iters": 5},
+    "released proportions": {
+        "hidden_size": 128,
+        "num_attention_heads": 16,
+        "head_dim": 64,
+        "qk_rope_head_dim": 8,
+        "q_lora_rank": 32,
+        "o_groups": 2,
+        "o_lora_rank": 128,
+        "sliding_window": 128,
+        "index_n_heads": 64,
+        "index_topk": 16,
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 6,
+        "num_hash_layers": 3,
+        "layer_types": [S, S, C, H, C],
+        **_yarn(16.0, 64),
+        **_ratios(4, 128),
+    },
+}
+
+# Random scores can be closer than float32 tells apart: where entries are left out, a seed for which none are.
+SEEDS = {
+    "ratios 2 and 6": 38,
+    "top-k 2": 2,
+    "top-k 8": 25,
+    "top-k 8 of ratio 2": 15,
+    "top-k 32": 6,
+    "released proportions": 36,
+}
+MARGIN = 1e-4
+"""The least gap between chosen and left out scores for a comparison to mean something."""
+TOLERANCE = 1e-4
+"""On logits of unit scale, max abs."""
+GRADIENT_TOLERANCE = 2e-3
+"""Relative to a parameter's largest gradient entry. The worst are single numbers (the scales of stream mixing), whose
+gradient is a sum over all tokens that nearly cancels."""
+
+
+@dataclass
+class Pair:
+    """The same network twice, and what it is asked."""
+
+    oracle: DeepseekV4ForCausalLM
+    ours: Transformer
+    ids: Tensor
+    """int64 [B, 300]."""
+    logits: Tensor
+    """The oracle's, for the whole sequences."""
+
+
+def draw(configuration: dict[str, Any], seed: int = 0) -> DeepseekV4ForCausalLM:
+    """transformers' network with weights that give logits of unit scale, and no parameter at zero or one."""
+    merged = {**BASE, **configuration}
+    config = DeepseekV4Config(num_hidden_layers=len(merged["layer_types"]), **merged)
+    config._attn_implementation = config._experts_implementation = "eager"
+    torch.manual_seed(seed)
+    oracle = DeepseekV4ForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, p in oracle.named_parameters():
+            if name.endswith(("sinks", "base", "scale")):
+                p.normal_(std=0.7)
+            elif p.dim() == 1:
+                p.normal_(mean=1.0, std=0.2)
+            elif name.endswith("position_bias"):
+                p.normal_()
+            else:
+                p.normal_(std=p.shape[-1] ** -0.5)
+        for name, b in oracle.named_buffers():
+            if name.endswith("tid2eid"):
+                b.copy_(torch.rand(b.shape[0], config.n_routed_experts).argsort(-1)[:, : b.shape[1]])
+            elif name.endswith("e_score_correction_bias"):
+                b.normal_(std=0.3)
+    return oracle
+
+
+def pair(name: str, batch: int = 1) -> Pair:
+    """Draw configuration ``name``, save it as transformers does by default, import it."""
+    oracle = draw(CONFIGURATIONS[name], SEEDS.get(name, 0))
+    ids = torch.randint(0, VOCAB, (batch, TOKENS))
+    with tempfile.TemporaryDirectory() as folder:
+        oracle.save_pretrained(folder)
+        ours = import_pretrained(folder)
+    with torch.no_grad():
+        logits = oracle(ids, use_cache=False).logits
+    return Pair(oracle, ours, ids, logits)
+
+
+def worst(a: Tensor, b: Tensor) -> float:
+    """The largest absolute difference; NaN, which compares with nothing, counts as infinite."""
+    difference = (a - b).abs()
+    return float("inf") if difference.isnan().any() else float(difference.max())
+
+
+@torch.no_grad()
+def selection_margin(p: Pair) -> float:
+    """The smallest gap between the last entry chosen and the first one left out, over all queries with a choice.
+
+    Where it is below float32's noise, the two networks may choose differently and both be right: such a seed shows
+    nothing. Infinite where every entry is chosen.
+    """
+    smallest = float("inf")
+    for layer in p.oracle.model.layers:
+        indexer = getattr(layer.self_attn.compressor, "indexer", None)
+        if indexer is None:
+            continue
+        scores: list[Tensor] = []
+        hook = indexer.scorer.register_forward_hook(lambda m, i, out, into=scores: into.append(out))
+        p.oracle(p.ids, use_cache=False)
+        hook.remove()
+        visible = (torch.arange(TOKENS) + 1) // indexer.compress_rate
+        hidden = torch.arange(scores[0].shape[-1]) >= visible.unsqueeze(-1)
+        ranked = scores[0].masked_fill(hidden, float("-inf")).sort(-1, descending=True).values
+        k = indexer.index_topk
+        if ranked.shape[-1] > k:
+            gaps = (ranked[..., k - 1] - ranked[..., k])[:, visible > k]
+            smallest = min(smallest, float(gaps.min()))
+    return smallest
+
+
+@torch.no_grad()
+def full_forward(p: Pair, lengths: list[int]) -> float:
+    """Whole sequences of the given lengths, each by both networks."""
+    return max(
+        worst(
+            p.ours(p.ids[:, :n]),
+            p.logits if n == TOKENS else p.oracle(p.ids[:, :n], use_cache=False).logits,
+        )
+        for n in lengths
+    )
+
+
+@torch.no_grad()
+def decode(p: Pair, tokens: int = TOKENS) -> float:
+    """One token at a time from our cache, against the oracle's whole sequence."""
+    cache = Cache(p.ours.config, p.ids.shape[0], tokens)
+    steps = [p.ours(p.ids[:, t : t + 1], cache) for t in range(tokens)]
+    return worst(torch.cat(steps, dim=1), p.logits[:, :tokens])
+
+
+@torch.no_grad()
+def chunked(p: Pair, length: int, cuts: range | None = None) -> float:
+    """A prompt of ``length`` tokens in two pieces, cut at every place, against the oracle's whole sequence."""
+    found = 0.0
+    for cut in cuts or range(1, length):
+        cache = Cache(p.ours.config, p.ids.shape[0], length)
+        pieces = [p.ours(p.ids[:, :cut], cache), p.ours(p.ids[:, cut:length], cache)]
+        found = max(found, worst(torch.cat(pieces, dim=1), p.logits[:, :length]))
+    return found
+
+
+def gradients(p: Pair, tokens: int) -> tuple[float, str, int]:
+    """The same next-token loss through both: the worst difference relative to a gradient's largest entry, the parameter
+    that has it, and how many parameters transformers trains.
+
+    Raises AssertionError unless the parameters with a gradient are the same on both sides.
+    """
+    ids = p.ids[:, : tokens + 1]
+    ours, oracle = p.ours.train(), p.oracle.train()
+    for network, forward in ((ours, ours), (oracle, lambda x: oracle(x, use_cache=False).logits)):
+        network.zero_grad()
+        F.cross_entropy(forward(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
+    ours.eval(), oracle.eval()
+    parameters = dict(ours.named_parameters())
+    plan = sources(ours.config, {name: tensor.shape for name, tensor in ours.state_dict().items()}, "transformers")
+    found, where, count = 0.0, "", 0
+    for name, parameter in oracle.named_parameters():
+        source = plan[name]
+        grads = [parameters[part.ours].grad for part in source.parts]
+        has = [g is not None and bool(g.any()) for g in grads]
+        expected = parameter.grad is not None and bool(parameter.grad.any())
+        assert all(h is expected for h in has), f"{name}: a gradient on one side only"
+        if not expected:
+            continue
+        whole = grads[0].reshape(source.shape) if len(grads) == 1 else torch.cat(grads, dim=-2)
+        count += 1
+        difference = worst(whole, parameter.grad) / float(parameter.grad.abs().max())
+        if difference > found:
+            found, where = difference, name
+    return found, where, count
+
+
+def measure(name: str) -> dict[str, Any]:
+    """Everything, for one configuration."""
+    p = pair(name)
+    gradient, _, parameters = gradients(p, TOKENS - 1)
+    return {
+        "name": name,
+        "scale": float(p.logits.std()),
+        "margin": selection_margin(p),
+        "full": full_forward(p, list(range(1, TOKENS + 1))),
+        "decode": decode(p),
+        "chunked": max(chunked(p, length) for length in (21, 70, 133)),
+        "gradient": gradient,
+        "parameters": parameters,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| configuration | logits' std | lengths 1..300 | decode | two pieces | gradients | parameters |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        numbers = " | ".join(f"{r[key]:.1e}" for key in ("full", "decode", "chunked", "gradient"))
+        lines.append(f"| {r['name']} | {r['scale']:.2f} | {numbers} | {r['parameters']} |")
+    worst_of = " | ".join(f"{max(r[key] for r in rows):.1e}" for key in ("full", "decode", "chunked", "gradient"))
+    lines.append(f"| **worst** | | {worst_of} | |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(CONFIGURATIONS), default=list(CONFIGURATIONS))
+    parser.add_argument("--write", type=Path, help="a Markdown file whose part between the two markers is replaced")
+    arguments = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    rows = []
+    for name in arguments.only:
+        started = time.monotonic()
+        rows.append(measure(name))
+        print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
+    text = table(rows)
+    print(text)
+    if arguments.write:
+        before, rest = arguments.write.read_text().split(BEGIN)
+        arguments.write.write_text(f"{before}{BEGIN}\n{text}{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()

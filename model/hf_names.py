@@ -1,0 +1,183 @@
+"""What the network's tensors are called in the two published layouts, and how each is stored in the released one.
+
+``released`` is the layout of DeepSeek's own checkpoints, ``transformers`` that of ``DeepseekV4ForCausalLM``'s modules.
+By default transformers 5.23 saves under names that it turns back from its own: the released ones, except for a prefix
+``model.``, ``embed_tokens``, ``hc_head.hc_*`` and ``attn.norm`` for ``attn.kv_norm``; :func:`canonical` mends them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from torch import Size
+
+from model.config import ModelConfig
+
+Layout = Literal["released", "transformers"]
+Format = Literal["fp8", "fp4", "bf16", "fp32", "int64"]
+
+
+@dataclass(frozen=True)
+class Names:
+    """One tensor of ours, its name in both layouts and its storage format in the released one."""
+
+    ours: str
+    released: str
+    transformers: str
+    stored: Format
+
+
+def _table(text: str) -> tuple[Names, ...]:
+    """Lines of: ours, released (= the same), transformers, released format. A final dot stands for ``.weight``."""
+    found = []
+    for line in text.strip().splitlines():
+        ours, released, other, stored = (word + "weight" if word.endswith(".") else word for word in line.split())
+        found.append(Names(ours, ours if released == "=" else released, other, cast(Format, stored)))
+    return tuple(found)
+
+
+MODEL = _table("""
+    embed.            =              model.embed_tokens.     bf16
+    head.             =              lm_head.                bf16
+    norm.             =              model.norm.             bf16
+    hyper_head.fn     hc_head_fn     model.hc_head.hc_fn     fp32
+    hyper_head.base   hc_head_base   model.hc_head.hc_base   fp32
+    hyper_head.scale  hc_head_scale  model.hc_head.hc_scale  fp32
+""")
+# Ours under layers.N or mtp.0, released too; transformers under model.layers.N. Its mtp.0 keeps the released names,
+# because transformers has no such module and passes over what is called mtp.
+BLOCK = _table("""
+    attn_norm.                      =                       input_layernorm.                                   bf16
+    ffn_norm.                       =                       post_attention_layernorm.                          bf16
+    attn_residual.fn                hc_attn_fn              attn_hc.fn                                         fp32
+    attn_residual.base              hc_attn_base            attn_hc.base                                       fp32
+    attn_residual.scale             hc_attn_scale           attn_hc.scale                                      fp32
+    ffn_residual.fn                 hc_ffn_fn               ffn_hc.fn                                          fp32
+    ffn_residual.base               hc_ffn_base             ffn_hc.base                                        fp32
+    ffn_residual.scale              hc_ffn_scale            ffn_hc.scale                                       fp32
+    attn.wq_a.                      =                       self_attn.q_a_proj.                                fp8
+    attn.q_norm.                    =                       self_attn.q_a_norm.                                bf16
+    attn.wq_b.                      =                       self_attn.q_b_proj.                                fp8
+    attn.wkv.                       =                       self_attn.kv_proj.                                 fp8
+    attn.kv_norm.                   =                       self_attn.kv_norm.                                 bf16
+    attn.sink                       attn.attn_sink          self_attn.sinks                                    fp32
+    attn.wo_a                       attn.wo_a.              self_attn.o_a_proj.                                fp8
+    attn.wo_b.                      =                       self_attn.o_b_proj.                                fp8
+    attn.compressor.wkv.            =                       self_attn.compressor.kv_proj.                      bf16
+    attn.compressor.wgate.          =                       self_attn.compressor.gate_proj.                    bf16
+    attn.compressor.ape             =                       self_attn.compressor.position_bias                 fp32
+    attn.compressor.norm.           =                       self_attn.compressor.kv_norm.                      bf16
+    attn.indexer.wq_b.              =                       self_attn.compressor.indexer.q_b_proj.             fp8
+    attn.indexer.weights_proj.      =                       self_attn.compressor.indexer.scorer.weights_proj.  bf16
+    attn.indexer.compressor.wkv.    =                       self_attn.compressor.indexer.kv_proj.              bf16
+    attn.indexer.compressor.wgate.  =                       self_attn.compressor.indexer.gate_proj.            bf16
+    attn.indexer.compressor.ape     =                       self_attn.compressor.indexer.position_bias         fp32
+    attn.indexer.compressor.norm.   =                       self_attn.compressor.indexer.kv_norm.              bf16
+    ffn.router.                     ffn.gate.               mlp.gate.                                          bf16
+    ffn.router_bias                 ffn.gate.bias           mlp.gate.e_score_correction_bias                   fp32
+    ffn.tid2eid                     ffn.gate.tid2eid        mlp.gate.tid2eid                                   int64
+    ffn.shared.w1.                  ffn.shared_experts.w1.  mlp.shared_experts.gate_proj.                      fp8
+    ffn.shared.w2.                  ffn.shared_experts.w2.  mlp.shared_experts.down_proj.                      fp8
+    ffn.shared.w3.                  ffn.shared_experts.w3.  mlp.shared_experts.up_proj.                        fp8
+""")
+MTP = _table("""
+    e_proj.           =              -  fp8
+    h_proj.           =              -  fp8
+    enorm.            =              -  bf16
+    hnorm.            =              -  bf16
+    norm.             =              -  bf16
+    hyper_head.fn     hc_head_fn     -  fp32
+    hyper_head.base   hc_head_base   -  fp32
+    hyper_head.scale  hc_head_scale  -  fp32
+""")
+EXPERT_STACKS = ("ffn.w1", "ffn.w2", "ffn.w3")
+"""Ours [E, out, in]. Released: ``ffn.experts.E.w1.weight`` and so on; transformers: w1 over w3 in one, and w2."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a stored tensor, or some rows of each of its matrices, belongs in our model."""
+
+    ours: str
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A stored tensor: its name, unquantised shape, format in the released layout, and what it fills."""
+
+    name: str
+    shape: tuple[int, ...]
+    stored: Format
+    parts: tuple[Part, ...]
+
+
+def sources(config: ModelConfig, shapes: dict[str, Size], layout: Layout) -> dict[str, Source]:
+    """Every tensor that a checkpoint in ``layout`` holds, by name, for a model whose tensors have these shapes.
+
+    The balance bias of a hash-routed layer takes no part in anything and has no counterpart.
+    """
+    found = {}
+    for ours, shape in shapes.items():
+        prefix, leaf = _split(ours)
+        if leaf == "ffn.router_bias" and prefix and prefix + "ffn.tid2eid" in shapes:
+            continue
+        if leaf in EXPERT_STACKS:
+            made = _expert_sources(prefix, leaf, shape, layout)
+        else:
+            names = _row(prefix, leaf)
+            stored_shape = (shape[0] * shape[1], shape[2]) if leaf == "attn.wo_a" else tuple(shape)
+            name = prefix + names.released
+            if layout == "transformers" and not prefix.startswith("mtp."):
+                name = (f"model.{prefix}" if prefix else "") + names.transformers
+            made = [Source(name, stored_shape, names.stored, (Part(ours),))]
+        for source in made:
+            found[source.name] = source
+    return found
+
+
+def canonical(name: str) -> str:
+    """A name as transformers saves it by default, in the released layout's words; other names stay as they are."""
+    name = name.removeprefix("model.").replace("embed_tokens.", "embed.").replace("hc_head.hc_", "hc_head_")
+    return re.sub(r"\.attn\.norm\.", ".attn.kv_norm.", name)
+
+
+def layout_of(names: Iterable[str]) -> Layout:
+    return "transformers" if any(".self_attn." in name for name in names) else "released"
+
+
+_ROWS = {prefix: {n.ours: n for n in rows} for prefix, rows in (("", MODEL), ("layers", BLOCK), ("mtp", MTP + BLOCK))}
+
+
+def _split(ours: str) -> tuple[str, str]:
+    match = re.match(r"(layers\.\d+\.|mtp\.\d+\.)?(.*)", ours)
+    assert match
+    return match[1] or "", match[2]
+
+
+def _row(prefix: str, leaf: str) -> Names:
+    try:
+        return _ROWS[prefix.split(".")[0]][leaf]
+    except KeyError:
+        raise KeyError(f"tensor '{prefix}{leaf}' has no name in the published layouts") from None
+
+
+def _expert_sources(prefix: str, leaf: str, shape: Size, layout: Layout) -> list[Source]:
+    experts, rows, columns = shape
+    ours, w = prefix + leaf, leaf.removeprefix("ffn.")
+    if layout == "released" or prefix.startswith("mtp."):
+        return [
+            Source(f"{prefix}ffn.experts.{e}.{w}.weight", (rows, columns), "fp4", (Part(ours, expert=e),))
+            for e in range(experts)
+        ]
+    base = f"model.{prefix}mlp.experts"
+    if w == "w2":
+        return [Source(f"{base}.down_proj", (experts, rows, columns), "fp4", (Part(ours),))]
+    if w == "w3":
+        return []  # together with w1
+    parts = (Part(ours, rows=(0, rows)), Part(f"{prefix}ffn.w3", rows=(rows, 2 * rows)))
+    return [Source(f"{base}.gate_up_proj", (experts, 2 * rows, columns), "fp4", parts)]

@@ -1,0 +1,147 @@
+"""Folders of sharded safetensors: names and shapes first, then one tensor after another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model.errors import CheckpointError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_MAPPED_BYTES = 16 << 20
+"""A shard is mapped into memory while it is open, so it is opened anew after this many bytes."""
+
+DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e8m0fnu: "F8_E8M0",
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a shard's header says about a tensor."""
+
+    shard: Path
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors names it: F32, BF16, F8_E4M3, F8_E8M0, I8, I64, ..."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError."""
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a mapping at the top level, found {type(content).__name__}")
+    return content
+
+
+def list_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of ``model.safetensors`` or, without it, of the shards that the index names. No data is read.
+
+    Raises CheckpointError for a shard or tensor that index and files do not agree on, and for damaged files.
+    """
+    if (folder / WEIGHTS).exists():
+        return _header(folder / WEIGHTS)
+    index = folder / INDEX
+    if not index.exists():
+        raise CheckpointError(f"{folder}: found neither {WEIGHTS} nor {INDEX}")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{index}: key 'weight_map' is not a mapping of tensor names to files")
+    found: dict[str, Stored] = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index}: shard '{shard}' is not a file name in this folder")
+        if not (folder / shard).exists():
+            raise CheckpointError(f"{index}: shard '{shard}' is named but missing")
+        header = _header(folder / shard)
+        for name, stored in header.items():
+            if weight_map.get(name) != shard:
+                expected = weight_map.get(name, "no shard")
+                raise CheckpointError(f"{folder / shard}: holds tensor '{name}', which the index puts in {expected}")
+            found[name] = stored
+    for name, shard in weight_map.items():
+        if name not in found:
+            raise CheckpointError(f"{folder / shard}: tensor '{name}' is named in the index but missing here")
+    return found
+
+
+def read_tensors(tensors: dict[str, Stored]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors' data on the CPU, in the files' order. A tensor is valid until the next one is asked for."""
+    by_shard: dict[Path, list[str]] = {}
+    for name, stored in tensors.items():
+        by_shard.setdefault(stored.shard, []).append(name)
+    for shard, names in by_shard.items():
+        while names:
+            read = 0
+            with _opened(shard) as file:
+                while names and read < _MAPPED_BYTES:
+                    name = names.pop(0)
+                    try:
+                        tensor = file.get_tensor(name)
+                    except SafetensorError as error:
+                        raise CheckpointError(f"{shard}: tensor '{name}' cannot be read ({error})") from error
+                    read += tensor.nbytes
+                    yield name, tensor
+                    del tensor
+
+
+def write_shards(
+    folder: Path,
+    tensors: Iterable[tuple[str, int]],
+    produce: Callable[[str], Tensor],
+    max_shard_bytes: int,
+) -> None:
+    """Write the named tensors, given with their sizes in bytes, and the index. One shard is in memory at a time.
+
+    A tensor larger than ``max_shard_bytes`` gets a shard of its own.
+    """
+    shards: list[list[str]] = []
+    room = total = 0
+    for name, nbytes in tensors:
+        if not shards or nbytes > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= nbytes
+        total += nbytes
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: produce(name).cpu().contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(names, file))
+    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _opened(shard: Path) -> Any:
+    try:
+        return safe_open(shard, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{shard}: damaged or not a safetensors file ({error})") from error
+
+
+def _header(shard: Path) -> dict[str, Stored]:
+    with _opened(shard) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        return {name: Stored(shard, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}

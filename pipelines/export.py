@@ -1,0 +1,68 @@
+"""Carry a checkpoint over: from a folder of ours, of transformers or of the release, to a folder of another kind."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from model import checkpoint
+from model.errors import ConfigError
+from model.hf import export_pretrained, import_pretrained, is_pretrained
+from model.tokenizer import FILE_NAME as TOKENIZER_FILE
+from model.tokenizer import Tokenizer, load_tokenizer
+from pipelines.config import Recipe, load_recipe
+
+FORMATS = ("fiftyfold", "transformers", "released")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="FOLDER",
+        type=Path,
+        help="a checkpoint of ours, of DeepseekV4ForCausalLM or as released; without it, the run's final one",
+    )
+    parser.add_argument("--to", metavar="FOLDER", type=Path, help="the folder to write, which must not exist yet")
+    parser.add_argument("--format", help=f"{', '.join(FORMATS)}; default transformers", default="transformers")
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="'byte' or a tokenizer.json, for a checkpoint that comes without one"
+    )
+
+
+def load(options: argparse.Namespace, files: Sequence[str], overrides: Sequence[str]) -> Recipe:
+    """The recipe, whose run is exported when ``--from`` names nothing else. Raises ConfigError."""
+    return load_recipe(files, overrides)
+
+
+def run(recipe: Recipe, options: argparse.Namespace) -> Path:
+    """Write ``--to`` and return it. Raises ConfigError or CheckpointError; nothing is left half-written."""
+    source: Path = options.source or recipe.final_checkpoint
+    target: Path | None = options.to
+    if target is None:
+        raise ConfigError("--to: names no folder to write")
+    if options.format not in FORMATS:
+        raise ConfigError(f"--format: '{options.format}' is not one of {', '.join(FORMATS)}")
+    if target.exists():
+        raise ConfigError(f"--to: {target} exists already")
+    model = import_pretrained(source) if is_pretrained(source) else checkpoint.load(source)
+    tokenizer = _tokenizer(source, options.tokenizer)
+    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+        raise ConfigError(
+            f"tokenizer: knows {tokenizer.vocab_size} tokens, the model of {source} has {model.config.vocab_size}"
+        )
+    if options.format == "fiftyfold":
+        checkpoint.save(model, target, tokenizer)
+    else:
+        export_pretrained(model, target, options.format, tokenizer)
+    print(f"wrote {target} ({options.format}, {model.num_parameters():,} parameters)")
+    if tokenizer is None:
+        print("without a tokenizer: the source has none, and --tokenizer names none")
+    return target
+
+
+def _tokenizer(source: Path, named: str | None) -> Tokenizer | None:
+    if named is not None:
+        return load_tokenizer(named)
+    return load_tokenizer(source) if (source / TOKENIZER_FILE).is_file() else None

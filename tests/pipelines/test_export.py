@@ -1,0 +1,101 @@
+"""The export step: there and back between the three kinds of checkpoint folder."""
+
+import json
+
+import pytest
+import torch
+
+from model import checkpoint
+from model.config import ModelConfig
+from model.errors import CheckpointError
+from model.tokenizer import ByteTokenizer, load_tokenizer
+from model.transformer import Transformer
+from pipelines.__main__ import main
+
+
+@pytest.fixture()
+def ours(tmp_path):
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(mtp_layers=1, zero_init_output=False)).eval()
+    checkpoint.save(model, tmp_path / "ours", ByteTokenizer())
+    return tmp_path / "ours"
+
+
+def logits(folder):
+    ids = torch.arange(60).unsqueeze(0)
+    with torch.inference_mode():
+        return checkpoint.load(folder)(ids)
+
+
+def export(source, target, *options):
+    return main(["export", "--from", str(source), "--to", str(target), *options])
+
+
+def test_there_and_back_keeps_the_network(ours, tmp_path, capsys):
+    assert export(ours, tmp_path / "hf") == 0
+    assert "wrote" in capsys.readouterr().out
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "deepseek_v4"
+    assert export(tmp_path / "hf", tmp_path / "back", "--format", "fiftyfold") == 0
+    before, after = checkpoint.load(ours).state_dict(), checkpoint.load(tmp_path / "back").state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert isinstance(load_tokenizer(tmp_path / "back"), ByteTokenizer)
+
+
+def test_the_released_format_rounds_what_it_must_and_no_more(ours, tmp_path):
+    assert export(ours, tmp_path / "released", "--format", "released") == 0
+    assert export(tmp_path / "released", tmp_path / "again", "--format", "fiftyfold") == 0
+    before, after = checkpoint.load(ours).state_dict(), checkpoint.load(tmp_path / "again").state_dict()
+    for name in ("layers.0.attn.wq_a.weight", "layers.1.ffn.w1", "mtp.0.e_proj.weight"):
+        error = (before[name] - after[name]).abs().max() / before[name].abs().max()
+        assert 0 < error < 0.2, name
+    for name in ("layers.0.attn_residual.fn", "layers.0.attn.sink", "layers.1.attn.compressor.ape"):
+        assert torch.equal(before[name], after[name]), name
+    assert export(tmp_path / "again", tmp_path / "twice", "--format", "released") == 0
+    config = checkpoint.load_config(tmp_path / "again")
+    assert config.cache_precision == "mixed" and config.qat
+
+
+def test_transformers_reads_model_and_tokenizer(ours, tmp_path):
+    from transformers import AutoTokenizer, DeepseekV4ForCausalLM
+
+    assert export(ours, tmp_path / "hf") == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer("naïve", add_special_tokens=False)["input_ids"] == ByteTokenizer().encode("naïve")
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1)
+    _, info = DeepseekV4ForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--from", "OURS"], "--to: names no folder"),
+        (["--from", "OURS", "--to", "OURS"], "exists already"),
+        (["--from", "OURS", "--to", "new", "--format", "gguf"], "'gguf' is not one of fiftyfold"),
+        (["--from", "nowhere", "--to", "new"], "nowhere: no such checkpoint folder"),
+        (["--from", "OURS", "--to", "new", "--tokenizer", "none.json"], "none.json: No such file"),
+    ],
+)
+def test_bad_requests_are_one_sentence_and_write_nothing(ours, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", *(str(ours) if option == "OURS" else option for option in options)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_what_a_format_cannot_hold_is_refused(tmp_path, capsys):
+    checkpoint.save(Transformer(ModelConfig(layers=("gqa",))), tmp_path / "gqa")
+    assert export(tmp_path / "gqa", tmp_path / "out") == 2
+    assert "gqa" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_steps_say_what_to_do_with_a_folder_of_another_kind(ours, tmp_path, capsys):
+    assert export(ours, tmp_path / "hf") == 0
+    with pytest.raises(CheckpointError, match="model_type 'deepseek_v4', not of ours; the export step"):
+        checkpoint.load(tmp_path / "hf")
+    capsys.readouterr()
+    assert main(["budget", "--model", str(tmp_path / "hf"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"]["config"]["layers"] == ["sliding", "csa", "hca", "csa"]
