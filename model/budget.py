@@ -66,16 +66,17 @@ def cache_bytes_per_token(config: ModelConfig) -> dict[str, float]:
     }
 
 
-def fixed_state_bytes(config: ModelConfig) -> dict[str, int]:
-    """Bytes per sequence that do not grow: the sliding windows, and the compressors' tails in float32."""
+def fixed_state_bytes(config: ModelConfig, rewind: int = 0) -> dict[str, int]:
+    """Bytes per sequence that do not grow: the sliding windows, and the compressors' tails in float32, both longer by
+    the ``rewind`` tokens that a cache can always take back."""
     windowed = sum(name != "gqa" for name in config.layers)
     tail = 0
     for name in config.layers:
         if name == "csa":
-            tail += (2 * config.csa_ratio - 1) * 4 * (config.head_dim + config.index_head_dim) * _FLOAT32
+            tail += (2 * config.csa_ratio - 1 + rewind) * 4 * (config.head_dim + config.index_head_dim) * _FLOAT32
         elif name == "hca":
-            tail += (config.hca_ratio - 1) * 2 * config.head_dim * _FLOAT32
-    return {"window": windowed * config.window * Precision(config).main_layout.nbytes, "tail": tail}
+            tail += (config.hca_ratio - 1 + rewind) * 2 * config.head_dim * _FLOAT32
+    return {"window": windowed * (config.window + rewind) * Precision(config).main_layout.nbytes, "tail": tail}
 
 
 def cache_bytes(config: ModelConfig, tokens: int) -> float:

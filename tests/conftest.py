@@ -8,6 +8,12 @@ import torch
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """The same random numbers for a test alone and after others."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def ray_cluster():
     """A local Ray cluster with 4 logical CPUs."""

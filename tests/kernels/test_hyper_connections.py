@@ -7,7 +7,8 @@ from kernels.hyper_connections import backend_for, collapse, expand, mixing_weig
 def test_mixing_matrix_is_doubly_stochastic():
     comb = sinkhorn(torch.randn(4, 4, 100) * 2, iterations=20, eps=1e-6)
     torch.testing.assert_close(comb.sum(0), torch.ones(4, 100), atol=1e-4, rtol=0)
-    torch.testing.assert_close(comb.sum(1), torch.ones(4, 100), atol=2e-2, rtol=0)
+    torch.testing.assert_close(comb.sum(1), torch.ones(4, 100), atol=5e-2, rtol=0)  # the last step was a column's
+    assert (comb.sum(1) - 1).abs().mean() < 2e-3
     assert (comb > 0).all()
     assert (sinkhorn(torch.randn(4, 4, 100) * 2, 1, 1e-6).sum(1) - 1).abs().max() > 0.1  # one pass is not enough
 

@@ -16,8 +16,10 @@ from networks import SMALL, build
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from model.cache import Cache
+from model.budget import cache_bytes_per_token, fixed_state_bytes
+from model.cache import COMPONENTS, Cache
 from model.cache_file import restore_cache, save_cache
+from model.config import ModelConfig
 from model.errors import CacheError
 from model.paging import PagePool
 
@@ -274,3 +276,20 @@ def test_saved_caches_that_do_not_fit_are_named(saved):
     refused("not a saved cache")
     path.unlink()
     refused("no such file")
+
+
+@pytest.mark.parametrize("rewind", [0, 7])
+@pytest.mark.parametrize("precision", ["mixed", "fp32"])
+def test_bytes_are_the_closed_form_and_follow_the_tokens(rewind, precision):
+    config = ModelConfig(**{**SMALL, "cache_precision": precision})
+    pool = PagePool(config, 8)
+    cache = Cache(config, 2, MOST, pool=pool, rewind=rewind)
+    for name, expected in fixed_state_bytes(config, rewind).items():
+        assert cache.nbytes(name) == 2 * expected
+    cache.begin(2, 80)  # two pages of 72 tokens each
+    cache.advance()
+    for name, per_token in cache_bytes_per_token(config).items():
+        assert cache.nbytes(name) == 4 * pool.page_tokens * per_token, name
+    assert cache.nbytes() == sum(map(cache.nbytes, COMPONENTS))
+    cache.truncate(0)
+    assert cache.nbytes("csa") == 0 and pool.free_pages == 8
