@@ -45,6 +45,8 @@ class DataSection(Section):
     tokenizer: str = "byte"
     """``byte``, or the path of a Hugging Face ``tokenizer.json``."""
     sequence_length: Annotated[int, Field(ge=8)] = 256
+    packing: bool = True
+    """Fill rows with several short documents, masked from one another; without, a row holds one and padding."""
     max_text_bytes: Annotated[int, Field(ge=1)] | None = None
     """Stop reading sources after this many bytes of text; None reads everything."""
     validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
@@ -60,7 +62,7 @@ class DataSection(Section):
     soon recall is learned. Validation documents ask once."""
     retrieval_validation_documents: Annotated[int, Field(ge=1)] = 512
     shard_tokens: Annotated[int, Field(ge=1024)] = 4_000_000
-    """A shard is closed once it holds this many tokens."""
+    """A shard is closed once it holds this many tokens. Readers hold one in memory, and pack rows within it."""
     seed: int = 1234
 
 
@@ -95,6 +97,10 @@ class TrainSection(Section):
     indexer_loss_weight: Annotated[float, Field(ge=0)] = 1.0
     balance_loss_weight: Annotated[float, Field(ge=0)] = 1e-4
     router_bias_speed: Annotated[float, Field(ge=0)] = 1e-3
+    mtp_loss_weight: Annotated[float, Field(ge=0)] = 0.3
+    """Weight of the multi-token prediction loss, for models with ``mtp_layers`` (report 4.2.2)."""
+    mtp_decay_loss_weight: Annotated[float, Field(ge=0)] = 0.1
+    """The same once the learning rate has begun to fall."""
     answer_loss_weight: Annotated[float, Field(gt=0)] = 1.0
     """Weight of an answer token's loss against a text token's."""
     context_loss_weight: Annotated[float, Field(ge=0)] = 1.0
@@ -256,9 +262,9 @@ def _merge(merged: Any, files: Sequence[str | Path], overrides: Sequence[str]) -
             raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
         if not OmegaConf.is_dict(content):
             raise ConfigError(f"{file}: expected a mapping of sections at the top level")
-        merged = OmegaConf.merge(merged, content)
+        merged = _over(merged, content)
     try:
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        merged = _over(merged, OmegaConf.from_dotlist(list(overrides)))
     except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
         raise ConfigError(f"command line: {' '.join(str(error).split())}") from error
     try:
@@ -266,6 +272,14 @@ def _merge(merged: Any, files: Sequence[str | Path], overrides: Sequence[str]) -
     except OmegaConfBaseException as error:
         raise ConfigError(f"recipe: {' '.join(str(error).split())}") from error
     return recipe_from_dict(values)
+
+
+def _over(earlier: Any, later: Any) -> Any:
+    """``later`` merged over ``earlier``, where a starting point of the model takes the place of another."""
+    for given, replaced in (("depth", "preset"), ("preset", "depth")):
+        if OmegaConf.select(later, f"model.{given}") is not None and OmegaConf.select(earlier, f"model.{replaced}"):
+            del earlier.model[replaced]
+    return OmegaConf.merge(earlier, later)
 
 
 def recipe_from_dict(values: Any) -> Recipe:
@@ -297,8 +311,8 @@ def with_overrides(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
     """A copy of ``recipe`` with dotted keys replaced, validated again. Raises ConfigError."""
     base = OmegaConf.create(recipe.to_dict())
     for key, value in overrides.items():
-        if key == "model.preset":
-            raise ConfigError("model.preset: cannot be changed here, because every field of the model is set already")
+        if key in ("model.preset", "model.depth"):
+            raise ConfigError(f"{key}: cannot be changed here, because every field of the model is set already")
         OmegaConf.update(base, key, value, merge=False)
     return recipe_from_dict(OmegaConf.to_container(base))
 

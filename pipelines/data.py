@@ -6,14 +6,18 @@ its own. ``tokens`` begin with BOS; ``answer_starts`` and ``answer_ends`` are th
 document's answers, empty for text. Readers cut documents into training rows of ``sequence_length`` (L) predictions:
 
 * ``tokens`` int32 [L + 1]: inputs are ``tokens[:-1]``, targets ``tokens[1:]``; padded with id 0;
-* ``target_kind`` uint8 [L]: a :class:`TargetKind` per target.
+* ``target_kind`` uint8 [L]: a :class:`TargetKind` per target;
+* ``positions`` int32 [L]: the place of each input in its document: 0 where one begins, -1 on padding.
 
-A row never crosses documents. Consecutive rows of one document share one token, so every token but the first is
-predicted exactly once.
+A document fills as many rows as it can, each alone, and consecutive ones share a token. What remains of it, less than
+a row, is packed into one row with the remains of other documents of its kind and shard, unless the folder was prepared
+without packing. There it counts as a document of its own, from position 0. So every token but a document's first is
+predicted exactly once; the input at a document's end, where the next one's first token follows, has no target.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
 import itertools
@@ -45,10 +49,10 @@ Kind = Literal["text", "mqar", "needle"]
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
 KINDS: tuple[Kind, ...] = ("text", "mqar", "needle")
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
-MIN_TARGETS = 8
-"""Rows with fewer real targets than this are dropped: they would be nearly all padding."""
+MIN_PIECE = 2
+"""Tokens of the smallest document that has anything to predict."""
 SHUFFLE_BUFFER_TOKENS = 2_000_000
 """How many tokens of a Ray shard are shuffled among one another; bounds the buffer's memory at any length."""
 SHARD_SCHEMA = pa.schema(
@@ -98,6 +102,8 @@ class SplitManifest(_Record):
     rows: dict[Kind, int]
     """Training rows at the manifest's ``sequence_length``."""
     tokens: dict[Kind, int]
+    targets: dict[Kind, int]
+    """Tokens that are predicted: all but the first of every document, or piece of a long one."""
     shards: tuple[Shard, ...]
 
 
@@ -111,7 +117,15 @@ class Manifest(_Record):
     bos_id: int
     eos_id: int
     sequence_length: int
+    packing: bool
+    """Whether a row may hold several short documents."""
     splits: dict[Split, SplitManifest]
+
+
+class _Format(BaseModel):
+    """What the manifests of all versions have in common."""
+
+    format: int
 
 
 def read_manifest(folder: str | Path, verify: bool = False) -> Manifest:
@@ -126,13 +140,14 @@ def read_manifest(folder: str | Path, verify: bool = False) -> Manifest:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; run the prepare step first") from error
     try:
+        version = _Format.model_validate_json(content).format
+        if version != FORMAT_VERSION:
+            raise DataError(f"{path}: has format {version}, this version reads format {FORMAT_VERSION}")
         manifest = Manifest.model_validate_json(content)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise DataError(f"{path}: damaged manifest ({f'{place}: ' if place else ''}{first['msg']})") from error
-    if manifest.format != FORMAT_VERSION:
-        raise DataError(f"{path}: has format {manifest.format}, this version reads format {FORMAT_VERSION}")
     for split in SPLITS:
         if split not in manifest.splits:
             raise DataError(f"{path}: damaged manifest (no '{split}' split)")
@@ -160,19 +175,20 @@ def file_sha256(path: Path) -> str:
 # --- rows
 
 
-def count_rows(lengths: ArrayLike, sequence_length: int) -> np.ndarray:
-    """How many training rows documents of ``lengths`` tokens [N] give: int64 [N]."""
-    targets = np.asarray(lengths, dtype=np.int64) - 1
-    rows = -(-targets // sequence_length)
-    rest = targets - (rows - 1) * sequence_length
-    return np.maximum(rows - (rest < min(MIN_TARGETS, sequence_length)), 0)
+def count_rows(lengths: ArrayLike, sequence_length: int, packing: bool = True) -> int:
+    """How many training rows documents of ``lengths`` tokens [N] give, all of one kind and in one shard."""
+    _, _, sizes = _pieces(np.asarray(lengths, dtype=np.int64), sequence_length)
+    rows = _assign_rows(sizes, np.zeros(len(sizes), dtype=np.int64), sequence_length + 1, packing)
+    return len(np.unique(rows))
 
 
-def cut_rows(documents: pa.Table, sequence_length: int) -> Row:
-    """Cut documents into rows, in order: {"tokens": int32 [R, L + 1], "target_kind": uint8 [R, L]}."""
+def cut_rows(documents: pa.Table, sequence_length: int, packing: bool = True) -> Row:
+    """Cut a shard's documents into rows, in the order of each row's first document:
+    {"tokens": int32 [R, L + 1], "target_kind": uint8 [R, L], "positions": int32 [R, L]}."""
     tokens, lengths = _flatten(documents["tokens"])
     starts = np.cumsum(lengths) - lengths
-    is_text = pc.equal(documents["kind"], "text").to_numpy(zero_copy_only=False)
+    kind = pc.index_in(documents["kind"], pa.array(KINDS)).to_numpy()
+    is_text = kind == KINDS.index("text")
     kinds = np.repeat(np.where(is_text, TargetKind.TEXT, TargetKind.CONTEXT).astype(np.uint8), lengths)
     answer_starts, answer_counts = _flatten(documents["answer_starts"])
     answer_ends, _ = _flatten(documents["answer_ends"])
@@ -183,17 +199,57 @@ def cut_rows(documents: pa.Table, sequence_length: int) -> Row:
         np.add.at(edges, answer_ends + document_starts, -1)
         kinds[np.cumsum(edges[:-1]) > 0] = TargetKind.ANSWER
 
-    rows_per_document = count_rows(lengths, sequence_length)
-    document = np.repeat(np.arange(len(lengths)), rows_per_document)
-    first_row = np.cumsum(rows_per_document) - rows_per_document
-    offset = (np.arange(len(document)) - first_row[document]) * sequence_length
-    position = np.arange(sequence_length + 1)
-    real = position < (lengths[document] - offset)[:, None]
-    index = np.where(real, (starts[document] + offset)[:, None] + position, 0)
-    return {
-        "tokens": np.where(real, tokens[index], np.int32(0)),
-        "target_kind": np.where(real, kinds[index], np.uint8(TargetKind.PADDING))[:, 1:],
-    }
+    document, offset, sizes = _pieces(lengths, sequence_length)
+    _, first, row = np.unique(
+        _assign_rows(sizes, kind[document], sequence_length + 1, packing), return_index=True, return_inverse=True
+    )
+    row = np.argsort(np.argsort(first))[row]
+    # Rows are filled from their start: read row after row, their real places are the pieces' tokens in this order.
+    filled = np.bincount(row, weights=sizes, minlength=len(first))
+    real = np.arange(sequence_length + 1) < filled[:, None]
+    order = np.argsort(row, kind="stable")
+    sizes, begins = sizes[order], (starts[document] + offset)[order]
+    place = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # of every token in its piece
+    source = np.repeat(begins, sizes) + place
+    row_tokens = np.zeros(real.shape, dtype=np.int32)
+    row_kinds = np.full(real.shape, TargetKind.PADDING, dtype=np.uint8)
+    positions = np.full(real.shape, -1, dtype=np.int32)
+    row_tokens[real] = tokens[source]
+    row_kinds[real] = np.where(place == 0, np.uint8(TargetKind.PADDING), kinds[source])
+    positions[real] = place
+    return {"tokens": row_tokens, "target_kind": row_kinds[:, 1:], "positions": positions[:, :-1]}
+
+
+def _pieces(lengths: np.ndarray, sequence_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Documents of ``lengths`` tokens int64 [N] as pieces of at most L + 1 tokens, consecutive ones sharing a token:
+    document, offset and size of every piece, int64 [P]. A document of one token has nothing to predict and no piece."""
+    per_document = -(-np.maximum(lengths - 1, 0) // sequence_length)
+    document = np.repeat(np.arange(len(lengths)), per_document)
+    first = np.cumsum(per_document) - per_document
+    offset = (np.arange(len(document)) - first[document]) * sequence_length
+    return document, offset, np.minimum(lengths[document] - offset, sequence_length + 1)
+
+
+def _assign_rows(sizes: np.ndarray, kinds: np.ndarray, capacity: int, packing: bool) -> np.ndarray:
+    """The row of every piece, named by the largest piece in it: int64 [P].
+
+    Best fit decreasing: from the largest piece down, each goes into the row of its kind that it leaves the least room
+    in. Rows hold ``capacity`` tokens and documents of one kind only, so that reading one kind gives the same rows.
+    """
+    rows = np.arange(len(sizes))
+    if not packing:
+        return rows
+    for kind in np.unique(kinds):
+        small = np.flatnonzero((kinds == kind) & (sizes <= capacity - MIN_PIECE))
+        room_left: list[tuple[int, int]] = []  # (tokens, row) in ascending order
+        for piece in small[np.argsort(-sizes[small], kind="stable")].tolist():
+            size = int(sizes[piece])
+            best = bisect.bisect_left(room_left, (size, 0))
+            room, row = room_left.pop(best) if best < len(room_left) else (capacity, piece)
+            rows[piece] = row
+            if room - size >= MIN_PIECE:
+                bisect.insort(room_left, (room - size, row))
+    return rows
 
 
 def _flatten(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
@@ -202,12 +258,11 @@ def _flatten(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     return values, pc.list_value_length(column).to_numpy().astype(np.int64)
 
 
-def _shard_tables(path: Path) -> Iterator[pa.Table]:
-    """The row groups of one shard, one in memory at a time. Raises DataError naming a damaged file."""
+def _read_shard(path: Path) -> pa.Table:
+    """A shard's documents. Raises DataError naming a damaged file."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
-            for group in range(file.num_row_groups):
-                yield file.read_row_group(group, columns=READ_COLUMNS, use_threads=False)
+            return file.read(columns=READ_COLUMNS, use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: damaged token shard ({' '.join(str(error).split())})") from error
 
@@ -221,40 +276,35 @@ def local_rows(
     seed: int = 0,
     shuffle: bool = False,
 ) -> Iterator[Row]:
-    """Read rows in this process, without Ray: {"tokens": int32 [L + 1], "target_kind": uint8 [L]} each.
+    """Read rows in this process, without Ray, one shard in memory at a time:
+    {"tokens": int32 [L + 1], "target_kind": uint8 [L], "positions": int32 [L]} each.
 
-    ``kinds`` keeps only documents of these kinds. Unshuffled rows come in the shards' order, one row group in memory
-    at a time. ``shuffle`` permutes the shards, and the rows within each shard, which is then held in memory whole.
+    ``kinds`` keeps only documents of these kinds. Unshuffled rows come in the shards' order; ``shuffle`` permutes the
+    shards, and the rows within each shard.
     Raises DataError for a missing or damaged folder or shard.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     wanted = None if kinds is None else pa.array(_known_kinds(kinds))
     paths = [folder / shard.file for shard in manifest.splits[split].shards]
-    return itertools.islice(_rows(paths, sequence_length, wanted, seed if shuffle else None), limit)
+    rows = _rows(paths, sequence_length, manifest.packing, wanted, seed if shuffle else None)
+    return itertools.islice(rows, limit)
 
 
-def _rows(paths: list[Path], sequence_length: int, wanted: pa.Array | None, seed: int | None) -> Iterator[Row]:
+def _rows(
+    paths: list[Path], sequence_length: int, packing: bool, wanted: pa.Array | None, seed: int | None
+) -> Iterator[Row]:
     rng = np.random.default_rng(seed)
     if seed is not None:
         paths = [paths[i] for i in rng.permutation(len(paths))]
     for path in paths:
-        groups = (
-            cut_rows(table if wanted is None else table.filter(pc.is_in(table["kind"], wanted)), sequence_length)
-            for table in _shard_tables(path)
-        )
-        if seed is None:
-            for rows in groups:
-                yield from _single_rows(rows, range(len(rows["tokens"])))
-        else:
-            parts = list(groups)
-            rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-            yield from _single_rows(rows, rng.permutation(len(rows["tokens"])))
-
-
-def _single_rows(rows: Row, order: Iterable[int]) -> Iterator[Row]:
-    for i in order:
-        yield {name: values[i] for name, values in rows.items()}
+        documents = _read_shard(path)
+        if wanted is not None:
+            documents = documents.filter(pc.is_in(documents["kind"], wanted))
+        rows = cut_rows(documents, sequence_length, packing)
+        count = len(rows["tokens"])
+        for i in range(count) if seed is None else rng.permutation(count):
+            yield {name: values[i] for name, values in rows.items()}
 
 
 def _known_kinds(kinds: Iterable[Kind]) -> list[Kind]:
@@ -278,23 +328,29 @@ def train_dataset(folder: str | Path, sequence_length: int, seed: int = 0, verif
     import ray.data
 
     folder = Path(folder).absolute()  # workers run in folders of their own
-    paths = [str(folder / shard.file) for shard in read_manifest(folder, verify=verify).splits["train"].shards]
+    manifest = read_manifest(folder, verify=verify)
+    paths = [str(folder / shard.file) for shard in manifest.splits["train"].shards]
     random.Random(seed).shuffle(paths)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.execution_options.preserve_order = True
-    # The list of paths is already shuffled; Ray reads it in the order given.
-    shards = ray.data.read_parquet(paths, columns=READ_COLUMNS)
-    cut = functools.partial(cut_rows, sequence_length=sequence_length)
-    return shards.map_batches(cut, batch_size=None, batch_format="pyarrow")
+    # A shard is packed as a whole. Ray's own Parquet reader may cut one into several blocks, so tasks take paths.
+    shards = ray.data.from_items([{"path": path} for path in paths], override_num_blocks=len(paths))
+    cut = functools.partial(_shard_rows, sequence_length=sequence_length, packing=manifest.packing)
+    return shards.map_batches(cut, batch_size=1, batch_format="numpy")
+
+
+def _shard_rows(shards: dict[str, np.ndarray], sequence_length: int, packing: bool) -> Iterator[Row]:
+    for path in shards["path"]:
+        yield cut_rows(_read_shard(Path(path)), sequence_length, packing)
 
 
 # --- batches
 
 
 def batches(rows: Iterable[Row], batch_rows: int, drop_last: bool = False) -> Generator[Batch, None, None]:
-    """Stack rows into {"tokens": int64 [B, L + 1], "target_kind": uint8 [B, L]}.
+    """Stack rows into {"tokens": int64 [B, L + 1], "target_kind": uint8 [B, L], "positions": int64 [B, L]}.
 
     The last batch may be smaller; ``drop_last`` leaves it out.
     """
@@ -307,6 +363,7 @@ def batches(rows: Iterable[Row], batch_rows: int, drop_last: bool = False) -> Ge
         yield {
             "tokens": torch.from_numpy(np.stack([row["tokens"] for row in chunk])).long(),
             "target_kind": torch.from_numpy(np.stack([row["target_kind"] for row in chunk])),
+            "positions": torch.from_numpy(np.stack([row["positions"] for row in chunk])).long(),
         }
 
 
@@ -381,7 +438,7 @@ def _shard_epoch(
 
     yield from shard.iter_torch_batches(
         batch_size=batch_rows,
-        dtypes={"tokens": torch.int64, "target_kind": torch.uint8},
+        dtypes={"tokens": torch.int64, "target_kind": torch.uint8, "positions": torch.int64},
         drop_last=True,
         local_shuffle_buffer_size=max(2 * batch_rows, SHUFFLE_BUFFER_TOKENS // sequence_length),
         local_shuffle_seed=_epoch_seed(seed, epoch),

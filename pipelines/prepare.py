@@ -17,6 +17,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -93,6 +94,7 @@ def run(recipe: Recipe) -> PrepareResult:
                 bos_id=tokenizer.bos_id,
                 eos_id=tokenizer.eos_id,
                 sequence_length=data.sequence_length,
+                packing=data.packing,
                 splits=splits,
             )
             (temporary / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n")
@@ -155,10 +157,14 @@ def _existing(folder: Path, settings: dict[str, object]) -> Manifest:
 def _report(result: PrepareResult) -> None:
     print(f"{'Reusing' if result.reused else 'Wrote'} token shards in {result.folder}")
     for split, part in result.manifest.splits.items():
-        rows = ", ".join(f"{count:,} {kind}" for kind, count in part.rows.items())
+        length = result.manifest.sequence_length
+        rows = ", ".join(
+            f"{count:,} {kind}" + (f" ({part.targets[kind] / (count * length):.1%} full)" if count else "")
+            for kind, count in part.rows.items()
+        )
         print(
             f"  {split}: {part.documents['text']:,} documents ({part.text_bytes / 1e6:.1f} MB of text), "
-            f"rows of {result.manifest.sequence_length} tokens: {rows}, in {len(part.shards)} shards"
+            f"rows of {length} tokens: {rows}, in {len(part.shards)} shards"
         )
 
 
@@ -411,7 +417,8 @@ class _SplitWriter:
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer, folder: Path, split: Split):
         data = recipe.data
         self._folder, self._split = folder, split
-        self._sequence_length, self._shard_tokens = data.sequence_length, data.shard_tokens
+        self._sequence_length, self._packing = data.sequence_length, data.packing
+        self._shard_tokens = data.shard_tokens
         # Special tokens, and the characters that facts are written with, stay out of the text they are planted in.
         self._not_filler = [tokenizer.bos_id, tokenizer.eos_id, *retrieval.reserved_ids(tokenizer)]
         self._retrieval = _Retrieval(recipe, tokenizer, split)
@@ -428,6 +435,7 @@ class _SplitWriter:
         self._documents: Counter[Kind] = Counter()
         self._rows: Counter[Kind] = Counter()
         self._tokens: Counter[Kind] = Counter()
+        self._targets: Counter[Kind] = Counter()
         self._shards: list[Shard] = []
         (folder / split).mkdir()
 
@@ -436,9 +444,9 @@ class _SplitWriter:
         self._text_bytes += text_bytes
         for piece, tokens in enumerate(pieces):
             self._text.append(_Stored(document_id, piece, source, "text", tokens, []))
-            rows = int(count_rows([len(tokens)], self._sequence_length)[0])
-            retrieval_documents = self._per_text_row * rows
-            self._owed += retrieval_documents
+            # How many rows the shard's text fills is known once it is packed; until then it fills them to the last.
+            rows = (len(tokens) - 1) / self._sequence_length
+            retrieval_documents = self._per_text_row * (rows if self._packing else math.ceil(rows))
             self._tokens_held += len(tokens) * self._keep_text + retrieval_documents * self._sequence_length
             if self._tokens_held >= self._shard_tokens:
                 self._close_shard()
@@ -459,11 +467,13 @@ class _SplitWriter:
             documents={kind: self._documents[kind] for kind in KINDS},
             rows={kind: self._rows[kind] for kind in KINDS},
             tokens={kind: self._tokens[kind] for kind in KINDS},
+            targets={kind: self._targets[kind] for kind in KINDS},
             shards=tuple(self._shards),
         )
 
     def _close_shard(self) -> None:
         stored = list(self._text) if self._keep_text else []
+        self._owed += self._per_text_row * self._count_rows(len(piece.tokens) for piece in self._text)
         text = np.concatenate([piece.tokens for piece in self._text])
         text = text[~np.isin(text, self._not_filler)]
         if len(text) >= self._sequence_length:
@@ -476,6 +486,9 @@ class _SplitWriter:
         if stored:
             self._write([stored[i] for i in self._rng.permutation(len(stored))])
 
+    def _count_rows(self, lengths: Iterable[int]) -> int:
+        return count_rows(np.fromiter(lengths, dtype=np.int64), self._sequence_length, self._packing)
+
     def _write(self, stored: list[_Stored]) -> None:
         name = f"{self._split}/{len(self._shards):05d}.parquet"
         path = self._folder / name
@@ -485,13 +498,14 @@ class _SplitWriter:
         with pq.ParquetWriter(path, SHARD_SCHEMA, compression="zstd", write_page_checksum=True) as writer:
             for start, end in itertools.pairwise(edges):
                 writer.write_table(_table(stored[start:end]))
-        rows = count_rows(lengths, self._sequence_length)
         kinds = np.array([item.kind for item in stored])
         for kind in KINDS:
-            self._rows[kind] += int(rows[kinds == kind].sum())
-            self._tokens[kind] += int(lengths[kinds == kind].sum())
+            of_kind = lengths[kinds == kind]
+            self._rows[kind] += self._count_rows(of_kind)
+            self._tokens[kind] += int(of_kind.sum())
+            self._targets[kind] += int(of_kind.sum()) - len(of_kind)
             if kind != "text":
-                self._documents[kind] += int((kinds == kind).sum())
+                self._documents[kind] += len(of_kind)
         self._shards.append(
             Shard(
                 file=name,

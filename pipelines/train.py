@@ -115,6 +115,11 @@ def fit_to_data(recipe: Recipe, manifest: Manifest) -> Recipe:
             f"data.sequence_length: {recipe.data.sequence_length}, but {recipe.data_folder} was prepared for "
             f"{manifest.sequence_length}; prepare under another data.name"
         )
+    if manifest.packing != recipe.data.packing:
+        raise ConfigError(
+            f"data.packing: {recipe.data.packing}, but {recipe.data_folder} was prepared with {manifest.packing}; "
+            "prepare under another data.name"
+        )
     if recipe.model.window > manifest.settings["window"]:
         raise ConfigError(
             f"model.window: {recipe.model.window} is wider than the {manifest.settings['window']} tokens that facts in "

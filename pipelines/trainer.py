@@ -33,6 +33,7 @@ from pipelines.data import Batch, Kind, TargetKind, TrainBatches
 OPTIMIZER, STATE = "optimizer.safetensors", "trainer.json"
 CACHE = "cache/bytes_per_token"
 CACHE_MEASURE_TOKENS = 65_536
+_SUMS = ("loss", "tokens", "mtp_loss", "mtp_tokens", "right", "answers", "batches")
 _SELECTION = ("indexer_kl", "recall_at_k", "recall_at_k_of_best")
 
 
@@ -112,7 +113,7 @@ class Trainer:
             while self.step < total:
                 started = time.perf_counter()
                 batch = next(batches)
-                update = self._update(batch, self.stage_at(self.step), self._rate_scale())
+                update = self._update(batch, self.stage_at(self.step))
                 self.step += 1
                 self._position = (batches.epoch, batches.batch)
                 if self.step % train.log_every == 0 or self.step == total:
@@ -145,53 +146,65 @@ class Trainer:
             step -= stage.steps
         return self.recipe.train.stages[-1]
 
+    def _into_decay(self) -> float:
+        """How much of the learning rate's fall is over at this step; not above 0 before it has begun."""
+        train, total = self.recipe.train, self.recipe.train.total_steps
+        decay_steps = max(1, round(total * train.decay_share))
+        return (self.step - (total - decay_steps)) / decay_steps
+
     def _rate_scale(self) -> float:
         """Linear warm-up, constant, cosine to ``final_lr_share``; times the stage's own scale."""
-        train, total = self.recipe.train, self.recipe.train.total_steps
+        train, into_decay = self.recipe.train, self._into_decay()
         scale = min(1.0, (self.step + 1) / max(1, train.warmup_steps))
-        decay_steps = max(1, round(total * train.decay_share))
-        into_decay = (self.step - (total - decay_steps)) / decay_steps
         if into_decay > 0:
             cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, into_decay)))
             scale *= train.final_lr_share + (1 - train.final_lr_share) * cosine
         return scale * self.stage_at(self.step).learning_rate_scale
 
-    def _update(self, batch: Batch, stage: StageSection, rate_scale: float) -> dict[str, Tensor | float]:
+    def _mtp_weight(self) -> float:
+        train = self.recipe.train
+        return train.mtp_decay_loss_weight if self._into_decay() > 0 else train.mtp_loss_weight
+
+    def _update(self, batch: Batch, stage: StageSection) -> dict[str, Tensor | float]:
         """One optimizer step on one batch."""
         train = self.recipe.train
-        tokens, kinds = batch["tokens"].to(self.device), batch["target_kind"].to(self.device)
-        telemetry = Telemetry()
+        tokens, kinds, positions = (batch[name].to(self.device) for name in ("tokens", "target_kind", "positions"))
+        warmup = stage.attention == "indexer_warmup"
+        telemetry = Telemetry(predict_ahead=bool(self.recipe.model.mtp_layers) and not warmup)
         attention = "sparse" if stage.attention == "sparse" else "dense"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=train.autocast == "bfloat16"):
-            logits = self.model(tokens[:, :-1], attention=attention, telemetry=telemetry)
+            logits = self.model(tokens[:, :-1], positions=positions, attention=attention, telemetry=telemetry)
         weights = (kinds != TargetKind.PADDING).float()
         weights = torch.where(kinds == TargetKind.ANSWER, train.answer_loss_weight, weights)
         weights = torch.where(kinds == TargetKind.CONTEXT, train.context_loss_weight, weights)
-        losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view_as(weights)
-        loss_sum, weight_sum = (losses * weights).sum(), weights.sum()
-        total_weight = sum_over_ranks(weight_sum.detach().clone()).clamp(min=1.0)  # a batch may be all context
-        # Averaging gradients over ranks must give the whole batch's mean, whatever padding each rank drew.
-        loss = loss_sum / total_weight * world_size()
-        objective = loss if stage.attention != "indexer_warmup" else loss.new_zeros(())
+        loss, mean_loss = weighted_loss(logits, tokens[:, 1:], weights)
+        objective = loss if not warmup else loss.new_zeros(())
         kl, balance = telemetry.loss("indexer_kl"), telemetry.loss("balance")
         if kl is not None:
-            objective = objective + train.indexer_loss_weight * kl
-        if balance is not None and stage.attention != "indexer_warmup":
+            # A mean over the tokens with an entry to choose. Ranks hold different numbers of them.
+            choosing = (positions >= self.recipe.model.csa_ratio - 1).sum().float()
+            share = choosing * world_size() / sum_over_ranks(choosing.clone()).clamp(min=1.0)
+            objective = objective + train.indexer_loss_weight * share * kl
+        if balance is not None and not warmup:
             objective = objective + train.balance_loss_weight * balance
+        if telemetry.mtp_logits is not None:
+            ahead = weights[:, 1:] * follows(positions)
+            mtp_loss, mean_mtp_loss = weighted_loss(telemetry.mtp_logits, tokens[:, 2:], ahead)
+            objective = objective + self._mtp_weight() * mtp_loss
 
         self.model.zero_grad(set_to_none=True)
         objective.backward()
-        learning = [p for p in self.model.parameters() if stage.attention != "indexer_warmup" or p in self._indexer]
+        learning = [p for p in self.model.parameters() if not warmup or p in self._indexer]
         average_gradients(learning)
         grad_norm = torch.nn.utils.clip_grad_norm_(learning, train.grad_clip)
         if not torch.isfinite(grad_norm):
             # Going on would write damaged weights over the last good checkpoints.
-            raise FiftyfoldError(f"step {self.step + 1}: the gradient is not finite (loss {float(loss):g})")
-        self.optimizer.set_lr_scale(rate_scale)
+            raise FiftyfoldError(f"step {self.step + 1}: the gradient is not finite (loss {float(mean_loss):g})")
+        self.optimizer.set_lr_scale(self._rate_scale())
         self.optimizer.step()
-        self._balance_routers(0.0 if stage.attention == "indexer_warmup" else train.router_bias_speed)
+        self._balance_routers(0.0 if warmup else train.router_bias_speed)
         measured = {
-            "train/loss": sum_over_ranks(loss_sum.detach().clone()) / total_weight,
+            "train/loss": mean_loss,
             "train/grad_norm": grad_norm,
             "train/learning_rate": self.optimizer.param_groups[0]["lr"],
         }
@@ -200,6 +213,8 @@ class Trainer:
             measured["train/indexer_kl"] = kl.detach()
         if balance is not None:
             measured["train/balance"] = balance.detach()
+        if telemetry.mtp_logits is not None:
+            measured["train/mtp_loss"] = mean_mtp_loss
         return measured
 
     def _balance_routers(self, speed: float) -> None:
@@ -218,26 +233,32 @@ class Trainer:
 
         ``validation/text_loss``: mean loss of text tokens. ``validation/recall``: share of key-value answers whose
         every token is the most likely one (teacher-forced); ``validation/needle_recall`` likewise. ``validation/loss``:
-        mean loss of text and answer tokens, each kind of document weighing the same. Indexer and selection measures
-        are means over csa layers.
+        mean loss of text and answer tokens, each kind of document weighing the same; ``validation/mtp_loss`` the same
+        for the multi-token prediction of those tokens. Indexer and selection measures are means over csa layers.
         """
         self.model.eval()
         stage = self.stage_at(max(0, self.step - 1))
         attention = "sparse" if stage.attention == "sparse" else "dense"
         metrics: dict[str, float] = {}
-        losses = []
+        losses, mtp_losses = [], []
         for name, batches in self._validation.items():
             counted = TargetKind.TEXT if name == "text" else TargetKind.ANSWER
             # The same keys on every rank, also on one that got no batch: they are summed over ranks by place.
-            sums = dict.fromkeys(("loss", "tokens", "right", "answers", "batches", *_SELECTION), 0.0)
+            sums = dict.fromkeys((*_SUMS, *_SELECTION), 0.0)
             for batch in batches:
-                telemetry = Telemetry(measure_selection=True)
+                telemetry = Telemetry(measure_selection=True, predict_ahead=bool(self.recipe.model.mtp_layers))
                 tokens, kinds = batch["tokens"].to(self.device), batch["target_kind"].to(self.device)
-                logits = self.model(tokens[:, :-1], attention=attention, telemetry=telemetry)
+                positions = batch["positions"].to(self.device)
+                logits = self.model(tokens[:, :-1], positions=positions, attention=attention, telemetry=telemetry)
                 chosen = kinds == counted
                 each = F.cross_entropy(logits[chosen], tokens[:, 1:][chosen], reduction="sum")
                 sums["loss"] += float(each)
                 sums["tokens"] += int(chosen.sum())
+                if telemetry.mtp_logits is not None:
+                    ahead = chosen[:, 1:] & follows(positions)
+                    each = F.cross_entropy(telemetry.mtp_logits[ahead], tokens[:, 2:][ahead], reduction="sum")
+                    sums["mtp_loss"] += float(each)
+                    sums["mtp_tokens"] += int(ahead.sum())
                 if name != "text":
                     right, answers = count_answers(logits.argmax(-1) == tokens[:, 1:], chosen)
                     sums["right"] += right
@@ -251,6 +272,7 @@ class Trainer:
                 for k, v in zip(sums, sum_over_ranks(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist())
             }
             losses.append(sums["loss"] / max(1, sums["tokens"]))
+            mtp_losses.append(sums["mtp_loss"] / max(1, sums["mtp_tokens"]))
             if name == "text":
                 metrics["validation/text_loss"] = losses[-1]
             else:
@@ -262,8 +284,30 @@ class Trainer:
                     if math.isfinite(sums[key]):  # not for models without an indexer
                         metrics[f"validation/{key}"] = sums[key] / max(1, sums["batches"])
         metrics["validation/loss"] = sum(losses) / len(losses)
+        if self.recipe.model.mtp_layers:
+            metrics["validation/mtp_loss"] = sum(mtp_losses) / len(mtp_losses)
         self.model.train()
         return metrics
+
+
+def weighted_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy of logits float32 [B, S, V] against targets int64 [B, S], weighted by float32 [B, S].
+
+    Returns this rank's part of the loss, whose gradients averaged over ranks are those of the whole batch's mean,
+    whatever padding each rank drew; and that mean, detached.
+    """
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(weights)
+    loss_sum = (losses * weights).sum()
+    total_weight = sum_over_ranks(weights.sum()).clamp(min=1.0)  # a batch may be all context
+    return loss_sum / total_weight * world_size(), sum_over_ranks(loss_sum.detach().clone()) / total_weight
+
+
+def follows(positions: Tensor) -> Tensor:
+    """Whether each token after a row's first goes on with the document of the one before: bool [B, S - 1].
+
+    ``positions`` int64 [B, S]. Only there is the token after next, the target of what follows, of the same document.
+    """
+    return positions[:, 1:] > 0
 
 
 def count_answers(right: Tensor, answer: Tensor) -> tuple[int, int]:
@@ -284,6 +328,11 @@ def check_stages(recipe: Recipe) -> None:
     if recipe.train.batch_rows % recipe.train.workers:
         raise ConfigError(
             f"train.batch_rows: {recipe.train.batch_rows} rows do not divide over {recipe.train.workers} workers"
+        )
+    if config.mtp_layers and recipe.train.mtp_loss_weight == 0:
+        raise ConfigError(
+            "train.mtp_loss_weight: 0 leaves the model's multi-token prediction untrained; set model.mtp_layers to 0 "
+            "to do without"
         )
     for mixer in ("csa", "hca"):
         ratio = config.compress_ratio(mixer)

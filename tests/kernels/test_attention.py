@@ -7,6 +7,7 @@ import torch
 
 from kernels.compress import compress
 from kernels.index_topk import index_scores, index_topk, select_topk
+from kernels.quantize import hadamard
 from kernels.sparse_attention import sparse_attention
 
 
@@ -89,6 +90,17 @@ def test_ties_go_to_the_lower_entry_and_the_invisible_is_never_chosen():
     assert select_topk(scores, first(0, 2), 3).tolist() == [[[-1, -1, -1], [0, 1, -1]]]
     assert select_topk(scores, first(5, 4), 8)[0, 0].tolist()[-3:] == [-1, -1, -1]
     assert select_topk(scores, ~first(1, 4), 2).tolist() == [[[5, 2], [4, 5]]]
+
+
+def test_hadamard_on_both_sides_leaves_the_unquantised_choice_alone():
+    q, k, w = (torch.randn(s, dtype=torch.float64) for s in ((2, 9, 4, 32), (2, 40, 32), (2, 9, 4)))
+    everything = torch.ones(1, 9, 40, dtype=torch.bool)
+
+    def ranks(query, keys):
+        return select_topk(index_scores(query, keys, w), everything, 40)
+
+    assert torch.equal(ranks(hadamard(q), hadamard(k)), ranks(q, k))
+    assert not torch.equal(ranks(hadamard(q), k), ranks(q, k))
 
 
 def test_topk_in_pieces_is_topk(monkeypatch):

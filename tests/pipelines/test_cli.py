@@ -2,6 +2,7 @@
 
 import pytest
 
+from model.config import ModelConfig
 from pipelines import __main__ as cli
 from pipelines.config import load_recipe, over
 from pipelines.train import describe
@@ -29,6 +30,7 @@ def test_the_shipped_recipes_are_valid_and_alike_where_they_must_be():
         (["--train.batch_rows", "0"], "error: train.batch_rows: Input should be greater than or equal to 1, found 0"),
         (["--train.optimizer.momentum", "2"], "error: train.optimizer.momentum: must lie in [0, 1), found 2.0"),
         (["--model.preset", "huge"], "error: model.preset: unknown preset 'huge'"),
+        (["--model.preset", "small", "--model.depth", "12"], "error: model.depth: 12 and model.preset 'small' are two"),
         (["--run.name", "../x"], "error: run.name: String should match pattern"),
         (["--serve.host", "0.0.0.0"], "error: serve.host: Input should be '127.0.0.1'"),
         (["--train.workers"], "error: command line: --train.workers has no value"),
@@ -50,6 +52,12 @@ def test_malformed_yaml_is_named(content, tmp_path, capsys):
     assert cli.main(["train", "--config", str(path)]) == cli.USER_ERROR
     err = capsys.readouterr().err.strip()
     assert len(err.splitlines()) == 1 and ("bad.yaml" in err or "model: expected a mapping" in err)
+
+
+def test_a_later_starting_point_of_the_model_takes_the_place_of_an_earlier_one():
+    by_depth = load_recipe(RECIPES, ["model.depth=6", "model.window=8"])
+    assert by_depth.model == ModelConfig.from_depth(6, window=8)
+    assert load_recipe(RECIPES, ["model.preset=small"]).model == ModelConfig.from_preset("small")
 
 
 def test_a_job_must_not_write_into_its_temporary_folder(monkeypatch, capsys):

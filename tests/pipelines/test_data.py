@@ -18,7 +18,6 @@ from model.tokenizer import ByteTokenizer
 from pipelines import prepare
 from pipelines.config import recipe_from_dict
 from pipelines.data import (
-    MIN_TARGETS,
     SHARD_SCHEMA,
     TargetKind,
     batches,
@@ -56,14 +55,14 @@ def copy(folder, tmp_path) -> Path:
 
 
 def as_bytes(rows) -> list[bytes]:
-    return [row["tokens"].tobytes() + row["target_kind"].tobytes() for row in rows]
+    return [row["tokens"].tobytes() + row["target_kind"].tobytes() + row["positions"].tobytes() for row in rows]
 
 
 def rows_of(batch: dict[str, torch.Tensor]) -> list[bytes]:
-    return [
-        tokens.astype(np.int32).tobytes() + kinds.tobytes()
-        for tokens, kinds in zip(batch["tokens"].numpy(), batch["target_kind"].numpy())
-    ]
+    return as_bytes(
+        {"tokens": tokens.astype(np.int32), "target_kind": kinds, "positions": positions.astype(np.int32)}
+        for tokens, kinds, positions in zip(*(batch[name].numpy() for name in ("tokens", "target_kind", "positions")))
+    )
 
 
 def first_shard(folder: Path) -> Path:
@@ -91,18 +90,41 @@ def table(documents: list[tuple[str, list[int], list[tuple[int, int]]]]) -> pa.T
     return pa.concat_tables([whole.slice(1, len(documents) // 2), whole.slice(1 + len(documents) // 2)])
 
 
-def plain_rows(documents, length):
-    """The slow twin of cut_rows: token by token."""
+def plain_pieces(documents, length):
+    """The slow twin of cutting: pieces of (kind, tokens, kind of every token), token by token."""
     for kind, tokens, spans in documents:
+        answer = [any(begin <= i < end for begin, end in spans) for i in range(len(tokens))]
+        kinds = [TargetKind.TEXT if kind == "text" else 2 if a else 3 for a in answer]
         for start in range(0, max(len(tokens) - 1, 0), length):
-            row, kinds = [0] * (length + 1), [0] * length
-            piece = tokens[start : start + length + 1]
-            row[: len(piece)] = piece
-            for i in range(len(piece) - 1):
-                answer = any(begin <= start + i + 1 < end for begin, end in spans)
-                kinds[i] = 1 if kind == "text" else 2 if answer else 3
-            if len(piece) - 1 >= MIN_TARGETS:
-                yield row, kinds
+            yield kind, tuple(tokens[start : start + length + 1]), tuple(kinds[start + 1 : start + length + 1])
+
+
+def plain_rows(documents, length):
+    """Rows without packing: one piece and padding."""
+    for _, tokens, kinds in plain_pieces(documents, length):
+        pad = length + 1 - len(tokens)
+        positions = [*range(len(tokens)), *[-1] * pad][:length]
+        yield [*tokens, *[0] * pad], [*kinds, *[0] * pad], positions
+
+
+def segments(row):
+    """The documents in a row, as (tokens, kinds of their targets), read from its positions alone."""
+    tokens, kinds, positions = (row[name].tolist() for name in ("tokens", "target_kind", "positions"))
+    starts = [i for i, position in enumerate(positions) if position == 0]
+    used = positions.index(-1) if -1 in positions else len(positions)
+    assert starts[0] == 0 and positions[used:] == [-1] * (len(positions) - used)
+    for start, end in zip(starts, [*starts[1:], used]):
+        assert positions[start:end] == list(range(end - start))
+        if end == len(positions) and kinds[-1]:  # a document that reaches the row's end has its last token as a target
+            yield tuple(tokens[start:]), tuple(kinds[start:])
+        else:
+            assert kinds[end - 1] == TargetKind.PADDING  # what follows is another document's, or nothing
+            yield tuple(tokens[start:end]), tuple(kinds[start : end - 1])
+    assert not any(kinds[used:]) and not any(tokens[used + 1 :])
+
+
+def single(rows):
+    return [{name: values[i] for name, values in rows.items()} for i in range(len(rows["tokens"]))]
 
 
 @st.composite
@@ -116,27 +138,80 @@ def document(draw):
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(document(), max_size=8), st.integers(8, 40))
-def test_rows_are_those_of_the_slow_twin(documents, length):
-    rows = cut_rows(table(documents), length)
+def test_rows_without_packing_are_those_of_the_slow_twin(documents, length):
+    rows = cut_rows(table(documents), length, packing=False)
     expected = list(plain_rows(documents, length))
-    assert rows["tokens"].dtype == np.int32 and rows["target_kind"].dtype == np.uint8
+    assert [rows[name].dtype for name in ("tokens", "target_kind", "positions")] == [np.int32, np.uint8, np.int32]
     assert rows["tokens"].shape == (len(expected), length + 1)
-    assert rows["tokens"].tolist() == [row for row, _ in expected]
-    assert rows["target_kind"].tolist() == [kinds for _, kinds in expected]
-    assert count_rows([len(tokens) for _, tokens, _ in documents], length).sum() == len(expected)
+    for name, column in zip(("tokens", "target_kind", "positions"), zip(*expected)):
+        assert rows[name].tolist() == list(column), name
+    assert count_rows([len(tokens) for _, tokens, _ in documents], length, packing=False) == len(expected)
 
 
-def test_every_token_but_the_first_is_predicted_once_and_rows_stay_in_their_document():
-    documents = [("text", list(range(1000 * i, 1000 * i + size)), []) for i, size in enumerate((33, 17, 100, 41, 9), 1)]
-    rows = cut_rows(table(documents), 16)
-    predicted = rows["tokens"][:, 1:][rows["target_kind"] == TargetKind.TEXT]
-    expected = [token for _, tokens, _ in documents for token in tokens[1:]]
-    dropped = documents[2][1][-3:]  # 100 = 1 + 6 * 16 + 3: too few targets for a row
-    assert sorted(predicted.tolist()) == sorted(set(expected) - set(dropped))
-    for tokens, kinds in zip(rows["tokens"], rows["target_kind"]):
-        real = tokens[: int((kinds > 0).sum()) + 1]
-        assert len(set(real // 1000)) == 1 and (np.diff(real) == 1).all()
-        assert not tokens[len(real) :].any() and not kinds[len(real) - 1 :].any()
+@settings(max_examples=300, deadline=None)
+@given(st.lists(document(), max_size=24), st.integers(8, 40))
+def test_packed_rows_hold_every_piece_once_and_no_two_rows_could_be_one(documents, length):
+    pieces = list(plain_pieces(documents, length))
+    rows = single(cut_rows(table(documents), length))
+    found = [list(segments(row)) for row in rows]
+    assert Counter(segment for row in found for segment in row) == Counter((t, k) for _, t, k in pieces)
+    group = {0: "text", 1: "retrieval"}
+    for row in found:
+        assert len({group[TargetKind.TEXT not in kinds] for _, kinds in row}) == 1  # documents of one kind
+    for kind in ("text", "mqar", "needle"):
+        of_kind = [item for item in documents if item[0] == kind]
+        alone = single(cut_rows(table(of_kind), length))
+        assert len(alone) == count_rows([len(tokens) for _, tokens, _ in of_kind], length)
+        assert not Counter(as_bytes(alone)) - Counter(as_bytes(rows))  # the same rows among the others
+        sizes = sorted(sum(len(tokens) for tokens, _ in segments(row)) for row in alone)
+        assert len(sizes) < 2 or sizes[0] + sizes[1] > length + 1
+
+
+def test_pieces_go_where_they_leave_the_least_room():
+    sizes = (3, 6, 7, 5, 5)
+    documents = [("text", list(range(100 * i, 100 * i + size)), []) for i, size in enumerate(sizes, 1)]
+    rows = cut_rows(table(documents), 9)
+    assert rows["tokens"].tolist() == [
+        [*range(100, 103), *range(300, 307)],  # rows come in the order of their first document
+        [*range(200, 206), 0, 0, 0, 0],
+        [*range(400, 405), *range(500, 505)],
+    ]
+    assert rows["positions"].tolist() == [
+        [0, 1, 2, 0, 1, 2, 3, 4, 5],
+        [0, 1, 2, 3, 4, 5, -1, -1, -1],
+        [0, 1, 2, 3, 4, 0, 1, 2, 3],
+    ]
+    text, none = TargetKind.TEXT, TargetKind.PADDING
+    assert rows["target_kind"].tolist() == [
+        [text] * 2 + [none] + [text] * 6,
+        [text] * 5 + [none] * 4,
+        [text] * 4 + [none] + [text] * 4,
+    ]
+
+
+def test_the_end_of_a_long_document_is_packed_and_its_full_rows_stand_alone():
+    rows = cut_rows(table([("text", list(range(1, 42)), []), ("text", list(range(100, 105)), [])]), 16)
+    assert rows["tokens"][:, 0].tolist() == [1, 17, 33]
+    assert rows["tokens"][:2].tolist() == [list(range(1, 18)), list(range(17, 34))]
+    assert rows["tokens"][2].tolist() == [*range(33, 42), *range(100, 105), 0, 0, 0]
+    assert rows["positions"][2].tolist() == [*range(9), *range(5), -1, -1]
+
+
+@pytest.mark.parametrize("length", [LENGTH, 37, 1000])
+def test_a_corpus_is_predicted_token_by_token_exactly_once(folder, length):
+    for split in ("train", "validation"):
+        documents = [
+            (row["kind"], row["tokens"], list(zip(row["answer_starts"], row["answer_ends"])))
+            for shard in read_manifest(folder).splits[split].shards
+            for row in pq.read_table(folder / shard.file).to_pylist()
+        ]
+        expected = Counter((tokens, kinds) for _, tokens, kinds in plain_pieces(documents, length))
+        rows = list(local_rows(folder, split, length))
+        assert Counter(segment for row in rows for segment in segments(row)) == expected
+        places = sum(len(row["target_kind"]) for row in rows)
+        targets = sum(int((row["target_kind"] > 0).sum()) for row in rows)
+        assert targets == sum(len(tokens) - 1 for _, tokens, _ in documents)
+        assert targets / places > 0.9
 
 
 def test_answer_targets_are_the_generator_s_answers(folder):
@@ -170,16 +245,6 @@ def test_local_rows_select_limit_and_shuffle(folder):
         local_rows(folder, "train", LENGTH, kinds=["poem"])
 
 
-def test_another_length_still_predicts_each_token_once(folder):
-    long, short = (
-        Counter(int(kind) for row in local_rows(folder, "validation", length) for kind in row["target_kind"] if kind)
-        for length in (LENGTH, 37)
-    )
-    assert long[TargetKind.ANSWER] > 0
-    rows = sum(read_manifest(folder).splits["validation"].rows.values())
-    assert all(abs(long[kind] - short[kind]) < MIN_TARGETS * rows for kind in TargetKind)
-
-
 # --- batches
 
 
@@ -187,8 +252,10 @@ def test_batches_stack_rows(folder):
     rows = list(local_rows(folder, "validation", LENGTH, limit=10))
     made = list(batches(rows, 4))
     assert [len(batch["tokens"]) for batch in made] == [4, 4, 2]
-    assert made[0]["tokens"].dtype == torch.int64 and made[0]["target_kind"].dtype == torch.uint8
-    assert made[0]["tokens"].shape == (4, LENGTH + 1) and made[0]["target_kind"].shape == (4, LENGTH)
+    assert made[0]["tokens"].dtype == made[0]["positions"].dtype == torch.int64
+    assert made[0]["target_kind"].dtype == torch.uint8
+    assert made[0]["tokens"].shape == (4, LENGTH + 1)
+    assert made[0]["target_kind"].shape == made[0]["positions"].shape == (4, LENGTH)
     assert [row for batch in made for row in rows_of(batch)] == as_bytes(rows)
     assert len(list(batches(rows, 4, drop_last=True))) == 2
 
@@ -247,14 +314,15 @@ def test_ray_reads_the_same_rows_shard_by_shard(folder, ray_cluster):
     expected = as_bytes(local_rows(folder, "train", LENGTH))
     assert Counter(found) == Counter(expected)
     assert found != expected  # the shards' order is drawn from the seed
-    size = count_rows(pq.read_table(first_shard(folder))["tokens"].combine_chunks().value_lengths(), LENGTH).sum()
+    size = len(cut_rows(pq.read_table(first_shard(folder)), LENGTH)["tokens"])
     start = found.index(expected[0])
     assert found[start : start + size] == expected[:size]
 
 
 def split_rows(columns: dict[str, np.ndarray]) -> list[bytes]:
-    assert columns["tokens"].dtype == np.int32 and columns["target_kind"].dtype == np.uint8
-    return as_bytes({"tokens": t, "target_kind": k} for t, k in zip(columns["tokens"], columns["target_kind"]))
+    assert columns["tokens"].dtype == columns["positions"].dtype == np.int32
+    assert columns["target_kind"].dtype == np.uint8
+    return as_bytes(single(columns))
 
 
 def test_a_worker_s_stream_resumes_where_it_stopped(folder, ray_cluster):
@@ -304,7 +372,7 @@ def _remove(folder: Path) -> Path:
 
 
 def _break_json(folder: Path) -> Path:
-    (folder / "manifest.json").write_text('{"format": 1,')
+    (folder / "manifest.json").write_text('{"format": 2,')
     return folder / "manifest.json"
 
 
@@ -328,7 +396,7 @@ def _no_manifest(folder: Path) -> Path:
         (_cut_short, "damaged token shard .* bytes where the manifest says"),
         (_remove, "No such file"),
         (_break_json, "damaged manifest"),
-        (_change_manifest(format=99), "has format 99, this version reads format 1"),
+        (_change_manifest(format=99), "has format 99, this version reads format 2"),
         (_change_manifest(vocab_size="many"), "damaged manifest .vocab_size: "),
         (_change_manifest(splits={}), "no 'train' split"),
         (_no_manifest, "No such file or directory; run the prepare step first"),

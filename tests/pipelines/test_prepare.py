@@ -14,7 +14,7 @@ from model.errors import ConfigError, DataError
 from model.tokenizer import ByteTokenizer, load_tokenizer
 from pipelines import prepare
 from pipelines.config import Recipe, recipe_from_dict
-from pipelines.data import SHARD_SCHEMA, count_rows, read_manifest
+from pipelines.data import SHARD_SCHEMA, TargetKind, local_rows, read_manifest
 
 LENGTH = 128
 TOKENIZER = ByteTokenizer()
@@ -159,10 +159,11 @@ def test_retrieval_answers_are_what_was_planted_outside_the_window(tmp_path):
             assert fact in TOKENIZER.decode(tokens[: first_question - made.model.window])
 
 
+@pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.8, 1.0])
-def test_retrieval_share_is_a_share_of_all_train_rows(tmp_path, share):
-    corpus = write_corpus(tmp_path / "in", texts(80))
-    result = prepare.run(recipe(tmp_path, corpus, retrieval_share=share, needle_share=0.25, shard_tokens=20_000))
+def test_retrieval_share_is_a_share_of_all_train_rows(tmp_path, share, packing):
+    corpus = write_corpus(tmp_path / "in", [*texts(40), *texts(160, words=8)])
+    result = prepare.run(recipe(tmp_path, corpus, retrieval_share=share, shard_tokens=20_000, packing=packing))
     rows = result.manifest.splits["train"].rows
     total, generated = sum(rows.values()), rows["mqar"] + rows["needle"]
     assert abs(generated - share * total) <= 1
@@ -172,11 +173,22 @@ def test_retrieval_share_is_a_share_of_all_train_rows(tmp_path, share):
     assert validation["text"] > 0
 
 
+def test_packing_fills_rows_with_short_documents_and_the_report_says_how_full(tmp_path, capsys):
+    corpus = write_jsonl(tmp_path / "in.jsonl", [text for i in range(2, 8) for text in texts(100, words=i)])
+    full = {}
+    for packing in (True, False):
+        result = prepare.run(recipe(tmp_path / str(packing), corpus, packing=packing))
+        train = result.manifest.splits["train"]
+        full[packing] = train.targets["text"] / (train.rows["text"] * LENGTH)
+        assert result.manifest.packing == packing
+        assert f"{train.rows['text']:,} text ({full[packing]:.1%} full)" in capsys.readouterr().out
+    assert full[True] > 0.93 and full[False] < 0.5
+
+
 def test_shards_are_mixed(tmp_path):
     corpus = write_corpus(tmp_path / "in", texts(300))
     result = prepare.run(recipe(tmp_path, corpus, shard_tokens=100_000))
-    rows = stored(result, "train")
-    kinds = np.repeat([row["kind"] == "text" for row in rows], count_rows([len(row["tokens"]) for row in rows], LENGTH))
+    kinds = [TargetKind.TEXT in row["target_kind"] for row in local_rows(result.folder, "train", LENGTH)]
     shares = [np.mean(kinds[start : start + 256]) for start in range(0, len(kinds) - 256, 256)]
     assert len(shares) > 8
     assert min(shares) > 0.3 and max(shares) < 0.7
@@ -330,6 +342,9 @@ def test_the_manifest_says_what_is_there(tmp_path):
             of_kind = [row for row in rows if row["kind"] == kind]
             assert part.documents[kind] == len({row["document_id"] for row in of_kind})
             assert part.tokens[kind] == sum(len(row["tokens"]) for row in of_kind)
+            cut = list(local_rows(result.folder, split, LENGTH, kinds=[kind]))
+            assert part.rows[kind] == len(cut)
+            assert part.targets[kind] == sum(int((row["target_kind"] > 0).sum()) for row in cut)
         assert sum(shard.documents for shard in part.shards) == len(rows)
         assert sum(shard.tokens for shard in part.shards) == sum(part.tokens.values())
     assert load_tokenizer(result.folder).vocab_size == 258
@@ -349,6 +364,18 @@ def test_the_same_settings_reuse_the_folder(tmp_path, capsys):
 
 def _other_settings(folder: Path, made: Recipe) -> Recipe:
     return made.model_copy(update={"data": made.data.model_copy(update={"pairs": 3})})
+
+
+def _other_packing(folder: Path, made: Recipe) -> Recipe:
+    return made.model_copy(update={"data": made.data.model_copy(update={"packing": False})})
+
+
+def _older_format(folder: Path, made: Recipe) -> Recipe:
+    path = made.data_folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["packing"]
+    path.write_text(json.dumps({**manifest, "format": 1}))
+    return made
 
 
 def _other_window(folder: Path, made: Recipe) -> Recipe:
@@ -376,6 +403,8 @@ def _no_manifest(folder: Path, made: Recipe) -> Recipe:
     [
         (_other_settings, "pairs 4 there and 3 here"),
         (_other_window, "window 16 there and 8 here"),
+        (_other_packing, "packing True there and False here"),
+        (_older_format, "has format 1, this version reads format 2"),
         (_grown_source, "source files had other sizes"),
         (_short_shard, "00000.parquet: damaged token shard"),
         (_no_manifest, "holds no manifest.json"),

@@ -170,6 +170,8 @@ def test_a_trial_may_have_train_workers_of_its_own(trained):
 def test_settings_that_the_data_or_the_cluster_cannot_serve_are_refused(prepared, ray_cluster):
     with pytest.raises(ConfigError, match=r"model\.window: 9 is wider than the 8 tokens"):
         train.run(with_overrides(prepared, {"run.name": "wide", "model.window": 9}))
+    with pytest.raises(ConfigError, match=r"data\.packing: False, but .* was prepared with True"):
+        train.run(with_overrides(prepared, {"run.name": "loose", "data.packing": False}))
     with pytest.raises(ConfigError, match=r"train\.workers: needs 8 CPU, the Ray cluster has 6"):
         train.run(with_overrides(prepared, {"run.name": "many", "train.workers": 8}))
 

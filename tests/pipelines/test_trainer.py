@@ -4,6 +4,8 @@ import math
 import os
 import socket
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from model.errors import CheckpointError, ConfigError, FiftyfoldError
 from pipelines.config import recipe_from_dict, with_overrides
-from pipelines.data import train_batches
+from pipelines.data import SHARD_SCHEMA, batches, cut_rows, train_batches
 from pipelines.train import build_trainer
 from pipelines.trainer import check_stages, count_answers
 
@@ -87,15 +89,112 @@ def test_loss_falls_and_everything_is_reported(prepared):
 
 
 def test_indexer_warmup_moves_the_indexer_alone(prepared):
-    recipe = with_overrides(prepared, {"train.stages": [{"attention": "indexer_warmup", "steps": 2}]})
-    trainer = trainer_for(recipe, Record())
+    stages = [{"attention": "indexer_warmup", "steps": 2}]
+    record = Record()
+    trainer = trainer_for(with_overrides(prepared, {"train.stages": stages, "model.mtp_layers": 1}), record)
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     trainer.run()
     for name, p in trainer.model.named_parameters():
         assert torch.equal(p, before[name]) == (".indexer." not in name), name
+    assert "train/mtp_loss" not in record.logged[0][1]
 
 
-def test_resuming_repeats_the_uninterrupted_run(prepared, tmp_path):
+# --- packed documents
+
+
+def packed_and_alone(length):
+    """The same documents as a batch of packed rows and as a batch with a row for each."""
+    rng = np.random.default_rng(0)
+    documents = [
+        {
+            "document_id": str(i),
+            "piece": 0,
+            "source": "",
+            "kind": kind,
+            "tokens": rng.integers(0, 258, size).tolist(),
+            "answer_starts": [size // 2] if kind == "mqar" else [],
+            "answer_ends": [size // 2 + 2] if kind == "mqar" else [],
+        }
+        for i, (kind, size) in enumerate([("text", n) for n in (2, 5, 17, 40, 97, 30, 3, 61, 20)] + [("mqar", 33)] * 3)
+    ]
+    table = pa.Table.from_pylist(documents, schema=SHARD_SCHEMA)
+    for packing in (True, False):
+        rows = cut_rows(table, length, packing)
+        count = len(rows["tokens"])
+        yield next(batches(({k: v[i] for k, v in rows.items()} for i in range(count)), count))
+
+
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_packed_documents_train_as_each_alone(prepared, attention):
+    recipe = with_overrides(
+        prepared,
+        {"model.cache_precision": "fp32", "model.qat": False, "model.mtp_layers": 1, "model.index_topk": 3,
+         "train.stages": [{"attention": attention, "steps": 1}], "train.answer_loss_weight": 3.0,
+         "train.context_loss_weight": 0.5, "train.balance_loss_weight": 0.0, "train.grad_clip": 1e6},
+    )  # fmt: skip
+    packed, alone = packed_and_alone(recipe.data.sequence_length)
+    assert len(packed["tokens"]) < len(alone["tokens"]) / 2
+    trainers = [trainer_for(recipe, Record()) for _ in range(2)]
+    one, two = (t._update(batch, t.stage_at(0)) for t, batch in zip(trainers, (packed, alone)))
+    for name in ("train/loss", "train/mtp_loss"):
+        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=0)
+    for (name, p), q in zip(trainers[0].model.named_parameters(), trainers[1].model.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_validation_masks_documents_too(prepared):
+    recipe = with_overrides(prepared, {"model.mtp_layers": 1, "model.cache_precision": "fp32", "model.qat": False})
+    trainer = trainer_for(recipe, Record())
+    measured = []
+    for batch in packed_and_alone(recipe.data.sequence_length):
+        trainer._validation = {"text": [batch], "mqar": [batch]}
+        measured.append(trainer.validate())
+    assert measured[0]["validation/recall"] == measured[1]["validation/recall"]
+    for name in ("text_loss", "answer_loss", "loss", "mtp_loss"):
+        assert measured[0][f"validation/{name}"] == pytest.approx(measured[1][f"validation/{name}"], rel=1e-5), name
+
+
+# --- multi-token prediction
+
+
+def test_the_mtp_loss_falls_and_is_reported(prepared):
+    recipe = with_overrides(prepared, {"model.mtp_layers": 1, "train.stages": [{"attention": "dense", "steps": 25}]})
+    record = Record()
+    trainer = trainer_for(recipe, record)
+    before = trainer.validate()["validation/mtp_loss"]
+    trainer.run()
+    losses = [m["train/mtp_loss"] for _, m in record.logged]
+    assert len(losses) == 25 and losses[-1] < losses[0] - 1
+    assert record.reported[-1][1]["validation/mtp_loss"] < before - 1
+
+
+def test_the_mtp_loss_weighs_less_once_the_learning_rate_falls(prepared):
+    recipe = with_overrides(
+        prepared,
+        {"model.mtp_layers": 1, "train.stages": [{"attention": "dense", "steps": 10}], "train.warmup_steps": 0,
+         "train.balance_loss_weight": 0.0, "train.grad_clip": 1e6},
+    )  # fmt: skip
+    gradients, weights, rates = [], [], []
+    for step in range(10):
+        trainer = trainer_for(recipe, Record())
+        trainer.step = step
+        weights.append(trainer._mtp_weight())
+        rates.append(trainer._rate_scale())
+        if step in (6, 7):
+            trainer._update(next(packed_and_alone(recipe.data.sequence_length)), trainer.stage_at(step))
+            gradients.append(trainer.model.mtp[0].e_proj.weight.grad)
+    assert weights == [0.3] * 7 + [0.1] * 3
+    assert [rate < 1 for rate in rates] == [weight == 0.1 for weight in weights]
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[0], 3 * gradients[1])
+
+
+# --- resuming
+
+
+@pytest.mark.parametrize("mtp_layers", [0, 1])
+def test_resuming_repeats_the_uninterrupted_run(prepared, tmp_path, mtp_layers):
+    prepared = with_overrides(prepared, {"model.mtp_layers": mtp_layers})
     straight = Record(tmp_path / "a")
     whole = trainer_for(prepared, straight)
     whole.run()
@@ -106,6 +205,7 @@ def test_resuming_repeats_the_uninterrupted_run(prepared, tmp_path):
     assert [s for s, _ in resumed.logged] == [3, 4, 5, 6]
     losses = {s: m["train/loss"] for s, m in straight.logged}
     assert all(m["train/loss"] == losses[s] for s, m in resumed.logged)
+    assert any(".mtp." in f".{name}" for name in second.model.state_dict()) == bool(mtp_layers)
     for (name, p), q in zip(whole.model.state_dict().items(), second.model.state_dict().values()):
         assert torch.equal(p, q), name
 
@@ -123,9 +223,9 @@ def _rank(rank, world, port, recipe, out):
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    record = Record()
-    trainer = trainer_for(recipe_from_dict(recipe), record, rank, world)
-    trainer.run()
+    trainer = trainer_for(recipe_from_dict(recipe), Record(), rank, world)
+    _, alone = packed_and_alone(trainer.recipe.data.sequence_length)
+    trainer._update({name: values[rank::world] for name, values in alone.items()}, trainer.stage_at(0))
     if rank == 0:
         save_file({n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}, out)
     dist.destroy_process_group()
@@ -135,10 +235,12 @@ def test_two_ranks_make_the_gradient_of_one(prepared, tmp_path):
     # float32 formats: a rounding border crossed by the last bit would be a real difference, but not of the averaging.
     recipe = with_overrides(
         prepared,
-        {"model.cache_precision": "fp32", "model.qat": False, "train.stages": [{"attention": "sparse", "steps": 1}]},
-    )
+        {"model.cache_precision": "fp32", "model.qat": False, "model.mtp_layers": 1,
+         "train.stages": [{"attention": "sparse", "steps": 1}]},
+    )  # fmt: skip
     single = trainer_for(recipe, Record())
-    single.run()
+    _, alone = packed_and_alone(recipe.data.sequence_length)  # ranks get documents of different lengths
+    single._update(alone, single.stage_at(0))
     mp.spawn(_rank, (2, free_port(), recipe.to_dict(), str(tmp_path / "gradients")), nprocs=2)
     double = load_file(tmp_path / "gradients")
     for name, p in single.model.named_parameters():
@@ -177,6 +279,7 @@ def test_routers_move_towards_an_even_load(prepared):
         ({"train.workers": 3}, "8 rows do not divide over 3 workers"),
         ({"model.hca_ratio": 128}, "128 tokens per entry leave a 96-token sequence without any entry"),
         ({"train.indexer_loss_weight": 0}, "leaves the indexer untrained"),
+        ({"train.mtp_loss_weight": 0, "model.mtp_layers": 1}, "leaves the model's multi-token prediction untrained"),
         ({"model.layers": ["sliding"]}, "no csa layer to warm up"),
     ],
 )
