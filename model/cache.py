@@ -15,7 +15,7 @@ from torch import Tensor
 from model.cache_parts import LayerCache, Ring
 from model.config import ModelConfig
 from model.errors import CacheError
-from model.paging import PagePool
+from model.paging import PagePool, PageTable
 
 COMPONENTS = ("csa", "hca", "index", "gqa", "window", "tail")
 
@@ -50,17 +50,14 @@ class Cache:
         if pool is not None and pool.config != config:
             raise CacheError("the page pool was made for another model configuration")
         self.config, self.max_tokens, self.rewind = config, max_tokens, rewind
-        self._reserved = 0 if pool is not None else -(-max_tokens // config.page_tokens)
-        """Pages that every sequence has from the start."""
-        self.pool = pool if pool is not None else PagePool(config, batch_size * self._reserved, device)
+        reserved = 0 if pool is not None else -(-max_tokens // config.page_tokens)
+        self.pool = pool if pool is not None else PagePool(config, batch_size * reserved, device)
         self.device = self.pool.device
-        self.lengths = [0] * batch_size
+        self._table = PageTable(self.pool, batch_size, reserved)
         self._written = [0] * batch_size
         """How far each sequence's rings were ever written: they hold the rows up to their capacity before that."""
-        self._tables = [self.pool.take(self._reserved) for _ in range(batch_size)]
-        self._table_tensor: Tensor | None = None
-        self._step = 0
-        self.layers = [LayerCache(self, layer, batch_size) for layer in range(config.num_layers)]
+        # The layers know the table and not the cache: a cycle would keep the memory of a forgotten cache for a while.
+        self.layers = [LayerCache(config, layer, self._table, rewind) for layer in range(config.num_layers)]
 
     # --- lengths
 
@@ -69,21 +66,21 @@ class Cache:
         return len(self.lengths)
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens held, of each sequence."""
+        return list(self._table.lengths)
+
+    @property
     def length(self) -> int:
         """Tokens held, where all sequences hold as many. Raises CacheError where they do not."""
-        if len(set(self.lengths)) > 1:
+        if len(set(self._table.lengths)) > 1:
             raise CacheError(f"the sequences have different lengths: {self.lengths}")
-        return self.lengths[0]
+        return self._table.lengths[0]
 
     @property
     def starts(self) -> Tensor:
         """Positions of the next tokens: int64 [1] where all sequences are equally long, else [B]."""
-        lengths = self.lengths[:1] if len(set(self.lengths)) == 1 else self.lengths
-        return torch.tensor(lengths, device=self.device)
-
-    def entry_counts(self, ratio: int) -> tuple[list[int], list[int]]:
-        """How many entries of ``ratio`` tokens each sequence had before the present step, and has after it."""
-        return [n // ratio for n in self.lengths], [(n + self._step) // ratio for n in self.lengths]
+        return self._table.starts
 
     # --- a step of the network
 
@@ -91,15 +88,14 @@ class Cache:
         """Make room for ``tokens`` more tokens of each sequence. Raises CacheError, and changes nothing, when they do
         not fit, the pool has too few pages, or an interrupted step has damaged the fixed state."""
         self.check_room(batch_size, tokens)
-        self._own_pages(tokens)
-        self._step = tokens
-        self._written = [max(written, n + tokens) for written, n in zip(self._written, self.lengths)]
+        self._table.begin(tokens)
+        self._written = [max(written, n + tokens) for written, n in zip(self._written, self._table.lengths)]
 
     def check_room(self, batch_size: int, tokens: int) -> None:
         """Raise CacheError unless [batch_size, tokens] more ids fit."""
         if batch_size != self.batch_size:
             raise CacheError(f"the cache holds {self.batch_size} sequences, the input has {batch_size}")
-        for sequence, length in enumerate(self.lengths):
+        for sequence, length in enumerate(self._table.lengths):
             if length + tokens > self.max_tokens:
                 raise CacheError(
                     f"{tokens} more tokens do not fit: the cache holds {length} of at most {self.max_tokens}"
@@ -111,49 +107,7 @@ class Cache:
 
     def advance(self) -> None:
         """Count the tokens that every layer has appended since :meth:`begin`."""
-        self.lengths = [n + self._step for n in self.lengths]
-        self._step = 0
-
-    def _own_pages(self, tokens: int) -> None:
-        """Pages for ``tokens`` more tokens; those that will be written are shared with nobody."""
-        if not self.pool.parts:
-            return
-        shared: list[tuple[int, int]] = []
-        missing = []
-        for sequence, (table, length) in enumerate(zip(self._tables, self.lengths)):
-            end = self.pool.pages_for(length + tokens)
-            missing.append(max(0, end - len(table)))
-            touched = range(length // self.pool.page_tokens, min(end, len(table)))
-            shared += [(sequence, place) for place in touched if self.pool.shared(table[place])]
-        needed = sum(missing) + len(shared)
-        if not needed:
-            return
-        if self._reserved:
-            self.pool.grow(max(0, needed - self.pool.free_pages))
-        self.pool.check_free(needed)
-        for sequence, place in shared:
-            table = self._tables[sequence]
-            if self.pool.shared(table[place]):  # not when the others have moved away just now
-                table[place] = self.pool.copy(table[place])
-        for table, count in zip(self._tables, missing):
-            table += self.pool.take(count)
-        self._table_tensor = None
-
-    @property
-    def tables(self) -> Tensor:
-        """Page numbers, int64 [B, most pages]; shorter rows are filled up with their own first page."""
-        if self._table_tensor is None:
-            most = max(map(len, self._tables))
-            rows = [table + table[:1] * (most - len(table)) for table in self._tables]
-            self._table_tensor = torch.tensor(rows, device=self.device)
-        return self._table_tensor
-
-    def first_of_run(self, pages: int) -> int | None:
-        """The first page, where there is one sequence whose first ``pages`` pages lie one after the other."""
-        table = self._tables[0]
-        if len(self._tables) > 1 or table[:pages] != list(range(table[0], table[0] + pages)):
-            return None
-        return table[0]
+        self._table.advance()
 
     # --- sizes
 
@@ -161,7 +115,7 @@ class Cache:
         """Bytes of the real storages: all, or one of :data:`COMPONENTS`. A page held twice counts once."""
         if component is not None and component not in COMPONENTS:
             raise CacheError(f"component '{component}' is not one of {', '.join(COMPONENTS)}")
-        pages = len({page for table in self._tables for page in table})
+        pages = len({page for pages in self._table.pages for page in pages})
         parts = (part for layer in self.layers for part in layer.ring_parts())
         rings = sum(part.ring.nbytes for part in parts if component in (None, part.component))
         return pages * self.pool.page_bytes(component) + rings
@@ -181,7 +135,7 @@ class Cache:
         targets = [tokens] * self.batch_size if isinstance(tokens, int) else list(tokens)
         if len(targets) != self.batch_size:
             raise CacheError(f"truncate: {len(targets)} lengths were given for {self.batch_size} sequences")
-        for sequence, (target, length) in enumerate(zip(targets, self.lengths)):
+        for sequence, (target, length) in enumerate(zip(targets, self._table.lengths)):
             if not 0 <= target <= length:
                 raise CacheError(f"cannot truncate to {target} tokens: the cache holds {length}")
             if not self._restorable(sequence, target):
@@ -193,11 +147,7 @@ class Cache:
         for sequence, target in enumerate(targets):
             if target == 0:
                 self._written[sequence] = 0
-            kept = max(self._reserved, self.pool.pages_for(target))
-            self.pool.release(self._tables[sequence][kept:])
-            del self._tables[sequence][kept:]
-        self._table_tensor = None
-        self.lengths = targets
+        self._table.truncate(targets)
 
     def _restorable(self, sequence: int, length: int) -> bool:
         """Whether the rings still hold all that tokens from position ``length`` on will need."""
@@ -209,70 +159,50 @@ class Cache:
         )
 
     def release(self) -> None:
-        """Forget all tokens and give the pages back: for caches of a common pool that are no longer wanted."""
-        for table in self._tables:
-            self.pool.release(table)
-        self._tables = [[] for _ in self._tables]
-        self._reserved = 0
-        self.truncate(0)
+        """Forget all tokens and give the pages back. A cache that nobody holds any more does so by itself."""
+        self._table.release()
+        self._written = [0] * self.batch_size
 
     def fork(self) -> Cache:
         """A second cache that goes on from here on its own. Pages are shared until one of the two writes to them."""
         twin = self._like(self.batch_size)
-        twin.lengths, twin._written = list(self.lengths), list(self._written)
-        tables = [table[: self.pool.pages_for(n)] for table, n in zip(self._tables, self.lengths)]
-        if self._reserved:  # the rest of what was reserved, and one page to copy each half-filled one to
-            rest = sum(self._reserved - len(table) + 1 for table in tables)
-            self.pool.grow(max(0, rest - self.pool.free_pages))
-        for table in tables:
-            self.pool.share(table)
-        twin._tables = [table + self.pool.take(max(0, self._reserved - len(table))) for table in tables]
+        self._table.fork_into(twin._table)
+        twin._written = list(self._written)
         for ours, theirs in zip(self._rings(), twin._rings()):
             theirs.data.copy_(ours.data)
         return twin
 
     @classmethod
     def join(cls, caches: Sequence[Cache]) -> Cache:
-        """One cache of all sequences of ``caches``, which have one pool and are left empty."""
+        """One cache of all sequences of ``caches``, which share a pool and are left empty."""
         first = caches[0]
         for cache in caches:
             if cache.pool is not first.pool or cache.rewind != first.rewind:
                 raise CacheError("only caches of one page pool and one rewind can be joined")
         whole = first._like(sum(cache.batch_size for cache in caches))
-        whole._reserved = min(cache._reserved for cache in caches)
         whole.max_tokens = max(cache.max_tokens for cache in caches)
         for i, ring in enumerate(whole._rings()):
-            ring.data.copy_(torch.cat([cache._rings()[i].data for cache in caches]))
-        whole.lengths = [n for cache in caches for n in cache.lengths]
+            torch.cat([cache._rings()[i].data for cache in caches], out=ring.data)
         whole._written = [n for cache in caches for n in cache._written]
-        whole._tables = [table for cache in caches for table in cache._tables]
+        whole._table.adopt([(cache._table, i) for cache in caches for i in range(cache.batch_size)])
         for cache in caches:
-            cache._hand_over()
+            cache._written = [0] * cache.batch_size
         return whole
 
     def split(self) -> list[Cache]:
         """One cache for each sequence, in order; this one is left empty."""
-        parts = []
-        for sequence, table in enumerate(self._tables):
-            part = self._like(1)
-            part.lengths, part._written = [self.lengths[sequence]], [self._written[sequence]]
-            part._tables = [table]
+        parts = [self._like(1) for _ in range(self.batch_size)]
+        for sequence, part in enumerate(parts):
+            part._written = [self._written[sequence]]
             for ours, theirs in zip(self._rings(), part._rings()):
                 theirs.data.copy_(ours.data[sequence : sequence + 1])
-            parts.append(part)
-        self._hand_over()
+            part._table.adopt([(self._table, sequence)])
+        self._written = [0] * self.batch_size
         return parts
 
     def _like(self, batch_size: int) -> Cache:
         """An empty cache of the same kind, without pages."""
-        twin = Cache(self.config, batch_size, self.max_tokens, pool=self.pool, rewind=self.rewind)
-        twin._reserved = self._reserved
-        return twin
-
-    def _hand_over(self) -> None:
-        """Empty this cache without giving back its pages, which others hold now."""
-        self._tables = [[] for _ in self._tables]
-        self.release()
+        return Cache(self.config, batch_size, self.max_tokens, pool=self.pool, rewind=self.rewind)
 
     def _rings(self) -> list[Ring]:
         return [part.ring for layer in self.layers for part in layer.ring_parts()]

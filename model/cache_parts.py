@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kernels.cache_io import EntryLayout, pack, unpack
+from model.config import ModelConfig
+from model.paging import PageTable
 from model.precision import Precision
-
-if TYPE_CHECKING:
-    from model.cache import Cache
 
 
 class Ring:
@@ -51,10 +49,10 @@ class Window:
 
     component = "window"
 
-    def __init__(self, cache: Cache, layout: EntryLayout, batch_size: int):
-        self.cache, self.layout, self.tokens = cache, layout, cache.config.window
-        shape = (batch_size, self.tokens + cache.rewind, layout.nbytes)
-        self.ring = Ring(torch.zeros(shape, dtype=torch.uint8, device=cache.device))
+    def __init__(self, table: PageTable, layout: EntryLayout, tokens: int, rewind: int):
+        self.table, self.layout, self.tokens = table, layout, tokens
+        shape = (len(table.lengths), tokens + rewind, layout.nbytes)
+        self.ring = Ring(torch.zeros(shape, dtype=torch.uint8, device=table.pool.device))
 
     def first_needed(self, position: int) -> int:
         """The oldest token that the one at ``position`` sees."""
@@ -63,11 +61,11 @@ class Window:
     def read(self) -> Tensor:
         """The ``window - 1`` tokens before the new ones: float32 [B, window - 1, size]. What lies before a sequence's
         start means nothing."""
-        return unpack(self.ring.read(self.cache.starts, self.tokens - 1), self.layout)
+        return unpack(self.ring.read(self.table.starts, self.tokens - 1), self.layout)
 
     def append(self, x: Tensor) -> None:
         """The new tokens' key-values, float [B, S, size]."""
-        self.ring.write(self.cache.starts + x.shape[1], pack(x[:, -self.ring.capacity :], self.layout))
+        self.ring.write(self.table.starts + x.shape[1], pack(x[:, -self.ring.capacity :], self.layout))
 
 
 @dataclass(frozen=True)
@@ -88,11 +86,11 @@ class Tail:
 
     component = "tail"
 
-    def __init__(self, cache: Cache, ratio: int, width: int, overlap: bool, batch_size: int):
-        self.cache, self.ratio, self.overlap = cache, ratio, overlap
+    def __init__(self, table: PageTable, ratio: int, width: int, overlap: bool, rewind: int):
+        self.table, self.ratio, self.overlap = table, ratio, overlap
         rows = 2 * ratio - 1 if overlap else ratio - 1  # an unfinished block, and the whole one before it
-        shape = (batch_size, rows + cache.rewind, 2 * (2 * width if overlap else width))
-        self.ring = Ring(torch.zeros(shape, device=cache.device))
+        shape = (len(table.lengths), rows + rewind, 2 * (2 * width if overlap else width))
+        self.ring = Ring(torch.zeros(shape, device=table.pool.device))
 
     def first_needed(self, position: int) -> int:
         """The oldest token that the block of the one at ``position`` is pooled from."""
@@ -102,39 +100,39 @@ class Tail:
         """Who completes blocks with ``tokens`` new tokens, sequences in the same phase together."""
         m = self.ratio
         groups: dict[tuple[int, bool], list[int]] = {}
-        for sequence, start in enumerate(self.cache.lengths):
+        for sequence, start in enumerate(self.table.lengths):
             if (start + tokens) // m > start // m:
                 groups.setdefault((start % m, self.overlap and start >= m), []).append(sequence)
         for (phase, has_previous), sequences in groups.items():
-            starts = torch.tensor([self.cache.lengths[s] for s in sequences], device=self.cache.device)
+            starts = torch.tensor([self.table.lengths[s] for s in sequences], device=self.table.pool.device)
             yield Completion(sequences, phase + m * has_previous, has_previous, starts // m)
 
     def read(self, group: Completion) -> Tensor:
         """The kept rows of a group: float32 [sequences, past, width]."""
-        rows = self.ring.read(self.cache.starts, group.past)
+        rows = self.ring.read(self.table.starts, group.past)
         return rows if len(group.sequences) == len(rows) else rows[group.sequences]
 
     def append(self, rows: Tensor) -> None:
         """The new tokens' rows, float32 [B, S, width]."""
-        self.ring.write(self.cache.starts + rows.shape[1], rows[:, -self.ring.capacity :])
+        self.ring.write(self.table.starts + rows.shape[1], rows[:, -self.ring.capacity :])
 
 
 class Entries:
     """One growing part: packed rows in the pages of every sequence."""
 
-    def __init__(self, cache: Cache, layer: int, name: str):
-        self.cache, self.layer, self.name = cache, layer, name
-        part = cache.pool.parts[layer, name]
+    def __init__(self, table: PageTable, layer: int, name: str):
+        self.table, self.layer, self.name = table, layer, name
+        part = table.pool.parts[layer, name]
         self.layout, self.ratio = part.layout, part.ratio
-        self.per_page = cache.pool.page_tokens // part.ratio
+        self.per_page = table.pool.page_tokens // part.ratio
 
     @property
     def _rows(self) -> Tensor:
-        return self.cache.pool.rows(self.layer, self.name)
+        return self.table.pool.rows(self.layer, self.name)
 
     def append(self, x: Tensor) -> None:
         """The new entries, float [B, n, size]: of each sequence as many as its new tokens complete."""
-        before, after = self.cache.entry_counts(self.ratio)
+        before, after = self.table.entry_counts(self.ratio)
         new = [last - first for first, last in zip(before, after)]
         if not any(new):
             return
@@ -147,15 +145,15 @@ class Entries:
     def read(self) -> Tensor:
         """All entries, the new ones included: float32 [B, T, size], T those of the sequence with the most. Beyond a
         sequence's own they mean nothing."""
-        counts = self.cache.entry_counts(self.ratio)[1]
+        counts = self.table.entry_counts(self.ratio)[1]
         most = max(counts)
         if not most:
-            return torch.zeros(len(counts), 0, self.layout.size, device=self.cache.device)
-        page = self.cache.first_of_run(-(-most // self.per_page))
+            return torch.zeros(len(counts), 0, self.layout.size, device=self.table.pool.device)
+        page = self.table.first_of_run(-(-most // self.per_page))
         if page is not None:
             return unpack(self._rows[page * self.per_page :][:most], self.layout).unsqueeze(0)
-        last = torch.tensor(counts, device=self.cache.device).unsqueeze(-1) - 1
-        return self.gather(torch.arange(most, device=self.cache.device).minimum(last.clamp(min=0)))
+        last = torch.tensor(counts, device=self.table.pool.device).unsqueeze(-1) - 1
+        return self.gather(torch.arange(most, device=self.table.pool.device).minimum(last.clamp(min=0)))
 
     def gather(self, numbers: Tensor) -> Tensor:
         """Entries by number, int64 [B, ...] -> float32 [B, ..., size]. Only these rows are touched."""
@@ -170,31 +168,31 @@ class Entries:
         self._rows[self._all_places()] = rows
 
     def _all_places(self) -> Tensor:
-        (count,) = self.cache.entry_counts(self.ratio)[1]
-        numbers = torch.arange(count, device=self.cache.device).unsqueeze(0)
+        (count,) = self.table.entry_counts(self.ratio)[1]
+        numbers = torch.arange(count, device=self.table.pool.device).unsqueeze(0)
         return self._places(numbers)[0] if count else numbers[0]
 
     def _places(self, numbers: Tensor) -> Tensor:
         """Rows of the pool that hold the entries ``numbers`` [B, ...]."""
-        pages = self.cache.tables.gather(1, (numbers // self.per_page).flatten(1)).view_as(numbers)
+        pages = self.table.numbers.gather(1, (numbers // self.per_page).flatten(1)).view_as(numbers)
         return pages * self.per_page + numbers % self.per_page
 
 
 class LayerCache:
     """One layer's share. Which parts exist depends on its mixer; a mixer only touches its own."""
 
-    def __init__(self, cache: Cache, layer: int, batch_size: int):
-        config, mixer = cache.config, cache.config.layers[layer]
+    def __init__(self, config: ModelConfig, layer: int, table: PageTable, rewind: int):
+        mixer = config.layers[layer]
         ratio, overlap = config.compress_ratio(mixer), mixer == "csa"
         if mixer != "gqa":
-            self.window = Window(cache, Precision(config).main_layout, batch_size)
+            self.window = Window(table, Precision(config).main_layout, config.window, rewind)
         if mixer in ("csa", "hca"):
-            self.tail = Tail(cache, ratio, config.head_dim, overlap, batch_size)
+            self.tail = Tail(table, ratio, config.head_dim, overlap, rewind)
         if mixer in ("csa", "hca", "gqa"):
-            self.entries = Entries(cache, layer, "entries")
+            self.entries = Entries(table, layer, "entries")
         if mixer == "csa":
-            self.index = Entries(cache, layer, "index")
-            self.index_tail = Tail(cache, ratio, config.index_head_dim, True, batch_size)
+            self.index = Entries(table, layer, "index")
+            self.index_tail = Tail(table, ratio, config.index_head_dim, True, rewind)
 
     def ring_parts(self) -> list[Window | Tail]:
         return [part for part in vars(self).values() if isinstance(part, Window | Tail)]

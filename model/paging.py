@@ -7,7 +7,7 @@ Sequences hold page numbers, counted, so that forks can share them.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -121,9 +121,138 @@ class PagePool:
         return own
 
     def grow(self, pages: int) -> None:
-        """Add free pages. The rows move to a larger allocation."""
+        """Add free pages, if more than 0. The rows move to a larger allocation."""
+        if pages <= 0:
+            return
         for key, part in self.parts.items():
             self._rows[key] = torch.cat((self._rows[key], self._allocate(part, pages)))
         for page in range(self.pages, self.pages + pages):
             heapq.heappush(self._free, page)
         self._references += [0] * pages
+
+
+class PageTable:
+    """Which pages hold which sequence, and how far each has been read: what every layer of a cache has in common.
+
+    Pages go back to the pool when the table is forgotten.
+    """
+
+    def __init__(self, pool: PagePool, sequences: int, reserved: int = 0):
+        """``reserved`` pages of the pool for each sequence from the start; more are taken as tokens come."""
+        self.pool, self.reserved = pool, reserved
+        self.pages: list[list[int]] = []
+        self.pages += [pool.take(reserved) for _ in range(sequences)]
+        self.lengths = [0] * sequences
+        self.step = 0
+        """Tokens that are being appended to every sequence."""
+
+    def __del__(self) -> None:
+        self.release()
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens read of each sequence."""
+        return self._lengths
+
+    @lengths.setter
+    def lengths(self, lengths: list[int]) -> None:
+        self._lengths = lengths
+        self._starts: Tensor | None = None
+        self._numbers: Tensor | None = None
+
+    @property
+    def starts(self) -> Tensor:
+        """Positions of the next tokens: int64 [1] where all sequences are equally long, else [B]."""
+        if self._starts is None:
+            different = self._lengths[:1] if len(set(self._lengths)) == 1 else self._lengths
+            self._starts = torch.tensor(different, device=self.pool.device)
+        return self._starts
+
+    @property
+    def numbers(self) -> Tensor:
+        """Page numbers, int64 [B, most pages]; shorter rows are filled up with their own first page."""
+        if self._numbers is None:
+            most = max(map(len, self.pages))
+            rows = [pages + pages[:1] * (most - len(pages)) for pages in self.pages]
+            self._numbers = torch.tensor(rows, dtype=torch.int64, device=self.pool.device)
+        return self._numbers
+
+    def first_of_run(self, count: int) -> int | None:
+        """The first page, where there is one sequence whose first ``count`` pages lie one after the other."""
+        pages = self.pages[0]
+        if len(self.pages) > 1 or pages[:count] != list(range(pages[0], pages[0] + count)):
+            return None
+        return pages[0]
+
+    def entry_counts(self, ratio: int) -> tuple[list[int], list[int]]:
+        """How many entries of ``ratio`` tokens each sequence had before the present step, and has after it."""
+        return [n // ratio for n in self._lengths], [(n + self.step) // ratio for n in self._lengths]
+
+    def begin(self, tokens: int) -> None:
+        """Own the pages that the next ``tokens`` tokens of every sequence will be written to, sharing none of them.
+        Raises CacheError, and changes nothing, when the pool has too few pages."""
+        if self.pool.parts:
+            self._own_pages(tokens)
+        self.step = tokens
+
+    def _own_pages(self, tokens: int) -> None:
+        shared: list[tuple[int, int]] = []
+        missing = []
+        for sequence, (pages, length) in enumerate(zip(self.pages, self._lengths)):
+            end = self.pool.pages_for(length + tokens)
+            missing.append(max(0, end - len(pages)))
+            touched = range(length // self.pool.page_tokens, min(end, len(pages)))
+            shared += [(sequence, place) for place in touched if self.pool.shared(pages[place])]
+        needed = sum(missing) + len(shared)
+        if needed:
+            if self.reserved:
+                self.pool.grow(needed - self.pool.free_pages)
+            self.pool.check_free(needed)
+            for sequence, place in shared:
+                pages = self.pages[sequence]
+                if self.pool.shared(pages[place]):  # not when the others have moved away just now
+                    pages[place] = self.pool.copy(pages[place])
+            for pages, count in zip(self.pages, missing):
+                pages += self.pool.take(count)
+            self._numbers = None
+
+    def advance(self) -> None:
+        """Count the tokens of the step that has been done."""
+        self.lengths = [n + self.step for n in self._lengths]
+        self.step = 0
+
+    def truncate(self, lengths: list[int]) -> None:
+        """Go back to ``lengths`` tokens, and give back the pages beyond them that were not reserved."""
+        for pages, length in zip(self.pages, lengths):
+            kept = max(self.reserved, self.pool.pages_for(length))
+            self.pool.release(pages[kept:])
+            del pages[kept:]
+        self.lengths, self.step = lengths, 0
+
+    def fork_into(self, other: PageTable) -> None:
+        """Let an empty table go on from here: it shares the pages in use and reserves as many as this one."""
+        used = [pages[: self.pool.pages_for(n)] for pages, n in zip(self.pages, self._lengths)]
+        other.reserved = self.reserved
+        if self.reserved:  # the rest, and one page for each half-filled one to be copied to
+            self.pool.grow(sum(self.reserved - len(pages) + 1 for pages in used) - self.pool.free_pages)
+        for pages in used:
+            self.pool.share(pages)
+        other.pages = [pages + self.pool.take(max(0, self.reserved - len(pages))) for pages in used]
+        other.lengths = list(self._lengths)
+
+    def adopt(self, sequences: Sequence[tuple[PageTable, int]]) -> None:
+        """Take over sequences of other tables of the pool, with their pages, in the place of one's own empty ones."""
+        self.pages = [table.pages[i] for table, i in sequences]
+        self.lengths = [table.lengths[i] for table, i in sequences]
+        self.reserved = min(table.reserved for table, _ in sequences)
+        for table, i in sequences:
+            table.pages[i] = []
+            table.lengths = [0 if k == i else n for k, n in enumerate(table.lengths)]
+
+    def release(self) -> None:
+        """Forget all tokens and give all pages back, reserved ones too."""
+        for pages in self.pages:
+            self.pool.release(pages)
+        self.pages = [[] for _ in self.pages]
+        self.reserved = 0
+        self.lengths, self.step = [0] * len(self.pages), 0

@@ -1,5 +1,8 @@
 """The cache as its users see it: whatever is done to it, the next logits are those of the tokens alone."""
 
+import gc
+import weakref
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -111,7 +114,7 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def no_page_is_lost(self):
         if hasattr(self, "caches"):
-            held = {page for cache in self.caches for table in cache._tables for page in table}
+            held = {page for cache in self.caches for pages in cache._table.pages for page in pages}
             assert len(held) + self.pool.free_pages == self.pool.pages
 
 
@@ -293,3 +296,51 @@ def test_bytes_are_the_closed_form_and_follow_the_tokens(rewind, precision):
     assert cache.nbytes() == sum(map(cache.nbytes, COMPONENTS))
     cache.truncate(0)
     assert cache.nbytes("csa") == 0 and pool.free_pages == 8
+
+
+def test_a_forgotten_cache_gives_its_memory_back_at_once():
+    model = MODELS["hybrid"]
+    gc.disable()
+    try:
+        pool = PagePool(model.config, 4)
+        cache, _ = filled(model, 100, pool=pool)
+        twin = cache.fork()
+        del cache
+        assert pool.free_pages == 2
+        forgotten = weakref.ref(twin.layers[1].window.ring.data)
+        del twin
+        assert pool.free_pages == 4 and forgotten() is None
+    finally:
+        gc.enable()
+
+
+def test_forking_again_and_again_needs_no_more_memory():
+    cache, _ = filled(MODELS["hybrid"], 100)
+    for _ in range(5):
+        next_logits(MODELS["hybrid"], cache.fork())
+    pages = cache.pool.pages
+    for _ in range(5):
+        next_logits(MODELS["hybrid"], cache.fork())
+    assert cache.pool.pages == pages
+
+
+def test_an_interrupted_step_is_noticed():
+    model = MODELS["hybrid"]
+    cache, tokens = filled(model, 60)
+    ids = torch.randint(0, SMALL["vocab_size"], (1, 40))
+
+    def fail(*_):
+        raise RuntimeError("lost power")
+
+    with torch.inference_mode():
+        handle = model.layers[2].ffn.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="lost power"):
+            model(ids, cache)
+        handle.remove()
+        assert cache.length == 60
+        with pytest.raises(CacheError, match="sequence 0 cannot go on from 60 tokens: a step was interrupted"):
+            model(ids, cache)
+        cache.truncate(0)
+        model(torch.tensor([tokens]), cache)
+    expected = logits_of(model, [*tokens, 7])
+    torch.testing.assert_close(next_logits(model, cache)[0], expected, rtol=1e-3, atol=2e-4)
