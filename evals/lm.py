@@ -184,6 +184,8 @@ class CheckpointLM(TemplateLM):
             answering = cache.fork() if limit > 1 and turn + 1 < len(chains[0]) else cache
             for row, text in enumerate(self._answer(answering, logits, limit, until)):
                 answers[row].append(text)
+            if answering is not cache:
+                answering.release()  # before the next fork asks for as much
         return answers
 
     def _answer(self, cache: Cache, logits: Tensor, limit: int, until: Sequence[str]) -> list[str]:

@@ -18,10 +18,10 @@ from typing import Literal
 from torch import nn
 
 from model.config import ModelConfig
-from model.precision import EXPERT_FORMAT, Precision, gqa_format
+from model.paging import growing_parts
+from model.precision import EXPERT_FORMAT, Precision
 
 _FLOAT32 = 4
-_GQA_BYTES = {"bf16": 2, "fp32": 4}
 
 FP8_EQUIVALENT = {"bf16": 2.0, "fp8": 1.0, "fp4 weights": 1.0, "fp4": 0.5}
 """FP8 FLOPs that take the time of one FLOP in each format. FP4 weights meet FP8 activations, which today's hardware
@@ -56,14 +56,10 @@ class Work:
 
 def cache_bytes_per_token(config: ModelConfig) -> dict[str, float]:
     """Growing cache bytes per token, by component (``csa``, ``hca``, ``index``, ``gqa``), summed over layers."""
-    precision = Precision(config)
-    count = {name: config.layers.count(name) for name in ("csa", "hca", "gqa")}
-    return {
-        "csa": count["csa"] * precision.main_layout.nbytes / config.csa_ratio,
-        "hca": count["hca"] * precision.main_layout.nbytes / config.hca_ratio,
-        "index": count["csa"] * precision.index_layout.nbytes / config.csa_ratio,
-        "gqa": count["gqa"] * 2.0 * config.num_kv_heads * config.head_dim * _GQA_BYTES[gqa_format(config)],
-    }
+    per_token = dict.fromkeys(("csa", "hca", "index", "gqa"), 0.0)
+    for part in growing_parts(config).values():
+        per_token[part.component] += part.layout.nbytes / part.ratio
+    return per_token
 
 
 def fixed_state_bytes(config: ModelConfig, rewind: int = 0) -> dict[str, int]:

@@ -54,7 +54,7 @@ class Cache:
         self.pool = pool if pool is not None else PagePool(config, batch_size * reserved, device)
         self.device = self.pool.device
         self._table = PageTable(self.pool, batch_size, reserved)
-        self._written = [0] * batch_size
+        self.written = [0] * batch_size
         """How far each sequence's rings were ever written: they hold the rows up to their capacity before that."""
         # The layers know the table and not the cache: a cycle would keep the memory of a forgotten cache for a while.
         self.layers = [LayerCache(config, layer, self._table, rewind) for layer in range(config.num_layers)]
@@ -89,7 +89,7 @@ class Cache:
         not fit, the pool has too few pages, or an interrupted step has damaged the fixed state."""
         self.check_room(batch_size, tokens)
         self._table.begin(tokens)
-        self._written = [max(written, n + tokens) for written, n in zip(self._written, self._table.lengths)]
+        self.written = [max(written, n + tokens) for written, n in zip(self.written, self._table.lengths)]
 
     def check_room(self, batch_size: int, tokens: int) -> None:
         """Raise CacheError unless [batch_size, tokens] more ids fit."""
@@ -146,12 +146,12 @@ class Cache:
                 )
         for sequence, target in enumerate(targets):
             if target == 0:
-                self._written[sequence] = 0
+                self.written[sequence] = 0
         self._table.truncate(targets)
 
     def _restorable(self, sequence: int, length: int) -> bool:
         """Whether the rings still hold all that tokens from position ``length`` on will need."""
-        written = self._written[sequence]
+        written = self.written[sequence]
         return length == 0 or all(
             max(0, part.first_needed(length)) >= written - part.ring.capacity
             for layer in self.layers
@@ -161,13 +161,13 @@ class Cache:
     def release(self) -> None:
         """Forget all tokens and give the pages back. A cache that nobody holds any more does so by itself."""
         self._table.release()
-        self._written = [0] * self.batch_size
+        self.written = [0] * self.batch_size
 
     def fork(self) -> Cache:
         """A second cache that goes on from here on its own. Pages are shared until one of the two writes to them."""
         twin = self._like(self.batch_size)
         self._table.fork_into(twin._table)
-        twin._written = list(self._written)
+        twin.written = list(self.written)
         for ours, theirs in zip(self._rings(), twin._rings()):
             theirs.data.copy_(ours.data)
         return twin
@@ -175,6 +175,8 @@ class Cache:
     @classmethod
     def join(cls, caches: Sequence[Cache]) -> Cache:
         """One cache of all sequences of ``caches``, which share a pool and are left empty."""
+        if not caches or len({id(cache) for cache in caches}) < len(caches):
+            raise CacheError("joining takes at least one cache, and each only once")
         first = caches[0]
         for cache in caches:
             if cache.pool is not first.pool or cache.rewind != first.rewind:
@@ -183,21 +185,21 @@ class Cache:
         whole.max_tokens = max(cache.max_tokens for cache in caches)
         for i, ring in enumerate(whole._rings()):
             torch.cat([cache._rings()[i].data for cache in caches], out=ring.data)
-        whole._written = [n for cache in caches for n in cache._written]
+        whole.written = [n for cache in caches for n in cache.written]
         whole._table.adopt([(cache._table, i) for cache in caches for i in range(cache.batch_size)])
         for cache in caches:
-            cache._written = [0] * cache.batch_size
+            cache.written = [0] * cache.batch_size
         return whole
 
     def split(self) -> list[Cache]:
         """One cache for each sequence, in order; this one is left empty."""
         parts = [self._like(1) for _ in range(self.batch_size)]
         for sequence, part in enumerate(parts):
-            part._written = [self._written[sequence]]
+            part.written = [self.written[sequence]]
             for ours, theirs in zip(self._rings(), part._rings()):
                 theirs.data.copy_(ours.data[sequence : sequence + 1])
             part._table.adopt([(self._table, sequence)])
-        self._written = [0] * self.batch_size
+        self.written = [0] * self.batch_size
         return parts
 
     def _like(self, batch_size: int) -> Cache:

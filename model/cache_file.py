@@ -22,18 +22,21 @@ FORMAT_VERSION = "1"
 def save_cache(cache: Cache, path: str | Path) -> None:
     """Write the cache of one sequence; what stood at ``path`` is replaced once the new file is complete.
 
-    Raises CacheError for a cache of several sequences (:meth:`model.cache.Cache.split` makes single ones).
+    Raises CacheError for a cache of several sequences (:meth:`model.cache.Cache.split` makes single ones), and for one
+    that an interrupted step has damaged.
     """
     if cache.batch_size != 1:
         raise CacheError(f"{path}: a file holds one sequence's cache, this one holds {cache.batch_size}")
+    cache.check_room(1, 0)
     tensors = {name: rows.contiguous().cpu() for name, rows in _rows(cache).items()}
     metadata = {
         "format_version": FORMAT_VERSION,
         "model": json.dumps(cache.config.to_dict()),
         "length": str(cache.length),
         "rewind": str(cache.rewind),
-        "sha256": _digest(tensors),
+        "written": str(cache.written[0]),
     }
+    metadata["sha256"] = _digest(metadata, tensors)
     with atomic_file(path) as scratch:
         save_file(tensors, scratch, metadata=metadata)
 
@@ -48,10 +51,17 @@ def restore_cache(cache: Cache, path: str | Path) -> None:
         raise CacheError(f"{path}: only an empty cache of one sequence can be filled")
     metadata, tensors = _read(path)
     try:
-        model, length, rewind = json.loads(metadata["model"]), int(metadata["length"]), int(metadata["rewind"])
-        digest = metadata["sha256"]
+        digest = metadata.pop("sha256")
+        if metadata["format_version"] != FORMAT_VERSION:
+            raise CacheError(f"{path}: format version {metadata['format_version']} is not {FORMAT_VERSION}")
+        model = json.loads(metadata["model"])
+        length, rewind, written = (int(metadata[key]) for key in ("length", "rewind", "written"))
+        if not isinstance(model, dict) or not 0 <= length <= written:
+            raise ValueError("its metadata make no sense")
     except (KeyError, ValueError) as error:
         raise CacheError(f"{path}: not a saved cache ({error})") from error
+    if _digest(metadata, tensors) != digest:
+        raise CacheError(f"{path}: the checksum does not match: the file is damaged")
     ours = cache.config.to_dict()
     for key in {**ours, **model}:
         if ours.get(key) != model.get(key):
@@ -60,15 +70,14 @@ def restore_cache(cache: Cache, path: str | Path) -> None:
             )
     if rewind != cache.rewind:
         raise CacheError(f"{path}: saved with a rewind of {rewind} tokens, the cache has {cache.rewind}")
-    if _digest(tensors) != digest:
-        raise CacheError(f"{path}: the checksum does not match: the file is damaged")
     cache.begin(1, length)
     cache.advance()
     try:
         _fill(cache, tensors, path)
-    except CacheError:
+    except Exception:
         cache.truncate(0)
         raise
+    cache.written[0] = written
 
 
 def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -116,9 +125,9 @@ def _fill(cache: Cache, tensors: dict[str, Tensor], path: str | Path) -> None:
                 part.ring.write(cache.starts, rows.unsqueeze(0))
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.cache_io import EntryLayout, pack, unpack
 from model.config import ModelConfig
-from model.paging import PageTable
+from model.paging import PageTable, zeros
 from model.precision import Precision
 
 
@@ -52,7 +52,7 @@ class Window:
     def __init__(self, table: PageTable, layout: EntryLayout, tokens: int, rewind: int):
         self.table, self.layout, self.tokens = table, layout, tokens
         shape = (len(table.lengths), tokens + rewind, layout.nbytes)
-        self.ring = Ring(torch.zeros(shape, dtype=torch.uint8, device=table.pool.device))
+        self.ring = Ring(zeros(shape, torch.uint8, table.pool.device))
 
     def first_needed(self, position: int) -> int:
         """The oldest token that the one at ``position`` sees."""
@@ -90,7 +90,7 @@ class Tail:
         self.table, self.ratio, self.overlap = table, ratio, overlap
         rows = 2 * ratio - 1 if overlap else ratio - 1  # an unfinished block, and the whole one before it
         shape = (len(table.lengths), rows + rewind, 2 * (2 * width if overlap else width))
-        self.ring = Ring(torch.zeros(shape, device=table.pool.device))
+        self.ring = Ring(zeros(shape, torch.float32, table.pool.device))
 
     def first_needed(self, position: int) -> int:
         """The oldest token that the block of the one at ``position`` is pooled from."""
@@ -168,7 +168,7 @@ class Entries:
         self._rows[self._all_places()] = rows
 
     def _all_places(self) -> Tensor:
-        (count,) = self.table.entry_counts(self.ratio)[1]
+        (count,) = self.table.entry_counts(self.ratio)[0]
         numbers = torch.arange(count, device=self.table.pool.device).unsqueeze(0)
         return self._places(numbers)[0] if count else numbers[0]
 

@@ -391,8 +391,8 @@ def regimes(config: ModelConfig, references: tuple[Account, ...] = ()) -> tuple[
         growing, fixed = own.bytes_per_token, float(sum(own.fixed.values()))
         crossing("fixed", "growing cache passes the fixed state", rule, lambda n, _: growing * n, lambda *_: fixed, 1)
     if "csa" in config.layers:
-        covered = config.index_topk * config.csa_ratio
-        found.append(Regime("topk", "csa begins to choose", covered, covered, "index_topk x csa_ratio tokens"))
+        first = (config.index_topk + 1) * config.csa_ratio
+        found.append(Regime("topk", "csa begins to choose", first, first, "index_topk + 1 entries of csa_ratio tokens"))
         if "hca" in config.layers:
             coarse, fine = _part(own, "core attention, hca"), _part(own, "core attention, csa")
             crossing("hca", "core attention of hca passes that of csa", "both in the same format", coarse, fine)

@@ -253,6 +253,7 @@ def _validate(c: ModelConfig) -> None:
     )
     for name in positive:
         need(getattr(c, name) >= 1, f"{name}: must be at least 1, found {getattr(c, name)}")
+        need(getattr(c, name) < 1 << 31, f"{name}: must be below 2 ** 31, found {getattr(c, name)}")
     for name in ["norm_eps", "rope_theta", "compress_rope_theta", "routed_scaling_factor", "swiglu_limit", "hc_eps"]:
         need(getattr(c, name) > 0, f"{name}: must be positive, found {getattr(c, name)}")
     need(len(c.layers) >= 1, "layers: the schedule is empty")

@@ -8,17 +8,19 @@ writes the first and the last. Nothing in a folder is executed or unpickled.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from model import release_format
-from model.errors import CheckpointError
+from model.errors import CheckpointError, ConfigError
 from model.files import atomic_folder
-from model.hf_config import ExpertFormat, check_expressible, read_config, write_config
+from model.hf_config import OWN_KEY, ExpertFormat, check_expressible, read_config, write_config
 from model.hf_names import Format, Layout, Source, canonical, layout_of, sources
+from model.precision import Precision
 from model.shards import Stored, list_tensors, read_json, read_tensors, write_shards
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
@@ -29,11 +31,11 @@ CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.
 def import_pretrained(folder: str | Path, device: str | torch.device = "cpu", **overrides: Any) -> Transformer:
     """The network of a DeepSeek-V4 checkpoint folder, in float32 and eval mode.
 
-    ``overrides`` replace fields of ModelConfig. Unless they say otherwise, the network computes as the folder's owner
-    does: from unquantised weights in plain floats (``cache_precision="fp32"``, ``qat=False``), from quantised ones with
-    the mixed-precision cache (``"mixed"``), and with ``qat`` on where the experts are FP4, which rounds nothing that is
-    not rounded already. A prediction module is built where the folder holds its tensors (``mtp.*``, which transformers
-    never saves); ``mtp_layers=0`` passes over them.
+    ``overrides`` replace fields of ModelConfig. Unless they or a folder written here say otherwise, the network
+    computes as the folder's owner does: from unquantised weights in plain floats (``cache_precision="fp32"``,
+    ``qat=False``), from quantised ones with the mixed-precision cache (``"mixed"``), and with ``qat`` on where the
+    experts are FP4, which rounds nothing that is not rounded already. A prediction module is built where the folder
+    holds its tensors (``mtp.*``, which transformers never saves); ``mtp_layers=0`` passes over them.
 
     Names, shapes and dtypes of all tensors are checked before any is read, and they are read one at a time, so memory
     stays near the network's own. Raises CheckpointError naming file and key or tensor, expected and found.
@@ -66,8 +68,9 @@ def import_pretrained(folder: str | Path, device: str | torch.device = "cpu", **
         raise CheckpointError(
             f"{folder / CONFIG}: key 'quantization_config' is missing, but tensor '{name}' is {stored[name].dtype}"
         )
-    policy = {"cache_precision": "mixed" if quantized else "fp32", "qat": "fp4" in quantized.values()}
-    config = config.replace(**{key: value for key, value in policy.items() if key not in overrides})
+    if OWN_KEY not in content:
+        policy = {"cache_precision": "mixed" if quantized else "fp32", "qat": "fp4" in quantized.values()}
+        config = config.replace(**{key: value for key, value in policy.items() if key not in overrides})
     with torch.device("meta"):
         model = Transformer(config)
     model.to_empty(device=device)
@@ -87,17 +90,28 @@ def export_pretrained(
 ) -> None:
     """Write ``folder``, replacing what is there once the new one is complete.
 
-    ``transformers``: float32 under the names of ``DeepseekV4ForCausalLM``'s modules; ``mtp.*`` beside them, which it
-    passes over. ``released``: DeepSeek's names and dtypes (attention, shared experts and prediction projections FP8,
-    routed experts FP4 or FP8, mixing weights FP32, the rest BF16); ``experts`` chooses theirs, by default what they
-    were read from, else FP4. A tensor that was read quantised and not changed since is written bit for bit.
+    ``transformers``: float32 under the names of ``DeepseekV4ForCausalLM``'s modules, with ``qat`` the routed experts
+    rounded to FP4 as the network uses them; ``mtp.*`` beside them, which it passes over. ``released``: DeepSeek's names
+    and dtypes (attention, shared experts and prediction projections FP8, routed experts FP4 or FP8, mixing weights
+    FP32, the rest BF16); ``experts`` chooses theirs, by default what they were read from, else FP4 with ``qat`` and
+    FP8 without. A tensor that was read quantised and not changed since is written bit for bit. Both note
+    ``cache_precision`` and ``qat`` under a key of their own, which :func:`import_pretrained` heeds; transformers
+    rounds no cache.
 
-    Raises ConfigError for a network that the format cannot express, CheckpointError for a value that it cannot.
+    Raises ConfigError for a network that the format cannot express or an unknown format, CheckpointError for a value
+    that it cannot.
     """
+    for name, value, known in (
+        ("format", format, get_args(Layout)),
+        ("experts", experts, (None, *get_args(ExpertFormat))),
+    ):
+        if value not in known:
+            raise ConfigError(f"{name}: '{value}' is not one of {', '.join(filter(None, known))}")
     check_expressible(model.config, format)
     if experts is None:
-        read_as_fp8 = any(name.endswith(".w1_fp8_scale") for name, _ in model.named_buffers())
-        experts = "fp8" if read_as_fp8 else "fp4"
+        buffers = [name for name, _ in model.named_buffers()]
+        read_as = [fmt for fmt in get_args(ExpertFormat) if any(name.endswith(f".w1_{fmt}_scale") for name in buffers)]
+        experts = read_as[0] if read_as else "fp4" if model.config.qat else "fp8"
     writer, tensors = _writer(model, format, experts)
     with atomic_folder(folder) as scratch:
         write_shards(scratch, tensors.items(), writer.produce, max_shard_bytes)
@@ -177,25 +191,25 @@ def _fill(
 ) -> None:
     """Read the scales, which stay with the model, and then every weight. ``stored`` maps to the name on disk."""
     weight_of = {release_format.scale_name(name): name for name in quantized}
-    for scales_pass in (True, False):
-        chosen = {real: (name, s) for name, (real, s) in stored.items() if (name in weight_of) is scales_pass}
-        for real, tensor in read_tensors({real: s for real, (_, s) in chosen.items()}):
-            name, place = chosen[real]
-            if scales_pass:
-                codes = tensor.view(torch.uint8)
-                if (codes == 255).any():
-                    raise CheckpointError(f"{place.shard}: tensor '{name}' holds values that are not finite")
-                weight = weight_of[name]
-                release_format.keep_scales(
-                    model, expected[weight], quantized[weight], codes.to(model.embed.weight.device)
-                )
-                continue
-            source = expected[name]
-            if name in quantized:
-                scales = release_format.kept_scales(model, source, quantized[name])
-                assert scales is not None
-                tensor = release_format.decode(tensor, scales, quantized[name])
-            _place(model, source, tensor, place.shard)
+    for name, place, tensor in _read({name: stored[name] for name in weight_of}):
+        codes, weight = tensor.view(torch.uint8), weight_of[name]
+        if (codes == 255).any():
+            raise CheckpointError(f"{place.shard}: tensor '{name}' holds values that are not finite")
+        release_format.keep_scales(model, expected[weight], quantized[weight], codes.to(model.embed.weight.device))
+    for name, place, tensor in _read({name: stored[name] for name in expected}):
+        source = expected[name]
+        if name in quantized:
+            scales = release_format.kept_scales(model, source, quantized[name])
+            assert scales is not None
+            tensor = release_format.decode(tensor, scales, quantized[name])
+        _place(model, source, tensor, place.shard)
+
+
+def _read(stored: dict[str, tuple[str, Stored]]) -> Iterator[tuple[str, Stored, Tensor]]:
+    """Our name, place and content of each tensor, shard by shard."""
+    names = {real: name for name, (real, _) in stored.items()}
+    for real, tensor in read_tensors(dict(stored.values())):
+        yield names[real], stored[names[real]][1], tensor
 
 
 def _place(model: Transformer, source: Source, tensor: Tensor, shard: Path) -> None:
@@ -220,19 +234,20 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 class _Plain:
-    """Tensors as transformers holds them, in float32."""
+    """Tensors as transformers holds them, in float32. ``plan`` maps the names to write to where they come from."""
 
-    def __init__(self, state: dict[str, Tensor]):
-        self.state = state
-        self.plan: dict[str, Source] = {}
+    def __init__(self, model: Transformer, plan: dict[str, Source]):
+        self.model, self.plan, self.state = model, plan, model.state_dict()
 
     def entries(self, source: Source) -> list[tuple[str, int]]:
-        self.plan[source.name] = source
+        """Name and size in bytes of the tensors that one source becomes."""
         dtype = torch.int64 if source.stored == "int64" else torch.float32
         return [(source.name, release_format.nbytes(source.shape, dtype))]
 
     def produce(self, name: str) -> Tensor:
-        return self.values(self.plan[name])
+        source = self.plan[name]
+        values = self.values(source)
+        return Precision(self.model.config).round_expert(values) if source.stored == "fp4" else values
 
     def values(self, source: Source) -> Tensor:
         """A source's tensor put together from ours: float32 (int64 for expert tables), on the CPU."""
@@ -247,25 +262,23 @@ class _Plain:
 
 
 def _writer(model: Transformer, format: Layout, experts: ExpertFormat) -> tuple[_Plain, dict[str, int]]:
-    state = model.state_dict()
-    plan = sources(model.config, {name: tensor.shape for name, tensor in state.items()}, format)
-    writer = _Released(model, state, experts) if format == "released" else _Plain(state)
+    plan = sources(model.config, {name: tensor.shape for name, tensor in model.state_dict().items()}, format)
+    writer = _Released(model, plan, experts) if format == "released" else _Plain(model, plan)
     return writer, dict(entry for source in plan.values() for entry in writer.entries(source))
 
 
 class _Released(_Plain):
     """Tensors as released: quantised weights with their scales, the rest in the dtypes of the release."""
 
-    def __init__(self, model: Transformer, state: dict[str, Tensor], experts: ExpertFormat):
-        super().__init__(state)
-        self.model, self.experts = model, experts
+    def __init__(self, model: Transformer, plan: dict[str, Source], experts: ExpertFormat):
+        super().__init__(model, plan)
+        self.experts = experts
         self.encoded: dict[str, Tensor] = {}
 
     def format(self, source: Source) -> Format:
         return self.experts if source.stored == "fp4" else source.stored
 
     def entries(self, source: Source) -> list[tuple[str, int]]:
-        self.plan[source.name] = source
         fmt = self.format(source)
         shape = release_format.weight_shape(source, fmt)
         found = [(source.name, release_format.nbytes(shape, release_format.STORED[fmt]))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,9 @@ from model.errors import CheckpointError, ConfigError
 from model.hf_names import Layout
 
 MODEL_TYPE = "deepseek_v4"
+OWN_KEY = "fiftyfold"
+"""Where a folder written here says what no other key can: :data:`OWN_FIELDS`."""
+OWN_FIELDS = ("cache_precision", "qat")
 ExpertFormat = Literal["fp4", "fp8"]
 MIXERS = {
     "sliding_attention": "sliding",
@@ -117,11 +121,21 @@ def read_config(path: Path, content: dict[str, Any], **overrides: Any) -> ModelC
     if mtp not in (0, 1) and "mtp_layers" not in overrides:
         raise r.wrong("num_nextn_predict_layers", "0 or 1", mtp)
     fields["mtp_layers"] = mtp
+    fields |= _own_fields(r)
     _check_quantization(r)
     try:
         return ModelConfig.from_dict({**fields, **overrides})
     except ConfigError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        key_of = {ours: key for key, ours in FIELDS.items()}
+        message = re.sub(r"^model\.(\w+)", lambda match: f"key '{key_of.get(match[1], match[1])}'", str(error))
+        raise CheckpointError(f"{path}: {message}") from error
+
+
+def _own_fields(r: _Reader) -> dict[str, Any]:
+    own = r.content.get(OWN_KEY, {})
+    if not isinstance(own, dict) or set(own) - set(OWN_FIELDS):
+        raise r.wrong(OWN_KEY, f"a mapping of {' and '.join(OWN_FIELDS)}", own)
+    return own
 
 
 def _schedule(r: _Reader) -> tuple[list[str], int, int]:
@@ -145,7 +159,7 @@ def _schedule(r: _Reader) -> tuple[list[str], int, int]:
         if len(types) != count:
             raise r.wrong("layer_types", f"one entry for each of {count} layers", len(types))
         for name in types:
-            if name not in MIXERS:
+            if not isinstance(name, str) or name not in MIXERS:
                 raise r.wrong("layer_types", f"one of {', '.join(MIXERS)}", name)
         return [MIXERS[name] for name in types], ratios["csa"], ratios["hca"]
     if r.content.get("compress_ratios") is None:
@@ -280,6 +294,7 @@ def write_config(config: ModelConfig, layout: Layout, experts: ExpertFormat, **e
     c = config
     content: dict[str, Any] = {"architectures": ["DeepseekV4ForCausalLM"], "model_type": MODEL_TYPE, **extra}
     content |= {key: getattr(c, ours) for key, ours in FIELDS.items()} | FIXED
+    content[OWN_KEY] = {name: getattr(c, name) for name in OWN_FIELDS}
     content |= {"num_hidden_layers": c.num_layers, "num_nextn_predict_layers": c.mtp_layers, "use_cache": True}
     content |= {"rope_theta": c.rope_theta, "compress_rope_theta": c.compress_rope_theta}
     content["qk_rope_head_dim"] = c.rope_head_dim

@@ -7,6 +7,7 @@ Sequences hold page numbers, counted, so that forks can share them.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -43,6 +44,12 @@ def growing_parts(config: ModelConfig) -> dict[tuple[int, str], GrowingPart]:
     return parts
 
 
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Storage of a cache. Not an inference tensor, which could be written to in inference mode only."""
+    with torch.inference_mode(False):
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+
 class PagePool:
     """``pages`` pages for caches of ``config``; those that hold any count one reference each."""
 
@@ -56,8 +63,7 @@ class PagePool:
         self._free = list(range(pages))  # a heap: the lowest first keeps a sequence's pages together
 
     def _allocate(self, part: GrowingPart, pages: int) -> Tensor:
-        rows = pages * self.page_tokens // part.ratio
-        return torch.zeros(rows, part.layout.nbytes, dtype=torch.uint8, device=self.device)
+        return zeros((pages * self.page_tokens // part.ratio, part.layout.nbytes), torch.uint8, self.device)
 
     @property
     def pages(self) -> int:
@@ -82,8 +88,9 @@ class PagePool:
         """The packed rows of one part, page after page: uint8 [pages * rows per page, layout.nbytes]."""
         return self._rows[layer, name]
 
-    def shared(self, page: int) -> bool:
-        return self._references[page] > 1
+    def references(self, page: int) -> int:
+        """How many tables hold the page."""
+        return self._references[page]
 
     def check_free(self, count: int) -> None:
         """Raises CacheError unless ``count`` pages are free."""
@@ -125,7 +132,9 @@ class PagePool:
         if pages <= 0:
             return
         for key, part in self.parts.items():
-            self._rows[key] = torch.cat((self._rows[key], self._allocate(part, pages)))
+            larger = self._allocate(part, self.pages + pages)
+            larger[: len(self._rows[key])] = self._rows[key]
+            self._rows[key] = larger
         for page in range(self.pages, self.pages + pages):
             heapq.heappush(self._free, page)
         self._references += [0] * pages
@@ -202,19 +211,23 @@ class PageTable:
             end = self.pool.pages_for(length + tokens)
             missing.append(max(0, end - len(pages)))
             touched = range(length // self.pool.page_tokens, min(end, len(pages)))
-            shared += [(sequence, place) for place in touched if self.pool.shared(pages[place])]
-        needed = sum(missing) + len(shared)
-        if needed:
-            if self.reserved:
-                self.pool.grow(needed - self.pool.free_pages)
-            self.pool.check_free(needed)
-            for sequence, place in shared:
-                pages = self.pages[sequence]
-                if self.pool.shared(pages[place]):  # not when the others have moved away just now
-                    pages[place] = self.pool.copy(pages[place])
-            for pages, count in zip(self.pages, missing):
-                pages += self.pool.take(count)
-            self._numbers = None
+            shared += [(sequence, place) for place in touched if self.pool.references(pages[place]) > 1]
+        # The last of a page's holders keeps it.
+        holders = Counter(self.pages[sequence][place] for sequence, place in shared)
+        copies = sum(n - (n == self.pool.references(page)) for page, n in holders.items())
+        needed = sum(missing) + copies
+        if not needed:
+            return
+        if self.reserved:
+            self.pool.grow(needed - self.pool.free_pages)
+        self.pool.check_free(needed)
+        for sequence, place in shared:
+            pages = self.pages[sequence]
+            if self.pool.references(pages[place]) > 1:
+                pages[place] = self.pool.copy(pages[place])
+        for pages, count in zip(self.pages, missing):
+            pages += self.pool.take(count)
+        self._numbers = None
 
     def advance(self) -> None:
         """Count the tokens of the step that has been done."""

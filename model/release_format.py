@@ -13,10 +13,15 @@ from torch import Tensor, nn
 from kernels import formats
 from model.errors import CheckpointError
 from model.hf_names import Format, Part, Source
-from model.shards import DTYPES, Stored
+from model.shards import Stored
 
-STORED = {"fp8": torch.float8_e4m3fn, "fp4": torch.int8, "bf16": torch.bfloat16, "fp32": torch.float32}
-STORED["int64"] = torch.int64
+STORED = {
+    "fp8": torch.float8_e4m3fn,
+    "fp4": torch.int8,
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "int64": torch.int64,
+}
 _FLOATS = ("F32", "BF16", "F16")
 
 
@@ -111,6 +116,3 @@ def _buffer(model: nn.Module, source: Source, fmt: Format) -> tuple[nn.Module, s
     part: Part = source.parts[0]
     path, _, leaf = part.ours.rpartition(".")
     return model.get_submodule(path), f"{leaf}_{fmt}_scale"
-
-
-assert set(STORED.values()) <= set(DTYPES)

@@ -70,8 +70,12 @@ class Transformer(nn.Module):
                 raise ValueError("telemetry.predict_ahead: works on whole sequences, without a cache")
             if positions is not None:
                 raise ValueError("positions: a cache takes the tokens as they follow, not packed documents")
-        if positions is not None and positions.shape != input_ids.shape:
-            raise ValueError(f"positions: expected shape {list(input_ids.shape)}, found {list(positions.shape)}")
+        if input_ids.dim() != 2 or not input_ids.numel():
+            raise ValueError(f"input_ids: expected [B, S] with at least one token, found {list(input_ids.shape)}")
+        if positions is not None and (positions.shape != input_ids.shape or positions.is_floating_point()):
+            raise ValueError(
+                f"positions: expected integers {list(input_ids.shape)}, found {positions.dtype} {list(positions.shape)}"
+            )
         if cache is not None:
             cache.begin(*input_ids.shape)
         context = self._context(input_ids, cache, positions, attention, telemetry)

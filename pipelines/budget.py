@@ -6,8 +6,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +32,7 @@ from model.comparison import (
 )
 from model.config import ModelConfig
 from model.errors import ConfigError
+from model.files import atomic_file
 from model.hf import CONFIG, is_pretrained
 from model.hf_config import read_config
 from model.muon import rule_for
@@ -247,14 +246,8 @@ def write_figure(budget: Budget, path: Path) -> None:
     figure = budget_figure(
         _lengths(), budget.own, budget.references, {regime.key: regime for regime in budget.regimes}, budget.config
     )
-    handle, scratch = tempfile.mkstemp(suffix=path.suffix, prefix=f".{path.stem}-", dir=path.parent)
-    os.close(handle)
-    try:
-        figure.savefig(scratch, dpi=130)
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    finally:
-        Path(scratch).unlink(missing_ok=True)
+    with atomic_file(path) as scratch:
+        figure.savefig(scratch, dpi=130, format=path.suffix[1:])
 
 
 def _lengths() -> list[int]:

@@ -27,6 +27,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", metavar="FOLDER", type=Path, help="the folder to write, which must not exist yet")
     parser.add_argument("--format", help=f"{', '.join(FORMATS)}; default transformers", default="transformers")
     parser.add_argument(
+        "--experts",
+        choices=("fp4", "fp8"),
+        help="number format of the routed experts in the released format; default FP4 for models trained with qat",
+    )
+    parser.add_argument(
         "--tokenizer", metavar="FILE", help="'byte' or a tokenizer.json, for a checkpoint that comes without one"
     )
 
@@ -55,8 +60,11 @@ def run(recipe: Recipe, options: argparse.Namespace) -> Path:
     if options.format == "fiftyfold":
         checkpoint.save(model, target, tokenizer)
     else:
-        export_pretrained(model, target, options.format, tokenizer)
+        export_pretrained(model, target, options.format, tokenizer, options.experts)
     print(f"wrote {target} ({options.format}, {model.num_parameters():,} parameters)")
+    precision = model.config.cache_precision
+    if options.format == "transformers" and precision != "fp32":
+        print(f"transformers keeps its cache in floats: logits differ a little from those of '{precision}' here")
     if tokenizer is None:
         print("without a tokenizer: the source has none, and --tokenizer names none")
     return target

@@ -28,7 +28,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 
 from model.errors import ConfigError, FiftyfoldError
-from model.files import write_text
+from model.files import atomic_file, write_text
 from pipelines.config import Recipe, recipe_from_dict, with_overrides
 from pipelines.data import read_manifest, train_batches
 from pipelines.figures import pareto_figure, pareto_front
@@ -325,7 +325,8 @@ def _log(recipe: Recipe, tracked: TrackedRun, trials: list[Trial], winner: Trial
         recipe.sweep.max_cache_bytes_per_token,
     )
     tracked.log_figure(figure, "pareto.png")
-    figure.savefig(recipe.sweep_folder / "pareto.png", dpi=150)
+    with atomic_file(recipe.sweep_folder / "pareto.png") as scratch:
+        figure.savefig(scratch, dpi=150, format="png")
     tracked.log_metrics({f"winner/{name}": winner.metrics[name] for name in shown if name in winner.metrics})
     tracked.set_tags({"winner": _label(winner.settings), "winner.run_id": winner.run_id})
 

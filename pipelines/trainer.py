@@ -33,7 +33,7 @@ from pipelines.data import Batch, Kind, TargetKind, TrainBatches
 OPTIMIZER, STATE = "optimizer.safetensors", "trainer.json"
 CACHE = "cache/bytes_per_token"
 CACHE_MEASURE_TOKENS = 65_536
-_SUMS = ("loss", "tokens", "mtp_loss", "mtp_tokens", "right", "answers", "batches")
+_SUMS = ("loss", "tokens", "mtp_loss", "mtp_tokens", "right", "answers", "queries", "choosing")
 _SELECTION = ("indexer_kl", "recall_at_k", "recall_at_k_of_best")
 
 
@@ -180,11 +180,13 @@ class Trainer:
         loss, mean_loss = weighted_loss(logits, tokens[:, 1:], weights)
         objective = loss if not warmup else loss.new_zeros(())
         kl, balance = telemetry.loss("indexer_kl"), telemetry.loss("balance")
-        if kl is not None:
-            # A mean over the tokens with an entry to choose. Ranks hold different numbers of them.
-            choosing = (positions >= self.recipe.model.csa_ratio - 1).sum().float()
-            share = choosing * world_size() / sum_over_ranks(choosing.clone()).clamp(min=1.0)
-            objective = objective + train.indexer_loss_weight * share * kl
+        if "csa" in self.recipe.model.layers:
+            # A mean over the tokens with an entry to score. Ranks hold different numbers of them, and one may hold
+            # short documents only: it has no divergence to report and must still take part in the sum.
+            scoring = (positions >= self.recipe.model.csa_ratio - 1).sum().float()
+            share = scoring * world_size() / sum_over_ranks(scoring.clone()).clamp(min=1.0)
+            kl = share * kl if kl is not None else share * 0.0
+            objective = objective + train.indexer_loss_weight * kl
         if balance is not None and not warmup:
             objective = objective + train.balance_loss_weight * balance
         if telemetry.mtp_logits is not None:
@@ -193,7 +195,8 @@ class Trainer:
             objective = objective + self._mtp_weight() * mtp_loss
 
         self.model.zero_grad(set_to_none=True)
-        objective.backward()
+        if objective.requires_grad:  # not in a warm-up on documents that are all too short for an entry
+            objective.backward()
         learning = [p for p in self.model.parameters() if not warmup or p in self._indexer]
         average_gradients(learning)
         grad_norm = torch.nn.utils.clip_grad_norm_(learning, train.grad_clip)
@@ -209,10 +212,9 @@ class Trainer:
             "train/learning_rate": self.optimizer.param_groups[0]["lr"],
         }
         measured |= {f"train/learning_rate/{g['rule']}": g["lr"] for g in self.optimizer.param_groups}
-        if kl is not None:
-            measured["train/indexer_kl"] = kl.detach()
-        if balance is not None:
-            measured["train/balance"] = balance.detach()
+        for name, part in (("indexer_kl", kl), ("balance", balance)):
+            if part is not None:
+                measured[f"train/{name}"] = sum_over_ranks(part.detach().clone()) / world_size()
         if telemetry.mtp_logits is not None:
             measured["train/mtp_loss"] = mean_mtp_loss
         return measured
@@ -234,17 +236,20 @@ class Trainer:
         ``validation/text_loss``: mean loss of text tokens. ``validation/recall``: share of key-value answers whose
         every token is the most likely one (teacher-forced); ``validation/needle_recall`` likewise. ``validation/loss``:
         mean loss of text and answer tokens, each kind of document weighing the same; ``validation/mtp_loss`` the same
-        for the multi-token prediction of those tokens. Indexer and selection measures are means over csa layers.
+        for the multi-token prediction of those tokens. Indexer and selection measures are means over csa layers, and
+        over the batches that have them; ``validation/choosing_share`` is the share of queries with more entries than
+        ``index_topk``: where it is 0, nothing is selected.
         """
         self.model.eval()
         stage = self.stage_at(max(0, self.step - 1))
         attention = "sparse" if stage.attention == "sparse" else "dense"
         metrics: dict[str, float] = {}
         losses, mtp_losses = [], []
+        config = self.recipe.model
         for name, batches in self._validation.items():
             counted = TargetKind.TEXT if name == "text" else TargetKind.ANSWER
             # The same keys on every rank, also on one that got no batch: they are summed over ranks by place.
-            sums = dict.fromkeys((*_SUMS, *_SELECTION), 0.0)
+            sums = dict.fromkeys((*_SUMS, *_SELECTION, *(f"{key} batches" for key in _SELECTION)), 0.0)
             for batch in batches:
                 telemetry = Telemetry(measure_selection=True, predict_ahead=bool(self.recipe.model.mtp_layers))
                 tokens, kinds = batch["tokens"].to(self.device), batch["target_kind"].to(self.device)
@@ -265,8 +270,11 @@ class Trainer:
                     sums["answers"] += answers
                 means = telemetry.means()
                 for key in _SELECTION:
-                    sums[key] += means.get(key, math.nan)
-                sums["batches"] += 1
+                    if key in means:
+                        sums[key] += means[key]
+                        sums[f"{key} batches"] += 1
+                sums["queries"] += int((positions >= 0).sum())
+                sums["choosing"] += int(((positions + 1) // config.csa_ratio > config.index_topk).sum())
             sums = {
                 k: v
                 for k, v in zip(sums, sum_over_ranks(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist())
@@ -281,8 +289,10 @@ class Trainer:
                 metrics[f"validation/{prefix}recall"] = sums["right"] / max(1, sums["answers"])
             if name == "mqar" or "mqar" not in self._validation:
                 for key in _SELECTION:
-                    if math.isfinite(sums[key]):  # not for models without an indexer
-                        metrics[f"validation/{key}"] = sums[key] / max(1, sums["batches"])
+                    if sums[f"{key} batches"]:
+                        metrics[f"validation/{key}"] = sums[key] / sums[f"{key} batches"]
+                if "csa" in config.layers:
+                    metrics["validation/choosing_share"] = sums["choosing"] / max(1, sums["queries"])
         metrics["validation/loss"] = sum(losses) / len(losses)
         if self.recipe.model.mtp_layers:
             metrics["validation/mtp_loss"] = sum(mtp_losses) / len(mtp_losses)

@@ -83,7 +83,7 @@ class CacheMachine(RuleBasedStateMachine):
         try:
             cache.truncate(target)
         except CacheError as error:
-            assert 0 < target < cache._written[0] - self.rewind, error  # what the rings were ever written to
+            assert 0 < target < cache.written[0] - self.rewind, error  # what the rings were ever written to
             assert cache.length == length
         else:
             self.tokens[i] = self.tokens[i][:target]
@@ -245,6 +245,19 @@ def test_saved_bits_come_back(saved, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
+def test_what_the_rings_have_lost_is_not_forgotten(tmp_path):
+    path = tmp_path / "cache.safetensors"
+    cache, _ = filled(MODELS["hybrid"], 40, rewind=8)
+    cache.truncate(33)
+    save_cache(cache, path)
+    again = Cache(cache.config, 1, MOST, rewind=8)
+    restore_cache(again, path)
+    for each in (cache, again):
+        with pytest.raises(CacheError, match="cannot truncate from 33 to 25"):
+            each.truncate(25)
+    assert torch.equal(next_logits(MODELS["hybrid"], cache), next_logits(MODELS["hybrid"], again))
+
+
 def damage(path, change):
     with safe_open(path, framework="pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -274,9 +287,16 @@ def test_saved_caches_that_do_not_fit_are_named(saved):
     refused("the checksum does not match")
     path.write_bytes(whole[: len(whole) // 2])
     refused("damaged or not a safetensors file")
-    path.write_bytes(whole)
-    damage(path, lambda metadata, tensors: metadata.pop("length"))
-    refused("not a saved cache")
+    for change, message in (
+        (lambda metadata, tensors: metadata.pop("length"), "not a saved cache"),
+        (lambda metadata, tensors: metadata.update(length="101"), "not a saved cache|the checksum does not match"),
+        (lambda metadata, tensors: metadata.update(length="-5"), "not a saved cache"),
+        (lambda metadata, tensors: metadata.update(model="[]"), "not a saved cache"),
+        (lambda metadata, tensors: tensors.update(more=torch.tensor(3.0)), "the checksum does not match"),
+    ):
+        path.write_bytes(whole)
+        damage(path, change)
+        refused(message)
     path.unlink()
     refused("no such file")
 
@@ -296,6 +316,33 @@ def test_bytes_are_the_closed_form_and_follow_the_tokens(rewind, precision):
     assert cache.nbytes() == sum(map(cache.nbytes, COMPONENTS))
     cache.truncate(0)
     assert cache.nbytes("csa") == 0 and pool.free_pages == 8
+
+
+def test_joining_the_same_cache_twice_is_refused():
+    cache, _ = filled(MODELS["hybrid"], 10)
+    for caches in ([cache, cache], []):
+        with pytest.raises(CacheError, match="at least one cache, and each only once"):
+            Cache.join(caches)
+
+
+def test_forks_within_one_batch_copy_a_shared_page_once_less():
+    model = MODELS["hybrid"]
+    pool = PagePool(model.config, 2)
+    cache, tokens = filled(model, 30, pool=pool)
+    batch = Cache.join([cache.fork(), cache.split()[0]])
+    found = next_logits(model, batch)
+    assert pool.free_pages == 0
+    for row in found:
+        torch.testing.assert_close(row, logits_of(model, [*tokens, 7]), rtol=1e-3, atol=2e-4)
+
+
+def test_a_fork_made_in_inference_mode_can_be_used_outside():
+    cache, _ = filled(MODELS["hybrid"], 30)
+    with torch.inference_mode():
+        twin = cache.fork()
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    with torch.no_grad():
+        assert torch.equal(MODELS["hybrid"](ids, cache), MODELS["hybrid"](ids, twin))
 
 
 def test_a_forgotten_cache_gives_its_memory_back_at_once():
@@ -324,7 +371,7 @@ def test_forking_again_and_again_needs_no_more_memory():
     assert cache.pool.pages == pages
 
 
-def test_an_interrupted_step_is_noticed():
+def test_an_interrupted_step_is_noticed(tmp_path):
     model = MODELS["hybrid"]
     cache, tokens = filled(model, 60)
     ids = torch.randint(0, SMALL["vocab_size"], (1, 40))
@@ -338,8 +385,10 @@ def test_an_interrupted_step_is_noticed():
             model(ids, cache)
         handle.remove()
         assert cache.length == 60
-        with pytest.raises(CacheError, match="sequence 0 cannot go on from 60 tokens: a step was interrupted"):
-            model(ids, cache)
+        for attempt in (lambda: model(ids, cache), lambda: save_cache(cache, tmp_path / "cache.safetensors")):
+            with pytest.raises(CacheError, match="sequence 0 cannot go on from 60 tokens: a step was interrupted"):
+                attempt()
+        assert not list(tmp_path.iterdir())
         cache.truncate(0)
         model(torch.tensor([tokens]), cache)
     expected = logits_of(model, [*tokens, 7])

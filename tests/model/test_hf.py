@@ -75,11 +75,16 @@ def test_what_we_write_loads_without_a_missing_or_unexpected_key(tmp_path, overr
     oracle = load_oracle(tmp_path / "a")
     assert oracle.config.eos_token_id == 1 and oracle.generation_config.eos_token_id == 1
     assert load_tokenizer(tmp_path / "a").encode("a") == [99]
-    plain = import_pretrained(tmp_path / "a")
+    plain = import_pretrained(tmp_path / "a", cache_precision="fp32")
     ids = torch.randint(0, 50, (2, 70))
     with torch.no_grad():
         torch.testing.assert_close(plain(ids), oracle(ids, use_cache=False).logits, atol=1e-4, rtol=0)
-    again = import_pretrained(tmp_path / "a", qat=model.config.qat, cache_precision=model.config.cache_precision)
+    again = import_pretrained(tmp_path / "a")
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids), model(ids), atol=1e-5, rtol=0)
+        for moe in model.moe_layers() if model.config.qat else ():  # written as the network uses them
+            for weight in (moe.w1, moe.w2, moe.w3):
+                weight.copy_(moe.precision.round_expert(weight))
     assert same_state(again, model)
     assert again.config == model.config.replace(zero_init_output=False)
 
@@ -248,7 +253,7 @@ def test_older_keys_that_transformers_folds_away(tmp_path):
         ({"hidden_act": "gelu"}, "'hidden_act': expected 'silu', found 'gelu'"),
         ({"num_nextn_predict_layers": 2}, "'num_nextn_predict_layers': expected 0 or 1, found 2"),
         ({"hidden_size": None}, "'hidden_size' is missing"),
-        ({"hidden_size": "4096"}, "model.hidden_size: expected int, found '4096'"),
+        ({"hidden_size": "4096"}, "key 'hidden_size': expected int, found '4096'"),
         ({"num_hidden_layers": 44, "compress_ratios": [0] * 43}, "'compress_ratios': expected 44 entries"),
         ({"compress_ratios": [0, 0, *[4, 128] * 20, 4, 4]}, "expected 43 entries, one for each layer, then zeros"),
         ({"compress_ratios": [0, 64, *[4, 128] * 20, 4, 0]}, "'compress_ratios': expected 0, 4, or one other ratio"),
@@ -257,19 +262,23 @@ def test_older_keys_that_transformers_folds_away(tmp_path):
             {"layer_types": ["sliding_attention"] * 42},
             "'layer_types': expected one entry for each of 43 layers, found 42",
         ),
+        ({"layer_types": [["csa"]] * 43}, r"'layer_types': expected one of .*, found \['csa'\]"),
         ({"layer_types": ["full_attention"] * 43}, "'layer_types': expected one of .*, found 'full_attention'"),
         (
             {"mlp_layer_types": ["moe", "hash_moe"] + ["moe"] * 41},
             "'mlp_layer_types': expected 43 entries, 'hash_moe' on",
         ),
         ({"num_hash_layers": None}, "'num_hash_layers' is missing"),
-        ({"num_attention_heads": 60}, "num_heads: 60 heads do not divide into o_groups 8 groups"),
+        ({"num_attention_heads": 60}, "key 'num_attention_heads': 60 heads do not divide into o_groups 8 groups"),
         ({"partial_rotary_factor": 0.25}, "'partial_rotary_factor': expected 64 rotary dims as .* says, found 128"),
         ({"qk_rope_head_dim": None}, "'qk_rope_head_dim' and 'partial_rotary_factor' are both missing"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "'rope_scaling.rope_type': expected 'default' or 'yarn'"),
         ({"rope_scaling": {"type": "yarn"}}, "'rope_scaling.original_max_position_embeddings': expected an integer"),
-        ({"swiglu_limit": 0.0}, "swiglu_limit: must be positive, found 0.0"),
+        ({"swiglu_limit": 0.0}, "key 'swiglu_limit': must be positive, found 0.0"),
         ({"expert_dtype": "int4"}, "'expert_dtype': expected 'fp4' or 'fp8', found 'int4'"),
+        ({"hidden_size": 10**30}, r"key 'hidden_size': must be below 2 \*\* 31, found 1000"),
+        ({"fiftyfold": {"head_dim": 3}}, "'fiftyfold': expected a mapping of cache_precision and qat, found"),
+        ({"fiftyfold": {"qat": "maybe"}}, "key 'qat': expected bool, found 'maybe'"),
         ({"quantization_config": {"quant_method": "awq"}}, "'quantization_config.quant_method': expected 'fp8'"),
         ({"quantization_config": {"weight_block_size": [32, 32]}}, r"weight_block_size': expected \[128, 128\], found"),
     ],

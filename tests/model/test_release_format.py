@@ -36,6 +36,13 @@ def rewrite(folder, change):
         save_file(tensors, shard)
 
 
+def forget_who_wrote(folder):
+    """Leave the config.json that others would have written."""
+    content = json.loads((folder / "config.json").read_text())
+    del content["fiftyfold"]
+    (folder / "config.json").write_text(json.dumps(content))
+
+
 def bits(tensor):
     return tensor.contiguous().view(torch.uint8)
 
@@ -63,6 +70,7 @@ def test_a_round_trip_is_bit_exact_whatever_the_codes(tmp_path, experts):
     export_pretrained(build(**SIZES, mtp_layers=1), tmp_path / "a", format="released", experts=experts)
     torch.manual_seed(1)
     rewrite(tmp_path / "a", random_codes)
+    forget_who_wrote(tmp_path / "a")
     ours = import_pretrained(tmp_path / "a")
     assert ours.config.qat is (experts == "fp4") and ours.config.cache_precision == "mixed"
     export_pretrained(ours, tmp_path / "b", format="released", max_shard_bytes=100_000)
@@ -309,3 +317,16 @@ def test_quantised_tensors_without_a_word_in_the_configuration_are_refused(tmp_p
     path.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=r"'quantization_config' is missing, but tensor 'layers.0.* is F8_E4M3"):
         import_pretrained(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "huggingface"}, "format: 'huggingface' is not one of"),
+        ({"experts": "int4"}, "experts: 'int4' is not"),
+    ],
+)
+def test_unknown_formats_are_refused(tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        export_pretrained(build(), tmp_path / "a", **options)
+    assert not list(tmp_path.iterdir())

@@ -189,6 +189,32 @@ def test_the_mtp_loss_weighs_less_once_the_learning_rate_falls(prepared):
     torch.testing.assert_close(gradients[0], 3 * gradients[1])
 
 
+def test_documents_too_short_for_an_entry_are_no_reason_to_stop(prepared):
+    recipe = with_overrides(prepared, {"train.stages": [{"attention": "indexer_warmup", "steps": 1}]})
+    trainer = trainer_for(recipe, Record())
+    _, alone = packed_and_alone(recipe.data.sequence_length)
+    alone["positions"][:] = torch.arange(alone["positions"].shape[1]) % 3
+    measured = trainer._update(alone, trainer.stage_at(0))
+    assert measured["train/indexer_kl"] == 0
+
+
+def test_selection_is_measured_where_there_is_a_choice(prepared):
+    """Batches without one neither hide the others' measure nor go unnoticed."""
+    recipe = with_overrides(prepared, {"train.stages": [{"attention": "sparse", "steps": 1}]})
+    trainer = trainer_for(recipe, Record())
+    (whole, *_) = trainer._validation["mqar"]
+    short = {**whole, "positions": torch.arange(whole["positions"].shape[1]).expand_as(whole["positions"]) % 3}
+    trainer._validation = {"mqar": [whole]}
+    expected = trainer.validate()
+    trainer._validation = {"mqar": [whole, short]}
+    found = trainer.validate()
+    assert found["validation/recall_at_k"] == pytest.approx(expected["validation/recall_at_k"])
+    assert found["validation/choosing_share"] == pytest.approx(expected["validation/choosing_share"] / 2)
+    trainer._validation = {"mqar": [short]}
+    none = trainer.validate()
+    assert none["validation/choosing_share"] == 0 and "validation/recall_at_k" not in none
+
+
 # --- resuming
 
 
@@ -219,19 +245,28 @@ def test_a_damaged_training_state_is_named(prepared, tmp_path):
         trainer_for(prepared, Record()).load_checkpoint(tmp_path / "6")
 
 
-def _rank(rank, world, port, recipe, out):
+def with_short_rows(batch):
+    batch = {name: values.clone() for name, values in batch.items()}
+    batch["positions"][1::2] = torch.arange(batch["positions"].shape[1]) % 3
+    return batch
+
+
+def _rank(rank, world, port, recipe, short, out):
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     dist.init_process_group("gloo", rank=rank, world_size=world)
     trainer = trainer_for(recipe_from_dict(recipe), Record(), rank, world)
     _, alone = packed_and_alone(trainer.recipe.data.sequence_length)
+    if short:  # the second rank has documents that are too short for a single entry
+        alone = with_short_rows(alone)
     trainer._update({name: values[rank::world] for name, values in alone.items()}, trainer.stage_at(0))
     if rank == 0:
         save_file({n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}, out)
     dist.destroy_process_group()
 
 
-def test_two_ranks_make_the_gradient_of_one(prepared, tmp_path):
+@pytest.mark.parametrize("short", [False, True])
+def test_two_ranks_make_the_gradient_of_one(prepared, tmp_path, short):
     # float32 formats: a rounding border crossed by the last bit would be a real difference, but not of the averaging.
     recipe = with_overrides(
         prepared,
@@ -240,8 +275,8 @@ def test_two_ranks_make_the_gradient_of_one(prepared, tmp_path):
     )  # fmt: skip
     single = trainer_for(recipe, Record())
     _, alone = packed_and_alone(recipe.data.sequence_length)  # ranks get documents of different lengths
-    single._update(alone, single.stage_at(0))
-    mp.spawn(_rank, (2, free_port(), recipe.to_dict(), str(tmp_path / "gradients")), nprocs=2)
+    single._update(with_short_rows(alone) if short else alone, single.stage_at(0))
+    mp.spawn(_rank, (2, free_port(), recipe.to_dict(), short, str(tmp_path / "gradients")), nprocs=2)
     double = load_file(tmp_path / "gradients")
     for name, p in single.model.named_parameters():
         torch.testing.assert_close(double[name], p.grad, rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
