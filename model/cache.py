@@ -92,7 +92,7 @@ class Cache:
         self.written = [max(written, n + tokens) for written, n in zip(self.written, self._table.lengths)]
 
     def check_room(self, batch_size: int, tokens: int) -> None:
-        """Raise CacheError unless [batch_size, tokens] more ids fit."""
+        """Raise CacheError unless [batch_size, tokens] more ids fit and the pool has the pages."""
         if batch_size != self.batch_size:
             raise CacheError(f"the cache holds {self.batch_size} sequences, the input has {batch_size}")
         for sequence, length in enumerate(self._table.lengths):
@@ -104,6 +104,7 @@ class Cache:
                 raise CacheError(
                     f"sequence {sequence} cannot go on from {length} tokens: a step was interrupted; truncate it to 0"
                 )
+        self._table.check_room(tokens)
 
     def advance(self) -> None:
         """Count the tokens that every layer has appended since :meth:`begin`."""

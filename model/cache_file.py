@@ -37,8 +37,11 @@ def save_cache(cache: Cache, path: str | Path) -> None:
         "written": str(cache.written[0]),
     }
     metadata["sha256"] = _digest(metadata, tensors)
-    with atomic_file(path) as scratch:
-        save_file(tensors, scratch, metadata=metadata)
+    try:
+        with atomic_file(path) as scratch:
+            save_file(tensors, scratch, metadata=metadata)
+    except (SafetensorError, OSError) as error:
+        raise CacheError(f"{path}: cannot be written ({error})") from error
 
 
 def restore_cache(cache: Cache, path: str | Path) -> None:

@@ -25,9 +25,18 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 def save(model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
-    """Write ``folder``, replacing what is there once the new one is complete."""
+    """Write ``folder``, replacing the checkpoint that is there once the new one is complete. Raises CheckpointError
+    when what is there is something else."""
+    check_replaceable(folder)
     with atomic_folder(folder) as scratch:
         write(model, scratch, tokenizer)
+
+
+def check_replaceable(folder: str | Path) -> None:
+    """Raise CheckpointError when ``folder`` holds files and is not a checkpoint."""
+    folder = Path(folder)
+    if folder.exists() and not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: exists and is not a checkpoint folder, so it is not replaced")
 
 
 def write(model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
@@ -47,7 +56,7 @@ def load_config(folder: str | Path) -> ModelConfig:
     if not Path(folder).is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and "model_type" in content:
             raise CheckpointError(
                 f"{folder}: a checkpoint of model_type '{content['model_type']}', not of ours; the export step with "
@@ -56,10 +65,10 @@ def load_config(folder: str | Path) -> ModelConfig:
         version, values = content["format_version"], content["model"]
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a checkpoint configuration ({error})") from error
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format version {version} is not the supported {FORMAT_VERSION}")
+        raise CheckpointError(f"{path}: format version {version!r} is not the supported {FORMAT_VERSION}")
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: 'model' is not a mapping")
     try:
@@ -91,8 +100,13 @@ def _fill(model: Transformer, path: Path, found: dict[str, Tensor]) -> None:
             raise CheckpointError(
                 f"{path}: tensor '{name}' has shape {list(found[name].shape)}, expected {list(tensor.shape)}"
             )
-        if found[name].is_floating_point() and not found[name].isfinite().all():
+        if found[name].dtype != tensor.dtype:
+            raise CheckpointError(f"{path}: tensor '{name}' is {found[name].dtype}, expected {tensor.dtype}")
+        if not found[name].isfinite().all():
             raise CheckpointError(f"{path}: tensor '{name}' holds values that are not finite")
+        experts = model.config.num_experts
+        if name.endswith("tid2eid") and not 0 <= found[name].min() <= found[name].max() < experts:
+            raise CheckpointError(f"{path}: tensor '{name}' names experts outside 0..{experts - 1}")
     for name in found:
         if name not in expected:
             raise CheckpointError(f"{path}: tensor '{name}' is not part of this model")
@@ -100,17 +114,22 @@ def _fill(model: Transformer, path: Path, found: dict[str, Tensor]) -> None:
 
 
 def warm_start(model: Transformer, folder: str | Path) -> list[str]:
-    """Fill ``model`` from the checkpoint of a network that may differ in its compression ratios.
+    """Fill ``model`` from the checkpoint of a network that may differ in its compression ratios and in having a
+    multi-token prediction module.
 
-    Returns the names of the position biases that keep their initial zeros because their ratio changed. Every other
-    tensor must fit; raises CheckpointError.
+    Returns the names of the tensors that stay as drawn: position biases (zeros) whose ratio changed, and those of a
+    module that the checkpoint does not have. Every other tensor must fit; raises CheckpointError.
     """
+    load_config(folder)  # says what kind of checkpoint it is, where it is not one of ours
     path = Path(folder) / WEIGHTS
     found, expected = read_tensors(path), model.state_dict()
+    if not model.config.mtp_layers:
+        found = {name: tensor for name, tensor in found.items() if not name.startswith("mtp.")}
     fresh = [
         name
         for name, tensor in expected.items()
-        if name.endswith(".ape") and name in found and found[name].shape != tensor.shape
+        if (name.startswith("mtp.") and name not in found)
+        or (name.endswith(".ape") and name in found and found[name].shape != tensor.shape)
     ]
     _fill(model, path, {**found, **{name: expected[name] for name in fresh}})
     return fresh
@@ -119,8 +138,9 @@ def warm_start(model: Transformer, folder: str | Path) -> list[str]:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises CheckpointError when it is missing or damaged."""
     try:
+        path.open("rb").close()  # the library calls a file missing that may not be read
         return load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file") from None
+    except (FileNotFoundError, PermissionError) as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: damaged or not a safetensors file ({error})") from error

@@ -151,7 +151,7 @@ class ModelConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         for key in values:
             if key not in known:
-                close = difflib.get_close_matches(key, known, n=1)
+                close = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"; did you mean '{close[0]}'?" if close else ""
                 raise ConfigError(f"model.{key}: unknown key{hint}")
         return cls(**values)
@@ -165,7 +165,7 @@ class ModelConfig:
             content = yaml.safe_load(Path(path).read_text())
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}") from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict):
             raise ConfigError(f"{path}: expected a mapping at the top level")
@@ -258,6 +258,7 @@ def _validate(c: ModelConfig) -> None:
         need(getattr(c, name) > 0, f"{name}: must be positive, found {getattr(c, name)}")
     need(len(c.layers) >= 1, "layers: the schedule is empty")
     need(c.mtp_layers in (0, 1), f"mtp_layers: must be 0 or 1, found {c.mtp_layers}")
+    need(c.init_std >= 0, f"init_std: must not be negative, found {c.init_std}")
     need(c.yarn_factor >= 1, f"yarn_factor: must be at least 1, found {c.yarn_factor}")
     need(
         c.num_heads % c.o_groups == 0, f"num_heads: {c.num_heads} heads do not divide into o_groups {c.o_groups} groups"

@@ -18,10 +18,15 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:  # which names the scratch folder
+        raise OSError(error.errno, error.strerror, str(target)) from error
     try:
         yield scratch
         scratch.chmod(0o755)
+        for file in scratch.rglob("*"):  # some writers make files that only their owner can read
+            file.chmod(0o755 if file.is_dir() else 0o644)
         if target.exists():
             old = scratch.with_name(scratch.name + "-old")
             os.replace(target, old)
@@ -44,6 +49,7 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
     scratch = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         yield scratch
+        scratch.chmod(0o644)
         os.replace(scratch, target)
     finally:
         scratch.unlink(missing_ok=True)

@@ -22,12 +22,14 @@ def prefill(model: Transformer, cache: Cache, input_ids: Tensor, chunk: int = 51
 
 
 def generate(model: Transformer, input_ids: Tensor, max_new_tokens: int, eos_id: int | None = None) -> Tensor:
-    """The prompt and its greedy continuation: input_ids int64 [B, S >= 1] -> [B, S + n], 1 <= n <= max_new_tokens.
+    """The prompt and its greedy continuation: input_ids int64 [B, S >= 1] -> [B, S + n], n <= max_new_tokens.
 
     Every step takes the likeliest token, the lowest id of several. It ends early when every sequence has produced
     ``eos_id``; one that ended sooner goes on with ``eos_id``. Raises CacheError when S + max_new_tokens - 1 tokens, as
     many as are ever read, exceed the model's positions.
     """
+    if max_new_tokens < 1:
+        return input_ids
     batch, length = input_ids.shape
     cache = Cache(model.config, batch, length + max_new_tokens - 1, device=input_ids.device)
     tokens = [input_ids]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from model import release_format
+from model.checkpoint import check_replaceable
 from model.errors import CheckpointError, ConfigError
 from model.files import atomic_folder
 from model.hf_config import OWN_KEY, ExpertFormat, check_expressible, read_config, write_config
@@ -49,7 +50,7 @@ def import_pretrained(folder: str | Path, device: str | torch.device = "cpu", **
     layout = layout_of(found)
     real_name: dict[str, str] = {}
     for real in found:
-        name = canonical(real) if layout == "released" else real
+        name = canonical(real)
         if name in real_name:
             raise CheckpointError(f"{folder}: tensors '{real_name[name]}' and '{real}' are two names for the same one")
         real_name[name] = real
@@ -61,8 +62,9 @@ def import_pretrained(folder: str | Path, device: str | torch.device = "cpu", **
 
     with torch.device("meta"):
         model = Transformer(config)
-    expected = sources(config, {name: tensor.shape for name, tensor in model.state_dict().items()}, layout)
-    quantized = _check(folder, expected, stored)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    expected = {canonical(name): source for name, source in sources(config, shapes, layout).items()}
+    quantized = _check(folder, expected, stored, real_name)
     if quantized and content.get("quantization_config") is None:
         name = next(iter(quantized))
         raise CheckpointError(
@@ -108,6 +110,7 @@ def export_pretrained(
         if value not in known:
             raise ConfigError(f"{name}: '{value}' is not one of {', '.join(filter(None, known))}")
     check_expressible(model.config, format)
+    check_replaceable(folder)
     if experts is None:
         buffers = [name for name, _ in model.named_buffers()]
         read_as = [fmt for fmt in get_args(ExpertFormat) if any(name.endswith(f".w1_{fmt}_scale") for name in buffers)]
@@ -151,27 +154,30 @@ def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _check(folder: Path, expected: dict[str, Source], stored: dict[str, Stored]) -> dict[str, Format]:
+def _check(
+    folder: Path, expected: dict[str, Source], stored: dict[str, Stored], real_name: dict[str, str]
+) -> dict[str, Format]:
     """Raise CheckpointError unless names, shapes and dtypes fit; the quantised tensors and their formats."""
     quantized: dict[str, Format] = {}
-    scales: dict[str, tuple[int, int]] = {}
+    scales: dict[str, tuple[str, tuple[int, int]]] = {}
     for name, source in expected.items():
         if name not in stored:
-            raise CheckpointError(f"{folder}: tensor '{name}' is missing, expected shape {list(source.shape)}")
+            raise CheckpointError(f"{folder}: tensor '{source.name}' is missing, expected shape {list(source.shape)}")
         fmt = release_format.format_of(source, stored[name])
-        _check_shape(name, stored[name], release_format.weight_shape(source, fmt))
+        _check_shape(real_name[name], stored[name], release_format.weight_shape(source, fmt))
         if fmt is not None:
             quantized[name] = fmt
-            scales[release_format.scale_name(name)] = release_format.scale_shape(source, fmt)
-    for name, shape in scales.items():
+            scale = release_format.scale_name(real_name[name])
+            scales[release_format.scale_name(name)] = scale, release_format.scale_shape(source, fmt)
+    for name, (real, shape) in scales.items():
         if name not in stored:
-            raise CheckpointError(f"{folder}: tensor '{name}' is missing, expected shape {list(shape)}")
-        _check_shape(name, stored[name], shape)
+            raise CheckpointError(f"{folder}: tensor '{real}' is missing, expected shape {list(shape)}")
+        _check_shape(real, stored[name], shape)
         if stored[name].dtype != "F8_E8M0":
-            raise CheckpointError(f"{stored[name].shard}: tensor '{name}' is {stored[name].dtype}, expected F8_E8M0")
+            raise CheckpointError(f"{stored[name].shard}: tensor '{real}' is {stored[name].dtype}, expected F8_E8M0")
     for name in stored:
         if name not in expected and name not in scales:
-            raise CheckpointError(f"{stored[name].shard}: tensor '{name}' is not part of this model")
+            raise CheckpointError(f"{stored[name].shard}: tensor '{real_name[name]}' is not part of this model")
     return quantized
 
 

@@ -1,8 +1,8 @@
 """What the network's tensors are called in the two published layouts, and how each is stored in the released one.
 
 ``released`` is the layout of DeepSeek's own checkpoints, ``transformers`` that of ``DeepseekV4ForCausalLM``'s modules.
-By default transformers 5.23 saves under names that it turns back from its own: the released ones, except for a prefix
-``model.``, ``embed_tokens``, ``hc_head.hc_*`` and ``attn.norm`` for ``attn.kv_norm``; :func:`canonical` mends them.
+By default transformers 5.23 saves under names that it turns back from its own, which gives mixtures of the two;
+:func:`canonical` finds the same spelling for all of them.
 """
 
 from __future__ import annotations
@@ -140,14 +140,50 @@ def sources(config: ModelConfig, shapes: dict[str, Size], layout: Layout) -> dic
     return found
 
 
+_SPELLINGS = tuple(
+    (re.compile(pattern), words)
+    for pattern, words in (
+        (r"^model\.", ""),
+        (r"^lm_head\.", "head."),
+        (r"^embed_tokens\.", "embed."),
+        (r"^hc_head\.hc_", "hc_head_"),
+        (r"\.self_attn\.", ".attn."),
+        (r"\.mlp\.", ".ffn."),
+        (r"\.(attn|ffn)_hc\.", r".hc_\1_"),
+        (r"\.input_layernorm\.", ".attn_norm."),
+        (r"\.post_attention_layernorm\.", ".ffn_norm."),
+        (r"\.attn\.sinks$", ".attn.attn_sink"),
+        (r"\.compressor\.indexer\.scorer\.", ".indexer."),
+        (r"\.compressor\.indexer\.(q_b_proj|wq_b)\.", ".indexer.wq_b."),
+        (r"\.compressor\.indexer\.", ".indexer.compressor."),
+        (r"\.compressor\.kv_norm\.", ".compressor.norm."),
+        (r"\.attn\.norm\.", ".attn.kv_norm."),
+        (r"\.compressor\.gate_proj\.", ".compressor.wgate."),
+        (r"\.position_bias$", ".ape"),
+        (r"\.q_a_proj\.", ".wq_a."),
+        (r"\.q_a_norm\.", ".q_norm."),
+        (r"\.q_b_proj\.", ".wq_b."),
+        (r"\.kv_proj\.", ".wkv."),
+        (r"\.o_([ab])_proj\.", r".wo_\1."),
+        (r"\.gate\.e_score_correction_bias$", ".gate.bias"),
+        (r"\.shared_experts\.gate_proj\.", ".shared_experts.w1."),
+        (r"\.shared_experts\.down_proj\.", ".shared_experts.w2."),
+        (r"\.shared_experts\.up_proj\.", ".shared_experts.w3."),
+    )
+)
+
+
 def canonical(name: str) -> str:
-    """A name as transformers saves it by default, in the released layout's words; other names stay as they are."""
-    name = name.removeprefix("model.").replace("embed_tokens.", "embed.").replace("hc_head.hc_", "hc_head_")
-    return re.sub(r"\.attn\.norm\.", ".attn.kv_norm.", name)
+    """One spelling for a tensor's name in either layout, and in any mixture of the two: transformers turns names back
+    one by one when it saves, and which ones depends on the folder that the network was loaded from."""
+    for pattern, words in _SPELLINGS:
+        name = pattern.sub(words, name)
+    return name
 
 
 def layout_of(names: Iterable[str]) -> Layout:
-    return "transformers" if any(".self_attn." in name for name in names) else "released"
+    """By the one thing that is more than a name: transformers keeps a layer's experts in one tensor."""
+    return "transformers" if any(name.endswith(".experts.gate_up_proj") for name in names) else "released"
 
 
 _ROWS = {prefix: {n.ours: n for n in rows} for prefix, rows in (("", MODEL), ("layers", BLOCK), ("mtp", MTP + BLOCK))}

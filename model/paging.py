@@ -204,7 +204,9 @@ class PageTable:
             self._own_pages(tokens)
         self.step = tokens
 
-    def _own_pages(self, tokens: int) -> None:
+    def _plan(self, tokens: int) -> tuple[list[tuple[int, int]], list[int], int]:
+        """What ``tokens`` more tokens of every sequence are written to: the places of shared pages, the number of pages
+        missing at each sequence's end, and how many pages all that takes."""
         shared: list[tuple[int, int]] = []
         missing = []
         for sequence, (pages, length) in enumerate(zip(self.pages, self._lengths)):
@@ -216,6 +218,15 @@ class PageTable:
         holders = Counter(self.pages[sequence][place] for sequence, place in shared)
         copies = sum(n - (n == self.pool.references(page)) for page, n in holders.items())
         needed = sum(missing) + copies
+        return shared, missing, needed
+
+    def check_room(self, tokens: int) -> None:
+        """Raise CacheError unless the pool has the pages for ``tokens`` more tokens of every sequence."""
+        if self.pool.parts and not self.reserved:
+            self.pool.check_free(self._plan(tokens)[2])
+
+    def _own_pages(self, tokens: int) -> None:
+        shared, missing, needed = self._plan(tokens)
         if not needed:
             return
         if self.reserved:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor, nn
 
@@ -70,17 +72,19 @@ class Transformer(nn.Module):
                 raise ValueError("telemetry.predict_ahead: works on whole sequences, without a cache")
             if positions is not None:
                 raise ValueError("positions: a cache takes the tokens as they follow, not packed documents")
+        if attention not in get_args(AttentionMode):
+            raise ValueError(f"attention: '{attention}' is not one of {', '.join(get_args(AttentionMode))}")
         if input_ids.dim() != 2 or not input_ids.numel():
             raise ValueError(f"input_ids: expected [B, S] with at least one token, found {list(input_ids.shape)}")
         if positions is not None and (positions.shape != input_ids.shape or positions.is_floating_point()):
             raise ValueError(
                 f"positions: expected integers {list(input_ids.shape)}, found {positions.dtype} {list(positions.shape)}"
             )
+        embedding = self.embed(input_ids).float()  # an id that does not exist fails here, before anything is changed
         if cache is not None:
             cache.begin(*input_ids.shape)
         context = self._context(input_ids, cache, positions, attention, telemetry)
 
-        embedding = self.embed(input_ids).float()
         streams = embedding
         if self.config.hyper_connections:
             streams = streams.unsqueeze(2).repeat(1, 1, self.config.hc_mult, 1)

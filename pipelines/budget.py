@@ -159,6 +159,8 @@ def load(options: argparse.Namespace, files: Sequence[str], overrides: Sequence[
     CheckpointError."""
     if options.model is None:
         return load_recipe(files, overrides)
+    if Path(options.model).is_file() and not files and _is_recipe(options.model):
+        return load_recipe([options.model], overrides)
     if files:
         raise ConfigError("--model: names a model beside --config, which names one already; give one of the two")
     changes = {}
@@ -172,6 +174,15 @@ def load(options: argparse.Namespace, files: Sequence[str], overrides: Sequence[
         raise ConfigError(f"command line: --model {options.model} is a starting point already, give no second one")
     recipe = load_recipe([]).model_copy(update={"model": find_model(options.model)})
     return with_overrides(recipe, changes)
+
+
+def _is_recipe(path: str) -> bool:
+    """Whether a YAML file has a recipe's sections, rather than the fields of a model alone."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return False  # which find_model says more about
+    return isinstance(content, dict) and isinstance(content.get("model"), dict)
 
 
 def find_model(name: str) -> ModelConfig:

@@ -38,6 +38,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def load(options: argparse.Namespace, files: Sequence[str], overrides: Sequence[str]) -> Recipe:
     """The recipe, whose run is exported when ``--from`` names nothing else. Raises ConfigError."""
+    for item in overrides:
+        if item.startswith(("model.", "train.", "data.")):
+            key = item.partition("=")[0]
+            raise ConfigError(f"command line: --{key} would change nothing: an export keeps the network as it is")
     return load_recipe(files, overrides)
 
 

@@ -72,7 +72,7 @@ def run(recipe: Recipe, parent_run_id: str | None = None) -> TrainResult:
     check_stages(recipe)
     if recipe.train.init_from is not None:
         fresh = checkpoint.warm_start(Transformer(recipe.model), recipe.train.init_from)
-        print(f"{recipe.run.name}: starts from {recipe.train.init_from}; set to zero: {', '.join(fresh) or 'nothing'}")
+        print(f"{recipe.run.name}: starts from {recipe.train.init_from}; begun afresh: {', '.join(fresh) or 'nothing'}")
     tracking = open_tracking(recipe)
     folder = recipe.run_folder
     known_run = claim(folder, recipe, _SETTINGS_THAT_BIND, "run.name")

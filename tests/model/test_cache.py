@@ -24,6 +24,7 @@ from model.cache import COMPONENTS, Cache
 from model.cache_file import restore_cache, save_cache
 from model.config import ModelConfig
 from model.errors import CacheError
+from model.generation import prefill
 from model.paging import PagePool
 
 EXACT = {"cache_precision": "fp32", "qat": False}
@@ -200,6 +201,18 @@ def test_an_exhausted_pool_is_refused_and_the_cache_stays_as_it_was():
         logits = model(ids[:, 70:140], cache)[0, -1]
     expected = logits_of(model, ids[0, :140].tolist())
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=2e-4)
+
+
+def test_what_cannot_be_read_changes_nothing():
+    model = MODELS["hybrid"]
+    pool = PagePool(model.config, 2)
+    cache = Cache(model.config, 1, MOST, pool=pool)
+    with pytest.raises(IndexError), torch.inference_mode():
+        model(torch.tensor([[3, SMALL["vocab_size"]]]), cache)
+    with pytest.raises(CacheError, match="3 more pages of 72 tokens are needed, 2 of 2 are free"):
+        prefill(model, cache, torch.zeros(1, MOST, dtype=torch.int64), chunk=10)
+    assert cache.length == 0 and pool.free_pages == 2
+    torch.testing.assert_close(next_logits(model, cache)[0], logits_of(model, [7]), rtol=1e-3, atol=2e-4)
 
 
 def test_a_forks_complete_pages_are_shared():

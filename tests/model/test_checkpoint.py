@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from model import checkpoint
 from model.config import ModelConfig
 from model.errors import CheckpointError
+from model.hf import export_pretrained
 from model.tokenizer import ByteTokenizer, load_tokenizer
 from model.transformer import Transformer
 
@@ -37,6 +38,18 @@ def test_saving_replaces_the_folder_whole(saved):
     assert [p.name for p in folder.parent.iterdir()] == ["a"]
 
 
+@pytest.mark.parametrize("write", [checkpoint.save, export_pretrained])
+def test_a_folder_that_is_no_checkpoint_is_not_replaced(saved, tmp_path, write):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="precious: exists and is not a checkpoint folder"):
+        write(saved[0], tmp_path / "precious")
+    assert (tmp_path / "precious" / "thesis.txt").read_text() == "years of work"
+    (tmp_path / "empty").mkdir()
+    write(saved[0], tmp_path / "empty")
+    assert {oct(path.stat().st_mode)[-3:] for path in (tmp_path / "empty").iterdir()} == {"644"}
+
+
 def change_weights(folder, change):
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
@@ -49,6 +62,11 @@ def change_weights(folder, change):
         (lambda t: t.pop("norm.weight"), "tensor 'norm.weight' is missing"),
         (lambda t: t.update(extra=torch.zeros(1)), "tensor 'extra' is not part of this model"),
         (lambda t: t.update({"norm.weight": torch.zeros(3)}), r"'norm.weight' has shape \[3\], expected \[32\]"),
+        (
+            lambda t: t.update({"norm.weight": torch.ones(32).long()}),
+            "'norm.weight' is torch.int64, expected torch.float",
+        ),
+        (lambda t: t["layers.0.ffn.tid2eid"].fill_(4), r"'layers.0.ffn.tid2eid' names experts outside 0\.\.3"),
         (lambda t: t["norm.weight"].fill_(float("nan")), "'norm.weight' holds values that are not finite"),
     ],
 )
@@ -75,11 +93,18 @@ def test_damaged_files_are_named(saved):
         checkpoint.load(folder / "nowhere")
 
 
-def test_warm_start_renews_only_position_biases(saved):
+def test_warm_start_keeps_all_but_what_the_checkpoint_cannot_have(saved):
     model, folder = saved
     other = Transformer(model.config.replace(csa_ratio=8))
     fresh = checkpoint.warm_start(other, folder)
     assert fresh and all(name.endswith(".ape") for name in fresh)
     assert torch.equal(other.embed.weight, model.embed.weight)
+    ahead = Transformer(model.config.replace(mtp_layers=1))
+    drawn = ahead.mtp[0].e_proj.weight.clone()
+    fresh = checkpoint.warm_start(ahead, folder)
+    assert "mtp.0.e_proj.weight" in fresh and all(name.startswith("mtp.") for name in fresh)
+    assert torch.equal(ahead.mtp[0].e_proj.weight, drawn) and torch.equal(ahead.embed.weight, model.embed.weight)
+    checkpoint.save(ahead, folder.parent / "ahead")
+    assert checkpoint.warm_start(model, folder.parent / "ahead") == []
     with pytest.raises(CheckpointError, match="has shape"):
         checkpoint.warm_start(Transformer(model.config.replace(expert_size=8)), folder)

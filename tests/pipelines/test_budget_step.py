@@ -152,3 +152,9 @@ def test_other_steps_know_nothing_of_its_options(capsys):
 
 def test_lengths_are_written_in_powers_of_1024():
     assert [binary(n) for n in (12, 1024, 32_512, 1 << 20, 3 << 19)] == ["12", "1K", "31.8K", "1M", "1.5M"]
+
+
+def test_a_recipe_brings_its_optimizer(capsys):
+    assert cli.main(["budget", "--model", "configs/baseline.yaml", "--context", "256", "--json"]) == 0
+    without = {choice["choice"]: choice for choice in json.loads(capsys.readouterr().out)["without"]}
+    assert without["Muon"]["used"] is False
