@@ -150,6 +150,7 @@ class PageTable:
         """``reserved`` pages of the pool for each sequence from the start; more are taken as tokens come."""
         self.pool, self.reserved = pool, reserved
         self.pages: list[list[int]] = []
+        self._numbers: Tensor | None = None
         self.pages += [pool.take(reserved) for _ in range(sequences)]
         self.lengths = [0] * sequences
         self.step = 0
@@ -167,7 +168,6 @@ class PageTable:
     def lengths(self, lengths: list[int]) -> None:
         self._lengths = lengths
         self._starts: Tensor | None = None
-        self._numbers: Tensor | None = None
 
     @property
     def starts(self) -> Tensor:
@@ -251,6 +251,7 @@ class PageTable:
             kept = max(self.reserved, self.pool.pages_for(length))
             self.pool.release(pages[kept:])
             del pages[kept:]
+        self._numbers = None
         self.lengths, self.step = lengths, 0
 
     def fork_into(self, other: PageTable) -> None:
@@ -262,21 +263,21 @@ class PageTable:
         for pages in used:
             self.pool.share(pages)
         other.pages = [pages + self.pool.take(max(0, self.reserved - len(pages))) for pages in used]
-        other.lengths = list(self._lengths)
+        other.lengths, other._numbers = list(self._lengths), None
 
     def adopt(self, sequences: Sequence[tuple[PageTable, int]]) -> None:
         """Take over sequences of other tables of the pool, with their pages, in the place of one's own empty ones."""
         self.pages = [table.pages[i] for table, i in sequences]
-        self.lengths = [table.lengths[i] for table, i in sequences]
+        self.lengths, self._numbers = [table.lengths[i] for table, i in sequences], None
         self.reserved = min(table.reserved for table, _ in sequences)
         for table, i in sequences:
-            table.pages[i] = []
+            table.pages[i], table._numbers = [], None
             table.lengths = [0 if k == i else n for k, n in enumerate(table.lengths)]
 
     def release(self) -> None:
         """Forget all tokens and give all pages back, reserved ones too."""
         for pages in self.pages:
             self.pool.release(pages)
-        self.pages = [[] for _ in self.pages]
+        self.pages, self._numbers = [[] for _ in self.pages], None
         self.reserved = 0
         self.lengths, self.step = [0] * len(self.pages), 0
