@@ -87,12 +87,16 @@ class Cache:
     def begin(self, batch_size: int, tokens: int) -> None:
         """Make room for ``tokens`` more tokens of each sequence. Raises CacheError, and changes nothing, when they do
         not fit, the pool has too few pages, or an interrupted step has damaged the fixed state."""
-        self.check_room(batch_size, tokens)
+        self._check_lengths(batch_size, tokens)
         self._table.begin(tokens)
         self.written = [max(written, n + tokens) for written, n in zip(self.written, self._table.lengths)]
 
     def check_room(self, batch_size: int, tokens: int) -> None:
         """Raise CacheError unless [batch_size, tokens] more ids fit and the pool has the pages."""
+        self._check_lengths(batch_size, tokens)
+        self._table.check_room(tokens)
+
+    def _check_lengths(self, batch_size: int, tokens: int) -> None:
         if batch_size != self.batch_size:
             raise CacheError(f"the cache holds {self.batch_size} sequences, the input has {batch_size}")
         for sequence, length in enumerate(self._table.lengths):
@@ -104,7 +108,6 @@ class Cache:
                 raise CacheError(
                     f"sequence {sequence} cannot go on from {length} tokens: a step was interrupted; truncate it to 0"
                 )
-        self._table.check_room(tokens)
 
     def advance(self) -> None:
         """Count the tokens that every layer has appended since :meth:`begin`."""

@@ -18,6 +18,7 @@ from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
 from model.hf import export_pretrained, import_pretrained, is_pretrained
 from model.hf_config import read_config, write_config
+from model.hf_names import BLOCK, MODEL, canonical
 from model.shards import INDEX
 from model.tokenizer import ByteTokenizer, load_tokenizer
 
@@ -450,3 +451,11 @@ def test_reading_needs_little_more_memory_than_the_network(tmp_path, exported, l
     peak, size = map(int, run.stdout.split())
     assert size > 50e6
     assert peak < 1.5 * size
+
+
+def test_both_layouts_have_one_spelling():
+    """The table of names and the rules that undo mixtures of them must not part ways."""
+    for prefix, rows in (("", MODEL), ("layers.7.", BLOCK)):
+        for row in rows:
+            theirs = (f"model.{prefix}" if prefix else "") + row.transformers
+            assert canonical(theirs) == canonical(prefix + row.released) == prefix + row.released
