@@ -59,9 +59,17 @@ def pack_e2m1(x: Tensor) -> Tensor:
 
 def unpack_e2m1(packed: Tensor) -> Tensor:
     """Inverse of :func:`pack_e2m1`: bytes [..., n / 2] to float32 [..., n]."""
-    table = torch.tensor(E2M1_VALUES + tuple(-v for v in E2M1_VALUES), device=packed.device)
-    codes = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
-    return table[codes.to(torch.int64)]
+    codes = packed.to(torch.int32)
+    low = ((codes & 0x07) << 22) | ((codes & 0x08) << 28)
+    high = ((codes & 0x70) << 18) | ((codes & 0x80) << 24)
+    # Exponent and mantissa stand in a float32's places, 126 too low; subnormals come out right, too.
+    return torch.stack((low, high), dim=-1).flatten(-2).view(torch.float32) * 2.0**126
+
+
+def unpack_e4m3(codes: Tensor) -> Tensor:
+    """E4M3 codes, uint8 [...] (no NaN), to float32 [...]. Several times as fast as PyTorch's conversion on a CPU."""
+    bits = codes.to(torch.int32)
+    return (((bits & 0x7F) << 20) | ((bits & 0x80) << 24)).view(torch.float32) * 2.0**120
 
 
 def to_blocks(x: Tensor, block: int) -> Tensor:

@@ -6,11 +6,12 @@ from torch import Tensor, nn
 
 from model.cache_parts import LayerCache
 from model.config import ModelConfig
-from model.hyper_connections import residual
+from model.hyper_connections import Mixing, residual
 from model.mixers import build_mixer
 from model.mixers.base import Context
 from model.moe import DenseFeedForward, MixtureOfExperts
 from model.norm import RMSNorm
+from model.rope import Rotation
 
 
 class Block(nn.Module):
@@ -18,8 +19,10 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, mixer: str, layer: int):
         super().__init__()
+        self.kind = (mixer, layer < config.num_hash_layers)
+        """What tells apart the code of different layers."""
         self.attn = build_mixer(mixer, config, layer)
-        self.ffn: nn.Module = (
+        self.ffn: MixtureOfExperts | DenseFeedForward = (
             MixtureOfExperts(config, layer) if config.ffn == "moe" else DenseFeedForward(config, config.ffn_size)
         )
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -29,5 +32,44 @@ class Block(nn.Module):
 
     def forward(self, streams: Tensor, input_ids: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """streams [B, S, n, hidden] ([B, S, hidden] without hyper-connections), input_ids int64 [B, S] -> streams."""
-        streams = self.attn_residual(streams, lambda x: self.attn(self.attn_norm(x), context, cache))
-        return self.ffn_residual(streams, lambda x: self.ffn(self.ffn_norm(x), input_ids, context))
+        execution, rotation, kind = context.execution, context.rotation[self.attn.name], self.kind
+        mixing, projected = execution.tokenwise(Block.before_mixing, kind, self, streams, rotation, cache is not None)
+        mixed = self.attn.mix(projected, context, cache)
+        if execution.fuses_experts(input_ids):
+            experts = self.ffn.stored_experts()
+            finish = execution.function(Block.finish_token, kind)
+            return finish(self, streams, mixing, mixed, rotation, input_ids, experts)
+        streams, mixing, routed = execution.tokenwise(
+            Block.before_experts, kind, self, streams, mixing, mixed, rotation, input_ids
+        )
+        out = self.ffn.mixture(routed, context)
+        return execution.tokenwise(Block.after_experts, kind, self, streams, mixing, out)
+
+    # The parts that treat every token on its own.
+
+    def before_mixing(self, streams: Tensor, rotation: Rotation, cached: bool) -> tuple[Mixing, dict[str, Tensor]]:
+        x, mixing = self.attn_residual.enter(streams)
+        return mixing, self.attn.project(self.attn_norm(x), rotation, cached)
+
+    def before_experts(
+        self, streams: Tensor, mixing: Mixing, mixed: Tensor, rotation: Rotation, input_ids: Tensor
+    ) -> tuple[Tensor, Mixing, dict[str, Tensor]]:
+        streams = self.attn_residual.leave(streams, mixing, self.attn.output(mixed, rotation))
+        x, mixing = self.ffn_residual.enter(streams)
+        return streams, mixing, self.ffn.route(self.ffn_norm(x), input_ids)
+
+    def after_experts(self, streams: Tensor, mixing: Mixing, out: Tensor) -> Tensor:
+        return self.ffn_residual.leave(streams, mixing, out)
+
+    def finish_token(
+        self,
+        streams: Tensor,
+        mixing: Mixing,
+        mixed: Tensor,
+        rotation: Rotation,
+        input_ids: Tensor,
+        experts: tuple[Tensor, ...],
+    ) -> Tensor:
+        """The two parts above and the experts between them, for one token."""
+        streams, mixing, routed = self.before_experts(streams, mixing, mixed, rotation, input_ids)
+        return self.after_experts(streams, mixing, self.ffn.mixture_of_one(routed, experts))

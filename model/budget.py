@@ -118,7 +118,7 @@ def _attention(c: ModelConfig, tokens: int) -> list[Work]:
     csa, hca, gqa = (c.layers.count(name) for name in ("csa", "hca", "gqa"))
     fine, coarse, window = tokens // c.csa_ratio, tokens // c.hca_ratio, min(tokens, c.window)
     per_key = 4.0 * c.num_heads * c.head_dim
-    index_format = "fp4" if Precision(c).roles["index"] == "fp4" else "bf16"
+    index_format = "bf16" if c.index_format == "fp32" else c.index_format
     return [
         Work("index scores", "index", index_format, 2.0 * csa * c.index_heads * c.index_head_dim * fine),
         Work("core attention, csa", "core", "bf16", csa * per_key * (min(c.index_topk, fine) + window)),

@@ -95,7 +95,7 @@ def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 def _rows(cache: Cache) -> dict[str, Tensor]:
     """What counts in each part, by name: rows in use of entries, and of rings those that were written."""
-    ends = cache.starts
+    ends = cache.lengths
     rows = {}
     for layer, parts in enumerate(cache.layers):
         for name, part in vars(parts).items():
@@ -125,7 +125,7 @@ def _fill(cache: Cache, tensors: dict[str, Tensor], path: str | Path) -> None:
             if isinstance(part, Entries):
                 part.put_packed(rows)
             else:
-                part.ring.write(cache.starts, rows.unsqueeze(0))
+                part.ring.write(cache.lengths, rows.unsqueeze(0))
 
 
 def _digest(metadata: dict[str, str], tensors: dict[str, Tensor]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.cache_io import EntryLayout, pack, unpack
+from kernels.cache_io import EntryLayout, PagedRows, pack
 from model.config import ModelConfig
 from model.paging import PageTable, zeros
 from model.precision import Precision
@@ -28,20 +28,35 @@ class Ring:
     def nbytes(self) -> int:
         return self.data.untyped_storage().nbytes()
 
-    def read(self, ends: Tensor, count: int) -> Tensor:
-        """The ``count`` rows before positions ``ends`` (int64 [B or 1]): [B, count, width]. Rows of positions below 0
-        mean nothing."""
-        return self.data[self._places(ends, count)]
+    def read(self, ends: list[int], count: int) -> Tensor:
+        """The ``count`` rows before positions ``ends``, one for each sequence: [B, count, width]. Rows of positions
+        below 0 mean nothing."""
+        if len(set(ends)) > 1:
+            return self.data[self._places(ends, count)]
+        return torch.cat([self.data[:, piece] for piece in self._pieces(ends[0], count)], dim=1)
 
-    def write(self, ends: Tensor, rows: Tensor) -> None:
-        """Put rows [B, n, width], n at most the capacity, before positions ``ends`` (int64 [B or 1])."""
-        self.data[self._places(ends, rows.shape[1])] = rows
+    def write(self, ends: list[int], rows: Tensor) -> None:
+        """Put rows [B, n, width], n at most the capacity, before positions ``ends``."""
+        count = rows.shape[1]
+        if len(set(ends)) > 1:
+            self.data[self._places(ends, count)] = rows
+            return
+        done = 0
+        for piece in self._pieces(ends[0], count):
+            self.data[:, piece] = rows[:, done : done + piece.stop - piece.start]
+            done += piece.stop - piece.start
 
-    def _places(self, ends: Tensor, count: int) -> tuple[slice | Tensor, Tensor]:
-        places = (ends.unsqueeze(-1) - count + torch.arange(count, device=ends.device)) % self.capacity
-        if len(ends) == 1:
-            return slice(None), places[0]
-        return torch.arange(len(ends), device=ends.device).unsqueeze(-1), places
+    def _pieces(self, end: int, count: int) -> list[slice]:
+        """Where the ``count`` rows before ``end`` lie: in one piece, or in two around the ring's end."""
+        first = (end - count) % self.capacity if self.capacity else 0
+        if first + count <= self.capacity:
+            return [slice(first, first + count)]
+        return [slice(first, self.capacity), slice(0, first + count - self.capacity)]
+
+    def _places(self, ends: list[int], count: int) -> tuple[Tensor, Tensor]:
+        after = torch.tensor(ends, device=self.data.device).unsqueeze(-1)
+        places = (after - count + torch.arange(count, device=self.data.device)) % self.capacity
+        return torch.arange(len(ends), device=self.data.device).unsqueeze(-1), places
 
 
 class Window:
@@ -58,14 +73,12 @@ class Window:
         """The oldest token that the one at ``position`` sees."""
         return position - (self.tokens - 1)
 
-    def read(self) -> Tensor:
-        """The ``window - 1`` tokens before the new ones: float32 [B, window - 1, size]. What lies before a sequence's
-        start means nothing."""
-        return unpack(self.ring.read(self.table.starts, self.tokens - 1), self.layout)
-
-    def append(self, x: Tensor) -> None:
-        """The new tokens' key-values, float [B, S, size]."""
-        self.ring.write(self.table.starts + x.shape[1], pack(x[:, -self.ring.capacity :], self.layout))
+    def extend(self, new: Tensor) -> Tensor:
+        """Append the new tokens' rows, uint8 [B, S, nbytes], and return them after the ``window - 1`` before: uint8
+        [B, window - 1 + S, nbytes]. What lies before a sequence's start means nothing."""
+        rows = torch.cat((self.ring.read(self.table.lengths, self.tokens - 1), new), dim=1)
+        self.ring.write(self.table.ends, new[:, -self.ring.capacity :])
+        return rows
 
 
 @dataclass(frozen=True)
@@ -109,12 +122,12 @@ class Tail:
 
     def read(self, group: Completion) -> Tensor:
         """The kept rows of a group: float32 [sequences, past, width]."""
-        rows = self.ring.read(self.table.starts, group.past)
+        rows = self.ring.read(self.table.lengths, group.past)
         return rows if len(group.sequences) == len(rows) else rows[group.sequences]
 
     def append(self, rows: Tensor) -> None:
         """The new tokens' rows, float32 [B, S, width]."""
-        self.ring.write(self.table.starts + rows.shape[1], rows[:, -self.ring.capacity :])
+        self.ring.write(self.table.ends, rows[:, -self.ring.capacity :])
 
 
 class Entries:
@@ -142,22 +155,32 @@ class Entries:
         last = torch.tensor(after, device=x.device).unsqueeze(-1) - 1
         self._rows[self._places(numbers.minimum(last.clamp(min=0)))[made]] = packed[made]
 
-    def read(self) -> Tensor:
-        """All entries, the new ones included: float32 [B, T, size], T those of the sequence with the most. Beyond a
+    @property
+    def counts(self) -> list[int]:
+        """How many entries each sequence has, the new ones included."""
+        return self.table.entry_counts(self.ratio)[1]
+
+    def paged(self, sequence: int) -> PagedRows:
+        """One sequence's rows where they lie."""
+        return PagedRows(self._rows, self.per_page, self.table.pages[sequence], self.table.in_a_row(sequence))
+
+    def rows(self) -> Tensor:
+        """All rows, the new ones included: uint8 [B, T, nbytes], T those of the sequence with the most. Beyond a
         sequence's own they mean nothing."""
-        counts = self.table.entry_counts(self.ratio)[1]
-        most = max(counts)
-        if not most:
-            return torch.zeros(len(counts), 0, self.layout.size, device=self.table.pool.device)
-        page = self.table.first_of_run(-(-most // self.per_page))
-        if page is not None:
-            return unpack(self._rows[page * self.per_page :][:most], self.layout).unsqueeze(0)
-        last = torch.tensor(counts, device=self.table.pool.device).unsqueeze(-1) - 1
-        return self.gather(torch.arange(most, device=self.table.pool.device).minimum(last.clamp(min=0)))
+        most = max(self.counts)
+        if len(self.counts) == 1:
+            return self.paged(0).slice(0, most).unsqueeze(0)
+        last = torch.tensor(self.counts, device=self.table.pool.device).unsqueeze(-1) - 1
+        return self.gather(torch.arange(most, device=self.table.pool.device).minimum(last).clamp(min=0))
 
     def gather(self, numbers: Tensor) -> Tensor:
-        """Entries by number, int64 [B, ...] -> float32 [B, ..., size]. Only these rows are touched."""
-        return unpack(self._rows[self._places(numbers)], self.layout)
+        """Rows by number, int64 [B, ...] -> uint8 [B, ..., nbytes]. Only these rows are touched."""
+        return self._rows[self._places(numbers)]
+
+    def gather_of(self, sequences: Tensor, numbers: Tensor) -> Tensor:
+        """Rows of single sequences, int64 [N], by number, int64 [N, k] -> uint8 [N, k, nbytes]."""
+        pages = self.table.numbers[sequences].gather(1, numbers // self.per_page)
+        return self._rows[pages * self.per_page + numbers % self.per_page]
 
     def packed(self) -> Tensor:
         """The rows in use of a single sequence, as stored: uint8 [T, layout.nbytes]."""

@@ -14,7 +14,7 @@ from model.budget import (
     expert_weight_bytes,
     fixed_state_bytes,
 )
-from model.config import ModelConfig
+from model.config import CACHE_FORMATS, ModelConfig
 from model.precision import Precision
 
 _FLOAT32 = 4
@@ -122,7 +122,7 @@ def gqa8_account(config: ModelConfig) -> Account:
 
     It keeps the model's hidden width, query heads (a multiple of 8), feed-forward and head; residuals are plain.
     """
-    standard = _with_gqa8(config).replace(hyper_connections=False, qat=False, cache_precision="bf16")
+    standard = with_gqa8(config).replace(hyper_connections=False, qat=False)
     account = account_of(standard)
     return dataclasses.replace(
         account,
@@ -133,9 +133,11 @@ def gqa8_account(config: ModelConfig) -> Account:
     )
 
 
-def _with_gqa8(config: ModelConfig) -> ModelConfig:
+def with_gqa8(config: ModelConfig) -> ModelConfig:
+    """The network with 8 key-value heads of 128 dims in BF16 in every layer; the rest as it was."""
     return config.replace(
         layers=("gqa",) * config.num_layers,
+        **dict.fromkeys(CACHE_FORMATS, "bf16"),
         num_heads=-(-config.num_heads // _GQA_HEADS) * _GQA_HEADS,
         num_kv_heads=_GQA_HEADS,
         head_dim=_GQA_HEAD_DIM,
@@ -178,7 +180,8 @@ def choices(
     the recipe uses it. A choice that the model does not make is not ``used``, and its account is the model's own.
     """
     hybrid = any(name != "gqa" for name in config.layers)
-    mixed = config.cache_precision == "mixed" and hybrid
+    roles = {"kv_format": hybrid, "index_format": "csa" in config.layers, "gqa_format": "gqa" in config.layers}
+    packed = [role for role, used in roles.items() if used and getattr(config, role) in ("fp8", "fp4")]
     own = account_of(config)
     experts = parameters.components.get("routed experts", (0, 0))[0]
     all_parameters = parameters.total + parameters.mtp
@@ -216,7 +219,7 @@ def choices(
             "E2M1 with an E8M0 scale per 32; without training for it FP8 E4M3 with a scale per 128 x 128; main model",
         )
     ]
-    if mixed and "csa" in config.layers:
+    if "csa" in config.layers and config.index_format == "fp4":
         wider = config.index_head_dim + _FLOAT32 - Precision(config).index_layout.nbytes
         quantised.append(
             Change(
@@ -236,13 +239,13 @@ def choices(
             "hybrid attention",
             "GQA-8 in every layer, BF16 keys and values",
             hybrid,
-            account_of(_with_gqa8(config)) if hybrid else own,
+            account_of(with_gqa8(config)) if hybrid else own,
         ),
         Choice(
             "precision per role",
-            "cache and index products in BF16 (model.cache_precision bf16)",
-            mixed,
-            without(mixed, cache_precision="bf16"),
+            "what the cache packs, and index products, in BF16 (model.kv_format, index_format and gqa_format bf16)",
+            bool(packed),
+            without(bool(packed), **dict.fromkeys(packed, "bf16")),
         ),
         Choice("Muon", "AdamW (train.optimizer.rule adamw)", muon, own, (momentum,) if muon else ()),
         Choice(
@@ -281,7 +284,7 @@ def waterfall(config: ModelConfig, muon: bool = True) -> tuple[Step, ...]:
     Each stage's bytes come from the stage's own entry sizes, and the last stage's are those of the cache. Muon,
     hyper-connections and quantisation-aware training, where used, leave every entry as it is: their factor is 1.
     """
-    plain = config.replace(cache_precision="bf16")
+    plain = config.replace(**dict.fromkeys(CACHE_FORMATS, "bf16"))
     main, index = Precision(plain).main_layout.nbytes, Precision(plain).index_layout.nbytes
     packed_main, packed_index = Precision(config).main_layout.nbytes, Precision(config).index_layout.nbytes
     count = {name: config.layers.count(name) for name in ("sliding", "csa", "hca", "gqa")}
@@ -327,17 +330,20 @@ def waterfall(config: ModelConfig, muon: bool = True) -> tuple[Step, ...]:
                 f"{count['csa']} layers x {config.index_head_dim} dims x 2 bytes at 1/{config.csa_ratio}",
             ),
             (
-                f"entries in {_formats(config, 'main_kv', 'rope')}",
+                f"entries in {_formats(config, 'kv_format', 'rope_format')}",
                 kept + entries * packed_main + keys * index,
                 f"{packed_main} bytes per entry of {config.head_dim} dims, scales and padding included",
             ),
             (
-                f"index keys in {_formats(config, 'index')}",
+                f"index keys in {_formats(config, 'index_format')}",
                 kept + entries * packed_main + keys * packed_index,
                 f"{packed_index} bytes per key of {config.index_head_dim} dims, scales included",
             ),
         ]
     total = sum(cache_bytes_per_token(config).values())
+    if count["gqa"] and config.gqa_format != "bf16":
+        rule = f"{Precision(config).gqa_layout.nbytes} bytes per token and layer, scales included"
+        stages.append((f"gqa keys and values in {_formats(config, 'gqa_format')}", total, rule))
     if muon:
         stages.append(("Muon", total, "optimizer state only"))
     if config.hyper_connections:
@@ -352,7 +358,7 @@ def waterfall(config: ModelConfig, muon: bool = True) -> tuple[Step, ...]:
 
 
 def _formats(config: ModelConfig, *roles: str) -> str:
-    return " and ".join(dict.fromkeys(Precision(config).roles[role].upper() for role in roles))
+    return " and ".join(dict.fromkeys(getattr(config, role).upper() for role in roles))
 
 
 # --- where the regimes part

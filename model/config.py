@@ -20,6 +20,11 @@ from model.presets import LEAST_DEPTH, MOST_DEPTH, PRESETS, depth_values
 
 MIXER_NAMES = ("sliding", "csa", "hca", "gqa")
 COMPRESSED_MIXERS = ("csa", "hca")
+CACHE_FORMATS = ("kv_format", "rope_format", "index_format", "gqa_format")
+"""The fields that say how the cache stores each tensor role."""
+Format = Literal["fp4", "fp8", "bf16", "fp32"]
+"""FP4 E2M1 with an E8M0 scale per 32 dims, FP8 E4M3 with one per 64, or plain floats."""
+_BITS = {"fp4": 4, "fp8": 8, "bf16": 16, "fp32": 32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +34,7 @@ class ModelConfig:
     The five choices of the V4 recipe are one switch each:
 
     1. hybrid attention: ``layers`` (``csa``/``hca``/``sliding`` against ``gqa``);
-    2. cache precision: ``cache_precision`` (``mixed`` against ``bf16``);
+    2. a precision for each role: :data:`CACHE_FORMATS` (``fp8``, ``fp4`` against ``bf16``);
     3. Muon: not here, ``train.optimizer.rule``;
     4. hyper-connections: ``hyper_connections``;
     5. quantisation-aware training: ``qat``.
@@ -102,8 +107,15 @@ class ModelConfig:
     routed_scaling_factor: float = 1.5
     swiglu_limit: float = 10.0
 
-    # --- precision
-    cache_precision: Literal["mixed", "bf16", "fp32"] = "mixed"
+    # --- precision; the defaults are DeepSeek-V4's (report 2.3.4, 5.2.1)
+    kv_format: Format = "fp8"
+    """Unrotated dims of window and compressed entries."""
+    rope_format: Literal["bf16", "fp32"] = "bf16"
+    """Their rotary dims."""
+    index_format: Format = "fp4"
+    """Index keys as stored, and index queries as multiplied with them."""
+    gqa_format: Format = "bf16"
+    """Keys and values of gqa layers."""
     qat: bool = True
     """Train with the cache formats, FP4 index queries and FP4 expert weights in the loop (straight-through)."""
 
@@ -269,6 +281,13 @@ def _validate(c: ModelConfig) -> None:
         f"rope_head_dim: {c.rope_head_dim} leaves no unrotated dims in head_dim {c.head_dim}",
     )
     need(c.head_dim % 2 == 0, f"head_dim: must be even, found {c.head_dim}")
+    if set(c.layers) != {"gqa"} or c.mtp_layers:
+        body = c.head_dim - c.rope_head_dim
+        need(
+            body * _BITS[c.kv_format] % _BITS[c.rope_format] == 0,
+            f"head_dim: {body} unrotated dims in kv_format {c.kv_format} end where no rotary dim in rope_format "
+            f"{c.rope_format} can begin; expected a multiple of {_BITS[c.rope_format] // _BITS[c.kv_format]}",
+        )
     if "csa" in c.layers:
         need(
             c.index_head_dim & (c.index_head_dim - 1) == 0,

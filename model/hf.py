@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model import release_format
 from model.checkpoint import check_replaceable
+from model.config import CACHE_FORMATS
 from model.errors import CheckpointError, ConfigError
 from model.files import atomic_folder
 from model.hf_config import OWN_KEY, ExpertFormat, check_expressible, read_config, write_config
@@ -33,10 +34,10 @@ def import_pretrained(folder: str | Path, device: str | torch.device = "cpu", **
     """The network of a DeepSeek-V4 checkpoint folder, in float32 and eval mode.
 
     ``overrides`` replace fields of ModelConfig. Unless they or a folder written here say otherwise, the network
-    computes as the folder's owner does: from unquantised weights in plain floats (``cache_precision="fp32"``,
-    ``qat=False``), from quantised ones with the mixed-precision cache (``"mixed"``), and with ``qat`` on where the
-    experts are FP4, which rounds nothing that is not rounded already. A prediction module is built where the folder
-    holds its tensors (``mtp.*``, which transformers never saves); ``mtp_layers=0`` passes over them.
+    computes as the folder's owner does: from unquantised weights in plain floats (every cache format ``fp32``,
+    ``qat=False``), from quantised ones with the mixed-precision cache (ModelConfig's own formats), and with ``qat`` on
+    where the experts are FP4, which rounds nothing that is not rounded already. A prediction module is built where the
+    folder holds its tensors (``mtp.*``, which transformers never saves); ``mtp_layers=0`` passes over them.
 
     Names, shapes and dtypes of all tensors are checked before any is read, and they are read one at a time, so memory
     stays near the network's own. Raises CheckpointError naming file and key or tensor, expected and found.
@@ -71,7 +72,8 @@ def import_pretrained(folder: str | Path, device: str | torch.device = "cpu", **
             f"{folder / CONFIG}: key 'quantization_config' is missing, but tensor '{name}' is {stored[name].dtype}"
         )
     if OWN_KEY not in content:
-        policy = {"cache_precision": "mixed" if quantized else "fp32", "qat": "fp4" in quantized.values()}
+        policy: dict[str, Any] = {} if quantized else dict.fromkeys(CACHE_FORMATS, "fp32")
+        policy["qat"] = "fp4" in quantized.values()
         config = config.replace(**{key: value for key, value in policy.items() if key not in overrides})
     with torch.device("meta"):
         model = Transformer(config)
@@ -97,7 +99,7 @@ def export_pretrained(
     and dtypes (attention, shared experts and prediction projections FP8, routed experts FP4 or FP8, mixing weights
     FP32, the rest BF16); ``experts`` chooses theirs, by default what they were read from, else FP4 with ``qat`` and
     FP8 without. A tensor that was read quantised and not changed since is written bit for bit. Both note
-    ``cache_precision`` and ``qat`` under a key of their own, which :func:`import_pretrained` heeds; transformers
+    the cache's formats and ``qat`` under a key of their own, which :func:`import_pretrained` heeds; transformers
     rounds no cache.
 
     Raises ConfigError for a network that the format cannot express or an unknown format, CheckpointError for a value

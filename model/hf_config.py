@@ -7,14 +7,14 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from model.config import ModelConfig
+from model.config import CACHE_FORMATS, ModelConfig
 from model.errors import CheckpointError, ConfigError
 from model.hf_names import Layout
 
 MODEL_TYPE = "deepseek_v4"
 OWN_KEY = "fiftyfold"
 """Where a folder written here says what no other key can: :data:`OWN_FIELDS`."""
-OWN_FIELDS = ("cache_precision", "qat")
+OWN_FIELDS = (*CACHE_FORMATS, "qat")
 ExpertFormat = Literal["fp4", "fp8"]
 MIXERS = {
     "sliding_attention": "sliding",
@@ -134,7 +134,7 @@ def read_config(path: Path, content: dict[str, Any], **overrides: Any) -> ModelC
 def _own_fields(r: _Reader) -> dict[str, Any]:
     own = r.content.get(OWN_KEY, {})
     if not isinstance(own, dict) or set(own) - set(OWN_FIELDS):
-        raise r.wrong(OWN_KEY, f"a mapping of {' and '.join(OWN_FIELDS)}", own)
+        raise r.wrong(OWN_KEY, f"a mapping of {', '.join(OWN_FIELDS)}", own)
     return own
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +9,9 @@ from kernels.hyper_connections import collapse, expand, mixing_weights
 from model.config import ModelConfig
 from model.norm import rms_normalize
 from model.precision import in_float32
+
+Mixing = tuple[Tensor, ...]
+"""What a residual keeps between its two halves."""
 
 
 class HyperConnection(nn.Module):
@@ -33,13 +34,19 @@ class HyperConnection(nn.Module):
             with torch.no_grad():  # e^4 : 1, so about 0.95 of a stream stays in place
                 self.base[2 * n :].view(n, n).fill_diagonal_(4.0)
 
-    def forward(self, streams: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
+    def enter(self, streams: Tensor) -> tuple[Tensor, Mixing]:
+        """The block's input [B, S, d], and the mixing weights (post, comb) for :meth:`leave`."""
         c = self.config
         with in_float32(streams):
             pre, post, comb = mixing_weights(
                 streams, self.fn, self.scale, self.base, c.hc_sinkhorn_iters, c.hc_eps, c.norm_eps
             )
-        return expand(streams, comb, post, block(collapse(streams, pre)).float())
+        return collapse(streams, pre), (post, comb)
+
+    def leave(self, streams: Tensor, mixing: Mixing, output: Tensor) -> Tensor:
+        """The new streams from the old ones and the block's output [B, S, d]."""
+        post, comb = mixing
+        return expand(streams, comb, post, output.float())
 
 
 class HyperHead(nn.Module):
@@ -66,8 +73,11 @@ class HyperHead(nn.Module):
 class PlainResidual(nn.Module):
     """``x + F(x)``: what the network uses with ``hyper_connections`` off."""
 
-    def forward(self, x: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
-        return x + block(x).float()
+    def enter(self, streams: Tensor) -> tuple[Tensor, Mixing]:
+        return streams, ()
+
+    def leave(self, streams: Tensor, mixing: Mixing, output: Tensor) -> Tensor:
+        return streams + output.float()
 
 
 def residual(config: ModelConfig) -> HyperConnection | PlainResidual:

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.execution import in_tiles
+from model.linear import Linear, linear
 from model.mixers.base import Context
 from model.precision import Precision, in_float32
 
@@ -22,11 +24,23 @@ class DenseFeedForward(nn.Module):
     def __init__(self, config: ModelConfig, size: int):
         super().__init__()
         self.limit = config.swiglu_limit
-        self.w1 = nn.Linear(config.hidden_size, size, bias=False)
-        self.w3 = nn.Linear(config.hidden_size, size, bias=False)
-        self.w2 = nn.Linear(size, config.hidden_size, bias=False)
+        self.w1 = Linear(config.hidden_size, size)
+        self.w3 = Linear(config.hidden_size, size)
+        self.w2 = Linear(size, config.hidden_size)
 
-    def forward(self, x: Tensor, input_ids: Tensor, context: Context) -> Tensor:
+    def route(self, x: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
+        return {"out": self(x)}
+
+    def mixture(self, routed: dict[str, Tensor], context: Context) -> Tensor:
+        return routed["out"]
+
+    def mixture_of_one(self, routed: dict[str, Tensor], experts: tuple[Tensor, ...]) -> Tensor:
+        return routed["out"]
+
+    def stored_experts(self) -> tuple[Tensor, ...]:
+        return ()
+
+    def forward(self, x: Tensor) -> Tensor:
         return self.w2(swiglu(self.w1(x), self.w3(x), self.limit).to(x.dtype))
 
 
@@ -48,12 +62,12 @@ class MixtureOfExperts(nn.Module):
         self.config, self.layer = c, layer
         self.precision = Precision(c)
         self.hash_routed = layer < c.num_hash_layers
-        self.router = nn.Linear(c.hidden_size, c.num_experts, bias=False)
+        self.router = Linear(c.hidden_size, c.num_experts)
         self.w1 = nn.Parameter(torch.empty(c.num_experts, c.expert_size, c.hidden_size))
         self.w3 = nn.Parameter(torch.empty(c.num_experts, c.expert_size, c.hidden_size))
         self.w2 = nn.Parameter(torch.empty(c.num_experts, c.hidden_size, c.expert_size))
         self.shared = DenseFeedForward(c, c.num_shared_experts * c.expert_size) if c.num_shared_experts else None
-        self._rounded: tuple[tuple, tuple[Tensor, Tensor, Tensor]] | None = None
+        self._rounded: tuple[tuple, tuple[Tensor, ...]] | None = None
         self.register_buffer("router_bias", torch.zeros(c.num_experts))
         # Tokens per expert since the last bias update; not part of a checkpoint.
         self.register_buffer("expert_load", torch.zeros(c.num_experts), persistent=False)
@@ -69,57 +83,87 @@ class MixtureOfExperts(nn.Module):
             self.tid2eid.copy_(hash_table(c.vocab_size, c.num_experts, c.experts_per_token, self.layer))
 
     def forward(self, x: Tensor, input_ids: Tensor, context: Context) -> Tensor:
-        """x [B, S, hidden], input_ids int64 [B, S] -> [B, S, hidden]. Padding takes part in no count and no loss."""
+        """x [B, S, hidden], input_ids int64 [B, S] -> [B, S, hidden]."""
+        return self.mixture(self.route(x, input_ids), context)
+
+    def route(self, x: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
+        """What each token gives on its own: x [B, S, hidden], its affinity [B, S, E] to every expert, the chosen ones
+        int64 [B, S, K], their weights [B, S, K] and the shared experts' output."""
         c = self.config
-        flat = x.flatten(0, 1)
         with in_float32(x):
-            affinity = F.softplus(F.linear(flat.float(), self.router.weight.float())).sqrt()
+            affinity = F.softplus(linear(x.float(), self.router.weight.float())).sqrt()
         if self.hash_routed:
-            chosen = self.tid2eid[input_ids.flatten()]
+            chosen = self.tid2eid[input_ids]
         else:
             chosen = (affinity.detach() + self.router_bias).topk(c.experts_per_token, dim=-1).indices
         weights = affinity.gather(-1, chosen)
         weights = weights / weights.sum(-1, keepdim=True) * c.routed_scaling_factor
+        routed = {"x": x, "affinity": affinity, "chosen": chosen, "weights": weights}
+        return routed if self.shared is None else {**routed, "shared": self.shared(x)}
+
+    def mixture(self, routed: dict[str, Tensor], context: Context) -> Tensor:
+        """The experts' weighted outputs, [B, S, hidden]. Padding takes part in no count and no loss."""
+        x, affinity, chosen = routed["x"], routed["affinity"], routed["chosen"]
         if self.training:
             counted = None if context.documents is None else context.documents.counted
             with torch.no_grad():
-                real = chosen if counted is None else chosen[counted.flatten()]
-                self.expert_load += torch.bincount(real.flatten(), minlength=c.num_experts)
+                real = chosen if counted is None else chosen[counted]
+                self.expert_load += torch.bincount(real.flatten(), minlength=self.config.num_experts)
             if context.telemetry is not None and not self.hash_routed:
-                context.telemetry.losses["balance"][self.layer] = sequence_balance(
-                    affinity.view(*x.shape[:2], -1), chosen.view(*x.shape[:2], -1), counted
-                )
-        out = self._routed(flat, chosen, weights)
-        if self.shared is not None:
-            out = out + self.shared(flat, input_ids, context)
-        return out.view(x.shape)
+                context.telemetry.losses["balance"][self.layer] = sequence_balance(affinity, chosen, counted)
+        run = self._by_tiles if context.execution.batch_invariant else self._by_experts
+        out = run(x.flatten(0, 1), chosen.flatten(0, 1), routed["weights"].flatten(0, 1)).view(x.shape)
+        return out + routed["shared"] if "shared" in routed else out
 
-    def _routed(self, flat: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    def mixture_of_one(self, routed: dict[str, Tensor], experts: tuple[Tensor, ...]) -> Tensor:
+        """The same for one token, from the stacks of :meth:`stored_experts`. Compiled, nothing is copied."""
+        w1, w3, w2 = experts
+        x, chosen, weights = routed["x"].flatten(), routed["chosen"].flatten(), routed["weights"].flatten()
+        inner = swiglu((w1[chosen] * x).sum(-1), (w3[chosen] * x).sum(-1), self.config.swiglu_limit)
+        out = (w2[chosen] * (inner * weights.unsqueeze(-1)).unsqueeze(1)).sum(-1).sum(0).view_as(routed["x"])
+        return out + routed["shared"] if "shared" in routed else out
+
+    def _by_experts(self, flat: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Each expert runs over its own tokens: [N, hidden] -> [N, hidden]."""
-        w1, w3, w2 = self._expert_weights()
+        experts = self.stored_experts()
         order = chosen.flatten().argsort(stable=True)
         tokens = order // chosen.shape[-1]
         counts = torch.bincount(chosen.flatten(), minlength=self.config.num_experts).tolist()
         gathered = flat[tokens].split(counts)
         gains = weights.flatten()[order].split(counts)
-        outputs = []
-        for expert, (rows, gain) in enumerate(zip(gathered, gains)):
-            inner = swiglu(F.linear(rows, w1[expert]), F.linear(rows, w3[expert]), self.config.swiglu_limit)
-            outputs.append(F.linear((inner * gain.unsqueeze(-1)).to(rows.dtype), w2[expert]))
+        outputs = [
+            self._expert(rows, gain.unsqueeze(-1), *(w[expert] for w in experts))
+            for expert, (rows, gain) in enumerate(zip(gathered, gains))
+        ]
         return torch.zeros_like(flat).index_add(0, tokens, torch.cat(outputs).to(flat.dtype))
 
-    def _expert_weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The stacks as rounded for storage. Outside training they are kept: rounding them took a quarter of a
-        decode step."""
+    def _by_tiles(self, flat: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """The same in tiles of one shape: an expert runs over a whole tile as soon as one of its tokens chose it. To
+        the others it adds zeros, which change no bit."""
+        experts = self.stored_experts()
+        outputs = []
+        for rows, picks, gains in zip(*(in_tiles(t) for t in (flat, chosen, weights))):
+            out = torch.zeros_like(rows)
+            for expert in picks.unique().tolist():
+                gain = (gains * (picks == expert)).sum(-1, keepdim=True)
+                out = out + self._expert(rows, gain, *(w[expert] for w in experts))
+            outputs.append(out)
+        return torch.cat(outputs)[: len(flat)]
+
+    def _expert(self, rows: Tensor, gain: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+        inner = swiglu(linear(rows, w1), linear(rows, w3), self.config.swiglu_limit)
+        return linear((inner * gain).to(rows.dtype), w2)
+
+    def stored_experts(self) -> tuple[Tensor, ...]:
+        """The stacks w1, w3 and w2 as rounded for storage. Outside training they are kept: rounding them took a quarter
+        of a decode step."""
         stacks = (self.w1, self.w3, self.w2)
         # Weights made in inference mode carry no version to tell a change by.
         if self.training or torch.is_grad_enabled() or self.w1.is_inference():
-            w1, w3, w2 = map(self.precision.round_expert, stacks)
-            return w1, w3, w2
+            return tuple(map(self.precision.round_expert, stacks))
         versions = tuple((w._version, w.data_ptr()) for w in stacks)
         if self._rounded is None or self._rounded[0] != versions:
-            w1, w3, w2 = map(self.precision.round_expert, stacks)
-            self._rounded = (versions, (w1, w3, w2))
+            self._rounded = (versions, tuple(map(self.precision.round_expert, stacks)))
         return self._rounded[1]
 
 

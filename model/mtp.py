@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.block import Block
 from model.config import ModelConfig
 from model.hyper_connections import HyperHead
+from model.linear import Linear
 from model.mixers.base import Context
 from model.norm import RMSNorm
 
@@ -23,8 +24,8 @@ class PredictAhead(Block):
         super().__init__(config, "sliding", layer=config.num_layers)
         self.enorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.e_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.h_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.e_proj = Linear(config.hidden_size, config.hidden_size)
+        self.h_proj = Linear(config.hidden_size, config.hidden_size)
         self.hyper_head = HyperHead(config) if config.hyper_connections else None
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 

@@ -10,6 +10,7 @@ import heapq
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from kernels.cache_io import EntryLayout
 from model.config import ModelConfig
 from model.errors import CacheError
-from model.precision import Precision, gqa_format
+from model.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,7 @@ def growing_parts(config: ModelConfig) -> dict[tuple[int, str], GrowingPart]:
     parts = {}
     for layer, mixer in enumerate(config.layers):
         if mixer == "gqa":
-            layout = EntryLayout(2 * config.num_kv_heads * config.head_dim, gqa_format(config))
-            parts[layer, "entries"] = GrowingPart(layout, 1, mixer)
+            parts[layer, "entries"] = GrowingPart(precision.gqa_layout, 1, mixer)
         elif mixer != "sliding":
             parts[layer, "entries"] = GrowingPart(precision.main_layout, config.compress_ratio(mixer), mixer)
         if mixer == "csa":
@@ -150,7 +150,7 @@ class PageTable:
         """``reserved`` pages of the pool for each sequence from the start; more are taken as tokens come."""
         self.pool, self.reserved = pool, reserved
         self.pages: list[list[int]] = []
-        self._numbers: Tensor | None = None
+        self._pages_changed()
         self.pages += [pool.take(reserved) for _ in range(sequences)]
         self.lengths = [0] * sequences
         self.step = 0
@@ -158,6 +158,10 @@ class PageTable:
 
     def __del__(self) -> None:
         self.release()
+
+    def _pages_changed(self) -> None:
+        self._numbers: Tensor | None = None
+        self._in_a_row: list[bool] | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -186,12 +190,16 @@ class PageTable:
             self._numbers = torch.tensor(rows, dtype=torch.int64, device=self.pool.device)
         return self._numbers
 
-    def first_of_run(self, count: int) -> int | None:
-        """The first page, where there is one sequence whose first ``count`` pages lie one after the other."""
-        pages = self.pages[0]
-        if len(self.pages) > 1 or pages[:count] != list(range(pages[0], pages[0] + count)):
-            return None
-        return pages[0]
+    def in_a_row(self, sequence: int) -> bool:
+        """Whether the sequence's pages lie one after the other."""
+        if self._in_a_row is None:
+            self._in_a_row = [all(b == a + 1 for a, b in pairwise(pages)) for pages in self.pages]
+        return self._in_a_row[sequence]
+
+    @property
+    def ends(self) -> list[int]:
+        """Tokens of each sequence after the present step."""
+        return [n + self.step for n in self._lengths]
 
     def entry_counts(self, ratio: int) -> tuple[list[int], list[int]]:
         """How many entries of ``ratio`` tokens each sequence had before the present step, and has after it."""
@@ -238,7 +246,7 @@ class PageTable:
                 pages[place] = self.pool.copy(pages[place])
         for pages, count in zip(self.pages, missing):
             pages += self.pool.take(count)
-        self._numbers = None
+        self._pages_changed()
 
     def advance(self) -> None:
         """Count the tokens of the step that has been done."""
@@ -251,7 +259,7 @@ class PageTable:
             kept = max(self.reserved, self.pool.pages_for(length))
             self.pool.release(pages[kept:])
             del pages[kept:]
-        self._numbers = None
+        self._pages_changed()
         self.lengths, self.step = lengths, 0
 
     def fork_into(self, other: PageTable) -> None:
@@ -263,21 +271,25 @@ class PageTable:
         for pages in used:
             self.pool.share(pages)
         other.pages = [pages + self.pool.take(max(0, self.reserved - len(pages))) for pages in used]
-        other.lengths, other._numbers = list(self._lengths), None
+        other.lengths = list(self._lengths)
+        other._pages_changed()
 
     def adopt(self, sequences: Sequence[tuple[PageTable, int]]) -> None:
         """Take over sequences of other tables of the pool, with their pages, in the place of one's own empty ones."""
         self.pages = [table.pages[i] for table, i in sequences]
-        self.lengths, self._numbers = [table.lengths[i] for table, i in sequences], None
+        self.lengths = [table.lengths[i] for table, i in sequences]
+        self._pages_changed()
         self.reserved = min(table.reserved for table, _ in sequences)
         for table, i in sequences:
-            table.pages[i], table._numbers = [], None
+            table.pages[i] = []
+            table._pages_changed()
             table.lengths = [0 if k == i else n for k, n in enumerate(table.lengths)]
 
     def release(self) -> None:
         """Forget all tokens and give all pages back, reserved ones too."""
         for pages in self.pages:
             self.pool.release(pages)
-        self.pages, self._numbers = [[] for _ in self.pages], None
+        self.pages = [[] for _ in self.pages]
+        self._pages_changed()
         self.reserved = 0
         self.lengths, self.step = [0] * len(self.pages), 0

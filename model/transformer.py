@@ -11,14 +11,17 @@ from model.block import Block
 from model.cache import Cache
 from model.config import ModelConfig
 from model.documents import PackedDocuments
+from model.execution import Execution
 from model.hyper_connections import HyperConnection, HyperHead
+from model.linear import Linear, linear
 from model.mixers.base import AttentionMode, Context
 from model.mixers.compressor import Compressor
+from model.mixers.sliding import SlidingWindowAttention
 from model.moe import MixtureOfExperts
 from model.mtp import PredictAhead
 from model.norm import RMSNorm
 from model.precision import in_float32
-from model.rope import RotaryFrequencies
+from model.rope import RotaryFrequencies, Rotation
 from model.telemetry import Telemetry
 
 
@@ -28,11 +31,12 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self._execution = Execution()
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, mixer, layer) for layer, mixer in enumerate(config.layers))
         self.hyper_head = HyperHead(config) if config.hyper_connections else None
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Linear(config.hidden_size, config.vocab_size)
         self.mtp = nn.ModuleList(PredictAhead(config) for _ in range(config.mtp_layers))
         rope = config.rope_head_dim
         sliding = RotaryFrequencies(rope, config.rope_theta)
@@ -80,6 +84,10 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"positions: expected integers {list(input_ids.shape)}, found {positions.dtype} {list(positions.shape)}"
             )
+        if cache is None and self.execution.batch_invariant and not self.training:
+            if positions is not None or attention != "sparse":
+                raise ValueError("execution: batch-invariant mode knows neither packed documents nor dense attention")
+            cache = Cache(self.config, input_ids.shape[0], input_ids.shape[1], input_ids.device)
         embedding = self.embed(input_ids).float()  # an id that does not exist fails here, before anything is changed
         if cache is not None:
             cache.begin(*input_ids.shape)
@@ -96,6 +104,9 @@ class Transformer(nn.Module):
             telemetry.mtp_logits = self._predict_ahead(streams, embedding, input_ids, positions, context)
         if last_only:
             streams = streams[:, -1:]
+        return context.execution.tokenwise(Transformer._head, None, self, streams)
+
+    def _head(self, streams: Tensor) -> Tensor:
         return self._logits(self.norm(self.hyper_head(streams) if self.hyper_head is not None else streams))
 
     def _context(
@@ -112,13 +123,17 @@ class Transformer(nn.Module):
         else:
             starts = cache.starts if cache is not None else torch.zeros(1, dtype=torch.int64, device=input_ids.device)
             places = starts.unsqueeze(-1) + torch.arange(input_ids.shape[1], device=input_ids.device)
+        execution = Execution() if self.training else self.execution
+        rotation = execution.tokenwise(Transformer._rotation, None, self, places)
+        return Context(places, rotation, attention, telemetry, documents, execution)
+
+    def _rotation(self, places: Tensor) -> dict[str, Rotation]:
         names = {*self.config.layers, *(["sliding"] if self.mtp else [])}
-        rotation = {name: self._frequencies[name].at(places) for name in names}
-        return Context(places, rotation, attention, telemetry, documents)
+        return {name: self._frequencies[name].at(places) for name in sorted(names)}
 
     def _logits(self, x: Tensor) -> Tensor:
         with in_float32(x):
-            return nn.functional.linear(x, self.head.weight.float())
+            return linear(x, self.head.weight.float())
 
     def _predict_ahead(
         self, streams: Tensor, embedding: Tensor, input_ids: Tensor, positions: Tensor | None, context: Context
@@ -161,6 +176,35 @@ class Transformer(nn.Module):
                 parameter.zero_()
             if self.config.zero_init_output and (last[-2] in ("wo_b", "wo", "w2") or last[-1] == "w2"):
                 parameter.zero_()
+
+    @property
+    def execution(self) -> Execution:
+        """How forward passes outside training are computed. Set another one at any time; ConfigError where this
+        network's sizes do not allow it."""
+        return self._execution
+
+    @execution.setter
+    def execution(self, execution: Execution) -> None:
+        execution.check_sizes(self.config)
+        self._execution = execution
+
+    @torch.no_grad()
+    def store_weights(self, dtype: torch.dtype) -> None:
+        """Keep the matrices of attention and feed-forward in ``dtype``: BF16 halves them and doubles the speed at which
+        a CPU decodes. For inference, and in place.
+
+        Experts that are rounded to FP4 lose nothing. Router, head, hyper-connections, norms and embedding stay as they
+        are: what they decide is worth its bytes.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, MixtureOfExperts):
+                for stack in ("w1", "w3", "w2"):
+                    weight = module.precision.round_expert(getattr(module, stack))
+                    setattr(module, stack, nn.Parameter(weight.to(dtype), requires_grad=False))
+            elif isinstance(module, SlidingWindowAttention):
+                module.wo_a = nn.Parameter(module.wo_a.to(dtype), requires_grad=False)
+            elif isinstance(module, Linear) and not name.endswith("router") and name != "head":
+                module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
 
     def moe_layers(self) -> list[MixtureOfExperts]:
         return [block.ffn for block in (*self.layers, *self.mtp) if isinstance(block.ffn, MixtureOfExperts)]

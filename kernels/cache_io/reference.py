@@ -2,7 +2,7 @@
 
 An entry of ``size`` dims is ``body`` dims in one format followed by ``rope`` dims in another. In memory::
 
-    [ body values | rope values | E8M0 scales of the body | padding to an even count ]
+    [ body values | rope values | E8M0 scales of the body | padding ]
 
 At the released sizes: 448 E4M3 + 64 BF16 (128 bytes) + 7 scales + 1 = 584 bytes; an index key of 128 E2M1 values and
 4 scales is 68 bytes.
@@ -58,7 +58,8 @@ class EntryLayout:
     def nbytes(self) -> int:
         """Bytes per entry, padding included."""
         used = self.body_bytes + self.rope_bytes + self.scales
-        return used + used % 2  # BF16 parts must start at an even address
+        # Rows lie one after the other, and their float parts must start at a multiple of their own width.
+        return used + -used % (4 if "fp32" in (self.body_format, self.rope_format) else 2)
 
 
 def pack(x: Tensor, layout: EntryLayout) -> Tensor:
@@ -90,9 +91,7 @@ def unpack(packed: Tensor, layout: EntryLayout) -> Tensor:
     rope_end = layout.body_bytes + layout.rope_bytes
     raw = packed[..., : layout.body_bytes]
     if layout.body_format in _SCALED:
-        grid = raw.contiguous().view(torch.float8_e4m3fn).float() if layout.body_format == "fp8" else None
-        if grid is None:
-            grid = formats.unpack_e2m1(raw)
+        grid = formats.unpack_e4m3(raw) if layout.body_format == "fp8" else formats.unpack_e2m1(raw)
         scales = formats.e8m0_to_float(packed[..., rope_end : rope_end + layout.scales])
         body = formats.from_blocks(formats.to_blocks(grid, layout.block) * scales.unsqueeze(-1), layout.body)
     else:

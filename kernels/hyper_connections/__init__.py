@@ -1,11 +1,12 @@
 """Manifold-constrained hyper-connections: several residual streams, mixed by doubly stochastic matrices.
 
-On a CPU they run in blocks (``blocked.py``), elsewhere as written in ``reference.py``;
+On a CPU they run in blocks (``blocked.py``), elsewhere, and where they are compiled, as written in ``reference.py``;
 ``backend=`` chooses by hand and :func:`backend_for` tells which one runs.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kernels.hyper_connections import blocked, reference
@@ -15,7 +16,8 @@ BACKENDS = {"reference": reference, "blocked": blocked}
 
 
 def backend_for(x: Tensor) -> str:
-    return "blocked" if x.device.type == "cpu" and x.dtype.itemsize == 4 else "reference"
+    eager_on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return "blocked" if eager_on_cpu and x.dtype.itemsize == 4 else "reference"
 
 
 def mixing_weights(

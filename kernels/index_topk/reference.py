@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 24
-"""Largest [B, s, heads, T] score block held at once by :func:`index_topk`."""
+_GROUP = 16
+"""Neighbouring entries that are first compared by their best score alone."""
 
 
 def index_scores(query: Tensor, keys: Tensor, head_weights: Tensor) -> Tensor:
@@ -26,36 +27,33 @@ def select_topk(scores: Tensor, permitted: Tensor, k: int) -> Tensor:
     Ties go to the lower entry index, everywhere: ReLU makes exact ties at zero common, and prefill, chunked prefill
     and decode must choose alike.
     """
-    T = scores.shape[-1]
-    k_found = min(k, T)
-    places = torch.arange(T, device=scores.device)
-    scores = scores.detach().float().masked_fill(~permitted, float("-inf"))
-    # One sortable integer per entry: the score's bits, made monotone, above the negated index.
-    bits = (scores + 0.0).contiguous().view(torch.int32).to(torch.int64)  # + 0.0 turns -0.0 into 0.0
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    keyed = ordered * (1 << 31) + (T - 1 - places)
-    chosen = keyed.topk(k_found, dim=-1).indices
-    chosen = chosen.masked_fill(~permitted.expand_as(scores).gather(-1, chosen), -1)
-    if k_found < k:
-        chosen = torch.nn.functional.pad(chosen, (0, k - k_found), value=-1)
-    return chosen
+    return best_places(scores.detach().float().masked_fill(~permitted, float("-inf")), k)
 
 
-def index_topk(query: Tensor, keys: Tensor, head_weights: Tensor, visible: Tensor, k: int) -> Tensor:
-    """:func:`index_scores` and :func:`select_topk` over bounded pieces of the queries. No gradient.
+def best_places(scores: Tensor, k: int) -> Tensor:
+    """The ``k`` best of float32 [..., T], in order, the lower place first among equals: int64 [..., k].
 
-    visible int64 [B or 1, S]: the number of entries, a prefix, that query s may use.
+    ``-inf`` is never chosen; unused places are -1.
     """
-    B, S, h, _ = query.shape
-    places = torch.arange(keys.shape[1], device=keys.device)
-    step = max(1, _CHUNK_ELEMENTS // max(1, B * h * keys.shape[1]))
-    with torch.no_grad():
-        pieces = [
-            select_topk(
-                index_scores(query[:, s : s + step], keys, head_weights[:, s : s + step]),
-                places < visible[:, s : s + step].unsqueeze(-1),
-                k,
-            )
-            for s in range(0, S, step)
-        ]
-    return torch.cat(pieces, dim=1)
+    T = scores.shape[-1]
+    if 4 * _GROUP * k < T:
+        # The best k lie in the k groups whose best is best: whatever lies elsewhere has k better ones before it.
+        groups = F.pad(scores, (0, -T % _GROUP), value=float("-inf")).unflatten(-1, (-1, _GROUP))
+        best_groups = _ordered_topk(groups.amax(-1), k).sort(-1).values
+        places = (best_groups.unsqueeze(-1) * _GROUP + torch.arange(_GROUP, device=scores.device)).flatten(-2)
+        candidates = groups.flatten(-2).gather(-1, places)
+        inner = _ordered_topk(candidates, k)
+        chosen, values = places.gather(-1, inner), candidates.gather(-1, inner)
+    else:
+        chosen = _ordered_topk(scores, min(k, T))
+        values = scores.gather(-1, chosen)
+    return F.pad(chosen.masked_fill(values == float("-inf"), -1), (0, k - chosen.shape[-1]), value=-1)
+
+
+def _ordered_topk(scores: Tensor, k: int) -> Tensor:
+    """Places of the ``k`` largest, the lower first among equals: torch.topk promises no order there."""
+    # One sortable integer per entry: the score's bits, made monotone, above the negated place.
+    bits = (scores + 0.0).view(torch.int32).to(torch.int64)  # + 0.0 turns -0.0 into 0.0
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    places = torch.arange(scores.shape[-1], device=scores.device)
+    return (ordered * (1 << 31) - places).topk(k, dim=-1).indices

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.documents import PackedDocuments
+from model.execution import Execution
 from model.precision import Precision
 from model.rope import Rotation
 from model.telemetry import Telemetry
@@ -32,14 +33,14 @@ class Context:
     telemetry: Telemetry | None = None
     documents: PackedDocuments | None = None
     """Rows that hold several documents, which must not see one another."""
+    execution: Execution = field(default_factory=Execution)
 
 
 class Mixer(nn.Module):
-    """Mixes a layer's tokens: forward(x [B, S, hidden], context, cache) -> [B, S, hidden].
+    """Mixes a layer's tokens, in three steps: what each token gives, what the tokens give each other, and what each
+    token makes of that. The first and the last treat every token on its own."""
 
-    ``cache`` is this layer's part of a :class:`model.cache.Cache`, or None for a whole sequence from its start. With a
-    cache the mixer reads the past from it and appends the new tokens' state. Output t depends on tokens <= t only.
-    """
+    name: str
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -47,5 +48,18 @@ class Mixer(nn.Module):
         self.layer = layer
         self.precision = Precision(config)
 
-    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
-        raise TypeError(f"{type(self).__name__} defines no forward")
+    def project(self, x: Tensor, rotation: Rotation, cached: bool) -> dict[str, Tensor]:
+        """x [B, S, hidden] to whatever :meth:`mix` needs, with or without a cache, by name: [B, S, ...] each."""
+        raise TypeError(f"{type(self).__name__} defines no project")
+
+    def mix(self, projected: dict[str, Tensor], context: Context, cache: LayerCache | None) -> Tensor:
+        """The attention proper: float32 [B, S, H, head_dim]. Token t's depends on tokens <= t only.
+
+        ``cache`` is this layer's part of a :class:`model.cache.Cache`, or None for a whole sequence from its start.
+        With a cache the past is read from it and the new tokens' state appended.
+        """
+        raise TypeError(f"{type(self).__name__} defines no mix")
+
+    def output(self, mixed: Tensor, rotation: Rotation) -> Tensor:
+        """[B, S, H, head_dim] -> [B, S, hidden]."""
+        raise TypeError(f"{type(self).__name__} defines no output")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels.index_topk import index_scores, index_topk, select_topk
+from kernels.index_topk import index_scores, index_topk, select_topk, tile_scores
 from kernels.quantize import hadamard
-from model.cache_parts import LayerCache
+from model.cache_parts import LayerCache, Tail
 from model.config import ModelConfig
+from model.linear import Linear
 from model.mixers.base import Context
+from model.mixers.cached import Chosen, Selection
+from model.mixers.compressed import CompressedAttention, entry_mask
 from model.mixers.compressor import Compressor
-from model.mixers.hca import entry_mask, visible_entries
-from model.mixers.sliding import SlidingWindowAttention
 from model.rope import Rotation
 from model.telemetry import Telemetry
 
@@ -23,8 +24,8 @@ class LightningIndexer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.heads, self.head_dim = config.index_heads, config.index_head_dim
-        self.wq_b = nn.Linear(config.q_lora_rank, self.heads * self.head_dim, bias=False)
-        self.weights_proj = nn.Linear(config.hidden_size, self.heads, bias=False)
+        self.wq_b = Linear(config.q_lora_rank, self.heads * self.head_dim)
+        self.weights_proj = Linear(config.hidden_size, self.heads)
         self.compressor = Compressor(config, self.head_dim, config.csa_ratio, overlap=True)
 
     def queries(self, x: Tensor, latent: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
@@ -33,46 +34,43 @@ class LightningIndexer(nn.Module):
         return hadamard(query), self.weights_proj(x) * (self.head_dim * self.heads) ** -0.5
 
 
-class CompressedSparseAttention(SlidingWindowAttention):
+class CompressedSparseAttention(CompressedAttention):
     name = "csa"
+    overlap = True
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__(config, layer)
-        self.compressor = Compressor(config, config.head_dim, config.csa_ratio, overlap=True)
         self.indexer = LightningIndexer(config)
 
-    def attend(
-        self,
-        x: Tensor,
-        latent: Tensor,
-        query: Tensor,
-        window_kv: Tensor,
-        context: Context,
-        cache: LayerCache | None,
-    ) -> Tensor:
-        new = self.compressor(x, context, cache.tail if cache else None)
-        entries = self.precision.round_main(new, self.training)
+    def project_history(self, x: Tensor, latent: Tensor, rotation: Rotation) -> dict[str, Tensor]:
         # The indexer learns from its own loss only, and the network from the language-model loss only: its inputs are
-        # detached here, and its choice below is an integer.
-        x, latent = x.detach(), latent.detach()
-        index_query, head_weights = self.indexer.queries(x, latent, context.rotation[self.name])
-        index_query = self.precision.round_index(index_query, self.training)
-        new_keys = self.indexer.compressor(x, context, cache.index_tail if cache else None)
-        index_keys = self.precision.round_index(hadamard(new_keys), self.training)
-        if cache is not None:
-            cache.entries.append(entries)
-            cache.index.append(index_keys)
-            return self._attend_cached(query, window_kv, index_query, head_weights, context, cache)
+        # detached here, and its choice is an integer.
+        query, head_weights = self.indexer.queries(x.detach(), latent.detach(), rotation)
+        return {
+            **super().project_history(x, latent, rotation),
+            "index_query": self.precision.round_index(query, self.training),
+            "head_weights": head_weights,
+            "index_rows": self.indexer.compressor.project(x.detach()),
+        }
 
-        scores = index_scores(index_query, index_keys, head_weights)
-        may_see = entry_mask(context, self.config.csa_ratio, entries)
+    def pool_index(self, projected: dict[str, Tensor], context: Context, tail: Tail | None) -> Tensor:
+        """The index keys that the new tokens complete, as stored: [B, n, index_head_dim]."""
+        return self.indexer.compressor.pool(
+            projected["index_rows"], context, tail, lambda x: self.precision.round_index(hadamard(x), self.training)
+        )
+
+    def attend(self, projected: dict[str, Tensor], context: Context) -> Tensor:
+        entries = self.pool(projected, context, None)
+        keys = self.pool_index(projected, context, None)
+        scores = index_scores(projected["index_query"], keys, projected["head_weights"])
+        may_see = entry_mask(context, self.ratio, entries)
         mask = may_see if context.attention == "dense" else self._selected(scores, may_see)
-        out, mass = self.core_attention(query, window_kv, entries, mask, context)
+        out, mass = self.core_attention(projected, entries, mask, context)
         telemetry = context.telemetry
         if telemetry is not None and mass is not None:
             telemetry.losses["indexer_kl"][self.layer] = indexer_kl(mass, scores, mask)
             if telemetry.measure_selection:
-                _, teacher = self.core_attention(query, window_kv, entries, may_see, context)
+                _, teacher = self.core_attention(projected, entries, may_see, context)
                 assert teacher is not None
                 self._measure_selection(telemetry, teacher, scores, may_see)
         return out
@@ -84,20 +82,27 @@ class CompressedSparseAttention(SlidingWindowAttention):
         # Unused places (-1) wrap around to the extra last column, which is cut off.
         return mask.scatter_(-1, chosen % mask.shape[-1], True)[..., :-1]
 
-    def _attend_cached(
-        self,
-        query: Tensor,
-        window_kv: Tensor,
-        index_query: Tensor,
-        head_weights: Tensor,
-        context: Context,
-        cache: LayerCache,
-    ) -> Tensor:
-        """Attention that unpacks only the entries it attends to."""
-        visible = visible_entries(context, self.config.csa_ratio)
-        chosen = index_topk(index_query, cache.index.read(), head_weights, visible, self.config.index_topk)
-        entries = cache.entries.gather(chosen.clamp(min=0))
-        return self.core_attention(query, window_kv, entries, chosen >= 0, context)[0]
+    def select(self, projected: dict[str, Tensor], context: Context, cache: LayerCache) -> Selection | None:
+        cache.entries.append(self.pool(projected, context, cache.tail))
+        cache.index.append(self.pool_index(projected, context, cache.index_tail))
+        # Keys are read as stored, so the queries are rounded, too, whatever training does.
+        query = self.precision.round_index(projected["index_query"], training=False)
+        S, execution = query.shape[1], context.execution
+        chosen = [
+            index_topk(
+                query[sequence],
+                cache.index.paged(sequence),
+                cache.index.layout,
+                projected["head_weights"][sequence],
+                [(start + i + 1) // self.ratio for i in range(S)],
+                self.config.index_topk,
+                execution.fixed_shapes,
+                execution.batch_invariant,
+                execution.function(tile_scores),
+            )
+            for sequence, start in enumerate(cache.index.table.lengths)
+        ]
+        return Chosen(cache.entries, torch.stack(chosen))
 
     def _measure_selection(self, telemetry: Telemetry, teacher: Tensor, scores: Tensor, may_see: Tensor) -> None:
         """Share of the dense attention mass that the indexer's choice holds, over queries with a real choice."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from kernels.quantize import fake_quantize
+from kernels.cache_io import unpack
+from kernels.sparse_attention import TiledAttention
 from model.cache_parts import LayerCache
 from model.config import ModelConfig
+from model.linear import Linear
 from model.mixers.base import Context, Mixer
-from model.precision import gqa_format
+from model.mixers.cached import Shared, by_tokens
+from model.rope import Rotation
 
 
 class GroupedQueryAttention(Mixer):
@@ -21,26 +24,33 @@ class GroupedQueryAttention(Mixer):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__(config, layer)
         c = config
-        self.wq = nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=False)
-        self.wk = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=False)
-        self.wv = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=False)
-        self.wo = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=False)
+        self.wq = Linear(c.hidden_size, c.num_heads * c.head_dim)
+        self.wk = Linear(c.hidden_size, c.num_kv_heads * c.head_dim)
+        self.wv = Linear(c.hidden_size, c.num_kv_heads * c.head_dim)
+        self.wo = Linear(c.num_heads * c.head_dim, c.hidden_size)
 
-    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+    def project(self, x: Tensor, rotation: Rotation, cached: bool) -> dict[str, Tensor]:
+        """query [B, S, H, head_dim], and keys beside values as stored, [B, S, num_kv_heads * 2 * head_dim]."""
         c = self.config
-        rotation = context.rotation[self.name]
         query = rotation.apply(self.wq(x).unflatten(-1, (c.num_heads, c.head_dim)))
         key = rotation.apply(self.wk(x).unflatten(-1, (c.num_kv_heads, c.head_dim)))
         value = self.wv(x).unflatten(-1, (c.num_kv_heads, c.head_dim))
-        if not self.training or c.qat:
-            key, value = (fake_quantize(t, gqa_format(c)) for t in (key, value))
+        rows = self.precision.round_gqa(torch.cat((key, value), dim=-1).flatten(2), self.training)
+        return {"query": query, "rows": rows}
+
+    def mix(self, projected: dict[str, Tensor], context: Context, cache: LayerCache | None) -> Tensor:
+        query, rows = projected["query"], projected["rows"]
         mask = None
         if context.documents is not None:
             mask = context.documents.causal_mask().unsqueeze(1)
         if cache is not None:
-            cache.entries.append(torch.cat((key, value), dim=-1).flatten(2))
-            key, value = cache.entries.read().unflatten(-1, (c.num_kv_heads, 2 * c.head_dim)).chunk(2, dim=-1)
-            mask = torch.arange(key.shape[1], device=x.device) <= context.positions.unsqueeze(-1).unsqueeze(1)
+            cache.entries.append(rows)
+            history = Shared(cache.entries, context.positions + 1)
+            if context.execution.batch_invariant:
+                return self._token_by_token(query, history)
+            packed, mask = history.run(slice(None))
+            rows, mask = unpack(packed, self.precision.gqa_layout), mask.unsqueeze(1)
+        key, value = self._heads(rows)
         out = F.scaled_dot_product_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -49,4 +59,26 @@ class GroupedQueryAttention(Mixer):
             is_causal=mask is None,
             enable_gqa=True,
         )
-        return self.wo(out.transpose(1, 2).flatten(2))
+        return out.transpose(1, 2)
+
+    def _heads(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Rows [..., num_kv_heads * 2 * head_dim] to keys and values [..., num_kv_heads, head_dim]."""
+        return rows.unflatten(-1, (self.config.num_kv_heads, -1)).chunk(2, dim=-1)
+
+    def _token_by_token(self, query: Tensor, history: Shared) -> Tensor:
+        c = self.config
+        kv, group = c.num_kv_heads, c.num_heads // c.num_kv_heads
+
+        def attend(query: Tensor, sequences: Tensor, queries: Tensor) -> Tensor:
+            heads = query.view(-1, group, c.head_dim)  # every key-value head on its own
+            attention = TiledAttention(heads, query.new_full((group,), float("-inf")))
+            for rows, mask in history.tiles(sequences, queries):
+                both = self._heads(unpack(rows, self.precision.gqa_layout))
+                key, value = (x.transpose(1, 2).flatten(0, 1) for x in both)
+                attention.add(key, mask.repeat_interleave(kv, dim=0), value)
+            return attention.output().view_as(query)
+
+        return by_tokens(attend, query)
+
+    def output(self, mixed: Tensor, rotation: Rotation) -> Tensor:
+        return self.wo(mixed.flatten(2))

@@ -8,11 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from kernels.cache_io import pack
 from kernels.sparse_attention import sparse_attention
 from model.cache_parts import LayerCache
 from model.config import ModelConfig
+from model.linear import Linear, linear
 from model.mixers.base import Context, Mixer
+from model.mixers.cached import Selection, cached_attention
 from model.norm import RMSNorm, rms_normalize
+from model.rope import Rotation
 
 
 class SlidingWindowAttention(Mixer):
@@ -23,55 +27,58 @@ class SlidingWindowAttention(Mixer):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__(config, layer)
         c = config
-        self.wq_a = nn.Linear(c.hidden_size, c.q_lora_rank, bias=False)
+        self.wq_a = Linear(c.hidden_size, c.q_lora_rank)
         self.q_norm = RMSNorm(c.q_lora_rank, c.norm_eps)
-        self.wq_b = nn.Linear(c.q_lora_rank, c.num_heads * c.head_dim, bias=False)
-        self.wkv = nn.Linear(c.hidden_size, c.head_dim, bias=False)
+        self.wq_b = Linear(c.q_lora_rank, c.num_heads * c.head_dim)
+        self.wkv = Linear(c.hidden_size, c.head_dim)
         self.kv_norm = RMSNorm(c.head_dim, c.norm_eps)
         self.sink = nn.Parameter(torch.zeros(c.num_heads))
         group = c.num_heads // c.o_groups * c.head_dim
         self.wo_a = nn.Parameter(torch.empty(c.o_groups, c.o_lora_rank, group))
-        self.wo_b = nn.Linear(c.o_groups * c.o_lora_rank, c.hidden_size, bias=False)
+        self.wo_b = Linear(c.o_groups * c.o_lora_rank, c.hidden_size)
 
-    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+    def project(self, x: Tensor, rotation: Rotation, cached: bool) -> dict[str, Tensor]:
+        """query [B, S, H, head_dim], what :meth:`project_history` adds, and kv [B, S, head_dim]; for a cache, this as
+        packed window_rows uint8 [B, S, nbytes]."""
         c = self.config
-        rotation = context.rotation[self.name]
         latent = self.q_norm(self.wq_a(x))
         query = rms_normalize(self.wq_b(latent).unflatten(-1, (c.num_heads, c.head_dim)), c.norm_eps)
-        query = rotation.apply(query)
         kv = self.precision.round_main(rotation.apply(self.kv_norm(self.wkv(x))), self.training)
-        window_kv = kv if cache is None else torch.cat((cache.window.read(), kv), dim=1)
-        out = self.attend(x, latent, query, window_kv, context, cache)
-        if cache is not None:
-            cache.window.append(kv)
-        # The values carry rotary dims at their own positions; turning the sum back by the query's leaves the offset.
-        return self.project(rotation.apply(out, inverse=True))
+        projected = {"query": rotation.apply(query), **self.project_history(x, latent, rotation)}
+        return projected | ({"window_rows": pack(kv, self.precision.main_layout)} if cached else {"kv": kv})
 
-    def attend(
-        self,
-        x: Tensor,
-        latent: Tensor,
-        query: Tensor,
-        window_kv: Tensor,
-        context: Context,
-        cache: LayerCache | None,
-    ) -> Tensor:
-        """Core attention, [B, S, H, head_dim]. Subclasses add their history.
+    def project_history(self, x: Tensor, latent: Tensor, rotation: Rotation) -> dict[str, Tensor]:
+        """What a subclass needs for its compressed history. latent [B, S, q_lora_rank]."""
+        return {}
 
-        x [B, S, hidden], latent [B, S, q_lora_rank], query [B, S, H, head_dim], window_kv [B, P + S, head_dim].
-        """
-        return self.core_attention(query, window_kv, None, None, context)[0]
+    def mix(self, projected: dict[str, Tensor], context: Context, cache: LayerCache | None) -> Tensor:
+        if cache is None:
+            return self.attend(projected, context)
+        selection = self.select(projected, context, cache)
+        window_rows = cache.window.extend(projected["window_rows"])
+        return cached_attention(projected["query"], window_rows, selection, self.sink, self.precision, context)
+
+    def attend(self, projected: dict[str, Tensor], context: Context) -> Tensor:
+        """Attention within whole sequences."""
+        return self.core_attention(projected, None, None, context)[0]
+
+    def select(self, projected: dict[str, Tensor], context: Context, cache: LayerCache) -> Selection | None:
+        """Append the new entries to the cache, and say which ones each query attends to; None: only the window."""
+        return None
 
     def core_attention(
-        self, query: Tensor, window_kv: Tensor, entries: Tensor | None, mask: Tensor | None, context: Context
+        self, projected: dict[str, Tensor], entries: Tensor | None, mask: Tensor | None, context: Context
     ) -> tuple[Tensor, Tensor | None]:
         """:func:`kernels.sparse_attention.sparse_attention` with this layer's sink and window."""
-        window = self.config.window
-        whole = window_kv.shape[1] == query.shape[1] and context.documents is None
-        reach = None if whole else (context.positions + 1).clamp(max=window).expand(query.shape[:2])
-        return sparse_attention(query, window_kv, entries, mask, self.sink, window, reach)
+        query, window = projected["query"], self.config.window
+        reach = None
+        if context.documents is not None:
+            reach = (context.positions + 1).clamp(max=window).expand(query.shape[:2])
+        return sparse_attention(query, projected["kv"], entries, mask, self.sink, window, reach)
 
-    def project(self, out: Tensor) -> Tensor:
-        """Grouped low-rank output projection: [B, S, H, head_dim] -> [B, S, hidden] (report 2.3.1)."""
+    def output(self, mixed: Tensor, rotation: Rotation) -> Tensor:
+        """Back to [B, S, hidden] by a grouped low-rank projection (report 2.3.1)."""
+        # The values carry rotary dims at their own positions; turning the sum back by the query's leaves the offset.
+        out = rotation.apply(mixed, inverse=True)
         groups = out.flatten(2).unflatten(-1, (self.config.o_groups, -1))
-        return self.wo_b(torch.einsum("bsgi,goi->bsgo", groups, self.wo_a.to(groups.dtype)).flatten(2))
+        return self.wo_b(linear(groups, self.wo_a).flatten(2))

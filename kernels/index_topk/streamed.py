@@ -1,0 +1,93 @@
+"""Selection straight from packed keys: tiles of them are unpacked, scored and forgotten while they are in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.cache_io import EntryLayout, PagedRows, unpack
+from kernels.index_topk.reference import best_places
+
+_SCORES = 1 << 22
+"""Scores that are held at once, [queries, entries]: with more entries fewer queries are taken together."""
+_QUERIES = 64
+_TILE_ELEMENTS = 1 << 20
+"""Products of a tile, [queries * heads, entries], that are unpacked and forgotten together."""
+_LEAST_ROWS, _MOST_ROWS = 1024, 16384
+
+
+def index_topk(
+    query: Tensor,
+    rows: PagedRows,
+    layout: EntryLayout,
+    head_weights: Tensor,
+    visible: list[int],
+    k: int,
+    fixed_shapes: bool = False,
+    one_by_one: bool = False,
+    score: Callable[[Tensor, Tensor, Tensor, EntryLayout], Tensor] | None = None,
+) -> Tensor:
+    """The ``k`` entries of best :func:`~kernels.index_topk.reference.index_scores` for every query of one sequence.
+
+    query float32 [S, h, c], as rounded for the product; rows: packed keys [T, layout.nbytes]; head_weights [S, h];
+    visible: how many entries, the first ones, each query may use. int64 [S, k], unused places -1. Memory does not
+    grow with S, and with T by a row of scores. No gradient.
+
+    ``score`` replaces :func:`tile_scores` (a compiled form of it); with ``fixed_shapes`` it is only ever called with
+    powers of two of queries and rows. ``one_by_one``, with fixed shapes, gives every score the same bits whatever the
+    other queries and T are: one query, and the fewest rows, at a time.
+    """
+    score = score or tile_scores
+    step = 1 if one_by_one else min(_QUERIES, _power_of_two(max(1, _SCORES // max(1, *visible))))
+    pieces = []
+    with torch.no_grad(), exact_in_bf16(layout):
+        for s in range(0, len(visible), step):
+            q, w, most = query[s : s + step], head_weights[s : s + step].float(), max(visible[s : s + step])
+            S, h = w.shape
+            if fixed_shapes and S not in (1, step):
+                q, w = F.pad(q, (0, 0, 0, 0, 0, step - S)), F.pad(w, (0, 0, 0, step - S))
+            scores = query.new_empty(S, most)
+            size = _LEAST_ROWS
+            if not one_by_one:
+                size = min(_MOST_ROWS, max(size, _power_of_two(_TILE_ELEMENTS // (len(q) * h))))
+                while size > _LEAST_ROWS and size // 2 >= most:
+                    size //= 2
+            for begin in range(0, most, size):
+                packed = rows.slice(begin, min(begin + size, most))
+                if fixed_shapes:
+                    packed = F.pad(packed, (0, 0, 0, size - len(packed)))
+                scores[:, begin : begin + size] = score(q, packed, w, layout)[:S, : most - begin]
+            if min(visible[s : s + step]) < most:
+                limits = torch.tensor(visible[s : s + step], device=query.device).unsqueeze(-1)
+                scores.masked_fill_(torch.arange(most, device=query.device) >= limits, float("-inf"))
+            pieces.append(best_places(scores, k))
+    return torch.cat(pieces)
+
+
+def tile_scores(query: Tensor, packed: Tensor, head_weights: Tensor, layout: EntryLayout) -> Tensor:
+    """query [s, h, c], packed keys uint8 [E, nbytes], head_weights [s, h] -> float32 [s, E]."""
+    products = (query.flatten(0, 1) @ unpack(packed, layout).t()).unflatten(0, head_weights.shape)
+    return (products.relu() * head_weights.unsqueeze(-1)).sum(1)
+
+
+def _power_of_two(n: int) -> int:
+    """The largest that is not more than n."""
+    return 1 << n.bit_length() - 1
+
+
+@contextmanager
+def exact_in_bf16(layout: EntryLayout) -> Iterator[None]:
+    """Let a CPU multiply in BF16 units where the operands fit them exactly: E2M1 or E4M3 times a power of two does, and
+    sums are kept in float32 either way."""
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    if layout.body_format != "fp32":
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -1,0 +1,136 @@
+"""How a forward pass is computed: as it comes, compiled, or so that a sequence's bits do not depend on its company."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from itertools import repeat
+from types import FunctionType
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from model.config import ModelConfig
+from model.errors import ConfigError
+
+TILE = 16
+"""Tokens that are computed together where one shape must do: whole vector registers, so that no token falls to the
+scalar code that finishes a loop and rounds differently."""
+
+COMPILED_TILES = (1, 8, 64, 512)
+"""Numbers of tokens that compiled code is made for. Code for any number was ten times as slow on a CPU."""
+
+
+WIDTHS = ("hidden_size", "head_dim", "q_lora_rank", "o_lora_rank", "expert_size", "ffn_size", "index_head_dim")
+"""What products sum over."""
+
+Mode = Literal["eager", "compiled", "batch-invariant"]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """``mode`` says what runs.
+
+    ``compiled`` fuses what is done to each token on its own (torch.compile; outside training only). The first tokens
+    wait for the compiler. ``batch-invariant`` computes a cached sequence's logits with the same bits alone, in a ragged
+    batch, and however its tokens are cut into pieces: whatever has a sum in it runs at one fixed shape. Slower.
+
+    Raises ConfigError for another mode.
+    """
+
+    mode: Mode = "eager"
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ConfigError(f"execution: '{self.mode}' is not one of {', '.join(get_args(Mode))}")
+
+    @property
+    def compiled(self) -> bool:
+        return self.mode == "compiled"
+
+    @property
+    def batch_invariant(self) -> bool:
+        return self.mode == "batch-invariant"
+
+    def check_sizes(self, config: ModelConfig) -> None:
+        """Raise ConfigError for widths at which the mode would not keep its word."""
+        if not self.batch_invariant:
+            return
+        for name in WIDTHS:
+            if getattr(config, name) % 4:
+                # A CPU library computed some rows of a product in another order than others, at no multiple of 4 only.
+                raise ConfigError(
+                    f"execution: batch-invariant needs widths that are multiples of 4, model.{name} is "
+                    f"{getattr(config, name)}"
+                )
+
+    @property
+    def fixed_shapes(self) -> bool:
+        return self.compiled or self.batch_invariant
+
+    def function(self, fn: Callable, form: Hashable = None) -> Callable:
+        """``fn``, compiled if that is asked for. ``form`` tells kinds of arguments apart that need code of their own:
+        the tensors' shapes, where nothing is said."""
+        if not self.compiled or torch.is_grad_enabled():
+            return fn
+        if form is not None:
+            return _compiled(fn, form)
+
+        def shaped(*arguments: Any) -> Any:
+            return _compiled(fn, tuple(x.shape for x in arguments if isinstance(x, Tensor)))(*arguments)
+
+        return shaped
+
+    def fuses_experts(self, input_ids: Tensor) -> bool:
+        """Whether a single token's experts are worth compiling together with what is around them."""
+        return self.compiled and input_ids.numel() == 1 and not torch.is_grad_enabled()
+
+    def tokenwise(self, fn: Callable, form: Hashable, owner: Any, *arguments: Any) -> Any:
+        """``fn(owner, *arguments)`` for a function that treats every token on its own. ``form`` as in :meth:`function`.
+
+        Tensors among the arguments, also within tuples and dicts, are [B, S, ...], or [1, S, ...] for all sequences
+        alike; those returned are [B, S, ...].
+        """
+        first = next(leaf for leaf in tree_flatten(arguments)[0] if isinstance(leaf, Tensor))
+        B, S = first.shape[:2]
+        if not self.fixed_shapes or (B * S == 1 and self.compiled):
+            return self.function(fn, (form, B * S))(owner, *arguments)
+        most = TILE if self.batch_invariant else next((n for n in COMPILED_TILES if n >= B * S), COMPILED_TILES[-1])
+
+        def tiles(x: Any) -> Iterable:
+            if not isinstance(x, Tensor):
+                return repeat(x)
+            flat = x.expand(B, *x.shape[1:]).flatten(0, 1)
+            return (tile.unsqueeze(0) for tile in in_tiles(flat, most))
+
+        function = self.function(fn, (form, most))
+        leaves, shape = tree_flatten(arguments)
+        pieces = []
+        for tile in zip(*map(tiles, leaves)):
+            results, result_shape = tree_flatten(function(owner, *tree_unflatten(tile, shape)))
+            pieces.append(results)
+        together = [
+            part[0]
+            if len(part) == 1 and part[0].shape[:2] == (B, S)
+            else torch.cat(part, dim=1)[0, : B * S].unflatten(0, (B, S))
+            for part in zip(*pieces)
+        ]
+        return tree_unflatten(together, result_shape)
+
+
+def in_tiles(x: Tensor, tile: int = TILE) -> list[Tensor]:
+    """[N, ...] in pieces [tile, ...], the last one filled up with zeros."""
+    missing = -len(x) % tile
+    return list((torch.cat((x, x.new_zeros(missing, *x.shape[1:]))) if missing else x).split(tile))
+
+
+@cache
+def _compiled(fn: Callable, form: Hashable) -> Callable:
+    # Forms of one code object are told apart by trying the checks of each in turn, which takes as long as what is
+    # computed. A code object for each form leaves one to check.
+    assert isinstance(fn, FunctionType)
+    own = FunctionType(fn.__code__.replace(), fn.__globals__, f"{fn.__name__}[{form}]", fn.__defaults__, fn.__closure__)
+    return torch.compile(own, dynamic=False)
