@@ -22,13 +22,13 @@ import transformers
 from torch import Tensor
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
+from benchmarks.report import write_tables
 from model.cache import Cache
 from model.hf import import_pretrained
 from model.hf_names import sources
 from model.transformer import Transformer
 
 TOKENS = 300
-BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 VOCAB = 64
 S, C, H = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 BASE: dict[str, Any] = {
@@ -321,8 +321,7 @@ def main() -> None:
     text = table(rows)
     print(text)
     if arguments.write:
-        before, rest = arguments.write.read_text().split(BEGIN)
-        arguments.write.write_text(f"{before}{BEGIN}\n{text}{END}{rest.split(END)[1]}")
+        write_tables(arguments.write, text)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ LENGTH = 256
 VARIANTS: dict[str, tuple[dict, str]] = {
     "all five choices": ({}, "muon"),
     "gqa instead of csa/hca": ({"layers": ("gqa",) * 4}, "muon"),
-    "bf16 cache formats": ({"cache_precision": "bf16"}, "muon"),
+    "bf16 cache formats": ({"kv_format": "bf16", "index_format": "bf16"}, "muon"),
     "AdamW instead of Muon": ({}, "adamw"),
     "plain residuals": ({"hyper_connections": False}, "muon"),
     "no quantisation in the loop": ({"qat": False}, "muon"),

@@ -40,6 +40,7 @@ from model.muon import rule_for
 from model.presets import PRESETS
 from model.shards import read_json
 from model.transformer import Transformer
+from pipelines.cache_measurement import MEASUREMENT_RULE, Measurement, measure_cache
 from pipelines.config import Recipe, load_recipe, with_overrides
 from pipelines.figures import FIGURE_SUFFIXES, budget_figure
 from pipelines.progress import print_table
@@ -61,6 +62,8 @@ class Budget:
     choices: tuple[Choice, ...]
     waterfall: tuple[Step, ...]
     regimes: tuple[Regime, ...]
+    measurement: Measurement | None = None
+    """Of the model's own cache at ``context`` tokens, where it was asked for."""
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON; ratios are null where the model's own cost is zero. Every figure's rule stands beside it."""
@@ -93,6 +96,7 @@ class Budget:
             "without": without,
             "waterfall": [dataclasses.asdict(step) for step in self.waterfall],
             "regimes": [dataclasses.asdict(regime) for regime in self.regimes],
+            "measured": None if self.measurement is None else self.measurement.to_dict(),
         }
 
     def _costs(self, account: Account) -> dict[str, Any]:
@@ -148,6 +152,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(PRESETS)}, depth:N, a recipe file or a checkpoint folder; without it, the recipe's model",
     )
     parser.add_argument("--context", metavar="N", help="tokens in the sequence; without it, all the model's positions")
+    parser.add_argument(
+        "--measure", action="store_true", help="allocate and fill a cache of that many tokens and measure its bytes"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument(
         "--figure", metavar="FILE", type=Path, help=f"draw the curves into FILE ({', '.join(FIGURE_SUFFIXES)})"
@@ -206,13 +213,16 @@ def find_model(name: str) -> ModelConfig:
 
 
 def run(recipe: Recipe, options: argparse.Namespace) -> Budget:
-    """Print the budget as tables or as JSON, and draw its figure where one is asked for. Raises ConfigError."""
+    """Print the budget as tables or as JSON, with a cache measured and a figure drawn where they are asked for.
+    Raises ConfigError, or CacheError for a cache that is too large to measure."""
     config = recipe.model
     context = _context(options.context, config)
     if options.figure is not None:
         _check_figure(options.figure)
     name = Path(options.model).name if options.model else recipe.run.name
     budget = budget_of(config, context, name, muon=recipe.train.optimizer.rule == "muon")
+    if options.measure:
+        budget = dataclasses.replace(budget, measurement=measure_cache(config, context))
     if options.figure is not None:
         write_figure(budget, options.figure)
     if options.json:
@@ -291,6 +301,10 @@ def print_budget(budget: Budget) -> None:
     rows.append(["total", _number(own.bytes_per_token), _bytes(own.cache_bytes(n))])
     print_table("cache of one sequence", ["component", "bytes per token", f"at {n:,} tokens"], rows)
     _rules(own.rule)
+    if budget.measurement is not None:
+        columns = ["component", "closed form, bytes", "measured", "difference"]
+        print_table("cache, measured", columns, budget.measurement.rows())
+        _rules(MEASUREMENT_RULE)
 
     rows = [[w.part, w.format, _giga(w.flops), _giga(w.equivalent)] for w in own.work(n)]
     rows.append(["total", "", _giga(own.flops(n)), _giga(own.equivalent(n))])

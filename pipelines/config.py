@@ -19,6 +19,7 @@ from yaml import YAMLError
 
 from model.config import ModelConfig
 from model.errors import ConfigError
+from model.execution import Mode
 from model.muon import OptimizerConfig
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -170,6 +171,10 @@ class ServeSection(Section):
     cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
     threads_per_replica: Annotated[int, Field(ge=1)] = 1
+    execution: Mode = "eager"
+    """compiled decodes several times as fast, after the compiler's first minutes; batch-invariant gives a request the
+    same bits whatever else is asked and however its prompt is read."""
+    weights: Literal["float32", "bfloat16"] = "float32"
     max_active_requests: Annotated[int, Field(ge=1)] = 16
     """Requests decoded together; further ones wait."""
     max_waiting_requests: Annotated[int, Field(ge=0)] = 64

@@ -69,7 +69,7 @@ class DeployResult:
 def run(recipe: Recipe) -> DeployResult:
     """Serve ``serve.model_uri`` until SIGINT or SIGTERM. Raises what :func:`start` raises."""
     with start(recipe) as deployment:
-        _print_endpoint(deployment)
+        _print_endpoint(deployment, recipe.serve)
         wait_for_signal()
         print("stopping", flush=True)
     return DeployResult(deployment.url, deployment.model_name, deployment.checkpoint)
@@ -189,9 +189,10 @@ def _wait_until_healthy(url: str) -> None:
     raise FiftyfoldError(f"serve: {url}/healthz was not healthy within {HEALTHY_WITHIN_SECONDS:g} seconds ({answer})")
 
 
-def _print_endpoint(deployment: Deployment) -> None:
+def _print_endpoint(deployment: Deployment, section: ServeSection) -> None:
     body = json.dumps({"model": deployment.model_name, "prompt": "def ", "max_tokens": 32})
     print(f"serving {deployment.checkpoint} as '{deployment.model_name}' at {deployment.url}/v1 (Ctrl-C stops)")
+    print(f"  computed {section.execution}, weights in {section.weights}")
     print(f"  curl {deployment.url}/v1/completions -H 'Content-Type: application/json' -d '{body}'", flush=True)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from model import checkpoint
+from model.config import CACHE_FORMATS
 from model.errors import ConfigError
 from model.hf import export_pretrained, import_pretrained, is_pretrained
 from model.tokenizer import FILE_NAME as TOKENIZER_FILE
@@ -66,9 +67,10 @@ def run(recipe: Recipe, options: argparse.Namespace) -> Path:
     else:
         export_pretrained(model, target, options.format, tokenizer, options.experts)
     print(f"wrote {target} ({options.format}, {model.num_parameters():,} parameters)")
-    precision = model.config.cache_precision
-    if options.format == "transformers" and precision != "fp32":
-        print(f"transformers keeps its cache in floats: logits differ a little from those of '{precision}' here")
+    rounded = {name: fmt for name in CACHE_FORMATS if (fmt := getattr(model.config, name)) != "fp32"}
+    if options.format == "transformers" and rounded:
+        here = ", ".join(f"{name} {fmt}" for name, fmt in rounded.items())
+        print(f"transformers keeps its cache in floats: logits differ a little from those here ({here})")
     if tokenizer is None:
         print("without a tokenizer: the source has none, and --tokenizer names none")
     return target

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
@@ -13,6 +13,7 @@ from ray.serve import Application
 
 from model import checkpoint as checkpoints
 from model.errors import ConfigError
+from model.execution import Execution, Mode
 from model.tokenizer import load_tokenizer
 from serve.engine import Engine, Limits
 from serve.openai_api import create_app
@@ -33,6 +34,10 @@ class ServeArgs(BaseModel):
     cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
     threads_per_replica: Annotated[int, Field(ge=1)] = 1
+    execution: Mode = "eager"
+    """How the network is computed (:class:`model.execution.Execution`)."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """What the matrices are kept in (:meth:`model.transformer.Transformer.store_weights`)."""
     max_active_requests: Annotated[int, Field(ge=1)] = 16
     max_waiting_requests: Annotated[int, Field(ge=0)] = 64
     prefill_chunk: Annotated[int, Field(ge=1)] = 512
@@ -49,8 +54,11 @@ class CompletionsServer:
         self.args = ServeArgs.model_validate(args)
         torch.set_num_threads(self.args.threads_per_replica)
         device = "cuda" if self.args.gpus_per_replica > 0 else "cpu"
+        model = checkpoints.load(self.args.checkpoint, device=device)
+        model.execution = Execution(self.args.execution)
+        model.store_weights(getattr(torch, self.args.weights))
         self.engine = Engine(
-            checkpoints.load(self.args.checkpoint, device=device),
+            model,
             load_tokenizer(self.args.checkpoint),
             Limits(
                 max_active=self.args.max_active_requests,

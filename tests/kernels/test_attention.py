@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels.compress import compress
-from kernels.index_topk import index_scores, index_topk, select_topk
+from kernels.index_topk import index_scores, select_topk
 from kernels.quantize import hadamard
 from kernels.sparse_attention import sparse_attention
 
@@ -101,11 +101,3 @@ def test_hadamard_on_both_sides_leaves_the_unquantised_choice_alone():
 
     assert torch.equal(ranks(hadamard(q), hadamard(k)), ranks(q, k))
     assert not torch.equal(ranks(hadamard(q), k), ranks(q, k))
-
-
-def test_topk_in_pieces_is_topk(monkeypatch):
-    q, k, w = torch.randn(2, 50, 4, 8), torch.randn(2, 30, 8), torch.randn(2, 50, 4)
-    visible = torch.arange(50).unsqueeze(0) % 31
-    whole = index_topk(q, k, w, visible, 6)
-    monkeypatch.setattr("kernels.index_topk.reference._CHUNK_ELEMENTS", 1000)
-    assert torch.equal(index_topk(q, k, w, visible, 6), whole)

@@ -30,6 +30,22 @@ def test_e2m1_packing_keeps_all_sixteen_codes():
     assert packed[0].item() == 0x10  # codes 0 and 1: the even element in the low nibble
 
 
+def test_every_byte_of_two_e2m1_codes():
+    grid = torch.tensor([*formats.E2M1_VALUES, *(-v for v in formats.E2M1_VALUES)])
+    codes = torch.arange(256)
+    expected = torch.stack((grid[codes % 16], grid[codes // 16]), dim=-1).flatten()
+    found = formats.unpack_e2m1(codes.to(torch.uint8))
+    assert torch.equal(found.view(torch.int32), expected.view(torch.int32))  # the sign of zero, too
+
+
+def test_every_e4m3_code_but_nan():
+    codes = torch.arange(256, dtype=torch.uint8)
+    expected = codes.view(torch.float8_e4m3fn).float()
+    numbers = ~expected.isnan()
+    assert numbers.sum() == 254
+    assert torch.equal(formats.unpack_e4m3(codes)[numbers].view(torch.int32), expected[numbers].view(torch.int32))
+
+
 @pytest.mark.parametrize("grid_max", [6.0, 448.0])
 def test_scale_is_the_smallest_power_of_two_that_fits(grid_max):
     amax = torch.cat((torch.logspace(-6, 6, 200), grid_max * 2.0 ** torch.arange(-5, 6)))

@@ -2,7 +2,7 @@
 
 import torch
 
-from model.config import ModelConfig
+from model.config import CACHE_FORMATS, ModelConfig
 from model.transformer import Transformer
 
 SMALL = {
@@ -22,6 +22,11 @@ SMALL = {
     "max_positions": 512,
     "vocab_size": 50,
 }
+
+FP32 = dict.fromkeys(CACHE_FORMATS, "fp32")
+BF16 = dict.fromkeys(CACHE_FORMATS, "bf16")
+EXACT = {**FP32, "qat": False}
+"""Nothing is rounded anywhere."""
 
 
 def build(seed=0, **overrides):

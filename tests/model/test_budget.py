@@ -20,7 +20,7 @@ from model.comparison import account_of, choices, gqa8_account, regimes, times, 
 from model.config import ModelConfig
 from model.muon import MuonAdamW, OptimizerConfig, rule_for
 from model.transformer import Transformer
-from tests.model.networks import build
+from tests.model.networks import BF16, EXACT, FP32, build
 
 MILLION = 1 << 20
 RELEASES = ("v4-flash", "v4-pro")
@@ -120,7 +120,7 @@ def test_linear_flops_are_twice_the_active_matrices(config):
         (("gqa",), {}),
         (("sliding", "csa", "hca", "csa"), {}),
         (("gqa", "csa"), {"hyper_connections": False}),
-        (("hca", "csa"), {"ffn": "dense", "qat": False, "cache_precision": "fp32"}),
+        (("hca", "csa"), {"ffn": "dense", **EXACT}),
     ],
 )
 def test_decode_flops_are_those_of_the_real_matrix_products(layers, changes, tokens):
@@ -134,9 +134,8 @@ def test_decode_flops_are_those_of_the_real_matrix_products(layers, changes, tok
         # The counter sees no fused attention on a CPU.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(ids[:, -1:], cache)
-    entries, csa = tokens // c.csa_ratio, layers.count("csa")
-    uncounted = csa * 2 * c.index_heads * entries  # the sum over index heads
-    uncounted += csa * 2 * c.index_head_dim**2 * (c.index_heads + (tokens % c.csa_ratio == 0))  # Hadamard rotations
+    rotated = c.index_heads + (tokens % c.csa_ratio == 0)  # queries, and a key where one is completed
+    uncounted = layers.count("csa") * 2 * c.index_head_dim**2 * rotated  # Hadamard rotations
     counted = sum(w.flops for w in decode_work(c, tokens) if w.part != "hyper-connections: mixing")
     assert counter.get_total_flops() == counted + uncounted
 
@@ -156,7 +155,9 @@ def test_formats_follow_the_configuration():
         return {w.part: w.format for w in decode_work(config, MILLION)}
 
     assert formats(FLASH)["index scores"] == "fp4" and formats(FLASH)["routed experts"] == "fp4 weights"
-    assert formats(FLASH.replace(cache_precision="bf16"))["index scores"] == "bf16"
+    assert formats(FLASH.replace(index_format="fp8"))["index scores"] == "fp8"
+    for fmt in ("bf16", "fp32"):
+        assert formats(FLASH.replace(index_format=fmt))["index scores"] == "bf16"
     assert formats(FLASH.replace(qat=False))["routed experts"] == "fp8"
     assert {w.format for w in gqa8_account(FLASH).work(MILLION)} == {"bf16"}
 
@@ -233,14 +234,14 @@ def test_the_optimizer_state_is_what_the_optimizer_holds():
 
 
 def test_a_baseline_has_nothing_to_take_away():
-    config = ModelConfig(layers=("gqa",) * 4, hyper_connections=False, cache_precision="bf16", qat=False)
+    config = ModelConfig(layers=("gqa",) * 4, hyper_connections=False, qat=False)
     found = choices_of(config, muon=False).values()
     assert not any(choice.used or choice.changes for choice in found)
     assert {choice.account.bytes_per_token for choice in found} == {2048.0}
     assert [step.name for step in waterfall(config, muon=False)] == ["GQA-8, BF16", "the model's own gqa layers"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"cache_precision": "bf16"}, {"cache_precision": "fp32"}])
+@pytest.mark.parametrize("changes", [{}, BF16, FP32, {"kv_format": "fp4", "index_format": "fp8"}])
 @pytest.mark.parametrize("name", ["tiny", "small", "base", *RELEASES])
 def test_the_waterfalls_factors_multiply_to_the_whole_ratio(name, changes):
     config = ModelConfig.from_preset(name, **changes)
@@ -249,6 +250,21 @@ def test_the_waterfalls_factors_multiply_to_the_whole_ratio(name, changes):
     assert steps[0].bytes_per_token == 4096 * config.num_layers and steps[-1].bytes_per_token == own
     product = math.prod(step.factor for step in steps[1:])
     assert product == pytest.approx(steps[0].bytes_per_token / own, rel=1e-12)
+
+
+@pytest.mark.parametrize("fmt", ["fp8", "fp4"])
+def test_a_packed_baseline_is_a_precision_per_role(fmt):
+    config = ModelConfig.from_preset("tiny", layers=("gqa", "csa", "gqa"), gqa_format=fmt)
+    choice = choices_of(config)["precision per role"]
+    plain = sum(cache_bytes_per_token(config.replace(**BF16)).values())
+    assert choice.used and choice.account.bytes_per_token == plain
+    # The hybrid taken away gives keys and values in BF16, whatever the model's own gqa layers have.
+    assert choices_of(config)["hybrid attention"].account.bytes_per_token == 3 * 4096
+    steps = {step.name: step for step in waterfall(config)}
+    own = sum(cache_bytes_per_token(config).values())
+    assert steps[f"gqa keys and values in {fmt.upper()}"].bytes_per_token == own
+    assert math.prod(step.factor for step in list(steps.values())[1:]) == pytest.approx(3 * 4096 / own)
+    assert not choices_of(config.replace(layers=("gqa",), gqa_format="fp32"))["precision per role"].used
 
 
 def test_the_waterfall_of_flash():

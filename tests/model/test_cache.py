@@ -15,7 +15,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from networks import SMALL, build
+from networks import EXACT, FP32, SMALL, build
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -27,7 +27,6 @@ from model.errors import CacheError
 from model.generation import prefill
 from model.paging import PagePool
 
-EXACT = {"cache_precision": "fp32", "qat": False}
 NETWORKS = {
     "hybrid": {},
     "wide window": {"window": 20, "csa_ratio": 3, "hca_ratio": 6},
@@ -315,9 +314,9 @@ def test_saved_caches_that_do_not_fit_are_named(saved):
 
 
 @pytest.mark.parametrize("rewind", [0, 7])
-@pytest.mark.parametrize("precision", ["mixed", "fp32"])
-def test_bytes_are_the_closed_form_and_follow_the_tokens(rewind, precision):
-    config = ModelConfig(**{**SMALL, "cache_precision": precision})
+@pytest.mark.parametrize("formats", [{}, FP32], ids=["released", "fp32"])
+def test_bytes_are_the_closed_form_and_follow_the_tokens(rewind, formats):
+    config = ModelConfig(**{**SMALL, **formats})
     pool = PagePool(config, 8)
     cache = Cache(config, 2, MOST, pool=pool, rewind=rewind)
     for name, expected in fixed_state_bytes(config, rewind).items():
@@ -393,7 +392,7 @@ def test_an_interrupted_step_is_noticed(tmp_path):
         raise RuntimeError("lost power")
 
     with torch.inference_mode():
-        handle = model.layers[2].ffn.register_forward_pre_hook(fail)
+        handle = model.layers[2].ffn_norm.register_forward_pre_hook(fail)
         with pytest.raises(RuntimeError, match="lost power"):
             model(ids, cache)
         handle.remove()

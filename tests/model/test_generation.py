@@ -1,13 +1,13 @@
 import pytest
 import torch
-from networks import build
+from networks import EXACT, build
 
 from model.errors import CacheError
 from model.generation import generate
 
 
 def test_every_token_is_the_likeliest_after_those_before_it():
-    model = build(cache_precision="fp32", qat=False).eval()
+    model = build(**EXACT).eval()
     prompt = torch.randint(0, 50, (2, 9))
     found = generate(model, prompt, 30)
     assert found.shape == (2, 39) and torch.equal(found[:, :9], prompt)

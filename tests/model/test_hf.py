@@ -8,13 +8,13 @@ import sys
 import pytest
 import torch
 import transformers
-from networks import build
+from networks import FP32, build
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from benchmarks import parity
 from model import checkpoint
-from model.config import ModelConfig
+from model.config import CACHE_FORMATS, ModelConfig
 from model.errors import CheckpointError, ConfigError
 from model.hf import export_pretrained, import_pretrained, is_pretrained
 from model.hf_config import read_config, write_config
@@ -51,7 +51,8 @@ def test_both_ways_of_saving_are_read_and_written_back(tmp_path):
     ours = import_pretrained(tmp_path / "default")
     checkpoint.save(ours, tmp_path / "ours")
     assert not is_pretrained(tmp_path / "ours")
-    assert not ours.training and ours.config.cache_precision == "fp32" and not ours.config.qat
+    assert not ours.training and not ours.config.qat
+    assert {getattr(ours.config, name) for name in CACHE_FORMATS} == {"fp32"}
     for name in ("modules", "sharded"):
         assert same_state(import_pretrained(tmp_path / name), ours)
     export_pretrained(ours, tmp_path / "back", max_shard_bytes=300_000)
@@ -66,7 +67,7 @@ def test_both_ways_of_saving_are_read_and_written_back(tmp_path):
     [
         {"layers": ("csa",), "num_hash_layers": 0, "csa_ratio": 3},
         {"layers": ("hca", "csa", "sliding"), "num_hash_layers": 3, "yarn_factor": 4.0, "yarn_original_positions": 64},
-        {"mtp_layers": 1, "qat": True, "cache_precision": "mixed"},
+        {"mtp_layers": 1, "qat": True, "kv_format": "fp4", "index_format": "fp8"},
         {"head_dim": 24, "rope_head_dim": 14, "index_head_dim": 16, "o_groups": 4, "hc_mult": 2},
     ],
 )
@@ -76,7 +77,7 @@ def test_what_we_write_loads_without_a_missing_or_unexpected_key(tmp_path, overr
     oracle = load_oracle(tmp_path / "a")
     assert oracle.config.eos_token_id == 1 and oracle.generation_config.eos_token_id == 1
     assert load_tokenizer(tmp_path / "a").encode("a") == [99]
-    plain = import_pretrained(tmp_path / "a", cache_precision="fp32")
+    plain = import_pretrained(tmp_path / "a", **FP32)
     ids = torch.randint(0, 50, (2, 70))
     with torch.no_grad():
         torch.testing.assert_close(plain(ids), oracle(ids, use_cache=False).logits, atol=1e-4, rtol=0)
@@ -278,7 +279,10 @@ def test_older_keys_that_transformers_folds_away(tmp_path):
         ({"swiglu_limit": 0.0}, "key 'swiglu_limit': must be positive, found 0.0"),
         ({"expert_dtype": "int4"}, "'expert_dtype': expected 'fp4' or 'fp8', found 'int4'"),
         ({"hidden_size": 10**30}, r"key 'hidden_size': must be below 2 \*\* 31, found 1000"),
-        ({"fiftyfold": {"head_dim": 3}}, "'fiftyfold': expected a mapping of cache_precision and qat, found"),
+        (
+            {"fiftyfold": {"head_dim": 3}},
+            "'fiftyfold': expected a mapping of kv_format, rope_format, index_format, gqa_format, qat, found",
+        ),
         ({"fiftyfold": {"qat": "maybe"}}, "key 'qat': expected bool, found 'maybe'"),
         ({"quantization_config": {"quant_method": "awq"}}, "'quantization_config.quant_method': expected 'fp8'"),
         ({"quantization_config": {"weight_block_size": [32, 32]}}, r"weight_block_size': expected \[128, 128\], found"),

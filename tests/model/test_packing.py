@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import build
+from networks import EXACT, build
 
 from model.documents import PackedDocuments
 from model.telemetry import Telemetry
@@ -11,7 +11,6 @@ from model.telemetry import Telemetry
 # Around the ratios (4 and 12) and the window (6), shorter than all of them, and one without a single whole block.
 LENGTHS = ((17, 1, 4, 29, 3), (3, 2, 1), (12, 11, 13), (40,), (1, 1, 24, 6, 7, 5))
 # Sums of other shapes round differently, and a rounding format would make that visible.
-EXACT = {"cache_precision": "fp32", "qat": False}
 
 
 def pack(rows, width, vocab=50, seed=0):

@@ -38,7 +38,10 @@ SHARED = {
     "num_hash_layers": 3,
     "swiglu_limit": 10.0,
     "mtp_layers": 1,
-    "cache_precision": "mixed",
+    "kv_format": "fp8",
+    "rope_format": "bf16",
+    "index_format": "fp4",
+    "gqa_format": "bf16",
     "qat": True,
     "ffn": "moe",
 }

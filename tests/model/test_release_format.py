@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from networks import build
+from networks import EXACT, build
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV4ForCausalLM, FineGrainedFP8Config
 
@@ -72,7 +72,7 @@ def test_a_round_trip_is_bit_exact_whatever_the_codes(tmp_path, experts):
     rewrite(tmp_path / "a", random_codes)
     forget_who_wrote(tmp_path / "a")
     ours = import_pretrained(tmp_path / "a")
-    assert ours.config.qat is (experts == "fp4") and ours.config.cache_precision == "mixed"
+    assert ours.config.qat is (experts == "fp4") and (ours.config.kv_format, ours.config.index_format) == ("fp8", "fp4")
     export_pretrained(ours, tmp_path / "b", format="released", max_shard_bytes=100_000)
     stored = tensors_of(tmp_path / "a")
     assert_same_bytes(tensors_of(tmp_path / "b"), stored)
@@ -234,7 +234,7 @@ def test_transformers_reads_the_same_values_from_what_we_write(tmp_path, monkeyp
     assert not any(info.values()), info
     oracle = oracle.float().eval()
     oracle.set_attn_implementation("eager")
-    ours = import_pretrained(tmp_path / "a", cache_precision="fp32", qat=False)
+    ours = import_pretrained(tmp_path / "a", **EXACT)
     ids = torch.randint(0, 50, (1, 90))
     with torch.no_grad():
         expected = oracle(ids, use_cache=False).logits
@@ -261,7 +261,7 @@ def test_experts_rounded_in_training_are_written_as_they_computed(tmp_path):
     model = build(**SIZES, qat=True).eval()
     export_pretrained(model, tmp_path / "a", format="released")
     again = import_pretrained(tmp_path / "a")
-    rounded = model.layers[1].ffn._expert_weights()
+    rounded = model.layers[1].ffn.stored_experts()
     for ours, stack in zip(rounded, ("w1", "w3", "w2")):
         assert torch.equal(ours, getattr(again.layers[1].ffn, stack))
 

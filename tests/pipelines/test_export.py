@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model import checkpoint
-from model.config import ModelConfig
+from model.config import CACHE_FORMATS, ModelConfig
 from model.errors import CheckpointError
 from model.hf import import_pretrained
 from model.tokenizer import ByteTokenizer, load_tokenizer
@@ -71,14 +71,14 @@ def test_the_released_format_rounds_what_it_must_and_no_more(ours, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["transformers", "released"])
-@pytest.mark.parametrize(("qat", "precision"), [(False, "bf16"), (True, "fp32")])
+@pytest.mark.parametrize(("qat", "precision"), [(False, "bf16"), (True, "fp4")])
 def test_how_the_network_rounds_is_not_lost(tmp_path, format, qat, precision):
-    model = Transformer(ModelConfig(qat=qat, cache_precision=precision))
+    model = Transformer(ModelConfig(qat=qat, kv_format=precision, index_format="fp8", rope_format="fp32"))
     checkpoint.save(model, tmp_path / "ours")
     assert export(tmp_path / "ours", tmp_path / "there", "--format", format) == 0
     assert export(tmp_path / "there", tmp_path / "back", "--format", "fiftyfold") == 0
     config = checkpoint.load_config(tmp_path / "back")
-    assert (config.qat, config.cache_precision) == (qat, precision)
+    assert config == model.config
     if format == "released":  # FP4 only where the network was trained for it
         w1, again = model.layers[1].ffn.w1, checkpoint.load(tmp_path / "back").layers[1].ffn.w1
         assert ((w1 - again).abs().max() / w1.abs().max() < 0.08) == (not qat)
@@ -96,7 +96,7 @@ def test_transformers_reads_model_and_tokenizer(ours, tmp_path):
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ids = torch.arange(60).unsqueeze(0)
     with torch.inference_mode():
-        exact = import_pretrained(tmp_path / "hf", cache_precision="fp32")(ids)
+        exact = import_pretrained(tmp_path / "hf", **dict.fromkeys(CACHE_FORMATS, "fp32"))(ids)
         torch.testing.assert_close(theirs(ids).logits, exact, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(exact, again(ids), atol=1e-4)
     # What transformers makes of it when it saves: other names for three norms, and no prediction module.

@@ -12,11 +12,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
+from model.config import CACHE_FORMATS
 from model.errors import CheckpointError, ConfigError, FiftyfoldError
 from pipelines.config import recipe_from_dict, with_overrides
 from pipelines.data import SHARD_SCHEMA, batches, cut_rows, train_batches
 from pipelines.train import build_trainer
 from pipelines.trainer import check_stages, count_answers
+
+EXACT = {**{f"model.{name}": "fp32" for name in CACHE_FORMATS}, "model.qat": False}
+"""Nothing is rounded anywhere."""
 
 
 class Record:
@@ -128,7 +132,7 @@ def packed_and_alone(length):
 def test_packed_documents_train_as_each_alone(prepared, attention):
     recipe = with_overrides(
         prepared,
-        {"model.cache_precision": "fp32", "model.qat": False, "model.mtp_layers": 1, "model.index_topk": 3,
+        {**EXACT, "model.mtp_layers": 1, "model.index_topk": 3,
          "train.stages": [{"attention": attention, "steps": 1}], "train.answer_loss_weight": 3.0,
          "train.context_loss_weight": 0.5, "train.balance_loss_weight": 0.0, "train.grad_clip": 1e6},
     )  # fmt: skip
@@ -143,7 +147,7 @@ def test_packed_documents_train_as_each_alone(prepared, attention):
 
 
 def test_validation_masks_documents_too(prepared):
-    recipe = with_overrides(prepared, {"model.mtp_layers": 1, "model.cache_precision": "fp32", "model.qat": False})
+    recipe = with_overrides(prepared, {"model.mtp_layers": 1, **EXACT})
     trainer = trainer_for(recipe, Record())
     measured = []
     for batch in packed_and_alone(recipe.data.sequence_length):
@@ -270,7 +274,7 @@ def test_two_ranks_make_the_gradient_of_one(prepared, tmp_path, short):
     # float32 formats: a rounding border crossed by the last bit would be a real difference, but not of the averaging.
     recipe = with_overrides(
         prepared,
-        {"model.cache_precision": "fp32", "model.qat": False, "model.mtp_layers": 1,
+        {**EXACT, "model.mtp_layers": 1,
          "train.stages": [{"attention": "sparse", "steps": 1}]},
     )  # fmt: skip
     single = trainer_for(recipe, Record())

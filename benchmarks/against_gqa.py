@@ -1,0 +1,293 @@
+"""A V4-Flash-shaped pair of layers (csa and hca) against two layers of GQA-8 in BF16, decoding one sequence on CPU.
+
+    python -m benchmarks.against_gqa [--lengths 1024 ... 1048576] [--feed-forward] [--write docs/against-gqa.md]
+
+Ours is a :class:`model.transformer.Transformer` of the two layers with Flash's widths and a cache filled with random
+entries. GQA-8 has the same width, 64 query and 8 key-value heads of 128 dims (``model.comparison``), BF16 weights, and
+a preallocated BF16 store of keys and values, to which PyTorch's own attention is applied, or two batched products.
+
+Counted are norms, projections, index scores, selection and attention, of both layers; not counted: hyper-connections,
+embedding and head. A dense feed-forward of one dim stands where the experts are; with ``--feed-forward`` it has the
+size of the active ones (6 routed and 1 shared), on both sides. Flash's 256 experts do not fit into a laptop's memory.
+
+The sides run in turn: several ways to write grouped-query decoding in PyTorch, and ours in two precisions, at every
+thread count. A row shows each side's fastest, and the fastest with ``scaled_dot_product_attention`` as well. Lengths
+ascend, and a way far behind at one is not timed at the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.report import check_page, command_line, log_log, table, verdict, write_tables
+from benchmarks.timing import OtherLoad, Side, Timing, fastest, hopeless, in_turn, machine, ratio, threads_of
+from model.cache import Cache
+from model.cache_filling import fill_random
+from model.config import ModelConfig
+from model.errors import FiftyfoldError
+from model.execution import Execution, Mode
+from model.rope import RotaryFrequencies
+from model.transformer import Transformer
+
+OURS, THEIRS, SDPA = "csa + hca", "2 x GQA-8", "2 x GQA-8, SDPA"
+KV_HEADS, HEAD_DIM = 8, 128
+TARGETS = {1_048_576: 8.0}
+LENGTHS = [1 << n for n in range(10, 21)]
+_STORE_BYTES = 5 << 30
+"""Beyond it both layers read one store: as many bytes are moved, and no cache of the processor holds any of them."""
+_VOCAB = 256
+
+
+def flash_pair(preset: str, feed_forward: int) -> ModelConfig:
+    """Widths of ``preset``, one csa and one hca layer, and little else."""
+    return ModelConfig.from_preset(
+        preset,
+        vocab_size=_VOCAB,
+        layers=("csa", "hca"),
+        mtp_layers=0,
+        num_hash_layers=0,
+        hyper_connections=False,
+        ffn="dense",
+        ffn_size=feed_forward,
+    )
+
+
+# --- grouped-query decoding, query [heads, d] against keys and values [kv heads, T, d]
+
+
+def sdpa_gqa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    grouped = query[None, :, None]
+    return F.scaled_dot_product_attention(grouped, key[None], value[None], enable_gqa=True).flatten(0, 2)
+
+
+def sdpa_grouped(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """A group's query heads as the rows of one query: its keys are read once."""
+    grouped = query.view(1, len(key), -1, query.shape[-1])
+    return F.scaled_dot_product_attention(grouped, key[None], value[None]).view_as(query)
+
+
+def sdpa_expanded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Keys and values of a group seen once for each query head, without copying them."""
+    shape = (len(key), len(query) // len(key), *key.shape[1:])
+    key, value = (x.unsqueeze(1).expand(shape).flatten(0, 1)[None] for x in (key, value))
+    return F.scaled_dot_product_attention(query[None, :, None], key, value).flatten(0, 2)
+
+
+def batched_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    grouped = query.view(len(key), -1, query.shape[-1])
+    scores = torch.bmm(grouped, key.transpose(1, 2)) * query.shape[-1] ** -0.5
+    return torch.bmm(scores.softmax(-1), value).view_as(query)
+
+
+ATTENTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "SDPA with enable_gqa": sdpa_gqa,
+    "SDPA with groups as rows": sdpa_grouped,
+    "SDPA on expanded heads": sdpa_expanded,
+    "two bmm": batched_products,
+}
+
+
+class GroupedQueryLayer(nn.Module):
+    """Norm, projections, rotation, attention over a store, output projection, and a SwiGLU: one token at a time."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        hidden, heads = config.hidden_size, config.num_heads
+        self.norm = nn.RMSNorm(hidden, config.norm_eps)
+        self.wqkv = nn.Linear(hidden, (heads + 2 * KV_HEADS) * HEAD_DIM, bias=False)
+        self.wo = nn.Linear(heads * HEAD_DIM, hidden, bias=False)
+        self.ffn_norm = nn.RMSNorm(hidden, config.norm_eps)
+        self.w13 = nn.Linear(hidden, 2 * config.ffn_size, bias=False)
+        self.w2 = nn.Linear(config.ffn_size, hidden, bias=False)
+
+    def forward(self, x: Tensor, rotation: Callable[[Tensor], Tensor], store: Tensor, attend: Callable) -> Tensor:
+        """x bfloat16 [hidden] -> [hidden]; store [2, kv heads, T, d] takes the token's key and value at its end."""
+        qkv = self.wqkv(self.norm(x)).view(-1, HEAD_DIM)
+        query, key, value = qkv.split((len(qkv) - 2 * KV_HEADS, KV_HEADS, KV_HEADS))
+        store[0, :, -1], store[1, :, -1] = rotation(key), value
+        x = x + self.wo(attend(rotation(query), *store).flatten())
+        gate, up = self.w13(self.ffn_norm(x)).chunk(2)
+        return x + self.w2(F.silu(gate) * up)
+
+
+class GroupedQueryPair:
+    """Two layers and their stores."""
+
+    def __init__(self, config: ModelConfig):
+        self.layers = [GroupedQueryLayer(config).to(torch.bfloat16) for _ in range(2)]
+        self.frequencies = RotaryFrequencies(HEAD_DIM, config.rope_theta)
+
+    @staticmethod
+    def stores(tokens: int) -> list[Tensor]:
+        """Bfloat16 [2, kv heads, tokens, d] for each layer, or one for both where two would be large."""
+        shape = (2, KV_HEADS, tokens, HEAD_DIM)
+        count = 1 if 2 * 2 * math.prod(shape) > _STORE_BYTES else 2
+        stores = [torch.empty(shape, dtype=torch.bfloat16) for _ in range(count)]
+        for store in stores:
+            for piece in store.split(4096, dim=2):
+                piece.copy_(torch.randn(1, 1, *piece.shape[2:]))
+        return [stores[0], stores[-1]]
+
+    @torch.inference_mode()
+    def decode(self, x: Tensor, stores: list[Tensor], attend: Callable) -> Tensor:
+        tokens = stores[0].shape[2]
+        turn = self.frequencies.at(torch.tensor([[tokens - 1]]))
+
+        def rotation(heads: Tensor) -> Tensor:
+            return turn.apply(heads[None, None])[0, 0].to(heads.dtype)
+
+        for layer, store in zip(self.layers, stores):
+            x = layer(x, rotation, store, attend)
+        return x
+
+
+class Bench:
+    """Both pairs of layers, and what was asked for."""
+
+    def __init__(self, options: argparse.Namespace, feed_forward: int):
+        self.options = options
+        self.config = flash_pair(options.preset, feed_forward)
+        torch.manual_seed(0)
+        self.ours = {name: Transformer(self.config).eval() for name in ("float32", "bfloat16")}
+        for name, model in self.ours.items():
+            model.execution = Execution(options.execution)
+            model.store_weights(getattr(torch, name))
+        self.theirs = GroupedQueryPair(self.config)
+        self._given_up: set[str] = set()
+
+    def row(self, tokens: int) -> dict[str, tuple[str, Timing]]:
+        """Time both at ``tokens`` tokens: the fastest way of each, and of theirs the fastest with SDPA besides."""
+        ours, theirs = self._our_sides(tokens), self._their_sides(tokens)
+        times = in_turn({**ours, **theirs}, self.options.rounds)
+        groups = {
+            SDPA: [way for way in theirs if way.startswith("SDPA")],
+            THEIRS: list(theirs),
+            OURS: list(ours),
+        }
+        best = {name: fastest({way: times[way] for way in ways}) for name, ways in groups.items()}
+        self._given_up |= hopeless({way: times[way] for way in theirs}) - {best[SDPA]}
+        return {name: (way, times[way]) for name, way in best.items()}
+
+    def _our_sides(self, tokens: int) -> Mapping[str, Side]:
+        repeat, threads = self.options.tokens, self.options.threads
+        start = tokens - repeat * 2 * len(threads) * (self.options.rounds + 1)  # all ways go on in one cache
+        if start < 1:
+            raise FiftyfoldError(f"--lengths: {tokens} tokens are fewer than the {tokens - start} to be decoded")
+        cache = Cache(self.config, 1, tokens)
+        fill_random(cache, start)
+        ids = torch.randint(_VOCAB, (1, repeat))
+
+        def side(model: Transformer, threads: int) -> Side:
+            @torch.inference_mode()
+            def run() -> None:
+                for token in ids.split(1, dim=1):
+                    model(token, cache, last_only=True)
+
+            return Side(run, threads, repeat)
+
+        return {
+            f"{name}, {threads_of(count)}": side(model, count)
+            for (name, model), count in itertools.product(self.ours.items(), threads)
+        }
+
+    def _their_sides(self, tokens: int) -> Mapping[str, Side]:
+        stores = self.theirs.stores(tokens)
+        x = torch.randn(self.config.hidden_size).bfloat16()
+        repeat = self.options.tokens
+
+        def side(attend: Callable, threads: int) -> Side:
+            return Side(lambda: [self.theirs.decode(x, stores, attend) for _ in range(repeat)], threads, repeat)
+
+        return {
+            way: side(attend, count)
+            for (name, attend), count in itertools.product(ATTENTIONS.items(), self.options.threads)
+            if (way := f"{name}, {threads_of(count)}") not in self._given_up
+        }
+
+    def run(self) -> tuple[str, dict[str, dict[int, float]]]:
+        """The table, and milliseconds per token by side and length."""
+        rows = []
+        lines: dict[str, dict[int, float]] = {SDPA: {}, THEIRS: {}, OURS: {}}
+        faster: dict[int, float] = {}
+        for tokens in self.options.lengths:
+            row = self.row(tokens)
+            times = {name: timing for name, (_, timing) in row.items()}
+            faster[tokens] = ratio(times[THEIRS], times[OURS])
+            for name, timing in times.items():
+                lines[name][tokens] = 1e3 * timing.median
+            moved = 2 * 2 * 2 * KV_HEADS * HEAD_DIM * tokens
+            rows.append(
+                [
+                    f"{tokens:,}",
+                    *(cell for way, timing in row.values() for cell in (timing.milliseconds(), way)),
+                    f"{moved / times[THEIRS].median / 1e9:.1f}",
+                    f"{ratio(times[SDPA], times[OURS]):.2f}",
+                    f"{faster[tokens]:.2f}",
+                    verdict(faster[tokens], TARGETS[tokens]) if tokens in TARGETS else "",
+                ]
+            )
+            print(" | ".join(rows[-1]), flush=True)
+        header = ["tokens", *(cell for name in lines for cell in (f"{name}, ms per token", "at"))]
+        header += [f"{THEIRS}, GB/s of its store", f"times faster than {SDPA}", f"times faster than {THEIRS}", "target"]
+        crossing = crossover(faster)
+        text = "none in this range" if crossing is None else f"{crossing:,.0f} tokens"
+        return f"{table(header, rows)}\nCrossover with {THEIRS}: {text}.\n", lines
+
+
+def crossover(faster: Mapping[int, float]) -> float | None:
+    """The length from which on the ratio stays above 1, interpolated between logarithms; None where none is known."""
+    points = sorted(faster.items())
+    for (low, a), (high, b) in reversed(list(itertools.pairwise(points))):
+        if a < 1 <= b:
+            share = -math.log(a) / (math.log(b) - math.log(a))
+            return low * (high / low) ** share
+    return None
+
+
+def main(arguments: list[str] | None = None) -> str:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="v4-flash")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--execution", choices=get_args(Mode), default="compiled", help="how ours is computed")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=4, help="decoded in a round; 4 complete one csa block")
+    parser.add_argument("--feed-forward", action="store_true", help="also with the active experts' size (2.4 GB more)")
+    parser.add_argument("--write", type=Path, help="a Markdown file whose part between the two markers is replaced")
+    options = parser.parse_args(arguments)
+    if options.write:
+        check_page(options.write)
+    load = OtherLoad()
+    full = ModelConfig.from_preset(options.preset)
+    active = (full.experts_per_token + full.num_shared_experts) * full.expert_size
+    parts: list[str] = []
+    lines: dict[str, dict[int, float]] = {}
+    for feed_forward in (1, active) if options.feed_forward else (1,):
+        suffix = "mixers only" if feed_forward == 1 else f"with a feed-forward of {feed_forward:,}"
+        text, drawn = Bench(options, feed_forward).run()
+        parts.append(f"### {suffix[0].upper()}{suffix[1:]}\n\n{text}")
+        lines |= {f"{name}, {suffix}": line for name, line in drawn.items()}
+    text = f"{machine()}; {load}.\n\n" + "\n".join(parts)
+    print(text)
+    if options.write:
+        write_tables(options.write, text)
+        log_log(
+            options.write.with_suffix(".png"),
+            lines,
+            "ms per decoded token",
+            f"decoding with two layers, widths of {options.preset}",
+        )
+    return text
+
+
+if __name__ == "__main__":
+    command_line(main)

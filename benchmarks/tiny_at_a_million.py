@@ -1,0 +1,207 @@
+"""A trained tiny model reads a million tokens and decodes from each length on the way: time per token, and memory.
+
+    python -m benchmarks.tiny_at_a_million [--checkpoint FOLDER] [--lengths 1024 ... 1048576] [--write FILE.md]
+
+Without ``--checkpoint`` preset `tiny` is trained for a short while on Python's standard library, by the plain trainer
+and recipe configs/tiny.yaml. The positions a model allows are raised to what is read. It has learned on short rows, so
+a long context cannot help it much: the loss on the decoded tokens stands beside the loss on the same ones after 1,024
+tokens at most, and shows whether a long cache does harm.
+
+The text is the standard library's. Up to 64 tokens before each length it is read in pieces; those 64 are decoded one at
+a time, each given the real one before it. Memory is the process's own: the most that was resident so far beyond what
+was before the cache was made. Nothing is filled at random here, and nothing runs beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.report import check_page, command_line, log_log, table, write_tables
+from benchmarks.timing import OtherLoad, PeakMemory, in_child, machine, threads_of
+from model import checkpoint
+from model.cache import Cache
+from model.errors import DataError, FiftyfoldError
+from model.execution import Execution, Mode
+from model.files import atomic_folder
+from model.generation import prefill
+from model.tokenizer import Tokenizer, load_tokenizer
+from model.transformer import Transformer
+from pipelines import prepare
+from pipelines.config import load_recipe
+from pipelines.data import train_batches
+from pipelines.train import build_trainer
+
+LENGTHS = [1 << n for n in range(10, 21, 2)]
+DECODED, SHORT = 64, 1024
+RECIPE = Path(__file__).parents[1] / "configs/tiny.yaml"
+
+
+class Silent:
+    """A reporter of the trainer that keeps nothing."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        pass
+
+    def report(self, step: int, metrics: dict[str, float], write: Callable[[Path], None] | None) -> None:
+        pass
+
+
+def train(steps: int, checkpoint_folder: Path) -> None:
+    """Write a checkpoint of the recipe's model after ``steps`` steps on text alone: two thirds of them dense, the last
+    ones sparse."""
+    dense, warm = steps * 2 // 3, max(1, steps // 10)
+    stages = (("dense", dense), ("indexer_warmup", warm), ("sparse", max(1, steps - dense - warm)))
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            "run.folder": folder,
+            "data.retrieval_share": 0.0,
+            "data.retrieval_validation_documents": 32,
+            "train.validation_rows": 32,
+            "train.stages": "[" + ", ".join(f"{{attention: {name}, steps: {n}}}" for name, n in stages) + "]",
+            "train.warmup_steps": min(40, steps // 4),
+            "train.context_loss_weight": 1.0,
+            "train.validate_every": steps,
+            "train.checkpoint_every": steps,
+        }
+        recipe = load_recipe([RECIPE], [f"{key}={value}" for key, value in settings.items()])
+        prepare.run(recipe)
+        length, rows, seed = recipe.data.sequence_length, recipe.train.batch_rows, recipe.data.seed
+        trainer = build_trainer(
+            recipe, lambda epoch, skip: train_batches(recipe.data_folder, length, rows, seed, epoch, skip), Silent()
+        )
+        trainer.run()
+        with atomic_folder(checkpoint_folder) as scratch:
+            trainer.write_checkpoint(scratch)
+
+
+def load_with_room(folder: Path, tokens: int) -> Transformer:
+    """The checkpoint's network, allowing ``tokens`` positions at least: rotary angles are computed, not looked up."""
+    model = checkpoint.load(folder)
+    longer = Transformer(model.config.replace(max_positions=max(tokens, model.config.max_positions)))
+    longer.load_state_dict(model.state_dict())
+    return longer.eval()
+
+
+def text_ids(tokenizer: Tokenizer, tokens: int) -> Tensor:
+    """The first ``tokens`` tokens of the running Python's standard library, int64 [1, tokens]. Raises DataError."""
+    ids: list[int] = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        ids += tokenizer.encode(path.read_text(encoding="utf-8"))
+        if len(ids) >= tokens:
+            return torch.tensor([ids[:tokens]])
+    raise DataError(f"the standard library has only {len(ids)} tokens, asked for {tokens}")
+
+
+@torch.inference_mode()
+def decode(model: Transformer, cache: Cache, ids: Tensor) -> tuple[float, float]:
+    """Append ids int64 [1, n] one at a time: median seconds per token, and loss (nats per token) on the last n - 1."""
+    seconds, logits = [], []
+    for token in ids.split(1, dim=1):
+        started = time.perf_counter()
+        logits.append(model(token, cache, last_only=True)[:, -1])
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds), float(F.cross_entropy(torch.cat(logits[:-1]), ids[0, 1:]))
+
+
+def read_and_decode(model: Transformer, ids: Tensor, lengths: list[int], chunk: int) -> tuple[str, dict]:
+    """The table, and milliseconds per token by length for the figure."""
+    rows = []
+    lines: dict[str, dict[int, float]] = {"prefill, newest tokens": {}, "decode": {}}
+    with PeakMemory() as memory:
+        cache = Cache(model.config, 1, lengths[-1])
+        done, reading = 0, 0.0
+        for length in lengths:
+            piece = ids[:, done : length - DECODED]
+            started = time.perf_counter()
+            prefill(model, cache, piece, chunk)
+            took = time.perf_counter() - started
+            reading += took
+            per_token, loss = decode(model, cache, ids[:, length - DECODED : length])
+            short = Cache(model.config, 1, min(length, SHORT))
+            recent = ids[:, max(0, length - SHORT) : length]
+            prefill(model, short, recent[:, :-DECODED], chunk)
+            _, short_loss = decode(model, short, recent[:, -DECODED:])
+            lines["prefill, newest tokens"][length] = 1e3 * took / piece.shape[1]
+            lines["decode"][length] = 1e3 * per_token
+            row = [
+                f"{length:,}",
+                f"{reading:.1f}",
+                f"{1e3 * took / piece.shape[1]:.3f}",
+                f"{1e3 * reading / length:.3f}",
+                f"{1e3 * per_token:.2f}",
+                f"{memory.most() / 2**20:,.0f}",
+                f"{(memory.most() - memory.before) / 2**20:,.1f}",
+                f"{loss:.3f}",
+                f"{short_loss:.3f}",
+            ]
+            print(" | ".join(row), flush=True)
+            rows.append(row)
+            done = length
+        size = cache.nbytes()
+    header = [
+        "tokens",
+        "read in, s",
+        "prefill, ms per token, newest",
+        "prefill, ms per token, all",
+        "decode, ms per token",
+        "peak resident, MiB",
+        "of it since the cache was made, MiB",
+        "loss, nats per token",
+        f"with the last {SHORT:,} only",
+    ]
+    note = f"The cache of {lengths[-1]:,} tokens holds {size / 2**20:,.1f} MiB, fixed state included."
+    return f"{table(header, rows)}\n{note}\n", lines
+
+
+def main(arguments: list[str] | None = None) -> str:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, help="a checkpoint folder; its tokenizer reads the text")
+    parser.add_argument("--steps", type=int, default=60, help="of the training without --checkpoint")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--chunk", type=int, default=1024, help="tokens read at a time")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--execution", choices=get_args(Mode), default="compiled", help="how the network is computed")
+    parser.add_argument("--write", type=Path, help="a Markdown file whose part between the two markers is replaced")
+    options = parser.parse_args(arguments)
+    if options.write:
+        check_page(options.write)
+    lengths = sorted(options.lengths)
+    if lengths[0] <= DECODED:
+        raise FiftyfoldError(f"--lengths: {lengths[0]} is not more than the {DECODED} tokens that are decoded")
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.checkpoint
+        if folder is None:
+            folder = Path(scratch) / "trained"
+            in_child(train, options.steps, folder)  # whose memory does not count
+        model, tokenizer = load_with_room(folder, lengths[-1]), load_tokenizer(folder)
+        origin = f"preset 'tiny' after {options.steps} steps" if options.checkpoint is None else f"'{folder.name}'"
+    model.execution = Execution(options.execution)
+    load = OtherLoad()
+    found, lines = read_and_decode(model, text_ids(tokenizer, lengths[-1]), lengths, options.chunk)
+    text = (
+        f"{machine()}; {threads_of(options.threads)}, {options.execution}; {load}.\n"
+        f"Read by {origin}, {model.num_parameters() / 1e6:.2f}M parameters, in pieces of "
+        f"{options.chunk:,} tokens.\n\n{found}"
+    )
+    print(text)
+    if options.write:
+        write_tables(options.write, text)
+        log_log(options.write.with_suffix(".png"), lines, "ms per token", origin)
+    return text
+
+
+if __name__ == "__main__":
+    command_line(main)

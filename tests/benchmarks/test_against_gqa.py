@@ -1,0 +1,54 @@
+"""The ways of grouped-query decoding agree, and the script's rows and crossover are what was measured."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import against_gqa
+from benchmarks.against_gqa import ATTENTIONS, GroupedQueryPair, crossover, flash_pair
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_every_way_is_grouped_query_attention(name):
+    query, key, value = torch.randn(64, 128), torch.randn(8, 40, 128), torch.randn(8, 40, 128)
+    expanded = [x.repeat_interleave(8, dim=0) for x in (key, value)]
+    expected = F.scaled_dot_product_attention(query.unsqueeze(1), *expanded).squeeze(1)
+    torch.testing.assert_close(ATTENTIONS[name](query, key, value), expected)
+
+
+def test_the_stores_hold_keys_of_the_newest_token_and_random_ones():
+    pair = GroupedQueryPair(flash_pair("small", 1))
+    stores = pair.stores(64)
+    before = [store.clone() for store in stores]
+    out = pair.decode(torch.randn(512).bfloat16(), stores, ATTENTIONS["two bmm"])
+    assert out.isfinite().all() and out.dtype == torch.bfloat16
+    for store, old in zip(stores, before):
+        assert torch.equal(store[:, :, :-1], old[:, :, :-1])
+        assert not torch.equal(store[:, :, -1], old[:, :, -1])
+
+
+def test_crossover_is_interpolated_between_logarithms():
+    assert crossover({1024: 0.5, 4096: 2.0}) == pytest.approx(2048)
+    assert crossover({1024: 2.0, 4096: 0.5, 16_384: 2.0}) == pytest.approx(8192)
+    assert crossover({1024: 2.0, 4096: 3.0}) is None
+
+
+def test_the_whole_script():
+    text = against_gqa.main(
+        [
+            "--preset",
+            "small",
+            "--lengths",
+            "256",
+            "512",
+            "--rounds",
+            "2",
+            "--threads",
+            "1",
+            "--execution",
+            "eager",
+            "--feed-forward",
+        ]
+    )
+    for part in ("Mixers only", "With a feed-forward of 768", "| 512 | ", "Crossover"):
+        assert part in text

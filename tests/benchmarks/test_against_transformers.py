@@ -1,0 +1,80 @@
+"""Both sides of the comparison hold the same: the same weights, and caches of the same shape whether read or filled."""
+
+import pytest
+import torch
+
+from benchmarks import against_transformers
+from benchmarks.contenders import Ours, Theirs, write_weights
+from benchmarks.report import BEGIN, END
+from model.config import ModelConfig
+from model.errors import FiftyfoldError
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights")
+    # Every entry is chosen: with few index heads many scores tie at zero, and the two choose differently among them.
+    write_weights(ModelConfig.from_preset("tiny", index_topk=64), folder)
+    return folder
+
+
+def shapes(cache):
+    """Everything that transformers' cache layers hold, with tensors as shape and dtype."""
+
+    def plain(value):
+        if isinstance(value, torch.Tensor):
+            return tuple(value.shape), value.dtype
+        return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+    return [{name: plain(value) for name, value in vars(layer).items()} for layer in cache.layers]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tokens", [9, 15, 16, 17, 63, 64, 66, 131])
+def test_a_filled_cache_of_theirs_is_like_one_that_was_read_into(weights, tokens, precision):
+    theirs = Theirs(weights / "rounded", precision)
+    filled, read = theirs.cache(tokens), theirs.cache(tokens)
+    theirs.fill(filled, tokens)
+    theirs.read(read, torch.randint(0, 258, (1, tokens)), 32)
+    assert shapes(filled) == shapes(read)
+    theirs.decode(filled, torch.randint(0, 258, (1, 70)))
+    theirs.decode(read, torch.randint(0, 258, (1, 70)))
+    assert shapes(filled) == shapes(read)
+
+
+def test_both_networks_have_the_same_weights(weights):
+    for side in (Ours, Theirs):
+        rounded, plain = (side(weights / folder).model.state_dict() for folder in ("rounded", "plain"))
+        assert all(torch.equal(rounded[name], plain[name]) for name in rounded)
+    ids = torch.randint(0, 258, (1, 200))
+    logits = []
+    for network in (Ours(weights / "plain"), Theirs(weights / "plain")):
+        cache = network.cache(200)
+        network.read(cache, ids[:, :150], 64)
+        network.decode(cache, ids[:, 150:199])
+        logits.append(network.read(cache, ids[:, 199:], 64))
+    assert (logits[0] - logits[1]).abs().max() < 1e-4 * logits[1].std()
+
+
+def test_decode_and_prefill(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"{BEGIN}\n{END}\n")
+    small = "--preset tiny --lengths 256 --rounds 2 --tokens 4 --threads 1 --execution eager --prefill 256"
+    text = against_transformers.main([*small.split(), "--write", str(page)])
+    assert text in page.read_text()
+    assert page.with_suffix(".png").exists()
+    for part in ("| 256 | ", "filled / read", "Prefill of 256 tokens", "times better"):
+        assert part in text
+
+
+@pytest.mark.long
+def test_growth():
+    small = "--preset tiny --threads 1 --execution eager --parts growth --growth 128 256"
+    text = against_transformers.main(small.split())
+    for part in ("| 128 | ", "| 256 | ", "times more", "at most 2.5"):
+        assert part in text
+
+
+def test_more_tokens_to_decode_than_the_length_are_refused():
+    with pytest.raises(FiftyfoldError, match="20 tokens are fewer than the 96"):
+        against_transformers.main(["--preset", "tiny", "--lengths", "20", "--parts", "decode"])

@@ -1,0 +1,92 @@
+"""Random caches: every row a valid one, lengths set, and decoding goes on from there."""
+
+import pytest
+import torch
+from networks import SMALL, build
+
+from kernels.cache_io import unpack
+from model.cache import Cache
+from model.cache_file import restore_cache, save_cache
+from model.cache_filling import fill_random
+from model.config import ModelConfig
+from model.errors import CacheError
+from model.paging import PagePool
+
+LAYERS = ("sliding", "csa", "hca", "gqa")
+
+
+@pytest.mark.parametrize("formats", [{}, {"kv_format": "fp4", "index_format": "fp8", "gqa_format": "fp8"}])
+@pytest.mark.parametrize("tokens", [1, 11, 72, 200])
+def test_every_row_is_that_of_a_normal_vector(tokens, formats):
+    config = ModelConfig(**{**SMALL, "layers": LAYERS, **formats})
+    cache = Cache(config, 3, 300)
+    fill_random(cache, tokens)
+    assert cache.lengths == [tokens] * 3 == cache.written
+    for layer in cache.layers:
+        for part in vars(layer).values():
+            if hasattr(part, "ring"):
+                rows = part.ring.data
+                values = unpack(rows, part.layout) if rows.dtype == torch.uint8 else rows
+            else:
+                values = unpack(part.rows(), part.layout)
+                assert values.shape[1] == tokens // part.ratio
+            assert values.isfinite().all() and values.shape[0] == 3
+            assert (values.abs().amax(-1) > 0).all()
+            if values.numel() > 1000:
+                assert 0.8 < values.std() < 1.2 and abs(values.mean()) < 0.1
+
+
+def test_rows_do_not_repeat_where_memory_allows():
+    config = ModelConfig(**{**SMALL, "layers": ("csa", "csa"), "index_head_dim": 64, "max_positions": 1 << 16})
+    cache = Cache(config, 2, 1 << 14)
+    fill_random(cache, 1 << 14)
+    rows = [layer.index.rows()[sequence] for layer in cache.layers for sequence in (0, 1)]
+    for some in rows:
+        assert len(some.unique(dim=0)) == len(some)
+    assert not any(torch.equal(rows[0], other) for other in rows[1:])
+
+
+def test_a_piece_goes_round_where_it_is_short(monkeypatch):
+    monkeypatch.setattr("model.cache_filling._PIECE_BYTES", 1000)  # less than a page of gqa rows
+    config = ModelConfig(**{**SMALL, "layers": LAYERS})
+    cache = Cache(config, 2, 400)
+    fill_random(cache, 400)
+    for (layer, name), part in cache.pool.parts.items():
+        for rows in getattr(cache.layers[layer], name).rows():
+            assert len(rows.unique(dim=0)) == min(len(rows), 1000 // part.layout.nbytes), (layer, name)
+
+
+def test_the_seed_decides_and_decoding_goes_on(tmp_path):
+    model = build(layers=LAYERS)
+    ids = torch.randint(0, 50, (1, 5))
+
+    def decoded(seed, restored=False):
+        cache = Cache(model.config, 1, 300)
+        fill_random(cache, 200, seed)
+        if restored:
+            save_cache(cache, tmp_path / "cache.safetensors")
+            restore_cache(cache := Cache(model.config, 1, 300), tmp_path / "cache.safetensors")
+        with torch.inference_mode():
+            steps = [model(ids[:, t : t + 1], cache) for t in range(5)]
+        assert cache.length == 205
+        return torch.cat(steps, dim=1)
+
+    assert decoded(1).isfinite().all()
+    assert torch.equal(decoded(1), decoded(1)) and not torch.equal(decoded(1), decoded(2))
+    assert torch.equal(decoded(1), decoded(1, restored=True))
+
+
+def test_what_cannot_be_filled_is_refused_and_stays_as_it_was():
+    config = ModelConfig(**SMALL)
+    cache = Cache(config, 1, 100)
+    with pytest.raises(CacheError, match="101 more tokens do not fit: the cache holds 0 of at most 100"):
+        fill_random(cache, 101)
+    with pytest.raises(CacheError, match=r"at least 1 token: this one holds \[0\], asked for 0"):
+        fill_random(cache, 0)
+    pool = PagePool(config, 1)
+    with pytest.raises(CacheError, match="the page pool is exhausted"):
+        fill_random(Cache(config, 1, 300, pool=pool), 80)
+    assert pool.free_pages == 1 and cache.lengths == [0]
+    fill_random(cache, 100)
+    with pytest.raises(CacheError, match=r"only an empty cache can be filled.* this one holds \[100\]"):
+        fill_random(cache, 1)
