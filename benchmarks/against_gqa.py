@@ -6,9 +6,10 @@ Ours is a :class:`model.transformer.Transformer` of the two layers with Flash's 
 entries. GQA-8 has the same width, 64 query and 8 key-value heads of 128 dims (``model.comparison``), BF16 weights, and
 a preallocated BF16 store of keys and values, to which PyTorch's own attention is applied, or two batched products.
 
-Counted are norms, projections, index scores, selection and attention, of both layers; not counted: hyper-connections,
-embedding and head. A dense feed-forward of one dim stands where the experts are; with ``--feed-forward`` it has the
-size of the active ones (6 routed and 1 shared), on both sides. Flash's 256 experts do not fit into a laptop's memory.
+Counted are norms, projections, index scores, selection and attention, of both layers; not counted: hyper-connections.
+Ours also embeds a token and has a head of 256 ids. A dense feed-forward of one dim stands where the experts are; with
+``--feed-forward`` it has the size of the active ones (6 routed and 1 shared), on both sides. Flash's 256 experts do not
+fit into a laptop's memory.
 
 The sides run in turn: several ways to write grouped-query decoding in PyTorch, and ours in two precisions, at every
 thread count. A row shows each side's fastest, and the fastest with ``scaled_dot_product_attention`` as well. Lengths

@@ -62,12 +62,14 @@ def unpack_e2m1(packed: Tensor) -> Tensor:
     codes = packed.to(torch.int32)
     low = ((codes & 0x07) << 22) | ((codes & 0x08) << 28)
     high = ((codes & 0x70) << 18) | ((codes & 0x80) << 24)
-    # Exponent and mantissa stand in a float32's places, 126 too low; subnormals come out right, too.
+    # Exponent and mantissa stand in a float32's places, 126 too low. That makes 0.5 a subnormal on the way: with
+    # torch.set_flush_denormal(True) it would come back as 0.
     return torch.stack((low, high), dim=-1).flatten(-2).view(torch.float32) * 2.0**126
 
 
 def unpack_e4m3(codes: Tensor) -> Tensor:
-    """E4M3 codes, uint8 [...] (no NaN), to float32 [...]. Several times as fast as PyTorch's conversion on a CPU."""
+    """E4M3 codes, uint8 [...] (no NaN), to float32 [...]. Several times as fast as PyTorch's conversion on a CPU. Wrong
+    for subnormals with torch.set_flush_denormal(True)."""
     bits = codes.to(torch.int32)
     return (((bits & 0x7F) << 20) | ((bits & 0x80) << 24)).view(torch.float32) * 2.0**120
 

@@ -179,7 +179,7 @@ class Entries:
 
     def gather_of(self, sequences: Tensor, numbers: Tensor) -> Tensor:
         """Rows of single sequences, int64 [N], by number, int64 [N, k] -> uint8 [N, k, nbytes]."""
-        pages = self.table.numbers[sequences].gather(1, numbers // self.per_page)
+        pages = self.table.numbers[sequences.unsqueeze(-1), numbers // self.per_page]
         return self._rows[pages * self.per_page + numbers % self.per_page]
 
     def packed(self) -> Tensor:

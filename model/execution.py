@@ -25,7 +25,7 @@ COMPILED_TILES = (1, 8, 64, 512)
 
 
 WIDTHS = ("hidden_size", "head_dim", "q_lora_rank", "o_lora_rank", "expert_size", "ffn_size", "index_head_dim")
-"""What products sum over."""
+"""What products over weights and heads sum over."""
 
 Mode = Literal["eager", "compiled", "batch-invariant"]
 
@@ -133,4 +133,4 @@ def _compiled(fn: Callable, form: Hashable) -> Callable:
     # computed. A code object for each form leaves one to check.
     assert isinstance(fn, FunctionType)
     own = FunctionType(fn.__code__.replace(), fn.__globals__, f"{fn.__name__}[{form}]", fn.__defaults__, fn.__closure__)
-    return torch.compile(own, dynamic=False)
+    return torch.compile(own, dynamic=False, fullgraph=True)

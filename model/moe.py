@@ -67,6 +67,8 @@ class MixtureOfExperts(nn.Module):
         self.w3 = nn.Parameter(torch.empty(c.num_experts, c.expert_size, c.hidden_size))
         self.w2 = nn.Parameter(torch.empty(c.num_experts, c.hidden_size, c.expert_size))
         self.shared = DenseFeedForward(c, c.num_shared_experts * c.expert_size) if c.num_shared_experts else None
+        self.rounded = False
+        """The stacks themselves hold rounded values."""
         self._rounded: tuple[tuple, tuple[Tensor, ...]] | None = None
         self.register_buffer("router_bias", torch.zeros(c.num_experts))
         # Tokens per expert since the last bias update; not part of a checkpoint.
@@ -158,6 +160,8 @@ class MixtureOfExperts(nn.Module):
         """The stacks w1, w3 and w2 as rounded for storage. Outside training they are kept: rounding them took a quarter
         of a decode step."""
         stacks = (self.w1, self.w3, self.w2)
+        if self.rounded:
+            return stacks
         # Weights made in inference mode carry no version to tell a change by.
         if self.training or torch.is_grad_enabled() or self.w1.is_inference():
             return tuple(map(self.precision.round_expert, stacks))

@@ -24,6 +24,9 @@ from model.precision import in_float32
 from model.rope import RotaryFrequencies, Rotation
 from model.telemetry import Telemetry
 
+KEPT = {"router", "compressor", "weights_proj", "head"}
+"""Parts whose matrices :meth:`Transformer.store_weights` leaves alone."""
+
 
 class Transformer(nn.Module):
     """A DeepSeek-V4-style language model (or a baseline, by its layer schedule)."""
@@ -85,8 +88,10 @@ class Transformer(nn.Module):
                 f"positions: expected integers {list(input_ids.shape)}, found {positions.dtype} {list(positions.shape)}"
             )
         if cache is None and self.execution.batch_invariant and not self.training:
-            if positions is not None or attention != "sparse":
-                raise ValueError("execution: batch-invariant mode knows neither packed documents nor dense attention")
+            if positions is not None or telemetry is not None or attention != "sparse":
+                raise ValueError(
+                    "execution: batch-invariant mode knows no packed documents, telemetry or dense attention"
+                )
             cache = Cache(self.config, input_ids.shape[0], input_ids.shape[1], input_ids.device)
         embedding = self.embed(input_ids).float()  # an id that does not exist fails here, before anything is changed
         if cache is not None:
@@ -190,20 +195,20 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def store_weights(self, dtype: torch.dtype) -> None:
-        """Keep the matrices of attention and feed-forward in ``dtype``: BF16 halves them and doubles the speed at which
-        a CPU decodes. For inference, and in place.
+        """Keep the matrices of attention and feed-forward in ``dtype``: BF16 halves them. For inference, and in place.
 
-        Experts that are rounded to FP4 lose nothing. Router, head, hyper-connections, norms and embedding stay as they
-        are: what they decide is worth its bytes.
+        Experts that are rounded to FP4 lose nothing. Router, compressors, the indexer's head weights, the head,
+        hyper-connections, norms and embedding stay as they are: what they decide is worth its bytes.
         """
         for name, module in self.named_modules():
             if isinstance(module, MixtureOfExperts):
                 for stack in ("w1", "w3", "w2"):
                     weight = module.precision.round_expert(getattr(module, stack))
                     setattr(module, stack, nn.Parameter(weight.to(dtype), requires_grad=False))
+                module.rounded = True
             elif isinstance(module, SlidingWindowAttention):
                 module.wo_a = nn.Parameter(module.wo_a.to(dtype), requires_grad=False)
-            elif isinstance(module, Linear) and not name.endswith("router") and name != "head":
+            elif isinstance(module, Linear) and KEPT.isdisjoint(name.split(".")):
                 module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
 
     def moe_layers(self) -> list[MixtureOfExperts]:

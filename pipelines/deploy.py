@@ -26,6 +26,7 @@ from ray import serve as ray_serve
 
 from model import checkpoint as checkpoints
 from model.errors import ConfigError, FiftyfoldError
+from model.execution import Execution
 from model.tokenizer import load_tokenizer
 from pipelines.config import Recipe, ServeSection
 from pipelines.promote import MODEL_URI, resolve
@@ -86,7 +87,7 @@ def start(recipe: Recipe) -> Deployment:
     section = recipe.serve
     model_name, folder = find_model(recipe)
     # Read once here, so that damage is told in one sentence instead of by replicas that keep restarting.
-    checkpoints.load(folder)
+    checkpoints.load(folder).execution = Execution(section.execution)
     load_tokenizer(folder)
     check_port(section.host, section.port)
     needed = section.replicas * section.cpus_per_replica

@@ -35,7 +35,7 @@ def index_topk(
 
     query float32 [S, h, c], as rounded for the product; rows: packed keys [T, layout.nbytes]; head_weights [S, h];
     visible: how many entries, the first ones, each query may use. int64 [S, k], unused places -1. Memory does not
-    grow with S, and with T by a row of scores. No gradient.
+    grow with S beyond the result, and with T by a row of scores. No gradient.
 
     ``score`` replaces :func:`tile_scores` (a compiled form of it); with ``fixed_shapes`` it is only ever called with
     powers of two of queries and rows. ``one_by_one``, with fixed shapes, gives every score the same bits whatever the
@@ -81,8 +81,9 @@ def _power_of_two(n: int) -> int:
 
 @contextmanager
 def exact_in_bf16(layout: EntryLayout) -> Iterator[None]:
-    """Let a CPU multiply in BF16 units where the operands fit them exactly: E2M1 or E4M3 times a power of two does, and
-    sums are kept in float32 either way."""
+    """Let a CPU multiply in BF16 units where keys, and queries rounded like them, fit these exactly: E2M1 or E4M3 times
+    a power of two does, and sums are kept in float32 either way. PyTorch has one such setting for the whole process:
+    float32 products of other threads may run in BF16 meanwhile, too."""
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     if layout.body_format != "fp32":

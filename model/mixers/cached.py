@@ -18,8 +18,9 @@ from model.execution import TILE
 from model.mixers.base import Context
 from model.precision import Precision
 
-_GATHERED = 1 << 20
-"""Most values that are unpacked at once for the entries that queries chose."""
+_VALUES = 1 << 22
+"""Most values that a run of queries takes at once."""
+_QUERIES = 64
 
 
 class Selection(Protocol):
@@ -34,9 +35,8 @@ class Selection(Protocol):
         """The same for single tokens, int64 [N] each, in pieces of a fixed size: rows [N, E, nbytes], mask [N, E]."""
         ...
 
-    @property
-    def values_per_query(self) -> int:
-        """How many values a query's own rows unpack to."""
+    def values(self, heads: int) -> int:
+        """How many values each query of one sequence takes while it attends."""
         ...
 
 
@@ -46,15 +46,21 @@ class Shared:
 
     entries: Entries
     visible: Tensor
-    values_per_query = 1
+
+    def values(self, heads: int) -> int:
+        return heads * max(self.entries.counts)
 
     @cached_property
     def _rows(self) -> Tensor:
         return self.entries.rows()
 
     def run(self, queries: slice) -> tuple[Tensor, Tensor]:
-        numbers = torch.arange(self._rows.shape[1], device=self.visible.device)
-        return self._rows, numbers < self.visible[:, queries].unsqueeze(-1)
+        return self._rows, self.mask(queries)
+
+    def mask(self, queries: slice) -> Tensor:
+        """Which entries each of the queries sees: bool [B or 1, s, T]."""
+        numbers = torch.arange(max(self.entries.counts), device=self.visible.device)
+        return numbers < self.visible[:, queries].unsqueeze(-1)
 
     def tiles(self, sequences: Tensor, queries: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         counts = self.entries.counts
@@ -73,8 +79,7 @@ class Chosen:
     entries: Entries
     numbers: Tensor
 
-    @property
-    def values_per_query(self) -> int:
+    def values(self, heads: int) -> int:
         return self.numbers.shape[-1] * self.entries.layout.size
 
     def run(self, queries: slice) -> tuple[Tensor, Tensor]:
@@ -100,7 +105,7 @@ def cached_attention(
         return _token_by_token(query, window_rows, selection, sink, precision, context)
     B, S = query.shape[:2]
     before = window_rows.shape[1] - S
-    step = 1 if S == 1 else max(8, min(64, _GATHERED // selection.values_per_query)) if selection is not None else 64
+    step = queries_at_once(selection, query) if S > 1 else 1
     attention = context.execution.function(packed_attention)
     fixed = context.execution.fixed_shapes
     runs = []
@@ -114,6 +119,12 @@ def cached_attention(
         out = attention(*run, sink, precision.main_layout, before + 1)
         runs.append(out[:B, : queries.stop - begin])
     return torch.cat(runs, dim=1)
+
+
+def queries_at_once(selection: Selection | None, query: Tensor) -> int:
+    """A power of two: how many of the queries [B, S, H, c] are worked on together, so that memory stays bounded."""
+    each = 1 if selection is None else max(1, len(query) * selection.values(query.shape[2]))
+    return min(_QUERIES, 1 << max(1, _VALUES // each).bit_length() - 1)
 
 
 def _filled_up(run: list[Tensor | None], queries: int) -> list[Tensor | None]:

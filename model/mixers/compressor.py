@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kernels.compress import compress
 from model.cache_parts import Tail
 from model.config import ModelConfig
-from model.linear import Linear, linear
+from model.linear import Linear
 from model.mixers.base import Context
 from model.norm import RMSNorm
 from model.precision import in_float32
@@ -38,7 +38,7 @@ class Compressor(nn.Module):
         """x [B, S, hidden] to the rows that are pooled, values beside gates: float32 [B, S, rows of a Tail]."""
         with in_float32(x):
             x = x.float()
-            return torch.cat((linear(x, self.wkv.weight.float()), linear(x, self.wgate.weight.float())), dim=-1)
+            return torch.cat((self.wkv(x), self.wgate(x)), dim=-1)
 
     def pool(self, rows: Tensor, context: Context, tail: Tail | None, stored: Callable[[Tensor], Tensor]) -> Tensor:
         """Entries of the blocks that the new tokens' rows [B, S, ...] complete: float32 [B, n, width].

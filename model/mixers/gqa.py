@@ -12,7 +12,7 @@ from model.cache_parts import LayerCache
 from model.config import ModelConfig
 from model.linear import Linear
 from model.mixers.base import Context, Mixer
-from model.mixers.cached import Shared, by_tokens
+from model.mixers.cached import Shared, by_tokens, queries_at_once
 from model.rope import Rotation
 
 
@@ -48,16 +48,18 @@ class GroupedQueryAttention(Mixer):
             history = Shared(cache.entries, context.positions + 1)
             if context.execution.batch_invariant:
                 return self._token_by_token(query, history)
-            packed, mask = history.run(slice(None))
-            rows, mask = unpack(packed, self.precision.gqa_layout), mask.unsqueeze(1)
-        key, value = self._heads(rows)
+            rows = unpack(cache.entries.rows(), self.precision.gqa_layout)
+            step = queries_at_once(history, query)
+            runs = [slice(begin, begin + step) for begin in range(0, query.shape[1], step)]
+            masks = (history.mask(run).unsqueeze(1) for run in runs)
+            return torch.cat([self._attention(query[:, run], rows, mask) for run, mask in zip(runs, masks)], dim=1)
+        return self._attention(query, rows, mask)
+
+    def _attention(self, query: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
+        """query [B, S, H, head_dim] over rows [B, T, keys beside values]; mask bool [B, 1, S, T], None for causal."""
+        key, value = (x.transpose(1, 2) for x in self._heads(rows))
         out = F.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=True,
+            query.transpose(1, 2), key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True
         )
         return out.transpose(1, 2)
 

@@ -324,3 +324,31 @@ def test_what_decides_stays_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert block.attn.wq_a(x).dtype == torch.bfloat16
         assert model(torch.randint(0, 50, (1, 24))).dtype == torch.float32
+
+
+def test_bf16_weights_halve_the_matrices_and_leave_what_decides_alone():
+    model = build().eval()
+    exact = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    experts = [m.stored_experts() for m in model.moe_layers()]
+    ids = torch.randint(0, SMALL["vocab_size"], (1, 40))
+    with torch.inference_mode():
+        before = model(ids)
+        model.store_weights(torch.bfloat16)
+        after = model(ids)
+        cache = Cache(model.config, 1, 40)
+        decoded = torch.cat([model(token, cache) for token in ids.split(1, dim=1)], dim=1)
+    narrow = {name for name, tensor in model.state_dict().items() if tensor.dtype == torch.bfloat16}
+    kept = [name for name in exact if name not in narrow]
+    assert all(torch.equal(model.state_dict()[name], exact[name]) for name in kept)
+    for part in ("router", "compressor", "weights_proj", "hyper_head", "norm", "_residual", "embed", "sink"):
+        assert not any(part in name for name in narrow)
+    assert {"layers.0.attn.wo_a", "layers.0.attn.wq_a.weight", "layers.0.ffn.shared.w2.weight"} <= narrow
+    # Experts on FP4's grid lose nothing in BF16, and are not kept twice.
+    for module, stacks in zip(model.moe_layers(), experts):
+        with torch.inference_mode():
+            stored = module.stored_experts()
+        assert all(torch.equal(a.float(), b) for a, b in zip(stored, stacks))
+        assert stored[0] is module.w1 and module.w1.dtype == torch.bfloat16
+    assert not torch.equal(after, before)
+    for logits in (after, decoded):
+        assert (logits - before).abs().mean() < 0.1 * before.abs().mean()
