@@ -10,7 +10,6 @@ from kernels.cache_io import EntryLayout, PagedRows, pack, unpack
 from kernels.formats import E2M1_VALUES
 from kernels.index_topk import index_scores, index_topk, select_topk, tile_scores
 from kernels.index_topk.reference import best_places
-from kernels.index_topk.streamed import exact_in_bf16
 from kernels.quantize import round_to_format
 
 FORMATS = ("fp4", "fp8", "bf16", "fp32")
@@ -118,10 +117,16 @@ def test_tiles_are_scored_to_float32s_precision(body_format):
     keys = unpack(packed, layout)
     products = torch.einsum("shc,tc->sht", query.double(), keys.double()).relu()
     expected = (products * weights.double().unsqueeze(-1)).sum(1)
+    tiles = []
+
+    def spy(*arguments):
+        tiles.append(tile_scores(*arguments))
+        return tiles[-1]
+
     before = torch.backends.mkldnn.matmul.fp32_precision
-    with exact_in_bf16(layout):
-        found = tile_scores(query, packed, weights, layout)
+    index_topk(query, paged(packed, 300, scattered=False), layout, weights, [300] * 5, 3, score=spy)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
+    (found,) = tiles
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     readable = index_scores(query.unsqueeze(0), keys.unsqueeze(0), weights.unsqueeze(0))[0]
     torch.testing.assert_close(found, readable, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))

@@ -1,0 +1,75 @@
+"""What a step of a long sequence makes in memory: bounded by the piece, and by one row of scores per query."""
+
+import pytest
+import torch
+from networks import build
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from model.cache import Cache
+from model.cache_filling import fill_random
+from model.execution import Execution
+
+LONG, LONGER = (1 << 18) - 512, (1 << 20) - 512
+MODELS = {mixer: build(layers=(mixer,), max_positions=1 << 20) for mixer in ("sliding", "csa", "hca")}
+
+
+class Made(TorchDispatchMode):
+    """Records the bytes of every tensor that an operation makes, and of those it makes from ``source``."""
+
+    def __init__(self, source=None):
+        super().__init__()
+        self.all, self.from_source = [], []
+        self.source = None if source is None else source.untyped_storage().data_ptr()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.all.append(x.untyped_storage().nbytes())
+                if self.source in given:
+                    self.from_source.append(self.all[-1])
+        return result
+
+
+def step(mixer, history, tokens, mode="eager"):
+    """What reading some tokens after a long history makes."""
+    model = MODELS[mixer]
+    cache = Cache(model.config, 1, history + tokens)
+    fill_random(cache, history)
+    entries = getattr(cache.layers[0], "entries", None)
+    model.execution = Execution(mode)
+    try:
+        with torch.inference_mode(), Made(entries and cache.pool.rows(0, "entries")) as made:
+            model(torch.zeros(1, tokens, dtype=torch.int64), cache)
+    finally:
+        model.execution = Execution()
+    return made
+
+
+@pytest.mark.parametrize("mixer", MODELS)
+def test_prefill_makes_nothing_of_tokens_times_history(mixer):
+    small = max(step(mixer, LONG, 64).all)
+    # What belongs to the tokens alone is small here, and what they make of the history is made run by run.
+    assert max(step(mixer, LONG, 256).all) < max(1.05 * small, 2**18)
+    assert max(step(mixer, LONGER, 64).all) < 1.05 * small
+    assert small < 2**24 * 1.05
+
+
+@pytest.mark.parametrize("mixer", MODELS)
+def test_batch_invariant_prefill_makes_no_more_for_more_tokens(mixer):
+    small = max(step(mixer, 1 << 15, 16, "batch-invariant").all)
+    assert max(step(mixer, 1 << 15, 64, "batch-invariant").all) < max(1.05 * small, 2**17)
+
+
+@pytest.mark.parametrize("mode", ["eager", "batch-invariant"])
+def test_decoding_reads_of_csa_entries_only_the_chosen(mode):
+    config = MODELS["csa"].config
+    entry = 8 + 2 * 8 + 2  # FP8, BF16 and the scale, padded
+    queries = 16 if mode == "batch-invariant" else 1
+    for history in (1 << 14, LONGER):
+        made = step("csa", history, 1, mode)
+        assert made.from_source and max(made.from_source) == queries * config.index_topk * entry
+    one_row_of_scores = 4 * (LONGER // config.csa_ratio)
+    assert max(made.all) < 1.05 * one_row_of_scores
