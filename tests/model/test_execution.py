@@ -113,7 +113,7 @@ SITUATIONS = {
 THOROUGH = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=40, **THOROUGH)
+@settings(max_examples=30, **THOROUGH)
 @given(**SITUATIONS)
 def test_bits_do_not_depend_on_company_or_pieces(**situation):
     same_bits(**situation)
@@ -121,7 +121,7 @@ def test_bits_do_not_depend_on_company_or_pieces(**situation):
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-@settings(max_examples=1500, **THOROUGH)
+@settings(max_examples=600, **THOROUGH)
 @given(**SITUATIONS)
 def test_bits_depend_on_company_or_pieces_nowhere(**situation):
     same_bits(**situation)
@@ -152,6 +152,25 @@ def test_every_phase_of_a_block_in_one_batch(name, mode):
         assert torch.equal(found, expected[i][0, i : i + 26]), i
 
 
+def test_scores_keep_their_bits_as_well(mode, monkeypatch):
+    """A choice hides most differences of its scores: here are the scores."""
+    rows, original = [], streamed.best_places
+
+    def watch(scores, k):
+        rows.extend(scores)
+        return original(scores, k)
+
+    monkeypatch.setattr(streamed, "best_places", watch)
+    model = mode(build(layers=("csa",), index_format="fp32"), "batch-invariant")
+    ids, found = random_ids(model, 1, 60), []
+    for pieces in ([60], [1], [7, 16]):
+        alone(model, ids, pieces)
+        found.append(list(rows))
+        rows.clear()
+    for whole, *others in zip(*found, strict=True):
+        assert all(torch.equal(other, whole) for other in others)
+
+
 def test_bits_are_kept_over_a_long_history(mode):
     """Several tiles of index keys, and of the entries that every query sees."""
     model = mode(build(layers=("csa", "hca", "gqa"), max_positions=1 << 14), "batch-invariant")
@@ -172,13 +191,13 @@ def test_bits_are_kept_with_more_threads(threads, mode):
     """Wide enough that what is done to one tile is shared among threads."""
     wide = {"hidden_size": 640, "head_dim": 64, "num_heads": 8, "expert_size": 132, "init_std": 0.05}
     model = mode(build(layers=("csa", "hca"), **wide), "batch-invariant")
-    ids = random_ids(model, 1, 30)
+    ids = random_ids(model, 1, 18)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         expected = alone(model, ids)
-        assert torch.equal(alone(model, ids, [1, 16, 7]), expected)
-        assert torch.equal(in_company(model, ids, 13, [0, 21], 1, [3, 1]), expected[:, 13:])
+        assert torch.equal(alone(model, ids, [1, 16, 1]), expected)
+        assert torch.equal(in_company(model, ids, 5, [0, 9], 1, [12, 1]), expected[:, 5:])
     finally:
         torch.set_num_threads(before)
 
@@ -241,8 +260,8 @@ def assert_close(found, expected):
 def test_eager_is_close_and_chooses_alike(name, mode, monkeypatch):
     choices = Choices(monkeypatch)
     model = build(**{**NETWORKS[name], **EXACT})
-    for pieces in ([MOST], [1], [37, 1, 1, 16]):
-        ids = random_ids(model, 1, MOST)
+    for pieces in ([70], [23, 1, 1, 16, 1]):
+        ids = random_ids(model, 1, 70)
         expected = alone(mode(model, "batch-invariant"), ids, pieces)
         chosen = choices.take()
         found = alone(mode(model, "eager"), ids, pieces)
