@@ -59,12 +59,18 @@ def pack_e2m1(x: Tensor) -> Tensor:
 
 def unpack_e2m1(packed: Tensor) -> Tensor:
     """Inverse of :func:`pack_e2m1`: bytes [..., n / 2] to float32 [..., n]."""
+    return torch.stack(unpack_e2m1_halves(packed), dim=-1).flatten(-2)
+
+
+def unpack_e2m1_halves(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The even and the odd elements of :func:`unpack_e2m1`, float32 [..., n / 2] each: putting them in order takes a
+    CPU longer than all the rest."""
     codes = packed.to(torch.int32)
     low = ((codes & 0x07) << 22) | ((codes & 0x08) << 28)
     high = ((codes & 0x70) << 18) | ((codes & 0x80) << 24)
     # Exponent and mantissa stand in a float32's places, 126 too low. That makes 0.5 a subnormal on the way: with
     # torch.set_flush_denormal(True) it would come back as 0.
-    return torch.stack((low, high), dim=-1).flatten(-2).view(torch.float32) * 2.0**126
+    return low.view(torch.float32) * 2.0**126, high.view(torch.float32) * 2.0**126
 
 
 def unpack_e4m3(codes: Tensor) -> Tensor:
@@ -74,17 +80,27 @@ def unpack_e4m3(codes: Tensor) -> Tensor:
     return (((bits & 0x7F) << 20) | ((bits & 0x80) << 24)).view(torch.float32) * 2.0**120
 
 
-def to_blocks(x: Tensor, block: int) -> Tensor:
-    """[..., n] to [..., ceil(n / block), block], zero-padded."""
-    remainder = -x.shape[-1] % block
-    if remainder:
-        x = F.pad(x, (0, remainder))
-    return x.unflatten(-1, (-1, block))
+def block_amax(x: Tensor, block: int) -> Tensor:
+    """The largest magnitude of each block of neighbours, [..., n] to [..., ceil(n / block)]; the last may be shorter."""
+    whole = x.shape[-1] // block * block
+    amax = x[..., :whole].unflatten(-1, (-1, block)).abs().amax(-1)
+    return amax if whole == x.shape[-1] else torch.cat((amax, x[..., whole:].abs().amax(-1, keepdim=True)), dim=-1)
 
 
-def from_blocks(blocks: Tensor, size: int) -> Tensor:
-    """Inverse of :func:`to_blocks`."""
-    return blocks.flatten(-2)[..., :size]
+def per_element(scales: Tensor, block: int, size: int) -> Tensor:
+    """[..., ceil(size / block)] to [..., size]: for each element its block's."""
+    whole, rest = divmod(size, block)
+    # torch 2.13's compiler leaves a loop at the last whole block where indices are divided by its size.
+    full = scales[..., :whole].unsqueeze(-1).expand(*scales.shape[:-1], whole, block).flatten(-2)
+    return torch.cat((full, scales[..., whole:].expand(*scales.shape[:-1], rest)), dim=-1) if rest else full
+
+
+def round_to_bf16(x: Tensor) -> Tensor:
+    """Nearest BF16 value. Float32 in and out."""
+    if not torch.compiler.is_compiling():
+        return x.to(torch.bfloat16).float()
+    bits = x.view(torch.int32)  # a compiler leaves out a conversion that is turned back at once
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
 
 
 def quantize_fp8_tiles(x: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from model.cache_parts import LayerCache
@@ -19,8 +20,8 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, mixer: str, layer: int):
         super().__init__()
-        self.kind = (mixer, layer < config.num_hash_layers)
-        """What tells apart the code of different layers."""
+        self.kind: tuple = (mixer, layer < config.num_hash_layers, config, torch.float32)
+        """What tells apart the code of different layers; at the end the dtype of the matrices."""
         self.attn = build_mixer(mixer, config, layer)
         self.ffn: MixtureOfExperts | DenseFeedForward = (
             MixtureOfExperts(config, layer) if config.ffn == "moe" else DenseFeedForward(config, config.ffn_size)
@@ -32,13 +33,10 @@ class Block(nn.Module):
 
     def forward(self, streams: Tensor, input_ids: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """streams [B, S, n, hidden] ([B, S, hidden] without hyper-connections), input_ids int64 [B, S] -> streams."""
-        execution, rotation, kind = context.execution, context.rotation[self.attn.name], self.kind
+        execution, rotation = context.execution, context.rotation[self.attn.name]
+        kind = (self.kind, streams.device)
         mixing, projected = execution.tokenwise(Block.before_mixing, kind, self, streams, rotation, cache is not None)
         mixed = self.attn.mix(projected, context, cache)
-        if execution.fuses_experts(input_ids):
-            experts = self.ffn.stored_experts()
-            finish = execution.function(Block.finish_token, kind)
-            return finish(self, streams, mixing, mixed, rotation, input_ids, experts)
         streams, mixing, routed = execution.tokenwise(
             Block.before_experts, kind, self, streams, mixing, mixed, rotation, input_ids
         )

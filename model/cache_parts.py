@@ -14,6 +14,12 @@ from model.paging import PageTable, zeros
 from model.precision import Precision
 
 
+def ring_ages(capacity: int, position: Tensor) -> Tensor:
+    """How many tokens lie between each row of a :class:`Ring` of one sequence and the one at ``position``, int64 [1],
+    that has not been written yet: int64 [capacity], 0 for the newest."""
+    return (position - 1 - torch.arange(capacity, device=position.device)) % capacity
+
+
 class Ring:
     """The newest rows of every sequence, [B, capacity, width], each at its position modulo the capacity."""
 
@@ -77,8 +83,11 @@ class Window:
         """Append the new tokens' rows, uint8 [B, S, nbytes], and return them after the ``window - 1`` before: uint8
         [B, window - 1 + S, nbytes]. What lies before a sequence's start means nothing."""
         rows = torch.cat((self.ring.read(self.table.lengths, self.tokens - 1), new), dim=1)
-        self.ring.write(self.table.ends, new[:, -self.ring.capacity :])
+        self.append(new)
         return rows
+
+    def append(self, new: Tensor) -> None:
+        self.ring.write(self.table.ends, new[:, -self.ring.capacity :])
 
 
 @dataclass(frozen=True)
@@ -145,14 +154,19 @@ class Entries:
 
     def append(self, x: Tensor) -> None:
         """The new entries, float [B, n, size]: of each sequence as many as its new tokens complete."""
+        if x.shape[1]:
+            self.append_packed(pack(x, self.layout))
+
+    def append_packed(self, packed: Tensor) -> None:
+        """The same as rows, uint8 [B, n, nbytes]."""
         before, after = self.table.entry_counts(self.ratio)
         new = [last - first for first, last in zip(before, after)]
         if not any(new):
             return
-        packed = pack(x, self.layout)
-        numbers = torch.tensor(before, device=x.device).unsqueeze(-1) + torch.arange(x.shape[1], device=x.device)
-        made = torch.arange(x.shape[1], device=x.device) < torch.tensor(new, device=x.device).unsqueeze(-1)
-        last = torch.tensor(after, device=x.device).unsqueeze(-1) - 1
+        device, numbers = packed.device, torch.arange(packed.shape[1], device=packed.device)
+        made = numbers < torch.tensor(new, device=device).unsqueeze(-1)
+        last = torch.tensor(after, device=device).unsqueeze(-1) - 1
+        numbers = torch.tensor(before, device=device).unsqueeze(-1) + numbers
         self._rows[self._places(numbers.minimum(last.clamp(min=0)))[made]] = packed[made]
 
     @property
@@ -172,6 +186,10 @@ class Entries:
             return self.paged(0).slice(0, most).unsqueeze(0)
         last = torch.tensor(self.counts, device=self.table.pool.device).unsqueeze(-1) - 1
         return self.gather(torch.arange(most, device=self.table.pool.device).minimum(last).clamp(min=0))
+
+    def at_least(self, count: int) -> Tensor:
+        """The first ``count`` rows of a single sequence, uint8 [count, nbytes]. Beyond its own they hold any bits."""
+        return self.paged(0).at_least(0, count)
 
     def gather(self, numbers: Tensor) -> Tensor:
         """Rows by number, int64 [B, ...] -> uint8 [B, ..., nbytes]. Only these rows are touched."""
@@ -216,6 +234,12 @@ class LayerCache:
         if mixer == "csa":
             self.index = Entries(table, layer, "index")
             self.index_tail = Tail(table, ratio, config.index_head_dim, True, rewind)
+
+    def append(self, kept: dict[str, Tensor]) -> None:
+        """One token's rows, by part: [1, 1, ...]. Of entries, those that the token completes are kept."""
+        for name, row in kept.items():
+            part = getattr(self, name)
+            part.append_packed(row) if isinstance(part, Entries) else part.append(row)
 
     def ring_parts(self) -> list[Window | Tail]:
         return [part for part in vars(self).values() if isinstance(part, Window | Tail)]

@@ -6,7 +6,6 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import repeat
-from types import FunctionType
 from typing import Any, Literal, get_args
 
 import torch
@@ -72,20 +71,22 @@ class Execution:
         return self.compiled or self.batch_invariant
 
     def function(self, fn: Callable, form: Hashable = None) -> Callable:
-        """``fn``, compiled if that is asked for. ``form`` tells kinds of arguments apart that need code of their own:
-        the tensors' shapes, where nothing is said."""
+        """``fn``, compiled if that is asked for. ``form`` tells kinds of arguments apart that need code of their own,
+        and nothing else does: what it leaves out must be the same in every call. Where none is given, tensors' shapes
+        and dtypes and all other arguments are told apart."""
         if not self.compiled or torch.is_grad_enabled():
             return fn
         if form is not None:
-            return _compiled(fn, form)
+            return _code(fn, form, *_state())
 
         def shaped(*arguments: Any) -> Any:
-            return _compiled(fn, tuple(x.shape for x in arguments if isinstance(x, Tensor)))(*arguments)
+            form = tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in arguments)
+            return _code(fn, form, *_state())(*arguments)
 
         return shaped
 
-    def fuses_experts(self, input_ids: Tensor) -> bool:
-        """Whether a single token's experts are worth compiling together with what is around them."""
+    def in_stretches(self, input_ids: Tensor) -> bool:
+        """Whether these tokens [B, S] are read as :mod:`model.decoding` does."""
         return self.compiled and input_ids.numel() == 1 and not torch.is_grad_enabled()
 
     def tokenwise(self, fn: Callable, form: Hashable, owner: Any, *arguments: Any) -> Any:
@@ -121,16 +122,42 @@ class Execution:
         return tree_unflatten(together, result_shape)
 
 
+def few_sizes(n: int) -> int:
+    """A size that is at least ``n``, one of few: code is compiled for each, and no more than twice what is asked for
+    is computed where that costs anything."""
+    size = 64
+    while size < n:
+        size *= 4 if size < 1024 else 2
+    return size
+
+
 def in_tiles(x: Tensor, tile: int = TILE) -> list[Tensor]:
     """[N, ...] in pieces [tile, ...], the last one filled up with zeros."""
     missing = -len(x) % tile
     return list((torch.cat((x, x.new_zeros(missing, *x.shape[1:]))) if missing else x).split(tile))
 
 
+def _state() -> tuple[Hashable, ...]:
+    """What compiled code depends on besides its arguments."""
+    return torch.is_inference_mode_enabled(), torch.get_num_threads(), torch.is_autocast_enabled("cpu")
+
+
+class _Code:
+    """``fn``, compiled for the first arguments it gets, and from then on called without a look at them. A look at all
+    that a network is made of took as long as what is computed."""
+
+    def __init__(self, fn: Callable):
+        self.fn = fn
+        self.compiled: Callable | None = None
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self.compiled is None:
+            code = torch.compile(self.fn, dynamic=False, fullgraph=True).aot_compile((arguments, {}))
+            code.disable_guard_check()
+            self.compiled = code
+        return self.compiled(*arguments)
+
+
 @cache
-def _compiled(fn: Callable, form: Hashable) -> Callable:
-    # Forms of one code object are told apart by trying the checks of each in turn, which takes as long as what is
-    # computed. A code object for each form leaves one to check.
-    assert isinstance(fn, FunctionType)
-    own = FunctionType(fn.__code__.replace(), fn.__globals__, f"{fn.__name__}[{form}]", fn.__defaults__, fn.__closure__)
-    return torch.compile(own, dynamic=False, fullgraph=True)
+def _code(fn: Callable, form: Hashable, *state: Hashable) -> _Code:
+    return _Code(fn)

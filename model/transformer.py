@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from model.block import Block
 from model.cache import Cache
 from model.config import ModelConfig
+from model.decoding import decode_token
 from model.documents import PackedDocuments
 from model.execution import Execution
 from model.hyper_connections import HyperConnection, HyperHead
@@ -97,10 +98,12 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.begin(*input_ids.shape)
         context = self._context(input_ids, cache, positions, attention, telemetry)
+        if cache is not None and telemetry is None and context.execution.in_stretches(input_ids):
+            logits = decode_token(self, embedding, input_ids, cache.layers, context)
+            cache.advance()
+            return logits
 
-        streams = embedding
-        if self.config.hyper_connections:
-            streams = streams.unsqueeze(2).repeat(1, 1, self.config.hc_mult, 1)
+        streams = self.into_streams(embedding)
         for layer, block in enumerate(self.layers):
             streams = block(streams, input_ids, context, cache.layers[layer] if cache is not None else None)
         if cache is not None:
@@ -109,9 +112,16 @@ class Transformer(nn.Module):
             telemetry.mtp_logits = self._predict_ahead(streams, embedding, input_ids, positions, context)
         if last_only:
             streams = streams[:, -1:]
-        return context.execution.tokenwise(Transformer._head, None, self, streams)
+        return context.execution.tokenwise(Transformer.leave_streams, (self.config, streams.device), self, streams)
 
-    def _head(self, streams: Tensor) -> Tensor:
+    def into_streams(self, embedding: Tensor) -> Tensor:
+        """[B, S, hidden] -> [B, S, n, hidden], n equal residual streams (unchanged without hyper-connections)."""
+        if not self.config.hyper_connections:
+            return embedding
+        return embedding.unsqueeze(2).repeat(1, 1, self.config.hc_mult, 1)
+
+    def leave_streams(self, streams: Tensor) -> Tensor:
+        """The last layer's streams to logits, float32 [B, S, vocab]."""
         return self._logits(self.norm(self.hyper_head(streams) if self.hyper_head is not None else streams))
 
     def _context(
@@ -129,10 +139,13 @@ class Transformer(nn.Module):
             starts = cache.starts if cache is not None else torch.zeros(1, dtype=torch.int64, device=input_ids.device)
             places = starts.unsqueeze(-1) + torch.arange(input_ids.shape[1], device=input_ids.device)
         execution = Execution() if self.training else self.execution
-        rotation = execution.tokenwise(Transformer._rotation, None, self, places)
+        rotation = {}
+        if cache is None or not execution.in_stretches(input_ids):
+            rotation = execution.tokenwise(Transformer.rotation_at, (self.config, places.device), self, places)
         return Context(places, rotation, attention, telemetry, documents, execution)
 
-    def _rotation(self, places: Tensor) -> dict[str, Rotation]:
+    def rotation_at(self, places: Tensor) -> dict[str, Rotation]:
+        """For positions int64 [B or 1, S], by mixer name."""
         names = {*self.config.layers, *(["sliding"] if self.mtp else [])}
         return {name: self._frequencies[name].at(places) for name in sorted(names)}
 
@@ -201,6 +214,8 @@ class Transformer(nn.Module):
         hyper-connections, norms and embedding stay as they are: what they decide is worth its bytes.
         """
         for name, module in self.named_modules():
+            if isinstance(module, Block):
+                module.kind = (*module.kind[:-1], dtype)
             if isinstance(module, MixtureOfExperts):
                 for stack in ("w1", "w3", "w2"):
                     weight = module.precision.round_expert(getattr(module, stack))

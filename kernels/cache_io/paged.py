@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -32,3 +33,13 @@ class PagedRows:
         first, last = begin // self.per_page, -(-end // self.per_page)
         whole = self.storage.view(-1, self.per_page, self.storage.shape[1])[self._numbers[first:last]]
         return whole.flatten(0, 1)[begin - first * self.per_page :][: end - begin]
+
+    def at_least(self, begin: int, end: int) -> Tensor:
+        """Just as many rows where the sequence's pages end before ``end``: those beyond them hold any bits."""
+        missing = end - len(self.pages) * self.per_page
+        if missing <= 0:
+            return self.slice(begin, end)
+        first = self.pages[0] * self.per_page if self.pages else 0
+        if self.in_a_row and first + end <= len(self.storage):
+            return self.storage[first + begin : first + end]
+        return F.pad(self.slice(begin, end - missing), (0, 0, 0, missing))

@@ -69,9 +69,8 @@ def pack(x: Tensor, layout: EntryLayout) -> Tensor:
     scales = None
     if layout.body_format in _SCALED:
         _, grid_max, floor = _SCALED[layout.body_format]
-        blocks = formats.to_blocks(body, layout.block)
-        scales = formats.e8m0_from_amax(blocks.abs().amax(-1), grid_max, floor)
-        grid = formats.from_blocks(blocks / formats.e8m0_to_float(scales).unsqueeze(-1), layout.body)
+        scales = formats.e8m0_from_amax(formats.block_amax(body, layout.block), grid_max, floor)
+        grid = body / formats.per_element(formats.e8m0_to_float(scales), layout.block, layout.body)
         if layout.body_format == "fp8":
             parts.append(grid.clamp(-grid_max, grid_max).to(torch.float8_e4m3fn).view(torch.uint8))
         else:
@@ -88,17 +87,33 @@ def pack(x: Tensor, layout: EntryLayout) -> Tensor:
 
 def unpack(packed: Tensor, layout: EntryLayout) -> Tensor:
     """Uint8 [..., layout.nbytes] to float32 [..., size]."""
-    rope_end = layout.body_bytes + layout.rope_bytes
     raw = packed[..., : layout.body_bytes]
     if layout.body_format in _SCALED:
         grid = formats.unpack_e4m3(raw) if layout.body_format == "fp8" else formats.unpack_e2m1(raw)
-        scales = formats.e8m0_to_float(packed[..., rope_end : rope_end + layout.scales])
-        body = formats.from_blocks(formats.to_blocks(grid, layout.block) * scales.unsqueeze(-1), layout.body)
+        body = grid * formats.per_element(_scales(packed, layout), layout.block, layout.body)
     else:
         body = _floats_of(raw, layout.body_format)
-    if not layout.rope:
-        return body
-    return torch.cat((body, _floats_of(packed[..., layout.body_bytes : rope_end], layout.rope_format)), dim=-1)
+    return torch.cat((body, _rope(packed, layout)), dim=-1) if layout.rope else body
+
+
+def unpack_parts(packed: Tensor, layout: EntryLayout) -> list[tuple[slice, Tensor]]:
+    """The same values as pieces that need no putting together, each with the dims it holds, float32 [..., n]: for
+    products, which can be added up over pieces."""
+    if layout.body_format != "fp4":
+        return [(slice(None), unpack(packed, layout))]
+    scales = formats.per_element(_scales(packed, layout), layout.block // 2, layout.body // 2)
+    halves = formats.unpack_e2m1_halves(packed[..., : layout.body_bytes])
+    parts = [(slice(first, layout.body, 2), half * scales) for first, half in enumerate(halves)]
+    return parts + ([(slice(layout.body, None), _rope(packed, layout))] if layout.rope else [])
+
+
+def _scales(packed: Tensor, layout: EntryLayout) -> Tensor:
+    begin = layout.body_bytes + layout.rope_bytes
+    return formats.e8m0_to_float(packed[..., begin : begin + layout.scales])
+
+
+def _rope(packed: Tensor, layout: EntryLayout) -> Tensor:
+    return _floats_of(packed[..., layout.body_bytes : layout.body_bytes + layout.rope_bytes], layout.rope_format)
 
 
 def _bytes_of(x: Tensor, fmt: str) -> Tensor:

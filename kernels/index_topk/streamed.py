@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cache_io import EntryLayout, PagedRows, unpack
+from kernels.cache_io import EntryLayout, PagedRows, unpack_parts
 from kernels.index_topk.reference import best_places
 
 _SCORES = 1 << 22
@@ -30,6 +30,7 @@ def index_topk(
     fixed_shapes: bool = False,
     one_by_one: bool = False,
     score: Callable[[Tensor, Tensor, Tensor, EntryLayout], Tensor] | None = None,
+    choose: Callable[[Tensor, Tensor, int], Tensor] | None = None,
 ) -> Tensor:
     """The ``k`` entries of best :func:`~kernels.index_topk.reference.index_scores` for every query of one sequence.
 
@@ -37,11 +38,12 @@ def index_topk(
     visible: how many entries, the first ones, each query may use. int64 [S, k], unused places -1. Memory does not
     grow with S beyond the result, and with T by a row of scores. No gradient.
 
-    ``score`` replaces :func:`tile_scores` (a compiled form of it); with ``fixed_shapes`` it is only ever called with
-    powers of two of queries and rows. ``one_by_one``, with fixed shapes, gives every score the same bits whatever the
-    other queries and T are: one query, and the fewest rows, at a time.
+    ``score`` and ``choose`` replace :func:`tile_scores` and :func:`best_visible` (compiled forms of them); with
+    ``fixed_shapes`` they are only ever called with powers of two of queries and rows. ``one_by_one``, with fixed
+    shapes, gives every score the same bits whatever the other queries and T are: one query, and the fewest rows, at a
+    time.
     """
-    score = score or tile_scores
+    score, choose = score or tile_scores, choose or best_visible
     step = 1 if one_by_one else min(_QUERIES, _power_of_two(max(1, _SCORES // max(1, *visible))))
     pieces = []
     with torch.no_grad(), exact_in_bf16(layout):
@@ -50,28 +52,40 @@ def index_topk(
             S, h = w.shape
             if fixed_shapes and S not in (1, step):
                 q, w = F.pad(q, (0, 0, 0, 0, 0, step - S)), F.pad(w, (0, 0, 0, step - S))
-            scores = query.new_empty(S, most)
             size = _LEAST_ROWS
             if not one_by_one:
                 size = min(_MOST_ROWS, max(size, _power_of_two(_TILE_ELEMENTS // (len(q) * h))))
                 while size > _LEAST_ROWS and size // 2 >= most:
                     size //= 2
+            width = most
+            if fixed_shapes:
+                width = size
+                while width < most:
+                    width *= 2
+            scores = query.new_empty(len(q), width)
             for begin in range(0, most, size):
-                packed = rows.slice(begin, min(begin + size, most))
-                if fixed_shapes:
-                    packed = F.pad(packed, (0, 0, 0, size - len(packed)))
-                scores[:, begin : begin + size] = score(q, packed, w, layout)[:S, : most - begin]
-            if min(visible[s : s + step]) < most:
-                limits = torch.tensor(visible[s : s + step], device=query.device).unsqueeze(-1)
-                scores.masked_fill_(torch.arange(most, device=query.device) >= limits, float("-inf"))
-            pieces.append(best_places(scores, k))
-    return torch.cat(pieces)
+                end = begin + size
+                packed = rows.at_least(begin, end) if fixed_shapes else rows.slice(begin, min(end, most))
+                scores[:, begin:end] = score(q, packed, w, layout)
+            limits = visible[s : s + step] + [0] * (len(q) - S)
+            pieces.append(choose(scores, torch.tensor(limits, device=query.device), k)[:S])
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def tile_scores(query: Tensor, packed: Tensor, head_weights: Tensor, layout: EntryLayout) -> Tensor:
     """query [s, h, c], packed keys uint8 [E, nbytes], head_weights [s, h] -> float32 [s, E]."""
-    products = (query.flatten(0, 1) @ unpack(packed, layout).t()).unflatten(0, head_weights.shape)
-    return (products.relu() * head_weights.unsqueeze(-1)).sum(1)
+    flat, products = query.flatten(0, 1), None
+    for dims, keys in unpack_parts(packed, layout):
+        product = flat[:, dims] @ keys.t()
+        products = product if products is None else products + product
+    assert products is not None
+    return (products.unflatten(0, head_weights.shape).relu() * head_weights.unsqueeze(-1)).sum(1)
+
+
+def best_visible(scores: Tensor, visible: Tensor, k: int) -> Tensor:
+    """:func:`~kernels.index_topk.reference.best_places` of float32 [s, T] among the first ``visible`` (int64 [s])."""
+    may = torch.arange(scores.shape[1], device=scores.device) < visible.unsqueeze(-1)
+    return best_places(torch.where(may, scores, float("-inf")), k)
 
 
 def _power_of_two(n: int) -> int:

@@ -21,7 +21,7 @@ def round_to_format(x: Tensor, fmt: str) -> Tensor:
     if fmt == "fp32":
         return x.float()
     if fmt == "bf16":
-        return x.to(torch.bfloat16).float()
+        return formats.round_to_bf16(x.float())
     if fmt == "fp8":
         block, grid_max, floor, to_grid = (
             formats.FP8_BLOCK,
@@ -38,9 +38,11 @@ def round_to_format(x: Tensor, fmt: str) -> Tensor:
         )
     else:
         raise ValueError(f"format '{fmt}' is not one of {', '.join(FORMATS)}")
-    blocks = formats.to_blocks(x.float(), min(block, x.shape[-1]))
-    scale = formats.e8m0_to_float(formats.e8m0_from_amax(blocks.abs().amax(-1, keepdim=True), grid_max, floor))
-    return formats.from_blocks(to_grid(blocks / scale) * scale, x.shape[-1])
+    x, size = x.float(), x.shape[-1]
+    block = min(block, size)
+    exponents = formats.e8m0_from_amax(formats.block_amax(x, block), grid_max, floor)
+    scale = formats.per_element(formats.e8m0_to_float(exponents), block, size)
+    return to_grid(x / scale) * scale
 
 
 class _FakeQuantize(torch.autograd.Function):

@@ -55,6 +55,19 @@ def packed_attention(
     return out + entry_weights @ entries
 
 
+def token_attention(query: Tensor, attended: list[tuple[Tensor, Tensor]], sink: Tensor) -> Tensor:
+    """The same for one token: query float32 [H, c] over unpacked rows float32 [T, c] with masks bool [T], several of
+    each, in any order. Rows that are masked may hold anything. float32 [H, c]."""
+    query = query * query.shape[-1] ** -0.5
+    keys = [rows.masked_fill(~mask.unsqueeze(-1), 0.0) for rows, mask in attended]
+    logits = [(query @ kv.t()).masked_fill(~mask, float("-inf")) for kv, (_, mask) in zip(keys, attended)]
+    weights = torch.cat([*logits, sink.unsqueeze(-1)], dim=-1).softmax(-1)
+    out = torch.zeros_like(query)
+    for kv, part in zip(keys, weights[:, :-1].split([len(kv) for kv in keys], dim=-1)):
+        out = out + part @ kv
+    return out
+
+
 def window_mask(tokens: int, window: int, first: Tensor) -> Tensor:
     """Which of the ``window - 1 + tokens`` rows each of the tokens sees: bool [B or 1, tokens, window - 1 + tokens]."""
     row = torch.arange(tokens, device=first.device).unsqueeze(1)

@@ -78,6 +78,19 @@ class Compressor(nn.Module):
             padded[sequences, : entries.shape[1]] = entries
         return padded
 
+    def pool_token(self, rows: Tensor, past: Tensor, position: Tensor) -> Tensor:
+        """What the block of the token at ``position``, int64 [1], would be pooled to if it ended there: float32
+        [1, 1, width], from the token's rows [1, 1, ...] and a tail's ring as it is before them."""
+        m = self.ratio
+        first = position // m * m
+        before = (2 * m if self.overlap else m) - 1
+        places = (position - before + torch.arange(before, device=past.device)) % past.shape[1]
+        starts = None
+        if self.overlap:  # the first of the two blocks here is only a predecessor, and is none before the sequence
+            starts = torch.stack((torch.ones_like(first, dtype=torch.bool), first == 0), dim=1)
+        together = torch.cat((past[:, places], rows), dim=1)
+        return self._pool(together, first.unsqueeze(0), self.overlap, starts)
+
     def _pool_together(
         self, rows: Tensor, positions: Tensor, has_previous: bool, stored: Callable[[Tensor], Tensor]
     ) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels.index_topk import index_scores, index_topk, select_topk, tile_scores
+from kernels.cache_io import pack
+from kernels.index_topk import best_visible, index_scores, index_topk, select_topk, tile_scores
 from kernels.quantize import hadamard
 from model.cache_parts import LayerCache, Tail
 from model.config import ModelConfig
@@ -85,6 +86,10 @@ class CompressedSparseAttention(CompressedAttention):
     def select(self, projected: dict[str, Tensor], context: Context, cache: LayerCache) -> Selection | None:
         cache.entries.append(self.pool(projected, context, cache.tail))
         cache.index.append(self.pool_index(projected, context, cache.index_tail))
+        return self.choose(projected, context, cache)
+
+    def choose(self, projected: dict[str, Tensor], context: Context, cache: LayerCache) -> Chosen:
+        """The indexer's choice for every token, from the keys in the cache."""
         # Keys are read as stored, so the queries are rounded, too, whatever training does.
         query = self.precision.round_index(projected["index_query"], training=False)
         S, execution = query.shape[1], context.execution
@@ -99,10 +104,33 @@ class CompressedSparseAttention(CompressedAttention):
                 execution.fixed_shapes,
                 execution.batch_invariant,
                 execution.function(tile_scores),
+                execution.function(best_visible),
             )
             for sequence, start in enumerate(cache.index.table.lengths)
         ]
         return Chosen(cache.entries, torch.stack(chosen))
+
+    pauses = True
+
+    def past(self, cache: LayerCache) -> dict[str, Tensor]:
+        return {**super().past(cache), "index_tail": cache.index_tail.ring.data}
+
+    def keep(self, projected: dict[str, Tensor], past: dict[str, Tensor], position: Tensor) -> dict[str, Tensor]:
+        rows = projected.pop("index_rows")
+        key = hadamard(self.indexer.compressor.pool_token(rows, past["index_tail"], position))
+        kept = super().keep(projected, past, position)
+        del projected["entry"]  # in the cache by the time of choosing
+        packed = pack(self.precision.round_index(key, self.training), self.precision.index_layout)
+        return {**kept, "index_tail": rows, "index": packed}
+
+    def pause(self, projected: dict[str, Tensor], context: Context, cache: LayerCache) -> dict[str, Tensor]:
+        rows, mask = self.choose(projected, context, cache).run(slice(None))
+        return {"rows": rows[0, 0], "mask": mask[0, 0]}
+
+    def attended_entries(
+        self, projected: dict[str, Tensor], past: dict[str, Tensor], paused: dict[str, Tensor], position: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        return [(self.unpacked(paused["rows"]), paused["mask"])]
 
     def _measure_selection(self, telemetry: Telemetry, teacher: Tensor, scores: Tensor, may_see: Tensor) -> None:
         """Share of the dense attention mass that the indexer's choice holds, over queries with a real choice."""

@@ -55,6 +55,20 @@ class GroupedQueryAttention(Mixer):
             return torch.cat([self._attention(query[:, run], rows, mask) for run, mask in zip(runs, masks)], dim=1)
         return self._attention(query, rows, mask)
 
+    pauses = True
+
+    def pause(self, projected: dict[str, Tensor], context: Context, cache: LayerCache) -> dict[str, Tensor]:
+        return {"mixed": self.mix(projected, context, cache)}
+
+    def attend_token(
+        self,
+        projected: dict[str, Tensor],
+        past: dict[str, Tensor],
+        paused: dict[str, Tensor],
+        position: Tensor,
+    ) -> Tensor:
+        return paused["mixed"]
+
     def _attention(self, query: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
         """query [B, S, H, head_dim] over rows [B, T, keys beside values]; mask bool [B, 1, S, T], None for causal."""
         key, value = (x.transpose(1, 2) for x in self._heads(rows))

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels.cache_io import pack
-from kernels.sparse_attention import sparse_attention
-from model.cache_parts import LayerCache
+from kernels.cache_io import pack, unpack
+from kernels.sparse_attention import sparse_attention, token_attention
+from model.cache_parts import LayerCache, ring_ages
 from model.config import ModelConfig
 from model.linear import Linear, linear
 from model.mixers.base import Context, Mixer
@@ -38,14 +38,14 @@ class SlidingWindowAttention(Mixer):
         self.wo_b = Linear(c.o_groups * c.o_lora_rank, c.hidden_size)
 
     def project(self, x: Tensor, rotation: Rotation, cached: bool) -> dict[str, Tensor]:
-        """query [B, S, H, head_dim], what :meth:`project_history` adds, and kv [B, S, head_dim]; for a cache, this as
-        packed window_rows uint8 [B, S, nbytes]."""
+        """query [B, S, H, head_dim], what :meth:`project_history` adds, and kv [B, S, head_dim]; for a cache, this also
+        as packed window_rows uint8 [B, S, nbytes]."""
         c = self.config
         latent = self.q_norm(self.wq_a(x))
         query = rms_normalize(self.wq_b(latent).unflatten(-1, (c.num_heads, c.head_dim)), c.norm_eps)
         kv = self.precision.round_main(rotation.apply(self.kv_norm(self.wkv(x))), self.training)
-        projected = {"query": rotation.apply(query), **self.project_history(x, latent, rotation)}
-        return projected | ({"window_rows": pack(kv, self.precision.main_layout)} if cached else {"kv": kv})
+        projected = {"query": rotation.apply(query), "kv": kv, **self.project_history(x, latent, rotation)}
+        return projected | {"window_rows": pack(kv, self.precision.main_layout)} if cached else projected
 
     def project_history(self, x: Tensor, latent: Tensor, rotation: Rotation) -> dict[str, Tensor]:
         """What a subclass needs for its compressed history. latent [B, S, q_lora_rank]."""
@@ -75,6 +75,37 @@ class SlidingWindowAttention(Mixer):
         if context.documents is not None:
             reach = (context.positions + 1).clamp(max=window).expand(query.shape[:2])
         return sparse_attention(query, projected["kv"], entries, mask, self.sink, window, reach)
+
+    def past(self, cache: LayerCache) -> dict[str, Tensor]:
+        return {"window": cache.window.ring.data}
+
+    def keep(self, projected: dict[str, Tensor], past: dict[str, Tensor], position: Tensor) -> dict[str, Tensor]:
+        return {"window": projected.pop("window_rows")}
+
+    def attend_token(
+        self,
+        projected: dict[str, Tensor],
+        past: dict[str, Tensor],
+        paused: dict[str, Tensor],
+        position: Tensor,
+    ) -> Tensor:
+        # New rows as they are rounded, not as packed: compiled, unpacking what has just been packed undoes no rounding.
+        window = self.unpacked(past["window"][0])
+        age = ring_ages(len(window), position)
+        seen = (age < self.config.window - 1) & (age < position)
+        itself = torch.ones(1, dtype=torch.bool, device=position.device)
+        near = [(window, seen), (projected["kv"][0], itself)]
+        entries = self.attended_entries(projected, past, paused, position)
+        return token_attention(projected["query"][0, 0], near + entries, self.sink).view_as(projected["query"])
+
+    def attended_entries(
+        self, projected: dict[str, Tensor], past: dict[str, Tensor], paused: dict[str, Tensor], position: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Entries float32 [T, head_dim] and their masks bool [T]."""
+        return []
+
+    def unpacked(self, rows: Tensor) -> Tensor:
+        return unpack(rows, self.precision.main_layout)
 
     def output(self, mixed: Tensor, rotation: Rotation) -> Tensor:
         """Back to [B, S, hidden] by a grouped low-rank projection (report 2.3.1)."""
