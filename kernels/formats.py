@@ -63,8 +63,7 @@ def unpack_e2m1(packed: Tensor) -> Tensor:
 
 
 def unpack_e2m1_halves(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """The even and the odd elements of :func:`unpack_e2m1`, float32 [..., n / 2] each: putting them in order takes a
-    CPU longer than all the rest."""
+    """The same, elements at even and at odd places apart: float32 [..., n / 2] each."""
     codes = packed.to(torch.int32)
     low = ((codes & 0x07) << 22) | ((codes & 0x08) << 28)
     high = ((codes & 0x70) << 18) | ((codes & 0x80) << 24)
@@ -81,10 +80,24 @@ def unpack_e4m3(codes: Tensor) -> Tensor:
 
 
 def block_amax(x: Tensor, block: int) -> Tensor:
-    """The largest magnitude of each block of neighbours, [..., n] to [..., ceil(n / block)]; the last may be shorter."""
+    """The largest magnitude of each block of neighbours: [..., n] to [..., ceil(n / block)], the last maybe shorter."""
     whole = x.shape[-1] // block * block
     amax = x[..., :whole].unflatten(-1, (-1, block)).abs().amax(-1)
     return amax if whole == x.shape[-1] else torch.cat((amax, x[..., whole:].abs().amax(-1, keepdim=True)), dim=-1)
+
+
+def scaled_integers(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """FP4 values float32 [..., n], already rounded, n a multiple of ``block``, as integers / 2 * scale: int8 [..., n]
+    and float32 [..., n / block]. Of each block, the elements at even places come first, then those at odd ones."""
+    scales = e8m0_to_float(e8m0_from_amax(block_amax(x, block), E2M1_MAX, FP4_AMAX_FLOOR))
+    grid = (x / per_element(scales, block, x.shape[-1])).unflatten(-1, (-1, block // 2, 2))
+    return as_integers(grid[..., 0], grid[..., 1]), scales
+
+
+def as_integers(even: Tensor, odd: Tensor) -> Tensor:
+    """E2M1 values of blocks, float32 [..., blocks, block / 2] at even and at odd places, doubled: int8 [..., n], in the
+    order of :func:`scaled_integers`, which is the one that needs no shuffling."""
+    return (torch.stack((even, odd), dim=-2).flatten(-3) * 2).to(torch.int8)
 
 
 def per_element(scales: Tensor, block: int, size: int) -> Tensor:

@@ -96,15 +96,11 @@ def unpack(packed: Tensor, layout: EntryLayout) -> Tensor:
     return torch.cat((body, _rope(packed, layout)), dim=-1) if layout.rope else body
 
 
-def unpack_parts(packed: Tensor, layout: EntryLayout) -> list[tuple[slice, Tensor]]:
-    """The same values as pieces that need no putting together, each with the dims it holds, float32 [..., n]: for
-    products, which can be added up over pieces."""
-    if layout.body_format != "fp4":
-        return [(slice(None), unpack(packed, layout))]
-    scales = formats.per_element(_scales(packed, layout), layout.block // 2, layout.body // 2)
+def unpack_integers(packed: Tensor, layout: EntryLayout) -> tuple[Tensor, Tensor]:
+    """FP4 rows uint8 [..., layout.nbytes] as :func:`kernels.formats.scaled_integers`: int8 [..., body] and float32
+    [..., scales]."""
     halves = formats.unpack_e2m1_halves(packed[..., : layout.body_bytes])
-    parts = [(slice(first, layout.body, 2), half * scales) for first, half in enumerate(halves)]
-    return parts + ([(slice(layout.body, None), _rope(packed, layout))] if layout.rope else [])
+    return formats.as_integers(*(half.unflatten(-1, (layout.scales, -1)) for half in halves)), _scales(packed, layout)
 
 
 def _scales(packed: Tensor, layout: EntryLayout) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cache_io import EntryLayout, PagedRows, unpack_parts
+from kernels.cache_io import EntryLayout, PagedRows, unpack, unpack_integers
+from kernels.formats import scaled_integers
 from kernels.index_topk.reference import best_places
 
 _SCORES = 1 << 22
@@ -74,12 +75,23 @@ def index_topk(
 
 def tile_scores(query: Tensor, packed: Tensor, head_weights: Tensor, layout: EntryLayout) -> Tensor:
     """query [s, h, c], packed keys uint8 [E, nbytes], head_weights [s, h] -> float32 [s, E]."""
-    flat, products = query.flatten(0, 1), None
-    for dims, keys in unpack_parts(packed, layout):
-        product = flat[:, dims] @ keys.t()
-        products = product if products is None else products + product
-    assert products is not None
+    flat = query.flatten(0, 1)
+    exact = layout.body_format == "fp4" and query.device.type == "cpu"
+    products = _integer_products(flat, packed, layout) if exact else flat @ unpack(packed, layout).t()
     return (products.unflatten(0, head_weights.shape).relu() * head_weights.unsqueeze(-1)).sum(1)
+
+
+def _integer_products(query: Tensor, packed: Tensor, layout: EntryLayout) -> Tensor:
+    """``query @ keys.t()``, float32 [n, E], for FP4 values on both sides: within a block they are integers times a
+    power of two, whose products and sums are exact, and which a CPU multiplies four times as fast as float32."""
+    integers, scales = scaled_integers(query, layout.block)
+    key_integers, key_scales = unpack_integers(packed, layout)
+    products = []
+    for block, begin in enumerate(range(0, layout.body, layout.block)):
+        dims = slice(begin, begin + layout.block)
+        product = torch._int_mm(integers[:, dims].contiguous(), key_integers[:, dims].t())
+        products.append(product * (scales[:, block : block + 1] / 4) * key_scales[:, block])
+    return torch.stack(products).sum(0) if len(products) > 1 else products[0]
 
 
 def best_visible(scores: Tensor, visible: Tensor, k: int) -> Tensor:
@@ -95,12 +107,12 @@ def _power_of_two(n: int) -> int:
 
 @contextmanager
 def exact_in_bf16(layout: EntryLayout) -> Iterator[None]:
-    """Let a CPU multiply in BF16 units where keys, and queries rounded like them, fit these exactly: E2M1 or E4M3 times
-    a power of two does, and sums are kept in float32 either way. PyTorch has one such setting for the whole process:
+    """Let a CPU multiply in BF16 units where keys, and queries rounded like them, fit these exactly: E4M3 times a power
+    of two does, and sums are kept in float32 either way. PyTorch has one such setting for the whole process:
     float32 products of other threads may run in BF16 meanwhile, too."""
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
-    if layout.body_format != "fp32":
+    if layout.body_format in ("bf16", "fp8"):
         matmul.fp32_precision = "bf16"
     try:
         yield

@@ -57,14 +57,13 @@ def packed_attention(
 
 def token_attention(query: Tensor, attended: list[tuple[Tensor, Tensor]], sink: Tensor) -> Tensor:
     """The same for one token: query float32 [H, c] over unpacked rows float32 [T, c] with masks bool [T], several of
-    each, in any order. Rows that are masked may hold anything. float32 [H, c]."""
+    each, in any order. Rows that are masked may hold anything finite. float32 [H, c]."""
     query = query * query.shape[-1] ** -0.5
-    keys = [rows.masked_fill(~mask.unsqueeze(-1), 0.0) for rows, mask in attended]
-    logits = [(query @ kv.t()).masked_fill(~mask, float("-inf")) for kv, (_, mask) in zip(keys, attended)]
+    logits = [(query @ rows.t()).masked_fill(~mask, float("-inf")) for rows, mask in attended]
     weights = torch.cat([*logits, sink.unsqueeze(-1)], dim=-1).softmax(-1)
     out = torch.zeros_like(query)
-    for kv, part in zip(keys, weights[:, :-1].split([len(kv) for kv in keys], dim=-1)):
-        out = out + part @ kv
+    for (rows, _), part in zip(attended, weights[:, :-1].split([len(rows) for rows, _ in attended], dim=-1)):
+        out = out + part @ rows
     return out
 
 

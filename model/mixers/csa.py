@@ -90,8 +90,9 @@ class CompressedSparseAttention(CompressedAttention):
 
     def choose(self, projected: dict[str, Tensor], context: Context, cache: LayerCache) -> Chosen:
         """The indexer's choice for every token, from the keys in the cache."""
-        # Keys are read as stored, so the queries are rounded, too, whatever training does.
-        query = self.precision.round_index(projected["index_query"], training=False)
+        query = projected["index_query"]
+        if self.training:  # keys are read as stored, so the queries are rounded, too, whatever training does
+            query = self.precision.round_index(query, training=False)
         S, execution = query.shape[1], context.execution
         chosen = [
             index_topk(
