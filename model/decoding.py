@@ -51,12 +51,12 @@ def decode_token(
     get all that the token leaves behind."""
     position = context.positions[0]
     resumed: Resumed | None = None
-    steps: list[Step] = []
     rest = zip(network.layers, layers)
     while True:
-        caches = []
-        steps = []
+        caches: list[LayerCache] = []
+        steps: list[Step] = []
         for block, cache in rest:
+            assert isinstance(block, Block)
             steps.append(Step(block, block.attn.past(cache), block.ffn.stored_experts()))
             caches.append(cache)
             if block.attn.pauses:

@@ -152,7 +152,7 @@ class _Code:
 
     def __call__(self, *arguments: Any) -> Any:
         if self.compiled is None:
-            code = torch.compile(self.fn, dynamic=False, fullgraph=True).aot_compile((arguments, {}))
+            code = torch.compile(self.fn, dynamic=False, fullgraph=True).aot_compile((arguments, {}))  # type: ignore[attr-defined]
             code.disable_guard_check()
             self.compiled = code
         return self.compiled(*arguments)

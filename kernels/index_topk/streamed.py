@@ -96,7 +96,7 @@ def _integer_products(query: Tensor, packed: Tensor, layout: EntryLayout) -> Ten
 
 def best_visible(scores: Tensor, visible: Tensor, k: int) -> Tensor:
     """:func:`~kernels.index_topk.reference.best_places` of float32 [s, T] among the first ``visible`` (int64 [s])."""
-    may = torch.arange(scores.shape[1], device=scores.device) < visible.unsqueeze(-1)
+    may = torch.arange(scores.shape[1], device=scores.device, dtype=torch.int32) < visible.unsqueeze(-1)
     return best_places(torch.where(may, scores, float("-inf")), k)
 
 

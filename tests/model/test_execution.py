@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from networks import BF16, EXACT, SMALL, build
 
 import kernels.index_topk.streamed as streamed
+import model.mixers.csa as csa
 from model.cache import Cache
 from model.cache_filling import fill_random
 from model.config import ModelConfig
@@ -234,18 +235,24 @@ class Choices:
 
     def __init__(self, monkeypatch):
         self.numbers, self.tied = [], 0
-        original = streamed.best_places
+        original = csa.index_topk
 
-        def watch(scores, k):
-            chosen = original(scores, k)
-            self.numbers.append(chosen)
-            last = scores.gather(-1, chosen[:, -1:].clamp(min=0)) if scores.shape[-1] > k else None
-            if last is not None:  # as good as the last one chosen, and not chosen
-                equal = (scores == last).sum(-1) > (scores.gather(-1, chosen.clamp(min=0)) == last).sum(-1)
-                self.tied += int((equal & (chosen[:, -1] >= 0)).sum())
-            return chosen
+        def watch(*arguments):
+            *others, choose = arguments
 
-        monkeypatch.setattr(streamed, "best_places", watch)
+            def count_ties(scores, visible, k):
+                chosen = choose(scores, visible, k)
+                scores = scores.masked_fill(torch.arange(scores.shape[1]) >= visible.unsqueeze(-1), float("-inf"))
+                if scores.shape[1] > k:  # as good as the last one chosen, and not chosen
+                    last = scores.gather(-1, chosen[:, -1:].clamp(min=0))
+                    equal = (scores == last).sum(-1) > (scores.gather(-1, chosen.clamp(min=0)) == last).sum(-1)
+                    self.tied += int((equal & (chosen[:, -1] >= 0)).sum())
+                return chosen
+
+            self.numbers.append(original(*others, count_ties))
+            return self.numbers[-1]
+
+        monkeypatch.setattr(csa, "index_topk", watch)
 
     def take(self):
         numbers, self.numbers = self.numbers, []
