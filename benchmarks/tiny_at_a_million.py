@@ -9,7 +9,8 @@ tokens at most, and shows whether a long cache does harm.
 
 The text is the standard library's. Up to 64 tokens before each length it is read in pieces; those 64 are decoded one at
 a time, each given the real one before it. Memory is the process's own: the most that was resident so far beyond what
-was before the cache was made. Nothing is filled at random here, and nothing runs beside it.
+was before the cache was made, with all code compiled and loaded. Nothing that is timed was filled at random, and
+nothing runs beside it.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.report import check_page, command_line, log_log, table, write_tables
-from benchmarks.timing import OtherLoad, PeakMemory, in_child, machine, threads_of
+from benchmarks.timing import OtherLoad, PeakMemory, in_child, machine, return_freed_memory, threads_of
 from model import checkpoint
 from model.cache import Cache
+from model.cache_filling import fill_random
 from model.errors import DataError, FiftyfoldError
 from model.execution import Execution, Mode
 from model.files import atomic_folder
@@ -115,10 +117,25 @@ def decode(model: Transformer, cache: Cache, ids: Tensor) -> tuple[float, float]
     return statistics.median(seconds), float(F.cross_entropy(torch.cat(logits[:-1]), ids[0, 1:]))
 
 
+@torch.inference_mode()
+def warm_up(model: Transformer, lengths: list[int], chunk: int) -> None:
+    """Read a piece and a token at every power of two on the way, so that nothing is compiled while time is taken."""
+    length = lengths[0]
+    while length <= lengths[-1]:
+        cache = Cache(model.config, 1, length)
+        piece = min(chunk, length // 2)
+        fill_random(cache, length - piece - DECODED)
+        for tokens in (piece, *(1 for _ in range(DECODED))):
+            model(torch.zeros(1, tokens, dtype=torch.int64), cache, last_only=True)
+        length *= 2
+
+
 def read_and_decode(model: Transformer, ids: Tensor, lengths: list[int], chunk: int) -> tuple[str, dict]:
     """The table, and milliseconds per token by length for the figure."""
     rows = []
     lines: dict[str, dict[int, float]] = {"prefill, newest tokens": {}, "decode": {}}
+    warm_up(model, lengths, chunk)
+    return_freed_memory()
     with PeakMemory() as memory:
         cache = Cache(model.config, 1, lengths[-1])
         done, reading = 0, 0.0

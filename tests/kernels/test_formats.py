@@ -173,3 +173,19 @@ def test_fp4_to_fp8_at_the_ends_of_the_scale_range(code):
     scales = torch.full((4, 1), code, dtype=torch.uint8)
     values, tiles = formats.fp4_groups_to_fp8_tiles(packed, scales)
     assert torch.equal(formats.dequantize_fp8_tiles(values, tiles), formats.dequantize_fp4_groups(packed, scales))
+
+
+@pytest.mark.parametrize(
+    "layout", [EntryLayout(112, "fp8", 16), EntryLayout(40, "fp4", 8)], ids=lambda x: x.body_format
+)
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_compiled_code_keeps_every_bit(layout, tokens):
+    """Of blocks that are not whole, and of BF16: compilers dropped the one's end and the other's rounding."""
+    x = torch.randn(1, tokens, layout.size) * torch.rand(1, tokens, 1).exp()
+    compiled = [torch.compile(fn, dynamic=False, fullgraph=True) for fn in (pack, unpack, round_to_format)]
+    packed = pack(x, layout)
+    assert torch.equal(compiled[0](x, layout), packed)
+    assert torch.equal(compiled[1](packed, layout), unpack(packed, layout))
+    for fmt in (layout.body_format, "bf16"):
+        body = x[..., : layout.body].contiguous()
+        assert torch.equal(compiled[2](body, fmt), round_to_format(body, fmt))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.cache_io import EntryLayout, pack, unpack
-from kernels.sparse_attention import TiledAttention, packed_attention, sparse_attention
+from kernels.sparse_attention import TiledAttention, packed_attention, sparse_attention, token_attention
 
 B, H, WINDOW, T = 3, 2, 6, 9
 LAYOUTS = [EntryLayout(16, "fp8", 8, "bf16"), EntryLayout(16, "fp4", 8, "bf16"), EntryLayout(16, "fp32", 8, "fp32")]
@@ -80,3 +80,15 @@ def test_values_may_differ_from_keys():
         attention.add(keys[:, some], torch.ones(4, some.stop - some.start, dtype=torch.bool), values[:, some])
     expected = torch.nn.functional.scaled_dot_product_attention(query, keys, values)
     torch.testing.assert_close(attention.output(), expected)
+
+
+def test_one_tokens_attention_is_the_readable_one_in_any_order():
+    query, kv, entries, sink = torch.randn(H, 24), torch.randn(WINDOW, 24), torch.randn(T, 24), torch.randn(H)
+    mask = torch.rand(T) < 0.5
+    expected = sparse_attention(
+        query.expand(1, WINDOW, H, 24), kv[None], entries[None], mask.expand(1, WINDOW, T), sink, WINDOW
+    )
+    order = torch.randperm(WINDOW)
+    seen, more = torch.ones(WINDOW, dtype=torch.bool), torch.randn(3, 24) * 100
+    groups = [(kv[order], seen), (more, torch.zeros(3, dtype=torch.bool)), (entries, mask)]
+    torch.testing.assert_close(token_attention(query, groups, sink), expected[0][0, -1], rtol=1e-5, atol=1e-5)

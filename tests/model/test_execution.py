@@ -306,6 +306,35 @@ def test_compiled_decoding_is_close_and_chooses_alike(mode, monkeypatch):
     compiled_is_close(model, mode, monkeypatch, random_ids(model, 1, 60), [1], uncompiled=40)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("start", [0, 1, 30])
+def test_single_tokens_in_stretches_are_close_and_choose_alike(name, start, mode, monkeypatch):
+    """The way that is compiled, as it comes: over every block's completion, and after going back or forking."""
+    monkeypatch.setattr(Execution, "function", lambda self, fn, form=None: fn)
+    choices = Choices(monkeypatch)
+    model = build(**{**NETWORKS[name], **EXACT})
+    ids = random_ids(model, 1, start + 45)
+    expected = alone(mode(model, "eager"), ids, [start or 1, 1])
+    numbers = choices.take()
+    cache = Cache(model.config, 1, MOST)
+    read(model, cache, ids[:, : start or 1], [start or 1])
+    read(mode(model, "compiled"), cache, ids[:, start or 1 :], [1])
+    assert torch.equal(choices.take(), numbers)
+    pool = PagePool(model.config, 40)
+    pool.take(3)  # so that pages are no row from the start
+    cache = Cache(model.config, 1, MOST, pool=pool, rewind=8)
+    found = read(mode(model, "eager"), cache, ids[:, :start], [start]) if start else None
+    mode(model, "compiled")
+    first = read(model, cache, ids[:, start : start + 20], [1])
+    fork = cache.fork()
+    read(model, cache, ids[:, :7], [1])  # the twin must not see these
+    cache.truncate(start + 20)
+    for each in (fork, cache):
+        rest = read(model, each, ids[:, start + 20 :], [1])
+        together = torch.cat([x for x in (found, first, rest) if x is not None], dim=1)
+        assert_close(together, expected)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ["fp32", "odd ratios", "gqa", "dense", "plain residual", "one index head"])
