@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import repeat
+from types import FunctionType
 from typing import Any, Literal, get_args
 
 import torch
@@ -142,22 +143,11 @@ def _state() -> tuple[Hashable, ...]:
     return torch.is_inference_mode_enabled(), torch.get_num_threads(), torch.is_autocast_enabled("cpu")
 
 
-class _Code:
+@cache
+def _code(fn: Callable, form: Hashable, *state: Hashable) -> Callable:
     """``fn``, compiled for the first arguments it gets, and from then on called without a look at them. A look at all
     that a network is made of took as long as what is computed."""
-
-    def __init__(self, fn: Callable):
-        self.fn = fn
-        self.compiled: Callable | None = None
-
-    def __call__(self, *arguments: Any) -> Any:
-        if self.compiled is None:
-            code = torch.compile(self.fn, dynamic=False, fullgraph=True).aot_compile((arguments, {}))  # type: ignore[attr-defined]
-            code.disable_guard_check()
-            self.compiled = code
-        return self.compiled(*arguments)
-
-
-@cache
-def _code(fn: Callable, form: Hashable, *state: Hashable) -> _Code:
-    return _Code(fn)
+    # The compiler keeps what it made beside the code object, and would take it for every other form, too.
+    own = FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+    options: Any = {"guard_filter_fn": lambda guards: [False] * len(guards)}
+    return torch.compile(own, dynamic=False, fullgraph=True, options=options)
