@@ -180,7 +180,9 @@ class Bench:
 
     def _our_sides(self, tokens: int) -> Mapping[str, Side]:
         repeat, threads = self.options.tokens, self.options.threads
-        start = tokens - repeat * 2 * len(threads) * (self.options.rounds + 1)  # all ways go on in one cache
+        start = tokens - repeat * len(self.ours) * len(threads) * (
+            self.options.rounds + 1
+        )  # all ways go on in one cache
         if start < 1:
             raise FiftyfoldError(f"--lengths: {tokens} tokens are fewer than the {tokens - start} to be decoded")
         cache = Cache(self.config, 1, tokens)

@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from benchmarks.report import write_tables
+from benchmarks import report
+from benchmarks.timing import in_child
 from model.cache import COMPONENTS
 from model.comparison import gqa8_account, with_gqa8
 from model.config import ModelConfig
+from model.errors import FiftyfoldError
 from model.files import atomic_file
 from model.presets import PRESETS
 from pipelines.cache_measurement import Measurement, measure_cache
@@ -54,37 +54,30 @@ class Pair:
 
 def measure(name: str, tokens: int, gqa_tokens: int) -> Pair:
     config = ModelConfig.from_preset(name)
-    own, gqa = (_apart(*task) for task in ((config, tokens), (with_gqa8(config), gqa_tokens)))
+    own = in_child(measure_cache, config, tokens)
+    gqa = in_child(measure_cache, with_gqa8(config), gqa_tokens)
     return Pair(name, own, gqa, gqa8_account(config).cache_bytes(tokens))
 
 
-def _apart(config: ModelConfig, tokens: int) -> Measurement:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(measure_cache, config, tokens).result()
-
-
-def table(pairs: list[Pair]) -> str:
+def tables(pairs: list[Pair]) -> str:
     """Markdown: what was measured, and what GQA-8 would need."""
     parts = [part for part in COMPONENTS if any(part in p.own.components for p in pairs)]
-    lines = [
-        f"| cache, MB | {' | '.join(LABELS.get(part, part) for part in parts)} "
-        "| all storages | closed form | off by | resident | off by |",
-        "|---|" + "---|" * (len(parts) + 5),
-    ]
+    rows = []
     for p in pairs:
         for name, m in ((p.name, p.own), ("GQA-8, BF16, of its depth", p.gqa)):
             cells = [f"{m.components[part][0] / 1e6:,.2f}" if part in m.components else "" for part in parts]
-            for size in (m.measured, m.closed_form):
-                cells.append(f"{size / 1e6:,.2f}")
+            cells += [f"{size / 1e6:,.2f}" for size in (m.measured, m.closed_form)]
             cells += [_off(m.measured, m), f"{m.resident / 1e6:,.2f}", _off(m.resident, m)]
-            lines.append(f"| {name}, {m.tokens:,} tokens | {' | '.join(cells)} |")
-    lines += ["", "| at as many tokens | bytes per token | GQA-8, bytes per token | cache | GQA-8 | times |"]
-    lines.append("|---|---|---|---|---|---|")
+            rows.append([f"{name}, {m.tokens:,} tokens", *cells])
+    labels = [LABELS.get(part, part) for part in parts]
+    header = ["cache, MB", *labels, "all storages", "closed form", "off by", "resident", "off by"]
+    beside = []
     for p in pairs:
-        each = f"{p.own.measured / p.own.tokens:,.2f} | {p.gqa.measured / p.gqa.tokens:,.2f}"
-        whole = f"{p.own.measured / 1e9:,.2f} GB | {p.gqa_bytes / 1e9:,.1f} GB"
-        lines.append(f"| {p.name}, {p.own.tokens:,} | {each} | {whole} | {p.times:.1f} |")
-    return "\n".join(lines) + "\n"
+        per_token = (f"{m.measured / m.tokens:,.2f}" for m in (p.own, p.gqa))
+        whole = (f"{p.own.measured / 1e9:,.2f} GB", f"{p.gqa_bytes / 1e9:,.1f} GB")
+        beside.append([f"{p.name}, {p.own.tokens:,}", *per_token, *whole, f"{p.times:.1f}"])
+    names = ["at as many tokens", "bytes per token", "GQA-8, bytes per token", "cache", "GQA-8, closed form", "times"]
+    return f"{report.table(header, rows)}\n{report.table(names, beside)}"
 
 
 def _off(measured: int, m: Measurement) -> str:
@@ -144,7 +137,7 @@ def draw(pairs: list[Pair]) -> Figure:
     return figure
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", nargs="+", choices=list(PRESETS), default=["v4-flash", "v4-pro"])
     parser.add_argument("--tokens", type=int, default=1 << 20)
@@ -156,21 +149,23 @@ def main(arguments: list[str] | None = None) -> int:
         help="a Markdown file whose part between the two markers is replaced; the figure goes beside it, as .png",
     )
     options = parser.parse_args(arguments)
+    if options.write:
+        report.check_page(options.write)
     pairs = []
     for name in options.preset:
         pairs.append(measure(name, options.tokens, options.gqa_tokens))
         print(f"{name}: done", file=sys.stderr, flush=True)
-    text = table(pairs)
+    text = tables(pairs)
     print(text)
     if options.write:
-        write_tables(options.write, text)
+        report.write_tables(options.write, text)
         with atomic_file(options.write.with_suffix(".png")) as scratch:
             draw(pairs).savefig(scratch, dpi=130, format="png")
     off = 100 * worst(pairs)
     if off > options.within:
-        print(f"a size is {off:.2f}% off its closed form, more than {options.within}%", file=sys.stderr)
-    return int(off > options.within)
+        raise FiftyfoldError(f"a size is {off:.2f}% off its closed form, more than {options.within}%")
+    return text
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    report.command_line(main)

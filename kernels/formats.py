@@ -127,14 +127,14 @@ def quantize_fp8_tiles(x: Tensor, keep: Tensor | None = None) -> tuple[Tensor, T
     tiles = F.pad(x, (0, C * FP8_TILE - x.shape[1], 0, R * FP8_TILE - x.shape[0])).view(R, FP8_TILE, C, FP8_TILE)
     scales = e8m0_from_amax(tiles.abs().amax((1, 3)), E4M3_MAX, E4M3_MAX * 2.0**-126)
 
-    def per_element(scales: Tensor) -> Tensor:
+    def over_tiles(scales: Tensor) -> Tensor:
         return e8m0_to_float(scales)[:, None, :, None]
 
     if keep is not None:
-        kept = per_element(keep)
+        kept = over_tiles(keep)
         exact = (round_to_e4m3(tiles / kept) * kept == tiles).all(3).all(1)
         scales = torch.where(exact, keep, scales)
-    values = (tiles / per_element(scales)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    values = (tiles / over_tiles(scales)).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return values.view(R * FP8_TILE, C * FP8_TILE)[: x.shape[0], : x.shape[1]].contiguous(), scales
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -23,9 +25,6 @@ scalar code that finishes a loop and rounds differently."""
 COMPILED_TILES = (1, 8, 64, 512)
 """Numbers of tokens that compiled code is made for. Code for any number was ten times as slow on a CPU."""
 
-
-WIDTHS = ("hidden_size", "head_dim", "q_lora_rank", "o_lora_rank", "expert_size", "ffn_size", "index_head_dim")
-"""What products over weights and heads sum over."""
 
 Mode = Literal["eager", "compiled", "batch-invariant"]
 
@@ -55,11 +54,15 @@ class Execution:
     def batch_invariant(self) -> bool:
         return self.mode == "batch-invariant"
 
-    def check_sizes(self, config: ModelConfig) -> None:
-        """Raise ConfigError for widths at which the mode would not keep its word."""
+    def check(self, config: ModelConfig) -> None:
+        """Raise ConfigError for widths at which the mode would not keep its word, or without the compiler it needs."""
+        if self.compiled:
+            compiler = os.environ.get("CXX", "g++")
+            if shutil.which(compiler) is None:
+                raise ConfigError(f"execution: compiled needs a C++ compiler; '{compiler}' (CXX) was not found")
         if not self.batch_invariant:
             return
-        for name in WIDTHS:
+        for name in _summed_widths(config):
             if getattr(config, name) % 4:
                 # A CPU library computed some rows of a product in another order than others, at no multiple of 4 only.
                 raise ConfigError(
@@ -74,13 +77,14 @@ class Execution:
     def function(self, fn: Callable, form: Hashable = None) -> Callable:
         """``fn``, compiled if that is asked for. ``form`` tells kinds of arguments apart that need code of their own,
         and nothing else does: what it leaves out must be the same in every call. Where none is given, tensors' shapes
-        and dtypes and all other arguments are told apart."""
+        and dtypes and all other arguments are told apart. Compiled code also relies on strides."""
         if not self.compiled or torch.is_grad_enabled():
             return fn
         if form is not None:
             return _code(fn, form, *_state())
 
         def shaped(*arguments: Any) -> Any:
+            arguments = tuple(x.contiguous() if isinstance(x, Tensor) else x for x in arguments)
             form = tuple((x.shape, x.dtype, x.device) if isinstance(x, Tensor) else x for x in arguments)
             return _code(fn, form, *_state())(*arguments)
 
@@ -98,15 +102,15 @@ class Execution:
         """
         first = next(leaf for leaf in tree_flatten(arguments)[0] if isinstance(leaf, Tensor))
         B, S = first.shape[:2]
-        if not self.fixed_shapes or (B * S == 1 and self.compiled):
-            return self.function(fn, (form, B * S))(owner, *arguments)
+        if not self.fixed_shapes:
+            return fn(owner, *arguments)
         most = TILE if self.batch_invariant else next((n for n in COMPILED_TILES if n >= B * S), COMPILED_TILES[-1])
 
         def tiles(x: Any) -> Iterable:
             if not isinstance(x, Tensor):
                 return repeat(x)
             flat = x.expand(B, *x.shape[1:]).flatten(0, 1)
-            return (tile.unsqueeze(0) for tile in in_tiles(flat, most))
+            return (tile.unsqueeze(0).contiguous() for tile in in_tiles(flat, most))
 
         function = self.function(fn, (form, most))
         leaves, shape = tree_flatten(arguments)
@@ -121,6 +125,14 @@ class Execution:
             for part in zip(*pieces)
         ]
         return tree_unflatten(together, result_shape)
+
+
+def _summed_widths(config: ModelConfig) -> list[str]:
+    """What the network's products over weights and heads sum over."""
+    names = ["hidden_size", "head_dim", "expert_size" if config.ffn == "moe" else "ffn_size"]
+    if set(config.layers) != {"gqa"}:
+        names += ["q_lora_rank", "o_lora_rank"]
+    return names + (["index_head_dim"] if "csa" in config.layers else [])
 
 
 def few_sizes(n: int) -> int:

@@ -198,12 +198,12 @@ class Transformer(nn.Module):
     @property
     def execution(self) -> Execution:
         """How forward passes outside training are computed. Set another one at any time; ConfigError where this
-        network's sizes do not allow it."""
+        network's sizes or this machine do not allow it."""
         return self._execution
 
     @execution.setter
     def execution(self, execution: Execution) -> None:
-        execution.check_sizes(self.config)
+        execution.check(self.config)
         self._execution = execution
 
     @torch.no_grad()

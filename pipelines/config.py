@@ -172,7 +172,7 @@ class ServeSection(Section):
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
     threads_per_replica: Annotated[int, Field(ge=1)] = 1
     execution: Mode = "eager"
-    """compiled decodes several times as fast, after the compiler's first minutes; batch-invariant gives a request the
+    """compiled decodes several times as fast, and starts some minutes later; batch-invariant gives a request the
     same bits whatever else is asked and however its prompt is read."""
     weights: Literal["float32", "bfloat16"] = "float32"
     max_active_requests: Annotated[int, Field(ge=1)] = 16
@@ -180,6 +180,8 @@ class ServeSection(Section):
     max_waiting_requests: Annotated[int, Field(ge=0)] = 64
     """Requests that may wait; beyond that the answer is 429."""
     prefill_chunk: Annotated[int, Field(ge=1)] = 512
+    warm_up_tokens: Annotated[int, Field(ge=1)] = 32_768
+    """Where compiled: the context up to which all code is made before the first request. Longer ones wait for it."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8_000_000
     request_timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
 

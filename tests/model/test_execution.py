@@ -5,9 +5,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks import BF16, EXACT, SMALL, build
+from torch.utils._pytree import tree_flatten
 
 import kernels.index_topk.streamed as streamed
 import model.mixers.csa as csa
+from model import execution
 from model.cache import Cache
 from model.cache_filling import fill_random
 from model.config import ModelConfig
@@ -333,6 +335,40 @@ def test_single_tokens_in_stretches_are_close_and_choose_alike(name, start, mode
         rest = read(model, each, ids[:, start + 20 :], [1])
         together = torch.cat([x for x in (found, first, rest) if x is not None], dim=1)
         assert_close(together, expected)
+
+
+class Strict:
+    """Stands for compiled code: takes only tensors of the kind that it met first."""
+
+    def __init__(self, fn, **_):
+        self.fn, self.first = fn, None
+
+    def __call__(self, *arguments):
+        leaves = tree_flatten(arguments)[0]
+        kind = [self.kind(x) for x in leaves if isinstance(x, torch.Tensor)]
+        self.first = self.first or kind
+        assert kind == self.first
+        return self.fn(*arguments)
+
+    @staticmethod
+    def kind(x):
+        return x.shape, [step for n, step in zip(x.shape, x.stride()) if n > 1], x.dtype
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_compiled_code_meets_what_it_was_made_for(name, mode, monkeypatch):
+    monkeypatch.setattr(torch, "compile", Strict)
+    execution._code.cache_clear()
+    model = mode(build(**NETWORKS[name]), "compiled")
+    for each in (Cache(model.config, 1, 2 * MOST), Cache(model.config, 1, 2 * MOST, pool=PagePool(model.config, 60))):
+        ids = random_ids(model, 1, MOST)
+        read(model, each, ids[:, :60], [8, 1, 5, 8, 1, 1, 30, 7])
+        read(model, each.fork(), ids[:, :9], [1, 8])
+        joined = Cache.join([each.fork(), each.fork()])
+        read(model, joined, ids[:, :20].expand(2, -1), [4, 1, 3, 1])
+        read(model, joined.split()[1], ids[:, :9], [1, 8])
+        read(model, each, ids[:, :20], [1, 8, 1])
+    execution._code.cache_clear()
 
 
 @pytest.mark.long
