@@ -193,20 +193,24 @@ class Entries:
 
     def gather(self, numbers: Tensor) -> Tensor:
         """Rows by number, int64 [B, ...] -> uint8 [B, ..., nbytes]. Only these rows are touched."""
-        return self._rows[self._places(numbers)]
+        return self._take(self._places(numbers))
 
     def gather_of(self, sequences: Tensor, numbers: Tensor) -> Tensor:
         """Rows of single sequences, int64 [N], by number, int64 [N, k] -> uint8 [N, k, nbytes]."""
         pages = self.table.numbers[sequences.unsqueeze(-1), numbers // self.per_page]
-        return self._rows[pages * self.per_page + numbers % self.per_page]
+        return self._take(pages * self.per_page + numbers % self.per_page)
 
     def packed(self) -> Tensor:
         """The rows in use of a single sequence, as stored: uint8 [T, layout.nbytes]."""
-        return self._rows[self._all_places()]
+        return self._take(self._all_places())
 
     def put_packed(self, rows: Tensor) -> None:
         """Inverse of :meth:`packed`, for as many rows as the sequence's length implies."""
         self._rows[self._all_places()] = rows
+
+    def _take(self, places: Tensor) -> Tensor:
+        # Ten times as fast on a CPU as indexing, which copies byte by byte.
+        return self._rows.index_select(0, places.flatten()).view(*places.shape, self.layout.nbytes)
 
     def _all_places(self) -> Tensor:
         (count,) = self.table.entry_counts(self.ratio)[0]

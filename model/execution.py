@@ -25,7 +25,6 @@ scalar code that finishes a loop and rounds differently."""
 COMPILED_TILES = (1, 8, 64, 512)
 """Numbers of tokens that compiled code is made for. Code for any number was ten times as slow on a CPU."""
 
-
 Mode = Literal["eager", "compiled", "batch-invariant"]
 
 

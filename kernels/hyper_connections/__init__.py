@@ -1,7 +1,7 @@
 """Manifold-constrained hyper-connections: several residual streams, mixed by doubly stochastic matrices.
 
-On a CPU they run in blocks (``blocked.py``), elsewhere, and where they are compiled, as written in ``reference.py``;
-``backend=`` chooses by hand and :func:`backend_for` tells which one runs.
+On a CPU they run in blocks (``blocked.py``), elsewhere as written in ``reference.py``, and where they are compiled as
+sums (``fused.py``); ``backend=`` chooses by hand and :func:`backend_for` tells which one runs.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.hyper_connections import blocked, reference
+from kernels.hyper_connections import blocked, fused, reference
 from kernels.hyper_connections.reference import sinkhorn
 
-BACKENDS = {"reference": reference, "blocked": blocked}
+BACKENDS = {"reference": reference, "blocked": blocked, "fused": fused}
 
 
 def backend_for(x: Tensor) -> str:
-    eager_on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return "blocked" if eager_on_cpu and x.dtype.itemsize == 4 else "reference"
+    if torch.compiler.is_compiling():
+        return "fused"
+    return "blocked" if x.device.type == "cpu" and x.dtype.itemsize == 4 else "reference"
 
 
 def mixing_weights(

@@ -37,9 +37,7 @@ def mixing_weights(
     flat = streams.reshape(B * S, n * d).float()
     # Normalising after the product gives the same numbers and saves a pass over the streams.
     rms = torch.rsqrt(flat.square().mean(dim=-1) + norm_eps)
-    # For one token the product is nothing but reading fn, which a sum that can be fused does as fast as anything.
-    product = (fn * flat).sum(-1, keepdim=True) if B * S == 1 else fn @ flat.transpose(0, 1)
-    raw = product * rms  # [2n + n * n, B * S]
+    raw = (fn @ flat.transpose(0, 1)) * rms  # [2n + n * n, B * S]
     return weights_from_raw(raw, (B, S, n), scale, base, eps, lambda x: sinkhorn(x, iterations, eps))
 
 

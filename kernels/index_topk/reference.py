@@ -6,8 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_GROUP = 16
-"""Neighbouring entries that are first compared by their best score alone."""
+_MANY = 32
+"""So many times more scores than are chosen are worth looking through in two steps."""
+
+
+_MANY = 32
+"""So many times more scores than are chosen are worth looking through in two steps."""
 
 
 def index_scores(query: Tensor, keys: Tensor, head_weights: Tensor) -> Tensor:
@@ -36,24 +40,27 @@ def best_places(scores: Tensor, k: int) -> Tensor:
     ``-inf`` is never chosen; unused places are -1.
     """
     T = scores.shape[-1]
-    if 4 * _GROUP * k < T:
-        # The best k lie in the k groups whose best is best: whatever lies elsewhere has k better ones before it.
-        groups = F.pad(scores, (0, -T % _GROUP), value=float("-inf")).unflatten(-1, (-1, _GROUP))
-        best_groups = _ordered_topk(groups.amax(-1), k).sort(-1).values
-        places = (best_groups.unsqueeze(-1) * _GROUP + torch.arange(_GROUP, device=scores.device)).flatten(-2)
-        candidates = groups.flatten(-2).gather(-1, places)
-        inner = _ordered_topk(candidates, k)
-        chosen, values = places.gather(-1, inner), candidates.gather(-1, inner)
-    else:
-        chosen = _ordered_topk(scores, min(k, T))
+    places = torch.arange(T, device=scores.device)
+    if T // k < _MANY:
+        chosen = _keys(scores, places).topk(min(k, T), dim=-1).indices
         values = scores.gather(-1, chosen)
+    else:
+        # The best k lie in the k groups of neighbours whose best is best: whatever lies elsewhere has k better ones
+        # before it. This size takes the fewest comparisons.
+        size = 1 << (T // k).bit_length() // 2
+        groups = F.pad(scores, (0, -T % size), value=float("-inf")).unflatten(-1, (-1, size))
+        count = groups.shape[-2]
+        best = _keys(groups.amax(-1), places[:count]).topk(k, dim=-1, sorted=False).indices
+        candidates = (best.unsqueeze(-1) * size + places[:size]).flatten(-2)
+        values = groups.flatten(-2).gather(-1, candidates)
+        inner = _keys(values, candidates).topk(k, dim=-1).indices
+        chosen, values = candidates.gather(-1, inner), values.gather(-1, inner)
     return F.pad(chosen.masked_fill(values == float("-inf"), -1), (0, k - chosen.shape[-1]), value=-1)
 
 
-def _ordered_topk(scores: Tensor, k: int) -> Tensor:
-    """Places of the ``k`` largest, the lower first among equals: torch.topk promises no order there."""
-    # One sortable integer per entry: the score's bits, made monotone, above the negated place.
+def _keys(scores: Tensor, places: Tensor) -> Tensor:
+    """One integer for each score, int64, in the scores' order and the lower place above among equals: torch.topk
+    promises no order there."""
     bits = (scores + 0.0).view(torch.int32).to(torch.int64)  # + 0.0 turns -0.0 into 0.0
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    places = torch.arange(scores.shape[-1], device=scores.device)
-    return (ordered * (1 << 31) - places).topk(k, dim=-1).indices
+    return ordered * (1 << 31) - places

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.hyper_connections import backend_for, collapse, expand, mixing_weights, sinkhorn
+from kernels.hyper_connections import BACKENDS, backend_for, collapse, expand, mixing_weights, sinkhorn
 
 
 def test_mixing_matrix_is_doubly_stochastic():
@@ -40,7 +40,7 @@ def test_expand_applies_the_transposed_matrix():
 
 
 @pytest.mark.parametrize("tokens", [1, 700])
-def test_blocked_backend_equals_the_reference_forward_and_backward(tokens):
+def test_other_backends_equal_the_reference_forward_and_backward(tokens):
     assert backend_for(torch.zeros(1)) == "blocked"
     torch.manual_seed(0)
     inputs = [
@@ -50,24 +50,26 @@ def test_blocked_backend_equals_the_reference_forward_and_backward(tokens):
         torch.randn(2, tokens, 96),
     ]
     results = {}
-    for backend in ("reference", "blocked"):
+    for backend in BACKENDS:
         leaves = [t.clone().requires_grad_() for t in inputs]
         expanded = expand(*leaves, backend=backend)
         collapsed = collapse(expanded, leaves[2], backend=backend)
         collapsed.backward(torch.linspace(-1, 1, collapsed.numel()).view_as(collapsed))
         results[backend] = [expanded, collapsed, *(leaf.grad for leaf in leaves)]
-    for slow, fast in zip(results["reference"], results["blocked"]):
-        torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
+    for slow, *others in zip(*(results[backend] for backend in BACKENDS)):
+        for fast in others:
+            torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
 
 
-def test_blocked_mixing_weights_equal_the_reference_forward_and_backward():
+def test_other_mixing_weights_equal_the_reference_forward_and_backward():
     torch.manual_seed(0)
     inputs = [torch.randn(2, 700, 4, 16), torch.randn(24, 64), torch.tensor([0.4, 0.6, 0.8]), torch.randn(24)]
     results = {}
-    for backend in ("reference", "blocked"):
+    for backend in BACKENDS:
         leaves = [t.clone().requires_grad_() for t in inputs]
         outputs = mixing_weights(*leaves, 20, 1e-6, 1e-6, backend=backend)
         sum((out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum() for out in outputs).backward()
         results[backend] = [*outputs, *(leaf.grad for leaf in leaves)]
-    for slow, fast in zip(results["reference"], results["blocked"]):
-        torch.testing.assert_close(fast, slow, rtol=1e-3, atol=1e-4)
+    for slow, *others in zip(*(results[backend] for backend in BACKENDS)):
+        for fast in others:
+            torch.testing.assert_close(fast, slow, rtol=1e-3, atol=1e-4)
