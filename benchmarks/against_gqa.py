@@ -29,7 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.report import check_page, command_line, log_log, table, verdict, write_tables
+from benchmarks.drawing import log_log
+from benchmarks.report import check_page, command_line, table, verdict, write_tables
 from benchmarks.timing import OtherLoad, Side, Timing, fastest, hopeless, in_turn, machine, ratio, threads_of
 from model.cache import Cache
 from model.cache_filling import fill_random

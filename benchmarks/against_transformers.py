@@ -27,7 +27,8 @@ from typing import get_args
 import torch
 
 from benchmarks.contenders import PRECISIONS, Network, Ours, Theirs, write_weights
-from benchmarks.report import check_page, command_line, log_log, table, verdict, write_tables
+from benchmarks.drawing import log_log
+from benchmarks.report import check_page, command_line, table, verdict, write_tables
 from benchmarks.timing import (
     OtherLoad,
     PeakMemory,

@@ -29,7 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.report import check_page, command_line, log_log, table, write_tables
+from benchmarks.drawing import log_log
+from benchmarks.report import check_page, command_line, table, write_tables
 from benchmarks.timing import OtherLoad, PeakMemory, in_child, machine, return_freed_memory, threads_of
 from model import checkpoint
 from model.cache import Cache

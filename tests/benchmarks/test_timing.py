@@ -5,7 +5,8 @@ import time
 import pytest
 import torch
 
-from benchmarks.report import BEGIN, END, command_line, log_log, table, verdict, write_tables
+from benchmarks.drawing import log_log
+from benchmarks.report import BEGIN, END, command_line, table, verdict, write_tables
 from benchmarks.timing import OtherLoad, PeakMemory, Side, Timing, fastest, hopeless, in_child, in_turn, machine, ratio
 from model.errors import FiftyfoldError
 

@@ -1,0 +1,50 @@
+"""On a GPU, eager PyTorch gives what it gives on a CPU."""
+
+import pytest
+import torch
+from networks import BF16, EXACT, build
+
+import model.mixers.csa as csa
+from model.cache import Cache
+from model.cache_file import restore_cache, save_cache
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+PIECES = [23, 1, 1, 16, 1, 28]
+
+
+def read(network, cache, ids, monkeypatch):
+    """Logits and choices, on the CPU."""
+    chosen, original = [], csa.index_topk
+
+    def watch(*arguments):
+        chosen.append(original(*arguments))
+        return chosen[-1]
+
+    monkeypatch.setattr(csa, "index_topk", watch)
+    with torch.inference_mode():
+        logits = torch.cat([network(piece, cache) for piece in ids.to(cache.device).split(PIECES, dim=1)], dim=1)
+    monkeypatch.setattr(csa, "index_topk", original)
+    return logits.cpu(), torch.cat(chosen).cpu()
+
+
+@pytest.mark.parametrize("change", [EXACT, {}, BF16, {"index_heads": 1}], ids=["fp32", "released", "bf16", "ties"])
+def test_a_gpu_computes_the_same(change, monkeypatch, tmp_path):
+    network = build(**change)
+    ids = torch.randint(network.config.vocab_size, (1, sum(PIECES)))
+    there = Cache(network.config, 1, 200)
+    expected, numbers = read(network, there, ids, monkeypatch)
+    here = Cache(network.config, 1, 200, "cuda")
+    found, chosen = read(network.to("cuda"), here, ids, monkeypatch)
+    # Values on the border between two codes may fall either way.
+    tolerance = 1e-5 if change is EXACT else 1e-2
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+    if change is EXACT:
+        assert torch.equal(chosen, numbers)
+    save_cache(there, tmp_path / "cache.safetensors")
+    moved = Cache(network.config, 1, 200, "cuda")
+    restore_cache(moved, tmp_path / "cache.safetensors")
+    assert moved.nbytes() == there.nbytes() and moved.lengths == there.lengths
+    with torch.inference_mode():
+        after = network(ids[:, :1].to("cuda"), moved).cpu()
+        network.to("cpu")
+        assert (after - network(ids[:, :1], there)).abs().max() <= tolerance * after.abs().max()
