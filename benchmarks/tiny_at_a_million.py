@@ -34,13 +34,13 @@ from benchmarks.report import check_page, command_line, table, write_tables
 from benchmarks.timing import OtherLoad, PeakMemory, in_child, machine, return_freed_memory, threads_of
 from model import checkpoint
 from model.cache import Cache
-from model.cache_filling import fill_random
 from model.errors import DataError, FiftyfoldError
 from model.execution import Execution, Mode
 from model.files import atomic_folder
 from model.generation import prefill
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
+from model.warm_up import warm_up
 from pipelines import prepare
 from pipelines.config import load_recipe
 from pipelines.data import train_batches
@@ -118,24 +118,11 @@ def decode(model: Transformer, cache: Cache, ids: Tensor) -> tuple[float, float]
     return statistics.median(seconds), float(F.cross_entropy(torch.cat(logits[:-1]), ids[0, 1:]))
 
 
-@torch.inference_mode()
-def warm_up(model: Transformer, lengths: list[int], chunk: int) -> None:
-    """Read a piece and a token at every power of two on the way, so that nothing is compiled while time is taken."""
-    length = lengths[0]
-    while length <= lengths[-1]:
-        cache = Cache(model.config, 1, length)
-        piece = min(chunk, length // 2)
-        fill_random(cache, length - piece - DECODED)
-        for tokens in (piece, *(1 for _ in range(DECODED))):
-            model(torch.zeros(1, tokens, dtype=torch.int64), cache, last_only=True)
-        length *= 2
-
-
 def read_and_decode(model: Transformer, ids: Tensor, lengths: list[int], chunk: int) -> tuple[str, dict]:
     """The table, and milliseconds per token by length for the figure."""
     rows = []
     lines: dict[str, dict[int, float]] = {"prefill, newest tokens": {}, "decode": {}}
-    warm_up(model, lengths, chunk)
+    warm_up(model, lengths[-1], chunk)
     return_freed_memory()
     with PeakMemory() as memory:
         cache = Cache(model.config, 1, lengths[-1])
