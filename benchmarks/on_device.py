@@ -49,14 +49,16 @@ class Bench:
         cache = Cache(self.model.config, 1, length, self.device)
         fill_random(cache, length - least)
         vocabulary = self.model.config.vocab_size
-        ids = torch.randint(vocabulary, (1, options.prompt), device=self.device)
+        ids = torch.randint(vocabulary, (1, max(options.prompt, options.tokens)), device=self.device)
 
         def decode() -> None:
             for token in ids[:, : options.tokens].split(1, dim=1):
                 self.model(token, cache, last_only=True)
 
         per_token = self._seconds(decode) / options.tokens
-        per_read = self._seconds(lambda: prefill(self.model, cache, ids, options.chunk)) / options.prompt
+        per_read = (
+            self._seconds(lambda: prefill(self.model, cache, ids[:, : options.prompt], options.chunk)) / options.prompt
+        )
         peak = f"{(torch.cuda.max_memory_allocated() - before) / 2**20:,.0f}" if on_gpu else ""
         return [
             f"{length:,}",
@@ -101,6 +103,9 @@ def main(arguments: list[str] | None = None) -> str:
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise FiftyfoldError("--device cuda: this machine has no GPU that torch can use")
+    for name in ("rounds", "tokens", "prompt", "chunk"):
+        if getattr(options, name) < 1:
+            raise FiftyfoldError(f"--{name}: {getattr(options, name)} is less than 1")
     bench = Bench(options)
     header = ["tokens", "decode, ms per token", "prompt, ms per token", "cache, MiB", "memory, MiB"]
     text = f"{bench.title()}\n\n{table(header, [bench.row(length) for length in options.lengths])}"

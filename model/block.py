@@ -34,7 +34,7 @@ class Block(nn.Module):
     def forward(self, streams: Tensor, input_ids: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """streams [B, S, n, hidden] ([B, S, hidden] without hyper-connections), input_ids int64 [B, S] -> streams."""
         execution, rotation = context.execution, context.rotation[self.attn.name]
-        kind = (self.kind, streams.device)
+        kind = (self.kind, streams.device, cache is not None)
         mixing, projected = execution.tokenwise(Block.before_mixing, kind, self, streams, rotation, cache is not None)
         mixed = self.attn.mix(projected, context, cache)
         streams, mixing, routed = execution.tokenwise(

@@ -62,7 +62,8 @@ def decode_token(
             if block.attn.pauses:
                 break
         kinds = tuple(step.block.kind for step in steps)
-        sizes = tuple(x.shape for step in steps for x in step.past.values())
+        met = steps if resumed is None else [resumed.step, *steps]
+        sizes = tuple(x.shape for step in met for x in step.past.values())
         form = (kinds, resumed and resumed.step.block.kind, sizes, position.device)
         compiled = context.execution.function(stretch, form)
         kept, halfway, logits = compiled(network, tuple(steps), resumed or embedding, position, input_ids)

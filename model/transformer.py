@@ -12,6 +12,7 @@ from model.cache import Cache
 from model.config import ModelConfig
 from model.decoding import decode_token
 from model.documents import PackedDocuments
+from model.errors import CacheError
 from model.execution import Execution
 from model.hyper_connections import HyperConnection, HyperHead
 from model.linear import Linear, linear
@@ -74,6 +75,8 @@ class Transformer(nn.Module):
         that do not go together.
         """
         if cache is not None:
+            if cache.config is not self.config and cache.config != self.config:
+                raise CacheError("the cache was made for another model configuration")
             if attention != "sparse":
                 raise ValueError("attention: a cache serves sparse attention only")
             if telemetry is not None and telemetry.predict_ahead:
@@ -98,7 +101,7 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.begin(*input_ids.shape)
         context = self._context(input_ids, cache, positions, attention, telemetry)
-        if cache is not None and telemetry is None and context.execution.in_stretches(input_ids):
+        if cache is not None and context.execution.in_stretches(input_ids):
             logits = decode_token(self, embedding, input_ids, cache.layers, context)
             cache.advance()
             return logits

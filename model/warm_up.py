@@ -23,14 +23,21 @@ def warm_up(model: Transformer, tokens: int, chunk: int = 512) -> None:
     """
     if not model.execution.compiled:
         return
+    Cache(model.config, 1, tokens, "meta")  # refused now instead of after minutes
     device = next(model.parameters()).device
+
+    def read(size: int, before: int, last_only: bool) -> None:
+        cache = Cache(model.config, 1, before + size, device)
+        if before:
+            fill_random(cache, before)
+        model(torch.zeros(1, size, dtype=torch.int64, device=device), cache, last_only=last_only)
+
+    for size in (*COMPILED_TILES, chunk):  # from nothing, and with all logits, no length makes a difference
+        read(min(size, chunk, tokens), 0, last_only=False)
     length = min(_SHORTEST, tokens)
     while True:
         for size in {min(size, chunk, length) for size in (*COMPILED_TILES, chunk)}:
-            cache = Cache(model.config, 1, length, device)
-            if length > size:
-                fill_random(cache, length - size)
-            model(torch.zeros(1, size, dtype=torch.int64, device=device), cache, last_only=True)
+            read(size, length - size, last_only=True)
         if length == tokens:
             return
         length = min(2 * length, tokens)

@@ -10,10 +10,6 @@ _MANY = 32
 """So many times more scores than are chosen are worth looking through in two steps."""
 
 
-_MANY = 32
-"""So many times more scores than are chosen are worth looking through in two steps."""
-
-
 def index_scores(query: Tensor, keys: Tensor, head_weights: Tensor) -> Tensor:
     """``I[b, s, t] = sum_h head_weights[b, s, h] * relu(query[b, s, h] . keys[b, t])``; differentiable.
 
@@ -40,8 +36,8 @@ def best_places(scores: Tensor, k: int) -> Tensor:
     ``-inf`` is never chosen; unused places are -1.
     """
     T = scores.shape[-1]
-    places = torch.arange(T, device=scores.device)
     if T // k < _MANY:
+        places = torch.arange(T, device=scores.device)
         chosen = _keys(scores, places).topk(min(k, T), dim=-1).indices
         values = scores.gather(-1, chosen)
     else:
@@ -49,8 +45,8 @@ def best_places(scores: Tensor, k: int) -> Tensor:
         # before it. This size takes the fewest comparisons.
         size = 1 << (T // k).bit_length() // 2
         groups = F.pad(scores, (0, -T % size), value=float("-inf")).unflatten(-1, (-1, size))
-        count = groups.shape[-2]
-        best = _keys(groups.amax(-1), places[:count]).topk(k, dim=-1, sorted=False).indices
+        places = torch.arange(groups.shape[-2], device=scores.device)
+        best = _keys(groups.amax(-1), places).topk(k, dim=-1, sorted=False).indices
         candidates = (best.unsqueeze(-1) * size + places[:size]).flatten(-2)
         values = groups.flatten(-2).gather(-1, candidates)
         inner = _keys(values, candidates).topk(k, dim=-1).indices

@@ -19,6 +19,11 @@ def test_a_length_too_short_to_measure_is_refused():
         on_device.main([*SHORT, "--lengths", "20"])
 
 
+def test_a_number_that_measures_nothing_is_refused():
+    with pytest.raises(FiftyfoldError, match="--rounds: 0 is less than 1"):
+        on_device.main([*SHORT, "--rounds", "0"])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_gpu_that_is_not_there_is_refused():
     with pytest.raises(FiftyfoldError, match="--device cuda: this machine has no GPU"):

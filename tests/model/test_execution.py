@@ -16,6 +16,7 @@ from model.config import ModelConfig
 from model.errors import ConfigError
 from model.execution import TILE, Execution
 from model.paging import PagePool
+from model.telemetry import Telemetry
 from model.transformer import Transformer
 
 NETWORKS = {
@@ -340,14 +341,15 @@ def test_single_tokens_in_stretches_are_close_and_choose_alike(name, start, mode
 
 
 class Strict:
-    """Stands for compiled code: takes only tensors of the kind that it met first."""
+    """Stands for compiled code: takes only what is of the kind that it met first."""
 
     def __init__(self, fn, **_):
         self.fn, self.first = fn, None
 
     def __call__(self, *arguments):
         leaves = tree_flatten(arguments)[0]
-        kind = [self.kind(x) for x in leaves if isinstance(x, torch.Tensor)]
+        kind = [self.kind(x) if isinstance(x, torch.Tensor) else x for x in leaves]
+        kind = [x for x in kind if not isinstance(x, torch.nn.Module)]
         self.first = self.first or kind
         assert kind == self.first
         return self.fn(*arguments)
@@ -357,20 +359,30 @@ class Strict:
         return x.shape, [step for n, step in zip(x.shape, x.stride()) if n > 1], x.dtype
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_compiled_code_meets_what_it_was_made_for(name, mode, monkeypatch):
+@pytest.fixture()
+def strict(monkeypatch):
     monkeypatch.setattr(torch, "compile", Strict)
     execution._code.cache_clear()
+    yield
+    execution._code.cache_clear()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_compiled_code_meets_what_it_was_made_for(name, mode, strict):
     model = mode(build(**NETWORKS[name]), "compiled")
-    for each in (Cache(model.config, 1, 2 * MOST), Cache(model.config, 1, 2 * MOST, pool=PagePool(model.config, 60))):
-        ids = random_ids(model, 1, MOST)
+    ids = random_ids(model, 1, MOST)
+    with torch.inference_mode():
+        model(ids[:, :8])
+        model(ids[:, :1], Cache(model.config, 1, 8), telemetry=Telemetry())
+    pool = PagePool(model.config, 60)
+    for kind in ({}, {"rewind": 9}, {"pool": pool}):
+        each = Cache(model.config, 1, 2 * MOST, **kind)
         read(model, each, ids[:, :60], [8, 1, 5, 8, 1, 1, 30, 7])
         read(model, each.fork(), ids[:, :9], [1, 8])
         joined = Cache.join([each.fork(), each.fork()])
         read(model, joined, ids[:, :20].expand(2, -1), [4, 1, 3, 1])
         read(model, joined.split()[1], ids[:, :9], [1, 8])
         read(model, each, ids[:, :20], [1, 8, 1])
-    execution._code.cache_clear()
 
 
 @pytest.mark.long

@@ -14,7 +14,7 @@ from model.execution import Execution
 from model.warm_up import warm_up
 
 LONG, CHUNK = 6000, 100
-LAYERS = {"hybrid": ("sliding", "csa", "hca"), "gqa": ("gqa",)}
+LAYERS = {"hybrid": ("sliding", "csa", "hca"), "gqa": ("gqa",), "no sliding": ("csa", "hca")}
 
 
 @pytest.fixture()
@@ -31,7 +31,7 @@ def read(model, before, tokens):
     if before:
         fill_random(cache, before)
     with torch.inference_mode():
-        model(torch.zeros(1, tokens, dtype=torch.int64), cache, last_only=True)
+        model(torch.zeros(1, tokens, dtype=torch.int64), cache, last_only=bool(before))
 
 
 @pytest.mark.parametrize("ratios", [(4, 32), (6, 24)])
