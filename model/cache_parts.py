@@ -16,7 +16,8 @@ from model.precision import Precision
 
 def ring_ages(capacity: int, position: Tensor) -> Tensor:
     """How many tokens lie between each row of a :class:`Ring` of one sequence and the one at ``position``, int64 [1],
-    that has not been written yet: int64 [capacity], 0 for the newest."""
+    whose own row does not count, written already or not: int64 [capacity], 0 for the newest. Ages that lie before the
+    sequence's start are the caller's to mask."""
     return (position - 1 - torch.arange(capacity, device=position.device)) % capacity
 
 
@@ -188,7 +189,8 @@ class Entries:
         return self.gather(torch.arange(most, device=self.table.pool.device).minimum(last).clamp(min=0))
 
     def at_least(self, count: int) -> Tensor:
-        """The first ``count`` rows of a single sequence, uint8 [count, nbytes]. Beyond its own they hold any bits."""
+        """The first ``count`` rows of a single sequence, uint8 [count, nbytes]. Beyond its own they mean
+        nothing, but are finite."""
         return self.paged(0).at_least(0, count)
 
     def gather(self, numbers: Tensor) -> Tensor:

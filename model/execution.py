@@ -151,7 +151,8 @@ def in_tiles(x: Tensor, tile: int = TILE) -> list[Tensor]:
 
 def _state() -> tuple[Hashable, ...]:
     """What compiled code depends on besides its arguments."""
-    return torch.is_inference_mode_enabled(), torch.get_num_threads(), torch.is_autocast_enabled("cpu")
+    autocast = (torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in ("cpu", "cuda"))
+    return torch.is_inference_mode_enabled(), torch.get_num_threads(), *autocast
 
 
 @cache

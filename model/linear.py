@@ -10,8 +10,8 @@ from torch import Tensor, nn
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T`` for x [..., in] and weight [out, in] (or stacks [g, in] and [g, out, in]), in x's dtype.
 
-    BF16 weights and float32 inputs are multiplied in BF16 units, sums kept in float32; compiled for a single token,
-    in float32.
+    BF16 weights and float32 inputs are multiplied in BF16 units, sums kept in float32 and rounded to BF16 at the end;
+    compiled for a single token, all in float32.
     """
     if torch.compiler.is_compiling() and x.numel() == weight.numel() // weight.shape[-2]:
         # One token: all time goes into reading the weights, which a fused sum does twice as fast as a CPU's library.

@@ -35,7 +35,8 @@ class PagedRows:
         return whole.flatten(0, 1)[begin - first * self.per_page :][: end - begin]
 
     def at_least(self, begin: int, end: int) -> Tensor:
-        """Just as many rows where the sequence's pages end before ``end``: those beyond them hold any bits."""
+        """Just as many rows where the sequence's pages end before ``end``: those beyond them are some
+        sequence's, or zeros, and finite once unpacked."""
         missing = end - len(self.pages) * self.per_page
         if missing <= 0:
             return self.slice(begin, end)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ def index_topk(
     head_weights: Tensor,
     visible: list[int],
     k: int,
+    *,
     fixed_shapes: bool = False,
     one_by_one: bool = False,
     score: Callable[[Tensor, Tensor, Tensor, EntryLayout], Tensor] | None = None,
@@ -45,7 +47,8 @@ def index_topk(
     time.
     """
     score, choose = score or tile_scores, choose or best_visible
-    step = 1 if one_by_one else min(_QUERIES, _power_of_two(max(1, _SCORES // max(1, *visible))))
+    longest = max(1, *visible)
+    step = 1 if one_by_one else min(_QUERIES, _power_of_two(max(1, _SCORES // longest)))
     pieces = []
     with torch.no_grad(), exact_in_bf16(layout):
         for s in range(0, len(visible), step):
@@ -61,7 +64,7 @@ def index_topk(
             width = most
             if fixed_shapes:
                 width = size
-                while width < most:
+                while width < (most if one_by_one else longest):  # as step does: no more pairs of them than needed
                     width *= 2
             scores = query.new_empty(len(q), width)
             for begin in range(0, most, size):
@@ -110,11 +113,34 @@ def exact_in_bf16(layout: EntryLayout) -> Iterator[None]:
     """Let a CPU multiply in BF16 units where keys, and queries rounded like them, fit these exactly: E4M3 times a power
     of two does, and sums are kept in float32 either way. PyTorch has one such setting for the whole process:
     float32 products of other threads may run in BF16 meanwhile, too."""
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    if layout.body_format in ("bf16", "fp8"):
-        matmul.fp32_precision = "bf16"
+    if layout.body_format not in ("bf16", "fp8"):
+        yield
+        return
+    _bf16_units.enter()
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        _bf16_units.leave()
+
+
+class _Bf16Units:
+    """The setting of the process, changed by the first thread that needs it and put back by the last."""
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._before = Lock(), 0, "none"
+
+    def enter(self) -> None:
+        matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        with self._lock:
+            if not self._users:
+                self._before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+            self._users += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                torch.backends.mkldnn.matmul.fp32_precision = self._before  # type: ignore[attr-defined]
+
+
+_bf16_units = _Bf16Units()

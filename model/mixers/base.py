@@ -70,7 +70,8 @@ class Mixer(nn.Module):
     pauses = False
 
     def past(self, cache: LayerCache) -> dict[str, Tensor]:
-        """What :meth:`keep` and :meth:`attend_token` read of the cache, as it is before the token."""
+        """What :meth:`keep` and :meth:`attend_token` read of the cache: views of it, taken before the token. A layer
+        that pauses has written its row by the time it attends."""
         return {}
 
     def keep(self, projected: dict[str, Tensor], past: dict[str, Tensor], position: Tensor) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ class Shared:
     visible: Tensor
 
     def values(self, heads: int) -> int:
-        return heads * max(self.entries.counts)
+        return heads * _rounded_up(max(self.entries.counts))
 
     @cached_property
     def _rows(self) -> Tensor:
@@ -127,13 +127,17 @@ def queries_at_once(selection: Selection | None, query: Tensor) -> int:
     return min(_QUERIES, 1 << max(1, _VALUES // each).bit_length() - 1)
 
 
+def _rounded_up(entries: int) -> int:
+    return max(64, 1 << (entries - 1).bit_length())
+
+
 def _filled_up(run: list[Tensor | None], queries: int) -> list[Tensor | None]:
     """The same run with as many queries, and a power of two of sequences and shared entries."""
     query, window_rows, first, rows, mask = run
     assert query is not None and window_rows is not None and first is not None
     B, S = query.shape[:2]
     more, later = (1 << (B - 1).bit_length()) - B, queries - S
-    entries = 0 if mask is None else max(64, 1 << (mask.shape[-1] - 1).bit_length()) - mask.shape[-1]
+    entries = 0 if mask is None else _rounded_up(mask.shape[-1]) - mask.shape[-1]
     if not (more or later or entries):
         return run
     if rows is not None and mask is not None:

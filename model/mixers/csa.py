@@ -102,10 +102,10 @@ class CompressedSparseAttention(CompressedAttention):
                 projected["head_weights"][sequence],
                 [(start + i + 1) // self.ratio for i in range(S)],
                 self.config.index_topk,
-                execution.fixed_shapes,
-                execution.batch_invariant,
-                execution.function(tile_scores),
-                execution.function(best_visible),
+                fixed_shapes=execution.fixed_shapes,
+                one_by_one=execution.batch_invariant,
+                score=execution.function(tile_scores),
+                choose=execution.function(best_visible),
             )
             for sequence, start in enumerate(cache.index.table.lengths)
         ]

@@ -1,6 +1,8 @@
 """Selection from packed keys: the readable scores' own choice, whatever the sizes, formats and pages."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from kernels.cache_io import EntryLayout, PagedRows, pack, unpack
 from kernels.formats import E2M1_VALUES
 from kernels.index_topk import index_scores, index_topk, select_topk, tile_scores
 from kernels.index_topk.reference import best_places
+from kernels.index_topk.streamed import exact_in_bf16
 from kernels.quantize import round_to_format
 
 FORMATS = ("fp4", "fp8", "bf16", "fp32")
@@ -130,6 +133,26 @@ def test_tiles_are_scored_to_float32s_precision(body_format):
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     readable = index_scores(query.unsqueeze(0), keys.unsqueeze(0), weights.unsqueeze(0))[0]
     torch.testing.assert_close(found, readable, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_two_threads_leave_the_processs_setting_as_they_found_it():
+    """The second begins while the first scores, and ends after it."""
+    matmul, layout = torch.backends.mkldnn.matmul, EntryLayout(64, "fp8")
+    before, begun, go_on = matmul.fp32_precision, Event(), Event()
+
+    def second():
+        with exact_in_bf16(layout):
+            begun.set()
+            assert go_on.wait(60)
+            assert matmul.fp32_precision == "bf16"
+
+    with ThreadPoolExecutor(1) as pool:
+        with exact_in_bf16(layout):
+            running = pool.submit(second)
+            assert begun.wait(60)
+        go_on.set()
+        running.result()
+    assert matmul.fp32_precision == before
 
 
 @pytest.mark.parametrize("k", [1, 3, 16, 100])

@@ -240,9 +240,7 @@ class Choices:
         self.numbers, self.tied = [], 0
         original = csa.index_topk
 
-        def watch(*arguments):
-            *others, choose = arguments
-
+        def watch(*arguments, choose, **options):
             def count_ties(scores, visible, k):
                 chosen = choose(scores, visible, k)
                 scores = scores.masked_fill(torch.arange(scores.shape[1]) >= visible.unsqueeze(-1), float("-inf"))
@@ -252,7 +250,7 @@ class Choices:
                     self.tied += int((equal & (chosen[:, -1] >= 0)).sum())
                 return chosen
 
-            self.numbers.append(original(*others, count_ties))
+            self.numbers.append(original(*arguments, choose=count_ties, **options))
             return self.numbers[-1]
 
         monkeypatch.setattr(csa, "index_topk", watch)

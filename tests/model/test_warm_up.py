@@ -34,10 +34,10 @@ def read(model, before, tokens):
         model(torch.zeros(1, tokens, dtype=torch.int64), cache, last_only=bool(before))
 
 
-@pytest.mark.parametrize("ratios", [(4, 32), (6, 24)])
+@pytest.mark.parametrize(("ratios", "heads"), [((4, 32), 4), ((6, 24), 4), ((4, 32), 6)])
 @pytest.mark.parametrize("name", LAYERS)
-def test_no_request_meets_new_code(name, ratios, forms):
-    sizes = {"csa_ratio": ratios[0], "hca_ratio": ratios[1], "max_positions": 8 * LONG}
+def test_no_request_meets_new_code(name, ratios, heads, forms):
+    sizes = {"csa_ratio": ratios[0], "hca_ratio": ratios[1], "num_heads": heads, "max_positions": 8 * LONG}
     model = build(layers=LAYERS[name], num_hash_layers=0, **sizes)
     model.execution = Execution("compiled")
     warm_up(model, LONG, CHUNK)
