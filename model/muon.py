@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,6 +39,8 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     momentum: float = 0.95
     rms: float = 0.18
+    ns_coefficients: tuple[tuple[float, float, float], ...] = V4_COEFFICIENTS
+    """One (a, b, c) for each step of the iteration; V4's are 8 fast ones and 2 that settle."""
     ns_dtype: Literal["float32", "bfloat16"] = "float32"
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-20
@@ -50,30 +53,65 @@ class OptimizerConfig:
         for name, value in (("momentum", self.momentum), ("beta1", self.betas[0]), ("beta2", self.betas[1])):
             if not 0 <= value < 1:
                 raise ConfigError(f"train.optimizer.{name}: must lie in [0, 1), found {value}")
+        if not self.ns_coefficients or not all(math.isfinite(x) for step in self.ns_coefficients for x in step):
+            raise ConfigError(
+                f"train.optimizer.ns_coefficients: expected at least one step of finite (a, b, c), "
+                f"found {list(self.ns_coefficients)}"
+            )
         if self.weight_decay < 0:
             raise ConfigError(f"train.optimizer.weight_decay: must not be negative, found {self.weight_decay}")
 
 
-def rule_for(name: str, parameter: Tensor, rule: str) -> str:
-    """``muon`` or ``adamw`` for one parameter. 3-D stacks (experts, output groups) count as matrices, one by one."""
-    if rule == "adamw" or parameter.dim() < 2 or min(parameter.shape[-2:]) < 2 or ADAMW_NAMES.search(name):
-        return "adamw"
-    return "muon"
+Matrices = tuple[Tensor, Tensor, Tensor]
+"""Weights, their gradients and their momenta, [..., rows, columns] each."""
+_BATCH = 1 << 21
+"""Numbers that are orthogonalised together."""
+
+
+def _batches(pieces: list[Matrices]) -> Iterator[list[Matrices]]:
+    """Consecutive pieces of together at most ``_BATCH`` numbers, or single larger ones."""
+    batch: list[Matrices] = []
+    for piece in pieces:
+        if batch and sum(p[0].numel() for p in batch) + piece[0].numel() > _BATCH:
+            yield batch
+            batch = []
+        batch.append(piece)
+    yield batch
+
+
+def rule_for(name: str, parameter: Tensor, rule: str, rows: Sequence[int] = ()) -> str:
+    """``muon`` or ``adamw`` for one parameter. 3-D stacks (experts, output groups) count as matrices, one by one, and
+    so do the ``rows`` of each part of a fused projection."""
+    degenerate = parameter.dim() < 2 or min(*parameter.shape[-2:], *rows) < 2
+    return "adamw" if rule == "adamw" or degenerate or ADAMW_NAMES.search(name) else "muon"
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Both rules over one list of parameters. Raises ConfigError when Muon is asked for and gets no matrix."""
+    """Both rules over one list of parameters. Raises ConfigError when Muon is asked for and gets no matrix.
 
-    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig):
+    ``fused`` names the parameters that hold several independent projections, one above the other, and the rows of each
+    (:meth:`model.transformer.Transformer.fused_rows`): Muon treats them as matrices of their own.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        config: OptimizerConfig,
+        fused: Mapping[str, Sequence[int]] | None = None,
+    ):
         self.config = config
-        groups: dict[tuple[str, float], dict[str, Any]] = {}
+        self._rows: dict[Tensor, Sequence[int]] = {}
+        groups: dict[tuple[str, bool], dict[str, Any]] = {}
         for name, parameter in named_parameters:
-            rule = rule_for(name, parameter, config.rule)
+            rows = (fused or {}).get(name, parameter.shape[-2:-1])
+            self._rows[parameter] = rows
+            rule = rule_for(name, parameter, config.rule, rows)
             rate = config.learning_rate if rule == "muon" else (config.adamw_learning_rate or config.learning_rate)
-            if ".indexer." in name and config.indexer_learning_rate:
+            indexer = ".indexer." in name
+            if indexer and config.indexer_learning_rate:
                 rate = config.indexer_learning_rate
-            key = (rule, rate)
-            group = groups.setdefault(key, {"params": [], "names": [], "rule": rule, "lr": rate, "peak_lr": rate})
+            new = {"params": [], "names": [], "rule": rule, "indexer": indexer, "lr": rate, "peak_lr": rate}
+            group = groups.setdefault((rule, indexer), new)
             group["params"].append(parameter)
             group["names"].append(name)
         if config.rule == "muon" and not any(rule == "muon" for rule, _ in groups):
@@ -81,19 +119,28 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__(list(groups.values()), {})
 
     def table(self) -> list[tuple[str, str, str, int, float]]:
-        """Rows (parameter role, rule, shape, numbers, learning rate); layers of one role are one row."""
+        """Rows (parameter role, rule, matrices, numbers, learning rate); layers of one role are one row."""
         rows: dict[tuple, list[int]] = {}
         for group in self.param_groups:
             for name, parameter in zip(group["names"], group["params"]):
                 role = re.sub(r"layers\.\d+\.", "layers.*.", name)
-                key = (role, group["rule"], tuple(parameter.shape), group["peak_lr"])
+                key = (role, group["rule"], self._shown(parameter, group["rule"]), group["peak_lr"])
                 count = rows.setdefault(key, [0, 0])
                 count[0] += 1
                 count[1] += parameter.numel()
         return [
-            (role, rule, f"{count} x {list(shape)}", numbers, rate)
-            for (role, rule, shape, rate), (count, numbers) in rows.items()
+            (role, rule, f"{count} x {shown}", numbers, rate)
+            for (role, rule, shown, rate), (count, numbers) in rows.items()
         ]
+
+    def _shown(self, parameter: Tensor, rule: str) -> str:
+        """A parameter as what its rule takes for one: its shape, or the matrices it is split into."""
+        stack, parts = math.prod(parameter.shape[:-2]), Counter(self._rows[parameter])
+        if rule == "adamw" or stack * parts.total() == 1:
+            return str(list(parameter.shape))
+        columns = parameter.shape[-1]
+        each = " + ".join(f"{stack * count} x [{rows}, {columns}]" for rows, count in parts.items())
+        return f"({each})"
 
     def muon_share(self) -> float:
         """Share of all trained numbers that Muon moves."""
@@ -102,10 +149,15 @@ class MuonAdamW(torch.optim.Optimizer):
             total[group["rule"]] += sum(p.numel() for p in group["params"])
         return total["muon"] / max(1, sum(total.values()))
 
-    def set_lr_scale(self, scale: float) -> None:
-        """Every group's rate becomes its peak times ``scale``."""
+    def set_rates(self, scale: float, indexer_peak: float | None = None) -> None:
+        """Every group's rate becomes its peak times ``scale``; the indexers' peak is ``indexer_peak`` where given."""
         for group in self.param_groups:
-            group["lr"] = group["peak_lr"] * scale
+            peak = indexer_peak if indexer_peak is not None and group["indexer"] else group["peak_lr"]
+            group["lr"] = peak * scale
+
+    def rates(self) -> dict[str, float]:
+        """The present learning rates: of ``muon``, ``adamw`` and, whatever their rule, the ``indexer`` parameters."""
+        return {"indexer" if group["indexer"] else group["rule"]: group["lr"] for group in self.param_groups}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -118,24 +170,33 @@ class MuonAdamW(torch.optim.Optimizer):
                 self._adamw(moving, group["lr"])
 
     def _muon(self, parameters: list[Tensor], lr: float) -> None:
-        """Report algorithm 1: Nesterov momentum, orthogonalisation, RMS-matched step with decoupled decay."""
-        config = self.config
-        by_shape: dict[tuple[int, int], list[Tensor]] = {}
+        """Report algorithm 1: Nesterov momentum, orthogonalisation, RMS-matched step with decoupled decay.
+
+        Same-shape matrices of all layers and experts go through one iteration together, so many at a time that the
+        passes over them stay in the processor's cache.
+        """
+        by_shape: dict[tuple[int, int], list[Matrices]] = {}
         for p in parameters:
-            by_shape.setdefault((p.shape[-2], p.shape[-1]), []).append(p)
-        for (rows, columns), group in by_shape.items():
-            gradients = [p.grad for p in group if p.grad is not None]
-            momenta = [self._state(p, "momentum") for p in group]
-            torch._foreach_mul_(momenta, config.momentum)
-            torch._foreach_add_(momenta, gradients)
-            looked_ahead = torch._foreach_add(gradients, momenta, alpha=config.momentum)
-            # Same-shape matrices of all layers and experts go through one batched iteration.
-            counts = [p.numel() // (rows * columns) for p in group]
-            batch = torch.cat([u.reshape(-1, rows, columns) for u in looked_ahead])
-            updates = newton_schulz(batch, V4_COEFFICIENTS, getattr(torch, config.ns_dtype)).split(counts)
-            torch._foreach_mul_(group, 1 - lr * config.weight_decay)
-            scaled = [u.view_as(p) for u, p in zip(updates, group)]
-            torch._foreach_add_(group, scaled, alpha=-lr * config.rms * math.sqrt(max(rows, columns)))
+            assert p.grad is not None
+            whole = (p, p.grad, self._state(p, "momentum"))
+            for rows, *part in zip(self._rows[p], *(t.split(list(self._rows[p]), dim=-2) for t in whole)):
+                by_shape.setdefault((rows, p.shape[-1]), []).append((part[0], part[1], part[2]))
+        for (rows, columns), pieces in by_shape.items():
+            for batch in _batches(pieces):
+                self._muon_batch(batch, rows, columns, lr)
+
+    def _muon_batch(self, batch: list[Matrices], rows: int, columns: int, lr: float) -> None:
+        config = self.config
+        counts = [weight.numel() // (rows * columns) for weight, _, _ in batch]
+        dtype = getattr(torch, config.ns_dtype)
+        ahead = torch.empty(sum(counts), rows, columns, dtype=dtype, device=batch[0][0].device)
+        for (_, gradient, momentum), out in zip(batch, ahead.split(counts)):
+            torch.add(gradient, momentum, alpha=config.momentum, out=momentum)
+            torch.add(gradient, momentum, alpha=config.momentum, out=out.view(gradient.shape))
+        updates = newton_schulz(ahead, config.ns_coefficients, dtype).split(counts)
+        size = lr * config.rms * math.sqrt(max(rows, columns))
+        for (weight, _, _), update in zip(batch, updates):
+            weight.mul_(1 - lr * config.weight_decay).add_(update.reshape(weight.shape), alpha=-size)
 
     def _adamw(self, parameters: list[Tensor], lr: float) -> None:
         if not parameters:

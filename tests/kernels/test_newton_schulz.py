@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from kernels.newton_schulz import newton_schulz
+from kernels.newton_schulz import V4_COEFFICIENTS, newton_schulz
+from kernels.newton_schulz.gram import prefers_gram
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (16, 64), (64, 16), (5, 24, 12)])
@@ -26,3 +27,46 @@ def test_a_batch_equals_its_matrices_one_by_one():
 
 def test_zero_stays_zero():
     assert newton_schulz(torch.zeros(6, 4)).abs().max() == 0
+
+
+def ill_conditioned(rows, columns):
+    """Singular values from 1 down to 1e-4."""
+    left = torch.linalg.qr(torch.randn(rows, rows))[0]
+    return left @ torch.diag(torch.logspace(0, -4, rows)) @ torch.linalg.qr(torch.randn(columns, rows))[0].T
+
+
+SHAPES = [(32, 32), (32, 40), (32, 64), (32, 256), (256, 32), (3, 16, 64), (2, 3, 64, 16), (1, 100)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fused_products_give_what_the_readable_steps_do(shape):
+    matrices = torch.randn(shape)
+    expected = newton_schulz(matrices, backend="reference")
+    torch.testing.assert_close(newton_schulz(matrices), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(newton_schulz(matrices, dtype=torch.bfloat16), expected, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 6, 10])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_steps(steps, dtype):
+    matrices, coefficients = torch.randn(2, 16, 96), V4_COEFFICIENTS[-steps:]
+    expected = newton_schulz(matrices, coefficients, backend="reference")
+    atol = 1e-5 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(newton_schulz(matrices, coefficients, dtype), expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 256), (256, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_low_rank_neither_overflow_nor_lose_what_they_hold(shape, dtype):
+    """A Gram matrix kept for too long has eigenvalues below 0, which the iteration drives to infinity."""
+    low = torch.randn(shape[0], 4) @ torch.randn(4, shape[1])
+    for matrix in (low, low + 1e-3 * torch.randn(shape), ill_conditioned(*sorted(shape)).view(shape)):
+        found = torch.linalg.svdvals(newton_schulz(matrix, dtype=dtype))
+        expected = torch.linalg.svdvals(newton_schulz(matrix, dtype=dtype, backend="reference"))
+        assert found.isfinite().all() and found.max() < 1.05
+        torch.testing.assert_close(found[:4], expected[:4], rtol=0, atol=0.03)
+
+
+def test_wide_shapes_take_the_form_that_multiplies_less():
+    assert not prefers_gram(512, 512, 10, 5) and not prefers_gram(512, 512, 10, 2)
+    assert prefers_gram(128, 512, 10, 5) and prefers_gram(256, 512, 10, 2)

@@ -8,6 +8,7 @@ from kernels.newton_schulz import newton_schulz
 from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
 from model.muon import MuonAdamW, OptimizerConfig, rule_for
+from model.muon_reference import adamw_step, muon_step
 from model.transformer import Transformer
 
 
@@ -40,29 +41,70 @@ def test_roles_get_the_published_rules():
     assert {rules[name] for name in muon} == {"muon"}
 
 
-def test_muon_is_the_published_update_for_each_matrix_alone():
-    """A slow twin: one matrix at a time, algorithm 1 of the report."""
-    torch.manual_seed(0)
-    config = OptimizerConfig(learning_rate=0.02)
-    model = nn.ParameterDict({"a": torch.randn(6, 10), "b": torch.randn(6, 10), "stack": torch.randn(3, 10, 6)})
-    twin = {name: p.detach().clone() for name, p in model.items()}
-    momentum = {name: torch.zeros_like(p) for name, p in twin.items()}
-    optimizer = MuonAdamW(model.named_parameters(), config)
-    for _ in range(3):
-        for p in model.values():
+@pytest.mark.parametrize("batch", [1, 700, 1 << 22])
+def test_the_optimizer_is_its_readable_twin(batch, monkeypatch):
+    """Every parameter of a network: experts, output groups and the parts of fused projections each alone."""
+    monkeypatch.setattr("model.muon._BATCH", batch)
+    model = tiny()
+    config = OptimizerConfig(learning_rate=0.02, adamw_learning_rate=0.01, eps=1e-8)
+    fused = model.fused_rows()
+    optimizer = MuonAdamW(model.named_parameters(), config, fused)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    state = {name: [torch.zeros_like(w), torch.zeros_like(w)] for name, w in weights.items()}
+    for step in (1, 2, 3):
+        for name, p in model.named_parameters():
             p.grad = torch.randn_like(p)
-        for name, w in twin.items():
-            g = model[name].grad
-            momentum[name] = 0.95 * momentum[name] + g
-            ahead = 0.95 * momentum[name] + g
-            matrices = [newton_schulz(m) for m in (ahead if ahead.dim() == 3 else ahead.unsqueeze(0))]
-            update = torch.stack(matrices).view_as(w) * math.sqrt(max(w.shape[-2:])) * 0.18
-            twin[name] = (1 - 0.02 * 0.1) * w - 0.02 * update
+            rows = fused.get(name, p.shape[-2:-1])
+            if rule_for(name, p, "muon", rows) == "adamw":
+                weights[name], *state[name] = adamw_step(weights[name], p.grad, *state[name], step, 0.01, config)
+                continue
+            begin = 0
+            for count in rows:
+                part = slice(begin, begin + count)
+                begin += count
+                views = (t[..., part, :].flatten(0, -3) if t.dim() > 2 else t[None, part]
+                         for t in (weights[name], p.grad, state[name][0]))  # fmt: skip
+                for weight, gradient, momentum in zip(*views):
+                    new_weight, new_momentum = muon_step(weight, gradient, momentum, 0.02, config)
+                    weight.copy_(new_weight)
+                    momentum.copy_(new_momentum)
         optimizer.step()
-    for name, w in twin.items():
-        torch.testing.assert_close(model[name].detach(), w, rtol=1e-4, atol=1e-5)
-    rms = (0.18 * math.sqrt(10) * newton_schulz(torch.randn(6, 10))).square().mean().sqrt()
-    assert 0.12 < rms < 0.24  # the size of an AdamW step, which is what the factor is for
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), weights[name], rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_an_update_has_the_size_of_an_adamw_step():
+    update = 0.18 * math.sqrt(10) * newton_schulz(torch.randn(6, 10))
+    assert 0.12 < update.square().mean().sqrt() < 0.24
+
+
+def test_fused_projections_are_told_apart():
+    model = tiny()
+    fused, parameters = model.fused_rows(), dict(model.named_parameters())
+    assert all(sum(rows) == parameters[name].shape[-2] for name, rows in fused.items())
+    assert fused["layers.1.attn.compressor.wkv.weight"] == (16, 16)
+    assert fused["layers.1.attn.indexer.compressor.wgate.weight"] == (16, 16)
+    assert fused["layers.0.attn_residual.fn"] == (4, 4, 16)
+    assert "layers.2.attn.compressor.wkv.weight" not in fused  # hca entries do not overlap
+    table = {role: shown for role, _, shown, _, _ in MuonAdamW(parameters.items(), OptimizerConfig(), fused).table()}
+    assert table["layers.*.attn_residual.fn"] == "4 x (2 x [4, 128] + 1 x [16, 128])"
+    assert table["layers.*.ffn.w1"] == "4 x (4 x [16, 32])"
+
+
+def test_parts_too_small_for_muon_go_to_adamw():
+    model = tiny(hc_mult=1)
+    rules = {
+        name: group["rule"]
+        for group in MuonAdamW(model.named_parameters(), OptimizerConfig(), model.fused_rows()).param_groups
+        for name in group["names"]
+    }
+    assert rules["layers.0.attn_residual.fn"] == "adamw" and rules["layers.0.attn.wq_a.weight"] == "muon"
+
+
+@pytest.mark.parametrize("coefficients", [(), ((3.0, float("nan"), 1.0),)])
+def test_an_iteration_of_nothing_is_refused(coefficients):
+    with pytest.raises(ConfigError, match=r"ns_coefficients: expected at least one step of finite \(a, b, c\)"):
+        OptimizerConfig(ns_coefficients=coefficients)
 
 
 def test_adamw_is_torchs():
