@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.drawing import log_log
-from benchmarks.report import check_page, command_line, table, verdict, write_tables
+from benchmarks.report import check_page, command_line, count, table, verdict, write_tables
 from benchmarks.timing import OtherLoad, Side, Timing, fastest, hopeless, in_turn, machine, ratio, threads_of
 from model.cache import Cache
 from model.cache_filling import fill_random
@@ -260,11 +260,11 @@ def crossover(faster: Mapping[int, float]) -> float | None:
 def main(arguments: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="v4-flash")
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--lengths", type=count, nargs="+", default=LENGTHS)
+    parser.add_argument("--threads", type=count, nargs="+", default=[1, 2])
     parser.add_argument("--execution", choices=get_args(Mode), default="compiled", help="how ours is computed")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=4, help="decoded in a round; 4 complete one csa block")
+    parser.add_argument("--rounds", type=count, default=5)
+    parser.add_argument("--tokens", type=count, default=4, help="decoded in a round; 4 complete one csa block")
     parser.add_argument("--feed-forward", action="store_true", help="also with the active experts' size (2.4 GB more)")
     parser.add_argument("--write", type=Path, help="a Markdown file whose part between the two markers is replaced")
     options = parser.parse_args(arguments)
@@ -272,6 +272,10 @@ def main(arguments: list[str] | None = None) -> str:
         check_page(options.write)
     load = OtherLoad()
     full = ModelConfig.from_preset(options.preset)
+    if full.num_heads % KV_HEADS:
+        raise FiftyfoldError(
+            f"--preset {options.preset}: its {full.num_heads} query heads do not divide into {KV_HEADS} groups"
+        )
     active = (full.experts_per_token + full.num_shared_experts) * full.expert_size
     parts: list[str] = []
     lines: dict[str, dict[int, float]] = {}

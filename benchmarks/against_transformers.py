@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.contenders import PRECISIONS, Network, Ours, Theirs, write_weights
 from benchmarks.drawing import log_log
-from benchmarks.report import check_page, command_line, table, verdict, write_tables
+from benchmarks.report import check_page, command_line, count, table, verdict, write_tables
 from benchmarks.timing import (
     OtherLoad,
     PeakMemory,
@@ -267,14 +267,14 @@ def main(arguments: list[str] | None = None) -> str:
     parts = ("decode", "prefill", "growth")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--preset", default="small")
-    parser.add_argument("--lengths", type=int, nargs="+", default=list(DECODE_TARGETS), help="of the decode part")
-    parser.add_argument("--prefill", type=int, default=32_768, help="tokens of the prefill part")
-    parser.add_argument("--growth", type=int, nargs=2, default=[4096, 65_536], help="two lengths of the growth part")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--lengths", type=count, nargs="+", default=list(DECODE_TARGETS), help="of the decode part")
+    parser.add_argument("--prefill", type=count, default=32_768, help="tokens of the prefill part")
+    parser.add_argument("--growth", type=count, nargs=2, default=[4096, 65_536], help="two lengths of the growth part")
+    parser.add_argument("--threads", type=count, nargs="+", default=[1, 2])
     parser.add_argument("--execution", choices=get_args(Mode), default="compiled", help="how ours is computed")
-    parser.add_argument("--rounds", type=int, default=5, help="of the decode part")
-    parser.add_argument("--tokens", type=int, default=8, help="decoded in a round; 4 complete one csa block")
-    parser.add_argument("--prefill-rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=count, default=5, help="of the decode part")
+    parser.add_argument("--tokens", type=count, default=8, help="decoded in a round; 4 complete one csa block")
+    parser.add_argument("--prefill-rounds", type=count, default=1)
     parser.add_argument("--compile", action="store_true", help="a third side: its hyper-connections compiled")
     parser.add_argument("--write", type=Path, help="a Markdown file whose part between the two markers is replaced")
     options = parser.parse_args(arguments)

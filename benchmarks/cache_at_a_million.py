@@ -140,8 +140,10 @@ def draw(pairs: list[Pair]) -> Figure:
 def main(arguments: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", nargs="+", choices=list(PRESETS), default=["v4-flash", "v4-pro"])
-    parser.add_argument("--tokens", type=int, default=1 << 20)
-    parser.add_argument("--gqa-tokens", type=int, default=1 << 14, help="the length at which GQA-8 is measured")
+    parser.add_argument("--tokens", type=report.count, default=1 << 20)
+    parser.add_argument(
+        "--gqa-tokens", type=report.count, default=1 << 14, help="the length at which GQA-8 is measured"
+    )
     parser.add_argument("--within", type=float, default=1.0, help="percent that a size may be off")
     parser.add_argument(
         "--write",

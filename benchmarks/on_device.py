@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.report import command_line, table
+from benchmarks.report import command_line, count, table
 from model.cache import Cache
 from model.cache_filling import fill_random
 from model.config import ModelConfig
@@ -93,19 +93,16 @@ def main(arguments: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--preset", default="small")
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--lengths", type=count, nargs="+", default=LENGTHS)
     parser.add_argument("--weights", choices=["float32", "bfloat16"], default="bfloat16")
     parser.add_argument("--execution", choices=["eager", "compiled"], default="eager")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tokens", type=int, default=16, help="decoded in a round")
-    parser.add_argument("--prompt", type=int, default=512, help="tokens read in a round")
-    parser.add_argument("--chunk", type=int, default=512)
+    parser.add_argument("--rounds", type=count, default=3)
+    parser.add_argument("--tokens", type=count, default=16, help="decoded in a round")
+    parser.add_argument("--prompt", type=count, default=512, help="tokens read in a round")
+    parser.add_argument("--chunk", type=count, default=512)
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise FiftyfoldError("--device cuda: this machine has no GPU that torch can use")
-    for name in ("rounds", "tokens", "prompt", "chunk"):
-        if getattr(options, name) < 1:
-            raise FiftyfoldError(f"--{name}: {getattr(options, name)} is less than 1")
     bench = Bench(options)
     header = ["tokens", "decode, ms per token", "prompt, ms per token", "cache, MiB", "memory, MiB"]
     text = f"{bench.title()}\n\n{table(header, [bench.row(length) for length in options.lengths])}"

@@ -22,7 +22,7 @@ import transformers
 from torch import Tensor
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
-from benchmarks.report import write_tables
+from benchmarks.report import check_page, command_line, write_tables
 from model.cache import Cache
 from model.hf import import_pretrained
 from model.hf_names import sources
@@ -311,6 +311,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(CONFIGURATIONS), default=list(CONFIGURATIONS))
     parser.add_argument("--write", type=Path, help="a Markdown file whose part between the two markers is replaced")
     arguments = parser.parse_args()
+    if arguments.write:
+        check_page(arguments.write)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     rows = []
@@ -325,4 +327,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,12 +14,26 @@ from model.files import write_text
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 
 
-def command_line(main: Callable[[], str]) -> None:
-    """Run a script's ``main``; a mistake of its user ends it with one sentence and a non-zero status."""
+def command_line(main: Callable[[], object]) -> None:
+    """Run a script's ``main``; a mistake of its user, or sizes beyond the machine's memory, end it with one sentence
+    and a non-zero status."""
     try:
         main()
     except FiftyfoldError as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        wanted = re.search(r"you tried to allocate (\d+) bytes", str(error))  # torch has no type of its own for this
+        if wanted is None:
+            raise
+        sys.exit(f"error: these sizes do not fit into memory: {int(wanted[1]) / 2**30:,.0f} GiB were asked for at once")
+
+
+def count(text: str) -> int:
+    """An argparse type: a whole number from 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -33,7 +49,9 @@ def verdict(found: float, target: float) -> str:
 
 def check_page(path: Path) -> tuple[str, str]:
     """What stands before and after the two markers of ``path``. Raises FiftyfoldError unless it has them."""
-    content = path.read_text() if path.is_file() else ""
+    if not path.is_file():
+        raise FiftyfoldError(f"{path}: there is no such file to put the table into")
+    content = path.read_text()
     before, begin, rest = content.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

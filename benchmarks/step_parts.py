@@ -14,6 +14,7 @@ import time
 import torch
 import torch.nn.functional as F
 
+from benchmarks.report import command_line, count
 from model.config import ModelConfig
 from model.muon import MuonAdamW, OptimizerConfig
 from model.telemetry import Telemetry
@@ -49,8 +50,8 @@ def step(model: Transformer, optimizer: MuonAdamW, ids: torch.Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--rows", type=count, default=16)
+    parser.add_argument("--repeat", type=count, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -72,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.drawing import log_log
-from benchmarks.report import check_page, command_line, table, write_tables
+from benchmarks.report import check_page, command_line, count, table, write_tables
 from benchmarks.timing import OtherLoad, PeakMemory, in_child, machine, return_freed_memory, threads_of
 from model import checkpoint
 from model.cache import Cache
@@ -43,8 +43,7 @@ from model.transformer import Transformer
 from model.warm_up import warm_up
 from pipelines import prepare
 from pipelines.config import load_recipe
-from pipelines.data import train_batches
-from pipelines.train import build_trainer
+from pipelines.trainer import build_trainer, folder_batches
 
 LENGTHS = [1 << n for n in range(10, 21, 2)]
 DECODED, SHORT = 64, 1024
@@ -80,13 +79,10 @@ def train(steps: int, checkpoint_folder: Path) -> None:
         }
         recipe = load_recipe([RECIPE], [f"{key}={value}" for key, value in settings.items()])
         prepare.run(recipe)
-        length, rows, seed = recipe.data.sequence_length, recipe.train.batch_rows, recipe.data.seed
-        trainer = build_trainer(
-            recipe, lambda epoch, skip: train_batches(recipe.data_folder, length, rows, seed, epoch, skip), Silent()
-        )
+        trainer = build_trainer(recipe, folder_batches(recipe), Silent())
         trainer.run()
         with atomic_folder(checkpoint_folder) as scratch:
-            trainer.write_checkpoint(scratch)
+            trainer.snapshot().write(scratch)
 
 
 def load_with_room(folder: Path, tokens: int) -> Transformer:
@@ -173,10 +169,10 @@ def read_and_decode(model: Transformer, ids: Tensor, lengths: list[int], chunk: 
 def main(arguments: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint folder; its tokenizer reads the text")
-    parser.add_argument("--steps", type=int, default=60, help="of the training without --checkpoint")
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--chunk", type=int, default=1024, help="tokens read at a time")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--steps", type=count, default=60, help="of the training without --checkpoint")
+    parser.add_argument("--lengths", type=count, nargs="+", default=LENGTHS)
+    parser.add_argument("--chunk", type=count, default=1024, help="tokens read at a time")
+    parser.add_argument("--threads", type=count, default=os.cpu_count())
     parser.add_argument("--execution", choices=get_args(Mode), default="compiled", help="how the network is computed")
     parser.add_argument("--write", type=Path, help="a Markdown file whose part between the two markers is replaced")
     options = parser.parse_args(arguments)
