@@ -7,7 +7,7 @@ blocks and overlaps still need. What is read back equals what training's fake qu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -177,8 +177,9 @@ class Cache:
         return twin
 
     @classmethod
-    def join(cls, caches: Sequence[Cache]) -> Cache:
+    def join(cls, caches: Iterable[Cache]) -> Cache:
         """One cache of all sequences of ``caches``, which share a pool and are left empty."""
+        caches = list(caches)
         if not caches or len({id(cache) for cache in caches}) < len(caches):
             raise CacheError("joining takes at least one cache, and each only once")
         first = caches[0]

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ def save(model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = N
     when what is there is something else."""
     check_replaceable(folder)
     with atomic_folder(folder) as scratch:
-        write(model, scratch, tokenizer)
+        write(model.state_dict(), model.config, scratch, tokenizer)
 
 
 def check_replaceable(folder: str | Path) -> None:
@@ -39,12 +40,15 @@ def check_replaceable(folder: str | Path) -> None:
         raise CheckpointError(f"{folder}: exists and is not a checkpoint folder, so it is not replaced")
 
 
-def write(model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
-    """Write the checkpoint's files into an existing folder, for callers that make the folder appear themselves."""
+def write(
+    state: Mapping[str, Tensor], config: ModelConfig, folder: str | Path, tokenizer: Tokenizer | None = None
+) -> None:
+    """Write the checkpoint's files into an existing folder, for callers that make the folder appear themselves.
+    ``state`` is the network's ``state_dict``."""
     folder = Path(folder)
-    state = {name: tensor.detach().contiguous().cpu() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-    content = {"format_version": FORMAT_VERSION, "model": model.config.to_dict()}
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    content = {"format_version": FORMAT_VERSION, "model": config.to_dict()}
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(folder)

@@ -114,6 +114,8 @@ class ModelConfig:
     """Their rotary dims."""
     index_format: Format = "fp4"
     """Index keys as stored, and index queries as multiplied with them."""
+    index_scores: Literal["bf16", "fp32"] = "fp32"
+    """The type in which entries are compared. BF16 makes the selector faster and, rarely, ties (report 5.2.1)."""
     gqa_format: Format = "bf16"
     """Keys and values of gqa layers."""
     qat: bool = True

@@ -6,15 +6,19 @@ import torch
 from torch import Tensor
 
 from model.cache import Cache
-from model.transformer import Transformer
+from model.transformer import Transformer, check_ids
 
 
 @torch.inference_mode()
 def prefill(model: Transformer, cache: Cache, input_ids: Tensor, chunk: int = 512) -> Tensor:
     """Append input_ids int64 [B, S >= 1] to ``cache``; returns the last token's logits, float32 [B, vocab].
 
-    Memory grows with ``chunk``, not with S. Raises CacheError, before anything is changed, when S tokens do not fit.
+    Memory grows with ``chunk``, not with S. Raises CacheError, before anything is changed, when S tokens do not fit;
+    ValueError for ids of another shape and a chunk of no tokens.
     """
+    check_ids(input_ids)
+    if chunk < 1:
+        raise ValueError(f"chunk: expected at least 1 token, found {chunk}")
     cache.check_room(*input_ids.shape)
     for piece in input_ids.split(chunk, dim=1):
         logits = model(piece, cache, last_only=True)
@@ -28,7 +32,10 @@ def generate(model: Transformer, input_ids: Tensor, max_new_tokens: int, eos_id:
     ``eos_id``; one that ended sooner goes on with ``eos_id``. Raises CacheError when S + max_new_tokens - 1 tokens, as
     many as are ever read, exceed the model's positions.
     """
-    if max_new_tokens < 1:
+    check_ids(input_ids)
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens: expected 0 or more, found {max_new_tokens}")
+    if not max_new_tokens:
         return input_ids
     batch, length = input_ids.shape
     cache = Cache(model.config, batch, length + max_new_tokens - 1, device=input_ids.device)

@@ -84,6 +84,10 @@ class MixtureOfExperts(nn.Module):
         if self.hash_routed:
             self.tid2eid.copy_(hash_table(c.vocab_size, c.num_experts, c.experts_per_token, self.layer))
 
+    def forget_rounded(self) -> None:
+        """Round the stacks anew when they are next asked for."""
+        self._rounded = None
+
     def forward(self, x: Tensor, input_ids: Tensor, context: Context) -> Tensor:
         """x [B, S, hidden], input_ids int64 [B, S] -> [B, S, hidden]."""
         return self.mixture(self.route(x, input_ids), context)
@@ -164,7 +168,7 @@ class MixtureOfExperts(nn.Module):
             return stacks
         # Weights made in inference mode carry no version to tell a change by.
         if self.training or torch.is_grad_enabled() or self.w1.is_inference():
-            return tuple(map(self.precision.round_expert, stacks))
+            return tuple(self.precision.round_expert(w, self.training) for w in stacks)
         versions = tuple((w._version, w.data_ptr()) for w in stacks)
         if self._rounded is None or self._rounded[0] != versions:
             self._rounded = (versions, tuple(map(self.precision.round_expert, stacks)))

@@ -54,6 +54,8 @@ class PagePool:
     """``pages`` pages for caches of ``config``; those that hold any count one reference each."""
 
     def __init__(self, config: ModelConfig, pages: int, device: str | torch.device = "cpu"):
+        if pages < 0:
+            raise CacheError(f"a pool cannot have {pages} pages")
         self.config = config
         self.device = torch.device(device)
         self.page_tokens = config.page_tokens

@@ -6,6 +6,8 @@ here, the forward pass its rounding.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -26,34 +28,46 @@ class Precision:
     def __init__(self, config: ModelConfig):
         c = config
         self.qat = c.qat
+        self.rounded: Counter[str] = Counter()
+        """Tensors rounded in training since somebody last looked, by role."""
         self.main_layout = EntryLayout(c.head_dim - c.rope_head_dim, c.kv_format, c.rope_head_dim, c.rope_format)
         self.index_layout = EntryLayout(c.index_head_dim, c.index_format)
+        self.score_dtype = torch.bfloat16 if c.index_scores == "bf16" else torch.float32
         self.gqa_layout = EntryLayout(2 * c.num_kv_heads * c.head_dim, c.gqa_format)
 
     def round_main(self, x: Tensor, training: bool) -> Tensor:
         """Main key-values [..., head_dim] as the cache would return them."""
-        return self._round(x, self.main_layout, training)
+        return self._round(x, "main", self.main_layout, training)
 
     def round_index(self, x: Tensor, training: bool) -> Tensor:
         """Index queries or keys [..., index_head_dim], both multiplied in the storage format."""
-        return self._round(x, self.index_layout, training)
+        return self._round(x, "index", self.index_layout, training)
 
     def round_gqa(self, x: Tensor, training: bool) -> Tensor:
         """Rows [..., 2 * num_kv_heads * head_dim] of a gqa layer. They are rounded whole, as they are stored: where
         heads are narrower than a block, neighbours share its scale."""
-        return self._round(x, self.gqa_layout, training)
+        return self._round(x, "gqa", self.gqa_layout, training)
 
-    def _round(self, x: Tensor, layout: EntryLayout, training: bool) -> Tensor:
-        if training and not self.qat:
-            return x
+    def _round(self, x: Tensor, role: str, layout: EntryLayout, training: bool) -> Tensor:
+        if training:
+            if not self.qat:
+                return x
+            self._count(role, layout.body_format, layout.rope_format if layout.rope else "fp32")
         if not layout.rope or layout.body_format == layout.rope_format:
             return fake_quantize(x, layout.body_format)
         body, rope = x.split((layout.body, layout.rope), dim=-1)
         return torch.cat((fake_quantize(body, layout.body_format), fake_quantize(rope, layout.rope_format)), dim=-1)
 
-    def round_expert(self, weight: Tensor) -> Tensor:
+    def round_expert(self, weight: Tensor, training: bool = False) -> Tensor:
         """Routed-expert weights [..., out, in]: FP4 blocks along the input dim where QAT is on, untouched elsewhere."""
-        return fake_quantize(weight, EXPERT_FORMAT) if self.qat else weight
+        if not self.qat:
+            return weight
+        if training:
+            self._count("experts", EXPERT_FORMAT)
+        return fake_quantize(weight, EXPERT_FORMAT)
+
+    def _count(self, role: str, *formats: str) -> None:
+        self.rounded[role] += any(name != "fp32" for name in formats)
 
     def table(self, config: ModelConfig) -> list[tuple[str, str, str, int]]:
         """Rows (tensor role, storage format, rounded while training, tensors per forward) for printing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -30,9 +31,13 @@ class Telemetry:
         values = list(self.losses.get(name, {}).values())
         return sum(values[1:], values[0]) / len(values) if values else None
 
-    def means(self) -> dict[str, float]:
-        """Losses and measures, each averaged over its layers."""
-        return {
-            name: sum(float(v.detach()) for v in per_layer.values()) / len(per_layer)
-            for name, per_layer in {**self.losses, **self.measures}.items()
-        }
+    def by_layer(self, names: Iterable[str]) -> dict[str, float]:
+        """Of the losses and measures ``names``, those there are: the mean over layers, and each as
+        ``<name>/layer_<index>``."""
+        found: dict[str, float] = {}
+        for name in names:
+            values = {**self.losses, **self.measures}.get(name, {})
+            if values:
+                each = {f"{name}/layer_{layer}": float(value.detach()) for layer, value in values.items()}
+                found |= {name: sum(each.values()) / len(each), **each}
+        return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import get_args
 
 import torch
@@ -12,22 +13,31 @@ from model.cache import Cache
 from model.config import ModelConfig
 from model.decoding import decode_token
 from model.documents import PackedDocuments
-from model.errors import CacheError
+from model.errors import CacheError, ConfigError
 from model.execution import Execution
 from model.hyper_connections import HyperConnection, HyperHead
 from model.linear import Linear, linear
-from model.mixers.base import AttentionMode, Context
+from model.mixers.base import AttentionMode, Context, Mixer
 from model.mixers.compressor import Compressor
 from model.mixers.sliding import SlidingWindowAttention
 from model.moe import MixtureOfExperts
 from model.mtp import PredictAhead
 from model.norm import RMSNorm
-from model.precision import in_float32
+from model.precision import Precision, in_float32
 from model.rope import RotaryFrequencies, Rotation
 from model.telemetry import Telemetry
 
 KEPT = {"router", "compressor", "weights_proj", "head"}
 """Parts whose matrices :meth:`Transformer.store_weights` leaves alone."""
+
+
+def check_ids(input_ids: Tensor) -> None:
+    """Raise ValueError unless ``input_ids`` is int64 or int32 [B, S] with at least one token."""
+    if input_ids.dim() != 2 or not input_ids.numel() or input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"input_ids: expected integers [B, S] with at least one token, "
+            f"found {input_ids.dtype} {list(input_ids.shape)}"
+        )
 
 
 class Transformer(nn.Module):
@@ -85,8 +95,7 @@ class Transformer(nn.Module):
                 raise ValueError("positions: a cache takes the tokens as they follow, not packed documents")
         if attention not in get_args(AttentionMode):
             raise ValueError(f"attention: '{attention}' is not one of {', '.join(get_args(AttentionMode))}")
-        if input_ids.dim() != 2 or not input_ids.numel():
-            raise ValueError(f"input_ids: expected [B, S] with at least one token, found {list(input_ids.shape)}")
+        check_ids(input_ids)
         if positions is not None and (positions.shape != input_ids.shape or positions.is_floating_point()):
             raise ValueError(
                 f"positions: expected integers {list(input_ids.shape)}, found {positions.dtype} {list(positions.shape)}"
@@ -97,7 +106,13 @@ class Transformer(nn.Module):
                     "execution: batch-invariant mode knows no packed documents, telemetry or dense attention"
                 )
             cache = Cache(self.config, input_ids.shape[0], input_ids.shape[1], input_ids.device)
-        embedding = self.embed(input_ids).float()  # an id that does not exist fails here, before anything is changed
+        try:  # before anything is changed
+            embedding = self.embed(input_ids).float()
+        except IndexError as error:
+            raise ValueError(
+                f"input_ids: {int(input_ids.min())} to {int(input_ids.max())} do not all lie in a vocabulary of "
+                f"{self.config.vocab_size}"
+            ) from error
         if cache is not None:
             cache.begin(*input_ids.shape)
         context = self._context(input_ids, cache, positions, attention, telemetry)
@@ -206,6 +221,8 @@ class Transformer(nn.Module):
 
     @execution.setter
     def execution(self, execution: Execution) -> None:
+        if not isinstance(execution, Execution):
+            raise ValueError(f"execution: expected an Execution, such as Execution(mode=...), found {execution!r}")
         execution.check(self.config)
         self._execution = execution
 
@@ -216,6 +233,8 @@ class Transformer(nn.Module):
         Experts that are rounded to FP4 lose nothing. Router, compressors, the indexer's head weights, the head,
         hyper-connections, norms and embedding stay as they are: what they decide is worth its bytes.
         """
+        if not dtype.is_floating_point:
+            raise ValueError(f"store_weights: expected a floating-point type, found {dtype}")
         for name, module in self.named_modules():
             if isinstance(module, Block):
                 module.kind = (*module.kind[:-1], dtype)
@@ -229,11 +248,50 @@ class Transformer(nn.Module):
             elif isinstance(module, Linear) and KEPT.isdisjoint(name.split(".")):
                 module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
 
+    def adopt(self, config: ModelConfig) -> None:
+        """Go on with the same weights in another configuration, which differs in ``index_topk`` and ``qat`` alone.
+
+        Raises ConfigError for any other difference.
+        """
+        expected = self.config.replace(index_topk=config.index_topk, qat=config.qat)
+        if config != expected:
+            raise ConfigError("model: weights can go on with another index_topk or qat only")
+        for module in self.modules():
+            if isinstance(module, Transformer | Mixer | MixtureOfExperts):
+                module.config = config
+            if isinstance(module, Mixer | MixtureOfExperts):
+                module.precision = Precision(config)
+            if isinstance(module, MixtureOfExperts):
+                module.forget_rounded()
+            elif isinstance(module, Block):
+                module.kind = tuple(config if isinstance(part, ModelConfig) else part for part in module.kind)
+
+    def rounded_tensors(self) -> dict[str, int]:
+        """How many tensors were rounded in training since the last call, by role: main, index, gqa, experts."""
+        counts: Counter[str] = Counter()
+        for module in self.modules():
+            if isinstance(module, Mixer | MixtureOfExperts):
+                counts += module.precision.rounded
+                module.precision.rounded.clear()
+        return dict(counts)
+
     def moe_layers(self) -> list[MixtureOfExperts]:
         return [block.ffn for block in (*self.layers, *self.mtp) if isinstance(block.ffn, MixtureOfExperts)]
 
     def indexer_parameters(self) -> list[nn.Parameter]:
         return [p for name, p in self.named_parameters() if ".indexer." in name]
+
+    def fused_rows(self) -> dict[str, tuple[int, ...]]:
+        """Parameters that hold several independent projections, one above the other, and the rows of each: the two
+        series of an overlapping compressor, and what enters, leaves and mixes the residual streams."""
+        found: dict[str, tuple[int, ...]] = {}
+        for name, module in self.named_modules():
+            if isinstance(module, Compressor) and module.overlap:
+                found |= {f"{name}.{part}.weight": (module.width, module.width) for part in ("wkv", "wgate")}
+            elif isinstance(module, HyperConnection):
+                n = self.config.hc_mult
+                found[f"{name}.fn"] = (n, n, n * n)
+        return found
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())

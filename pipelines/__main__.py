@@ -14,6 +14,7 @@ STEPS = {
     "train": "train one model under Ray Train",
     "sweep": "search cache settings with Ray Tune",
     "evaluate": "score a checkpoint on long-context tasks with lm-eval",
+    "compare": "what quantisation in the training loop buys over quantising after the fact",
     "promote": "register the best evaluated run as a model version",
     "deploy": "answer OpenAI-style HTTP requests with a registered model on Ray Serve",
     "export": "carry a checkpoint over to or from transformers and the released format (export --help)",

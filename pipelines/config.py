@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 from yaml import YAMLError
 
 from model.config import ModelConfig
@@ -61,6 +61,9 @@ class DataSection(Section):
     rounds: Annotated[int, Field(ge=1)] = 1
     """How often a training document asks all its pairs, at most; drawn from 1 up to this. Answers per step decide how
     soon recall is learned. Validation documents ask once."""
+    retrieval_lengths: tuple[Annotated[int, Field(ge=8)], ...] = ()
+    """Lengths in tokens of the generated training documents, each as likely; empty: all of ``sequence_length``. Stages
+    of shorter sequences leave out the documents that do not fit."""
     retrieval_validation_documents: Annotated[int, Field(ge=1)] = 512
     shard_tokens: Annotated[int, Field(ge=1024)] = 4_000_000
     """A shard is closed once it holds this many tokens. Readers hold one in memory, and pack rows within it."""
@@ -68,13 +71,41 @@ class DataSection(Section):
 
 
 class StageSection(Section):
-    """One part of the curriculum."""
+    """One part of the curriculum; what it leaves out is as elsewhere in the recipe."""
 
     attention: Literal["dense", "indexer_warmup", "sparse"] = "sparse"
     """dense: csa layers attend to every visible entry. indexer_warmup: the same, only the indexer learns.
     sparse: csa layers attend to the indexer's choice."""
-    steps: Annotated[int, Field(ge=1)]
+    steps: Annotated[int, Field(ge=1)] | None = None
+    tokens: Annotated[int, Field(ge=1)] | None = None
+    """How long the stage is: optimizer steps, or the tokens that its whole steps may take."""
+    sequence_length: Annotated[int, Field(ge=8)] | None = None
+    batch_rows: Annotated[int, Field(ge=1)] | None = None
+    index_topk: Annotated[int, Field(ge=1)] | None = None
+    qat: bool | None = None
+    """Whether the cache formats and FP4 experts are in the loop (``model.qat``)."""
     learning_rate_scale: Annotated[float, Field(gt=0)] = 1.0
+    indexer_learning_rate: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> StageSection:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("a stage has either steps or tokens")
+        return self
+
+
+class StabilitySection(Section):
+    """What happens where a gradient is not finite, or the loss leaps up."""
+
+    action: Literal["skip", "roll_back", "stop"] = "skip"
+    """skip leaves the batch out. roll_back goes back to the weights and the optimizer of the last checkpoint, which it
+    keeps in memory, and on with the batches that follow. stop ends the run."""
+    spike: Annotated[float, Field(gt=0)] | None = 2.0
+    """A leap: by so many nats per token above the median of the last ``window`` losses of the stage; None looks only
+    for what is not finite."""
+    window: Annotated[int, Field(ge=4)] = 32
+    most: Annotated[int, Field(ge=0)] = 3
+    """Times that a run goes on. The next time it ends."""
 
 
 class TrainSection(Section):
@@ -89,6 +120,8 @@ class TrainSection(Section):
     start at zero; every other shape must agree."""
     batch_rows: Annotated[int, Field(ge=1)] = 32
     """Sequences per optimizer step, summed over the workers."""
+    accumulation_steps: Annotated[int, Field(ge=1)] = 1
+    """Forward and backward passes, of as many rows each, that make up one optimizer step."""
     stages: Annotated[tuple[StageSection, ...], Field(min_length=1)] = (StageSection(steps=100),)
     warmup_steps: Annotated[int, Field(ge=0)] = 20
     final_lr_share: Share = 0.1
@@ -115,10 +148,7 @@ class TrainSection(Section):
     checkpoint_every: Annotated[int, Field(ge=1)] = 50
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     optimizer: OptimizerConfig = OptimizerConfig()
-
-    @property
-    def total_steps(self) -> int:
-        return sum(stage.steps for stage in self.stages)
+    stability: StabilitySection = StabilitySection()
 
 
 class SweepSection(Section):
@@ -152,6 +182,13 @@ class EvaluateSection(Section):
     samples: Annotated[int, Field(ge=1)] = 64
     """Documents per task, length and depth."""
     seed: int = 4321
+
+
+class CompareSection(Section):
+    qat: tuple[Path, ...] = ()
+    """Checkpoint folders of networks trained with ``model.qat``."""
+    plain: tuple[Path, ...] = ()
+    """In the same order, those of the same networks trained without; pairs of several seeds give a spread."""
 
 
 class PromoteSection(Section):
@@ -218,6 +255,7 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     sweep: SweepSection = SweepSection()
     evaluate: EvaluateSection = EvaluateSection()
+    compare: CompareSection = CompareSection()
     promote: PromoteSection = PromoteSection()
     serve: ServeSection = ServeSection()
     demo: DemoSection = DemoSection()
@@ -305,6 +343,9 @@ def recipe_from_dict(values: Any) -> Recipe:
         update={
             "run": recipe.run.model_copy(update={"folder": recipe.run.folder.absolute()}),
             "train": recipe.train.model_copy(update={"init_from": _absolute(recipe.train.init_from)}),
+            "compare": recipe.compare.model_copy(
+                update={name: tuple(map(Path.absolute, getattr(recipe.compare, name))) for name in ("qat", "plain")}
+            ),
             "evaluate": recipe.evaluate.model_copy(update={"checkpoint": _absolute(recipe.evaluate.checkpoint)}),
         }
     )

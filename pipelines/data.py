@@ -184,7 +184,12 @@ def count_rows(lengths: ArrayLike, sequence_length: int, packing: bool = True) -
 
 def cut_rows(documents: pa.Table, sequence_length: int, packing: bool = True) -> Row:
     """Cut a shard's documents into rows, in the order of each row's first document:
-    {"tokens": int32 [R, L + 1], "target_kind": uint8 [R, L], "positions": int32 [R, L]}."""
+    {"tokens": int32 [R, L + 1], "target_kind": uint8 [R, L], "positions": int32 [R, L]}.
+
+    A retrieval document that does not fit into one row is left out: cut, its answers would stand apart from its facts.
+    """
+    whole = pc.less_equal(pc.list_value_length(documents["tokens"]), sequence_length + 1)
+    documents = documents.filter(pc.or_(pc.equal(documents["kind"], "text"), whole))
     tokens, lengths = _flatten(documents["tokens"])
     starts = np.cumsum(lengths) - lengths
     kind = pc.index_in(documents["kind"], pa.array(KINDS)).to_numpy()

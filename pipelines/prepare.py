@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from evals import retrieval
-from model.errors import DataError
+from model.errors import ConfigError, DataError
 from model.tokenizer import FILE_NAME, ByteTokenizer, Tokenizer, load_tokenizer
 from pipelines.config import Recipe
 from pipelines.data import (
@@ -379,16 +379,22 @@ class _Retrieval:
         self._rng = random.Random(f"{recipe.data.seed} {split}")
 
     def check(self) -> None:
-        """Raise ConfigError now if documents of this length cannot hold what they must."""
-        filler = [0] * self._data.sequence_length
-        if self._data.needle_share < 1:
-            self._mqar(filler, full=True)
-        if self._data.needle_share > 0:
-            self._needle(filler)
+        """Raise ConfigError now if documents of these lengths cannot hold what they must."""
+        longest = self._data.sequence_length
+        for length in self._data.retrieval_lengths:
+            if length > longest:
+                raise ConfigError(f"data.retrieval_lengths: {length} exceeds data.sequence_length {longest}")
+        for length in {longest, *self._data.retrieval_lengths}:
+            if self._data.needle_share < 1:
+                self._mqar([0] * length, full=True)
+            if self._data.needle_share > 0:
+                self._needle([0] * length)
 
     def generate(self, text: np.ndarray) -> _Stored:
         """One document planted into a random slice of ``text`` [at least sequence_length tokens]."""
         length = self._data.sequence_length
+        if self._split == "train" and self._data.retrieval_lengths:
+            length = self._rng.choice(self._data.retrieval_lengths)
         start = self._rng.randrange(len(text) - length + 1)
         filler = text[start : start + length].tolist()
         document = self._needle(filler) if self._rng.random() < self._data.needle_share else self._mqar(filler)
@@ -404,11 +410,11 @@ class _Retrieval:
             pairs, rounds = rng.randint(min(2, pairs), pairs), rng.randint(1, data.rounds)
         elif full:
             rounds = data.rounds
-        return retrieval.mqar(rng, self._tokenizer, filler, data.sequence_length, pairs, self._window, rounds)
+        return retrieval.mqar(rng, self._tokenizer, filler, len(filler), pairs, self._window, rounds)
 
     def _needle(self, filler: list[int]) -> retrieval.RetrievalDocument:
         depth = self._rng.random()
-        return retrieval.needle(self._rng, self._tokenizer, filler, self._data.sequence_length, depth, self._window)
+        return retrieval.needle(self._rng, self._tokenizer, filler, len(filler), depth, self._window)
 
 
 class _SplitWriter:

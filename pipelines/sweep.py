@@ -30,12 +30,13 @@ from ray.tune.schedulers import ASHAScheduler
 from model.errors import ConfigError, FiftyfoldError
 from model.files import atomic_file, write_text
 from pipelines.config import Recipe, recipe_from_dict, with_overrides
-from pipelines.data import read_manifest, train_batches
+from pipelines.curriculum import check_data, curriculum, total_steps, validation_steps
+from pipelines.data import read_manifest
 from pipelines.figures import pareto_figure, pareto_front
 from pipelines.progress import TrainingProgress, print_table
 from pipelines.tracking import TrackedRun, Tracking, attach, open_tracking
-from pipelines.train import build_trainer, claim, finalise, fit, fit_to_data, plain, write_run_file
-from pipelines.trainer import CACHE, check_stages, measured_cache
+from pipelines.train import claim, finalise, fit, fit_to_data, plain, write_run_file
+from pipelines.trainer import CACHE, build_trainer, folder_batches, measured_cache
 
 WALL_SECONDS = "sweep/wall_seconds"
 _SETTINGS_THAT_BIND = ("data", "model", "train", "sweep")
@@ -72,7 +73,7 @@ def run(recipe: Recipe) -> SweepResult:
     recipe = fit_to_data(recipe, manifest)
     combinations = _combinations(recipe)
     for settings in combinations:
-        check_stages(fit_to_data(trial_recipe(recipe, settings), manifest))
+        check_data(curriculum(fit_to_data(trial_recipe(recipe, settings), manifest)), manifest)
     tracking = open_tracking(recipe)
     folder = recipe.sweep_folder
     known_run = claim(folder, recipe, _SETTINGS_THAT_BIND, "sweep.name")
@@ -155,8 +156,7 @@ def _tune(recipe: Recipe, combinations: list[dict[str, int]], tracked: TrackedRu
         _trial, recipe=recipe.to_dict(), tracking={"uri": tracked.uri, "parent": tracked.run_id}
     )
     trial = tune.with_resources(trial, {"CPU": 1.0 if sweep.in_process else 0.1})
-    example = trial_recipe(recipe, combinations[0]).train
-    validations = -(-example.total_steps // example.validate_every)
+    validations = len(validation_steps(trial_recipe(recipe, combinations[0])))
     path = recipe.sweep_folder / "tune"
     if tune.Tuner.can_restore(str(path)):
         print(f"{sweep.name}: resuming from {path}")
@@ -217,7 +217,7 @@ def _trial(config: dict[str, Any], recipe: dict[str, Any], tracking: dict[str, s
         if whole.sweep.in_process:
             _train_here(mine, tracked)
             return
-        quiet = TrainingProgress(trial_id, mine.train.total_steps, quiet=True)
+        quiet = TrainingProgress(trial_id, total_steps(mine), quiet=True)
         storage = whole.sweep_folder / "train" / trial_id
         metrics, last = fit(mine, tracked, quiet, storage, [TuneReportCallback()])
         # Tune keeps stale numbers when a resumed trial has nothing left to report, so the last word is said again.
@@ -226,13 +226,7 @@ def _trial(config: dict[str, Any], recipe: dict[str, Any], tracking: dict[str, s
 
 def _train_here(recipe: Recipe, tracked: TrackedRun) -> None:
     torch.set_num_threads(recipe.train.threads_per_worker)
-    trainer = build_trainer(
-        recipe,
-        lambda epoch, skip: train_batches(
-            recipe.data_folder, recipe.data.sequence_length, recipe.train.batch_rows, recipe.data.seed, epoch, skip
-        ),
-        _TuneReporter(tracked),
-    )
+    trainer = build_trainer(recipe, folder_batches(recipe), _TuneReporter(tracked))
     last = tune.get_checkpoint()
     if last is not None:
         with last.as_directory() as folder:

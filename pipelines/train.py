@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import signal
@@ -23,28 +22,20 @@ import ray.train.torch
 import torch
 from mlflow.exceptions import MlflowException
 from ray.util.queue import Empty, Queue
+from safetensors import SafetensorError
 
 from model import checkpoint
-from model.errors import ConfigError, FiftyfoldError
+from model.errors import CheckpointError, ConfigError, FiftyfoldError
 from model.files import atomic_folder, write_text
 from model.muon import MuonAdamW
 from model.precision import Precision
-from model.tokenizer import load_tokenizer
 from model.transformer import Transformer
 from pipelines.config import Recipe, recipe_from_dict
-from pipelines.data import (
-    KINDS,
-    Manifest,
-    TrainBatches,
-    batches,
-    local_rows,
-    read_manifest,
-    train_batches,
-    train_dataset,
-)
+from pipelines.curriculum import Stage, check_data, curriculum, total_steps
+from pipelines.data import Manifest, TrainBatches, read_manifest, train_batches, train_dataset
 from pipelines.progress import TrainingProgress, print_table
 from pipelines.tracking import TrackedRun, attach, open_tracking
-from pipelines.trainer import Trainer, check_stages, measured_cache, validation_batches
+from pipelines.trainer import build_trainer, measured_cache
 
 RECIPE, RUN = "recipe.json", "run.json"
 WALL_SECONDS = "train/wall_seconds"
@@ -69,7 +60,7 @@ def run(recipe: Recipe, parent_run_id: str | None = None) -> TrainResult:
     started = time.monotonic()
     manifest = read_manifest(recipe.data_folder, verify=True)
     recipe = fit_to_data(recipe, manifest)
-    check_stages(recipe)
+    check_data(curriculum(recipe), manifest)
     if recipe.train.init_from is not None:
         fresh = checkpoint.warm_start(Transformer(recipe.model), recipe.train.init_from)
         print(f"{recipe.run.name}: starts from {recipe.train.init_from}; begun afresh: {', '.join(fresh) or 'nothing'}")
@@ -90,7 +81,7 @@ def run(recipe: Recipe, parent_run_id: str | None = None) -> TrainResult:
     with tracked, ray_session(num_cpus=recipe.train.workers * recipe.train.cpus_per_worker + 1):
         tracked.log_metrics({**measured_cache(recipe.model), "optimizer/muon_share": muon_share})
         tracked.set_tags({"parameters": str(_parameters(recipe))})
-        progress = TrainingProgress(recipe.run.name, recipe.train.total_steps)
+        progress = TrainingProgress(recipe.run.name, total_steps(recipe))
         metrics, last = fit(recipe, tracked, progress, folder)
         seconds = time.monotonic() - started
         tracked.log_metrics({WALL_SECONDS: seconds})
@@ -133,7 +124,7 @@ def describe(recipe: Recipe) -> float:
     """Print who gets which optimizer rule and which tensors are rounded to what; returns Muon's share."""
     with torch.device("meta"):
         model = Transformer(recipe.model)
-    optimizer = MuonAdamW(model.named_parameters(), recipe.train.optimizer)
+    optimizer = MuonAdamW(model.named_parameters(), recipe.train.optimizer, model.fused_rows())
     rows = [[role, rule, shape, f"{numbers:,}", f"{rate:g}"] for role, rule, shape, numbers, rate in optimizer.table()]
     print_table(
         f"{recipe.run.name}: optimizer", ["parameter", "rule", "tensors", "numbers", "peak learning rate"], rows
@@ -141,6 +132,8 @@ def describe(recipe: Recipe) -> float:
     precision = Precision(recipe.model).table(recipe.model)
     if recipe.model.qat and not any(loop == "yes" for _, _, loop, _ in precision):
         raise ConfigError("model.qat: quantisation-aware training was asked for, but it touches no tensor")
+    for stage in curriculum(recipe):
+        print(f"{recipe.run.name}: stage {stage.index + 1}: {stage}")
     print_table(
         f"{recipe.run.name}: precision",
         ["tensor", "format", "rounded in training", "tensors"],
@@ -216,7 +209,7 @@ def fit(
             result = ray.train.torch.TorchTrainer(
                 _worker,
                 train_loop_config={"recipe": recipe.to_dict(), "queue": queue},
-                datasets={"train": train_dataset(recipe.data_folder, recipe.data.sequence_length, recipe.data.seed)},
+                datasets=_datasets(recipe),
                 scaling_config=ray.train.ScalingConfig(
                     num_workers=train.workers,
                     use_gpu=train.use_gpu,
@@ -250,6 +243,18 @@ def fit(
     if result.checkpoint is None:
         raise FiftyfoldError(f"{recipe.run.name}: training ended without a checkpoint")
     return dict(result.metrics or {}), result.checkpoint
+
+
+def _dataset_name(stage: Stage) -> str:
+    return f"train-{stage.sequence_length}"
+
+
+def _datasets(recipe: Recipe) -> dict[str, Any]:
+    """The training rows at each of the stages' lengths. The shards are verified by then."""
+    return {
+        _dataset_name(stage): train_dataset(recipe.data_folder, stage.sequence_length, recipe.data.seed, verify=False)
+        for stage in curriculum(recipe)
+    }
 
 
 def _listen(
@@ -308,17 +313,13 @@ def _worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(recipe.train.threads_per_worker)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    shard = ray.train.get_dataset_shard("train")
-    trainer = build_trainer(
-        recipe,
-        lambda epoch, skip: train_batches(
-            shard, recipe.data.sequence_length, recipe.train.batch_rows // world, recipe.data.seed, epoch, skip
-        ),
-        _RayTrainReporter(config["queue"], rank),
-        rank,
-        world,
-        ray.train.torch.get_device(),
-    )
+
+    def open_batches(stage: Stage, epoch: int, skip: int) -> TrainBatches:
+        shard = ray.train.get_dataset_shard(_dataset_name(stage))
+        return train_batches(shard, stage.sequence_length, stage.batch_rows // world, recipe.data.seed, epoch, skip)
+
+    reporter = _RayTrainReporter(config["queue"], rank)
+    trainer = build_trainer(recipe, open_batches, reporter, rank, world, ray.train.torch.get_device())
     last = ray.train.get_checkpoint()
     if last is not None:
         with last.as_directory() as folder:
@@ -326,30 +327,8 @@ def _worker(config: dict[str, Any]) -> None:
     trainer.run()
 
 
-def build_trainer(
-    recipe: Recipe,
-    open_batches: Callable[[int, int], TrainBatches],
-    reporter: Any,
-    rank: int = 0,
-    world: int = 1,
-    device: torch.device | str = "cpu",
-) -> Trainer:
-    """A trainer at step 0; every rank gets the same weights."""
-    torch.manual_seed(recipe.run.seed)
-    folder, length = recipe.data_folder, recipe.data.sequence_length
-    validation = validation_batches(
-        lambda kind, limit: local_rows(folder, "validation", length, kinds=[kind], limit=limit),
-        lambda rows, size: batches(rows, size),
-        [kind for kind in KINDS if read_manifest(folder).splits["validation"].rows.get(kind)],
-        recipe,
-        rank,
-        world,
-    )
-    model = Transformer(recipe.model)
-    if recipe.train.init_from is not None:
-        checkpoint.warm_start(model, recipe.train.init_from)
-    model.to(device)
-    return Trainer(recipe, model, open_batches, validation, reporter, load_tokenizer(folder))
+def _checkpoint_name(step: int) -> str:
+    return f"step_{step:06d}"
 
 
 class _RayTrainReporter:
@@ -357,22 +336,39 @@ class _RayTrainReporter:
 
     def __init__(self, queue: Queue, rank: int):
         self.queue, self.rank = queue, rank
+        self.last = "none"
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._put(step, metrics, False)
 
     def report(self, step: int, metrics: dict[str, float], write: Callable[[Path], None] | None) -> None:
         self._put(step, metrics, True)
-        if write is None:
-            ray.train.report({**metrics, "step": step})
+        if write is None or self.rank:
+            ray.train.report({**metrics, "step": step}, checkpoint_dir_name=_checkpoint_name(step))
             return
-        with contextlib.ExitStack() as stack:
-            saved = None
-            if self.rank == 0:
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                write(folder)
-                saved = ray.train.Checkpoint.from_directory(str(folder))
-            ray.train.report({**metrics, "step": step}, checkpoint=saved, checkpoint_dir_name=f"step_{step:06d}")
+        storage = ray.train.get_context().get_storage()
+
+        def persist(local: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+            try:
+                write(Path(local.path))
+                saved = storage.persist_current_checkpoint(local, name)
+                self.last = name
+                return saved
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"checkpoint of step {step}: cannot be written ({error}); the last one written is {self.last}"
+                ) from error
+            finally:
+                shutil.rmtree(local.path, ignore_errors=True)
+
+        # Written while training goes on: the snapshot is made, and the files come from it.
+        ray.train.report(
+            {**metrics, "step": step},
+            checkpoint=ray.train.Checkpoint.from_directory(tempfile.mkdtemp()),
+            checkpoint_dir_name=_checkpoint_name(step),
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=persist,
+        )
 
     def _put(self, step: int, metrics: dict[str, float], reported: bool) -> None:
         if self.rank == 0:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,19 +22,27 @@ from torch import Tensor
 from model import checkpoint
 from model.cache import Cache
 from model.config import ModelConfig
-from model.errors import CheckpointError, ConfigError, FiftyfoldError
+from model.errors import CheckpointError, FiftyfoldError
 from model.muon import MuonAdamW
 from model.telemetry import Telemetry
-from model.tokenizer import Tokenizer
+from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
-from pipelines.config import Recipe, StageSection
-from pipelines.data import Batch, Kind, TargetKind, TrainBatches
+from pipelines.config import Recipe
+from pipelines.curriculum import Stage, curriculum, stage_at
+from pipelines.data import KINDS, Batch, TargetKind, TrainBatches, local_rows, read_manifest, train_batches
+from pipelines.data import batches as stack_rows
+from pipelines.ranks import average_gradients, sum_over_ranks, world_size
+from pipelines.stability import Stability
+from pipelines.validation import follows, validate
 
 OPTIMIZER, STATE = "optimizer.safetensors", "trainer.json"
 CACHE = "cache/bytes_per_token"
 CACHE_MEASURE_TOKENS = 65_536
-_SUMS = ("loss", "tokens", "mtp_loss", "mtp_tokens", "right", "answers", "queries", "choosing")
-_SELECTION = ("indexer_kl", "recall_at_k", "recall_at_k_of_best")
+BEST = "validation/loss"
+"""What a run remembers the lowest value of."""
+
+OpenBatches = Callable[[Stage, int, int], TrainBatches]
+"""Opens this rank's endless batches of a stage: (stage, epoch, batches to skip)."""
 
 
 class Reporter(Protocol):
@@ -48,108 +56,195 @@ class Reporter(Protocol):
         (None: not due)."""
 
 
+@dataclass(frozen=True)
+class Position:
+    """Where reading goes on: the next batch, and the stage whose shape it counts in."""
+
+    stage: int
+    epoch: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A moment of a training."""
+
+    state: dict[str, Any]
+    """Plain values."""
+    model: dict[str, Tensor]
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+    """Of the optimizer and the random generators."""
+    tokenizer: Tokenizer
+
+    def write(self, folder: Path) -> None:
+        """The model's checkpoint plus what resuming needs, into an existing folder."""
+        checkpoint.write(self.model, self.config, folder, self.tokenizer)
+        save_file(self.tensors, folder / OPTIMIZER)
+        (folder / STATE).write_text(json.dumps(self.state) + "\n")
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, and never the same memory."""
+    return {name: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for name, t in tensors.items()}
+
+
 class Trainer:
     """Trains ``model`` through the recipe's stages.
 
-    ``batches(epoch, skip)`` opens this rank's endless batches; ``validation`` are this rank's shares of the held-out
-    batches by name ("text", "mqar", "needle"). Raises ConfigError, before any compute, for a stage that could not do
-    what it says.
+    ``validation`` are this rank's shares of the held-out batches by name ("text", "mqar", "needle"). Raises
+    ConfigError, before any compute, for a stage that could not do what it says.
     """
 
     def __init__(
         self,
         recipe: Recipe,
         model: Transformer,
-        batches: Callable[[int, int], TrainBatches],
+        batches: OpenBatches,
         validation: dict[str, list[Batch]],
         reporter: Reporter,
         tokenizer: Tokenizer,
     ):
-        check_stages(recipe)
+        self.stages = curriculum(recipe)
         self.recipe, self.model, self.reporter, self.tokenizer = recipe, model, reporter, tokenizer
         self.device = next(model.parameters()).device
-        self.optimizer = MuonAdamW(model.named_parameters(), recipe.train.optimizer)
+        self.optimizer = MuonAdamW(model.named_parameters(), recipe.train.optimizer, model.fused_rows())
+        self.stability = Stability(recipe.train.stability)
         self.step = 0
+        self.best: tuple[float, int] | None = None
+        """The lowest validation loss and its step."""
         self._open_batches = batches
-        self._position = (0, 0)
+        self._position = Position(0, 0, 0)
         self._validation = validation
         self._indexer = set(model.indexer_parameters())
+        self._last_good: Snapshot | None = None
+
+    @property
+    def total_steps(self) -> int:
+        return self.stages[-1].end
+
+    @property
+    def stage(self) -> Stage:
+        """The stage of the next update; the last one at the end."""
+        return stage_at(self.stages, self.step)
 
     # --- checkpoints
 
-    def write_checkpoint(self, folder: Path) -> None:
-        """The model's checkpoint plus what resuming needs, into an existing folder."""
-        checkpoint.write(self.model, folder, self.tokenizer)
-        save_file({k: v.contiguous().cpu() for k, v in self.optimizer.state_tensors().items()}, folder / OPTIMIZER)
-        state = {"step": self.step, "epoch": self._position[0], "batch": self._position[1]}
-        (folder / STATE).write_text(json.dumps(state) + "\n")
+    def snapshot(self) -> Snapshot:
+        """What a checkpoint of this moment holds, in memory of its own: it can be written while training goes on."""
+        state = {
+            "step": self.step,
+            "position": vars(self._position),
+            "best": self.best,
+            "stability": self.stability.state(),
+        }
+        tensors = {**self.optimizer.state_tensors(), **random_state()}
+        return Snapshot(state, _copied(self.model.state_dict()), self.model.config, _copied(tensors), self.tokenizer)
 
     def load_checkpoint(self, folder: Path) -> None:
-        """Go on from a folder written by :meth:`write_checkpoint`. Raises CheckpointError."""
+        """Go on from a folder that a :class:`Snapshot` wrote. Raises CheckpointError."""
         try:
             state = json.loads((folder / STATE).read_text())
-            step, position = int(state["step"]), (int(state["epoch"]), int(state["batch"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            position = Position(**state["position"])
+            step, best = int(state["step"]), state["best"]
+            stability, stage = state["stability"], self.stages[position.stage]
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise CheckpointError(f"{folder / STATE}: not a training state ({error})") from error
         checkpoint.load_weights(self.model, folder)
-        self.optimizer.load_state_tensors(checkpoint.read_tensors(folder / OPTIMIZER))
-        self.step, self._position = step, position
+        self._load_training_tensors(checkpoint.read_tensors(folder / OPTIMIZER))
+        self.stability.load(stability)
+        self.model.adopt(stage.model)
+        self.step, self._position, self.best = step, position, best and (float(best[0]), int(best[1]))
+        self._remember()
+
+    def _load_training_tensors(self, tensors: dict[str, Tensor]) -> None:
+        set_random_state(tensors)
+        self.optimizer.load_state_tensors({name: t for name, t in tensors.items() if not name.startswith(RANDOM)})
+
+    def _remember(self) -> None:
+        """Keep the present weights and optimizer to roll back to, where the recipe asks for that."""
+        if self.recipe.train.stability.action == "roll_back":
+            self._last_good = self.snapshot()
+
+    def _roll_back(self) -> None:
+        """Weights, optimizer and step as they were at the last checkpoint; reading goes on where it is."""
+        kept = self._last_good
+        assert kept is not None
+        self.model.load_state_dict(kept.model)
+        self._load_training_tensors(kept.tensors)
+        self.step = kept.state["step"]
 
     # --- training
 
     def run(self) -> dict[str, float]:
         """Train from the current step to the last. Returns the last validation's metrics (on every rank)."""
-        train = self.recipe.train
-        total = train.total_steps
         metrics: dict[str, float] = {}
-        if self.step >= total:
+        if self.step >= self.total_steps:
             # No second checkpoint of this step: Ray Train would delete the first one, and the two share a folder.
             metrics = self.validate()
             self.reporter.report(self.step, metrics, None)
             return metrics
-        batches = self._open_batches(*self._position)
+        if self._last_good is None:
+            self._remember()
+        batches: TrainBatches | None = None
         try:
             self.model.train()
-            while self.step < total:
+            while self.step < self.total_steps:
+                stage = self.stage
+                batches = self._batches_of(stage, batches)
                 started = time.perf_counter()
-                batch = next(batches)
-                update = self._update(batch, self.stage_at(self.step))
-                self.step += 1
-                self._position = (batches.epoch, batches.batch)
-                if self.step % train.log_every == 0 or self.step == total:
+                before, update = self.step, self._update(next(batches), stage)
+                self._position = Position(stage.index, batches.epoch, batches.batch)
+                if self._due(self.recipe.train.log_every) or "train/interventions" in update:
                     seconds = time.perf_counter() - started
-                    tokens = train.batch_rows * self.recipe.data.sequence_length
-                    self.reporter.log(
-                        self.step,
-                        {
-                            **{k: float(v) for k, v in update.items()},
-                            "train/step_seconds": seconds,
-                            "train/tokens_per_second": tokens / seconds,
-                        },
-                    )
-                validate = self.step % train.validate_every == 0 or self.step == total
-                save = self.step % train.checkpoint_every == 0 or self.step == total
-                if validate:
-                    metrics = self.validate()
-                if validate or save:
-                    self.reporter.report(
-                        self.step, metrics if validate else {}, self.write_checkpoint if save else None
-                    )
+                    update |= {
+                        "train/stage": stage.index + 1,
+                        "train/step_seconds": seconds,
+                        "train/tokens_per_second": stage.tokens_per_step / seconds,
+                    }
+                    self.reporter.log(self.step, {name: float(value) for name, value in update.items()})
+                if self.step > before:  # it was not rolled back
+                    metrics = self._report(stage) or metrics
         finally:
-            batches.close()
+            if batches is not None:
+                batches.close()
         return metrics
 
-    def stage_at(self, step: int) -> StageSection:
-        for stage in self.recipe.train.stages:
-            if step < stage.steps:
-                return stage
-            step -= stage.steps
-        return self.recipe.train.stages[-1]
+    def _due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.total_steps
+
+    def _report(self, stage: Stage) -> dict[str, float]:
+        """Validate and write a checkpoint where due; at its end, say once more under its name what a stage reached."""
+        train, ends = self.recipe.train, self.step == stage.end
+        validates, saves = self._due(train.validate_every) or ends, self._due(train.checkpoint_every)
+        metrics: dict[str, float] = {}
+        if validates:
+            metrics = self.validate()
+            if ends:
+                metrics |= {f"stage_{stage.index + 1}/{k.partition('/')[2]}": v for k, v in metrics.items()}
+        if saves:
+            self._remember()
+        if validates or saves:
+            self.reporter.report(self.step, metrics, self.snapshot().write if saves else None)
+        return metrics
+
+    def _batches_of(self, stage: Stage, batches: TrainBatches | None) -> TrainBatches:
+        """The open batches, or where ``stage`` begins, those that it goes on with."""
+        position, before = self._position, self.stages[self._position.stage]
+        if stage != before or self.step == stage.first_step:
+            self.stability.forget()
+            self.model.adopt(stage.model)
+        if stage != before and not stage.reads_on_from(before):
+            if batches is not None:
+                batches.close()
+                batches = None
+            position = Position(stage.index, position.epoch + 1, 0)
+        return batches or self._open_batches(stage, position.epoch, position.batch)
 
     def _into_decay(self) -> float:
         """How much of the learning rate's fall is over at this step; not above 0 before it has begun."""
-        train, total = self.recipe.train, self.recipe.train.total_steps
-        decay_steps = max(1, round(total * train.decay_share))
+        total = self.total_steps
+        decay_steps = max(1, round(total * self.recipe.train.decay_share))
         return (self.step - (total - decay_steps)) / decay_steps
 
     def _rate_scale(self) -> float:
@@ -159,65 +254,96 @@ class Trainer:
         if into_decay > 0:
             cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, into_decay)))
             scale *= train.final_lr_share + (1 - train.final_lr_share) * cosine
-        return scale * self.stage_at(self.step).learning_rate_scale
+        return scale * self.stage.learning_rate_scale
 
     def _mtp_weight(self) -> float:
         train = self.recipe.train
         return train.mtp_decay_loss_weight if self._into_decay() > 0 else train.mtp_loss_weight
 
-    def _update(self, batch: Batch, stage: StageSection) -> dict[str, Tensor | float]:
-        """One optimizer step on one batch."""
+    def _update(self, batch: Batch, stage: Stage) -> dict[str, Tensor | float]:
+        """One optimizer step on one batch, unless it is one that stability asks to leave out."""
         train = self.recipe.train
-        tokens, kinds, positions = (batch[name].to(self.device) for name in ("tokens", "target_kind", "positions"))
-        warmup = stage.attention == "indexer_warmup"
-        telemetry = Telemetry(predict_ahead=bool(self.recipe.model.mtp_layers) and not warmup)
-        attention = "sparse" if stage.attention == "sparse" else "dense"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=train.autocast == "bfloat16"):
-            logits = self.model(tokens[:, :-1], positions=positions, attention=attention, telemetry=telemetry)
-        weights = (kinds != TargetKind.PADDING).float()
-        weights = torch.where(kinds == TargetKind.ANSWER, train.answer_loss_weight, weights)
-        weights = torch.where(kinds == TargetKind.CONTEXT, train.context_loss_weight, weights)
-        loss, mean_loss = weighted_loss(logits, tokens[:, 1:], weights)
-        objective = loss if not warmup else loss.new_zeros(())
-        kl, balance = telemetry.loss("indexer_kl"), telemetry.loss("balance")
-        if "csa" in self.recipe.model.layers:
-            # A mean over the tokens with an entry to score. Ranks hold different numbers of them, and one may hold
-            # short documents only: it has no divergence to report and must still take part in the sum.
-            scoring = (positions >= self.recipe.model.csa_ratio - 1).sum().float()
-            share = scoring * world_size() / sum_over_ranks(scoring.clone()).clamp(min=1.0)
-            kl = share * kl if kl is not None else share * 0.0
-            objective = objective + train.indexer_loss_weight * kl
-        if balance is not None and not warmup:
-            objective = objective + train.balance_loss_weight * balance
-        if telemetry.mtp_logits is not None:
-            ahead = weights[:, 1:] * follows(positions)
-            mtp_loss, mean_mtp_loss = weighted_loss(telemetry.mtp_logits, tokens[:, 2:], ahead)
-            objective = objective + self._mtp_weight() * mtp_loss
-
+        batch = {name: values.to(self.device) for name, values in batch.items()}
+        weights = target_weights(batch["target_kind"], train.answer_loss_weight, train.context_loss_weight)
+        totals = self._totals(weights, batch["positions"])
         self.model.zero_grad(set_to_none=True)
-        if objective.requires_grad:  # not in a warm-up on documents that are all too short for an entry
-            objective.backward()
-        learning = [p for p in self.model.parameters() if not warmup or p in self._indexer]
+        self.model.rounded_tensors()  # what came before is not this step's
+        means: dict[str, Tensor] = {}
+        for part, part_weights in self._parts(batch, weights):
+            objective, losses = self._objective(part, part_weights, totals, stage)
+            if objective.requires_grad:  # not in a warm-up on documents that are all too short for an entry
+                objective.backward()
+            means = {name: means[name] + value if name in means else value for name, value in losses.items()}
+        measured: dict[str, Tensor | float] = {
+            name: sum_over_ranks(value.clone()) / world_size() for name, value in means.items()
+        }
+        learning = [p for p in self.model.parameters() if not stage.warms_up or p in self._indexer]
         average_gradients(learning)
         grad_norm = torch.nn.utils.clip_grad_norm_(learning, train.grad_clip)
-        if not torch.isfinite(grad_norm):
-            # Going on would write damaged weights over the last good checkpoints.
-            raise FiftyfoldError(f"step {self.step + 1}: the gradient is not finite (loss {float(mean_loss):g})")
-        self.optimizer.set_lr_scale(self._rate_scale())
-        self.optimizer.step()
-        self._balance_routers(0.0 if warmup else train.router_bias_speed)
-        measured = {
-            "train/loss": mean_loss,
-            "train/grad_norm": grad_norm,
-            "train/learning_rate": self.optimizer.param_groups[0]["lr"],
-        }
-        measured |= {f"train/learning_rate/{g['rule']}": g["lr"] for g in self.optimizer.param_groups}
-        for name, part in (("indexer_kl", kl), ("balance", balance)):
-            if part is not None:
-                measured[f"train/{name}"] = sum_over_ranks(part.detach().clone()) / world_size()
-        if telemetry.mtp_logits is not None:
-            measured["train/mtp_loss"] = mean_mtp_loss
+        rounded = self.model.rounded_tensors()
+        if stage.model.qat and not sum(rounded.values()):
+            raise FiftyfoldError(f"step {self.step + 1}: quantisation is in the loop, but it rounded no tensor")
+        measured |= {f"train/rounded/{role}": float(count) for role, count in rounded.items()}
+        measured |= {"train/grad_norm": grad_norm}
+
+        if self.stability.objects(self.step + 1, float(measured["train/loss"]), float(grad_norm)):
+            measured["train/interventions"] = self.stability.interventions
+            for layer in self.model.moe_layers():
+                layer.expert_load.zero_()
+            if self._last_good is not None:
+                self._roll_back()
+                return measured
+        else:
+            self.optimizer.set_rates(self._rate_scale(), stage.indexer_learning_rate)
+            self.optimizer.step()
+            self._balance_routers(0.0 if stage.warms_up else train.router_bias_speed)
+        measured |= {f"train/learning_rate/{name}": rate for name, rate in self.optimizer.rates().items()}
+        self.step += 1
         return measured
+
+    def _parts(self, batch: Batch, weights: Tensor) -> Iterator[tuple[Batch, Tensor]]:
+        """The batch in ``accumulation_steps`` parts of as many rows each."""
+        rows = len(weights) // self.recipe.train.accumulation_steps
+        for start in range(0, len(weights), rows):
+            part = slice(start, start + rows)
+            yield {name: values[part] for name, values in batch.items()}, weights[part]
+
+    def _totals(self, weights: Tensor, positions: Tensor) -> Totals:
+        ahead = weights[:, 1:] * follows(positions)
+        scoring = (positions >= self.model.config.csa_ratio - 1).float()
+        sums = sum_over_ranks(torch.stack([weights.sum(), ahead.sum(), scoring.sum()])).clamp(min=1.0)
+        return Totals(len(weights), *sums.unbind())
+
+    def _objective(
+        self, part: Batch, weights: Tensor, totals: Totals, stage: Stage
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What to differentiate, a part of a batch's: gradients summed over parts and averaged over ranks are those
+        of the whole batch's means. And the parts' losses, whose sums averaged over ranks are the means themselves."""
+        train = self.recipe.train
+        tokens, positions = part["tokens"], part["positions"]
+        telemetry = Telemetry(predict_ahead=bool(stage.model.mtp_layers) and not stage.warms_up)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=train.autocast == "bfloat16"):
+            logits = self.model(tokens[:, :-1], positions=positions, attention=stage.attends, telemetry=telemetry)
+        losses = {"train/loss": weighted_loss(logits, tokens[:, 1:], weights, totals.weight)}
+        objective = losses["train/loss"] if not stage.warms_up else logits.new_zeros(())
+        if "csa" in stage.model.layers:
+            # A mean over the tokens with an entry to score. Ranks hold different numbers of them, and one may hold
+            # short documents only: it has no divergence to report and must still take part in the sum.
+            scoring = (positions >= stage.model.csa_ratio - 1).sum()
+            kl = telemetry.loss("indexer_kl")
+            kl = scoring * world_size() / totals.scoring * kl if kl is not None else logits.new_zeros(())
+            losses["train/indexer_kl"] = kl
+            objective = objective + train.indexer_loss_weight * kl
+        balance = telemetry.loss("balance")
+        if balance is not None:
+            losses["train/balance"] = balance * len(tokens) / totals.rows
+            if not stage.warms_up:
+                objective = objective + train.balance_loss_weight * losses["train/balance"]
+        if telemetry.mtp_logits is not None:
+            ahead = weights[:, 1:] * follows(positions)
+            losses["train/mtp_loss"] = weighted_loss(telemetry.mtp_logits, tokens[:, 2:], ahead, totals.ahead)
+            objective = objective + self._mtp_weight() * losses["train/mtp_loss"]
+        return objective, {name: loss.detach() for name, loss in losses.items()}
 
     def _balance_routers(self, speed: float) -> None:
         """Move each selection bias one step towards an even load (aux-loss-free balancing, report 4.2.2)."""
@@ -227,143 +353,79 @@ class Trainer:
                 layer.router_bias += speed * torch.sign(load.mean() - load)
             layer.expert_load.zero_()
 
-    # --- validation
-
-    @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Held-out metrics over all ranks' batches, in the attention mode of the stage just trained.
-
-        ``validation/text_loss``: mean loss of text tokens. ``validation/recall``: share of key-value answers whose
-        every token is the most likely one (teacher-forced); ``validation/needle_recall`` likewise. ``validation/loss``:
-        mean loss of text and answer tokens, each kind of document weighing the same; ``validation/mtp_loss`` the same
-        for the multi-token prediction of those tokens. Indexer and selection measures are means over csa layers, and
-        over the batches that have them; ``validation/choosing_share`` is the share of queries with more entries than
-        ``index_topk``: where it is 0, nothing is selected.
-        """
-        self.model.eval()
-        stage = self.stage_at(max(0, self.step - 1))
-        attention = "sparse" if stage.attention == "sparse" else "dense"
-        metrics: dict[str, float] = {}
-        losses, mtp_losses = [], []
-        config = self.recipe.model
-        for name, batches in self._validation.items():
-            counted = TargetKind.TEXT if name == "text" else TargetKind.ANSWER
-            # The same keys on every rank, also on one that got no batch: they are summed over ranks by place.
-            sums = dict.fromkeys((*_SUMS, *_SELECTION, *(f"{key} batches" for key in _SELECTION)), 0.0)
-            for batch in batches:
-                telemetry = Telemetry(measure_selection=True, predict_ahead=bool(self.recipe.model.mtp_layers))
-                tokens, kinds = batch["tokens"].to(self.device), batch["target_kind"].to(self.device)
-                positions = batch["positions"].to(self.device)
-                logits = self.model(tokens[:, :-1], positions=positions, attention=attention, telemetry=telemetry)
-                chosen = kinds == counted
-                each = F.cross_entropy(logits[chosen], tokens[:, 1:][chosen], reduction="sum")
-                sums["loss"] += float(each)
-                sums["tokens"] += int(chosen.sum())
-                if telemetry.mtp_logits is not None:
-                    ahead = chosen[:, 1:] & follows(positions)
-                    each = F.cross_entropy(telemetry.mtp_logits[ahead], tokens[:, 2:][ahead], reduction="sum")
-                    sums["mtp_loss"] += float(each)
-                    sums["mtp_tokens"] += int(ahead.sum())
-                if name != "text":
-                    right, answers = count_answers(logits.argmax(-1) == tokens[:, 1:], chosen)
-                    sums["right"] += right
-                    sums["answers"] += answers
-                means = telemetry.means()
-                for key in _SELECTION:
-                    if key in means:
-                        sums[key] += means[key]
-                        sums[f"{key} batches"] += 1
-                sums["queries"] += int((positions >= 0).sum())
-                sums["choosing"] += int(((positions + 1) // config.csa_ratio > config.index_topk).sum())
-            sums = {
-                k: v
-                for k, v in zip(sums, sum_over_ranks(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist())
-            }
-            losses.append(sums["loss"] / max(1, sums["tokens"]))
-            mtp_losses.append(sums["mtp_loss"] / max(1, sums["mtp_tokens"]))
-            if name == "text":
-                metrics["validation/text_loss"] = losses[-1]
-            else:
-                prefix = "" if name == "mqar" else f"{name}_"
-                metrics[f"validation/{prefix}answer_loss"] = losses[-1]
-                metrics[f"validation/{prefix}recall"] = sums["right"] / max(1, sums["answers"])
-            if name == "mqar" or "mqar" not in self._validation:
-                for key in _SELECTION:
-                    if sums[f"{key} batches"]:
-                        metrics[f"validation/{key}"] = sums[key] / sums[f"{key} batches"]
-                if "csa" in config.layers:
-                    metrics["validation/choosing_share"] = sums["choosing"] / max(1, sums["queries"])
-        metrics["validation/loss"] = sum(losses) / len(losses)
-        if self.recipe.model.mtp_layers:
-            metrics["validation/mtp_loss"] = sum(mtp_losses) / len(mtp_losses)
-        self.model.train()
-        return metrics
+        """Held-out metrics in the attention mode of the stage just trained (:func:`pipelines.validation.validate`)."""
+        metrics = validate(self.model, self._validation, stage_at(self.stages, max(0, self.step - 1)).attends)
+        if self.best is None or metrics[BEST] < self.best[0]:
+            self.best = (metrics[BEST], self.step)
+        return {**metrics, "best/loss": self.best[0], "best/step": float(self.best[1])}
 
 
-def weighted_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Totals:
+    """What the means of one batch divide by, over all ranks: scalars; ``rows`` are this rank's."""
+
+    rows: int
+    weight: Tensor
+    ahead: Tensor
+    scoring: Tensor
+
+
+def target_weights(kinds: Tensor, answer: float, context: float) -> Tensor:
+    """Each target's weight in the loss, float32 as ``kinds`` uint8 [B, L] of :class:`pipelines.data.TargetKind`."""
+    weights = (kinds != TargetKind.PADDING).float()
+    weights = torch.where(kinds == TargetKind.ANSWER, answer, weights)
+    return torch.where(kinds == TargetKind.CONTEXT, context, weights)
+
+
+def weighted_loss(logits: Tensor, targets: Tensor, weights: Tensor, total: Tensor) -> Tensor:
     """Cross entropy of logits float32 [B, S, V] against targets int64 [B, S], weighted by float32 [B, S].
 
-    Returns this rank's part of the loss, whose gradients averaged over ranks are those of the whole batch's mean,
-    whatever padding each rank drew; and that mean, detached.
+    ``total`` is the weight of the whole batch on all ranks. The result, averaged over ranks, is the batch's mean,
+    whatever padding each rank drew.
     """
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(weights)
-    loss_sum = (losses * weights).sum()
-    total_weight = sum_over_ranks(weights.sum()).clamp(min=1.0)  # a batch may be all context
-    return loss_sum / total_weight * world_size(), sum_over_ranks(loss_sum.detach().clone()) / total_weight
+    return (losses * weights).sum() / total * world_size()
 
 
-def follows(positions: Tensor) -> Tensor:
-    """Whether each token after a row's first goes on with the document of the one before: bool [B, S - 1].
+def build_trainer(
+    recipe: Recipe,
+    open_batches: OpenBatches,
+    reporter: Reporter,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+) -> Trainer:
+    """A trainer at step 0; every rank gets the same weights."""
+    torch.manual_seed(recipe.run.seed)
+    validation = held_out(recipe, rank, world)
+    model = Transformer(recipe.model)
+    if recipe.train.init_from is not None:
+        checkpoint.warm_start(model, recipe.train.init_from)
+    model.to(device)
+    return Trainer(recipe, model, open_batches, validation, reporter, load_tokenizer(recipe.data_folder))
 
-    ``positions`` int64 [B, S]. Only there is the token after next, the target of what follows, of the same document.
-    """
-    return positions[:, 1:] > 0
+
+def held_out(recipe: Recipe, rank: int = 0, world: int = 1) -> dict[str, list[Batch]]:
+    """This rank's share of ``train.validation_rows`` held-out rows of each kind, stacked."""
+    folder, train = recipe.data_folder, recipe.train
+    size = max(1, train.batch_rows // world)
+    found: dict[str, list[Batch]] = {}
+    for kind in KINDS:
+        rows = local_rows(folder, "validation", recipe.data.sequence_length, [kind], train.validation_rows)
+        if read_manifest(folder).splits["validation"].rows.get(kind):
+            found[kind] = list(stack_rows(list(rows)[rank::world], size))
+    return found
 
 
-def count_answers(right: Tensor, answer: Tensor) -> tuple[int, int]:
-    """(answers right in every token, answers) from bool masks [B, L]; an answer is a run of adjacent answer tokens."""
-    starts = answer & ~F.pad(answer, (1, 0))[:, :-1]
-    run = starts.flatten().cumsum(0)[answer.flatten()] - 1
-    total = int(starts.sum())
-    wrong = torch.zeros(total, dtype=torch.int64, device=run.device)
-    wrong.index_add_(0, run, (~right).flatten()[answer.flatten()].long())
-    return int((wrong == 0).sum()), total
+def folder_batches(recipe: Recipe) -> OpenBatches:
+    """A single process's batches, read from the recipe's data folder without Ray."""
 
+    def open_batches(stage: Stage, epoch: int, skip: int) -> TrainBatches:
+        rows = stage.batch_rows
+        return train_batches(recipe.data_folder, stage.sequence_length, rows, recipe.data.seed, epoch, skip)
 
-def check_stages(recipe: Recipe) -> None:
-    """Refuse a curriculum with a stage that could not act. Raises ConfigError."""
-    config, length = recipe.model, recipe.data.sequence_length
-    if length > config.max_positions:
-        raise ConfigError(f"data.sequence_length: {length} exceeds model.max_positions {config.max_positions}")
-    if recipe.train.batch_rows % recipe.train.workers:
-        raise ConfigError(
-            f"train.batch_rows: {recipe.train.batch_rows} rows do not divide over {recipe.train.workers} workers"
-        )
-    if config.mtp_layers and recipe.train.mtp_loss_weight == 0:
-        raise ConfigError(
-            "train.mtp_loss_weight: 0 leaves the model's multi-token prediction untrained; set model.mtp_layers to 0 "
-            "to do without"
-        )
-    for mixer in ("csa", "hca"):
-        ratio = config.compress_ratio(mixer)
-        if mixer in config.layers and ratio > length:
-            raise ConfigError(
-                f"model.{mixer}_ratio: {ratio} tokens per entry leave a {length}-token sequence without any entry"
-            )
-    if "csa" not in config.layers:
-        if any(stage.attention == "indexer_warmup" for stage in recipe.train.stages):
-            raise ConfigError(
-                "train.stages: indexer_warmup was asked for, but model.layers has no csa layer to warm up"
-            )
-        return
-    entries = length // config.csa_ratio
-    if entries <= config.index_topk and any(stage.attention == "sparse" for stage in recipe.train.stages):
-        raise ConfigError(
-            f"model.index_topk: {config.index_topk} is not below the {entries} entries of a {length}-token sequence, "
-            "so a sparse stage would select everything"
-        )
-    if recipe.train.indexer_loss_weight == 0 and any(s.attention != "dense" for s in recipe.train.stages):
-        raise ConfigError("train.indexer_loss_weight: 0 leaves the indexer untrained, but a stage relies on it")
+    return open_batches
 
 
 def measured_cache(config: ModelConfig, tokens: int = CACHE_MEASURE_TOKENS) -> dict[str, float]:
@@ -372,40 +434,22 @@ def measured_cache(config: ModelConfig, tokens: int = CACHE_MEASURE_TOKENS) -> d
     return {CACHE: cache.bytes_per_token(), "cache/measured_tokens": float(cache.max_tokens)}
 
 
-def validation_batches(
-    rows: Callable[[Kind, int], Iterator[Any]],
-    stack: Callable[[Iterable[Any], int], Iterator[Batch]],
-    kinds: Iterable[Kind],
-    recipe: Recipe,
-    rank: int = 0,
-    world: int = 1,
-) -> dict[str, list[Batch]]:
-    """This rank's share of ``train.validation_rows`` held-out rows of each kind, stacked."""
-    train = recipe.train
-    size = max(1, train.batch_rows // world)
-    return {kind: list(stack(list(rows(kind, train.validation_rows))[rank::world], size)) for kind in kinds}
+# --- random numbers
+
+RANDOM = "random/"
 
 
-# --- ranks
+def random_state() -> dict[str, Tensor]:
+    """The states of torch's generators, uint8, ready for safetensors."""
+    states = {f"{RANDOM}cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states[f"{RANDOM}cuda"] = torch.cuda.get_rng_state()
+    return states
 
 
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def sum_over_ranks(x: Tensor) -> Tensor:
-    """Sum ``x`` over all ranks, in place; itself in a single process."""
-    if world_size() > 1:
-        dist.all_reduce(x)
-    return x
-
-
-def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
-    """Average gradients over ranks in one message; a missing one counts as zero, so that ranks never disagree."""
-    if world_size() == 1:
-        return
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-    dist.all_reduce(flat)
-    flat /= world_size()
-    for p, piece in zip(parameters, flat.split([p.numel() for p in parameters])):
-        p.grad = piece.view_as(p)
+def set_random_state(tensors: dict[str, Tensor]) -> None:
+    """Inverse of :func:`random_state`; other tensors are left alone."""
+    if f"{RANDOM}cpu" in tensors:
+        torch.set_rng_state(tensors[f"{RANDOM}cpu"])
+    if f"{RANDOM}cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors[f"{RANDOM}cuda"])

@@ -26,7 +26,7 @@ class Compressor(nn.Module):
 
     def __init__(self, config: ModelConfig, width: int, ratio: int, overlap: bool):
         super().__init__()
-        self.ratio, self.overlap = ratio, overlap
+        self.width, self.ratio, self.overlap = width, ratio, overlap
         rows = 2 * width if overlap else width
         self.wkv = Linear(config.hidden_size, rows)
         self.wgate = Linear(config.hidden_size, rows)

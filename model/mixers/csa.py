@@ -78,7 +78,7 @@ class CompressedSparseAttention(CompressedAttention):
 
     def _selected(self, scores: Tensor, may_see: Tensor) -> Tensor:
         """The indexer's choice as a mask, bool [B, S, T]."""
-        chosen = select_topk(scores, may_see, self.config.index_topk)
+        chosen = select_topk(scores.to(self.precision.score_dtype), may_see, self.config.index_topk)
         mask = torch.zeros(*scores.shape[:2], scores.shape[-1] + 1, dtype=torch.bool, device=scores.device)
         # Unused places (-1) wrap around to the extra last column, which is cut off.
         return mask.scatter_(-1, chosen % mask.shape[-1], True)[..., :-1]
@@ -102,6 +102,7 @@ class CompressedSparseAttention(CompressedAttention):
                 projected["head_weights"][sequence],
                 [(start + i + 1) // self.ratio for i in range(S)],
                 self.config.index_topk,
+                dtype=self.precision.score_dtype,
                 fixed_shapes=execution.fixed_shapes,
                 one_by_one=execution.batch_invariant,
                 score=execution.function(tile_scores),

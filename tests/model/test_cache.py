@@ -220,7 +220,7 @@ def test_what_cannot_be_read_changes_nothing():
     model = MODELS["hybrid"]
     pool = PagePool(model.config, 2)
     cache = Cache(model.config, 1, MOST, pool=pool)
-    with pytest.raises(IndexError), torch.inference_mode():
+    with pytest.raises(ValueError, match="do not all lie in a vocabulary"), torch.inference_mode():
         model(torch.tensor([[3, SMALL["vocab_size"]]]), cache)
     with pytest.raises(CacheError, match="3 more pages of 72 tokens are needed, 2 of 2 are free"):
         prefill(model, cache, torch.zeros(1, MOST, dtype=torch.int64), chunk=10)
@@ -344,11 +344,16 @@ def test_bytes_are_the_closed_form_and_follow_the_tokens(rewind, formats):
     assert cache.nbytes("csa") == 0 and pool.free_pages == 8
 
 
+def test_a_pool_of_fewer_than_no_pages_is_refused():
+    with pytest.raises(CacheError, match="a pool cannot have -1 pages"):
+        PagePool(MODELS["hybrid"].config, -1)
+
+
 def test_joining_the_same_cache_twice_is_refused():
     cache, _ = filled(MODELS["hybrid"], 10)
     for caches in ([cache, cache], []):
         with pytest.raises(CacheError, match="at least one cache, and each only once"):
-            Cache.join(caches)
+            Cache.join(cache for cache in caches)
 
 
 def test_forks_within_one_batch_copy_a_shared_page_once_less():

@@ -398,6 +398,8 @@ def test_unknown_modes_are_named():
     with pytest.raises(ConfigError, match="execution: 'fast' is not one of eager, compiled, batch-invariant"):
         Execution("fast")
     assert Execution().mode == "eager"
+    with pytest.raises(ValueError, match=r"execution: expected an Execution, .* found 'compiled'"):
+        build().execution = "compiled"
 
 
 @pytest.mark.parametrize(("width", "size"), [("hidden_size", 37), ("head_dim", 18), ("expert_size", 13)])

@@ -196,7 +196,7 @@ def test_the_indexer_can_fit_its_teacher():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(telemetry.means())
+        losses.append(telemetry.by_layer(("indexer_kl", "recall_at_k", "recall_at_k_of_best")))
     assert losses[-1]["indexer_kl"] < 0.5 * losses[0]["indexer_kl"]
     assert losses[-1]["recall_at_k_of_best"] > losses[0]["recall_at_k_of_best"]
     assert all(0 <= m["recall_at_k"] <= m["recall_at_k_of_best"] <= 1 + 1e-6 for m in losses)
@@ -331,6 +331,8 @@ def test_bf16_weights_halve_the_matrices_and_leave_what_decides_alone():
     exact = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     experts = [m.stored_experts() for m in model.moe_layers()]
     ids = torch.randint(0, SMALL["vocab_size"], (1, 40))
+    with pytest.raises(ValueError, match=r"store_weights: expected a floating-point type, found torch\.int8"):
+        model.store_weights(torch.int8)
     with torch.inference_mode():
         before = model(ids)
         model.store_weights(torch.bfloat16)

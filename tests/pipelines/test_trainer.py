@@ -1,5 +1,6 @@
 """The training loop itself, in plain torch processes."""
 
+import json
 import math
 import os
 import socket
@@ -13,11 +14,13 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 
 from model.config import CACHE_FORMATS
-from model.errors import CheckpointError, ConfigError, FiftyfoldError
+from model.errors import CheckpointError, ConfigError, DataError, FiftyfoldError
 from pipelines.config import recipe_from_dict, with_overrides
-from pipelines.data import SHARD_SCHEMA, batches, cut_rows, train_batches
-from pipelines.train import build_trainer
-from pipelines.trainer import check_stages, count_answers
+from pipelines.curriculum import check_data, curriculum
+from pipelines.data import SHARD_SCHEMA, TargetKind, batches, cut_rows, read_manifest
+from pipelines.stability import Stability
+from pipelines.trainer import build_trainer, folder_batches
+from pipelines.validation import count_answers
 
 EXACT = {**{f"model.{name}": "fp32" for name in CACHE_FORMATS}, "model.qat": False}
 """Nothing is rounded anywhere."""
@@ -40,14 +43,12 @@ class Record:
 
 
 def trainer_for(recipe, record, rank=0, world=1):
-    rows = recipe.train.batch_rows // world
-    length, seed = recipe.data.sequence_length, recipe.data.seed
+    open_whole = folder_batches(recipe)
 
-    def batches(epoch, skip):
-        whole = train_batches(recipe.data_folder, length, rows * world, seed, epoch, skip)
-        return whole if world == 1 else Share(whole, rank, rows)
+    def open_share(stage, epoch, skip):
+        return Share(open_whole(stage, epoch, skip), rank, stage.batch_rows // world)
 
-    return build_trainer(recipe, batches, record, rank, world)
+    return build_trainer(recipe, open_whole if world == 1 else open_share, record, rank, world)
 
 
 class Share:
@@ -139,7 +140,7 @@ def test_packed_documents_train_as_each_alone(prepared, attention):
     packed, alone = packed_and_alone(recipe.data.sequence_length)
     assert len(packed["tokens"]) < len(alone["tokens"]) / 2
     trainers = [trainer_for(recipe, Record()) for _ in range(2)]
-    one, two = (t._update(batch, t.stage_at(0)) for t, batch in zip(trainers, (packed, alone)))
+    one, two = (t._update(batch, t.stage) for t, batch in zip(trainers, (packed, alone)))
     for name in ("train/loss", "train/mtp_loss"):
         torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=0)
     for (name, p), q in zip(trainers[0].model.named_parameters(), trainers[1].model.parameters()):
@@ -185,7 +186,7 @@ def test_the_mtp_loss_weighs_less_once_the_learning_rate_falls(prepared):
         weights.append(trainer._mtp_weight())
         rates.append(trainer._rate_scale())
         if step in (6, 7):
-            trainer._update(next(packed_and_alone(recipe.data.sequence_length)), trainer.stage_at(step))
+            trainer._update(next(packed_and_alone(recipe.data.sequence_length)), trainer.stage)
             gradients.append(trainer.model.mtp[0].e_proj.weight.grad)
     assert weights == [0.3] * 7 + [0.1] * 3
     assert [rate < 1 for rate in rates] == [weight == 0.1 for weight in weights]
@@ -198,7 +199,7 @@ def test_documents_too_short_for_an_entry_are_no_reason_to_stop(prepared):
     trainer = trainer_for(recipe, Record())
     _, alone = packed_and_alone(recipe.data.sequence_length)
     alone["positions"][:] = torch.arange(alone["positions"].shape[1]) % 3
-    measured = trainer._update(alone, trainer.stage_at(0))
+    measured = trainer._update(alone, trainer.stage)
     assert measured["train/indexer_kl"] == 0
 
 
@@ -222,22 +223,52 @@ def test_selection_is_measured_where_there_is_a_choice(prepared):
 # --- resuming
 
 
+CHANGING = [
+    {"attention": "dense", "steps": 2, "sequence_length": 48, "batch_rows": 12, "qat": False},
+    {"attention": "indexer_warmup", "steps": 1, "indexer_learning_rate": 1e-3},
+    {"attention": "sparse", "steps": 2, "index_topk": 8},
+    {"attention": "sparse", "tokens": 800, "index_topk": 2, "learning_rate_scale": 0.5},
+]
+"""Every stage differs from the one before in what it can."""
+
+
+@pytest.mark.parametrize("after", range(1, 6))
 @pytest.mark.parametrize("mtp_layers", [0, 1])
-def test_resuming_repeats_the_uninterrupted_run(prepared, tmp_path, mtp_layers):
-    prepared = with_overrides(prepared, {"model.mtp_layers": mtp_layers})
-    straight = Record(tmp_path / "a")
-    whole = trainer_for(prepared, straight)
-    whole.run()
+def test_resuming_repeats_the_uninterrupted_run(prepared, tmp_path_factory, mtp_layers, after):
+    recipe = with_overrides(
+        prepared, {"model.mtp_layers": mtp_layers, "train.stages": CHANGING, "train.checkpoint_every": 1}
+    )
+    whole, straight = uninterrupted(recipe, tmp_path_factory)
     resumed = Record()
-    second = trainer_for(prepared, resumed)
-    second.load_checkpoint(tmp_path / "a" / "2")
+    second = trainer_for(recipe, resumed)
+    torch.rand(after)  # the generator is elsewhere
+    second.load_checkpoint(straight.keep / str(after))
     second.run()
-    assert [s for s, _ in resumed.logged] == [3, 4, 5, 6]
-    losses = {s: m["train/loss"] for s, m in straight.logged}
-    assert all(m["train/loss"] == losses[s] for s, m in resumed.logged)
-    assert any(".mtp." in f".{name}" for name in second.model.state_dict()) == bool(mtp_layers)
+    assert [s for s, _ in resumed.logged] == list(range(after + 1, 7))
+    assert timeless(resumed.logged) == timeless(straight.logged)[after:]
+    assert resumed.reported[-1] == straight.reported[-1]
+    assert second.best == whole.best and torch.equal(torch.get_rng_state(), whole.random)
     for (name, p), q in zip(whole.model.state_dict().items(), second.model.state_dict().values()):
         assert torch.equal(p, q), name
+
+
+_RUNS = {}
+
+
+def uninterrupted(recipe, tmp_path_factory):
+    """The recipe's run from its start to its end, made once."""
+    key = recipe.model.mtp_layers
+    if key not in _RUNS:
+        record = Record(tmp_path_factory.mktemp("straight"))
+        trainer = trainer_for(recipe, record)
+        trainer.run()
+        trainer.random = torch.get_rng_state()
+        _RUNS[key] = trainer, record
+    return _RUNS[key]
+
+
+def timeless(logged):
+    return [(s, {k: v for k, v in m.items() if not k.endswith("_second") and "_seconds" not in k}) for s, m in logged]
 
 
 def test_a_damaged_training_state_is_named(prepared, tmp_path):
@@ -263,7 +294,7 @@ def _rank(rank, world, port, recipe, short, out):
     _, alone = packed_and_alone(trainer.recipe.data.sequence_length)
     if short:  # the second rank has documents that are too short for a single entry
         alone = with_short_rows(alone)
-    trainer._update({name: values[rank::world] for name, values in alone.items()}, trainer.stage_at(0))
+    trainer._update({name: values[rank::world] for name, values in alone.items()}, trainer.stage)
     if rank == 0:
         save_file({n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}, out)
     dist.destroy_process_group()
@@ -279,7 +310,7 @@ def test_two_ranks_make_the_gradient_of_one(prepared, tmp_path, short):
     )  # fmt: skip
     single = trainer_for(recipe, Record())
     _, alone = packed_and_alone(recipe.data.sequence_length)  # ranks get documents of different lengths
-    single._update(with_short_rows(alone) if short else alone, single.stage_at(0))
+    single._update(with_short_rows(alone) if short else alone, single.stage)
     mp.spawn(_rank, (2, free_port(), recipe.to_dict(), short, str(tmp_path / "gradients")), nprocs=2)
     double = load_file(tmp_path / "gradients")
     for name, p in single.model.named_parameters():
@@ -292,13 +323,152 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched(prepared):
-    trainer = trainer_for(prepared, Record())
+def test_accumulated_parts_make_the_update_of_the_whole(prepared):
+    recipe = with_overrides(
+        prepared, {**EXACT, "model.mtp_layers": 1, "train.stages": [{"attention": "sparse", "steps": 1}]}
+    )
+    _, alone = packed_and_alone(recipe.data.sequence_length)  # documents, and so parts, of different lengths
+    trainers = [trainer_for(with_overrides(recipe, {"train.accumulation_steps": n}), Record()) for n in (1, 4)]
+    whole, parts = (t._update(alone, t.stage) for t in trainers)
+    for name in ("train/loss", "train/mtp_loss", "train/indexer_kl", "train/balance", "train/grad_norm"):
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-5, atol=0)
+    for (name, p), q in zip(trainers[0].model.named_parameters(), trainers[1].model.parameters()):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+# --- stages
+
+
+def test_a_stage_is_what_it_says(prepared):
+    trainer = trainer_for(with_overrides(prepared, {"train.stages": CHANGING}), Record())
+    seen, rates = [], []
+    update = trainer._update
+
+    def watched(batch, stage):
+        config = trainer.model.config
+        seen.append((*batch["target_kind"].shape, config.qat, config.index_topk, stage.attends))
+        measured = update(batch, stage)
+        rates.append(measured["train/learning_rate/indexer"])
+        assert bool(sum(v for k, v in measured.items() if k.startswith("train/rounded/"))) == config.qat
+        return measured
+
+    trainer._update = watched
+    trainer.run()
+    assert seen == [
+        (12, 48, False, 4, "dense"),
+        (12, 48, False, 4, "dense"),
+        (8, 96, True, 4, "dense"),
+        (8, 96, True, 8, "sparse"),
+        (8, 96, True, 8, "sparse"),
+        (8, 96, True, 2, "sparse"),
+    ]
+    assert rates[2] == pytest.approx(1e-3) and rates[3] == pytest.approx(3e-3)
+    assert trainer.model.layers[1].attn.config.index_topk == 2
+
+
+def test_what_is_rounded_is_counted(prepared):
+    trainer = trainer_for(with_overrides(prepared, {"train.stages": [{"attention": "sparse", "steps": 1}]}), Record())
+    _, alone = packed_and_alone(96)
+    measured = trainer._update(alone, trainer.stage)
+    # Windows of three layers and entries of two; queries and keys of one indexer; three stacks in each of three layers.
+    counts = {k.rpartition("/")[2]: v for k, v in measured.items() if k.startswith("train/rounded/")}
+    assert counts == {"main": 5, "index": 2, "experts": 9}
+
+
+def test_every_stage_reports_what_it_reached(prepared):
+    record = Record()
+    trainer_for(prepared, record).run()
+    ends = {step: metrics for step, metrics in record.reported if any(k.startswith("stage_") for k in metrics)}
+    assert list(ends) == [3, 4, 6]
+    for stage, (_, metrics) in enumerate(ends.items(), 1):
+        for name in (
+            "indexer_kl",
+            "recall_at_k",
+            "recall_at_k_of_best",
+            "recall_at_k_of_best/layer_1",
+            "choosing_share",
+        ):
+            assert metrics[f"stage_{stage}/{name}"] == metrics[f"validation/{name}"], name
+    assert 0 < ends[6]["stage_3/recall_at_k"] <= ends[6]["stage_3/recall_at_k_of_best"] <= 1 + 1e-6
+
+
+# --- stability
+
+
+def broken_at(trainer, steps):
+    """Make the gradients of these updates, counted from 1, not finite."""
+    update, made = trainer._update, []
+
+    def sometimes(batch, stage):
+        made.append(None)
+        hook = None
+        if len(made) in steps:
+            hook = trainer.model.layers[0].attn.wkv.weight.register_hook(lambda grad: grad * float("nan"))
+        try:
+            return update(batch, stage)
+        finally:
+            if hook is not None:
+                hook.remove()
+
+    trainer._update = sometimes
+    return made
+
+
+def test_a_gradient_that_is_not_finite_costs_its_batch_alone(prepared):
+    record = Record()
+    trainer = trainer_for(prepared, record)
+    broken_at(trainer, {2})
+    before = {}
+    trainer.reporter.log = lambda step, metrics: (
+        record.logged.append((step, metrics)),
+        before.setdefault(step, trainer.model.head.weight.detach().clone()),
+    )
+    trainer.run()
+    assert torch.equal(before[1], before[2]) and not torch.equal(before[2], before[3])
+    assert [m.get("train/interventions") for _, m in record.logged] == [None, 1, None, None, None, None]
+
+
+def test_a_run_that_is_not_finite_ends_after_so_many_times_and_names_the_step(prepared):
+    trainer = trainer_for(with_overrides(prepared, {"train.stability.most": 2}), Record())
+    broken_at(trainer, range(1, 7))
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
-    trainer.model.layers[0].attn.wkv.weight.register_hook(lambda grad: grad * float("nan"))
-    with pytest.raises(FiftyfoldError, match="step 1: the gradient is not finite"):
+    with pytest.raises(FiftyfoldError, match=r"step 3: the gradient is not finite .*, for the 3\. time"):
         trainer.run()
     assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
+
+
+def test_rolling_back_returns_to_the_last_checkpoint_and_reads_on(prepared, tmp_path):
+    recipe = with_overrides(prepared, {"train.stability.action": "roll_back"})
+    record = Record(tmp_path)
+    trainer = trainer_for(recipe, record)
+    made = broken_at(trainer, {6})  # after the checkpoint of step 4
+    trainer.run()
+    assert [step for step, _ in record.logged] == [1, 2, 3, 4, 5, 4, 5, 6] and len(made) == 8
+    # A run that goes on from that checkpoint, but with the batches that follow the broken one, is the same.
+    state = json.loads((tmp_path / "4" / "trainer.json").read_text())
+    state["position"]["batch"] += 2
+    (tmp_path / "4" / "trainer.json").write_text(json.dumps(state))
+    second = trainer_for(recipe, Record())
+    second.load_checkpoint(tmp_path / "4")
+    second.run()
+    for (name, p), q in zip(trainer.model.state_dict().items(), second.model.state_dict().values()):
+        assert torch.equal(p, q), name
+
+
+def test_a_leaping_loss_is_noticed(prepared):
+    settings = prepared.train.stability.model_copy(update={"window": 8, "spike": 1.0})
+    watch = Stability(settings)
+    losses = [5.0, 4.9, 4.8, 4.7, 4.6]
+    assert not any(watch.objects(step, loss, 1.0) for step, loss in enumerate(losses))
+    assert watch.objects(6, 5.9, 1.0) and not watch.objects(7, 5.7, 1.0)
+    again = Stability(settings)
+    again.load(json.loads(json.dumps(watch.state())))
+    assert again.interventions == 1 and again.objects(8, 6.0, 1.0)
+    watch.forget()
+    assert not watch.objects(8, 9.0, 1.0)
+    stops = Stability(settings.model_copy(update={"action": "stop"}))
+    with pytest.raises(FiftyfoldError, match="step 1: the gradient is not finite"):
+        stops.objects(1, 3.0, math.inf)
 
 
 def test_routers_move_towards_an_even_load(prepared):
@@ -313,9 +483,17 @@ def test_routers_move_towards_an_even_load(prepared):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model.index_topk": 24}, "24 is not below the 24 entries of a 96-token sequence"),
-        ({"data.sequence_length": 300}, "exceeds model.max_positions 256"),
-        ({"train.workers": 3}, "8 rows do not divide over 3 workers"),
+        ({"model.index_topk": 24}, r"train.stages.2: index_topk 24 is not below the 24 entries of a 96-token sequence"),
+        ({"data.sequence_length": 300}, r"train.stages.0.sequence_length: 300 exceeds model.max_positions 256"),
+        ({"train.workers": 3}, r"train.stages.0.batch_rows: 8 rows do not divide over 3 workers and 1 accumulation"),
+        ({"train.accumulation_steps": 3}, "8 rows do not divide over 1 workers and 3 accumulation steps"),
+        ({"train.stages": [{"tokens": 700}]}, r"train.stages.0.tokens: fewer than the 768 of a single step"),
+        ({"train.stages": [{"steps": 1, "index_topk": 24}]}, "index_topk 24 is not below the 24 entries of a 96-token"),
+        ({"train.stages": [{"steps": 1, "sequence_length": 16}]}, "not below the 4 entries of a 16-token sequence"),
+        (
+            {"model.layers": ["sliding"], "train.stages": [{"attention": "dense", "steps": 1, "index_topk": 3}]},
+            r"train.stages.0.index_topk: 3 was asked for, but model.layers has no csa layer",
+        ),
         ({"model.hca_ratio": 128}, "128 tokens per entry leave a 96-token sequence without any entry"),
         ({"train.indexer_loss_weight": 0}, "leaves the indexer untrained"),
         ({"train.mtp_loss_weight": 0, "model.mtp_layers": 1}, "leaves the model's multi-token prediction untrained"),
@@ -324,7 +502,28 @@ def test_routers_move_towards_an_even_load(prepared):
 )
 def test_a_stage_that_cannot_act_is_refused(prepared, changes, message):
     with pytest.raises(ConfigError, match=message):
-        check_stages(with_overrides(prepared, changes))
+        curriculum(with_overrides(prepared, changes))
+
+
+@pytest.mark.parametrize("stage", [{}, {"steps": 3, "tokens": 3000}])
+def test_a_stage_has_one_length(prepared, stage):
+    with pytest.raises(ConfigError, match=r"train.stages.0: a stage has either steps or tokens"):
+        with_overrides(prepared, {"train.stages": [stage]})
+
+
+def test_data_that_fill_no_batch_are_refused_before_any_compute(prepared):
+    stages = curriculum(with_overrides(prepared, {"train.stages": [{"steps": 1, "batch_rows": 8000}]}))
+    with pytest.raises(
+        DataError, match=r"train split: its [\d,]+ tokens do not fill one batch of train.stages.0, 8000"
+    ):
+        check_data(stages, read_manifest(prepared.data_folder))
+
+
+def test_a_short_stage_reads_no_cut_retrieval_document(prepared):
+    short = with_overrides(prepared, {"train.stages": [{"attention": "dense", "steps": 1, "sequence_length": 48}]})
+    batches = folder_batches(short)(curriculum(short)[0], 0, 0)
+    kinds = torch.cat([next(batches)["target_kind"] for _ in range(5)])
+    assert kinds.shape[1] == 48 and set(kinds.unique().tolist()) <= {TargetKind.PADDING, TargetKind.TEXT}
 
 
 def test_an_answer_counts_only_whole():

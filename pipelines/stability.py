@@ -1,0 +1,59 @@
+"""When an update is not to be made: a gradient that is not finite, or a loss that leapt up."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from typing import Any
+
+from model.errors import FiftyfoldError
+from pipelines.config import StabilitySection
+
+
+class Stability:
+    """Watches a run's losses. What it says depends on them alone, so that all ranks, and a resumed run, agree."""
+
+    def __init__(self, settings: StabilitySection):
+        self.settings = settings
+        self.interventions = 0
+        """Updates objected to since the run began."""
+        self._losses: deque[float] = deque(maxlen=settings.window)
+
+    def objects(self, step: int, loss: float, grad_norm: float) -> bool:
+        """Whether the update ``step`` with this loss (nats per token) and gradient norm must not be made.
+
+        Raises FiftyfoldError where the run is to end instead.
+        """
+        found = self._trouble(loss, grad_norm)
+        if found is None:
+            self._losses.append(loss)
+            return False
+        if self.settings.action == "stop" or self.interventions == self.settings.most:
+            often = f", for the {self.interventions + 1}. time" if self.interventions else ""
+            raise FiftyfoldError(f"step {step}: {found}{often}; the weights of the last checkpoint are good")
+        self.interventions += 1
+        return True
+
+    def _trouble(self, loss: float, grad_norm: float) -> str | None:
+        if not math.isfinite(grad_norm) or not math.isfinite(loss):
+            return f"the gradient is not finite (loss {loss:g})"
+        spike = self.settings.spike
+        if spike is None or len(self._losses) < self.settings.window // 2:
+            return None
+        usual = statistics.median(self._losses)
+        return f"the loss leapt from {usual:.3f} to {loss:.3f}" if loss > usual + spike else None
+
+    def forget(self) -> None:
+        """A stage begins, whose losses are others."""
+        self._losses.clear()
+
+    # --- checkpoints
+
+    def state(self) -> dict[str, Any]:
+        return {"interventions": self.interventions, "losses": list(self._losses)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Inverse of :meth:`state`. Raises KeyError, TypeError or ValueError for anything else."""
+        self.interventions = int(state["interventions"])
+        self._losses = deque(map(float, state["losses"]), self.settings.window)

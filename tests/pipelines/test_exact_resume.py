@@ -1,0 +1,135 @@
+"""A run that is killed at any moment and started again is the run that was never killed, bit for bit."""
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipelines import train
+from pipelines.config import with_overrides
+from pipelines.tracking import open_tracking
+from pipelines.train import RUN
+
+STAGES = [
+    {"attention": "dense", "steps": 14, "qat": False},
+    {"attention": "indexer_warmup", "steps": 6},
+    {"attention": "sparse", "steps": 20, "sequence_length": 64},
+]
+
+
+def recipe_named(prepared, name):
+    return with_overrides(
+        prepared,
+        {"run.name": name, "train.workers": 2, "train.stages": STAGES, "train.checkpoint_every": 4,
+         "train.validate_every": 10, "train.log_every": 1, "train.stability.spike": None},
+    )  # fmt: skip
+
+
+def history(recipe):
+    """(step, loss) as logged, in order."""
+    run_id = json.loads((recipe.run_folder / RUN).read_text())["run_id"]
+    points = open_tracking(recipe).client.get_metric_history(run_id, "train/loss")
+    return [(point.step, point.value) for point in sorted(points, key=lambda p: (p.timestamp, p.step))]
+
+
+def outcome(recipe):
+    """Every loss that a run ever logged, by step, and the hash of its final weights."""
+    losses = {}
+    for step, loss in history(recipe):
+        losses.setdefault(step, set()).add(loss)
+    return losses, hashlib.sha256((recipe.final_checkpoint / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def straight(prepared, ray_cluster):
+    recipe = recipe_named(prepared, "straight")
+    train.run(recipe)
+    return outcome(recipe)
+
+
+def processes_below(pid, name):
+    """Descendants of a process whose command line holds ``name``."""
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        try:
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            pass
+    return found
+
+
+def wait_for_checkpoint(recipe, step, process=None):
+    """Until a checkpoint of ``step`` or later is noted as written."""
+    noted = recipe.run_folder / "train" / "checkpoint_manager_snapshot.json"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and (process is None or process.poll() is None):
+        if noted.exists() and any(f"step_{n:06d}" in noted.read_text() for n in range(step, 41)):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no checkpoint of step {step} was written")
+
+
+def check(recipe, straight):
+    losses, weights = outcome(recipe)
+    assert losses == straight[0] and set(losses) == set(range(1, 41))
+    assert all(len(values) == 1 for values in losses.values())
+    assert weights == straight[1]
+    steps = [step for step, _ in history(recipe)]
+    begins = [later for earlier, later in itertools.pairwise(steps) if later <= earlier]
+    assert steps.count(1) == 1 and all(step % 4 == 1 for step in begins)  # it went on from a checkpoint
+
+
+def test_a_killed_worker_leaves_no_trace(prepared, ray_cluster, straight):
+    recipe = recipe_named(prepared, "worker-killed")
+    killed = []
+
+    def kill():
+        wait_for_checkpoint(recipe, random.choice((4, 12, 20)))
+        time.sleep(random.random() / 5)
+        worker = random.choice(processes_below(os.getpid(), "RayTrainWorker"))
+        killed.append(worker.pid)
+        worker.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    train.run(recipe)
+    killer.join()
+    assert killed
+    check(recipe, straight)
+
+
+@pytest.mark.parametrize("victim", ["driver", pytest.param("raylet", marks=pytest.mark.long)])
+def test_a_killed_run_goes_on_without_a_trace(prepared, straight, tmp_path, victim):
+    recipe = recipe_named(prepared, f"{victim}-killed")
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
+    command = [sys.executable, "-m", "pipelines", "train", "--config", str(tmp_path / "recipe.json")]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    first = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+    try:
+        wait_for_checkpoint(recipe, random.choice((4, 12, 20)), first)
+        below = processes_below(first.pid, "")
+        if victim == "raylet":
+            (raylet,) = [p for p in processes_below(first.pid, "raylet/raylet") if Path(p.exe()).name == "raylet"]
+            raylet.kill()
+            assert first.wait(timeout=120) != 0
+        else:
+            os.kill(first.pid, signal.SIGKILL)
+            first.wait(timeout=30)
+    finally:
+        first.kill()
+    _, alive = psutil.wait_procs(below, timeout=3)
+    for process in alive:
+        process.kill()
+    subprocess.run(command, env=environment, check=True, timeout=240, stdout=subprocess.DEVNULL)
+    check(recipe, straight)
