@@ -30,6 +30,7 @@ def index_topk(
     visible: list[int],
     k: int,
     *,
+    dtype: torch.dtype = torch.float32,
     fixed_shapes: bool = False,
     one_by_one: bool = False,
     score: Callable[[Tensor, Tensor, Tensor, EntryLayout], Tensor] | None = None,
@@ -39,7 +40,8 @@ def index_topk(
 
     query float32 [S, h, c], as rounded for the product; rows: packed keys [T, layout.nbytes]; head_weights [S, h];
     visible: how many entries, the first ones, each query may use. int64 [S, k], unused places -1. Memory does not
-    grow with S beyond the result, and with T by a row of scores. No gradient.
+    grow with S beyond the result, and with T by a row of scores. No gradient. Scores are rounded to ``dtype`` before
+    they are compared.
 
     ``score`` and ``choose`` replace :func:`tile_scores` and :func:`best_visible` (compiled forms of them); with
     ``fixed_shapes`` they are only ever called with powers of two of queries and rows. ``one_by_one``, with fixed
@@ -66,7 +68,7 @@ def index_topk(
                 width = size
                 while width < (most if one_by_one else longest):  # as step does: no more pairs of them than needed
                     width *= 2
-            scores = query.new_empty(len(q), width)
+            scores = query.new_empty(len(q), width, dtype=dtype)
             for begin in range(0, most, size):
                 end = begin + size
                 packed = rows.at_least(begin, end) if fixed_shapes else rows.slice(begin, min(end, most))
@@ -98,9 +100,9 @@ def _integer_products(query: Tensor, packed: Tensor, layout: EntryLayout) -> Ten
 
 
 def best_visible(scores: Tensor, visible: Tensor, k: int) -> Tensor:
-    """:func:`~kernels.index_topk.reference.best_places` of float32 [s, T] among the first ``visible`` (int64 [s])."""
+    """:func:`~kernels.index_topk.reference.best_places` of float [s, T] among the first ``visible`` (int64 [s])."""
     may = torch.arange(scores.shape[1], device=scores.device, dtype=torch.int32) < visible.unsqueeze(-1)
-    return best_places(torch.where(may, scores, float("-inf")), k)
+    return best_places(torch.where(may, scores, float("-inf")).float(), k)
 
 
 def _power_of_two(n: int) -> int:

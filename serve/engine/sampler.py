@@ -30,7 +30,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generat
     """
     if temperature == 0:
         return int(logits.argmax())
-    scaled = logits.float().cpu()
+    scaled = logits.double().cpu()  # in float32 a tiny temperature would be 0
     # The largest logit becomes 0 first: dividing by a tiny temperature must not overflow to inf - inf.
     scaled = (scaled - scaled.max()) / temperature
     probabilities, ids = scaled.softmax(dim=-1).sort(descending=True, stable=True)

@@ -67,6 +67,19 @@ def test_the_choice_is_that_of_the_readable_scores(entries, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_bf16_scores_tie_where_they_round_alike_and_the_lower_entry_wins(mode):
+    query, packed, layout, weights = whole_numbers(5, 3000, "fp4")
+    weights = weights + torch.rand_like(weights) / 1000
+    rows, visible = paged(packed, 18, scattered=True), [3000] * 5
+    keys = unpack(packed, layout).unsqueeze(0)
+    rounded = index_scores(query.unsqueeze(0), keys, weights.unsqueeze(0)).bfloat16()
+    expected = select_topk(rounded, torch.ones(1, 1, 3000, dtype=torch.bool), 40)[0]
+    found = index_topk(query, rows, layout, weights, visible, 40, dtype=torch.bfloat16, **MODES[mode])
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, index_topk(query, rows, layout, weights, visible, 40, **MODES[mode]))
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("body_format", FORMATS)
 def test_every_format_in_every_run_of_queries(body_format, mode, monkeypatch):
     monkeypatch.setattr("kernels.index_topk.streamed._SCORES", 1 << 14)  # 8 queries at a time

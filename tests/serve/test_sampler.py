@@ -56,7 +56,8 @@ def test_top_p_is_of_what_top_k_left() -> None:
 
 
 def test_a_tiny_temperature_is_greedy_and_finite() -> None:
-    assert draws(torch.tensor([3.0e4, -3.0e4, 2.9e4]), n=10, temperature=1e-6) == [10, 0, 0]
+    for temperature in (1e-6, 1e-46, 1e-300):
+        assert draws(torch.tensor([3.0e4, -3.0e4, 2.9e4]), n=10, temperature=temperature) == [10, 0, 0]
 
 
 def test_logprobs_are_the_models_own() -> None:
