@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cache_io import EntryLayout, PagedRows, unpack, unpack_integers
+from kernels.cpu import has_amx
 from kernels.formats import scaled_integers
 from kernels.index_topk.reference import best_places
 
@@ -104,12 +105,7 @@ def multiplies_integers(layout: EntryLayout) -> bool:
     """Whether a CPU scores these keys as integers: FP4 ones, unless it has AMX. That multiplies BF16 so fast that
     putting the blocks' integer products together would cost more than it saves: of 16 queries with 64 heads and 1,024
     keys of 128 dims five times as much."""
-    return layout.body_format == "fp4" and not _has_amx()
-
-
-@torch.compiler.assume_constant_result
-def _has_amx() -> bool:
-    return torch.cpu._is_amx_tile_supported()
+    return layout.body_format == "fp4" and not has_amx()
 
 
 def best_visible(scores: Tensor, visible: Tensor, k: int) -> Tensor:

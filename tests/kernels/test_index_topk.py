@@ -128,7 +128,7 @@ def test_fixed_shapes_are_few(mode):
 @pytest.mark.parametrize("body_format", FORMATS)
 def test_tiles_are_scored_to_float32s_precision(body_format, amx, monkeypatch):
     """In BF16 units, too, where the machine has them: they lose nothing of what is stored."""
-    monkeypatch.setattr(streamed, "_has_amx", lambda: amx)
+    monkeypatch.setattr(streamed, "has_amx", lambda: amx)
     layout = EntryLayout(128, body_format)
     query = round_to_format(torch.randn(5, 64, 128), body_format)
     packed, weights = pack(torch.randn(300, 128), layout), torch.randn(5, 64)
