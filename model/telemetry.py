@@ -23,6 +23,8 @@ class Telemetry:
     """Run the multi-token prediction module as well and keep its logits."""
     mtp_logits: Tensor | None = None
     """float32 [B, S - 1, vocab]: at token t those of token t + 2."""
+    chosen: dict[int, Tensor] = field(default_factory=dict)
+    """int64 [B, S, K] by layer: the experts of every token in training, where a router chose them."""
     losses: dict[str, dict[int, Tensor]] = field(default_factory=lambda: defaultdict(dict))
     measures: dict[str, dict[int, Tensor]] = field(default_factory=lambda: defaultdict(dict))
 

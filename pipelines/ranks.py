@@ -18,6 +18,19 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
+def gather_over_ranks(x: Tensor) -> Tensor:
+    """Every rank's ``x``, all of one shape, stacked in order: [world, ...]."""
+    if world_size() == 1:
+        return x.unsqueeze(0)
+    pieces = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(pieces, x.contiguous())
+    return torch.stack(pieces)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
     """Average gradients over ranks in one message; a missing one counts as zero, so that ranks never disagree."""
     if world_size() == 1:
