@@ -97,6 +97,11 @@ def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for name, t in tensors.items()}
 
 
+def not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """The name of the first tensor with a NaN or an infinity in it."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+
+
 class Trainer:
     """Trains ``model`` through the recipe's stages.
 
@@ -140,7 +145,10 @@ class Trainer:
     # --- checkpoints
 
     def snapshot(self) -> Snapshot:
-        """What a checkpoint of this moment holds, in memory of its own: it can be written while training goes on."""
+        """What a checkpoint of this moment holds, in memory of its own: it can be written while training goes on.
+
+        Raises FiftyfoldError where a number of it is not finite: the last checkpoint stays the one to go on from.
+        """
         state = {
             "step": self.step,
             "position": vars(self._position),
@@ -149,7 +157,13 @@ class Trainer:
             "anticipation": self.anticipation.state(),
         }
         tensors = {**self.optimizer.state_tensors(), **random_state(), **self.anticipation.tensors()}
-        return Snapshot(state, _copied(self.model.state_dict()), self.model.config, _copied(tensors), self.tokenizer)
+        model, tensors = _copied(self.model.state_dict()), _copied(tensors)
+        broken = not_finite({**model, **tensors})
+        if broken is not None:
+            raise FiftyfoldError(
+                f"step {self.step}: '{broken}' holds numbers that are not finite; the last checkpoint is good"
+            )
+        return Snapshot(state, model, self.model.config, tensors, self.tokenizer)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Go on from a folder that a :class:`Snapshot` wrote. Raises CheckpointError."""
@@ -162,6 +176,9 @@ class Trainer:
             raise CheckpointError(f"{folder / STATE}: not a training state ({error})") from error
         checkpoint.load_weights(self.model, folder)
         tensors = checkpoint.read_tensors(folder / OPTIMIZER)
+        broken = not_finite(tensors)
+        if broken is not None:
+            raise CheckpointError(f"{folder / OPTIMIZER}: tensor '{broken}' holds values that are not finite")
         self._load_training_tensors(tensors)
         self.stability.load(stability)
         self.anticipation.load(anticipation, tensors, self.device)

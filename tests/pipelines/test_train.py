@@ -17,7 +17,7 @@ from pipelines.train import _listen, _News
 
 @pytest.fixture(scope="module")
 def trained(prepared, ray_cluster):
-    recipe = with_overrides(prepared, {"run.name": "trained", "train.workers": 2})
+    recipe = with_overrides(prepared, {"run.name": "trained", "train.workers": 2, "train.keep_checkpoints": 1})
     return recipe, train.run(recipe)
 
 
@@ -114,7 +114,7 @@ def test_a_trial_may_have_train_workers_of_its_own(trained):
         {
             "sweep": {
                 "name": "workers",
-                "space": {"model.index_topk": [2, 4]},
+                "space": {"model.index_topk": [2]},
                 "in_process": False,
                 "max_concurrent": 1,
                 "overrides": {"train.workers": 1, "train.stages": [{"attention": "sparse", "steps": 2}],
@@ -123,7 +123,7 @@ def test_a_trial_may_have_train_workers_of_its_own(trained):
         },
     )  # fmt: skip
     result = sweep.run(recipe)
-    assert len(result.trials) == 2
+    assert len(result.trials) == 1
     assert checkpoint.load(result.checkpoint)
 
 
@@ -173,11 +173,12 @@ def test_a_run_killed_before_its_last_word_only_says_it(trained):
     recipe, result = trained
     tracking = open_tracking(recipe)
     before = (result.checkpoint / "model.safetensors").read_bytes()
-    for _ in range(3):  # more often than checkpoints are kept
-        tracking.client.set_terminated(result.run_id, "KILLED")
-        again = train.run(recipe)
-        assert (again.checkpoint / "model.safetensors").read_bytes() == before
-        assert again.metrics["validation/loss"] == pytest.approx(result.metrics["validation/loss"])
+    tracking.client.set_terminated(result.run_id, "KILLED")
+    again = train.run(recipe)
+    assert (again.checkpoint / "model.safetensors").read_bytes() == before
+    assert again.metrics["validation/loss"] == pytest.approx(result.metrics["validation/loss"])
+    # The only one that is kept is there to go on from again.
+    assert list((recipe.run_folder / "train").glob("step_000006/**/model.safetensors"))
     assert tracking.client.get_run(result.run_id).info.status == "FINISHED"
 
 
