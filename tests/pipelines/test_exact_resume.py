@@ -17,10 +17,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from model.errors import CheckpointError
 from pipelines import train
 from pipelines.config import with_overrides
+from pipelines.data import read_manifest
 from pipelines.tracking import TrackedRun, open_tracking
-from pipelines.train import RUN
+from pipelines.train import RUN, fit_to_data
+from pipelines.trainer import build_trainer
 
 STAGES = [
     {"attention": "dense", "steps": 14, "qat": False},
@@ -37,10 +40,13 @@ def recipe_named(prepared, name):
     )  # fmt: skip
 
 
+def run_id(recipe):
+    return json.loads((recipe.run_folder / RUN).read_text())["run_id"]
+
+
 def history(recipe):
     """(step, loss) as logged, in order."""
-    run_id = json.loads((recipe.run_folder / RUN).read_text())["run_id"]
-    points = open_tracking(recipe).client.get_metric_history(run_id, "train/loss")
+    points = open_tracking(recipe).client.get_metric_history(run_id(recipe), "train/loss")
     return [(point.step, point.value) for point in sorted(points, key=lambda p: (p.timestamp, p.step))]
 
 
@@ -136,6 +142,35 @@ def check(recipe, straight):
     steps = [step for step, _ in history(recipe)]
     begins = [later for earlier, later in itertools.pairwise(steps) if later <= earlier]
     assert steps.count(1) == 1 and all(step % 4 == 1 for step in begins)  # it went on from a checkpoint
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_names_it(prepared, ray_cluster):
+    """The disk is full once two checkpoints are written: no worker may write a larger file than a letter."""
+    recipe = with_overrides(
+        prepared,
+        {"run.name": "full-disk", "train.max_failures": 0, "train.checkpoint_every": 1,
+         "train.stages": [{"attention": "dense", "steps": 200}]},
+    )  # fmt: skip
+
+    def fill():
+        wait_for_checkpoint(recipe, 2)
+        for worker in processes_below(os.getpid(), "RayTrainWorker"):
+            worker.rlimit(psutil.RLIMIT_FSIZE, (40_000, psutil.RLIM_INFINITY))
+
+    filler = threading.Thread(target=fill)
+    filler.start()
+    with pytest.raises(CheckpointError) as caught:
+        train.run(recipe)
+    filler.join()
+    message = r"checkpoint of step (\d+): cannot be written \(.*File too large.*\); the last one written is (step_\d+)"
+    failed, last = re.fullmatch(message, str(caught.value)).groups()
+    step = int(last.removeprefix("step_"))
+    assert 2 <= step < int(failed) and max(noted(recipe)) == step
+    assert open_tracking(recipe).client.get_run(run_id(recipe)).info.status == "FAILED"
+    (folder,) = recipe.run_folder.glob(f"train/**/{last}")
+    trainer = build_trainer(fit_to_data(recipe, read_manifest(recipe.data_folder)), None, None)
+    trainer.load_checkpoint(folder)
+    assert trainer.step == step
 
 
 def test_a_killed_worker_leaves_no_trace(prepared, ray_cluster, straight):
