@@ -19,6 +19,7 @@ import pytest
 
 from model.errors import CheckpointError
 from pipelines import train
+from pipelines.__main__ import INTERRUPTED
 from pipelines.config import with_overrides
 from pipelines.data import read_manifest
 from pipelines.tracking import TrackedRun, open_tracking
@@ -192,9 +193,11 @@ def test_a_killed_worker_leaves_no_trace(prepared, ray_cluster, straight):
     check(recipe, straight)
 
 
-@pytest.mark.parametrize("victim", ["driver", pytest.param("raylet", marks=pytest.mark.long)])
-def test_a_killed_run_goes_on_without_a_trace(prepared, straight, tmp_path, victim):
-    recipe = recipe_named(prepared, f"{victim}-killed")
+@pytest.mark.parametrize(
+    "victim", ["driver", *(pytest.param(name, marks=pytest.mark.long) for name in ("raylet", "asked to end"))]
+)
+def test_a_killed_run_goes_on_without_a_trace(prepared, ray_cluster, straight, tmp_path, victim):
+    recipe = recipe_named(prepared, victim.replace(" ", "-"))
     (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
     command = [sys.executable, "-m", "pipelines", "train", "--config", str(tmp_path / "recipe.json")]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -206,6 +209,11 @@ def test_a_killed_run_goes_on_without_a_trace(prepared, straight, tmp_path, vict
             (raylet,) = [p for p in processes_below(first.pid, "raylet/raylet") if Path(p.exe()).name == "raylet"]
             raylet.kill()
             assert first.wait(timeout=120) != 0
+        elif victim == "asked to end":
+            first.terminate()
+            assert first.wait(timeout=60) == INTERRUPTED
+            assert open_tracking(recipe).client.get_run(run_id(recipe)).info.status == "KILLED"
+            assert not psutil.wait_procs(below, timeout=10)[1]
         else:
             os.kill(first.pid, signal.SIGKILL)
             first.wait(timeout=30)
@@ -214,5 +222,5 @@ def test_a_killed_run_goes_on_without_a_trace(prepared, straight, tmp_path, vict
     _, alive = psutil.wait_procs(below, timeout=3)
     for process in alive:
         process.kill()
-    subprocess.run(command, env=environment, check=True, timeout=240, stdout=subprocess.DEVNULL)
+    train.run(recipe)
     check(recipe, straight)
