@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
+import threading
 
 # Before ray is imported anywhere: no usage reports, and no token file in the user's home for a private cluster.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -32,12 +34,14 @@ Tune's or Serve's own processes, which mostly wait."""
 def ray_session(num_cpus: float = 0) -> Iterator[None]:
     """Run the block on a Ray cluster; shuts down only what it started. Nested use shares the outer session.
 
-    ``num_cpus`` is what the step needs of a local cluster, in logical CPUs; it is ignored when joining one.
+    ``num_cpus`` is what the step needs of a local cluster, in logical CPUs; it is ignored when joining one. SIGTERM
+    ends the block as Ctrl-C does.
     """
     if ray.is_initialized():
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
+    handler = signal.getsignal(signal.SIGTERM)
     # Workers import the rooms from the checkout; a joined cluster gets them from the job's working directory.
     if address:
         try:
@@ -55,10 +59,15 @@ def ray_session(num_cpus: float = 0) -> Iterator[None]:
             logging_level=logging.ERROR,
             runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join((os.getcwd(), os.environ.get("PYTHONPATH", "")))}},
         )
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread:  # Ray's own handler, set by now, aborts: runs would be left as running
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         yield
     finally:
         ray.shutdown()
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def need(key: str, cpus: float, gpus: float = 0) -> None:

@@ -107,6 +107,12 @@ def test_a_checkpoint_is_there_once_all_before_it_is_recorded(straight):
     assert len(early) >= 3 and all(recorded >= step for step, recorded in early.items()), early
 
 
+def test_sigterm_is_answered_as_ctrl_c(ray_cluster):
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+
 def processes_below(pid, name):
     """Descendants of a process whose command line holds ``name``."""
     found = []
@@ -213,7 +219,7 @@ def test_a_killed_run_goes_on_without_a_trace(prepared, ray_cluster, straight, t
             first.terminate()
             assert first.wait(timeout=60) == INTERRUPTED
             assert open_tracking(recipe).client.get_run(run_id(recipe)).info.status == "KILLED"
-            assert not psutil.wait_procs(below, timeout=10)[1]
+            assert not psutil.wait_procs(below, timeout=30)[1]
         else:
             os.kill(first.pid, signal.SIGKILL)
             first.wait(timeout=30)
