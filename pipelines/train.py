@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
@@ -20,8 +21,6 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from mlflow.exceptions import MlflowException
-from ray.util.queue import Empty, Queue
 from safetensors import SafetensorError
 
 from model import checkpoint
@@ -33,6 +32,7 @@ from model.transformer import Transformer
 from pipelines.config import Recipe, recipe_from_dict
 from pipelines.curriculum import Stage, check_data, curriculum, total_steps
 from pipelines.data import Manifest, TrainBatches, read_manifest, train_batches, train_dataset
+from pipelines.mailbox import Mailbox
 from pipelines.progress import TrainingProgress, print_table
 from pipelines.tracking import TrackedRun, attach, open_tracking
 from pipelines.trainer import build_trainer, measured_cache
@@ -197,18 +197,18 @@ def fit(
     train = recipe.train
     cpus = train.workers * train.cpus_per_worker
     need("train.workers", cpus, train.workers if train.use_gpu else 0)
-    queue = Queue(actor_options={"num_cpus": 0})
+    mailbox = Mailbox()
     done = threading.Event()
     lost: list[Exception] = []
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT)
     with progress:
-        listener = threading.Thread(target=_listen, args=(queue, done, tracked, progress, lost), daemon=True)
+        listener = threading.Thread(target=_listen, args=(mailbox, done, tracked, progress, lost), daemon=True)
         listener.start()
         try:
             result = ray.train.torch.TorchTrainer(
                 _worker,
-                train_loop_config={"recipe": recipe.to_dict(), "queue": queue},
+                train_loop_config={"recipe": recipe.to_dict(), "mailbox": mailbox},
                 datasets=_datasets(recipe),
                 scaling_config=ray.train.ScalingConfig(
                     num_workers=train.workers,
@@ -234,7 +234,7 @@ def fit(
                 signal.signal(signal.SIGINT, handler)  # Ray Train leaves its own behind
             done.set()
             listener.join()
-            queue.shutdown()
+            mailbox.close()
     if lost:
         raise FiftyfoldError(
             f"{recipe.run.name}: trained to its end, but {len(lost)} groups of metrics did not reach MLflow "
@@ -258,26 +258,29 @@ def _datasets(recipe: Recipe) -> dict[str, Any]:
 
 
 def _listen(
-    queue: Queue, done: threading.Event, tracked: TrackedRun, progress: TrainingProgress, lost: list[Exception]
+    mailbox: Mailbox, done: threading.Event, tracked: TrackedRun, progress: TrainingProgress, lost: list[Exception]
 ) -> None:
-    """Carry rank 0's numbers to MLflow and to the terminal until ``done`` is set and the queue is empty.
+    """Carry rank 0's numbers to MLflow and to the terminal until ``done`` is set and the mailbox is empty.
 
     What MLflow does not take goes to ``lost``: training must not end for it, nor may it pass in silence.
     """
     while True:
+        ending = done.is_set()
         try:
-            step, metrics, reported = queue.get(timeout=0.2)
-        except Empty:
-            if done.is_set():
-                return
-            continue
+            news = mailbox.take(0.2)
+            for step, metrics, reported in news:
+                try:
+                    tracked.log_metrics(metrics, step)
+                except Exception as error:  # MLflow lets the errors of its store's drivers through
+                    lost.append(error)
+                with contextlib.suppress(OSError):  # a closed terminal
+                    progress.update(step, metrics, reported)
+            if news:
+                mailbox.acknowledge(len(news))
         except ray.exceptions.RayError:
             return  # the cluster went away; the training's own error says why
-        try:
-            tracked.log_metrics(metrics, step)
-        except MlflowException as error:
-            lost.append(error)
-        progress.update(step, metrics, reported)
+        if ending and not news:
+            return
 
 
 def plain(error: BaseException) -> FiftyfoldError:
@@ -318,7 +321,7 @@ def _worker(config: dict[str, Any]) -> None:
         shard = ray.train.get_dataset_shard(_dataset_name(stage))
         return train_batches(shard, stage.sequence_length, stage.batch_rows // world, recipe.data.seed, epoch, skip)
 
-    reporter = _RayTrainReporter(config["queue"], rank)
+    reporter = _RayTrainReporter(config["mailbox"], rank)
     trainer = build_trainer(recipe, open_batches, reporter, rank, world, ray.train.torch.get_device())
     last = ray.train.get_checkpoint()
     if last is not None:
@@ -332,17 +335,17 @@ def _checkpoint_name(step: int) -> str:
 
 
 class _RayTrainReporter:
-    """Rank 0's numbers go to the driver's queue; every rank takes part in Ray Train's reports."""
+    """Rank 0's numbers go to the driver's mailbox; every rank takes part in Ray Train's reports."""
 
-    def __init__(self, queue: Queue, rank: int):
-        self.queue, self.rank = queue, rank
+    def __init__(self, mailbox: Mailbox, rank: int):
+        self.mailbox, self.rank = mailbox, rank
         self.last = "none"
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._put(step, metrics, False)
 
     def report(self, step: int, metrics: dict[str, float], write: Callable[[Path], None] | None) -> None:
-        self._put(step, metrics, True)
+        told = self._put(step, metrics, True)
         if write is None or self.rank:
             ray.train.report({**metrics, "step": step}, checkpoint_dir_name=_checkpoint_name(step))
             return
@@ -351,6 +354,8 @@ class _RayTrainReporter:
         def persist(local: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
             try:
                 write(Path(local.path))
+                # A run that goes on from here repeats nothing of what came before, so that must be recorded by now.
+                self.mailbox.wait(told)
                 saved = storage.persist_current_checkpoint(local, name)
                 self.last = name
                 return saved
@@ -370,6 +375,6 @@ class _RayTrainReporter:
             checkpoint_upload_fn=persist,
         )
 
-    def _put(self, step: int, metrics: dict[str, float], reported: bool) -> None:
-        if self.rank == 0:
-            self.queue.put((step, metrics, reported))
+    def _put(self, step: int, metrics: dict[str, float], reported: bool) -> int:
+        """The number of rank 0's last message."""
+        return 0 if self.rank else self.mailbox.put((step, metrics, reported))

@@ -5,11 +5,13 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -17,7 +19,7 @@ import pytest
 
 from pipelines import train
 from pipelines.config import with_overrides
-from pipelines.tracking import open_tracking
+from pipelines.tracking import TrackedRun, open_tracking
 from pipelines.train import RUN
 
 STAGES = [
@@ -53,8 +55,49 @@ def outcome(recipe):
 @pytest.fixture(scope="module")
 def straight(prepared, ray_cluster):
     recipe = recipe_named(prepared, "straight")
-    train.run(recipe)
-    return outcome(recipe)
+    with slow_tracking() as recorded, watching(recipe, recorded) as early:
+        train.run(recipe)
+    return *outcome(recipe), early
+
+
+@contextmanager
+def slow_tracking():
+    """Steps reach MLflow late; yields those that have."""
+    recorded, log = [], TrackedRun.log_metrics
+
+    def slow(self, metrics, step=None):
+        time.sleep(0.1)
+        log(self, metrics, step)
+        if "train/loss" in metrics:
+            recorded.append(step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrackedRun, "log_metrics", slow)
+        yield recorded
+
+
+@contextmanager
+def watching(recipe, recorded):
+    """Yields (a noted checkpoint's step, the last step recorded when it was first seen) for each."""
+    seen, done = {}, threading.Event()
+
+    def watch():
+        while not done.wait(0.01):
+            for step in noted(recipe) - set(seen):
+                seen[step] = recorded[-1]
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        watcher.join()
+
+
+def test_a_checkpoint_is_there_once_all_before_it_is_recorded(straight):
+    early = straight[2]
+    assert len(early) >= 3 and all(recorded >= step for step, recorded in early.items()), early
 
 
 def processes_below(pid, name):
@@ -69,12 +112,17 @@ def processes_below(pid, name):
     return found
 
 
+def noted(recipe):
+    """Steps of the checkpoints that a run would go on from."""
+    path = recipe.run_folder / "train" / "checkpoint_manager_snapshot.json"
+    return {int(n) for n in re.findall(r"step_(\d{6})", path.read_text())} if path.exists() else set()
+
+
 def wait_for_checkpoint(recipe, step, process=None):
     """Until a checkpoint of ``step`` or later is noted as written."""
-    noted = recipe.run_folder / "train" / "checkpoint_manager_snapshot.json"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and (process is None or process.poll() is None):
-        if noted.exists() and any(f"step_{n:06d}" in noted.read_text() for n in range(step, 41)):
+        if max(noted(recipe), default=0) >= step:
             return
         time.sleep(0.02)
     raise AssertionError(f"no checkpoint of step {step} was written")
