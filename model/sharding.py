@@ -80,20 +80,12 @@ def shard(
         fully_shard(block, mesh=mesh, mp_policy=narrow, ignored_params=whole)
     for module in model.mtp:
         register_fsdp_forward_method(module, "hidden")
-    fully_shard(model, mesh=mesh, mp_policy=wide, ignored_params=whole)
+    # Freed after every pass, as the layers' are: weights change between passes, and not every pass has a backward one.
+    fully_shard(model, mesh=mesh, mp_policy=wide, ignored_params=whole, reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, MixtureOfExperts):
             module.keeps_rounded = False  # the memory of gathered weights is reused unseen, and is not to be kept
     model.to(device)
-
-
-def settle(model: Transformer) -> None:
-    """Free what a forward pass gathered and no backward pass will free, so that the next one gathers anew."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def spans(named: Iterable[tuple[str, Tensor]]) -> dict[str, Span]:

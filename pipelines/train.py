@@ -25,9 +25,10 @@ from safetensors import SafetensorError
 
 from model import checkpoint
 from model.errors import CheckpointError, ConfigError, FiftyfoldError
-from model.files import atomic_folder, write_text
+from model.files import write_text
 from model.muon import MuonAdamW
 from model.precision import Precision
+from model.tokenizer import load_tokenizer
 from model.transformer import Transformer
 from pipelines.config import Recipe, recipe_from_dict
 from pipelines.curriculum import Stage, check_data, curriculum, total_steps
@@ -300,12 +301,9 @@ def plain(error: BaseException) -> FiftyfoldError:
 
 
 def finalise(last: ray.train.Checkpoint, target: Path) -> None:
-    """Copy the model's part of the last training checkpoint to ``target``, checked by loading it."""
+    """Make ``target`` a checkpoint of the model alone, in one piece, from the last one of its training."""
     with last.as_directory() as source:
-        checkpoint.load(source)
-        with atomic_folder(target) as scratch:
-            for name in (checkpoint.WEIGHTS, checkpoint.CONFIG, "tokenizer.json"):
-                shutil.copyfile(Path(source) / name, scratch / name)
+        checkpoint.save(checkpoint.load(source), target, load_tokenizer(source))
 
 
 # --- the workers' side
@@ -346,7 +344,7 @@ class _RayTrainReporter:
 
     def report(self, step: int, metrics: dict[str, float], write: Callable[[Path], None] | None) -> None:
         told = self._put(step, metrics, True)
-        if write is None or self.rank:
+        if write is None:
             ray.train.report({**metrics, "step": step}, checkpoint_dir_name=_checkpoint_name(step))
             return
         storage = ray.train.get_context().get_storage()

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.mixers.base import AttentionMode
+from model.sharding import is_sharded
 from model.telemetry import Telemetry
 from model.transformer import Transformer
 from pipelines.data import Batch, TargetKind
-from pipelines.ranks import sum_over_ranks
+from pipelines.ranks import max_over_ranks, sum_over_ranks
 
 _COUNTS = ("loss", "tokens", "mtp_loss", "mtp_tokens", "right", "answers", "queries", "choosing")
 _SELECTION = ("indexer_kl", "recall_at_k", "recall_at_k_of_best")
@@ -83,6 +84,11 @@ def _sums(model: Transformer, batches: list[Batch], counted: TargetKind, attenti
         found["choosing"] = int(((positions + 1) // config.csa_ratio > config.index_topk).sum())
         for key, value in found.items():
             sums[key] += value
+    if any(map(is_sharded, model.parameters())):
+        # Ranks gather layers together: one with fewer batches must make as many passes as the others.
+        for _ in range(max_over_ranks(len(batches), device) - len(batches)):
+            telemetry = Telemetry(predict_ahead=bool(config.mtp_layers))
+            model(torch.zeros((1, 2), dtype=torch.int64, device=device), attention=attention, telemetry=telemetry)
     whole = sum_over_ranks(torch.tensor(list(sums.values()), dtype=torch.float64, device=device)).tolist()
     return dict(zip(sums, whole))
 

@@ -38,7 +38,7 @@ class Record:
     def report(self, step, metrics, write):
         self.reported.append((step, metrics))
         if write is not None and self.keep is not None:
-            (self.keep / str(step)).mkdir(parents=True)
+            (self.keep / str(step)).mkdir(parents=True, exist_ok=True)
             write(self.keep / str(step))
 
 
