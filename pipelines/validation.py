@@ -65,6 +65,11 @@ def _sums(model: Transformer, batches: list[Batch], counted: TargetKind, attenti
     # The same keys on every rank, also on one that got no batch: they are summed over ranks by place.
     selection = _selection_keys(model)
     sums = dict.fromkeys((*_COUNTS, *selection, *(f"{key} batches" for key in selection)), 0.0)
+    # Ranks gather a sharded network's layers together, so one with fewer batches must make as many passes.
+    more = max_over_ranks(len(batches), device) - len(batches) if any(map(is_sharded, model.parameters())) else 0
+    for _ in range(more):
+        telemetry = Telemetry(predict_ahead=bool(config.mtp_layers))
+        model(torch.zeros((1, 2), dtype=torch.int64, device=device), attention=attention, telemetry=telemetry)
     for batch in batches:
         telemetry = Telemetry(measure_selection=True, predict_ahead=bool(config.mtp_layers))
         tokens, kinds, positions = (batch[name].to(device) for name in ("tokens", "target_kind", "positions"))
@@ -84,11 +89,6 @@ def _sums(model: Transformer, batches: list[Batch], counted: TargetKind, attenti
         found["choosing"] = int(((positions + 1) // config.csa_ratio > config.index_topk).sum())
         for key, value in found.items():
             sums[key] += value
-    if any(map(is_sharded, model.parameters())):
-        # Ranks gather layers together: one with fewer batches must make as many passes as the others.
-        for _ in range(max_over_ranks(len(batches), device) - len(batches)):
-            telemetry = Telemetry(predict_ahead=bool(config.mtp_layers))
-            model(torch.zeros((1, 2), dtype=torch.int64, device=device), attention=attention, telemetry=telemetry)
     whole = sum_over_ranks(torch.tensor(list(sums.values()), dtype=torch.float64, device=device)).tolist()
     return dict(zip(sums, whole))
 
