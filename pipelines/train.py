@@ -42,6 +42,11 @@ RECIPE, RUN = "recipe.json", "run.json"
 WALL_SECONDS = "train/wall_seconds"
 _SETTINGS_THAT_BIND = ("data", "model", "train")
 """Sections that a resumed run must not change."""
+_MAY_CHANGE = {
+    f"train.{name}"
+    for name in ("workers", "sharding", "cpus_per_worker", "threads_per_worker", "use_gpu", "max_failures")
+}
+"""What they hold of how the work is shared out. Another number of workers deals out an epoch's rows anew."""
 
 
 @dataclass(frozen=True)
@@ -157,10 +162,10 @@ def claim(folder: Path, recipe: Recipe, sections: tuple[str, ...], what: str) ->
             earlier = json.loads(path.read_text())
         except ValueError as error:
             raise ConfigError(f"{path}: damaged ({error}); delete the run folder or choose another {what}") from error
-        changed = sorted(_flat(earlier).items() ^ _flat(settings).items())
+        changed = sorted({key for key, _ in _flat(earlier).items() ^ _flat(settings).items()} - _MAY_CHANGE)
         if changed:
             raise ConfigError(
-                f"{what}: '{folder.name}' was begun with another {changed[0][0]}; choose another {what}, or delete "
+                f"{what}: '{folder.name}' was begun with another {changed[0]}; choose another {what}, or delete "
                 f"{folder} to begin again"
             )
     else:

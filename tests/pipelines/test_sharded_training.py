@@ -1,16 +1,21 @@
 """A training sharded over ranks, beside the same one with replicas and the same one in a single process."""
 
 import json
+import os
+import random
 import shutil
+import threading
 
 import pytest
 import torch
 from gloo import on_ranks
+from test_exact_resume import history, noted, processes_below, wait_for_checkpoint
 from test_trainer import Record, timeless, trainer_for
 
 from model import checkpoint
-from model.errors import CheckpointError
+from model.errors import CheckpointError, FiftyfoldError
 from model.sharding import is_sharded, local
+from pipelines import train
 from pipelines.config import recipe_from_dict, with_overrides
 from pipelines.snapshot import OPTIMIZER
 
@@ -155,3 +160,29 @@ def test_half_a_checkpoint_is_none(folder, recipe, tmp_path, part, damage, messa
     if part.startswith("model"):
         with pytest.raises(CheckpointError, match=f"{part}.*{message}"):
             checkpoint.load(copy)
+
+
+@pytest.mark.long
+def test_a_sharded_run_that_died_goes_on_in_one_worker(prepared, ray_cluster):
+    sharded = with_overrides(
+        prepared,
+        {"run.name": "sharded", "train.workers": 2, **SHARDED, "train.max_failures": 0, "train.validate_every": 30,
+         "train.stages": [{"attention": "sparse", "steps": 30}], "train.stability.spike": None},
+    )  # fmt: skip
+
+    def kill():
+        wait_for_checkpoint(sharded, 4)
+        random.choice(processes_below(os.getpid(), "RayTrainWorker")).kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(FiftyfoldError):
+        train.run(sharded)
+    killer.join()
+    last = max(noted(sharded))
+    written = sorted(f.name for f in (sharded.run_folder / "train" / f"step_{last:06d}").glob("*.safetensors"))
+    assert written == [f"{name}-0000{n}-of-00002.safetensors" for name in ("model", "optimizer") for n in (1, 2)]
+    result = train.run(with_overrides(sharded, {"train.workers": 1, "train.sharding": "none"}))
+    steps = [step for step, _ in history(sharded)]
+    assert last < 30 and steps[last - 30 :] == list(range(last + 1, 31)) and set(steps) == set(range(1, 31))
+    assert not list(result.checkpoint.glob("*-of-*")) and checkpoint.load(result.checkpoint).config == sharded.model
