@@ -56,6 +56,9 @@ class Silent:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         pass
 
+    def tell(self, step: int, what: str) -> None:
+        print(f"step {step}: {what}")
+
     def report(self, step: int, metrics: dict[str, float], write: Callable[[Path], None] | None) -> None:
         pass
 

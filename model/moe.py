@@ -67,6 +67,8 @@ class MixtureOfExperts(nn.Module):
         self.w3 = nn.Parameter(torch.empty(c.num_experts, c.expert_size, c.hidden_size))
         self.w2 = nn.Parameter(torch.empty(c.num_experts, c.hidden_size, c.expert_size))
         self.shared = DenseFeedForward(c, c.num_shared_experts * c.expert_size) if c.num_shared_experts else None
+        self.imposed: Tensor | None = None
+        """int64 [B, S, K]: experts that somebody else chose for the next passes' tokens; None chooses here."""
         self.rounded = False
         """The stacks themselves hold rounded values."""
         self.keeps_rounded = True
@@ -102,6 +104,8 @@ class MixtureOfExperts(nn.Module):
             affinity = F.softplus(linear(x.float(), self.router.weight.float())).sqrt()
         if self.hash_routed:
             chosen = self.tid2eid[input_ids]
+        elif self.imposed is not None:
+            chosen = self.imposed
         else:
             chosen = (affinity.detach() + self.router_bias).topk(c.experts_per_token, dim=-1).indices
         weights = affinity.gather(-1, chosen)
@@ -118,6 +122,7 @@ class MixtureOfExperts(nn.Module):
                 real = chosen if counted is None else chosen[counted]
                 self.expert_load += torch.bincount(real.flatten(), minlength=self.config.num_experts)
             if context.telemetry is not None and not self.hash_routed:
+                context.telemetry.chosen[self.layer] = chosen
                 context.telemetry.losses["balance"][self.layer] = sequence_balance(affinity, chosen, counted)
         run = self._by_tiles if context.execution.batch_invariant else self._by_experts
         out = run(x.flatten(0, 1), chosen.flatten(0, 1), routed["weights"].flatten(0, 1)).view(x.shape)

@@ -23,6 +23,8 @@ class Telemetry:
         self.measure_selection, self.predict_ahead = measure_selection, predict_ahead
         self.mtp_logits: Tensor | None = None
         """float32 [B, S - 1, vocab]: at token t those of token t + 2."""
+        self.chosen: dict[int, Tensor] = {}
+        """int64 [B, S, K] by layer: the experts of every token in training, where a router chose them."""
         self.losses: dict[str, dict[int, Tensor]] = defaultdict(dict)
         self.measures: dict[str, dict[int, Tensor]] = defaultdict(dict)
 

@@ -94,6 +94,16 @@ class StageSection(Section):
         return self
 
 
+class AnticipatorySection(Section):
+    """For some updates after a roll-back, routers of older weights choose the experts
+    (:mod:`pipelines.anticipation`)."""
+
+    lag: Annotated[int, Field(ge=1)] = 8
+    """How many updates older."""
+    steps: Annotated[int, Field(ge=1)] = 200
+    """For how many updates. Each costs a forward pass more."""
+
+
 class StabilitySection(Section):
     """What happens where a gradient is not finite, or the loss leaps up."""
 
@@ -106,6 +116,14 @@ class StabilitySection(Section):
     window: Annotated[int, Field(ge=4)] = 32
     most: Annotated[int, Field(ge=0)] = 3
     """Times that a run goes on. The next time it ends."""
+    anticipatory_routing: AnticipatorySection | None = None
+    """None leaves it out."""
+
+    @model_validator(mode="after")
+    def _routes_after_a_roll_back(self) -> StabilitySection:
+        if self.anticipatory_routing is not None and self.action != "roll_back":
+            raise ValueError("anticipatory_routing follows a roll-back, which needs action: roll_back")
+        return self
 
 
 class TrainSection(Section):

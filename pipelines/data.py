@@ -18,10 +18,12 @@ predicted exactly once; the input at a document's end, where the next one's firs
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
 import hashlib
 import itertools
 import random
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from enum import IntEnum
 from pathlib import Path
@@ -377,11 +379,12 @@ class TrainBatches:
 
     ``epoch`` and ``batch`` are the position of the next batch: store both in a checkpoint, and pass them to
     :func:`train_batches` as ``epoch`` and ``skip`` to go on with exactly the batches that would have followed.
+    Raises DataError when an epoch has no full batch.
     """
 
     def __init__(self, open_epoch: Callable[[int], Generator[Batch, None, None]], epoch: int, skip: int):
-        self._open_epoch = open_epoch
-        self._batches = open_epoch(epoch)
+        self._read = self._endless(open_epoch, epoch)
+        self._ahead: deque[tuple[Batch, int, int]] = deque()
         self.epoch = epoch
         self.batch = 0
         for _ in range(skip):
@@ -391,19 +394,32 @@ class TrainBatches:
         return self
 
     def __next__(self) -> Batch:
-        batch = next(self._batches, None)
-        if batch is None:
-            if self.batch == 0:
-                raise DataError("train split: one epoch holds fewer rows than train.batch_rows asks of each worker")
-            self.epoch, self.batch = self.epoch + 1, 0
-            self._batches = self._open_epoch(self.epoch)
-            return next(self)
-        self.batch += 1
+        batch, self.epoch, self.batch = self._ahead.popleft() if self._ahead else next(self._read)
         return batch
+
+    def ahead(self, count: int) -> list[Batch]:
+        """The next ``count`` batches, which stay the next ones."""
+        while len(self._ahead) < count:
+            self._ahead.append(next(self._read))
+        return [batch for batch, _, _ in itertools.islice(self._ahead, count)]
 
     def close(self) -> None:
         """Stop reading. A Ray shard's execution ends here instead of at some later garbage collection."""
-        self._batches.close()
+        self._read.close()
+
+    @staticmethod
+    def _endless(
+        open_epoch: Callable[[int], Generator[Batch, None, None]], epoch: int
+    ) -> Generator[tuple[Batch, int, int], None, None]:
+        """Batches, each with the position after it."""
+        while True:
+            number = 0
+            with contextlib.closing(open_epoch(epoch)) as batches:
+                for number, batch in enumerate(batches, 1):
+                    yield batch, epoch, number
+            if not number:
+                raise DataError("train split: one epoch holds fewer rows than train.batch_rows asks of each worker")
+            epoch += 1
 
 
 def train_batches(

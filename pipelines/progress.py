@@ -50,6 +50,11 @@ class TrainingProgress:
         elif reported and not self.quiet:
             print(f"{self.name}: step {step}/{self.total} {self._numbers()} {self._time_left(step)}", flush=True)
 
+    def tell(self, step: int, what: str) -> None:
+        """A line that stays."""
+        if not self.quiet:
+            print(f"{self.name}: step {step}: {what}", flush=True)
+
     def _numbers(self) -> str:
         shown = self._shown
         parts = []

@@ -41,6 +41,15 @@ def max_over_ranks(value: int, device: torch.device | str = "cpu") -> int:
     return int(most)
 
 
+def gather_over_ranks(x: Tensor) -> Tensor:
+    """Every rank's ``x``, all of one shape, stacked in order: [world, ...]."""
+    if world_size() == 1:
+        return x.unsqueeze(0)
+    pieces = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(pieces, x.contiguous())
+    return torch.stack(pieces)
+
+
 def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
     """Average gradients over ranks in one message; a missing one counts as zero, so that ranks never disagree. Those of
     sharded parameters were averaged in the backward pass."""

@@ -20,20 +20,20 @@ class Stability:
         """Updates objected to since the run began."""
         self._losses: deque[float] = deque(maxlen=settings.window)
 
-    def objects(self, step: int, loss: float, grad_norm: float) -> bool:
-        """Whether the update ``step`` with this loss (nats per token) and gradient norm must not be made.
+    def objects(self, step: int, loss: float, grad_norm: float) -> str | None:
+        """Why the update ``step`` with this loss (nats per token) and gradient norm must not be made; None to make it.
 
         Raises FiftyfoldError where the run is to end instead.
         """
         found = self._trouble(loss, grad_norm)
         if found is None:
             self._losses.append(loss)
-            return False
+            return None
         if self.settings.action == "stop" or self.interventions == self.settings.most:
             often = f", for the {self.interventions + 1}. time" if self.interventions else ""
             raise FiftyfoldError(f"step {step}: {found}{often}; the weights of the last checkpoint are good")
         self.interventions += 1
-        return True
+        return found
 
     def _trouble(self, loss: float, grad_norm: float) -> str | None:
         if not math.isfinite(grad_norm) or not math.isfinite(loss):

@@ -241,6 +241,9 @@ class _TuneReporter:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.tracked.log_metrics(metrics, step)
 
+    def tell(self, step: int, what: str) -> None:
+        self.tracked.tell(step, what)
+
     def report(self, step: int, metrics: dict[str, float], write: Callable[[Path], None] | None) -> None:
         self.tracked.log_metrics(metrics, step)
         with tempfile.TemporaryDirectory() as folder:

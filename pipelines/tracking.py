@@ -136,6 +136,10 @@ class TrackedRun:
         for batch in _batches(finite, MAX_METRICS_PER_BATCH):
             self._client.log_batch(self.run_id, metrics=batch)
 
+    def tell(self, step: int, what: str) -> None:
+        """Keep a sentence about ``step`` as the tag ``event.<step>``."""
+        self.set_tags({f"event.{step:06d}": what})
+
     def metrics(self) -> dict[str, float]:
         """The last value of every metric."""
         return dict(self._client.get_run(self.run_id).data.metrics)

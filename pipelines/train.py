@@ -263,30 +263,53 @@ def _datasets(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class _News:
+    """What rank 0 tells the driver: metrics of a step, or in a sentence what happened at it."""
+
+    step: int
+    metrics: dict[str, float]
+    reported: bool = False
+    event: str | None = None
+
+
 def _listen(
     mailbox: Mailbox, done: threading.Event, tracked: TrackedRun, progress: TrainingProgress, lost: list[Exception]
 ) -> None:
-    """Carry rank 0's numbers to MLflow and to the terminal until ``done`` is set and the mailbox is empty.
+    """Carry rank 0's news to MLflow and to the terminal until ``done`` is set and the mailbox is empty.
 
     What MLflow does not take goes to ``lost``: training must not end for it, nor may it pass in silence.
     """
     while True:
         ending = done.is_set()
         try:
-            news = mailbox.take(0.2)
-            for step, metrics, reported in news:
+            taken = mailbox.take(0.2)
+            for news in taken:
                 try:
-                    tracked.log_metrics(metrics, step)
+                    _record(news, tracked)
                 except Exception as error:  # MLflow lets the errors of its store's drivers through
                     lost.append(error)
                 with contextlib.suppress(OSError):  # a closed terminal
-                    progress.update(step, metrics, reported)
-            if news:
-                mailbox.acknowledge(len(news))
+                    _show(news, progress)
+            if taken:
+                mailbox.acknowledge(len(taken))
         except ray.exceptions.RayError:
             return  # the cluster went away; the training's own error says why
-        if ending and not news:
+        if ending and not taken:
             return
+
+
+def _record(news: _News, tracked: TrackedRun) -> None:
+    tracked.log_metrics(news.metrics, news.step)
+    if news.event is not None:
+        tracked.tell(news.step, news.event)
+
+
+def _show(news: _News, progress: TrainingProgress) -> None:
+    if news.event is not None:
+        progress.tell(news.step, news.event)
+    else:
+        progress.update(news.step, news.metrics, news.reported)
 
 
 def plain(error: BaseException) -> FiftyfoldError:
@@ -338,17 +361,20 @@ def _checkpoint_name(step: int) -> str:
 
 
 class _RayTrainReporter:
-    """Rank 0's numbers go to the driver's mailbox; every rank takes part in Ray Train's reports."""
+    """Rank 0's news goes to the driver's mailbox; every rank takes part in Ray Train's reports."""
 
     def __init__(self, mailbox: Mailbox, rank: int):
         self.mailbox, self.rank = mailbox, rank
         self.last = "none"
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self._put(step, metrics, False)
+        self._put(_News(step, metrics))
+
+    def tell(self, step: int, what: str) -> None:
+        self._put(_News(step, {}, event=what))
 
     def report(self, step: int, metrics: dict[str, float], write: Callable[[Path], None] | None) -> None:
-        told = self._put(step, metrics, True)
+        told = self._put(_News(step, metrics, reported=True))
         if write is None:
             ray.train.report({**metrics, "step": step}, checkpoint_dir_name=_checkpoint_name(step))
             return
@@ -378,6 +404,6 @@ class _RayTrainReporter:
             checkpoint_upload_fn=persist,
         )
 
-    def _put(self, step: int, metrics: dict[str, float], reported: bool) -> int:
-        """The number of rank 0's last message."""
-        return 0 if self.rank else self.mailbox.put((step, metrics, reported))
+    def _put(self, news: _News) -> int:
+        """The number of rank 0's message."""
+        return 0 if self.rank else self.mailbox.put(news)

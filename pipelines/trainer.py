@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -29,6 +30,8 @@ from model.sharding import is_sharded, local_state, set_local_state, shard, span
 from model.telemetry import Telemetry
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
+from pipelines.anticipation import TENSORS as ANTICIPATED
+from pipelines.anticipation import AnticipatoryRouting, Choices
 from pipelines.config import Recipe
 from pipelines.curriculum import Stage, curriculum, stage_at
 from pipelines.data import KINDS, Batch, TargetKind, TrainBatches, local_rows, read_manifest, train_batches
@@ -38,6 +41,8 @@ from pipelines.snapshot import OPTIMIZER, RANDOM, STATE, Snapshot, copied, rando
 from pipelines.stability import Stability
 from pipelines.validation import follows, validate
 
+CHOSEN = "chosen/"
+"""With a layer's index, the key of a batch's experts where they were chosen ahead: int64 [B, S, K]."""
 CACHE = "cache/bytes_per_token"
 CACHE_MEASURE_TOKENS = 65_536
 BEST = "validation/loss"
@@ -52,6 +57,9 @@ class Reporter(Protocol):
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Cheap numbers of the step just done."""
+
+    def tell(self, step: int, what: str) -> None:
+        """Something out of the ordinary that a person should see, in a sentence."""
 
     def report(self, step: int, metrics: dict[str, float], write: Callable[[Path], None] | None) -> None:
         """Validation metrics (empty when none was due); ``write`` puts this rank's share of a checkpoint into an
@@ -91,6 +99,7 @@ class Trainer:
             model.named_parameters(), recipe.train.optimizer, model.fused_rows(), divided=world_size() > 1
         )
         self.stability = Stability(recipe.train.stability)
+        self.anticipation = AnticipatoryRouting(recipe.train.stability.anticipatory_routing)
         self.step = 0
         self.best: tuple[float, int] | None = None
         """The lowest validation loss and its step."""
@@ -119,8 +128,9 @@ class Trainer:
             "position": vars(self._position),
             "best": self.best,
             "stability": self.stability.state(),
+            "anticipation": self.anticipation.state(),
         }
-        tensors = {**self.optimizer.state_tensors(), **random_state()}
+        tensors = {**self.optimizer.state_tensors(), **random_state(), **self.anticipation.tensors()}
         part = Part(rank(), Parts(world_size(), f"{agreed_number(self.device):x}")) if self.sharded else None
         return Snapshot(
             state,
@@ -138,32 +148,46 @@ class Trainer:
             state = json.loads((folder / STATE).read_text())
             position = Position(**state["position"])
             step, best = int(state["step"]), state["best"]
-            stability, stage = state["stability"], self.stages[position.stage]
+            stability, anticipation, stage = state["stability"], state["anticipation"], self.stages[position.stage]
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise CheckpointError(f"{folder / STATE}: not a training state ({error})") from error
         checkpoint.load_weights(self.model, folder)
-        self._load_training_tensors(checkpoint.read_tensors(folder, OPTIMIZER, span_in(self._spans)))
+        tensors = checkpoint.read_tensors(folder, OPTIMIZER, span_in(self._spans))
+        self._load_training_tensors(tensors)
         self.stability.load(stability)
+        self.anticipation.load(anticipation, tensors, self.device)
         self.model.adopt(stage.model)
         self.step, self._position, self.best = step, position, best and (float(best[0]), int(best[1]))
         self._remember()
 
     def _load_training_tensors(self, tensors: dict[str, Tensor]) -> None:
         set_random_state(tensors)
-        self.optimizer.load_state_tensors({name: t for name, t in tensors.items() if not name.startswith(RANDOM)})
+        others = (RANDOM, ANTICIPATED)
+        self.optimizer.load_state_tensors({name: t for name, t in tensors.items() if not name.startswith(others)})
 
     def _remember(self) -> None:
         """Keep the present weights and optimizer to roll back to, where the recipe asks for that."""
         if self.recipe.train.stability.action == "roll_back":
             self._last_good = self.snapshot()
 
-    def _roll_back(self) -> None:
+    def _intervene(self, trouble: str) -> None:
+        """Go on without the update that would be the next, from where the recipe says, and tell of it."""
+        stability, at = self.recipe.train.stability, self.step + 1
+        then = "the update is left out"
+        if self._last_good is not None:
+            self._roll_back(self._last_good)
+            then = f"back to step {self.step}"
+        if self.anticipation.left:
+            assert stability.anticipatory_routing is not None
+            then += f", {self.anticipation.left} updates with experts chosen {stability.anticipatory_routing.lag} ahead"
+        self.reporter.tell(at, f"{trouble}: {then} (intervention {self.stability.interventions} of {stability.most})")
+
+    def _roll_back(self, kept: Snapshot) -> None:
         """Weights, optimizer and step as they were at the last checkpoint; reading goes on where it is."""
-        kept = self._last_good
-        assert kept is not None
         set_local_state(self.model, kept.model)
         self._load_training_tensors(kept.tensors)
         self.step = kept.state["step"]
+        self.anticipation.begin()
 
     # --- training
 
@@ -184,7 +208,8 @@ class Trainer:
                 stage = self.stage
                 batches = self._batches_of(stage, batches)
                 started = time.perf_counter()
-                before, update = self.step, self._update(next(batches), stage)
+                before, (update, choices) = self.step, self._anticipated(batches, stage)
+                update |= self._update(next(batches) | choices, stage)
                 self._position = Position(stage.index, batches.epoch, batches.batch)
                 if self._due(self.recipe.train.log_every) or "train/interventions" in update:
                     seconds = time.perf_counter() - started
@@ -193,8 +218,10 @@ class Trainer:
                         "train/step_seconds": seconds,
                         "train/tokens_per_second": stage.tokens_per_step / seconds,
                     }
-                    self.reporter.log(self.step, {name: float(value) for name, value in update.items()})
+                    self.reporter.log(before + 1, {name: float(value) for name, value in update.items()})
                 if self.step > before:  # it was not rolled back
+                    if self.step == stage.end:
+                        self.anticipation.end()
                     metrics = self._report(stage) or metrics
         finally:
             if batches is not None:
@@ -216,8 +243,9 @@ class Trainer:
         if saves:
             self._remember()
         if validates or saves:
-            writes = saves and (self.sharded or rank() == 0)
-            self.reporter.report(self.step, metrics, self.snapshot().write if writes else None)
+            snapshot = self.snapshot() if saves else None
+            has_share = self.sharded or rank() == 0
+            self.reporter.report(self.step, metrics, snapshot.write if snapshot is not None and has_share else None)
         return metrics
 
     def _batches_of(self, stage: Stage, batches: TrainBatches | None) -> TrainBatches:
@@ -252,19 +280,58 @@ class Trainer:
         train = self.recipe.train
         return train.mtp_decay_loss_weight if self._into_decay() > 0 else train.mtp_loss_weight
 
+    def _anticipated(self, batches: TrainBatches, stage: Stage) -> tuple[dict[str, Tensor | float], Batch]:
+        """Where experts are chosen ahead, the age and the cost of that, and what the next batch gets of it."""
+        if not self.anticipation.left:
+            return {}, {}
+        started = time.perf_counter()
+        age, choices = self.anticipation.next(
+            self.step, stage.end, batches, lambda batch: self._choices(self._on_device(batch), stage)
+        )
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        seconds = time.perf_counter() - started
+        measured: dict[str, Tensor | float] = {"train/anticipation_lag": age, "train/anticipation_seconds": seconds}
+        return measured, {f"{CHOSEN}{layer}": chosen for layer, chosen in choices.items()}
+
+    @torch.no_grad()
+    def _choices(self, batch: Batch, stage: Stage) -> Choices:
+        """The experts that the present weights choose for a batch. Its tokens count when its turn comes."""
+        chosen = []
+        for part, _ in self._parts(batch, batch["positions"]):
+            telemetry = self._telemetry(stage)
+            self._logits(part, stage, telemetry)
+            chosen.append(telemetry.chosen)
+        for layer in self.model.moe_layers():
+            layer.expert_load.zero_()
+        return {layer: torch.cat([part[layer] for part in chosen]) for layer in chosen[0]}
+
+    @contextmanager
+    def _choosing(self, part: Batch) -> Iterator[None]:
+        """The passes inside take the experts that the part comes with, where it does."""
+        for layer in self.model.moe_layers():
+            layer.imposed = part.get(f"{CHOSEN}{layer.layer}")
+        yield
+        for layer in self.model.moe_layers():
+            layer.imposed = None
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return {name: values.to(self.device) for name, values in batch.items()}
+
     def _update(self, batch: Batch, stage: Stage) -> dict[str, Tensor | float]:
         """One optimizer step on one batch, unless it is one that stability asks to leave out."""
         train = self.recipe.train
-        batch = {name: values.to(self.device) for name, values in batch.items()}
+        batch = self._on_device(batch)
         weights = target_weights(batch["target_kind"], train.answer_loss_weight, train.context_loss_weight)
         totals = self._totals(weights, batch["positions"])
         self.model.zero_grad(set_to_none=True)
         self.model.rounded_tensors()  # what came before is not this step's
         means: dict[str, Tensor] = {}
         for part, part_weights in self._parts(batch, weights):
-            objective, losses = self._objective(part, part_weights, totals, stage)
-            if objective.requires_grad:  # not in a warm-up on documents that are all too short for an entry
-                objective.backward()
+            with self._choosing(part):
+                objective, losses = self._objective(part, part_weights, totals, stage)
+                if objective.requires_grad:  # not in a warm-up on documents that are all too short for an entry
+                    objective.backward()
             means = {name: means[name] + value if name in means else value for name, value in losses.items()}
         measured: dict[str, Tensor | float] = {
             name: sum_over_ranks(value.clone()) / world_size() for name, value in means.items()
@@ -278,12 +345,13 @@ class Trainer:
         measured |= {f"train/rounded/{role}": float(count) for role, count in rounded.items()}
         measured |= {"train/grad_norm": grad_norm}
 
-        if self.stability.objects(self.step + 1, float(measured["train/loss"]), float(grad_norm)):
+        trouble = self.stability.objects(self.step + 1, float(measured["train/loss"]), float(grad_norm))
+        if trouble is not None:
             measured["train/interventions"] = self.stability.interventions
             for layer in self.model.moe_layers():
                 layer.expert_load.zero_()
+            self._intervene(trouble)
             if self._last_good is not None:
-                self._roll_back()
                 return measured
         else:
             self.optimizer.set_rates(self._rate_scale(), stage.indexer_learning_rate)
@@ -311,11 +379,9 @@ class Trainer:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What to differentiate, a part of a batch's: gradients summed over parts and averaged over ranks are those
         of the whole batch's means. And the parts' losses, whose sums averaged over ranks are the means themselves."""
-        train = self.recipe.train
+        train, telemetry = self.recipe.train, self._telemetry(stage)
         tokens, positions = part["tokens"], part["positions"]
-        telemetry = Telemetry(predict_ahead=bool(stage.model.mtp_layers) and not stage.warms_up)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=train.autocast == "bfloat16"):
-            logits = self.model(tokens[:, :-1], positions=positions, attention=stage.attends, telemetry=telemetry)
+        logits = self._logits(part, stage, telemetry)
         losses = {"train/loss": weighted_loss(logits, tokens[:, 1:], weights, totals.weight)}
         objective = losses["train/loss"] if not stage.warms_up else logits.new_zeros(())
         if "csa" in stage.model.layers:
@@ -336,6 +402,15 @@ class Trainer:
             losses["train/mtp_loss"] = weighted_loss(telemetry.mtp_logits, tokens[:, 2:], ahead, totals.ahead)
             objective = objective + self._mtp_weight() * losses["train/mtp_loss"]
         return objective, {name: loss.detach() for name, loss in losses.items()}
+
+    def _telemetry(self, stage: Stage) -> Telemetry:
+        return Telemetry(predict_ahead=bool(stage.model.mtp_layers) and not stage.warms_up)
+
+    def _logits(self, part: Batch, stage: Stage, telemetry: Telemetry) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.train.autocast == "bfloat16"):
+            return self.model(
+                part["tokens"][:, :-1], positions=part["positions"], attention=stage.attends, telemetry=telemetry
+            )
 
     def _balance_routers(self, speed: float) -> None:
         """Move each selection bias one step towards an even load (aux-loss-free balancing, report 4.2.2)."""

@@ -20,6 +20,9 @@ class Keep:
     def log(self, step, metrics):
         pass
 
+    def tell(self, step, what):
+        pass
+
     def report(self, step, metrics, write):
         if write is not None:
             self.folder.mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
 """`pipelines train` and `sweep` on a real Ray cluster and a real tracking store."""
 
 import json
+import threading
 
 import pytest
 
@@ -9,7 +10,9 @@ from model.errors import ConfigError
 from pipelines import evaluate, promote, sweep, train
 from pipelines.config import over, recipe_from_dict, with_overrides
 from pipelines.curriculum import total_steps
+from pipelines.progress import TrainingProgress
 from pipelines.tracking import open_tracking
+from pipelines.train import _listen, _News
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +179,35 @@ def test_a_run_killed_before_its_last_word_only_says_it(trained):
         assert (again.checkpoint / "model.safetensors").read_bytes() == before
         assert again.metrics["validation/loss"] == pytest.approx(result.metrics["validation/loss"])
     assert tracking.client.get_run(result.run_id).info.status == "FINISHED"
+
+
+class Letters:
+    """A mailbox that holds ``news``, and then nothing."""
+
+    def __init__(self, news):
+        self.news, self.acknowledged = news, 0
+
+    def take(self, seconds):
+        taken, self.news = self.news, []
+        return taken
+
+    def acknowledge(self, count):
+        self.acknowledged += count
+
+
+def test_what_happens_in_training_is_seen_and_kept(prepared, capsys):
+    tracked = open_tracking(prepared).start_run("watched", kind="train", recipe=prepared)
+    what = "the loss leapt from 2.000 to 9.000: back to step 4 (intervention 1 of 3)"
+    letters = Letters([_News(6, {"train/loss": 9.0}), _News(6, {}, event=what)])
+    ended, lost = threading.Event(), []
+    ended.set()
+    _listen(letters, ended, tracked, TrainingProgress("watched", 10), lost)
+    assert f"watched: step 6: {what}\n" in capsys.readouterr().out
+    run = open_tracking(prepared).client.get_run(tracked.run_id).data
+    assert run.tags["event.000006"] == what and run.metrics["train/loss"] == 9.0
+    assert not lost and letters.acknowledged == 2
+    # A store that takes nothing ends no training, and keeps no checkpoint waiting.
+    letters.news = [_News(7, {"train/loss": 2.0}), _News(8, {"train/loss": 2.0})]
+    tracked._client = None
+    _listen(letters, ended, tracked, TrainingProgress("watched", 10), lost)
+    assert len(lost) == 2 and letters.acknowledged == 4

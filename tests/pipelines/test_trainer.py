@@ -1,5 +1,6 @@
 """The training loop itself, in plain torch processes."""
 
+import copy
 import json
 import math
 import os
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from model.config import CACHE_FORMATS
 from model.errors import CheckpointError, ConfigError, DataError, FiftyfoldError
+from model.moe import MixtureOfExperts
+from model.telemetry import Telemetry
 from pipelines.config import recipe_from_dict, with_overrides
 from pipelines.curriculum import check_data, curriculum
 from pipelines.data import SHARD_SCHEMA, TargetKind, batches, cut_rows, read_manifest
@@ -30,10 +33,13 @@ class Record:
     """A reporter that remembers, and writes checkpoints into numbered folders of ``keep``."""
 
     def __init__(self, keep=None):
-        self.keep, self.logged, self.reported = keep, [], []
+        self.keep, self.logged, self.told, self.reported = keep, [], [], []
 
     def log(self, step, metrics):
         self.logged.append((step, metrics))
+
+    def tell(self, step, what):
+        self.told.append((step, what))
 
     def report(self, step, metrics, write):
         self.reported.append((step, metrics))
@@ -443,7 +449,7 @@ def test_rolling_back_returns_to_the_last_checkpoint_and_reads_on(prepared, tmp_
     trainer = trainer_for(recipe, record)
     made = broken_at(trainer, {6})  # after the checkpoint of step 4
     trainer.run()
-    assert [step for step, _ in record.logged] == [1, 2, 3, 4, 5, 4, 5, 6] and len(made) == 8
+    assert [step for step, _ in record.logged] == [1, 2, 3, 4, 5, 6, 5, 6] and len(made) == 8
     # A run that goes on from that checkpoint, but with the batches that follow the broken one, is the same.
     state = json.loads((tmp_path / "4" / "trainer.json").read_text())
     state["position"]["batch"] += 2
@@ -469,6 +475,127 @@ def test_a_leaping_loss_is_noticed(prepared):
     stops = Stability(settings.model_copy(update={"action": "stop"}))
     with pytest.raises(FiftyfoldError, match="step 1: the gradient is not finite"):
         stops.objects(1, 3.0, math.inf)
+
+
+# --- anticipatory routing
+
+
+ANTICIPATING = {
+    "model.num_hash_layers": 0, "model.mtp_layers": 1, "train.accumulation_steps": 2,
+    "train.stages": [{"attention": "dense", "steps": 2}, {"attention": "sparse", "steps": 12}],
+    "train.stability": {"action": "roll_back", "anticipatory_routing": {"lag": 2, "steps": 6}},
+    "train.router_bias_speed": 0.05, "train.optimizer.learning_rate": 0.02,
+}  # fmt: skip
+
+
+def watched_choices(trainer):
+    """For every pass with an update, (updates made before, the next batch's tokens, what experts it ran by layer), and
+    (updates made, weights) after every update or roll-back."""
+    ran, weights = [], {0: copy.deepcopy(trainer.model)}
+    update, mixture = trainer._update, MixtureOfExperts.mixture
+
+    def watched(batch, stage):
+        chosen = {}
+
+        def spy(layer, routed, context):
+            chosen.setdefault(layer.layer, []).append(routed["chosen"])
+            return mixture(layer, routed, context)
+
+        step = trainer.step
+        assert not any(layer.expert_load.any() for layer in trainer.model.moe_layers())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(MixtureOfExperts, "mixture", spy)
+            measured = update(batch, stage)
+        ran.append((step, batch, {layer: torch.cat(parts) for layer, parts in chosen.items()}))
+        weights[trainer.step] = copy.deepcopy(trainer.model)
+        return measured
+
+    trainer._update = watched
+    return ran, weights
+
+
+def chosen_by(model, batch, attention):
+    telemetry = Telemetry(predict_ahead=True)
+    with torch.no_grad():
+        model(batch["tokens"][:, :-1], positions=batch["positions"], attention=attention, telemetry=telemetry)
+    return telemetry.chosen
+
+
+def agreement(one, two):
+    return min(float((one[layer] == two[layer]).float().mean()) for layer in two)
+
+
+def test_after_a_roll_back_older_weights_choose_the_experts_for_a_while(prepared, tmp_path):
+    recipe = with_overrides(prepared, ANTICIPATING)
+    record = Record(tmp_path)
+    trainer = trainer_for(recipe, record)
+    ran, weights = watched_choices(trainer)
+    broken_at(trainer, {6})  # back to the checkpoint of step 4
+    trainer.run()
+    logged = {s: m for s, m in record.logged}  # the later one of two
+    lags = {s: m["train/anticipation_lag"] for s, m in logged.items() if "train/anticipation_lag" in m}
+    assert lags == {5: 0, 6: 1, 7: 2, 8: 2, 9: 2, 10: 2}
+    assert all(logged[s]["train/anticipation_seconds"] > 0 for s in lags)
+    after = {step: (batch, chosen) for step, batch, chosen in ran}
+    for step, (batch, chosen) in after.items():
+        # The weights of each step remembered are those of its last visit, also where it was rolled back to.
+        source = step - int(lags.get(step + 1, 0))
+        mode = "dense" if step < 2 else "sparse"
+        found = chosen_by(weights[source], batch, mode)
+        assert agreement(chosen, found) == 1, step
+        if source < step:  # and another choice than the present weights'
+            assert agreement(chosen, chosen_by(weights[step], batch, mode)) < 0.98, step
+    ((step, what),) = record.told
+    assert step == 6 and what.startswith("the gradient is not finite")
+    assert what.endswith("back to step 4, 6 updates with experts chosen 2 ahead (intervention 1 of 3)")
+
+
+@pytest.mark.parametrize("after", [4, 6, 8, 12])
+def test_choices_made_ahead_survive_a_resume(anticipating, after):
+    whole, straight = anticipating
+    record = Record()
+    second = trainer_for(whole.recipe, record)
+    second.load_checkpoint(straight.keep / str(after))
+    if after == 4:  # the checkpoint was written before the spike, which comes again
+        broken_at(second, {2})
+    second.run()
+    # As text, where not a number equals itself.
+    assert repr(timeless(record.logged)) == repr(timeless(straight.logged)[-len(record.logged) :])
+    for (name, p), q in zip(whole.model.state_dict().items(), second.model.state_dict().values()):
+        assert torch.equal(p, q), name
+
+
+@pytest.fixture(scope="module")
+def anticipating(prepared, tmp_path_factory):
+    record = Record(tmp_path_factory.mktemp("anticipating"))
+    trainer = trainer_for(with_overrides(prepared, ANTICIPATING), record)
+    broken_at(trainer, {6})
+    trainer.run()
+    return trainer, record
+
+
+def test_choices_made_ahead_end_with_their_stage(prepared):
+    recipe = with_overrides(
+        prepared,
+        {**ANTICIPATING, "train.stages": [{"attention": "dense", "steps": 6}, {"steps": 3, "sequence_length": 64}]},
+    )
+    record = Record()
+    trainer = trainer_for(recipe, record)
+    broken_at(trainer, {3})
+    trainer.run()
+    assert [s for s, m in record.logged if "train/anticipation_lag" in m] == [3, 4, 5, 6]
+
+
+def test_routing_ahead_needs_a_roll_back_and_a_router(prepared):
+    ahead = {"lag": 2, "steps": 6}
+    with pytest.raises(ConfigError, match=r"train\.stability: anticipatory_routing follows a roll-back"):
+        with_overrides(prepared, {"train.stability.anticipatory_routing": ahead})
+    for changes in ({"model.ffn": "dense"}, {"model.num_hash_layers": 3}):
+        recipe = with_overrides(
+            prepared, {"train.stability": {"action": "roll_back", "anticipatory_routing": ahead}, **changes}
+        )
+        with pytest.raises(ConfigError, match="no layer of the model has a router"):
+            curriculum(recipe)
 
 
 def test_routers_move_towards_an_even_load(prepared):
