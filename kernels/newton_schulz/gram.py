@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.cpu import has_amx
+
 SEGMENTS = {torch.float32: 5, torch.bfloat16: 2}
 """Iterations from one Gram matrix on. Rounding leaves eigenvalues of about -eps where there should be none, and an
 early step multiplies them by a ** 2 = 12: after 5 steps in float32 that is still nothing, 10 overflow; in BF16 so do
@@ -55,7 +57,7 @@ def prefers_gram(rows: int, columns: int, steps: int, segment: int) -> bool:
 def _steps(x: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
     for a, b, c in coefficients:
         gram = _symmetric(x, x.mT)
-        x = _multiply_add(_symmetric(gram, gram, gram, b, c), x, x, a)
+        x = _plus_diagonal(_symmetric(gram, gram, gram, b, c), a) @ x
     return x
 
 
@@ -65,8 +67,7 @@ def _gram_steps(x: Tensor, coefficients: Sequence[tuple[float, float, float]]) -
     for i, (a, b, c) in enumerate(coefficients):
         polynomial = _symmetric(gram, gram, gram, b, c)  # without its constant a
         if product is None:
-            product = polynomial.clone()
-            product.diagonal(dim1=-2, dim2=-1).add_(a)
+            product = _plus_diagonal(polynomial.clone(), a)
         else:
             product = _symmetric(polynomial, product, product, a)
         if i + 1 < len(coefficients):
@@ -75,13 +76,19 @@ def _gram_steps(x: Tensor, coefficients: Sequence[tuple[float, float, float]]) -
     return x if product is None else product @ x
 
 
+def _plus_diagonal(x: Tensor, a: float) -> Tensor:
+    x.diagonal(dim1=-2, dim2=-1).add_(a)
+    return x
+
+
 def _symmetric(
     left: Tensor, right: Tensor, added: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
 ) -> Tensor:
     """:func:`_multiply_add` where the result is known to be symmetric: of large matrices the blocks below the diagonal
-    are copied from above it, which saves up to half of the products. Small ones are multiplied whole, in one call."""
+    are copied from above it, which saves up to half of the products. Small ones are multiplied whole, in one call, and
+    so are all where a CPU has AMX: its products of parts of a matrix are slower by as much."""
     rows = left.shape[-2]
-    if rows < _LARGE:
+    if rows < _LARGE or (left.device.type == "cpu" and has_amx()):
         return _multiply_add(left, right, added, beta, alpha)
     out = left.new_empty(*left.shape[:-1], rows)
     for begin in range(0, rows, _LARGE // 4):

@@ -10,7 +10,7 @@ import torch
 
 from kernels.cache_io import EntryLayout, PagedRows, pack, unpack
 from kernels.formats import E2M1_VALUES
-from kernels.index_topk import index_scores, index_topk, select_topk, tile_scores
+from kernels.index_topk import index_scores, index_topk, select_topk, streamed, tile_scores
 from kernels.index_topk.reference import best_places
 from kernels.index_topk.streamed import exact_in_bf16
 from kernels.quantize import round_to_format
@@ -124,9 +124,11 @@ def test_fixed_shapes_are_few(mode):
     assert mode != "one by one" or len(seen) == 1, seen
 
 
+@pytest.mark.parametrize("amx", [True, False])
 @pytest.mark.parametrize("body_format", FORMATS)
-def test_tiles_are_scored_to_float32s_precision(body_format):
+def test_tiles_are_scored_to_float32s_precision(body_format, amx, monkeypatch):
     """In BF16 units, too, where the machine has them: they lose nothing of what is stored."""
+    monkeypatch.setattr(streamed, "has_amx", lambda: amx)
     layout = EntryLayout(128, body_format)
     query = round_to_format(torch.randn(5, 64, 128), body_format)
     packed, weights = pack(torch.randn(300, 128), layout), torch.randn(5, 64)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.newton_schulz import V4_COEFFICIENTS, newton_schulz
+from kernels.newton_schulz import V4_COEFFICIENTS, gram, newton_schulz
 from kernels.newton_schulz.gram import prefers_gram
 
 
@@ -70,3 +70,13 @@ def test_gradients_of_low_rank_neither_overflow_nor_lose_what_they_hold(shape, d
 def test_wide_shapes_take_the_form_that_multiplies_less():
     assert not prefers_gram(512, 512, 10, 5) and not prefers_gram(512, 512, 10, 2)
     assert prefers_gram(128, 512, 10, 5) and prefers_gram(256, 512, 10, 2)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (2, 50, 90)])
+def test_symmetric_products_in_blocks_are_the_whole_ones(shape, monkeypatch):
+    monkeypatch.setattr(gram, "has_amx", lambda: False)
+    monkeypatch.setattr(gram, "_LARGE", 32)
+    matrices = torch.randn(shape)
+    torch.testing.assert_close(
+        newton_schulz(matrices), newton_schulz(matrices, backend="reference"), rtol=0, atol=1e-5
+    )

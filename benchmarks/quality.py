@@ -1,0 +1,268 @@
+"""What the choices in training buy, each over several seeds: Muon, the curriculum, quantisation in the loop.
+
+    python -m benchmarks.quality [--config configs/study.yaml] [--studies muon curriculum qat] [--seeds 0 1 2]
+        [--set run.folder=FOLDER ...] [--write docs/quality.md]
+
+* muon: Muon and AdamW for the same tokens, dense attention. Of as many rates each, the first seed finds the one of the
+  lowest final validation loss, with which all seeds run. Of each seed: after which share of the tokens Muon's
+  validation loss is AdamW's final one.
+* curriculum: the recipe's stages, and the same steps without the indexer's warm-up, and sparse from the start. Of all:
+  losses, recall, and how much of the attention's mass the selected entries hold.
+* qat: networks trained with and without quantisation, scored by `pipelines compare`; the former are the curriculum's.
+
+A seed draws the weights and the order of the data; the held-out rows are always the same. The plain trainer trains in
+this process, without Ray, every run is in MLflow (in `runs`, unless `run.folder` is another), and a finished one is not
+repeated. Two processes may work on different studies at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.report import check_page, command_line, table, verdict, write_tables
+from benchmarks.timing import machine
+from model.errors import ConfigError
+from model.files import atomic_folder
+from pipelines import compare, prepare
+from pipelines.compare import METRICS as COMPARED
+from pipelines.compare import WAYS
+from pipelines.config import Recipe, load_recipe, with_overrides
+from pipelines.data import read_manifest
+from pipelines.tracking import TrackedRun, open_tracking
+from pipelines.train import fit_to_data
+from pipelines.trainer import Trainer, build_trainer, folder_batches
+
+RECIPE = Path(__file__).parents[1] / "configs/study.yaml"
+CURVE = "curve.json"
+LOSS = "validation/loss"
+RATES = {"muon": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "adamw": (1e-3, 3e-3, 1e-2, 3e-2)}
+SELECTED_TARGET, FP4_TARGET = 0.95, 0.99
+
+
+@dataclass
+class Curve:
+    """One run's held-out metrics: (tokens seen, metrics) in order."""
+
+    points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+
+    def line(self, metric: str) -> list[tuple[int, float]]:
+        return [(tokens, metrics[metric]) for tokens, metrics in self.points if metric in metrics]
+
+    def last(self, metric: str) -> float:
+        return self.line(metric)[-1][1]
+
+
+class Recorder:
+    """A reporter that keeps the held-out metrics and logs everything to an MLflow run."""
+
+    def __init__(self, tracked: TrackedRun, tokens_per_step: int):
+        self.tracked, self.tokens_per_step, self.curve = tracked, tokens_per_step, Curve()
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.tracked.log_metrics(metrics, step)
+
+    def tell(self, step: int, what: str) -> None:
+        self.tracked.tell(step, what)
+
+    def report(self, step: int, metrics: dict[str, float], write: Callable[[Path], None] | None) -> None:
+        self.tracked.log_metrics(metrics, step)
+        if metrics:
+            self.curve.points.append((step * self.tokens_per_step, metrics))
+
+
+def trained(recipe: Recipe, name: str, seed: int, overrides: Mapping[str, Any]) -> tuple[Curve, Path]:
+    """The curve and the checkpoint of a run, trained unless it is there already."""
+    recipe = with_overrides(recipe, {**overrides, "run.name": f"{name}-seed{seed}", "run.seed": seed})
+    folder = recipe.final_checkpoint
+    if not folder.exists():
+        started = time.monotonic()
+        # The order of the data, too: its folder was prepared with the recipe's own seed.
+        trainer, recorder = _trainer(with_overrides(recipe, {"data.seed": seed}))
+        with recorder.tracked, atomic_folder(folder) as scratch:
+            trainer.run()
+            trainer.snapshot().write(scratch)
+            (scratch / CURVE).write_text(json.dumps(recorder.curve.points) + "\n")
+        loss = recorder.curve.last(LOSS)
+        print(f"{recipe.run.name}: {LOSS} {loss:.4f} after {time.monotonic() - started:.0f} s", flush=True)
+    points = json.loads((folder / CURVE).read_text())
+    return Curve([(int(tokens), metrics) for tokens, metrics in points]), folder
+
+
+def _trainer(recipe: Recipe) -> tuple[Trainer, Recorder]:
+    tracked = open_tracking(recipe).start_run(recipe.run.name, kind="train", recipe=recipe)
+    recorder = Recorder(tracked, recipe.train.batch_rows * recipe.data.sequence_length)
+    return build_trainer(recipe, folder_batches(recipe), recorder), recorder
+
+
+def tokens_to(line: Sequence[tuple[int, float]], loss: float) -> float:
+    """How many tokens a falling line (tokens, loss) takes to ``loss``, between its points linearly; infinite where it
+    does not get there."""
+    for (before, high), (after, low) in itertools.pairwise(line):
+        if low <= loss:
+            return before if high <= loss else before + (after - before) * (high - loss) / (high - low)
+    return math.inf
+
+
+# --- the studies
+
+
+class Studies:
+    def __init__(self, recipe: Recipe, seeds: list[int]):
+        self.recipe, self.seeds = recipe, seeds
+        self.figure = Figure(figsize=(11, 4.2), layout="constrained")
+        self.left, self.right = self.figure.subplots(1, 2)
+
+    def muon(self) -> str:
+        steps = sum(stage.steps or 0 for stage in self.recipe.train.stages if stage.attention != "sparse")
+        stages = {"train.stages": [{"attention": "dense", "steps": steps}]}
+        best: dict[str, list[Curve]] = {}
+        swept = []
+        for rule, rates in RATES.items():
+
+            def run(rate: float, seed: int, rule: str = rule) -> Curve:
+                changes: dict[str, Any] = {"train.optimizer.rule": rule, "train.optimizer.learning_rate": rate}
+                if rule == "adamw":
+                    changes["train.optimizer.adamw_learning_rate"] = rate
+                return trained(self.recipe, f"{rule}-{rate:g}", seed, {**stages, **changes})[0]
+
+            found = {rate: run(rate, self.seeds[0]).last(LOSS) for rate in rates}
+            rate = min(found, key=lambda rate: found[rate])
+            swept += [[rule, f"{r:g}", f"{loss:.4f}", "best" if r == rate else ""] for r, loss in found.items()]
+            best[f"{rule}, {rate:g}"] = [run(rate, seed) for seed in self.seeds]
+        (muon_name, muons), (adamw_name, adamws) = best.items()
+        shares, rows = [], []
+        for seed, muon, adamw in zip(self.seeds, muons, adamws):
+            total = adamw.points[-1][0]
+            shares.append(tokens_to(muon.line(LOSS), adamw.last(LOSS)) / total)
+            rows.append([seed, f"{adamw.last(LOSS):.4f}", f"{muon.last(LOSS):.4f}", f"{shares[-1]:.2f}"])
+        rows.append(
+            ["mean and range", *(spread([c.last(LOSS) for c in each]) for each in (adamws, muons)), spread(shares, 2)]
+        )
+        draw(self.left, {muon_name: muons, adamw_name: adamws}, LOSS, "validation loss, nats per token")
+        header = ["seed", "AdamW's final loss", "Muon's", "share of the tokens after which Muon has AdamW's final loss"]
+        return (
+            f"### Muon against AdamW, {steps} dense steps\n\n"
+            + table(["rule", f"rate, seed {self.seeds[0]}", "final validation loss", ""], swept)
+            + "\n"
+            + table(header, rows)
+        )
+
+    def curriculum(self) -> str:
+        steps = sum(stage.steps or 0 for stage in self.recipe.train.stages)
+        stages = self.recipe.to_dict()["train"]["stages"]
+        first, last = stages[0], stages[-1]
+        ways: dict[str, dict[str, Any]] = {
+            "dense, warm-up, sparse": {},
+            "dense, sparse": {"train.stages": [first, {**last, "steps": steps - first["steps"]}]},
+            "sparse from the start": {"train.stages": [{**last, "steps": steps}]},
+        }
+        metrics = {
+            "loss": "validation/loss",
+            "recall": "validation/recall",
+            "mass held, of the teacher's": "validation/recall_at_k",
+            "of its best k": "validation/recall_at_k_of_best",
+            "queries that choose": "validation/choosing_share",
+        }
+        curves = {
+            way: [trained(self.recipe, _key(way), seed, changes)[0] for seed in self.seeds]
+            for way, changes in ways.items()
+        }
+        rows = [[way, *(spread([c.last(m) for c in each]) for m in metrics.values())] for way, each in curves.items()]
+        held = statistics.fmean(c.last("validation/recall_at_k_of_best") for c in curves["dense, warm-up, sparse"])
+        draw(self.right, curves, "validation/recall_at_k_of_best", "share of the best k's attention mass")
+        return (
+            f"### Curriculum, {steps} steps, k = {self.recipe.model.index_topk} of "
+            f"{self.recipe.data.sequence_length // self.recipe.model.csa_ratio} entries\n\n"
+            + table(["stages", *metrics], rows)
+            + f"\nTarget for the mass held after all stages, of the best k's: {verdict(held, SELECTED_TARGET)}.\n"
+        )
+
+    def qat(self) -> str:
+        pairs: dict[bool, list[Path]] = {}
+        for qat, name in ((True, "dense, warm-up, sparse"), (False, "without QAT")):
+            changes = {} if qat else {"model.qat": False}
+            pairs[qat] = [trained(self.recipe, _key(name), seed, changes)[1] for seed in self.seeds]
+        recipe = with_overrides(self.recipe, {"run.name": "qat-compared"})
+        section = recipe.compare.model_copy(update={"qat": tuple(pairs[True]), "plain": tuple(pairs[False])})
+        found = compare.run(recipe.model_copy(update={"compare": section}))
+        rows = [[way.name, *(spread(found[way.name][metric]) for metric in COMPARED)] for way in WAYS]
+        fp4, bf16 = (found[way]["recall_at_k_of_best"] for way in ("with QAT, quantised", "with QAT, BF16 index keys"))
+        kept = [a / b for a, b in zip(fp4, bf16)]
+        return (
+            "### Quantisation in the loop against after the fact\n\n"
+            + table(["checkpoints", *COMPARED], rows)
+            + f"\nAfter QAT, what is selected by FP4 index keys holds {spread(kept)} of what BF16 ones hold; target "
+            f"{verdict(statistics.fmean(kept), FP4_TARGET)}.\n"
+        )
+
+
+def _key(way: str) -> str:
+    return way.replace(",", "").replace(" ", "-").lower()
+
+
+def spread(values: Sequence[float], digits: int = 4) -> str:
+    """Mean, and in brackets the lowest and the highest."""
+    low, high = min(values), max(values)
+    return f"{statistics.fmean(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def draw(axes: Axes, curves: Mapping[str, Iterable[Curve]], metric: str, label: str) -> None:
+    """Each name's mean over its runs as a line, and their range as a band."""
+    for (name, each), color in zip(curves.items(), ("#2c5f8a", "#c0392b", "#b07d2b")):
+        lines = [curve.line(metric) for curve in each]
+        tokens = [point[0] for point in lines[0]]
+        values = list(zip(*([value for _, value in line] for line in lines)))
+        axes.plot(tokens, [statistics.fmean(v) for v in values], color=color, label=name)
+        axes.fill_between(tokens, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.2, lw=0)
+    axes.set(xlabel="tokens", ylabel=label)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=9)
+
+
+def main(arguments: list[str] | None = None) -> str:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ("muon", "curriculum", "qat")
+    parser.add_argument("--config", type=Path, default=RECIPE)
+    parser.add_argument("--studies", nargs="+", choices=names, default=names)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--write", type=Path, help="a Markdown file whose part between the two markers is replaced")
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="over the recipe's settings")
+    options = parser.parse_args(arguments)
+    if options.write:
+        check_page(options.write)
+    torch.set_num_threads(options.threads)
+    recipe = load_recipe([options.config], options.set)
+    if len(recipe.train.stages) < 2 or any(stage.steps is None for stage in recipe.train.stages):
+        raise ConfigError("train.stages: the studies vary several stages, given in steps")
+    prepare.run(recipe)
+    recipe = fit_to_data(recipe, read_manifest(recipe.data_folder))
+    studies = Studies(recipe, options.seeds)
+    text = "\n".join(getattr(studies, name)() for name in options.studies)
+    text = f"{machine()}; seeds {', '.join(map(str, options.seeds))}; mean and range over them.\n\n{text}"
+    print(text)
+    tracked = open_tracking(recipe).start_run("quality", kind="study", recipe=recipe)
+    with tracked:
+        tracked.log_figure(studies.figure, "quality.png")
+        tracked.log_dict({"tables": text}, "quality.json")
+    if options.write:
+        write_tables(options.write, text)
+        studies.figure.savefig(options.write.with_suffix(".png"), dpi=130)
+    return text
+
+
+if __name__ == "__main__":
+    command_line(main)
