@@ -55,17 +55,12 @@ def sharded_names(model: Transformer) -> set[str]:
     return {name for name, p in model.named_parameters() if p.dim() > 1 and not WHOLE_NAMES.search(name)}
 
 
-def shard(
-    model: Transformer,
-    device: torch.device | str,
-    param_dtype: torch.dtype = torch.float32,
-    reduce_dtype: torch.dtype = torch.float32,
-) -> None:
+def shard(model: Transformer, device: torch.device | str, param_dtype: torch.dtype = torch.float32) -> None:
     """Shard ``model`` in place over all ranks of the default process group, and bring it to ``device``.
 
     Every rank must come with the same weights, on the CPU or on ``device``. Layers gather their matrices in
     ``param_dtype`` and multiply in it; embedding and head are gathered in float32. Gradients are averaged over ranks
-    in ``reduce_dtype``; weights and optimizer state stay float32.
+    in float32, which weights and optimizer state are too.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -77,8 +72,8 @@ def shard(
     spread = sharded_names(model)
     whole = {p for name, p in model.named_parameters() if name not in spread}
     # Inputs are not cast: the residual streams are float32, and so is what the float32 parts make of them.
-    wide = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
-    narrow = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    wide = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    narrow = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in (*model.layers, *model.mtp):
         fully_shard(block, mesh=mesh, mp_policy=narrow, ignored_params=whole)
     for module in model.mtp:
