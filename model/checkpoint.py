@@ -179,3 +179,10 @@ def read_tensors(folder: str | Path, file: str, span_of: SpanOf = lambda name: N
     these rows only. Raises CheckpointError when a file is missing or damaged."""
     _, parts = _read_config(Path(folder))
     return read(Path(folder) / file, parts, span_of)
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The files of a checkpoint's weights. Raises CheckpointError."""
+    path = Path(folder) / WEIGHTS
+    _, parts = _read_config(path.parent)
+    return [path] if parts is None else parts.files(path)

@@ -38,6 +38,9 @@ class Parts:
         """Part ``number`` of ``path``, counted from 0."""
         return path.with_name(f"{path.stem}-{number + 1:05d}-of-{self.count:05d}{path.suffix}")
 
+    def files(self, path: Path) -> list[Path]:
+        return [self.file(path, number) for number in range(self.count)]
+
 
 @dataclass(frozen=True)
 class Part:
@@ -60,7 +63,7 @@ def read(path: Path, parts: Parts | None = None, span_of: SpanOf = lambda name: 
 
     Raises CheckpointError when a file is missing, damaged or of another writing, and when rows are missing.
     """
-    files = [path] if parts is None else [parts.file(path, number) for number in range(parts.count)]
+    files = [path] if parts is None else parts.files(path)
     pieces: dict[str, list[tuple[Span | None, Any]]] = {}
     with ExitStack() as stack:
         for file in files:

@@ -17,6 +17,7 @@ from model.errors import CheckpointError, FiftyfoldError
 from model.sharding import is_sharded, local
 from pipelines import train
 from pipelines.config import recipe_from_dict, with_overrides
+from pipelines.evaluate import weights_digest
 from pipelines.snapshot import OPTIMIZER
 
 STAGES = [
@@ -131,6 +132,13 @@ def test_a_sharded_run_resumes_to_the_last_bit(folder):
     for found, expected in zip(told(folder / "resumed"), told(folder / "clipped-shards")):
         assert found == {step: metrics for step, metrics in expected.items() if step > int(AT)}
     assert_equal(weights(folder / "resumed" / "4"), weights(folder / "clipped-shards" / "4"))
+
+
+def test_the_digest_covers_every_part(folder, tmp_path):
+    shutil.copytree(folder / "clipped-shards" / AT, tmp_path / AT)
+    before = weights_digest(tmp_path / AT)
+    cut_short(tmp_path / AT, "model-00002-of-00002.safetensors")
+    assert weights_digest(tmp_path / AT) != before
 
 
 @pytest.mark.parametrize(
