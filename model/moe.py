@@ -138,30 +138,34 @@ class MixtureOfExperts(nn.Module):
 
     def _by_experts(self, flat: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Each expert runs over its own tokens: [N, hidden] -> [N, hidden]."""
-        experts = self.stored_experts()
         order = chosen.flatten().argsort(stable=True)
         tokens = order // chosen.shape[-1]
         counts = torch.bincount(chosen.flatten(), minlength=self.config.num_experts).tolist()
         gathered = flat[tokens].split(counts)
         gains = weights.flatten()[order].split(counts)
         outputs = [
-            self._expert(rows, gain.unsqueeze(-1), *(w[expert] for w in experts))
-            for expert, (rows, gain) in enumerate(zip(gathered, gains))
+            self._expert(rows, gain.unsqueeze(-1), *expert)
+            for expert, rows, gain in zip(self._each_expert(), gathered, gains)
         ]
         return torch.zeros_like(flat).index_add(0, tokens, torch.cat(outputs).to(flat.dtype))
 
     def _by_tiles(self, flat: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """The same in tiles of one shape: an expert runs over a whole tile as soon as one of its tokens chose it. To
         the others it adds zeros, which change no bit."""
-        experts = self.stored_experts()
+        experts = self._each_expert()
         outputs = []
         for rows, picks, gains in zip(*(in_tiles(t) for t in (flat, chosen, weights))):
             out = torch.zeros_like(rows)
             for expert in picks.unique().tolist():
                 gain = (gains * (picks == expert)).sum(-1, keepdim=True)
-                out = out + self._expert(rows, gain, *(w[expert] for w in experts))
+                out = out + self._expert(rows, gain, *experts[expert])
             outputs.append(out)
         return torch.cat(outputs)[: len(flat)]
+
+    def _each_expert(self) -> list[tuple[Tensor, ...]]:
+        """w1, w3 and w2 of every expert. Taken one by one, each would get a whole stack for its gradient, of zeros but
+        for itself."""
+        return list(zip(*(w.unbind() for w in self.stored_experts())))
 
     def _expert(self, rows: Tensor, gain: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
         inner = swiglu(linear(rows, w1), linear(rows, w3), self.config.swiglu_limit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import get_args
 
 import torch
@@ -24,6 +25,7 @@ from model.moe import MixtureOfExperts
 from model.mtp import PredictAhead
 from model.norm import RMSNorm
 from model.precision import Precision, in_float32
+from model.recompute import recomputed
 from model.rope import RotaryFrequencies, Rotation
 from model.telemetry import Telemetry
 
@@ -47,6 +49,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self._execution = Execution()
+        self.recompute = False
+        """In training, make the layers' inner tensors again in the backward pass instead of keeping them."""
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, mixer, layer) for layer, mixer in enumerate(config.layers))
         self.hyper_head = HyperHead(config) if config.hyper_connections else None
@@ -123,7 +127,8 @@ class Transformer(nn.Module):
 
         streams = self.into_streams(embedding)
         for layer, block in enumerate(self.layers):
-            streams = block(streams, input_ids, context, cache.layers[layer] if cache is not None else None)
+            kept = cache.layers[layer] if cache is not None else None
+            streams = self._through(block, block, streams, input_ids, context, kept)
         if cache is not None:
             cache.advance()
         if telemetry is not None and telemetry.predict_ahead:
@@ -183,7 +188,13 @@ class Transformer(nn.Module):
             raise ValueError("telemetry.predict_ahead: needs whole sequences of at least 2 tokens")
         kept = None if positions is None else positions[:, :-1]
         context = self._context(input_ids[:, :-1], None, kept, context.attention, context.telemetry)
-        return self._logits(module.hidden(streams[:, :-1], embedding[:, 1:], input_ids[:, 1:], context))
+        arguments = streams[:, :-1], embedding[:, 1:], input_ids[:, 1:], context
+        return self._logits(self._through(module, module.hidden, *arguments))
+
+    def _through(self, layer: nn.Module, function: Callable[..., Tensor], *arguments: object) -> Tensor:
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return recomputed(layer, function, *arguments)
+        return function(*arguments)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -1,0 +1,63 @@
+"""Layers computed again in the backward pass: the same training, of less memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import build
+
+from model.telemetry import Telemetry
+
+LAYERS = ("sliding", "csa", "hca")
+
+
+def objective(model, ids, positions, attention):
+    telemetry = Telemetry(predict_ahead=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(ids[:, :-1], positions=positions, attention=attention, telemetry=telemetry)
+    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    ahead = F.cross_entropy(telemetry.mtp_logits.flatten(0, 1), ids[:, 2:].flatten())
+    return loss + ahead + telemetry.loss("indexer_kl") + telemetry.loss("balance")
+
+
+@pytest.mark.parametrize("attention", ["sparse", "dense"])
+def test_gradients_and_counts_are_those_of_a_kept_pass(attention):
+    ids = torch.randint(50, (2, 49), generator=torch.Generator().manual_seed(1))
+    positions = torch.cat((torch.arange(20), torch.arange(28))).repeat(2, 1)
+    found = []
+    for recompute in (False, True):
+        model = build(layers=LAYERS, num_hash_layers=1, mtp_layers=1).train()
+        model.recompute = recompute
+        loss = objective(model, ids, positions, attention)
+        loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append((loss, gradients, model.rounded_tensors(), [m.expert_load for m in model.moe_layers()]))
+    (loss, kept, rounded, loads), (again, made, rounded_again, loads_again) = found
+    assert torch.equal(loss, again) and kept.keys() == made.keys()
+    for name in kept:
+        assert torch.equal(kept[name], made[name]), name
+    assert rounded == rounded_again and sum(rounded.values())
+    assert all(map(torch.equal, loads, loads_again)) and loads[0].sum() > 0
+
+
+def test_only_the_layers_inputs_are_kept():
+    """Bytes that are held for the backward pass, of three layers and of six."""
+    ids = torch.randint(50, (1, 97))
+
+    def held(layers, recompute):
+        model = build(layers=layers).train()
+        model.recompute = recompute
+        kept = {}
+
+        def pack(x):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes(), x
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model(ids[:, :-1])
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        return sum(size for pointer, (size, _) in kept.items() if pointer not in weights)
+
+    streams = 4 * 96 * 4 * 32  # float32 [1, 96, 4 streams, 32]
+    for recompute in (False, True):
+        more = held(LAYERS * 2, recompute) - held(LAYERS, recompute)
+        assert (more < 3.5 * streams) == recompute, more / streams
