@@ -78,12 +78,23 @@ def shard(model: Transformer, device: torch.device | str, param_dtype: torch.dty
         fully_shard(block, mesh=mesh, mp_policy=narrow, ignored_params=whole)
     for module in model.mtp:
         register_fsdp_forward_method(module, "hidden")
-    # Freed after every pass, as the layers' are: weights change between passes, and not every pass has a backward one.
-    fully_shard(model, mesh=mesh, mp_policy=wide, ignored_params=whole, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, mp_policy=wide, ignored_params=whole)
     for module in model.modules():
         if isinstance(module, MixtureOfExperts):
             module.keeps_rounded = False  # the memory of gathered weights is reused unseen, and is not to be kept
     model.to(device)
+
+
+def settle(model: Transformer) -> None:
+    """Let go of what is still gathered: after a forward pass that no backward pass followed, or followed in part.
+
+    Until then the network's parameters are not the sharded ones, so that neither their gradients nor their values are
+    reached through it, and what it has gathered of older values is what the next pass would compute with.
+    """
+    for module in model.modules():
+        reshard = getattr(module, "reshard", None)
+        if reshard is not None:
+            reshard()
 
 
 def spans(named: Iterable[tuple[str, Tensor]]) -> dict[str, Span]:
@@ -98,6 +109,7 @@ def spans(named: Iterable[tuple[str, Tensor]]) -> dict[str, Span]:
 
 def local_state(model: Transformer) -> dict[str, Tensor]:
     """The state dict, with this rank's rows of what is sharded; it shares the network's memory."""
+    settle(model)
     return {name: local(tensor) for name, tensor in model.state_dict().items()}
 
 

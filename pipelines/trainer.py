@@ -26,7 +26,7 @@ from model.config import ModelConfig
 from model.errors import CheckpointError, FiftyfoldError
 from model.muon import MuonAdamW
 from model.parts import Part, Parts
-from model.sharding import is_sharded, local_state, set_local_state, shard, spans
+from model.sharding import is_sharded, local_state, set_local_state, settle, shard, spans
 from model.telemetry import Telemetry
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
@@ -324,6 +324,7 @@ class Trainer:
         batch = self._on_device(batch)
         weights = target_weights(batch["target_kind"], train.answer_loss_weight, train.context_loss_weight)
         totals = self._totals(weights, batch["positions"])
+        settle(self.model)
         self.model.zero_grad(set_to_none=True)
         self.model.rounded_tensors()  # what came before is not this step's
         means: dict[str, Tensor] = {}

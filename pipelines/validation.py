@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.mixers.base import AttentionMode
-from model.sharding import is_sharded
+from model.sharding import is_sharded, settle
 from model.telemetry import Telemetry
 from model.transformer import Transformer
 from pipelines.data import Batch, TargetKind
@@ -28,6 +28,7 @@ def validate(model: Transformer, batches: dict[str, list[Batch]], attention: Att
     over the batches that have them, and once more for each layer (``.../layer_2``); ``validation/choosing_share`` is
     the share of queries with more entries than ``index_topk``: where it is 0, nothing is selected.
     """
+    settle(model)
     training = model.training
     model.eval()
     config, metrics, losses, mtp_losses = model.config, {}, [], []

@@ -32,9 +32,11 @@ PLAIN = {"train.accumulation_steps": 1, "train.grad_clip": 1e6}
 """Where gradients are summed in one order only, and nothing depends on the last bit of their norm."""
 NARROW = {**PLAIN, "train.autocast": "bfloat16", "model.qat": False}
 ROLLED_BACK = {
-    **PLAIN, "train.stages": [{"attention": "sparse", "steps": 4}], "train.stability.action": "roll_back",
-    "train.stability.anticipatory_routing": {"lag": 1, "steps": 2}, "train.checkpoint_every": 2,
+    **PLAIN, "train.stages": [{"attention": "sparse", "steps": 2}, {"attention": "indexer_warmup", "steps": 2}],
+    "train.stability.action": "roll_back", "train.stability.anticipatory_routing": {"lag": 1, "steps": 2},
+    "train.checkpoint_every": 4, "train.recompute": True,
 }  # fmt: skip
+"""From a warm-up, whose passes have no backward one through the layers, to weights that are others."""
 BOTH_WAYS = {"clipped": {}, "plain": PLAIN, "narrow": NARROW, "rolled-back": ROLLED_BACK}
 
 
@@ -55,7 +57,7 @@ def trained(recipe, folder, rank=0, world=1, source=None):
         trainer.load_checkpoint(source)
         (folder / "loaded").mkdir(parents=True, exist_ok=True)
         trainer.snapshot().write(folder / "loaded")
-    if recipe.train.stability.action == "roll_back":  # once, from step 3 to 2
+    if recipe.train.stability.action == "roll_back":  # once, from step 3 to the start
         watch = trainer.stability
         watch._trouble = lambda *_: "a leap" if trainer.step == 3 and not watch.interventions else None
     trainer.run()
@@ -115,8 +117,7 @@ def test_shards_train_as_replicas_do_to_the_last_bit(folder, changes):
     for metrics, others in zip(shards[0].values(), replicas[0].values()):
         assert metrics.pop("train/grad_norm") == pytest.approx(others.pop("train/grad_norm"), rel=1e-5)
     assert shards == replicas and set(shards[0]) == {1, 2, 3, 4}
-    for step in ("2", "4"):
-        assert_equal(*(weights(folder / f"{changes}-{kind}" / step) for kind in ("shards", "replicas")))
+    assert_equal(*(weights(folder / f"{changes}-{kind}" / "4") for kind in ("shards", "replicas")))
 
 
 @pytest.mark.parametrize(("changes", "tolerance"), [("clipped", 1e-3), ("narrow", 1e-2)])
