@@ -1,43 +1,44 @@
-"""What a training step of the tiny model costs, and what each of the five choices adds to it.
+"""What a training step costs, and what each of the five choices adds to it.
 
-    python -m benchmarks.step_parts [--rows 16] [--repeat 3]
+    python -m benchmarks.step_parts [--preset tiny] [--rows 16] [--length 256] [--rounds 3] [--threads 1]
 
-Every variant is timed in turn, ``repeat`` rounds, one thread; ratios are to the full recipe in the same round.
+Every variant is timed in turn; ratios are to the full recipe in the same round.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
+import functools
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.report import command_line, count
+from benchmarks.timing import Side, Timing, in_turn, ratio, threads_of
 from model.config import ModelConfig
 from model.muon import MuonAdamW, OptimizerConfig
 from model.telemetry import Telemetry
 from model.transformer import Transformer
 
-LENGTH = 256
+FULL, PLAIN_RESIDUALS = "all five choices", "plain residuals"
 VARIANTS: dict[str, tuple[dict, str]] = {
-    "all five choices": ({}, "muon"),
-    "gqa instead of csa/hca": ({"layers": ("gqa",) * 4}, "muon"),
+    FULL: ({}, "muon"),
+    "gqa instead of csa/hca": ({"layers": "gqa"}, "muon"),
     "bf16 cache formats": ({"kv_format": "bf16", "index_format": "bf16"}, "muon"),
     "AdamW instead of Muon": ({}, "adamw"),
-    "plain residuals": ({"hyper_connections": False}, "muon"),
+    PLAIN_RESIDUALS: ({"hyper_connections": False}, "muon"),
     "no quantisation in the loop": ({"qat": False}, "muon"),
-    "dense feed-forward": ({"ffn": "dense"}, "muon"),
+    "dense feed-forward": ({"ffn": "dense", "num_hash_layers": 0}, "muon"),
 }
 
 
-def step(model: Transformer, optimizer: MuonAdamW, ids: torch.Tensor) -> float:
-    started = time.perf_counter()
+def step(model: Transformer, optimizer: MuonAdamW, ids: torch.Tensor, autocast: bool = True) -> None:
+    """One update of a model in training for ids int64 [B, S + 1], with all losses of its parts."""
     telemetry = Telemetry()
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = model(ids, telemetry=telemetry)
-    loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = model(ids[:, :-1], telemetry=telemetry)
+    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
     for name in ("indexer_kl", "balance"):
         extra = telemetry.loss(name)
         if extra is not None:
@@ -45,31 +46,43 @@ def step(model: Transformer, optimizer: MuonAdamW, ids: torch.Tensor) -> float:
     model.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
-    return time.perf_counter() - started
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=count, default=16)
-    parser.add_argument("--repeat", type=count, default=3)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+def parts(
+    preset: str, variants: Iterable[str], rows: int, length: int, rounds: int, threads: int
+) -> dict[str, Timing]:
+    """Seconds of a step of ``rows`` sequences of ``length`` tokens, by variant."""
     torch.manual_seed(0)
-    ids = torch.randint(0, 258, (arguments.rows, LENGTH))
-    built = {}
-    for name, (changes, rule) in VARIANTS.items():
-        model = Transformer(ModelConfig.from_preset("tiny", **changes))
-        built[name] = (model, MuonAdamW(model.named_parameters(), OptimizerConfig(rule=rule, ns_dtype="bfloat16")))
-        step(*built[name], ids)
-    times: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    for _ in range(arguments.repeat):
-        for name, (model, optimizer) in built.items():
-            times[name].append(step(model, optimizer, ids))
-    full = times["all five choices"]
-    print(f"one training step of tiny, {arguments.rows} rows of {LENGTH} tokens, 1 thread, {arguments.repeat} rounds")
-    for name, seconds in times.items():
-        ratios = [mine / base for mine, base in zip(seconds, full)]
-        print(f"  {name:30} {statistics.median(seconds):6.3f} s   {statistics.median(ratios):5.2f} x the full step")
+    ids = torch.randint(0, 258, (rows, length + 1))
+    sides = {}
+    for name in variants:
+        changes, rule = VARIANTS[name]
+        config = ModelConfig.from_preset(preset)
+        if changes.get("layers") == "gqa":
+            changes = {"layers": ("gqa",) * config.num_layers}
+        model = Transformer(config.replace(**changes)).train()
+        optimizer = MuonAdamW(
+            model.named_parameters(), OptimizerConfig(rule=rule, ns_dtype="bfloat16"), model.fused_rows()
+        )
+        sides[name] = Side(functools.partial(step, model, optimizer, ids), threads)
+    return in_turn(sides, rounds)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--rows", type=count, default=16)
+    parser.add_argument("--length", type=count, default=256)
+    parser.add_argument("--rounds", type=count, default=3)
+    parser.add_argument("--threads", type=count, default=1)
+    options = parser.parse_args(arguments)
+    times = parts(options.preset, VARIANTS, options.rows, options.length, options.rounds, options.threads)
+    print(
+        f"one training step of {options.preset}, {options.rows} rows of {options.length} tokens, "
+        f"{threads_of(options.threads)}, {options.rounds} rounds"
+    )
+    for name, timing in times.items():
+        print(f"  {name:30} {timing.median:6.3f} s   {ratio(timing, times[FULL]):5.2f} x the full step")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ class Execution:
     """
 
     mode: Mode = "eager"
+    trains_compiled: bool = False
+    """In training, compile what is done to each token on its own, for every length anew. Modes are for other passes."""
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
@@ -101,6 +103,8 @@ class Execution:
         """
         first = next(leaf for leaf in tree_flatten(arguments)[0] if isinstance(leaf, Tensor))
         B, S = first.shape[:2]
+        if self.trains_compiled:
+            return _guarded_code(fn, form)(owner, *arguments)
         if not self.fixed_shapes:
             return fn(owner, *arguments)
         most = TILE if self.batch_invariant else next((n for n in COMPILED_TILES if n >= B * S), COMPILED_TILES[-1])
@@ -159,7 +163,17 @@ def _state() -> tuple[Hashable, ...]:
 def _code(fn: Callable, form: Hashable, *state: Hashable) -> Callable:
     """``fn``, compiled for the first arguments it gets, and from then on called without a look at them. A look at all
     that a network is made of took as long as what is computed."""
-    # The compiler keeps what it made beside the code object, and would take it for every other form, too.
-    own = FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
     options: Any = {"guard_filter_fn": lambda guards: [False] * len(guards)}
-    return torch.compile(own, dynamic=False, fullgraph=True, options=options)
+    return torch.compile(_copy(fn), dynamic=False, fullgraph=True, options=options)
+
+
+@cache
+def _guarded_code(fn: Callable, form: Hashable) -> Callable:
+    """``fn``, compiled for whatever it meets, with a look at everything: what is frozen or rounded, and how often it was
+    so far, changes in training."""
+    return torch.compile(_copy(fn), dynamic=False, fullgraph=True)
+
+
+def _copy(fn: Callable) -> Callable:
+    """The compiler keeps what it made beside the code object, and would take it for every other form, too."""
+    return FunctionType(fn.__code__.replace(), fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)

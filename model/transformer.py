@@ -49,6 +49,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self._execution = Execution()
+        self.trains_compiled = False
+        """In training, compile what is done to each token on its own."""
         self.recompute = False
         """In training, make the layers' inner tensors again in the backward pass instead of keeping them."""
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -161,7 +163,7 @@ class Transformer(nn.Module):
         else:
             starts = cache.starts if cache is not None else torch.zeros(1, dtype=torch.int64, device=input_ids.device)
             places = starts.unsqueeze(-1) + torch.arange(input_ids.shape[1], device=input_ids.device)
-        execution = Execution() if self.training else self.execution
+        execution = Execution(trains_compiled=self.trains_compiled) if self.training else self.execution
         rotation = {}
         if cache is None or not execution.in_stretches(input_ids):
             rotation = execution.tokenwise(Transformer.rotation_at, (self.config, places.device), self, places)

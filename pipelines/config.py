@@ -162,6 +162,9 @@ class TrainSection(Section):
     """Weight of the other tokens of a retrieval document: 0 learns only to answer from them."""
     autocast: Literal["none", "bfloat16"] = "none"
     """Matrix products in this type; the state, norms and softmaxes stay in float32."""
+    compile: bool = False
+    """Compile what is done to each token on its own (torch.compile), for each length once. Worth it on a GPU; on a CPU
+    the parts were no faster, and took minutes to compile."""
     recompute: bool = False
     """Keep only the layers' inputs for the backward pass and compute what is within them again: less memory, about a
     third more work, the same gradients."""

@@ -468,7 +468,7 @@ def build_trainer(
     torch.manual_seed(recipe.run.seed)
     validation = held_out(recipe, rank, world)
     model = Transformer(recipe.model)
-    model.recompute = recipe.train.recompute
+    model.recompute, model.trains_compiled = recipe.train.recompute, recipe.train.compile
     if recipe.train.init_from is not None:
         checkpoint.warm_start(model, recipe.train.init_from)
     if recipe.train.sharding == "fsdp" and world > 1:

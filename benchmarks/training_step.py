@@ -1,0 +1,174 @@
+"""One training step beside transformers' ``DeepseekV4ForCausalLM`` with `torch.optim.Muon`, and what mHC costs of ours.
+
+    python -m benchmarks.training_step [--lengths 512 2048] [--write docs/training-step.md]
+
+Forward and backward pass and optimizer of one sequence, from the same weights. Every side runs in a process of its own,
+whose most resident memory is told, torch and all; the sides take turns, and each ratio is of one round. A trial of one
+step finds each side's fastest precision (float32, or BF16 autocast over float32 weights) and number of threads.
+Transformers' matrices go to PyTorch's Muon, every expert on its own, everything else to AdamW, as ours do. Ours also
+trains the indexers and rounds experts and cache entries, which transformers does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.contenders import Theirs, write_weights
+from benchmarks.report import check_page, command_line, count, table, verdict, write_tables
+from benchmarks.step_parts import FULL, PLAIN_RESIDUALS, parts, step
+from benchmarks.timing import OtherLoad, PeakMemory, Side, Timing, in_child, machine, ratio, threads_of
+from model.config import ModelConfig
+from model.hf import import_pretrained
+from model.muon import MuonAdamW, OptimizerConfig, rule_for
+
+THEIRS, OURS, RECOMPUTED = "transformers", "ours", "ours, layers recomputed"
+SPEED_TARGETS, MEMORY_TARGET = {512: 2.0, 2048: 10.0}, 2.0
+SHARE_TARGET = 15.0
+RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class Way:
+    side: str
+    autocast: bool
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{'BF16 autocast' if self.autocast else 'float32'}, {threads_of(self.threads)}"
+
+
+def our_step(folder: Path, ids: Tensor, way: Way) -> Callable[[], None]:
+    model = import_pretrained(folder).train()
+    model.recompute = way.side == RECOMPUTED
+    config = OptimizerConfig(learning_rate=RATE, adamw_learning_rate=RATE, ns_dtype="bfloat16")
+    optimizer = MuonAdamW(model.named_parameters(), config, model.fused_rows())
+    return lambda: step(model, optimizer, ids, way.autocast)
+
+
+def their_step(folder: Path, ids: Tensor, way: Way) -> Callable[[], None]:
+    model = Theirs(folder).model.train()
+    matrices: list[nn.Parameter] = []
+    parents: list[tuple[nn.Parameter, list[nn.Parameter]]] = []
+    others = []
+    for name, p in model.named_parameters():
+        if p.dim() > 1 and rule_for(name.removeprefix("model."), p, "muon") == "muon" and "embed" not in name:
+            views = [nn.Parameter(m) for m in p.detach().flatten(0, -3)] if p.dim() > 2 else [p]
+            matrices += views
+            if p.dim() > 2:
+                parents.append((p, views))
+        else:
+            others.append(p)
+    muon = torch.optim.Muon(matrices, lr=RATE, ns_steps=10, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(others, lr=RATE)
+
+    def run() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=way.autocast):
+            logits = model(ids[:, :-1], use_cache=False).logits
+        model.zero_grad(set_to_none=True)
+        F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten()).backward()
+        for p, views in parents:
+            if p.grad is not None:
+                for view, gradient in zip(views, p.grad.flatten(0, -3)):
+                    view.grad = gradient
+        muon.step()
+        adamw.step()
+
+    return run
+
+
+def measured(folder: Path, way: Way, tokens: int, steps: int) -> tuple[float, int]:
+    """Of a fresh process: the fastest of some steps after one, in seconds, and the most resident bytes."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, 258, (1, tokens + 1))
+    torch.set_num_threads(way.threads)
+    with PeakMemory() as memory:
+        side = Side((their_step if way.side == THEIRS else our_step)(folder, ids, way), way.threads)
+        side.seconds()
+        seconds = min(side.seconds() for _ in range(steps))
+        most = memory.most()
+    return seconds, most
+
+
+def contest(folder: Path, tokens: int, options: argparse.Namespace) -> list[list[str]]:
+    """A row for each side."""
+    best: dict[str, Way] = {}
+    for side in (THEIRS, OURS):
+        ways = [Way(side, *way) for way in product((False, True), options.threads)]
+        best[side] = min(ways, key=lambda way: in_child(measured, folder, way, tokens, 1)[0])
+    best[RECOMPUTED] = Way(RECOMPUTED, best[OURS].autocast, best[OURS].threads)
+    seconds: dict[str, list[float]] = {side: [] for side in best}
+    memory = dict.fromkeys(best, 0)
+    for _ in range(options.rounds):
+        for side, way in best.items():
+            took, most = in_child(measured, folder, way, tokens, options.steps)
+            seconds[side].append(took)
+            memory[side] = max(memory[side], most)
+    times = {side: Timing(rounds) for side, rounds in seconds.items()}
+    rows = []
+    for side, way in best.items():
+        faster, smaller = ratio(times[THEIRS], times[side]), memory[THEIRS] / memory[side]
+        row = [f"{tokens:,}", side, str(way), times[side].milliseconds(), f"{memory[side] / 2**20:,.0f}"]
+        if side != THEIRS:
+            target = SPEED_TARGETS.get(tokens)
+            row += [f"{faster:.2f}", verdict(faster, target) if target else "", f"{smaller:.2f}"]
+            row.append(verdict(smaller, MEMORY_TARGET))
+        rows.append([*row, *[""] * (9 - len(row))])
+        print(" | ".join(rows[-1]), flush=True)
+    return rows
+
+
+def hyper_connections(options: argparse.Namespace) -> list[list[str]]:
+    """How much of a step the residual streams take, by preset."""
+    rows = []
+    for preset, batch, length in (("small", 1, 2048), ("tiny", 16, 256)):
+        threads = max(options.threads)
+        times = in_child(parts, preset, [FULL, PLAIN_RESIDUALS], batch, length, options.rounds, threads)
+        share = 100 * (1 - 1 / ratio(times[FULL], times[PLAIN_RESIDUALS]))
+        met = "met" if share <= SHARE_TARGET else "missed"
+        target = f"at most {SHARE_TARGET:g}%: {met}" if preset == "small" else ""
+        seconds = (times[name].milliseconds() for name in (FULL, PLAIN_RESIDUALS))
+        rows.append([preset, f"{batch} x {length:,}", *seconds, f"{share:.0f}%", target])
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> str:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="small", help="of the contest")
+    parser.add_argument("--lengths", type=count, nargs="+", default=list(SPEED_TARGETS))
+    parser.add_argument("--threads", type=count, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=count, default=3)
+    parser.add_argument("--steps", type=count, default=3, help="of a round, of which the fastest counts")
+    parser.add_argument("--write", type=Path, help="a Markdown file whose part between the two markers is replaced")
+    options = parser.parse_args(arguments)
+    if options.write:
+        check_page(options.write)
+    load = OtherLoad()
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_weights(ModelConfig.from_preset(options.preset), Path(folder))
+        for tokens in options.lengths:
+            rows += contest(Path(folder) / "rounded", tokens, options)
+    header = ["tokens", "side", "at", "ms", "most resident, MiB"]
+    header += ["times faster", "target", "times less memory", "target"]
+    shares = table(
+        ["preset", "rows x tokens", "a step, ms", "with plain residuals, ms", "streams' share", "target"],
+        hyper_connections(options),
+    )
+    text = f"{machine()}; {load}.\n\n{table(header, rows)}\n### What the residual streams cost\n\n{shares}"
+    print(text)
+    if options.write:
+        write_tables(options.write, text)
+    return text
+
+
+if __name__ == "__main__":
+    command_line(main)
