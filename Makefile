@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 RUNS ?= runs
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-long lint ui clean help
+.PHONY: demo test test-long golden lint ui clean help
 
 help:
 	@echo "make demo   train, sweep, evaluate, promote, deploy and ask, on this machine"
 	@echo "make test   linters and tests"
+	@echo "make golden the losses that training must keep to, written anew"
 	@echo "make ui     the MLflow UI of runs/ (or RUNS=folder) on http://127.0.0.1:5000"
 
 # The stamp holds the time of the last complete install: an interrupted one leaves none, so make repeats it.
@@ -31,6 +32,9 @@ test: lint
 
 test-long: .venv
 	$(BIN)/python -m pytest -m long $(ARGS)
+
+golden: .venv
+	$(BIN)/python -m tests.pipelines.test_golden
 
 lint: .venv
 	$(BIN)/ruff check .

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from model.config import ModelConfig
 from model.errors import ConfigError, DataError
 from model.mixers.base import AttentionMode
+from model.precision import Precision
 from pipelines.config import Recipe
-from pipelines.data import Manifest
+from pipelines.data import Manifest, local_rows
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,10 @@ def _check(recipe: Recipe, stage: Stage) -> None:
         f"{key}.batch_rows: {stage.batch_rows} rows do not divide over {train.workers} workers and "
         f"{train.accumulation_steps} accumulation steps",
     )
+    need(
+        not config.qat or any(loop == "yes" for _, _, loop, _ in Precision(config).table(config)),
+        f"{key}: quantisation-aware training was asked for, but it touches no tensor",
+    )
     for mixer in ("csa", "hca"):
         ratio = config.compress_ratio(mixer)
         need(
@@ -150,12 +156,17 @@ def _check(recipe: Recipe, stage: Stage) -> None:
     )
 
 
-def check_data(stages: tuple[Stage, ...], manifest: Manifest) -> None:
-    """Raise DataError where the training split cannot fill one batch of a stage."""
-    tokens = sum(manifest.splits["train"].tokens.values())
+def check_data(stages: tuple[Stage, ...], folder: Path, manifest: Manifest) -> None:
+    """Raise DataError where the training split of a data folder does not fill one batch of a stage."""
+    split = manifest.splits["train"]
     for stage in stages:
-        if tokens <= stage.tokens_per_step:
+        length, rows = stage.sequence_length, stage.batch_rows
+        # Texts fill at least so many rows. Where that does not tell, rows are cut until there are enough.
+        if split.targets.get("text", 0) // length >= rows:
+            continue
+        found = sum(1 for _ in local_rows(folder, "train", length, limit=rows))
+        if found < rows:
             raise DataError(
-                f"train split: its {tokens:,} tokens do not fill one batch of train.stages.{stage.index}, "
-                f"{stage.batch_rows} rows of {stage.sequence_length}"
+                f"train split: its {sum(split.tokens.values()):,} tokens do not fill one batch of "
+                f"train.stages.{stage.index}, {rows} rows of {length}, but {found}"
             )

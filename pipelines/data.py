@@ -265,13 +265,22 @@ def _flatten(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     return values, pc.list_value_length(column).to_numpy().astype(np.int64)
 
 
-def _read_shard(path: Path) -> pa.Table:
+def _read_shard(path: Path, vocab_size: int) -> pa.Table:
     """A shard's documents. Raises DataError naming a damaged file."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
-            return file.read(columns=READ_COLUMNS, use_threads=False)
+            documents = file.read(columns=READ_COLUMNS, use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: damaged token shard ({' '.join(str(error).split())})") from error
+    for name in READ_COLUMNS:
+        expected = SHARD_SCHEMA.field(name).type
+        if name not in documents.column_names or documents.schema.field(name).type != expected:
+            raise DataError(f"{path}: not a token shard (its column '{name}' is not of type {expected})")
+    tokens = pc.list_flatten(documents["tokens"])
+    extremes = pc.min_max(tokens, skip_nulls=False).as_py()
+    if len(tokens) and not (extremes["min"] is not None and 0 <= extremes["min"] <= extremes["max"] < vocab_size):
+        raise DataError(f"{path}: damaged token shard (not all its tokens are numbers from 0 to {vocab_size - 1})")
+    return documents
 
 
 def local_rows(
@@ -294,21 +303,21 @@ def local_rows(
     manifest = read_manifest(folder)
     wanted = None if kinds is None else pa.array(_known_kinds(kinds))
     paths = [folder / shard.file for shard in manifest.splits[split].shards]
-    rows = _rows(paths, sequence_length, manifest.packing, wanted, seed if shuffle else None)
+    rows = _rows(paths, manifest, sequence_length, wanted, seed if shuffle else None)
     return itertools.islice(rows, limit)
 
 
 def _rows(
-    paths: list[Path], sequence_length: int, packing: bool, wanted: pa.Array | None, seed: int | None
+    paths: list[Path], manifest: Manifest, sequence_length: int, wanted: pa.Array | None, seed: int | None
 ) -> Iterator[Row]:
     rng = np.random.default_rng(seed)
     if seed is not None:
         paths = [paths[i] for i in rng.permutation(len(paths))]
     for path in paths:
-        documents = _read_shard(path)
+        documents = _read_shard(path, manifest.vocab_size)
         if wanted is not None:
             documents = documents.filter(pc.is_in(documents["kind"], wanted))
-        rows = cut_rows(documents, sequence_length, packing)
+        rows = cut_rows(documents, sequence_length, manifest.packing)
         count = len(rows["tokens"])
         for i in range(count) if seed is None else rng.permutation(count):
             yield {name: values[i] for name, values in rows.items()}
@@ -344,13 +353,17 @@ def train_dataset(folder: str | Path, sequence_length: int, seed: int = 0, verif
     context.execution_options.preserve_order = True
     # A shard is packed as a whole. Ray's own Parquet reader may cut one into several blocks, so tasks take paths.
     shards = ray.data.from_items([{"path": path} for path in paths], override_num_blocks=len(paths))
-    cut = functools.partial(_shard_rows, sequence_length=sequence_length, packing=manifest.packing)
+    cut = functools.partial(
+        _shard_rows, sequence_length=sequence_length, packing=manifest.packing, vocab_size=manifest.vocab_size
+    )
     return shards.map_batches(cut, batch_size=1, batch_format="numpy")
 
 
-def _shard_rows(shards: dict[str, np.ndarray], sequence_length: int, packing: bool) -> Iterator[Row]:
+def _shard_rows(
+    shards: dict[str, np.ndarray], sequence_length: int, packing: bool, vocab_size: int
+) -> Iterator[Row]:
     for path in shards["path"]:
-        yield cut_rows(_read_shard(Path(path)), sequence_length, packing)
+        yield cut_rows(_read_shard(Path(path), vocab_size), sequence_length, packing)
 
 
 # --- batches

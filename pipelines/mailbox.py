@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from typing import Any
 
 import pipelines.cluster  # noqa: F401  (sets Ray's environment before ray is imported)
@@ -22,11 +23,12 @@ class Mailbox:
 
     def put(self, item: Any) -> int:
         """Send; returns the item's number, for :meth:`wait`."""
-        return ray.get(self._actor.put.remote(item))
+        # The box is a process of its own. Sealed, an item needs no import of what it is made of there.
+        return ray.get(self._actor.put.remote(pickle.dumps(item)))
 
     def take(self, seconds: float) -> list[Any]:
         """All that was sent and not yet taken, in order; empty when nothing comes within ``seconds``."""
-        return ray.get(self._actor.take.remote(seconds))
+        return [pickle.loads(sealed) for sealed in ray.get(self._actor.take.remote(seconds))]
 
     def acknowledge(self, count: int) -> None:
         """The receiver has dealt with the next ``count`` items that it took."""
@@ -42,18 +44,18 @@ class Mailbox:
 
 class _Box:
     def __init__(self) -> None:
-        self.waiting: list[Any] = []
+        self.waiting: list[bytes] = []
         self.sent = self.acknowledged = 0
         self.changed = asyncio.Condition()
 
-    async def put(self, item: Any) -> int:
+    async def put(self, sealed: bytes) -> int:
         async with self.changed:
-            self.waiting.append(item)
+            self.waiting.append(sealed)
             self.sent += 1
             self.changed.notify_all()
             return self.sent
 
-    async def take(self, seconds: float) -> list[Any]:
+    async def take(self, seconds: float) -> list[bytes]:
         async with self.changed:
             try:
                 await asyncio.wait_for(self.changed.wait_for(lambda: self.waiting), seconds)

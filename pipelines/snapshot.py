@@ -61,6 +61,11 @@ def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for name, t in tensors.items()}
 
 
+def not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """The name of the first tensor with a NaN or an infinity in it."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+
+
 # --- random numbers
 
 

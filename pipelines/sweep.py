@@ -73,7 +73,8 @@ def run(recipe: Recipe) -> SweepResult:
     recipe = fit_to_data(recipe, manifest)
     combinations = _combinations(recipe)
     for settings in combinations:
-        check_data(curriculum(fit_to_data(trial_recipe(recipe, settings), manifest)), manifest)
+        stages = curriculum(fit_to_data(trial_recipe(recipe, settings), manifest))
+        check_data(stages, recipe.data_folder, manifest)
     tracking = open_tracking(recipe)
     folder = recipe.sweep_folder
     known_run = claim(folder, recipe, _SETTINGS_THAT_BIND, "sweep.name")

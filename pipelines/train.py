@@ -66,7 +66,7 @@ def run(recipe: Recipe, parent_run_id: str | None = None) -> TrainResult:
     started = time.monotonic()
     manifest = read_manifest(recipe.data_folder, verify=True)
     recipe = fit_to_data(recipe, manifest)
-    check_data(curriculum(recipe), manifest)
+    check_data(curriculum(recipe), recipe.data_folder, manifest)
     if recipe.train.init_from is not None:
         fresh = checkpoint.warm_start(Transformer(recipe.model), recipe.train.init_from)
         print(f"{recipe.run.name}: starts from {recipe.train.init_from}; begun afresh: {', '.join(fresh) or 'nothing'}")
@@ -136,8 +136,6 @@ def describe(recipe: Recipe) -> float:
         f"{recipe.run.name}: optimizer", ["parameter", "rule", "tensors", "numbers", "peak learning rate"], rows
     )
     precision = Precision(recipe.model).table(recipe.model)
-    if recipe.model.qat and not any(loop == "yes" for _, _, loop, _ in precision):
-        raise ConfigError("model.qat: quantisation-aware training was asked for, but it touches no tensor")
     for stage in curriculum(recipe):
         print(f"{recipe.run.name}: stage {stage.index + 1}: {stage}")
     print_table(

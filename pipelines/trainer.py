@@ -37,7 +37,17 @@ from pipelines.curriculum import Stage, curriculum, stage_at
 from pipelines.data import KINDS, Batch, TargetKind, TrainBatches, local_rows, read_manifest, train_batches
 from pipelines.data import batches as stack_rows
 from pipelines.ranks import agreed_number, average_gradients, clip_gradients, rank, sum_over_ranks, world_size
-from pipelines.snapshot import OPTIMIZER, RANDOM, STATE, Snapshot, copied, random_state, set_random_state, span_in
+from pipelines.snapshot import (
+    OPTIMIZER,
+    RANDOM,
+    STATE,
+    Snapshot,
+    copied,
+    not_finite,
+    random_state,
+    set_random_state,
+    span_in,
+)
 from pipelines.stability import Stability
 from pipelines.validation import follows, validate
 
@@ -122,7 +132,10 @@ class Trainer:
     # --- checkpoints
 
     def snapshot(self) -> Snapshot:
-        """This moment; every rank must take it."""
+        """This moment; every rank must take it.
+
+        Raises FiftyfoldError where a number of it is not finite: the last checkpoint stays the one to go on from.
+        """
         state = {
             "step": self.step,
             "position": vars(self._position),
@@ -131,16 +144,14 @@ class Trainer:
             "anticipation": self.anticipation.state(),
         }
         tensors = {**self.optimizer.state_tensors(), **random_state(), **self.anticipation.tensors()}
+        model, tensors = copied(local_state(self.model)), copied(tensors)
+        broken = not_finite({**model, **tensors})
+        if broken is not None:
+            raise FiftyfoldError(
+                f"step {self.step}: '{broken}' holds numbers that are not finite; the last checkpoint is good"
+            )
         part = Part(rank(), Parts(world_size(), f"{agreed_number(self.device):x}")) if self.sharded else None
-        return Snapshot(
-            state,
-            copied(local_state(self.model)),
-            self.model.config,
-            copied(tensors),
-            self.tokenizer,
-            self._spans,
-            part,
-        )
+        return Snapshot(state, model, self.model.config, tensors, self.tokenizer, self._spans, part)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Go on from a folder that snapshots wrote, sharded as this training or otherwise. Raises CheckpointError."""
@@ -153,6 +164,9 @@ class Trainer:
             raise CheckpointError(f"{folder / STATE}: not a training state ({error})") from error
         checkpoint.load_weights(self.model, folder)
         tensors = checkpoint.read_tensors(folder, OPTIMIZER, span_in(self._spans))
+        broken = not_finite(tensors)
+        if broken is not None:
+            raise CheckpointError(f"{folder / OPTIMIZER}: tensor '{broken}' holds values that are not finite")
         self._load_training_tensors(tensors)
         self.stability.load(stability)
         self.anticipation.load(anticipation, tensors, self.device)

@@ -23,6 +23,7 @@ from pipelines.data import (
     batches,
     count_rows,
     cut_rows,
+    file_sha256,
     local_rows,
     read_manifest,
     train_batches,
@@ -446,3 +447,27 @@ def test_a_shard_that_is_no_parquet_is_named(copy):
     with pytest.raises(DataError, match="damaged token shard") as caught:
         list(local_rows(copy, "train", LENGTH))
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "type", "named"),
+    [
+        ([1, 2, None], pa.int32(), "damaged token shard .not all its tokens are numbers from 0 to"),
+        ([1, 2, -1], pa.int32(), "damaged token shard .not all its tokens are numbers from 0 to"),
+        ([1, 2, 10**6], pa.int32(), "damaged token shard .not all its tokens are numbers from 0 to"),
+        ([1, 2, float("nan")], pa.float64(), "not a token shard .its column 'tokens' is not of type list"),
+    ],
+)
+def test_a_shard_of_other_things_than_tokens_is_named(copy, tokens, type, named):
+    """Also where the manifest describes it, as that of shards of someone's own making may."""
+    path = first_shard(copy)
+    documents = pq.read_table(path)
+    column = pa.array([tokens, *documents["tokens"].to_pylist()[1:]], pa.list_(type))
+    at = documents.schema.get_field_index("tokens")
+    pq.write_table(documents.set_column(at, "tokens", column), path)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"][0] |= {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=named) as caught:
+        list(local_rows(copy, "train", LENGTH))
+    assert str(path) in str(caught.value)

@@ -17,10 +17,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from model.errors import CheckpointError
 from pipelines import train
+from pipelines.__main__ import INTERRUPTED
 from pipelines.config import with_overrides
+from pipelines.data import read_manifest
 from pipelines.tracking import TrackedRun, open_tracking
-from pipelines.train import RUN
+from pipelines.train import RUN, fit_to_data
+from pipelines.trainer import build_trainer
 
 STAGES = [
     {"attention": "dense", "steps": 14, "qat": False},
@@ -37,10 +41,13 @@ def recipe_named(prepared, name):
     )  # fmt: skip
 
 
+def run_id(recipe):
+    return json.loads((recipe.run_folder / RUN).read_text())["run_id"]
+
+
 def history(recipe):
     """(step, loss) as logged, in order."""
-    run_id = json.loads((recipe.run_folder / RUN).read_text())["run_id"]
-    points = open_tracking(recipe).client.get_metric_history(run_id, "train/loss")
+    points = open_tracking(recipe).client.get_metric_history(run_id(recipe), "train/loss")
     return [(point.step, point.value) for point in sorted(points, key=lambda p: (p.timestamp, p.step))]
 
 
@@ -138,6 +145,35 @@ def check(recipe, straight):
     assert steps.count(1) == 1 and all(step % 4 == 1 for step in begins)  # it went on from a checkpoint
 
 
+def test_a_full_disk_keeps_the_last_checkpoint_and_names_it(prepared, ray_cluster):
+    """The disk is full once two checkpoints are written: no worker may write a larger file than a letter."""
+    recipe = with_overrides(
+        prepared,
+        {"run.name": "full-disk", "train.max_failures": 0, "train.checkpoint_every": 1,
+         "train.stages": [{"attention": "dense", "steps": 200}]},
+    )  # fmt: skip
+
+    def fill():
+        wait_for_checkpoint(recipe, 2)
+        for worker in processes_below(os.getpid(), "RayTrainWorker"):
+            worker.rlimit(psutil.RLIMIT_FSIZE, (40_000, psutil.RLIM_INFINITY))
+
+    filler = threading.Thread(target=fill)
+    filler.start()
+    with pytest.raises(CheckpointError) as caught:
+        train.run(recipe)
+    filler.join()
+    message = r"checkpoint of step (\d+): cannot be written \(.*File too large.*\); the last one written is (step_\d+)"
+    failed, last = re.fullmatch(message, str(caught.value)).groups()
+    step = int(last.removeprefix("step_"))
+    assert 2 <= step < int(failed) and max(noted(recipe)) == step
+    assert open_tracking(recipe).client.get_run(run_id(recipe)).info.status == "FAILED"
+    (folder,) = recipe.run_folder.glob(f"train/**/{last}")
+    trainer = build_trainer(fit_to_data(recipe, read_manifest(recipe.data_folder)), None, None)
+    trainer.load_checkpoint(folder)
+    assert trainer.step == step
+
+
 def test_a_killed_worker_leaves_no_trace(prepared, ray_cluster, straight):
     recipe = recipe_named(prepared, "worker-killed")
     killed = []
@@ -157,9 +193,11 @@ def test_a_killed_worker_leaves_no_trace(prepared, ray_cluster, straight):
     check(recipe, straight)
 
 
-@pytest.mark.parametrize("victim", ["driver", pytest.param("raylet", marks=pytest.mark.long)])
-def test_a_killed_run_goes_on_without_a_trace(prepared, straight, tmp_path, victim):
-    recipe = recipe_named(prepared, f"{victim}-killed")
+@pytest.mark.parametrize(
+    "victim", ["driver", *(pytest.param(name, marks=pytest.mark.long) for name in ("raylet", "asked to end"))]
+)
+def test_a_killed_run_goes_on_without_a_trace(prepared, ray_cluster, straight, tmp_path, victim):
+    recipe = recipe_named(prepared, victim.replace(" ", "-"))
     (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
     command = [sys.executable, "-m", "pipelines", "train", "--config", str(tmp_path / "recipe.json")]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -171,6 +209,11 @@ def test_a_killed_run_goes_on_without_a_trace(prepared, straight, tmp_path, vict
             (raylet,) = [p for p in processes_below(first.pid, "raylet/raylet") if Path(p.exe()).name == "raylet"]
             raylet.kill()
             assert first.wait(timeout=120) != 0
+        elif victim == "asked to end":
+            first.terminate()
+            assert first.wait(timeout=60) == INTERRUPTED
+            assert open_tracking(recipe).client.get_run(run_id(recipe)).info.status == "KILLED"
+            assert not psutil.wait_procs(below, timeout=10)[1]
         else:
             os.kill(first.pid, signal.SIGKILL)
             first.wait(timeout=30)
@@ -179,5 +222,5 @@ def test_a_killed_run_goes_on_without_a_trace(prepared, straight, tmp_path, vict
     _, alive = psutil.wait_procs(below, timeout=3)
     for process in alive:
         process.kill()
-    subprocess.run(command, env=environment, check=True, timeout=240, stdout=subprocess.DEVNULL)
+    train.run(recipe)
     check(recipe, straight)

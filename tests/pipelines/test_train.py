@@ -18,7 +18,8 @@ from pipelines.train import _listen, _News
 
 @pytest.fixture(scope="module")
 def trained(prepared, ray_cluster):
-    recipe = with_overrides(prepared, {"run.name": "trained", "train.workers": 2, "train.sharding": "fsdp"})
+    changes = {"run.name": "trained", "train.workers": 2, "train.sharding": "fsdp", "train.keep_checkpoints": 1}
+    recipe = with_overrides(prepared, changes)
     return recipe, train.run(recipe)
 
 
@@ -70,6 +71,7 @@ def swept(trained):
             "sweep": {
                 "name": "ratios",
                 "space": {"model.csa_ratio": [2, 4], "model.index_topk": [2, 4]},
+                "trials": 3,
                 "overrides": {"train.workers": 1, "train.sharding": "none",
                               "train.stages": [{"attention": "sparse", "steps": 4}], "train.validate_every": 2},
                 "max_cache_bytes_per_token": 32.0,
@@ -85,10 +87,10 @@ def test_a_sweep_nests_its_trials_and_keeps_the_best_within_the_budget(swept):
     client = open_tracking(recipe).client
     experiment = client.get_run(result.run_id).info.experiment_id
     nested = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{result.run_id}'")
-    assert len(nested) == 4 == len(result.trials)
+    assert len(nested) == 3 == len(result.trials)
     assert {run.info.status for run in nested} == {"FINISHED"}
     fitting = [t for t in result.trials if t.metrics[sweep.CACHE] <= 32.0]
-    assert 0 < len(fitting) < 4
+    assert len(fitting) == 2
     assert result.winner.metrics["validation/loss"] == min(t.metrics["validation/loss"] for t in fitting)
     assert {a.path for a in client.list_artifacts(result.run_id)} >= {"pareto.png", "trials.json", "winner.yaml"}
     config = checkpoint.load_config(result.checkpoint)
@@ -119,7 +121,7 @@ def test_a_trial_may_have_train_workers_of_its_own(trained):
         {
             "sweep": {
                 "name": "workers",
-                "space": {"model.index_topk": [2, 4]},
+                "space": {"model.index_topk": [2]},
                 "in_process": False,
                 "max_concurrent": 1,
                 "overrides": {"train.workers": 1, "train.sharding": "none",
@@ -128,7 +130,7 @@ def test_a_trial_may_have_train_workers_of_its_own(trained):
         },
     )  # fmt: skip
     result = sweep.run(recipe)
-    assert len(result.trials) == 2
+    assert len(result.trials) == 1
     assert checkpoint.load(result.checkpoint)
 
 
@@ -178,11 +180,12 @@ def test_a_run_killed_before_its_last_word_only_says_it(trained):
     recipe, result = trained
     tracking = open_tracking(recipe)
     before = (result.checkpoint / "model.safetensors").read_bytes()
-    for _ in range(3):  # more often than checkpoints are kept
-        tracking.client.set_terminated(result.run_id, "KILLED")
-        again = train.run(recipe)
-        assert (again.checkpoint / "model.safetensors").read_bytes() == before
-        assert again.metrics["validation/loss"] == pytest.approx(result.metrics["validation/loss"])
+    tracking.client.set_terminated(result.run_id, "KILLED")
+    again = train.run(recipe)
+    assert (again.checkpoint / "model.safetensors").read_bytes() == before
+    assert again.metrics["validation/loss"] == pytest.approx(result.metrics["validation/loss"])
+    # The only one that is kept is there to go on from again.
+    assert list((recipe.run_folder / "train").glob("step_000006/**/model.safetensors"))
     assert tracking.client.get_run(result.run_id).info.status == "FINISHED"
 
 

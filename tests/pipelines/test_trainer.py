@@ -20,7 +20,7 @@ from model.moe import MixtureOfExperts
 from model.telemetry import Telemetry
 from pipelines.config import recipe_from_dict, with_overrides
 from pipelines.curriculum import check_data, curriculum
-from pipelines.data import SHARD_SCHEMA, TargetKind, batches, cut_rows, read_manifest
+from pipelines.data import SHARD_SCHEMA, TargetKind, batches, cut_rows, local_rows, read_manifest
 from pipelines.stability import Stability
 from pipelines.trainer import build_trainer, folder_batches
 from pipelines.validation import count_answers
@@ -449,6 +449,43 @@ def test_a_run_that_is_not_finite_ends_after_so_many_times_and_names_the_step(pr
     assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
 
 
+@pytest.mark.parametrize("where", ["weights", "optimizer"])
+def test_no_checkpoint_holds_a_number_that_is_not_finite(prepared, tmp_path, where):
+    """Whatever brought it about: the checkpoint before is the last, and is good."""
+    recipe = with_overrides(prepared, {"train.stages": [{"attention": "dense", "steps": 6}]})
+    record = Record(tmp_path)
+    trainer = trainer_for(recipe, record)
+    step, weight = trainer.optimizer.step, trainer.model.layers[1].attn.wkv.weight
+
+    @torch.no_grad()
+    def breaks():
+        step()
+        if trainer.step == 3:
+            (weight if where == "weights" else trainer.optimizer.state[weight]["momentum"])[0, 0] = math.inf
+
+    trainer.optimizer.step = breaks
+    with pytest.raises(FiftyfoldError, match=r"step 4: 'layers\.1\.attn\.wkv\.weight.*' holds numbers that are not"):
+        trainer.run()
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
+    second = trainer_for(recipe, Record())
+    second.load_checkpoint(tmp_path / "2")
+    second.run()
+    assert second.step == 6
+
+
+@pytest.mark.parametrize(
+    ("file", "key"), [("model.safetensors", "head.weight"), ("optimizer.safetensors", "head.weight/exp_avg")]
+)
+def test_a_checkpoint_that_is_not_finite_is_refused(prepared, tmp_path, file, key):
+    trainer_for(prepared, Record(tmp_path)).run()
+    tensors = load_file(tmp_path / "2" / file)
+    tensors[key].view(-1)[3] = math.nan
+    save_file(tensors, tmp_path / "2" / file)
+    trainer = trainer_for(prepared, Record())
+    with pytest.raises(CheckpointError, match=f"{file}: tensor '{key}' holds values that are not finite"):
+        trainer.load_checkpoint(tmp_path / "2")
+
+
 def test_rolling_back_returns_to_the_last_checkpoint_and_reads_on(prepared, tmp_path):
     recipe = with_overrides(prepared, {"train.stability.action": "roll_back"})
     record = Record(tmp_path)
@@ -631,6 +668,10 @@ def test_routers_move_towards_an_even_load(prepared):
         ({"train.indexer_loss_weight": 0}, "leaves the indexer untrained"),
         ({"train.mtp_loss_weight": 0, "model.mtp_layers": 1}, "leaves the model's multi-token prediction untrained"),
         ({"model.layers": ["sliding"]}, "no csa layer to warm up"),
+        (
+            {**EXACT, "model.qat": True, "model.ffn": "dense"},
+            r"train.stages.0: quantisation-aware training was asked for, but it touches no tensor",
+        ),
     ],
 )
 def test_a_stage_that_cannot_act_is_refused(prepared, changes, message):
@@ -638,18 +679,35 @@ def test_a_stage_that_cannot_act_is_refused(prepared, changes, message):
         curriculum(with_overrides(prepared, changes))
 
 
-@pytest.mark.parametrize("stage", [{}, {"steps": 3, "tokens": 3000}])
-def test_a_stage_has_one_length(prepared, stage):
-    with pytest.raises(ConfigError, match=r"train.stages.0: a stage has either steps or tokens"):
-        with_overrides(prepared, {"train.stages": [stage]})
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"train.stages": [{}]}, r"train.stages.0: a stage has either steps or tokens"),
+        ({"train.stages": [{"steps": 3, "tokens": 3000}]}, r"train.stages.0: a stage has either steps or tokens"),
+        ({"train.stages": [{"steps": 0}]}, r"train.stages.0.steps: .* greater than or equal to 1, found 0"),
+        ({"train.stages": []}, "train.stages: .* at least 1 item"),
+        (
+            {"train.stages": [{"steps": 1, "learning_rate_scale": 0}]},
+            r"train.stages.0.learning_rate_scale: .* greater than 0, found 0",
+        ),
+        ({"train.optimizer.learning_rate": 0}, "train.optimizer.learning_rate: must be positive, found 0"),
+    ],
+)
+def test_a_stage_without_a_step_or_a_rate_is_refused(prepared, changes, named):
+    with pytest.raises(ConfigError, match=named):
+        with_overrides(prepared, changes)
 
 
 def test_data_that_fill_no_batch_are_refused_before_any_compute(prepared):
-    stages = curriculum(with_overrides(prepared, {"train.stages": [{"steps": 1, "batch_rows": 8000}]}))
+    manifest = read_manifest(prepared.data_folder)
+    there = sum(1 for _ in local_rows(prepared.data_folder, "train", 96))
+    stages = [{"steps": 1, "batch_rows": rows} for rows in (there, there + 1)]
+    enough, too_many = curriculum(with_overrides(prepared, {"train.stages": stages}))
+    check_data((enough,), prepared.data_folder, manifest)
     with pytest.raises(
-        DataError, match=r"train split: its [\d,]+ tokens do not fill one batch of train.stages.0, 8000"
+        DataError, match=rf"do not fill one batch of train\.stages\.1, {there + 1} rows of 96, but {there}$"
     ):
-        check_data(stages, read_manifest(prepared.data_folder))
+        check_data((enough, too_many), prepared.data_folder, manifest)
 
 
 def test_a_short_stage_reads_no_cut_retrieval_document(prepared):
