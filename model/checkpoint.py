@@ -1,23 +1,26 @@
 """Checkpoints: a folder of safetensors and JSON. Nothing is pickled, nothing half-written is ever visible.
 
 ``model.safetensors`` holds every parameter and persistent buffer under its own name, ``config.json`` the
-:class:`ModelConfig` and the format version, ``tokenizer.json`` the tokenizer where one was given.
+:class:`ModelConfig` and the format version, ``tokenizer.json`` the tokenizer where one was given. A sharded training
+writes the tensors in parts (:mod:`model.parts`), which ``config.json`` counts; such a folder is read like any other.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
 from model.files import atomic_folder
+from model.parts import Part, Parts, SpanOf, read
+from model.sharding import local_state, set_local_state, spans
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 
@@ -48,7 +51,29 @@ def write(
     folder = Path(folder)
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    _write_config(folder, config, tokenizer)
+
+
+def write_part(
+    state: Mapping[str, Tensor],
+    span_of: SpanOf,
+    part: Part,
+    config: ModelConfig,
+    folder: str | Path,
+    tokenizer: Tokenizer | None = None,
+) -> None:
+    """One rank's share of the same; the folder is a checkpoint once every rank's share is there. ``state`` is
+    :func:`model.sharding.local_state` in contiguous memory of the CPU."""
+    folder = Path(folder)
+    part.write(folder / WEIGHTS, state, span_of)
+    if part.number == 0:
+        _write_config(folder, config, tokenizer, part.parts)
+
+
+def _write_config(folder: Path, config: ModelConfig, tokenizer: Tokenizer | None, parts: Parts | None = None) -> None:
     content = {"format_version": FORMAT_VERSION, "model": config.to_dict()}
+    if parts is not None:
+        content["parts"] = asdict(parts)
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(folder)
@@ -56,8 +81,13 @@ def write(
 
 def load_config(folder: str | Path) -> ModelConfig:
     """The configuration of a checkpoint folder. Raises CheckpointError."""
-    path = Path(folder) / CONFIG
-    if not Path(folder).is_dir():
+    return _read_config(Path(folder))[0]
+
+
+def _read_config(folder: Path) -> tuple[ModelConfig, Parts | None]:
+    """The configuration, and the parts that the folder's tensors are in."""
+    path = folder / CONFIG
+    if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -75,8 +105,14 @@ def load_config(folder: str | Path) -> ModelConfig:
         raise CheckpointError(f"{path}: format version {version!r} is not the supported {FORMAT_VERSION}")
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: 'model' is not a mapping")
+    parts = content.get("parts")
+    if parts is not None:
+        try:
+            parts = Parts(int(parts["count"]), str(parts["writing"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path}: 'parts' is not a count and a writing") from error
     try:
-        return ModelConfig.from_dict(values)
+        return ModelConfig.from_dict(values), parts
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
@@ -90,13 +126,14 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Transformer:
 
 
 def load_weights(model: Transformer, folder: str | Path) -> None:
-    """Fill ``model`` from a checkpoint folder; it is untouched when anything does not fit. Raises CheckpointError."""
-    path = Path(folder) / WEIGHTS
-    _fill(model, path, read_tensors(path))
+    """Fill ``model`` from a checkpoint folder; it is untouched when anything does not fit. Of a sharded network, on
+    any number of ranks, this rank's rows are read. Raises CheckpointError."""
+    found = read_tensors(folder, WEIGHTS, spans(model.state_dict().items()).get)
+    _fill(model, Path(folder) / WEIGHTS, found)
 
 
 def _fill(model: Transformer, path: Path, found: dict[str, Tensor]) -> None:
-    expected = model.state_dict()
+    expected = local_state(model)
     for name, tensor in expected.items():
         if name not in found:
             raise CheckpointError(f"{path}: tensor '{name}' is missing")
@@ -114,7 +151,7 @@ def _fill(model: Transformer, path: Path, found: dict[str, Tensor]) -> None:
     for name in found:
         if name not in expected:
             raise CheckpointError(f"{path}: tensor '{name}' is not part of this model")
-    model.load_state_dict(found)
+    set_local_state(model, found)
 
 
 def warm_start(model: Transformer, folder: str | Path) -> list[str]:
@@ -124,9 +161,7 @@ def warm_start(model: Transformer, folder: str | Path) -> list[str]:
     Returns the names of the tensors that stay as drawn: position biases (zeros) whose ratio changed, and those of a
     module that the checkpoint does not have. Every other tensor must fit; raises CheckpointError.
     """
-    load_config(folder)  # says what kind of checkpoint it is, where it is not one of ours
-    path = Path(folder) / WEIGHTS
-    found, expected = read_tensors(path), model.state_dict()
+    found, expected = read_tensors(folder, WEIGHTS), model.state_dict()
     if not model.config.mtp_layers:
         found = {name: tensor for name, tensor in found.items() if not name.startswith("mtp.")}
     fresh = [
@@ -135,16 +170,19 @@ def warm_start(model: Transformer, folder: str | Path) -> list[str]:
         if (name.startswith("mtp.") and name not in found)
         or (name.endswith(".ape") and name in found and found[name].shape != tensor.shape)
     ]
-    _fill(model, path, {**found, **{name: expected[name] for name in fresh}})
+    _fill(model, Path(folder) / WEIGHTS, {**found, **{name: expected[name] for name in fresh}})
     return fresh
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises CheckpointError when it is missing or damaged."""
-    try:
-        path.open("rb").close()  # the library calls a file missing that may not be read
-        return load_file(path)
-    except (FileNotFoundError, PermissionError) as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged or not a safetensors file ({error})") from error
+def read_tensors(folder: str | Path, file: str, span_of: SpanOf = lambda name: None) -> dict[str, Tensor]:
+    """The tensors of a safetensors ``file`` of a checkpoint folder, which may be there in parts; of those with a span
+    these rows only. Raises CheckpointError when a file is missing or damaged."""
+    _, parts = _read_config(Path(folder))
+    return read(Path(folder) / file, parts, span_of)
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The files of a checkpoint's weights. Raises CheckpointError."""
+    path = Path(folder) / WEIGHTS
+    _, parts = _read_config(path.parent)
+    return [path] if parts is None else parts.files(path)

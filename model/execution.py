@@ -169,8 +169,8 @@ def _code(fn: Callable, form: Hashable, *state: Hashable) -> Callable:
 
 @cache
 def _guarded_code(fn: Callable, form: Hashable) -> Callable:
-    """``fn``, compiled for whatever it meets, with a look at everything: what is frozen or rounded, and how often it was
-    so far, changes in training."""
+    """``fn``, compiled for whatever it meets, with a look at everything: in training, what is frozen changes, what is
+    rounded, and how often it was so far."""
     return torch.compile(_copy(fn), dynamic=False, fullgraph=True)
 
 

@@ -71,6 +71,8 @@ class MixtureOfExperts(nn.Module):
         """int64 [B, S, K]: experts that somebody else chose for the next passes' tokens; None chooses here."""
         self.rounded = False
         """The stacks themselves hold rounded values."""
+        self.keeps_rounded = True
+        """Whether what inference rounds is kept for the next call."""
         self._rounded: tuple[tuple, tuple[Tensor, ...]] | None = None
         self.register_buffer("router_bias", torch.zeros(c.num_experts))
         # Tokens per expert since the last bias update; not part of a checkpoint.
@@ -176,7 +178,7 @@ class MixtureOfExperts(nn.Module):
         if self.rounded:
             return stacks
         # Weights made in inference mode carry no version to tell a change by.
-        if self.training or torch.is_grad_enabled() or self.w1.is_inference():
+        if self.training or torch.is_grad_enabled() or self.w1.is_inference() or not self.keeps_rounded:
             return tuple(self.precision.round_expert(w, self.training) for w in stacks)
         versions = tuple((w._version, w.data_ptr()) for w in stacks)
         if self._rounded is None or self._rounded[0] != versions:

@@ -35,5 +35,6 @@ class PredictAhead(Block):
         ahead = self.e_proj(self.enorm(next_embedding))
         past = self.h_proj(self.hnorm(streams))
         streams = (past + (ahead.unsqueeze(2) if self.hyper_head is not None else ahead)).float()
-        streams = self(streams, next_ids, context)
+        # Not self(...): a sharded network gathers this module's matrices around all of ``hidden``, and once.
+        streams = self.forward(streams, next_ids, context)
         return self.norm(self.hyper_head(streams) if self.hyper_head is not None else streams)

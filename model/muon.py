@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels.newton_schulz import V4_COEFFICIENTS, newton_schulz
+from kernels.newton_schulz.gram import SEGMENTS, multiplications
 from model.errors import CheckpointError, ConfigError
+from model.muon_exchange import Exchange, Matrix
+from model.sharding import is_sharded, local, span_of
 
 ADAMW_NAMES = re.compile(
     r"(^|\.)(embed|head|norm|attn_norm|ffn_norm|q_norm|kv_norm)\.|\.(base|scale|sink|ape)$|(^|\.)hyper_head\."
@@ -68,15 +72,19 @@ _BATCH = 1 << 21
 """Numbers that are orthogonalised together."""
 
 
-def _batches(pieces: list[Matrices]) -> Iterator[list[Matrices]]:
-    """Consecutive pieces of together at most ``_BATCH`` numbers, or single larger ones."""
-    batch: list[Matrices] = []
-    for piece in pieces:
-        if batch and sum(p[0].numel() for p in batch) + piece[0].numel() > _BATCH:
-            yield batch
-            batch = []
-        batch.append(piece)
-    yield batch
+def _batches(sizes: Iterable[int]) -> Iterator[slice]:
+    """Of pieces with so many numbers, consecutive ones with at most ``_BATCH`` together, or single larger ones."""
+    begin = end = numbers = 0
+    for end, size in enumerate(sizes):
+        if end > begin and numbers + size > _BATCH:
+            yield slice(begin, end)
+            begin, numbers = end, 0
+        numbers += size
+    yield slice(begin, end + 1)
+
+
+def _within(place: int, count: int) -> int:
+    return min(max(place, 0), count)
 
 
 def rule_for(name: str, parameter: Tensor, rule: str, rows: Sequence[int] = ()) -> str:
@@ -91,6 +99,10 @@ class MuonAdamW(torch.optim.Optimizer):
 
     ``fused`` names the parameters that hold several independent projections, one above the other, and the rows of each
     (:meth:`model.transformer.Transformer.fused_rows`): Muon treats them as matrices of their own.
+
+    ``divided`` is for the ranks of the default process group, each of which has such an optimizer and calls ``step``
+    with it: a matrix that several of them hold is orthogonalised by one (:mod:`model.muon_exchange`). Parameters that
+    are not sharded must have the same gradient on every rank, or on every rank none.
     """
 
     def __init__(
@@ -98,6 +110,7 @@ class MuonAdamW(torch.optim.Optimizer):
         named_parameters: Iterable[tuple[str, nn.Parameter]],
         config: OptimizerConfig,
         fused: Mapping[str, Sequence[int]] | None = None,
+        divided: bool = False,
     ):
         self.config = config
         self._rows: dict[Tensor, Sequence[int]] = {}
@@ -117,6 +130,35 @@ class MuonAdamW(torch.optim.Optimizer):
         if config.rule == "muon" and not any(rule == "muon" for rule, _ in groups):
             raise ConfigError("train.optimizer.rule: muon was asked for, but no parameter is a matrix it applies to")
         super().__init__(list(groups.values()), {})
+        self._shared: dict[Tensor, list[int]] = {}
+        """The numbers of a parameter's matrices in the exchange, in their order."""
+        self._exchange = self._divide() if divided else None
+
+    def _divide(self) -> Exchange:
+        """Which matrices the ranks have in common. Whole ones of a sharded stack are their holder's alone."""
+        world, dtype = dist.get_world_size(), getattr(torch, self.config.ns_dtype)
+        steps = len(self.config.ns_coefficients)
+        matrices: list[Matrix] = []
+        loads = [0.0] * world
+        parameters = [p for group in self.param_groups if group["rule"] == "muon" for p in group["params"]]
+        for p in parameters:
+            columns, rows = p.shape[-1], self._rows[p]
+            costs = [multiplications(min(r, columns), max(r, columns), steps, SEGMENTS[dtype]) for r in rows]
+            spans = [span_of(p.shape[0], rank, world) for rank in range(world)]
+            if is_sharded(p) and p.dim() > 2:
+                each = sum(costs) * math.prod(p.shape[1:-2])
+                loads = [load + each * (span.end - span.begin) for load, span in zip(loads, spans)]
+                continue
+            self._shared[p] = []
+            begin = 0
+            for count, cost in list(zip(rows, costs)) * math.prod(p.shape[:-2]):
+                held = tuple((0, count) for _ in spans)
+                if is_sharded(p):
+                    held = tuple((_within(s.begin - begin, count), _within(s.end - begin, count)) for s in spans)
+                self._shared[p].append(len(matrices))
+                matrices.append(Matrix(count, columns, held, cost))
+                begin += count
+        return Exchange(matrices, loads, dtype, local(parameters[0]).device if parameters else torch.device("cpu"))
 
     def table(self) -> list[tuple[str, str, str, int, float]]:
         """Rows (parameter role, rule, matrices, numbers, learning rate); layers of one role are one row."""
@@ -177,13 +219,57 @@ class MuonAdamW(torch.optim.Optimizer):
         """
         by_shape: dict[tuple[int, int], list[Matrices]] = {}
         for p in parameters:
-            assert p.grad is not None
-            whole = (p, p.grad, self._state(p, "momentum"))
-            for rows, *part in zip(self._rows[p], *(t.split(list(self._rows[p]), dim=-2) for t in whole)):
+            if p in self._shared or not local(p).numel():
+                continue
+            for rows, *part in zip(self._rows[p], *(t.split(list(self._rows[p]), dim=-2) for t in self._moved(p))):
                 by_shape.setdefault((rows, p.shape[-1]), []).append((part[0], part[1], part[2]))
         for (rows, columns), pieces in by_shape.items():
-            for batch in _batches(pieces):
-                self._muon_batch(batch, rows, columns, lr)
+            for batch in _batches(weight.numel() for weight, _, _ in pieces):
+                self._muon_batch(pieces[batch], rows, columns, lr)
+        if self._exchange is not None:
+            self._muon_divided(self._exchange, [p for p in parameters if p in self._shared], lr)
+
+    def _moved(self, p: Tensor) -> Matrices:
+        """This rank's rows of a parameter that has a gradient."""
+        assert p.grad is not None
+        return local(p), local(p.grad), self._state(p, "momentum")
+
+    def _muon_divided(self, exchange: Exchange, parameters: list[Tensor], lr: float) -> None:
+        """The same for matrices that ranks have in common: this rank's share of the work, and its rows of the rest."""
+        mine: dict[int, Matrices] = {}
+        for p in parameters:
+            weight, gradient, momentum = (t.reshape(-1, t.shape[-1]) for t in self._moved(p))
+            torch.add(gradient, momentum, alpha=self.config.momentum, out=momentum)
+            counts = [exchange.matrices[i].shape_on(exchange.rank)[0] for i in self._shared[p]]
+            pieces = zip(weight.split(counts), gradient.split(counts), momentum.split(counts))
+            mine.update(zip(self._shared[p], pieces))
+
+        def read(i: int) -> Tensor:
+            _, gradient, momentum = mine[i]
+            return torch.add(gradient, momentum, alpha=self.config.momentum).to(exchange.dtype)
+
+        def write(i: int, update: Tensor) -> None:
+            matrix = exchange.matrices[i]
+            self._descend(mine[i][0], update, matrix.rows, matrix.columns, lr)
+
+        exchange.orthogonalise(list(mine), read, self._orthogonalised, write)
+
+    def _orthogonalised(self, matrices: list[Tensor]) -> list[Tensor]:
+        """Matrices [rows, columns] of any shapes; those of one shape in batches."""
+        by_shape: dict[torch.Size, list[int]] = {}
+        for i, matrix in enumerate(matrices):
+            by_shape.setdefault(matrix.shape, []).append(i)
+        found: dict[int, Tensor] = {}
+        for alike in by_shape.values():
+            for batch in _batches(matrices[i].numel() for i in alike):
+                stack = torch.stack([matrices[i] for i in alike[batch]])
+                found.update(zip(alike[batch], newton_schulz(stack, self.config.ns_coefficients, stack.dtype)))
+        return [found[i] for i in range(len(matrices))]
+
+    def _descend(self, weight: Tensor, update: Tensor, rows: int, columns: int, lr: float) -> None:
+        """A step along the update of matrices [rows, columns], whatever rows of them ``weight`` holds."""
+        size = lr * self.config.rms * math.sqrt(max(rows, columns))
+        weight.mul_(1 - lr * self.config.weight_decay).add_(update.reshape(weight.shape), alpha=-size)
 
     def _muon_batch(self, batch: list[Matrices], rows: int, columns: int, lr: float) -> None:
         config = self.config
@@ -194,36 +280,35 @@ class MuonAdamW(torch.optim.Optimizer):
             torch.add(gradient, momentum, alpha=config.momentum, out=momentum)
             torch.add(gradient, momentum, alpha=config.momentum, out=out.view(gradient.shape))
         updates = newton_schulz(ahead, config.ns_coefficients, dtype).split(counts)
-        size = lr * config.rms * math.sqrt(max(rows, columns))
         for (weight, _, _), update in zip(batch, updates):
-            weight.mul_(1 - lr * config.weight_decay).add_(update.reshape(weight.shape), alpha=-size)
+            self._descend(weight, update, rows, columns, lr)
 
     def _adamw(self, parameters: list[Tensor], lr: float) -> None:
         if not parameters:
             return
         config = self.config
         beta1, beta2 = config.betas
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
         first = [self._state(p, "exp_avg") for p in parameters]
         second = [self._state(p, "exp_avg_sq") for p in parameters]
         torch._foreach_lerp_(first, gradients, 1 - beta1)
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
         # Decay is for maps: one-dimensional parameters (norm weights, biases, gates) have none to shrink towards.
-        torch._foreach_mul_([p for p in parameters if p.dim() > 1], 1 - lr * config.weight_decay)
+        torch._foreach_mul_([local(p) for p in parameters if p.dim() > 1], 1 - lr * config.weight_decay)
         for p, m, v in zip(parameters, first, second):
             steps = self.state[p]["steps"] = self.state[p].get("steps", 0) + 1
             scale = math.sqrt(1 - beta2**steps) / (1 - beta1**steps)
-            p.addcdiv_(m, v.sqrt().add_(config.eps), value=-lr * scale)
+            local(p).addcdiv_(m, v.sqrt().add_(config.eps), value=-lr * scale)
 
     def _state(self, p: Tensor, name: str) -> Tensor:
         state = self.state[p]
         if name not in state:
-            state[name] = torch.zeros_like(p)
+            state[name] = torch.zeros_like(local(p))
         return state[name]
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The state as ``<parameter>/<slot>`` tensors, ready for safetensors."""
+        """The state as ``<parameter>/<slot>`` tensors for safetensors; of sharded parameters, this rank's rows."""
         tensors = {}
         for group in self.param_groups:
             for name, p in zip(group["names"], group["params"]):
@@ -242,8 +327,9 @@ class MuonAdamW(torch.optim.Optimizer):
             if slot == "steps":
                 self.state[p][slot] = int(value)
                 continue
-            if value.shape != p.shape:
+            held = local(p)
+            if value.shape != held.shape:
                 raise CheckpointError(
-                    f"optimizer state: '{key}' has shape {list(value.shape)}, its parameter {list(p.shape)}"
+                    f"optimizer state: '{key}' has shape {list(value.shape)}, its parameter {list(held.shape)}"
                 )
-            self.state[p][slot] = value.to(p.device, p.dtype).clone()
+            self.state[p][slot] = value.to(held.device, held.dtype).clone()

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from torch import Tensor
 
 
-@dataclass
 class Telemetry:
     """Handed to the forward pass by whoever wants to know; filled by the layers.
 
     ``losses`` keep their graph, ``measures`` are detached. Both map a name to {layer index: scalar}.
     ``measure_selection`` also compares the indexer's choice with the dense attention it replaces (one more attention
-    pass per csa layer, so only validation asks for it).
+    pass per csa layer, so only validation asks for it). ``predict_ahead`` runs the multi-token prediction module as
+    well and keeps its logits.
     """
 
-    measure_selection: bool = False
-    predict_ahead: bool = False
-    """Run the multi-token prediction module as well and keep its logits."""
-    mtp_logits: Tensor | None = None
-    """float32 [B, S - 1, vocab]: at token t those of token t + 2."""
-    chosen: dict[int, Tensor] = field(default_factory=dict)
-    """int64 [B, S, K] by layer: the experts of every token in training, where a router chose them."""
-    losses: dict[str, dict[int, Tensor]] = field(default_factory=lambda: defaultdict(dict))
-    measures: dict[str, dict[int, Tensor]] = field(default_factory=lambda: defaultdict(dict))
+    # No dataclass: of those FSDP gives a layer copies, and what the layer says would be lost.
+
+    def __init__(self, measure_selection: bool = False, predict_ahead: bool = False):
+        self.measure_selection, self.predict_ahead = measure_selection, predict_ahead
+        self.mtp_logits: Tensor | None = None
+        """float32 [B, S - 1, vocab]: at token t those of token t + 2."""
+        self.chosen: dict[int, Tensor] = {}
+        """int64 [B, S, K] by layer: the experts of every token in training, where a router chose them."""
+        self.losses: dict[str, dict[int, Tensor]] = defaultdict(dict)
+        self.measures: dict[str, dict[int, Tensor]] = defaultdict(dict)
 
     def loss(self, name: str) -> Tensor | None:
         """The mean of loss ``name`` over the layers that reported it; None when none did."""

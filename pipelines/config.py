@@ -136,6 +136,9 @@ class TrainSection(Section):
     init_from: Path | None = None
     """A checkpoint folder whose weights training starts from. Position biases of a compressor whose ratio differs
     start at zero; every other shape must agree."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """Where there are several workers. none: each holds the whole network. fsdp: each holds a share of the matrices and
+    of their optimizer state, and gathers a layer's while it runs; in bfloat16 with that ``autocast``."""
     batch_rows: Annotated[int, Field(ge=1)] = 32
     """Sequences per optimizer step, summed over the workers."""
     accumulation_steps: Annotated[int, Field(ge=1)] = 1
@@ -173,6 +176,12 @@ class TrainSection(Section):
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     optimizer: OptimizerConfig = OptimizerConfig()
     stability: StabilitySection = StabilitySection()
+
+    @model_validator(mode="after")
+    def _shards_among_workers(self) -> TrainSection:
+        if self.sharding == "fsdp" and self.workers == 1:
+            raise ValueError("sharding: fsdp divides the network among workers, and there is only one")
+        return self
 
 
 class SweepSection(Section):

@@ -93,13 +93,15 @@ def run(recipe: Recipe) -> EvaluateResult:
 
 
 def weights_digest(checkpoint: Path) -> str:
-    """SHA-256 of a checkpoint's weights file. Raises CheckpointError when it cannot be read."""
-    path = checkpoint / checkpoints.WEIGHTS
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from error
+    """SHA-256 of a checkpoint's weights as they are stored. Raises CheckpointError when they cannot be read."""
+    digest = hashlib.sha256()
+    for path in checkpoints.weight_files(checkpoint):
+        try:
+            with path.open("rb") as file:
+                hashlib.file_digest(file, lambda: digest)
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}") from error
+    return digest.hexdigest()
 
 
 def run_of_checkpoint(checkpoint: Path) -> TrackedRun:

@@ -25,9 +25,10 @@ from safetensors import SafetensorError
 
 from model import checkpoint
 from model.errors import CheckpointError, ConfigError, FiftyfoldError
-from model.files import atomic_folder, write_text
+from model.files import write_text
 from model.muon import MuonAdamW
 from model.precision import Precision
+from model.tokenizer import load_tokenizer
 from model.transformer import Transformer
 from pipelines.config import Recipe, recipe_from_dict
 from pipelines.curriculum import Stage, check_data, curriculum, total_steps
@@ -41,6 +42,11 @@ RECIPE, RUN = "recipe.json", "run.json"
 WALL_SECONDS = "train/wall_seconds"
 _SETTINGS_THAT_BIND = ("data", "model", "train")
 """Sections that a resumed run must not change."""
+_MAY_CHANGE = {
+    f"train.{name}"
+    for name in ("workers", "sharding", "cpus_per_worker", "threads_per_worker", "use_gpu", "max_failures")
+}
+"""What they hold of how the work is shared out. Another number of workers deals out an epoch's rows anew."""
 
 
 @dataclass(frozen=True)
@@ -154,10 +160,10 @@ def claim(folder: Path, recipe: Recipe, sections: tuple[str, ...], what: str) ->
             earlier = json.loads(path.read_text())
         except ValueError as error:
             raise ConfigError(f"{path}: damaged ({error}); delete the run folder or choose another {what}") from error
-        changed = sorted(_flat(earlier).items() ^ _flat(settings).items())
+        changed = sorted({key for key, _ in _flat(earlier).items() ^ _flat(settings).items()} - _MAY_CHANGE)
         if changed:
             raise ConfigError(
-                f"{what}: '{folder.name}' was begun with another {changed[0][0]}; choose another {what}, or delete "
+                f"{what}: '{folder.name}' was begun with another {changed[0]}; choose another {what}, or delete "
                 f"{folder} to begin again"
             )
     else:
@@ -321,12 +327,9 @@ def plain(error: BaseException) -> FiftyfoldError:
 
 
 def finalise(last: ray.train.Checkpoint, target: Path) -> None:
-    """Copy the model's part of the last training checkpoint to ``target``, checked by loading it."""
+    """Make ``target`` a checkpoint of the model alone, in one piece, from the last one of its training."""
     with last.as_directory() as source:
-        checkpoint.load(source)
-        with atomic_folder(target) as scratch:
-            for name in (checkpoint.WEIGHTS, checkpoint.CONFIG, "tokenizer.json"):
-                shutil.copyfile(Path(source) / name, scratch / name)
+        checkpoint.save(checkpoint.load(source), target, load_tokenizer(source))
 
 
 # --- the workers' side
@@ -370,7 +373,7 @@ class _RayTrainReporter:
 
     def report(self, step: int, metrics: dict[str, float], write: Callable[[Path], None] | None) -> None:
         told = self._put(_News(step, metrics, reported=True))
-        if write is None or self.rank:
+        if write is None:
             ray.train.report({**metrics, "step": step}, checkpoint_dir_name=_checkpoint_name(step))
             return
         storage = ray.train.get_context().get_storage()

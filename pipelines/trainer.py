@@ -1,7 +1,8 @@
 """The training loop: plain torch, no Ray inside. Ray Train workers, Tune trials and tests all run this one.
 
-Data-parallel ranks hold equal replicas: gradients are averaged after the backward pass, weighted by the tokens each
-rank contributed, so that the update equals the one a single process would make of the whole batch.
+Data-parallel ranks hold equal replicas, or each a share of the matrices (:mod:`model.sharding`). Gradients are averaged
+in or after the backward pass, weighted by the tokens each rank contributed, so that the update equals the one a single
+process would make of the whole batch.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 from model import checkpoint
@@ -25,6 +25,8 @@ from model.cache import Cache
 from model.config import ModelConfig
 from model.errors import CheckpointError, FiftyfoldError
 from model.muon import MuonAdamW
+from model.parts import Part, Parts
+from model.sharding import is_sharded, local_state, set_local_state, settle, shard, spans
 from model.telemetry import Telemetry
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
@@ -34,13 +36,23 @@ from pipelines.config import Recipe
 from pipelines.curriculum import Stage, curriculum, stage_at
 from pipelines.data import KINDS, Batch, TargetKind, TrainBatches, local_rows, read_manifest, train_batches
 from pipelines.data import batches as stack_rows
-from pipelines.ranks import average_gradients, sum_over_ranks, world_size
+from pipelines.ranks import agreed_number, average_gradients, clip_gradients, rank, sum_over_ranks, world_size
+from pipelines.snapshot import (
+    OPTIMIZER,
+    RANDOM,
+    STATE,
+    Snapshot,
+    copied,
+    not_finite,
+    random_state,
+    set_random_state,
+    span_in,
+)
 from pipelines.stability import Stability
 from pipelines.validation import follows, validate
 
 CHOSEN = "chosen/"
 """With a layer's index, the key of a batch's experts where they were chosen ahead: int64 [B, S, K]."""
-OPTIMIZER, STATE = "optimizer.safetensors", "trainer.json"
 CACHE = "cache/bytes_per_token"
 CACHE_MEASURE_TOKENS = 65_536
 BEST = "validation/loss"
@@ -60,8 +72,8 @@ class Reporter(Protocol):
         """Something out of the ordinary that a person should see, in a sentence."""
 
     def report(self, step: int, metrics: dict[str, float], write: Callable[[Path], None] | None) -> None:
-        """Validation metrics (empty when none was due); ``write`` puts a complete checkpoint into an existing folder
-        (None: not due)."""
+        """Validation metrics (empty when none was due); ``write`` puts this rank's share of a checkpoint into an
+        existing folder, which is complete with every rank's (None: not due, or this rank has no share)."""
 
 
 @dataclass(frozen=True)
@@ -71,35 +83,6 @@ class Position:
     stage: int
     epoch: int
     batch: int
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A moment of a training."""
-
-    state: dict[str, Any]
-    """Plain values."""
-    model: dict[str, Tensor]
-    config: ModelConfig
-    tensors: dict[str, Tensor]
-    """Of the optimizer and the random generators."""
-    tokenizer: Tokenizer
-
-    def write(self, folder: Path) -> None:
-        """The model's checkpoint plus what resuming needs, into an existing folder."""
-        checkpoint.write(self.model, self.config, folder, self.tokenizer)
-        save_file(self.tensors, folder / OPTIMIZER)
-        (folder / STATE).write_text(json.dumps(self.state) + "\n")
-
-
-def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous, and never the same memory."""
-    return {name: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for name, t in tensors.items()}
-
-
-def not_finite(tensors: dict[str, Tensor]) -> str | None:
-    """The name of the first tensor with a NaN or an infinity in it."""
-    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
 class Trainer:
@@ -121,7 +104,10 @@ class Trainer:
         self.stages = curriculum(recipe)
         self.recipe, self.model, self.reporter, self.tokenizer = recipe, model, reporter, tokenizer
         self.device = next(model.parameters()).device
-        self.optimizer = MuonAdamW(model.named_parameters(), recipe.train.optimizer, model.fused_rows())
+        self.sharded = any(map(is_sharded, model.parameters()))
+        self.optimizer = MuonAdamW(
+            model.named_parameters(), recipe.train.optimizer, model.fused_rows(), divided=world_size() > 1
+        )
         self.stability = Stability(recipe.train.stability)
         self.anticipation = AnticipatoryRouting(recipe.train.stability.anticipatory_routing)
         self.step = 0
@@ -130,6 +116,7 @@ class Trainer:
         self._open_batches = batches
         self._position = Position(0, 0, 0)
         self._validation = validation
+        self._spans = spans(model.named_parameters())
         self._indexer = set(model.indexer_parameters())
         self._last_good: Snapshot | None = None
 
@@ -145,7 +132,7 @@ class Trainer:
     # --- checkpoints
 
     def snapshot(self) -> Snapshot:
-        """What a checkpoint of this moment holds, in memory of its own: it can be written while training goes on.
+        """This moment; every rank must take it.
 
         Raises FiftyfoldError where a number of it is not finite: the last checkpoint stays the one to go on from.
         """
@@ -157,16 +144,17 @@ class Trainer:
             "anticipation": self.anticipation.state(),
         }
         tensors = {**self.optimizer.state_tensors(), **random_state(), **self.anticipation.tensors()}
-        model, tensors = _copied(self.model.state_dict()), _copied(tensors)
+        model, tensors = copied(local_state(self.model)), copied(tensors)
         broken = not_finite({**model, **tensors})
         if broken is not None:
             raise FiftyfoldError(
                 f"step {self.step}: '{broken}' holds numbers that are not finite; the last checkpoint is good"
             )
-        return Snapshot(state, model, self.model.config, tensors, self.tokenizer)
+        part = Part(rank(), Parts(world_size(), f"{agreed_number(self.device):x}")) if self.sharded else None
+        return Snapshot(state, model, self.model.config, tensors, self.tokenizer, self._spans, part)
 
     def load_checkpoint(self, folder: Path) -> None:
-        """Go on from a folder that a :class:`Snapshot` wrote. Raises CheckpointError."""
+        """Go on from a folder that snapshots wrote, sharded as this training or otherwise. Raises CheckpointError."""
         try:
             state = json.loads((folder / STATE).read_text())
             position = Position(**state["position"])
@@ -175,7 +163,7 @@ class Trainer:
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise CheckpointError(f"{folder / STATE}: not a training state ({error})") from error
         checkpoint.load_weights(self.model, folder)
-        tensors = checkpoint.read_tensors(folder / OPTIMIZER)
+        tensors = checkpoint.read_tensors(folder, OPTIMIZER, span_in(self._spans))
         broken = not_finite(tensors)
         if broken is not None:
             raise CheckpointError(f"{folder / OPTIMIZER}: tensor '{broken}' holds values that are not finite")
@@ -210,7 +198,7 @@ class Trainer:
 
     def _roll_back(self, kept: Snapshot) -> None:
         """Weights, optimizer and step as they were at the last checkpoint; reading goes on where it is."""
-        self.model.load_state_dict(kept.model)
+        set_local_state(self.model, kept.model)
         self._load_training_tensors(kept.tensors)
         self.step = kept.state["step"]
         self.anticipation.begin()
@@ -269,7 +257,9 @@ class Trainer:
         if saves:
             self._remember()
         if validates or saves:
-            self.reporter.report(self.step, metrics, self.snapshot().write if saves else None)
+            snapshot = self.snapshot() if saves else None
+            has_share = self.sharded or rank() == 0
+            self.reporter.report(self.step, metrics, snapshot.write if snapshot is not None and has_share else None)
         return metrics
 
     def _batches_of(self, stage: Stage, batches: TrainBatches | None) -> TrainBatches:
@@ -348,6 +338,7 @@ class Trainer:
         batch = self._on_device(batch)
         weights = target_weights(batch["target_kind"], train.answer_loss_weight, train.context_loss_weight)
         totals = self._totals(weights, batch["positions"])
+        settle(self.model)
         self.model.zero_grad(set_to_none=True)
         self.model.rounded_tensors()  # what came before is not this step's
         means: dict[str, Tensor] = {}
@@ -362,7 +353,7 @@ class Trainer:
         }
         learning = [p for p in self.model.parameters() if not stage.warms_up or p in self._indexer]
         average_gradients(learning)
-        grad_norm = torch.nn.utils.clip_grad_norm_(learning, train.grad_clip)
+        grad_norm = clip_gradients(learning, train.grad_clip)
         rounded = self.model.rounded_tensors()
         if stage.model.qat and not sum(rounded.values()):
             raise FiftyfoldError(f"step {self.step + 1}: quantisation is in the loop, but it rounded no tensor")
@@ -487,15 +478,24 @@ def build_trainer(
     world: int = 1,
     device: torch.device | str = "cpu",
 ) -> Trainer:
-    """A trainer at step 0; every rank gets the same weights."""
+    """A trainer at step 0; every rank gets the same weights, or its share of them."""
     torch.manual_seed(recipe.run.seed)
     validation = held_out(recipe, rank, world)
     model = Transformer(recipe.model)
     model.recompute, model.trains_compiled = recipe.train.recompute, recipe.train.compile
     if recipe.train.init_from is not None:
         checkpoint.warm_start(model, recipe.train.init_from)
+    if recipe.train.sharding == "fsdp" and world > 1:
+        shard(model, device, gathered_type(recipe))
     model.to(device)
     return Trainer(recipe, model, open_batches, validation, reporter, load_tokenizer(recipe.data_folder))
+
+
+def gathered_type(recipe: Recipe) -> torch.dtype:
+    """What a sharded layer's matrices travel in: what they are multiplied in. Experts that are rounded to FP4 on the
+    way are not to be rounded twice."""
+    rounds = any(stage.model.qat for stage in curriculum(recipe))
+    return torch.bfloat16 if recipe.train.autocast == "bfloat16" and not rounds else torch.float32
 
 
 def held_out(recipe: Recipe, rank: int = 0, world: int = 1) -> dict[str, list[Batch]]:
@@ -524,24 +524,3 @@ def measured_cache(config: ModelConfig, tokens: int = CACHE_MEASURE_TOKENS) -> d
     """Cache metrics of one sequence, from real storages allocated for ``tokens`` tokens (or the model's maximum)."""
     cache = Cache(config, 1, min(tokens, config.max_positions))
     return {CACHE: cache.bytes_per_token(), "cache/measured_tokens": float(cache.max_tokens)}
-
-
-# --- random numbers
-
-RANDOM = "random/"
-
-
-def random_state() -> dict[str, Tensor]:
-    """The states of torch's generators, uint8, ready for safetensors."""
-    states = {f"{RANDOM}cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states[f"{RANDOM}cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def set_random_state(tensors: dict[str, Tensor]) -> None:
-    """Inverse of :func:`random_state`; other tensors are left alone."""
-    if f"{RANDOM}cpu" in tensors:
-        torch.set_rng_state(tensors[f"{RANDOM}cpu"])
-    if f"{RANDOM}cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors[f"{RANDOM}cuda"])

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.mixers.base import AttentionMode
+from model.sharding import is_sharded, settle
 from model.telemetry import Telemetry
 from model.transformer import Transformer
 from pipelines.data import Batch, TargetKind
-from pipelines.ranks import sum_over_ranks
+from pipelines.ranks import max_over_ranks, sum_over_ranks
 
 _COUNTS = ("loss", "tokens", "mtp_loss", "mtp_tokens", "right", "answers", "queries", "choosing")
 _SELECTION = ("indexer_kl", "recall_at_k", "recall_at_k_of_best")
@@ -27,6 +28,7 @@ def validate(model: Transformer, batches: dict[str, list[Batch]], attention: Att
     over the batches that have them, and once more for each layer (``.../layer_2``); ``validation/choosing_share`` is
     the share of queries with more entries than ``index_topk``: where it is 0, nothing is selected.
     """
+    settle(model)
     training = model.training
     model.eval()
     config, metrics, losses, mtp_losses = model.config, {}, [], []
@@ -64,6 +66,11 @@ def _sums(model: Transformer, batches: list[Batch], counted: TargetKind, attenti
     # The same keys on every rank, also on one that got no batch: they are summed over ranks by place.
     selection = _selection_keys(model)
     sums = dict.fromkeys((*_COUNTS, *selection, *(f"{key} batches" for key in selection)), 0.0)
+    # Ranks gather a sharded network's layers together, so one with fewer batches must make as many passes.
+    more = max_over_ranks(len(batches), device) - len(batches) if any(map(is_sharded, model.parameters())) else 0
+    for _ in range(more):
+        telemetry = Telemetry(predict_ahead=bool(config.mtp_layers))
+        model(torch.zeros((1, 2), dtype=torch.int64, device=device), attention=attention, telemetry=telemetry)
     for batch in batches:
         telemetry = Telemetry(measure_selection=True, predict_ahead=bool(config.mtp_layers))
         tokens, kinds, positions = (batch[name].to(device) for name in ("tokens", "target_kind", "positions"))

@@ -61,3 +61,21 @@ def test_only_the_layers_inputs_are_kept():
     for recompute in (False, True):
         more = held(LAYERS * 2, recompute) - held(LAYERS, recompute)
         assert (more < 3.5 * streams) == recompute, more / streams
+
+
+@pytest.mark.long  # the compiler takes a minute
+def test_compiled_training_rounds_and_learns_as_written():
+    ids = torch.randint(50, (2, 25), generator=torch.Generator().manual_seed(1))
+    found = []
+    for compiled in (False, True):
+        model = build(layers=("sliding", "sliding"), ffn="dense", num_hash_layers=0).train()
+        model.trains_compiled = compiled
+        for _ in range(2):
+            model.zero_grad()
+            F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
+            rounded = model.rounded_tensors()
+        found.append(({name: p.grad for name, p in model.named_parameters()}, rounded))
+    (written, rounded), (compiled, rounded_compiled) = found
+    assert rounded == rounded_compiled == {"main": 2}
+    for name in written:
+        torch.testing.assert_close(compiled[name], written[name], rtol=1e-4, atol=1e-5, msg=name)

@@ -4,6 +4,7 @@ import json
 import threading
 
 import pytest
+import torch
 
 from model import checkpoint
 from model.errors import ConfigError
@@ -17,7 +18,8 @@ from pipelines.train import _listen, _News
 
 @pytest.fixture(scope="module")
 def trained(prepared, ray_cluster):
-    recipe = with_overrides(prepared, {"run.name": "trained", "train.workers": 2, "train.keep_checkpoints": 1})
+    changes = {"run.name": "trained", "train.workers": 2, "train.sharding": "fsdp", "train.keep_checkpoints": 1}
+    recipe = with_overrides(prepared, changes)
     return recipe, train.run(recipe)
 
 
@@ -26,6 +28,10 @@ def test_a_run_leaves_a_checkpoint_and_its_record(trained):
     model = checkpoint.load(result.checkpoint)
     assert model.config == recipe.model.replace(vocab_size=258)
     assert not [p for p in recipe.run_folder.iterdir() if p.name.startswith(".")]
+    (parts,) = (recipe.run_folder / "train").glob("step_000006")
+    assert {p.name for p in parts.glob("model-*")} == {f"model-0000{n}-of-00002.safetensors" for n in (1, 2)}
+    for name, tensor in checkpoint.load(parts).state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
     run = open_tracking(recipe).client.get_run(result.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.tags["checkpoint"] == str(recipe.final_checkpoint)
@@ -66,8 +72,8 @@ def swept(trained):
                 "name": "ratios",
                 "space": {"model.csa_ratio": [2, 4], "model.index_topk": [2, 4]},
                 "trials": 3,
-                "overrides": {"train.workers": 1, "train.stages": [{"attention": "sparse", "steps": 4}],
-                              "train.validate_every": 2},
+                "overrides": {"train.workers": 1, "train.sharding": "none",
+                              "train.stages": [{"attention": "sparse", "steps": 4}], "train.validate_every": 2},
                 "max_cache_bytes_per_token": 32.0,
             },
             "train.init_from": str(result.checkpoint),
@@ -118,8 +124,8 @@ def test_a_trial_may_have_train_workers_of_its_own(trained):
                 "space": {"model.index_topk": [2]},
                 "in_process": False,
                 "max_concurrent": 1,
-                "overrides": {"train.workers": 1, "train.stages": [{"attention": "sparse", "steps": 2}],
-                              "train.validate_every": 1},
+                "overrides": {"train.workers": 1, "train.sharding": "none",
+                              "train.stages": [{"attention": "sparse", "steps": 2}], "train.validate_every": 1},
             }
         },
     )  # fmt: skip

@@ -44,7 +44,7 @@ class Record:
     def report(self, step, metrics, write):
         self.reported.append((step, metrics))
         if write is not None and self.keep is not None:
-            (self.keep / str(step)).mkdir(parents=True)
+            (self.keep / str(step)).mkdir(parents=True, exist_ok=True)
             write(self.keep / str(step))
 
 
@@ -64,7 +64,13 @@ class Share:
         self.whole, self.rows = whole, slice(rank * rows, (rank + 1) * rows)
 
     def __next__(self):
-        return {k: v[self.rows] for k, v in next(self.whole).items()}
+        return self._mine(next(self.whole))
+
+    def ahead(self, count):
+        return [self._mine(batch) for batch in self.whole.ahead(count)]
+
+    def _mine(self, batch):
+        return {k: v[self.rows] for k, v in batch.items()}
 
     @property
     def epoch(self):

@@ -1,0 +1,109 @@
+"""Muon's matrices divided among ranks."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from gloo import on_ranks
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kernels.newton_schulz import newton_schulz
+from model import muon
+from model.muon import MuonAdamW, OptimizerConfig
+from model.muon_exchange import assign
+from model.sharding import is_sharded, local, span_of
+
+SHAPES = {
+    "square": (16, 16),
+    "tall": (33, 16),
+    "flat": (2, 32),  # fewer rows than the larger world has ranks
+    "fused": (24, 32),
+    "stack": (4, 16, 32),
+    "single": (1, 16, 32),
+    "embed.weight": (7, 16),
+    "norm.weight": (5,),
+}
+FUSED = {"fused": (8, 16)}
+UNUSED = "square"
+"""Has no gradient in the second step."""
+
+
+def parameters():
+    generator = torch.Generator().manual_seed(0)
+    return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
+
+
+def optimized(named, config, divided=False, place=lambda tensor: tensor):
+    """Three steps, with the same gradients for everybody."""
+    optimizer = MuonAdamW(named.items(), config, FUSED, divided)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(3):
+        for name, p in named.items():
+            gradient = torch.randn(SHAPES[name], generator=generator)
+            p.grad = None if name == UNUSED and step == 1 else place(gradient)
+        optimizer.step()
+    return optimizer
+
+
+def _rank(rank, world, dtype, folder):
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    done = torch.zeros(1, dtype=torch.int64)
+
+    def counted(matrices, *arguments):
+        done.add_(len(matrices))
+        return newton_schulz(matrices, *arguments)
+
+    muon.newton_schulz = counted
+    config, mesh = OptimizerConfig(ns_dtype=dtype), init_device_mesh("cpu", (world,))
+
+    def place(tensor):
+        return distribute_tensor(tensor, mesh, [Shard(0)])
+
+    for kind in ("replicas", "shards"):
+        named = parameters()
+        if kind == "shards":
+            named = {name: nn.Parameter(place(p.detach())) for name, p in named.items()}
+            assert all(map(is_sharded, named.values()))
+            optimizer = optimized(named, config, True, place)
+            state = optimizer.state_tensors()
+            whole = {name: p.full_tensor().detach() for name, p in named.items()}
+            for name, p in named.items():
+                span = span_of(p.shape[0], rank, world)
+                assert len(local(p)) == span.end - span.begin
+                assert all(value.shape == local(p).shape for key, value in state.items() if key == f"{name}/momentum")
+        else:
+            optimizer = optimized(named, config, True)
+            whole = {name: p.detach() for name, p in named.items()}
+            whole |= {key: value for key, value in optimizer.state_tensors().items() if key.endswith("momentum")}
+        assert 0 < done.item() < 28
+        dist.all_reduce(done)
+        assert done.item() == 3 * 10 - 1  # each matrix of each step once; one has no gradient in one step
+        done.zero_()
+        save_file(whole, f"{folder}/{kind}-{rank}")
+
+
+@pytest.mark.parametrize(("world", "dtype"), [(2, "bfloat16"), (3, "float32")])
+def test_ranks_that_divide_the_matrices_make_the_update_of_one(tmp_path, world, dtype):
+    named = parameters()
+    state = optimized(named, OptimizerConfig(ns_dtype=dtype)).state_tensors()
+    on_ranks(world, _rank, dtype, str(tmp_path))
+    for rank in range(world):
+        for kind in ("replicas", "shards"):
+            found = load_file(tmp_path / f"{kind}-{rank}")
+            for name, p in named.items():
+                assert torch.equal(found[name], p), (kind, rank, name)
+        found = load_file(tmp_path / f"replicas-{rank}")
+        for key in (key for key in state if key.endswith("momentum")):
+            assert torch.equal(found[key], state[key]), key
+
+
+def test_work_is_divided_by_its_cost():
+    costs = [float(1 + i % 7) for i in range(50)]
+    loads = [40.0, 0.0, 0.0]
+    owners = assign(costs, loads)
+    for cost, owner in zip(costs, owners):
+        loads[owner] += cost
+    assert max(loads) - min(loads) <= 1.0
+    assert assign(costs, [0.0] * 3) == assign(costs, [0.0] * 3)
+    assert set(assign([5.0, 1.0, 1.0, 1.0], [0.0, 9.0])) == {0}

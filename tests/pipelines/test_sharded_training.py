@@ -1,0 +1,205 @@
+"""A training sharded over ranks, beside the same one with replicas and the same one in a single process."""
+
+import json
+import os
+import random
+import shutil
+import threading
+
+import pytest
+import torch
+from gloo import on_ranks
+from test_exact_resume import history, noted, processes_below, wait_for_checkpoint
+from test_trainer import Record, timeless, trainer_for
+
+from model import checkpoint
+from model.errors import CheckpointError, FiftyfoldError
+from model.sharding import is_sharded, local
+from pipelines import train
+from pipelines.config import recipe_from_dict, with_overrides
+from pipelines.evaluate import weights_digest
+from pipelines.snapshot import OPTIMIZER
+
+STAGES = [
+    {"attention": "dense", "steps": 1, "qat": False},
+    {"attention": "indexer_warmup", "steps": 1, "indexer_learning_rate": 1e-3},
+    {"attention": "sparse", "steps": 2},
+]
+AT = "2"
+"""The step of the checkpoint that others go on from: a warm-up's, after which everything learns again."""
+SHARDED = {"train.sharding": "fsdp"}
+PLAIN = {"train.accumulation_steps": 1, "train.grad_clip": 1e6}
+"""Where gradients are summed in one order only, and nothing depends on the last bit of their norm."""
+NARROW = {**PLAIN, "train.autocast": "bfloat16", "model.qat": False}
+ROLLED_BACK = {
+    **PLAIN, "train.stages": [{"attention": "sparse", "steps": 2}, {"attention": "indexer_warmup", "steps": 2}],
+    "train.stability.action": "roll_back", "train.stability.anticipatory_routing": {"lag": 1, "steps": 2},
+    "train.checkpoint_every": 4, "train.recompute": True,
+}  # fmt: skip
+"""From a warm-up, whose passes have no backward one through the layers, to weights that are others."""
+BOTH_WAYS = {"clipped": {}, "plain": PLAIN, "narrow": NARROW, "rolled-back": ROLLED_BACK}
+
+
+@pytest.fixture(scope="module")
+def recipe(prepared):
+    return with_overrides(
+        prepared,
+        {"model.mtp_layers": 1, "train.stages": STAGES, "train.batch_rows": 12, "train.accumulation_steps": 2,
+         "train.checkpoint_every": 1, "train.validate_every": 2, "train.validation_rows": 25},
+    )  # fmt: skip
+
+
+def trained(recipe, folder, rank=0, world=1, source=None):
+    record = Record(folder)
+    trainer = trainer_for(recipe, record, rank, world)
+    if source is not None:
+        torch.rand(3)  # the generator is elsewhere
+        trainer.load_checkpoint(source)
+        (folder / "loaded").mkdir(parents=True, exist_ok=True)
+        trainer.snapshot().write(folder / "loaded")
+    if recipe.train.stability.action == "roll_back":  # once, from step 3 to the start
+        watch = trainer.stability
+        watch._trouble = lambda *_: "a leap" if trainer.step == 3 and not watch.interventions else None
+    trainer.run()
+    if rank == 0:
+        (folder / "record.json").write_text(json.dumps([timeless(record.logged), record.reported]))
+    return trainer.model
+
+
+def two_ranks(rank, world, recipe, folder):
+    recipe = with_overrides(recipe_from_dict(recipe), {"train.workers": world})
+    for name, changes in BOTH_WAYS.items():
+        whole = trained(with_overrides(recipe, changes), folder / f"{name}-replicas", rank, world)
+        shards = trained(with_overrides(recipe, {**changes, **SHARDED}), folder / f"{name}-shards", rank, world)
+        assert not any(map(is_sharded, whole.parameters()))
+        numbers = [sum(local(p).numel() for p in model.parameters()) for model in (shards, whole)]
+        assert numbers[0] < 0.8 * numbers[1]
+    sharded = with_overrides(recipe, SHARDED)
+    trained(sharded, folder / "resumed", rank, world, folder / "clipped-shards" / AT)
+    trained(sharded, folder / "two-from-one", rank, world, folder / "one" / AT)
+
+
+def three_ranks(rank, world, recipe, folder):
+    recipe = with_overrides(recipe_from_dict(recipe), {"train.workers": world, **SHARDED})
+    model = trained(recipe, folder / "three-from-two", rank, world, folder / "clipped-shards" / AT)
+    if rank == world - 1:  # more ranks than some parameters have rows, so that the last one holds nothing of them
+        assert any(len(local(p)) == 0 for p in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def folder(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    trained(recipe, folder / "one")
+    on_ranks(2, two_ranks, recipe.to_dict(), folder)
+    on_ranks(3, three_ranks, recipe.to_dict(), folder)
+    trained(recipe, folder / "one-from-two", source=folder / "clipped-shards" / AT)
+    return folder
+
+
+def told(folder):
+    """(logged, reported), each {step: metrics}."""
+    return [dict(map(tuple, part)) for part in json.loads((folder / "record.json").read_text())]
+
+
+def weights(folder):
+    return checkpoint.load(folder).state_dict()
+
+
+def assert_equal(found, expected):
+    assert set(found) == set(expected)
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("changes", ["plain", "rolled-back"])
+def test_shards_train_as_replicas_do_to_the_last_bit(folder, changes):
+    shards, replicas = told(folder / f"{changes}-shards"), told(folder / f"{changes}-replicas")
+    for metrics, others in zip(shards[0].values(), replicas[0].values()):
+        assert metrics.pop("train/grad_norm") == pytest.approx(others.pop("train/grad_norm"), rel=1e-5)
+    assert shards == replicas and set(shards[0]) == {1, 2, 3, 4}
+    assert_equal(*(weights(folder / f"{changes}-{kind}" / "4") for kind in ("shards", "replicas")))
+
+
+@pytest.mark.parametrize(("changes", "tolerance"), [("clipped", 1e-3), ("narrow", 1e-2)])
+def test_clipped_and_narrow_shards_train_as_replicas_do(folder, changes, tolerance):
+    for step, metrics in told(folder / f"{changes}-shards")[0].items():
+        expected = told(folder / f"{changes}-replicas")[0][step]
+        assert set(metrics) == set(expected)
+        for name, value in metrics.items():
+            assert value == pytest.approx(expected[name], rel=tolerance), (step, name)
+
+
+def test_a_sharded_run_resumes_to_the_last_bit(folder):
+    for found, expected in zip(told(folder / "resumed"), told(folder / "clipped-shards")):
+        assert found == {step: metrics for step, metrics in expected.items() if step > int(AT)}
+    assert_equal(weights(folder / "resumed" / "4"), weights(folder / "clipped-shards" / "4"))
+
+
+def test_the_digest_covers_every_part(folder, tmp_path):
+    shutil.copytree(folder / "clipped-shards" / AT, tmp_path / AT)
+    before = weights_digest(tmp_path / AT)
+    cut_short(tmp_path / AT, "model-00002-of-00002.safetensors")
+    assert weights_digest(tmp_path / AT) != before
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [("resumed", "clipped-shards"), ("two-from-one", "one"), ("one-from-two", "clipped-shards"),
+     ("three-from-two", "clipped-shards")],
+)  # fmt: skip
+def test_a_checkpoint_is_the_same_on_any_number_of_ranks(folder, name, source):
+    for file in (checkpoint.WEIGHTS, OPTIMIZER):
+        found, expected = (checkpoint.read_tensors(f, file) for f in (folder / name / "loaded", folder / source / AT))
+        assert_equal(found, expected)
+    for step, metrics in told(folder / name)[0].items():
+        assert metrics["train/loss"] == pytest.approx(told(folder / source)[0][step]["train/loss"], rel=1e-3)
+
+
+def other_writing(folder, part):
+    shutil.copyfile(folder.parent / "4" / part, folder / part)
+
+
+def cut_short(folder, part):
+    (folder / part).write_bytes((folder / part).read_bytes()[:-8])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(other_writing, "not written together"), (cut_short, "damaged"), (lambda f, part: (f / part).unlink(), "No such")],
+)
+@pytest.mark.parametrize("part", ["model-00002-of-00002.safetensors", "optimizer-00001-of-00002.safetensors"])
+def test_half_a_checkpoint_is_none(folder, recipe, tmp_path, part, damage, message):
+    copy = tmp_path / "run" / AT
+    shutil.copytree(folder / "clipped-shards", tmp_path / "run")
+    damage(copy, part)
+    with pytest.raises(CheckpointError, match=f"{part}.*{message}"):
+        trainer_for(recipe, Record()).load_checkpoint(copy)
+    if part.startswith("model"):
+        with pytest.raises(CheckpointError, match=f"{part}.*{message}"):
+            checkpoint.load(copy)
+
+
+@pytest.mark.long
+def test_a_sharded_run_that_died_goes_on_in_one_worker(prepared, ray_cluster):
+    sharded = with_overrides(
+        prepared,
+        {"run.name": "sharded", "train.workers": 2, **SHARDED, "train.max_failures": 0, "train.validate_every": 30,
+         "train.stages": [{"attention": "sparse", "steps": 30}], "train.stability.spike": None},
+    )  # fmt: skip
+
+    def kill():
+        wait_for_checkpoint(sharded, 4)
+        random.choice(processes_below(os.getpid(), "RayTrainWorker")).kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(FiftyfoldError):
+        train.run(sharded)
+    killer.join()
+    last = max(noted(sharded))
+    written = sorted(f.name for f in (sharded.run_folder / "train" / f"step_{last:06d}").glob("*.safetensors"))
+    assert written == [f"{name}-0000{n}-of-00002.safetensors" for name in ("model", "optimizer") for n in (1, 2)]
+    result = train.run(with_overrides(sharded, {"train.workers": 1, "train.sharding": "none"}))
+    steps = [step for step, _ in history(sharded)]
+    assert last < 30 and steps[last - 30 :] == list(range(last + 1, 31)) and set(steps) == set(range(1, 31))
+    assert not list(result.checkpoint.glob("*-of-*")) and checkpoint.load(result.checkpoint).config == sharded.model
