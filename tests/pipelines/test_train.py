@@ -70,8 +70,7 @@ def swept(trained):
         {
             "sweep": {
                 "name": "ratios",
-                "space": {"model.csa_ratio": [2, 4], "model.index_topk": [2, 4]},
-                "trials": 3,
+                "space": {"model.csa_ratio": [2, 4, 8]},
                 "overrides": {"train.workers": 1, "train.sharding": "none",
                               "train.stages": [{"attention": "sparse", "steps": 4}], "train.validate_every": 2},
                 "max_cache_bytes_per_token": 32.0,
