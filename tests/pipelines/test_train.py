@@ -73,7 +73,7 @@ def swept(trained):
                 "space": {"model.csa_ratio": [2, 4, 8]},
                 "overrides": {"train.workers": 1, "train.sharding": "none",
                               "train.stages": [{"attention": "sparse", "steps": 4}], "train.validate_every": 2},
-                "max_cache_bytes_per_token": 32.0,
+                "max_cache_bytes_per_token": 35.0,
             },
             "train.init_from": str(result.checkpoint),
         },
@@ -88,7 +88,7 @@ def test_a_sweep_nests_its_trials_and_keeps_the_best_within_the_budget(swept):
     nested = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{result.run_id}'")
     assert len(nested) == 3 == len(result.trials)
     assert {run.info.status for run in nested} == {"FINISHED"}
-    fitting = [t for t in result.trials if t.metrics[sweep.CACHE] <= 32.0]
+    fitting = [t for t in result.trials if t.metrics[sweep.CACHE] <= 35.0]
     assert len(fitting) == 2
     assert result.winner.metrics["validation/loss"] == min(t.metrics["validation/loss"] for t in fitting)
     assert {a.path for a in client.list_artifacts(result.run_id)} >= {"pareto.png", "trials.json", "winner.yaml"}
@@ -184,7 +184,7 @@ def test_a_run_killed_before_its_last_word_only_says_it(trained):
     assert (again.checkpoint / "model.safetensors").read_bytes() == before
     assert again.metrics["validation/loss"] == pytest.approx(result.metrics["validation/loss"])
     # The only one that is kept is there to go on from again.
-    assert list((recipe.run_folder / "train").glob("step_000006/**/model.safetensors"))
+    assert (recipe.run_folder / "train" / "step_000006" / "trainer.json").is_file()
     assert tracking.client.get_run(result.run_id).info.status == "FINISHED"
 
 
