@@ -42,7 +42,7 @@ from pipelines.compare import WAYS
 from pipelines.config import Recipe, load_recipe, with_overrides
 from pipelines.data import read_manifest
 from pipelines.tracking import TrackedRun, open_tracking
-from pipelines.train import fit_to_data
+from pipelines.train import claim, fit_to_data
 from pipelines.trainer import Trainer, build_trainer, folder_batches
 
 RECIPE = Path(__file__).parents[1] / "configs/study.yaml"
@@ -86,6 +86,7 @@ class Recorder:
 def trained(recipe: Recipe, name: str, seed: int, overrides: Mapping[str, Any]) -> tuple[Curve, Path]:
     """The curve and the checkpoint of a run, trained unless it is there already."""
     recipe = with_overrides(recipe, {**overrides, "run.name": f"{name}-seed{seed}", "run.seed": seed})
+    claim(recipe.run_folder, recipe, ("data", "model", "train"), "run.name")  # refuses one begun with other settings
     folder = recipe.final_checkpoint
     if not folder.exists():
         started = time.monotonic()
@@ -246,8 +247,9 @@ def main(arguments: list[str] | None = None) -> str:
         check_page(options.write)
     torch.set_num_threads(options.threads)
     recipe = load_recipe([options.config], options.set)
-    if len(recipe.train.stages) < 2 or any(stage.steps is None for stage in recipe.train.stages):
-        raise ConfigError("train.stages: the studies vary several stages, given in steps")
+    stages = recipe.train.stages
+    if len(stages) < 2 or any(s.steps is None or s.sequence_length or s.batch_rows for s in stages):
+        raise ConfigError("train.stages: the studies vary several stages, given in steps, of one batch shape")
     prepare.run(recipe)
     recipe = fit_to_data(recipe, read_manifest(recipe.data_folder))
     studies = Studies(recipe, options.seeds)

@@ -5,17 +5,19 @@
 Forward and backward pass and optimizer of one sequence, from the same weights. Every side runs in a process of its own,
 whose most resident memory is told, torch and all; the sides take turns, and each ratio is of one round. A trial of one
 step finds each side's fastest precision (float32, or BF16 autocast over float32 weights) and number of threads.
-Transformers' matrices go to PyTorch's Muon, every expert on its own, everything else to AdamW, as ours do. Ours also
-trains the indexers and rounds experts and cache entries, which transformers does not.
+Transformers' matrices go to PyTorch's Muon, every expert on its own (gate and up as one matrix, where ours are two),
+everything else to AdamW, as ours do. Ours also trains the indexers and rounds experts and cache entries, which
+transformers does not.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -28,8 +30,10 @@ from benchmarks.step_parts import FULL, PLAIN_RESIDUALS, parts, step
 from benchmarks.timing import OtherLoad, PeakMemory, Side, Timing, in_child, machine, ratio, threads_of
 from model.config import ModelConfig
 from model.hf import import_pretrained
-from model.muon import MuonAdamW, OptimizerConfig, rule_for
+from model.muon import MuonAdamW, OptimizerConfig
 
+THEIR_ADAMW = re.compile(r"embed_tokens|lm_head|position_bias|hc_head")
+"""Their names of the matrices that ours leave to AdamW."""
 THEIRS, OURS, RECOMPUTED = "transformers", "ours", "ours, layers recomputed"
 SPEED_TARGETS, MEMORY_TARGET = {512: 2.0, 2048: 10.0}, 2.0
 SHARE_TARGET = 15.0
@@ -54,20 +58,29 @@ def our_step(folder: Path, ids: Tensor, way: Way) -> Callable[[], None]:
     return lambda: step(model, optimizer, ids, way.autocast)
 
 
+def muon_and_others(
+    model: nn.Module,
+) -> tuple[dict[nn.Parameter, list[nn.Parameter]], list[nn.Parameter], list[nn.Parameter]]:
+    """Of transformers' network, for PyTorch's Muon the stacks with their matrices (which share their memory) and the
+    single matrices, and the parameters for AdamW."""
+    stacks: dict[nn.Parameter, list[nn.Parameter]] = {}
+    matrices, others = [], []
+    for name, p in model.named_parameters():
+        if p.dim() < 2 or THEIR_ADAMW.search(name):
+            others.append(p)
+        elif p.dim() > 2:
+            stacks[p] = [nn.Parameter(matrix) for matrix in p.detach().flatten(0, -3)]
+        else:
+            matrices.append(p)
+    return stacks, matrices, others
+
+
 def their_step(folder: Path, ids: Tensor, way: Way) -> Callable[[], None]:
     model = Theirs(folder).model.train()
-    matrices: list[nn.Parameter] = []
-    parents: list[tuple[nn.Parameter, list[nn.Parameter]]] = []
-    others = []
-    for name, p in model.named_parameters():
-        if p.dim() > 1 and rule_for(name.removeprefix("model."), p, "muon") == "muon" and "embed" not in name:
-            views = [nn.Parameter(m) for m in p.detach().flatten(0, -3)] if p.dim() > 2 else [p]
-            matrices += views
-            if p.dim() > 2:
-                parents.append((p, views))
-        else:
-            others.append(p)
-    muon = torch.optim.Muon(matrices, lr=RATE, ns_steps=10, adjust_lr_fn="match_rms_adamw")
+    stacks, matrices, others = muon_and_others(model)
+    muon = torch.optim.Muon(
+        [*matrices, *itertools.chain(*stacks.values())], lr=RATE, ns_steps=10, adjust_lr_fn="match_rms_adamw"
+    )
     adamw = torch.optim.AdamW(others, lr=RATE)
 
     def run() -> None:
@@ -75,7 +88,7 @@ def their_step(folder: Path, ids: Tensor, way: Way) -> Callable[[], None]:
             logits = model(ids[:, :-1], use_cache=False).logits
         model.zero_grad(set_to_none=True)
         F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten()).backward()
-        for p, views in parents:
+        for p, views in stacks.items():
             if p.grad is not None:
                 for view, gradient in zip(views, p.grad.flatten(0, -3)):
                     view.grad = gradient
@@ -102,7 +115,7 @@ def contest(folder: Path, tokens: int, options: argparse.Namespace) -> list[list
     """A row for each side."""
     best: dict[str, Way] = {}
     for side in (THEIRS, OURS):
-        ways = [Way(side, *way) for way in product((False, True), options.threads)]
+        ways = [Way(side, *way) for way in itertools.product((False, True), options.threads)]
         best[side] = min(ways, key=lambda way: in_child(measured, folder, way, tokens, 1)[0])
     best[RECOMPUTED] = Way(RECOMPUTED, best[OURS].autocast, best[OURS].threads)
     seconds: dict[str, list[float]] = {side: [] for side in best}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -221,8 +221,9 @@ class MuonAdamW(torch.optim.Optimizer):
         for p in parameters:
             if p in self._shared or not local(p).numel():
                 continue
-            for rows, *part in zip(self._rows[p], *(t.split(list(self._rows[p]), dim=-2) for t in self._moved(p))):
-                by_shape.setdefault((rows, p.shape[-1]), []).append((part[0], part[1], part[2]))
+            parts = (t.split(list(self._rows[p]), dim=-2) for t in self._moved(p))
+            for rows, weight, gradient, momentum in zip(self._rows[p], *parts):
+                by_shape.setdefault((rows, p.shape[-1]), []).append((weight, gradient, momentum))
         for (rows, columns), pieces in by_shape.items():
             for batch in _batches(weight.numel() for weight, _, _ in pieces):
                 self._muon_batch(pieces[batch], rows, columns, lr)
@@ -238,7 +239,10 @@ class MuonAdamW(torch.optim.Optimizer):
         """The same for matrices that ranks have in common: this rank's share of the work, and its rows of the rest."""
         mine: dict[int, Matrices] = {}
         for p in parameters:
-            weight, gradient, momentum = (t.reshape(-1, t.shape[-1]) for t in self._moved(p))
+            weight, gradient, momentum = self._moved(p)
+            columns = weight.shape[-1]
+            weight, momentum = weight.view(-1, columns), momentum.view(-1, columns)  # written to, so never copies
+            gradient = gradient.reshape(-1, columns)
             torch.add(gradient, momentum, alpha=self.config.momentum, out=momentum)
             counts = [exchange.matrices[i].shape_on(exchange.rank)[0] for i in self._shared[p]]
             pieces = zip(weight.split(counts), gradient.split(counts), momentum.split(counts))
@@ -317,7 +321,9 @@ class MuonAdamW(torch.optim.Optimizer):
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Inverse of :meth:`state_tensors`. Raises CheckpointError for a name or shape that does not fit."""
+        """Inverse of :meth:`state_tensors`: what was there is gone. Raises CheckpointError, and changes nothing, for a
+        name or shape that does not fit."""
+        loaded: dict[Tensor, dict[str, Any]] = defaultdict(dict)
         parameters = {n: p for group in self.param_groups for n, p in zip(group["names"], group["params"])}
         for key, value in tensors.items():
             name, _, slot = key.rpartition("/")
@@ -325,11 +331,13 @@ class MuonAdamW(torch.optim.Optimizer):
                 raise CheckpointError(f"optimizer state: '{name}' is not a parameter of this model")
             p = parameters[name]
             if slot == "steps":
-                self.state[p][slot] = int(value)
+                loaded[p][slot] = int(value)
                 continue
             held = local(p)
             if value.shape != held.shape:
                 raise CheckpointError(
                     f"optimizer state: '{key}' has shape {list(value.shape)}, its parameter {list(held.shape)}"
                 )
-            self.state[p][slot] = value.to(held.device, held.dtype).clone()
+            loaded[p][slot] = value.to(held.device, held.dtype).clone()
+        self.state.clear()
+        self.state.update(loaded)

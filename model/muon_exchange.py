@@ -45,7 +45,7 @@ class Matrix:
 
 def assign(costs: Sequence[float], loads: Sequence[float]) -> list[int]:
     """An owner for each cost, the dearest first and always the rank with the least to do. ``loads`` is what the ranks
-    have to do already. The busiest rank ends up at most a third above the best division (Graham 1969)."""
+    have to do already; without any, the busiest ends up at most a third above the best division (Graham 1969)."""
     heap = [(load, rank) for rank, load in enumerate(loads)]
     heapq.heapify(heap)
     owners = [0] * len(costs)

@@ -114,8 +114,8 @@ class StabilitySection(Section):
     """A leap: by so many nats per token above the median of the last ``window`` losses of the stage; None looks only
     for what is not finite."""
     window: Annotated[int, Field(ge=4)] = 32
-    most: Annotated[int, Field(ge=0)] = 3
-    """Times that a run goes on. The next time it ends."""
+    max_interventions: Annotated[int, Field(ge=0)] = 3
+    """How often a run goes on; the next time it ends."""
     anticipatory_routing: AnticipatorySection | None = None
     """None leaves it out."""
 

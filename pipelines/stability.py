@@ -7,7 +7,7 @@ import statistics
 from collections import deque
 from typing import Any
 
-from model.errors import FiftyfoldError
+from model.errors import CheckpointError, FiftyfoldError
 from pipelines.config import StabilitySection
 
 
@@ -29,7 +29,7 @@ class Stability:
         if found is None:
             self._losses.append(loss)
             return None
-        if self.settings.action == "stop" or self.interventions == self.settings.most:
+        if self.settings.action == "stop" or self.interventions == self.settings.max_interventions:
             often = f", for the {self.interventions + 1}. time" if self.interventions else ""
             raise FiftyfoldError(f"step {step}: {found}{often}; the weights of the last checkpoint are good")
         self.interventions += 1
@@ -54,6 +54,9 @@ class Stability:
         return {"interventions": self.interventions, "losses": list(self._losses)}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Inverse of :meth:`state`. Raises KeyError, TypeError or ValueError for anything else."""
-        self.interventions = int(state["interventions"])
-        self._losses = deque(map(float, state["losses"]), self.settings.window)
+        """Inverse of :meth:`state`. Raises CheckpointError for anything else."""
+        try:
+            self.interventions = int(state["interventions"])
+            self._losses = deque(map(float, state["losses"]), self.settings.window)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"stability: not a state of it ({error!r})") from error

@@ -137,8 +137,11 @@ class TrackedRun:
             self._client.log_batch(self.run_id, metrics=batch)
 
     def tell(self, step: int, what: str) -> None:
-        """Keep a sentence about ``step`` as the tag ``event.<step>``."""
-        self.set_tags({f"event.{step:06d}": what})
+        """Keep a sentence about ``step`` in the tag ``event.<step>``, after those that are there."""
+        key = f"event.{step:06d}"
+        told = self._client.get_run(self.run_id).data.tags.get(key)
+        if told is None or what not in told:  # a resumed run says some again
+            self.set_tags({key: what if told is None else f"{told}; {what}"})
 
     def metrics(self) -> dict[str, float]:
         """The last value of every metric."""

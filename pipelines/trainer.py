@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,6 +119,7 @@ class Trainer:
         self._validation = validation
         self._spans = spans(model.named_parameters())
         self._indexer = set(model.indexer_parameters())
+        self._rolls_back = recipe.train.stability.action == "roll_back"
         self._last_good: Snapshot | None = None
 
     @property
@@ -158,7 +160,8 @@ class Trainer:
         try:
             state = json.loads((folder / STATE).read_text())
             position = Position(**state["position"])
-            step, best = int(state["step"]), state["best"]
+            step = int(state["step"])
+            best = state["best"] and (float(state["best"][0]), int(state["best"][1]))
             stability, anticipation, stage = state["stability"], state["anticipation"], self.stages[position.stage]
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise CheckpointError(f"{folder / STATE}: not a training state ({error})") from error
@@ -171,18 +174,12 @@ class Trainer:
         self.stability.load(stability)
         self.anticipation.load(anticipation, tensors, self.device)
         self.model.adopt(stage.model)
-        self.step, self._position, self.best = step, position, best and (float(best[0]), int(best[1]))
-        self._remember()
+        self.step, self._position, self.best = step, position, best
 
     def _load_training_tensors(self, tensors: dict[str, Tensor]) -> None:
         set_random_state(tensors)
         others = (RANDOM, ANTICIPATED)
         self.optimizer.load_state_tensors({name: t for name, t in tensors.items() if not name.startswith(others)})
-
-    def _remember(self) -> None:
-        """Keep the present weights and optimizer to roll back to, where the recipe asks for that."""
-        if self.recipe.train.stability.action == "roll_back":
-            self._last_good = self.snapshot()
 
     def _intervene(self, trouble: str) -> None:
         """Go on without the update that would be the next, from where the recipe says, and tell of it."""
@@ -194,7 +191,8 @@ class Trainer:
         if self.anticipation.left:
             assert stability.anticipatory_routing is not None
             then += f", {self.anticipation.left} updates with experts chosen {stability.anticipatory_routing.lag} ahead"
-        self.reporter.tell(at, f"{trouble}: {then} (intervention {self.stability.interventions} of {stability.most})")
+        count = f"intervention {self.stability.interventions} of {stability.max_interventions}"
+        self.reporter.tell(at, f"{trouble}: {then} ({count})")
 
     def _roll_back(self, kept: Snapshot) -> None:
         """Weights, optimizer and step as they were at the last checkpoint; reading goes on where it is."""
@@ -213,8 +211,8 @@ class Trainer:
             metrics = self.validate()
             self.reporter.report(self.step, metrics, None)
             return metrics
-        if self._last_good is None:
-            self._remember()
+        if self._rolls_back and self._last_good is None:
+            self._last_good = self.snapshot()
         batches: TrainBatches | None = None
         try:
             self.model.train()
@@ -222,7 +220,8 @@ class Trainer:
                 stage = self.stage
                 batches = self._batches_of(stage, batches)
                 started = time.perf_counter()
-                before, (update, choices) = self.step, self._anticipated(batches, stage)
+                before = self.step
+                update, choices = self._anticipated(batches, stage)
                 update |= self._update(next(batches) | choices, stage)
                 self._position = Position(stage.index, batches.epoch, batches.batch)
                 if self._due(self.recipe.train.log_every) or "train/interventions" in update:
@@ -253,11 +252,12 @@ class Trainer:
         if validates:
             metrics = self.validate()
             if ends:
-                metrics |= {f"stage_{stage.index + 1}/{k.partition('/')[2]}": v for k, v in metrics.items()}
-        if saves:
-            self._remember()
+                reached = {k.removeprefix("validation/"): v for k, v in metrics.items() if k.startswith("validation/")}
+                metrics |= {f"stage_{stage.index + 1}/{name}": value for name, value in reached.items()}
         if validates or saves:
             snapshot = self.snapshot() if saves else None
+            if snapshot is not None and self._rolls_back:
+                self._last_good = snapshot
             has_share = self.sharded or rank() == 0
             self.reporter.report(self.step, metrics, snapshot.write if snapshot is not None and has_share else None)
         return metrics
@@ -315,6 +315,7 @@ class Trainer:
         for part, _ in self._parts(batch, batch["positions"]):
             telemetry = self._telemetry(stage)
             self._logits(part, stage, telemetry)
+            self.model.rounded_tensors()  # counted when their turn comes, too
             chosen.append(telemetry.chosen)
         for layer in self.model.moe_layers():
             layer.expert_load.zero_()
@@ -322,12 +323,15 @@ class Trainer:
 
     @contextmanager
     def _choosing(self, part: Batch) -> Iterator[None]:
-        """The passes inside take the experts that the part comes with, where it does."""
+        """The passes inside take the experts that the part comes with, where it does. So must the backward pass, in
+        which recomputed layers route again."""
         for layer in self.model.moe_layers():
             layer.imposed = part.get(f"{CHOSEN}{layer.layer}")
-        yield
-        for layer in self.model.moe_layers():
-            layer.imposed = None
+        try:
+            yield
+        finally:
+            for layer in self.model.moe_layers():
+                layer.imposed = None
 
     def _on_device(self, batch: Batch) -> Batch:
         return {name: values.to(self.device) for name, values in batch.items()}
@@ -342,11 +346,13 @@ class Trainer:
         self.model.zero_grad(set_to_none=True)
         self.model.rounded_tensors()  # what came before is not this step's
         means: dict[str, Tensor] = {}
+        rounded: Counter[str] = Counter()
         for part, part_weights in self._parts(batch, weights):
             with self._choosing(part):
                 objective, losses = self._objective(part, part_weights, totals, stage)
                 if objective.requires_grad:  # not in a warm-up on documents that are all too short for an entry
                     objective.backward()
+            rounded.update(self.model.rounded_tensors())  # pass by pass: compiled code is made for each count it meets
             means = {name: means[name] + value if name in means else value for name, value in losses.items()}
         measured: dict[str, Tensor | float] = {
             name: sum_over_ranks(value.clone()) / world_size() for name, value in means.items()
@@ -354,7 +360,6 @@ class Trainer:
         learning = [p for p in self.model.parameters() if not stage.warms_up or p in self._indexer]
         average_gradients(learning)
         grad_norm = clip_gradients(learning, train.grad_clip)
-        rounded = self.model.rounded_tensors()
         if stage.model.qat and not sum(rounded.values()):
             raise FiftyfoldError(f"step {self.step + 1}: quantisation is in the loop, but it rounded no tensor")
         measured |= {f"train/rounded/{role}": float(count) for role, count in rounded.items()}

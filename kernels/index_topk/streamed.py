@@ -121,9 +121,9 @@ def _power_of_two(n: int) -> int:
 
 @contextmanager
 def exact_in_bf16(layout: EntryLayout) -> Iterator[None]:
-    """Let a CPU multiply in BF16 units where keys, and queries rounded like them, fit these exactly: E4M3 times a power
-    of two does, and sums are kept in float32 either way. PyTorch has one such setting for the whole process:
-    float32 products of other threads may run in BF16 meanwhile, too."""
+    """Let a CPU multiply in BF16 units where keys, and queries rounded like them, fit these exactly: BF16, and E4M3 or
+    E2M1 times a power of two do, and sums are kept in float32 either way. PyTorch has one such setting for the whole
+    process: float32 products of other threads may run in BF16 meanwhile, too."""
     if layout.body_format == "fp32" or multiplies_integers(layout):
         yield
         return

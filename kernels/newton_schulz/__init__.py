@@ -21,6 +21,8 @@ def newton_schulz(
     dtype: torch.dtype = torch.float32,
     backend: Literal["fused", "reference"] = "fused",
 ) -> Tensor:
-    """:func:`kernels.newton_schulz.reference.newton_schulz`; ``fused`` computes it with fewer and larger products."""
+    """Approximate polar factors of matrices [..., r, c], computed in ``dtype`` (float32 or bfloat16; ``reference``
+    takes any float) and returned in the input's: :func:`kernels.newton_schulz.reference.newton_schulz`. ``fused``
+    computes it with fewer and larger products."""
     run = reference.newton_schulz if backend == "reference" else newton_schulz_gram
     return run(matrices, coefficients, dtype)

@@ -284,12 +284,17 @@ def timeless(logged):
 
 
 def test_a_damaged_training_state_is_named(prepared, tmp_path):
-    record = Record(tmp_path)
-    trainer = trainer_for(prepared, record)
-    trainer.run()
-    (tmp_path / "6" / "trainer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"trainer\.json: not a training state"):
-        trainer_for(prepared, Record()).load_checkpoint(tmp_path / "6")
+    trainer_for(prepared, Record(tmp_path)).run()
+    path = tmp_path / "6" / "trainer.json"
+    state = json.loads(path.read_text())
+    for damaged, message in (
+        ({}, r"trainer\.json: not a training state"),
+        ({**state, "best": ["low"]}, r"trainer\.json: not a training state"),
+        ({**state, "stability": {}}, "stability: not a state of it"),
+    ):
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(CheckpointError, match=message):
+            trainer_for(prepared, Record()).load_checkpoint(tmp_path / "6")
 
 
 def with_short_rows(batch):
@@ -393,6 +398,7 @@ def test_every_stage_reports_what_it_reached(prepared):
     ends = {step: metrics for step, metrics in record.reported if any(k.startswith("stage_") for k in metrics)}
     assert list(ends) == [3, 4, 6]
     for stage, (_, metrics) in enumerate(ends.items(), 1):
+        assert metrics[f"stage_{stage}/loss"] == metrics["validation/loss"] and f"stage_{stage}/step" not in metrics
         for name in (
             "indexer_kl",
             "recall_at_k",
@@ -441,7 +447,7 @@ def test_a_gradient_that_is_not_finite_costs_its_batch_alone(prepared):
 
 
 def test_a_run_that_is_not_finite_ends_after_so_many_times_and_names_the_step(prepared):
-    trainer = trainer_for(with_overrides(prepared, {"train.stability.most": 2}), Record())
+    trainer = trainer_for(with_overrides(prepared, {"train.stability.max_interventions": 2}), Record())
     broken_at(trainer, range(1, 7))
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     with pytest.raises(FiftyfoldError, match=r"step 3: the gradient is not finite .*, for the 3\. time"):

@@ -1,0 +1,149 @@
+"""The core attention of whole sequences for CPUs: the reference's numbers, a block of queries at a time.
+
+A block meets the keys of its own window and the entries that one of its queries may see, so that what causality hides
+costs nothing; scores stay in the cache and are made again in the backward pass, so that memory grows with neither
+S * window nor S * T (but for the mass, which is asked for). All heads share a key, so a block's scores are one product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_SCORES = 1 << 18
+"""Scores that a block makes at most, unless a single query makes more: a megabyte, for a second-level cache."""
+_QUERIES = 64
+
+
+def sparse_attention(
+    query: Tensor,
+    window_kv: Tensor,
+    entries: Tensor | None,
+    entry_mask: Tensor | None,
+    sink: Tensor,
+    window: int,
+    reach: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`kernels.sparse_attention.reference.sparse_attention` without past tokens (window_kv [B, S, c]) and for
+    shared entries [B, T, c]. Under autocast products are in its type, everything else in float32."""
+    if entries is None or entry_mask is None or not entries.shape[1]:
+        entries = entry_mask = None
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    with torch.autocast(device, enabled=False):
+        return _Attention.apply(query, window_kv, entries, sink, entry_mask, window, reach, dtype)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Queries ``begin`` to ``end``, the tokens from ``oldest`` to ``end``, and the first ``entries`` entries."""
+
+    begin: int
+    end: int
+    oldest: int
+    entries: int
+
+    @property
+    def tokens(self) -> int:
+        return self.end - self.oldest
+
+    def keys(self, window_kv: Tensor, entries: Tensor | None) -> Tensor:
+        near = window_kv[:, self.oldest : self.end]
+        return torch.cat((near, entries[:, : self.entries]), dim=1) if entries is not None and self.entries else near
+
+    def hidden(self, window: int, entry_mask: Tensor | None, reach: Tensor | None) -> Tensor:
+        """Which keys a query must not look at: bool [B or 1, queries, 1, keys]."""
+        device = reach.device if reach is not None else None if entry_mask is None else entry_mask.device
+        age = (
+            torch.arange(self.begin, self.end, device=device).unsqueeze(1)
+            - torch.arange(self.oldest, self.end, device=device)
+        ).unsqueeze(0)
+        limit: int | Tensor = window
+        if reach is not None:
+            limit = reach[:, self.begin : self.end, None].clamp(max=window)
+        hidden = (age < 0) | (age >= limit)
+        if entry_mask is not None and self.entries:
+            far = ~entry_mask[:, self.begin : self.end, : self.entries]
+            B = max(len(hidden), len(far))
+            hidden = torch.cat((hidden.expand(B, -1, -1), far.expand(B, -1, -1)), dim=-1)
+        return hidden.unsqueeze(2)
+
+
+def _blocks(query: Tensor, window: int, entry_mask: Tensor | None) -> Iterator[_Block]:
+    B, S, H, _ = query.shape
+    last = torch.zeros(S, dtype=torch.int64)
+    if entry_mask is not None:
+        places = torch.arange(1, entry_mask.shape[-1] + 1, device=entry_mask.device)
+        last = (entry_mask.any(0) * places).amax(-1).cpu()
+    begin = 0
+    while begin < S:
+        keys = window + int(last[begin : begin + _QUERIES].max()) + _QUERIES
+        end = min(S, begin + max(1, min(_QUERIES, _SCORES // (B * H * keys))))
+        yield _Block(begin, end, max(0, begin - window + 1), int(last[begin:end].max()))
+        begin = end
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, window_kv, entries, sink, entry_mask, window, reach, dtype):
+        B, S, H, c = query.shape
+        out = query.new_empty(B, S, H, c, dtype=torch.float32)
+        log_sum = query.new_empty(B, S, H, dtype=torch.float32)
+        mass = None if entries is None else query.new_zeros(B, S, entries.shape[1], dtype=torch.float32)
+        for block in _blocks(query, window, entry_mask):
+            rows = slice(block.begin, block.end)
+            keys = block.keys(window_kv, entries).to(dtype)
+            logits = _logits(query[:, rows], keys, block.hidden(window, entry_mask, reach))
+            peak = torch.maximum(logits.amax(-1), sink)
+            weights = logits.sub_(peak.unsqueeze(-1)).exp_()
+            total = weights.sum(-1) + (sink - peak).exp()
+            weights /= total.unsqueeze(-1)
+            log_sum[:, rows] = peak + total.log()
+            out[:, rows] = torch.bmm(weights.to(dtype).flatten(1, 2), keys).unflatten(1, (-1, H))
+            if mass is not None:
+                mass[:, rows, : block.entries] = weights[..., block.tokens :].sum(2)
+        ctx.save_for_backward(query, window_kv, entries, sink, entry_mask, reach, out, log_sum)
+        ctx.window, ctx.dtype = window, dtype
+        if mass is not None:
+            ctx.mark_non_differentiable(mass)
+        return out, mass
+
+    @staticmethod
+    def backward(ctx, grad_out, _):
+        query, window_kv, entries, sink, entry_mask, reach, out, log_sum = ctx.saved_tensors
+        H, dtype = query.shape[2], ctx.dtype
+        scale = query.shape[3] ** -0.5
+        grad_query = torch.empty_like(query, dtype=torch.float32)
+        grad_kv = torch.zeros_like(window_kv, dtype=torch.float32)
+        grad_entries = None if entries is None else torch.zeros_like(entries, dtype=torch.float32)
+        grad_sink = torch.zeros_like(sink)
+        for block in _blocks(query, ctx.window, entry_mask):
+            rows = slice(block.begin, block.end)
+            keys = block.keys(window_kv, entries).to(dtype)
+            logits = _logits(query[:, rows], keys, block.hidden(ctx.window, entry_mask, reach))
+            weights = logits.sub_(log_sum[:, rows].unsqueeze(-1)).exp_()
+            upstream = grad_out[:, rows].float()
+            inner = (upstream * out[:, rows]).sum(-1)
+            grad_sink -= ((sink - log_sum[:, rows]).exp() * inner).sum((0, 1))
+            flat = upstream.to(dtype).flatten(1, 2)
+            grad_keys = torch.bmm(weights.to(dtype).flatten(1, 2).transpose(1, 2), flat).float()
+            along = torch.bmm(flat, keys.transpose(1, 2)).float().view_as(weights)
+            grad_logits = weights.mul_(along.sub_(inner.unsqueeze(-1))).to(dtype).flatten(1, 2)
+            grad_query[:, rows] = torch.bmm(grad_logits, keys).unflatten(1, (-1, H))
+            scaled = (query[:, rows] * scale).to(dtype).flatten(1, 2)
+            grad_keys += torch.bmm(grad_logits.transpose(1, 2), scaled)
+            grad_kv[:, block.oldest : block.end] += grad_keys[:, : block.tokens]
+            if grad_entries is not None and block.entries:
+                grad_entries[:, : block.entries] += grad_keys[:, block.tokens :]
+        found = (grad_query.mul_(scale).to(query.dtype), grad_kv.to(window_kv.dtype))
+        return *found, None if grad_entries is None else grad_entries.to(entries.dtype), grad_sink, *[None] * 4
+
+
+def _logits(query: Tensor, keys: Tensor, hidden: Tensor) -> Tensor:
+    """float32 [B, queries, H, keys], -inf where hidden; the caller's to change."""
+    scaled = (query * query.shape[-1] ** -0.5).to(keys.dtype)
+    logits = torch.bmm(scaled.flatten(1, 2), keys.transpose(1, 2)).float().unflatten(1, query.shape[1:3])
+    return logits.masked_fill_(hidden, float("-inf"))
