@@ -151,6 +151,8 @@ class Cache:
         for sequence, target in enumerate(targets):
             if target == 0:
                 self.written[sequence] = 0
+                for ring in self._rings():
+                    ring.data[sequence].zero_()  # what a mask hides must be finite
         self._table.truncate(targets)
 
     def _restorable(self, sequence: int, length: int) -> bool:
@@ -166,6 +168,8 @@ class Cache:
         """Forget all tokens and give the pages back. A cache that nobody holds any more does so by itself."""
         self._table.release()
         self.written = [0] * self.batch_size
+        for ring in self._rings():
+            ring.data.zero_()
 
     def fork(self) -> Cache:
         """A second cache that goes on from here on its own. Pages are shared until one of the two writes to them."""

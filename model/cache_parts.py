@@ -43,8 +43,8 @@ class Ring:
         return torch.cat([self.data[:, piece] for piece in self._pieces(ends[0], count)], dim=1)
 
     def write(self, ends: list[int], rows: Tensor) -> None:
-        """Put rows [B, n, width], n at most the capacity, before positions ``ends``."""
-        count = rows.shape[1]
+        """Put rows [B, n, width], n at most the capacity, before positions ``ends``. They keep no graph alive."""
+        rows, count = rows.detach(), rows.shape[1]
         if len(set(ends)) > 1:
             self.data[self._places(ends, count)] = rows
             return

@@ -14,9 +14,10 @@ def prefill(model: Transformer, cache: Cache, input_ids: Tensor, chunk: int = 51
     """Append input_ids int64 [B, S >= 1] to ``cache``; returns the last token's logits, float32 [B, vocab].
 
     Memory grows with ``chunk``, not with S. Raises CacheError, before anything is changed, when S tokens do not fit;
-    ValueError for ids of another shape and a chunk of no tokens.
+    ValueError, as early, for ids of another shape or outside the vocabulary, and for a chunk of no tokens.
     """
     check_ids(input_ids)
+    model.check_vocabulary(input_ids)
     if chunk < 1:
         raise ValueError(f"chunk: expected at least 1 token, found {chunk}")
     cache.check_room(*input_ids.shape)

@@ -62,6 +62,8 @@ class PagePool:
         self.parts = growing_parts(config)
         self._rows = {key: self._allocate(part, pages) for key, part in self.parts.items()}
         self._references = [0] * pages
+        self._left: set[int] = set()
+        """Free pages with rows of sequences that are gone."""
         self._free = list(range(pages))  # a heap: the lowest first keeps a sequence's pages together
 
     def _allocate(self, part: GrowingPart, pages: int) -> Tensor:
@@ -108,7 +110,15 @@ class PagePool:
         taken = [heapq.heappop(self._free) for _ in range(count)]
         for page in taken:
             self._references[page] = 1
+            if page in self._left:
+                self.clear(page)
         return taken
+
+    def clear(self, page: int) -> None:
+        """Zero the page: rows that a mask hides must be finite, whatever the sequence before left."""
+        for key, part in self.parts.items():
+            self._rows[key].view(self.pages, self.page_tokens // part.ratio, part.layout.nbytes)[page].zero_()
+        self._left.discard(page)
 
     def share(self, pages: Iterable[int]) -> None:
         for page in pages:
@@ -119,6 +129,7 @@ class PagePool:
             self._references[page] -= 1
             if not self._references[page]:
                 heapq.heappush(self._free, page)
+                self._left.add(page)  # cleared when it is taken: not here, where nothing may be left to clear with
 
     def copy(self, page: int) -> int:
         """A page of one's own with the same rows, in exchange for the reference to ``page``."""
@@ -257,8 +268,12 @@ class PageTable:
 
     def truncate(self, lengths: list[int]) -> None:
         """Go back to ``lengths`` tokens, and give back the pages beyond them that were not reserved."""
-        for pages, length in zip(self.pages, lengths):
+        for pages, length, before in zip(self.pages, lengths, self._lengths):
             kept = max(self.reserved, self.pool.pages_for(length))
+            if not length:
+                for page in pages[: min(kept, self.pool.pages_for(before))]:
+                    if self.pool.references(page) == 1:
+                        self.pool.clear(page)
             self.pool.release(pages[kept:])
             del pages[kept:]
         self._pages_changed()

@@ -115,10 +115,8 @@ class Transformer(nn.Module):
         try:  # before anything is changed
             embedding = self.embed(input_ids).float()
         except IndexError as error:
-            raise ValueError(
-                f"input_ids: {int(input_ids.min())} to {int(input_ids.max())} do not all lie in a vocabulary of "
-                f"{self.config.vocab_size}"
-            ) from error
+            self.check_vocabulary(input_ids)
+            raise AssertionError from error
         if cache is not None:
             cache.begin(*input_ids.shape)
         context = self._context(input_ids, cache, positions, attention, telemetry)
@@ -138,6 +136,12 @@ class Transformer(nn.Module):
         if last_only:
             streams = streams[:, -1:]
         return context.execution.tokenwise(Transformer.leave_streams, (self.config, streams.device), self, streams)
+
+    def check_vocabulary(self, input_ids: Tensor) -> None:
+        """Raise ValueError for an id that is no token's."""
+        least, most = int(input_ids.min()), int(input_ids.max())
+        if least < 0 or most >= self.config.vocab_size:
+            raise ValueError(f"input_ids: {least} to {most} do not all lie in a vocabulary of {self.config.vocab_size}")
 
     def into_streams(self, embedding: Tensor) -> Tensor:
         """[B, S, hidden] -> [B, S, n, hidden], n equal residual streams (unchanged without hyper-connections)."""

@@ -424,3 +424,43 @@ def test_an_interrupted_step_is_noticed(tmp_path):
         model(torch.tensor([tokens]), cache)
     expected = logits_of(model, [*tokens, 7])
     torch.testing.assert_close(next_logits(model, cache)[0], expected, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("mode", ["eager", "batch-invariant"])
+def test_what_a_broken_sequence_leaves_behind_harms_no_later_one(mode):
+    model = build(layers=("sliding", "csa", "hca"))
+    model.execution = Execution(mode)
+    with torch.no_grad():
+        model.embed.weight[7] = float("nan")
+    clean = torch.randint(8, 50, (1, 60), generator=torch.Generator().manual_seed(2))
+    broken = clean.clone()
+    broken[0, ::5] = 7
+    pool = PagePool(model.config, pages=8)
+    first = Cache(model.config, 1, 96, pool=pool)
+    assert prefill(model, first, broken).isnan().any()
+    del first
+    for tokens in (2, 60):
+        assert prefill(model, Cache(model.config, 1, 96, pool=pool), clean[:, :tokens]).isfinite().all()
+    again = Cache(model.config, 1, 96)
+    prefill(model, again, broken)
+    again.truncate(0)
+    assert prefill(model, again, clean[:, :2]).isfinite().all()
+
+
+def test_a_cache_keeps_no_graph_alive():
+    model = build(layers=("sliding", "csa", "hca"))
+    caches = [Cache(model.config, 1, 32, pool=pool) for pool in [PagePool(model.config, pages=8)] * 2]
+    for cache in caches:
+        model(torch.tensor([[5, 6, 7]]), cache)
+    assert not any(ring.data.requires_grad for ring in caches[0]._rings())
+    assert Cache.join(caches).lengths == [3, 3]
+
+
+def test_a_prompt_with_an_id_of_no_token_is_read_not_at_all():
+    model = build()
+    cache = Cache(model.config, 1, 64)
+    ids = torch.ones(1, 30, dtype=torch.int64)
+    ids[0, 25] = 50
+    with pytest.raises(ValueError, match="input_ids: 1 to 50 do not all lie in a vocabulary of 50"):
+        prefill(model, cache, ids, chunk=10)
+    assert cache.lengths == [0]
