@@ -16,7 +16,7 @@ from model.config import CACHE_FORMATS, ModelConfig
 from model.errors import ConfigError
 from model.transformer import Transformer
 from pipelines.config import Recipe
-from pipelines.data import Batch
+from pipelines.data import Batch, read_manifest
 from pipelines.progress import print_table
 from pipelines.tracking import open_tracking
 from pipelines.trainer import held_out
@@ -44,7 +44,7 @@ WAYS = (
 def run(recipe: Recipe) -> dict[str, dict[str, list[float]]]:
     """Score ``compare.qat`` and ``compare.plain``; returns {way: {metric: one value for each pair}}.
 
-    Raises ConfigError before any compute for checkpoints that are no pairs.
+    Raises ConfigError before any compute for checkpoints that are no pairs, or of another vocabulary than the data.
     """
     section = recipe.compare
     if not section.qat or len(section.qat) != len(section.plain):
@@ -52,8 +52,15 @@ def run(recipe: Recipe) -> dict[str, dict[str, list[float]]]:
             f"compare: takes as many checkpoints trained with QAT as without, found {len(section.qat)} in compare.qat "
             f"and {len(section.plain)} in compare.plain"
         )
+    vocabulary = read_manifest(recipe.data_folder, verify=True).vocab_size
     for with_qat, without in zip(section.qat, section.plain):
         _check_pair(with_qat, without)
+        found_size = checkpoint.load_config(with_qat).vocab_size
+        if found_size != vocabulary:
+            raise ConfigError(
+                f"compare.qat: {with_qat} has a vocabulary of {found_size}, {recipe.data_folder} was prepared for "
+                f"{vocabulary}"
+            )
     batches = held_out(recipe)
     found: dict[str, dict[str, list[float]]] = {}
     for way in WAYS:
@@ -74,9 +81,8 @@ def _check_pair(with_qat: Path, without: Path) -> None:
 
 
 def _score(folder: Path, way: Way, batches: dict[str, list[Batch]]) -> dict[str, float]:
-    trained = checkpoint.load(folder)
-    model = Transformer(way.stored(trained.config))
-    model.load_state_dict(trained.state_dict())
+    model = Transformer(way.stored(checkpoint.load_config(folder)))
+    checkpoint.load_weights(model, folder)
     metrics = validate(model.eval(), batches, "sparse")
     return {name.removeprefix("validation/"): value for name, value in metrics.items()}
 
@@ -93,14 +99,10 @@ def _log(recipe: Recipe, found: dict[str, dict[str, list[float]]]) -> None:
                 tracked.log_metrics({f"compare/{key}/{name}": statistics.fmean(values)})
                 if len(values) > 1:
                     tracked.log_metrics({f"compare/{key}/{name}_spread": statistics.stdev(values)})
-        tracked.log_table({"way": [row[0] for row in rows], **_columns(names, rows)}, "compare/qat.json")
+        tracked.log_table(dict(zip(["way", *names], zip(*rows))), "compare/qat.json")
     title = f"QAT against quantising after the fact, {pairs} pair{'s' * (pairs > 1)}, mean ± standard deviation"
     print_table(title, ["way", *names], rows)
     print(f"scores: {tracked.url_hint()}", flush=True)
-
-
-def _columns(names: list[str], rows: list[list[str]]) -> dict[str, list[str]]:
-    return {name: [row[column] for row in rows] for column, name in enumerate(names, 1)}
 
 
 def _with_spread(values: list[float] | None) -> str:

@@ -4,7 +4,9 @@ import statistics
 
 import pytest
 
+from model import checkpoint
 from model.errors import ConfigError
+from model.transformer import Transformer
 from pipelines import compare
 from pipelines.config import with_overrides
 from pipelines.tracking import open_tracking
@@ -72,3 +74,12 @@ def test_what_is_no_pair_is_refused(pairs):
             "compare.plain": list(map(str, pairs.compare.qat)),
         }
         compare.run(with_overrides(pairs, swapped))
+
+
+def test_networks_of_another_vocabulary_than_the_data_are_refused(pairs, tmp_path):
+    config = checkpoint.load_config(pairs.compare.qat[0]).replace(vocab_size=77)
+    for qat in (True, False):
+        checkpoint.save(Transformer(config.replace(qat=qat)), tmp_path / str(qat))
+    changes = {"compare.qat": [str(tmp_path / "True")], "compare.plain": [str(tmp_path / "False")]}
+    with pytest.raises(ConfigError, match=r"compare\.qat: .*True has a vocabulary of 77, .* was prepared for"):
+        compare.run(with_overrides(pairs, changes))
