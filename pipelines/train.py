@@ -351,6 +351,7 @@ def _worker(config: dict[str, Any]) -> None:
     if last is not None:
         with last.as_directory() as folder:
             trainer.load_checkpoint(Path(folder))
+        reporter.last = _checkpoint_name(trainer.step)
     trainer.run()
 
 

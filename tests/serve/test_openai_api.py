@@ -165,7 +165,7 @@ def test_echo_with_logprobs_scores_the_prompt(client, letters, endless_model, ma
     with torch.inference_mode():
         want = endless_model(torch.tensor([prompt]))[0].log_softmax(dim=-1)
     for i in range(1, len(prompt)):
-        assert logprobs["token_logprobs"][i] == pytest.approx(want[i - 1, prompt[i]].item(), abs=2e-4)
+        assert logprobs["token_logprobs"][i] == pytest.approx(want[i - 1, prompt[i]].item(), abs=1e-3)
         # Exactly equal where the token is the most likely one: that is how lm-eval tells a greedy match.
         greedy = logprobs["token_logprobs"][i] == max(logprobs["top_logprobs"][i].values())
         assert greedy == (want[i - 1].argmax().item() == prompt[i])
