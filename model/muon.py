@@ -54,6 +54,8 @@ class OptimizerConfig:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ConfigError(f"train.optimizer.{name}: must be positive, found {value}")
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+            raise ConfigError(f"train.optimizer.weight_decay: must be 0 or more, found {self.weight_decay}")
         for name, value in (("momentum", self.momentum), ("beta1", self.betas[0]), ("beta2", self.betas[1])):
             if not 0 <= value < 1:
                 raise ConfigError(f"train.optimizer.{name}: must lie in [0, 1), found {value}")

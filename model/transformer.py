@@ -114,9 +114,9 @@ class Transformer(nn.Module):
             cache = Cache(self.config, input_ids.shape[0], input_ids.shape[1], input_ids.device)
         try:  # before anything is changed
             embedding = self.embed(input_ids).float()
-        except IndexError as error:
+        except IndexError:
             self.check_vocabulary(input_ids)
-            raise AssertionError from error
+            raise
         if cache is not None:
             cache.begin(*input_ids.shape)
         context = self._context(input_ids, cache, positions, attention, telemetry)

@@ -26,7 +26,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -138,7 +138,8 @@ class TrainSection(Section):
     start at zero; every other shape must agree."""
     sharding: Literal["none", "fsdp"] = "none"
     """Where there are several workers. none: each holds the whole network. fsdp: each holds a share of the matrices and
-    of their optimizer state, and gathers a layer's while it runs; in bfloat16 with that ``autocast``."""
+    of their optimizer state, and gathers a layer's while it runs; with ``autocast: bfloat16`` in that, unless a stage
+    rounds experts to FP4, which then starts from float32."""
     batch_rows: Annotated[int, Field(ge=1)] = 32
     """Sequences per optimizer step, summed over the workers."""
     accumulation_steps: Annotated[int, Field(ge=1)] = 1

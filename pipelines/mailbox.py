@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import pickle
+import json
 from typing import Any
 
 import pipelines.cluster  # noqa: F401  (sets Ray's environment before ray is imported)
@@ -13,7 +13,7 @@ import ray
 
 
 class Mailbox:
-    """Any number of senders, one receiver; ends with the driver that opened it.
+    """Any number of senders, one receiver; ends with the driver that opened it. Items are plain values, as in JSON.
 
     Every method raises a RayError once the mailbox is closed, its driver is gone or the cluster is.
     """
@@ -23,12 +23,11 @@ class Mailbox:
 
     def put(self, item: Any) -> int:
         """Send; returns the item's number, for :meth:`wait`."""
-        # The box is a process of its own. Sealed, an item needs no import of what it is made of there.
-        return ray.get(self._actor.put.remote(pickle.dumps(item)))
+        return ray.get(self._actor.put.remote(json.dumps(item)))
 
     def take(self, seconds: float) -> list[Any]:
         """All that was sent and not yet taken, in order; empty when nothing comes within ``seconds``."""
-        return [pickle.loads(sealed) for sealed in ray.get(self._actor.take.remote(seconds))]
+        return [json.loads(text) for text in ray.get(self._actor.take.remote(seconds))]
 
     def acknowledge(self, count: int) -> None:
         """The receiver has dealt with the next ``count`` items that it took."""
@@ -44,18 +43,18 @@ class Mailbox:
 
 class _Box:
     def __init__(self) -> None:
-        self.waiting: list[bytes] = []
+        self.waiting: list[str] = []
         self.sent = self.acknowledged = 0
         self.changed = asyncio.Condition()
 
-    async def put(self, sealed: bytes) -> int:
+    async def put(self, text: str) -> int:
         async with self.changed:
-            self.waiting.append(sealed)
+            self.waiting.append(text)
             self.sent += 1
             self.changed.notify_all()
             return self.sent
 
-    async def take(self, seconds: float) -> list[bytes]:
+    async def take(self, seconds: float) -> list[str]:
         async with self.changed:
             try:
                 await asyncio.wait_for(self.changed.wait_for(lambda: self.waiting), seconds)

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -135,8 +135,10 @@ def describe(recipe: Recipe) -> float:
     print_table(
         f"{recipe.run.name}: optimizer", ["parameter", "rule", "tensors", "numbers", "peak learning rate"], rows
     )
-    precision = Precision(recipe.model).table(recipe.model)
-    for stage in curriculum(recipe):
+    stages = curriculum(recipe)
+    config = recipe.model.replace(qat=any(stage.model.qat for stage in stages))
+    precision = Precision(config).table(config)
+    for stage in stages:
         print(f"{recipe.run.name}: stage {stage.index + 1}: {stage}")
     print_table(
         f"{recipe.run.name}: precision",
@@ -282,7 +284,7 @@ def _listen(
         ending = done.is_set()
         try:
             taken = mailbox.take(0.2)
-            for news in taken:
+            for news in (_News(**item) for item in taken):
                 try:
                     _record(news, tracked)
                 except Exception as error:  # MLflow lets the errors of its store's drivers through
@@ -405,4 +407,4 @@ class _RayTrainReporter:
 
     def _put(self, news: _News) -> int:
         """The number of rank 0's message."""
-        return 0 if self.rank else self.mailbox.put(news)
+        return 0 if self.rank else self.mailbox.put(asdict(news))

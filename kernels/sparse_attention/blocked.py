@@ -56,11 +56,8 @@ class _Block:
 
     def hidden(self, window: int, entry_mask: Tensor | None, reach: Tensor | None) -> Tensor:
         """Which keys a query must not look at: bool [B or 1, queries, 1, keys]."""
-        device = reach.device if reach is not None else None if entry_mask is None else entry_mask.device
-        age = (
-            torch.arange(self.begin, self.end, device=device).unsqueeze(1)
-            - torch.arange(self.oldest, self.end, device=device)
-        ).unsqueeze(0)
+        age = torch.arange(self.begin, self.end).unsqueeze(1) - torch.arange(self.oldest, self.end)
+        age = age.unsqueeze(0)
         limit: int | Tensor = window
         if reach is not None:
             limit = reach[:, self.begin : self.end, None].clamp(max=window)
@@ -76,8 +73,7 @@ def _blocks(query: Tensor, window: int, entry_mask: Tensor | None) -> Iterator[_
     B, S, H, _ = query.shape
     last = torch.zeros(S, dtype=torch.int64)
     if entry_mask is not None:
-        places = torch.arange(1, entry_mask.shape[-1] + 1, device=entry_mask.device)
-        last = (entry_mask.any(0) * places).amax(-1).cpu()
+        last = (entry_mask.any(0) * torch.arange(1, entry_mask.shape[-1] + 1)).amax(-1)
     begin = 0
     while begin < S:
         keys = window + int(last[begin : begin + _QUERIES].max()) + _QUERIES

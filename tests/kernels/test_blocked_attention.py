@@ -5,7 +5,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels.index_topk import index_scores
 from kernels.sparse_attention import blocked, sparse_attention
 
 B, H, C, WINDOW = 2, 3, 16, 9
@@ -75,24 +74,3 @@ def test_nothing_is_made_of_heads_times_queries_times_entries():
     with Largest() as made:
         through("blocked", given)
     assert made.most <= B * length * entries  # the mass, of all heads together
-
-
-def scored(backend, autocast=False):
-    torch.manual_seed(3)
-    leaves = [torch.randn(shape, requires_grad=True) for shape in ((B, 40, H, C), (B, 10, C), (B, 40, H))]
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        scores = index_scores(*leaves, backend=backend)
-    scores.backward(torch.randn(scores.shape))
-    return [scores.detach(), *(x.grad for x in leaves)]
-
-
-@pytest.mark.parametrize("products", [60, 1 << 18])
-def test_index_scores_and_gradients_are_the_readable_ones(products, monkeypatch):
-    monkeypatch.setattr("kernels.index_topk.blocked._PRODUCTS", products)
-    exact = scored("reference")
-    for found, expected in zip(scored("blocked"), exact, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    for found, readable, expected in zip(scored("blocked", True), scored("reference", True), exact, strict=True):
-        scale = expected.abs().max()
-        assert found.dtype == readable.dtype
-        assert (found - expected).abs().max() < max(1.5 * (readable - expected).abs().max(), 0.01 * scale)

@@ -22,6 +22,13 @@ def test_the_shipped_recipes_are_valid_and_alike_where_they_must_be():
     assert describe(baseline) == 0
 
 
+def test_what_a_later_stage_rounds_is_in_the_table(capsys):
+    stages = "train.stages=[{attention: dense, steps: 2, qat: false}, {steps: 2, qat: true}]"
+    describe(load_recipe(RECIPES, [stages, "model.qat=false"]))
+    row = next(line for line in capsys.readouterr().out.splitlines() if "routed expert weights" in line)
+    assert "fp4" in row and "yes" in row
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -205,7 +206,7 @@ class Letters:
 def test_what_happens_in_training_is_seen_and_kept(prepared, capsys):
     tracked = open_tracking(prepared).start_run("watched", kind="train", recipe=prepared)
     what = "the loss leapt from 2.000 to 9.000: back to step 4 (intervention 1 of 3)"
-    letters = Letters([_News(6, {"train/loss": 9.0}), _News(6, {}, event=what)])
+    letters = Letters([asdict(_News(6, {"train/loss": 9.0})), asdict(_News(6, {}, event=what))])
     ended, lost = threading.Event(), []
     ended.set()
     _listen(letters, ended, tracked, TrainingProgress("watched", 10), lost)
@@ -214,7 +215,7 @@ def test_what_happens_in_training_is_seen_and_kept(prepared, capsys):
     assert run.tags["event.000006"] == what and run.metrics["train/loss"] == 9.0
     assert not lost and letters.acknowledged == 2
     # A store that takes nothing ends no training, and keeps no checkpoint waiting.
-    letters.news = [_News(7, {"train/loss": 2.0}), _News(8, {"train/loss": 2.0})]
+    letters.news = [asdict(_News(step, {"train/loss": 2.0})) for step in (7, 8)]
     tracked._client = None
     _listen(letters, ended, tracked, TrainingProgress("watched", 10), lost)
     assert len(lost) == 2 and letters.acknowledged == 4

@@ -696,7 +696,12 @@ def test_a_stage_that_cannot_act_is_refused(prepared, changes, message):
             {"train.stages": [{"steps": 1, "learning_rate_scale": 0}]},
             r"train.stages.0.learning_rate_scale: .* greater than 0, found 0",
         ),
+        (
+            {"train.stages": [{"steps": 1, "learning_rate_scale": math.inf}]},
+            r"train.stages.0.learning_rate_scale: Input should be a finite number, found inf",
+        ),
         ({"train.optimizer.learning_rate": 0}, "train.optimizer.learning_rate: must be positive, found 0"),
+        ({"train.optimizer.weight_decay": math.nan}, "train.optimizer.weight_decay: must be 0 or more, found nan"),
     ],
 )
 def test_a_stage_without_a_step_or_a_rate_is_refused(prepared, changes, named):
