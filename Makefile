@@ -3,6 +3,8 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11,$(if $(shell $(p
 VENV := .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
+# Processes that share the tests, whole files each; every one that needs Ray has a cluster of its own.
+WORKERS ?= 2
 export PYTHONUNBUFFERED := 1
 
 .PHONY: demo test test-long golden lint ui clean help
@@ -28,7 +30,7 @@ demo: .venv
 	$(BIN)/python -m pipelines demo --config configs/tiny.yaml $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-long: .venv
 	$(BIN)/python -m pytest -m long $(ARGS)

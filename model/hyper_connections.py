@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels.hyper_connections import collapse, expand, mixing_weights
+from kernels.autocast import in_float32
+from kernels.hyper_connections import collapse, enter, expand
 from model.config import ModelConfig
 from model.norm import rms_normalize
-from model.precision import in_float32
 
 Mixing = tuple[Tensor, ...]
 """What a residual keeps between its two halves."""
@@ -35,18 +35,20 @@ class HyperConnection(nn.Module):
                 self.base[2 * n :].view(n, n).fill_diagonal_(4.0)
 
     def enter(self, streams: Tensor) -> tuple[Tensor, Mixing]:
-        """The block's input [B, S, d], and the mixing weights (post, comb) for :meth:`leave`."""
+        """The block's input [B, S, d], and for :meth:`leave` the mixing weights and, where gradients are recorded, the
+        streams as :func:`kernels.hyper_connections.enter` gives them."""
         c = self.config
         with in_float32(streams):
-            pre, post, comb = mixing_weights(
+            x, *mixing, entered = enter(
                 streams, self.fn, self.scale, self.base, c.hc_sinkhorn_iters, c.hc_eps, c.norm_eps
             )
-        return collapse(streams, pre), (post, comb)
+        return x, (*mixing, entered) if torch.is_grad_enabled() else tuple(mixing)
 
     def leave(self, streams: Tensor, mixing: Mixing, output: Tensor) -> Tensor:
         """The new streams from the old ones and the block's output [B, S, d]."""
-        post, comb = mixing
-        return expand(streams, comb, post, output.float())
+        post, comb, *entered = mixing
+        with in_float32(streams):
+            return expand(entered[0] if entered else streams, comb, post, output.float())
 
 
 class HyperHead(nn.Module):
@@ -67,7 +69,7 @@ class HyperHead(nn.Module):
     def forward(self, streams: Tensor) -> Tensor:
         with in_float32(streams):
             mixes = rms_normalize(streams.flatten(2), self.config.norm_eps) @ self.fn.t()
-        return collapse(streams, torch.sigmoid(mixes * self.scale + self.base) + self.config.hc_eps)
+            return collapse(streams, torch.sigmoid(mixes * self.scale + self.base) + self.config.hc_eps)
 
 
 class PlainResidual(nn.Module):

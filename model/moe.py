@@ -6,11 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.autocast import in_float32, product_dtype
 from model.config import ModelConfig
 from model.execution import in_tiles
 from model.linear import Linear, linear
 from model.mixers.base import Context
-from model.precision import Precision, in_float32
+from model.precision import Precision
+
+_ROWS = 64
+"""Where products are narrowed, experts get multiples of so many tokens: a CPU's library writes code for every shape
+that it has not met, which takes longer than most products here. What fills them up has no weight."""
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
@@ -138,14 +143,14 @@ class MixtureOfExperts(nn.Module):
 
     def _by_experts(self, flat: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Each expert runs over its own tokens: [N, hidden] -> [N, hidden]."""
-        order = chosen.flatten().argsort(stable=True)
-        tokens = order // chosen.shape[-1]
-        counts = torch.bincount(chosen.flatten(), minlength=self.config.num_experts).tolist()
-        gathered = flat[tokens].split(counts)
-        gains = weights.flatten()[order].split(counts)
+        experts = self._each_expert()
+        dtype = product_dtype(flat)
+        picks, counts = picks_of_experts(chosen, self.config.num_experts, _ROWS if flat.dtype != dtype else 1)
+        tokens = picks.clamp(min=0) // chosen.shape[-1]
+        gathered = flat.to(dtype)[tokens].split(counts)
+        gains = F.pad(weights.flatten(), (0, 1))[picks].split(counts)
         outputs = [
-            self._expert(rows, gain.unsqueeze(-1), *expert)
-            for expert, rows, gain in zip(self._each_expert(), gathered, gains)
+            self._expert(rows, gain.unsqueeze(-1), *expert) for expert, rows, gain in zip(experts, gathered, gains)
         ]
         return torch.zeros_like(flat).index_add(0, tokens, torch.cat(outputs).to(flat.dtype))
 
@@ -184,6 +189,19 @@ class MixtureOfExperts(nn.Module):
         if self._rounded is None or self._rounded[0] != versions:
             self._rounded = (versions, tuple(map(self.precision.round_expert, stacks)))
         return self._rounded[1]
+
+
+def picks_of_experts(chosen: Tensor, experts: int, multiple: int) -> tuple[Tensor, list[int]]:
+    """The places in ``chosen``, int64 [N, K], at which each expert stands, one expert after the other, each filled up
+    with -1 to a multiple: int64 [total], and how many each has."""
+    order = chosen.flatten().argsort(stable=True)
+    counts = torch.bincount(chosen.flatten(), minlength=experts)
+    filled = -(-counts // multiple) * multiple
+    before = (filled - counts).cumsum(0) - (filled - counts)
+    sizes: list[int] = filled.tolist()
+    picks = order.new_full((sum(sizes),), -1)
+    picks[torch.arange(len(order), device=order.device) + before.repeat_interleave(counts)] = order
+    return picks, sizes
 
 
 def sequence_balance(affinity: Tensor, chosen: Tensor, counted: Tensor | None = None) -> Tensor:

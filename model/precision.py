@@ -11,6 +11,7 @@ from collections import Counter
 import torch
 from torch import Tensor
 
+from kernels.autocast import product_dtype
 from kernels.cache_io import EntryLayout
 from kernels.quantize import fake_quantize
 from model.config import ModelConfig
@@ -64,6 +65,8 @@ class Precision:
             return weight
         if training:
             self._count("experts", EXPERT_FORMAT)
+            # Exact in BF16, so that a product in it need not convert them again.
+            return fake_quantize(weight, EXPERT_FORMAT, product_dtype(weight))
         return fake_quantize(weight, EXPERT_FORMAT)
 
     def _count(self, role: str, *formats: str) -> None:
@@ -84,9 +87,3 @@ class Precision:
             ("routed expert weights", expert_format, experts),
         )
         return [(role, fmt, "yes" if self.qat and fmt != "fp32" else "no", count) for role, fmt, count in rows if count]
-
-
-def in_float32(x: Tensor) -> torch.autocast:
-    """A context in which autocast is off: router, head, hyper-connection weights and compressors compute in float32,
-    because what they decide (routes, selections, mixing) would differ between training and inference otherwise."""
-    return torch.autocast(x.device.type, enabled=False)

@@ -9,6 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
+from kernels.autocast import in_float32
 from model.block import Block
 from model.cache import Cache
 from model.config import ModelConfig
@@ -24,7 +25,7 @@ from model.mixers.sliding import SlidingWindowAttention
 from model.moe import MixtureOfExperts
 from model.mtp import PredictAhead
 from model.norm import RMSNorm
-from model.precision import Precision, in_float32
+from model.precision import Precision
 from model.recompute import recomputed
 from model.rope import RotaryFrequencies, Rotation
 from model.telemetry import Telemetry

@@ -1,7 +1,7 @@
 """Manifold-constrained hyper-connections: several residual streams, mixed by doubly stochastic matrices.
 
-On a CPU they run in blocks (``blocked.py``), elsewhere as written in ``reference.py``, and where they are compiled as
-sums (``fused.py``); ``backend=`` chooses by hand and :func:`backend_for` tells which one runs.
+On a CPU they run as batched products (``batched.py``), elsewhere as written in ``reference.py``, and where they are
+compiled as sums (``fused.py``); ``backend=`` chooses by hand and :func:`backend_for` tells which one runs.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.hyper_connections import blocked, fused, reference
+from kernels.hyper_connections import batched, fused, reference
 from kernels.hyper_connections.reference import sinkhorn
 
-BACKENDS = {"reference": reference, "blocked": blocked, "fused": fused}
+BACKENDS = {"reference": reference, "batched": batched, "fused": fused}
 
 
 def backend_for(x: Tensor) -> str:
     if torch.compiler.is_compiling():
         return "fused"
-    return "blocked" if x.device.type == "cpu" and x.dtype.itemsize == 4 else "reference"
+    return "batched" if x.device.type == "cpu" and x.dtype.itemsize == 4 else "reference"
 
 
 def mixing_weights(
@@ -41,9 +41,24 @@ def collapse(streams: Tensor, pre: Tensor, backend: str | None = None) -> Tensor
     return BACKENDS[backend or backend_for(streams)].collapse(streams, pre)
 
 
+def enter(
+    streams: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :func:`kernels.hyper_connections.reference.enter`."""
+    chosen = BACKENDS[backend or backend_for(streams)]
+    return chosen.enter(streams, fn, scale, base, iterations, eps, norm_eps)
+
+
 def expand(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor, backend: str | None = None) -> Tensor:
     """See :func:`kernels.hyper_connections.reference.expand`."""
     return BACKENDS[backend or backend_for(streams)].expand(streams, comb, post, output)
 
 
-__all__ = ["BACKENDS", "backend_for", "collapse", "expand", "mixing_weights", "sinkhorn"]
+__all__ = ["BACKENDS", "backend_for", "collapse", "enter", "expand", "mixing_weights", "sinkhorn"]

@@ -29,6 +29,13 @@ def collapse(streams: Tensor, pre: Tensor) -> Tensor:
     return out
 
 
+def enter(
+    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iterations: int, eps: float, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pre, post, comb = mixing_weights(streams, fn, scale, base, iterations, eps, norm_eps)
+    return collapse(streams, pre), post, comb, streams
+
+
 def expand(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor) -> Tensor:
     out = post.unsqueeze(-1) * output.unsqueeze(-2)
     for j in range(post.shape[-1]):

@@ -66,6 +66,18 @@ def collapse(streams: Tensor, pre: Tensor) -> Tensor:
     return (pre.unsqueeze(-2) @ streams).squeeze(-2)
 
 
+def enter(
+    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iterations: int, eps: float, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A block's input [B, S, d], post and comb, from :func:`mixing_weights` and :func:`collapse`, and the streams.
+
+    Where gradients are recorded :func:`expand` has to take these streams, and nothing else may: their gradient is
+    summed up in the tensor that it gives back.
+    """
+    pre, post, comb = mixing_weights(streams, fn, scale, base, iterations, eps, norm_eps)
+    return collapse(streams, pre), post, comb, streams
+
+
 def expand(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor) -> Tensor:
     """New streams: ``out[k] = sum_j comb[j, k] * streams[j] + post[k] * output``; [B, S, n, d]."""
     return comb.transpose(-1, -2) @ streams + post.unsqueeze(-1) * output.unsqueeze(-2)

@@ -1,6 +1,26 @@
-"""The lightning indexer: score compressed entries against a query and pick the best."""
+"""The lightning indexer: score compressed entries against a query and pick the best.
 
-from kernels.index_topk.reference import index_scores, select_topk
+Whole sequences are scored in blocks on a CPU (``blocked.py``), elsewhere as written in ``reference.py``; a cache's keys
+as in ``streamed.py``. ``backend=`` chooses by hand.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kernels.index_topk import blocked, reference
+from kernels.index_topk.reference import select_topk
 from kernels.index_topk.streamed import best_visible, index_topk, tile_scores
 
-__all__ = ["best_visible", "index_scores", "index_topk", "select_topk", "tile_scores"]
+BACKENDS = {"reference": reference, "blocked": blocked}
+
+
+def index_scores(
+    query: Tensor, keys: Tensor, head_weights: Tensor, permitted: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """See :func:`kernels.index_topk.reference.index_scores`."""
+    chosen = backend or ("blocked" if query.device.type == "cpu" else "reference")
+    return BACKENDS[chosen].index_scores(query, keys, head_weights, permitted)
+
+
+__all__ = ["BACKENDS", "best_visible", "index_scores", "index_topk", "select_topk", "tile_scores"]

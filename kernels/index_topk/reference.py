@@ -10,10 +10,11 @@ _MANY = 32
 """So many times more scores than are chosen are worth looking through in two steps."""
 
 
-def index_scores(query: Tensor, keys: Tensor, head_weights: Tensor) -> Tensor:
+def index_scores(query: Tensor, keys: Tensor, head_weights: Tensor, permitted: Tensor | None = None) -> Tensor:
     """``I[b, s, t] = sum_h head_weights[b, s, h] * relu(query[b, s, h] . keys[b, t])``; differentiable.
 
-    query [B, S, h, c], keys [B, T, c], head_weights [B, S, h] (already scaled); float32 [B, S, T].
+    query [B, S, h, c], keys [B, T, c], head_weights [B, S, h] (already scaled); float32 [B, S, T]. Where ``permitted``,
+    bool [B or 1, S, T], is False, a score means nothing: some backends leave it out.
     """
     B, S, h, c = query.shape
     per_head = torch.bmm(query.reshape(B, S * h, c), keys.transpose(1, 2)).relu().view(B, S, h, -1)

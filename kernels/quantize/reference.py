@@ -1,4 +1,4 @@
-"""Fake quantisation and the Hadamard rotation, in eager PyTorch."""
+"""Rounding to a storage format and the Hadamard rotation, in eager PyTorch."""
 
 from __future__ import annotations
 
@@ -43,22 +43,6 @@ def round_to_format(x: Tensor, fmt: str) -> Tensor:
     exponents = formats.e8m0_from_amax(formats.block_amax(x, block), grid_max, floor)
     scale = formats.per_element(formats.e8m0_to_float(exponents), block, size)
     return to_grid(x / scale) * scale
-
-
-class _FakeQuantize(torch.autograd.Function):
-    # x + (rounded - x).detach() would not give the rounded value's bits back.
-    @staticmethod
-    def forward(ctx, x: Tensor, fmt: str) -> Tensor:
-        return round_to_format(x, fmt).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad, None
-
-
-def fake_quantize(x: Tensor, fmt: str) -> Tensor:
-    """:func:`round_to_format` with a straight-through gradient. Same shape and dtype as ``x``."""
-    return x if fmt == "fp32" else _FakeQuantize.apply(x, fmt)
 
 
 def hadamard(x: Tensor) -> Tensor:

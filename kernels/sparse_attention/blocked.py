@@ -7,15 +7,18 @@ S * window nor S * T (but for the mass, which is asked for). All heads share a k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_SCORES = 1 << 18
-"""Scores that a block makes at most, unless a single query makes more: a megabyte, for a second-level cache."""
-_QUERIES = 64
+_SCORES = 1 << 20
+"""Scores that a block makes at most, unless a single query makes more: four megabytes, about a second-level cache."""
+_QUERIES = 128
+_LOG2_E = math.log2(math.e)
+"""Softmax runs to base 2: a CPU's library takes 25 times as long for exp where there is -inf, not for exp2."""
 
 
 def sparse_attention(
@@ -54,8 +57,9 @@ class _Block:
         near = window_kv[:, self.oldest : self.end]
         return torch.cat((near, entries[:, : self.entries]), dim=1) if entries is not None and self.entries else near
 
-    def hidden(self, window: int, entry_mask: Tensor | None, reach: Tensor | None) -> Tensor:
-        """Which keys a query must not look at: bool [B or 1, queries, 1, keys]."""
+    def bias(self, window: int, entry_mask: Tensor | None, reach: Tensor | None) -> Tensor:
+        """What hides the keys that a query must not look at, 0 or -inf: float32 [B or 1, queries, 1, keys]. To add it
+        takes a twentieth of filling with a mask."""
         age = torch.arange(self.begin, self.end).unsqueeze(1) - torch.arange(self.oldest, self.end)
         age = age.unsqueeze(0)
         limit: int | Tensor = window
@@ -66,7 +70,7 @@ class _Block:
             far = ~entry_mask[:, self.begin : self.end, : self.entries]
             B = max(len(hidden), len(far))
             hidden = torch.cat((hidden.expand(B, -1, -1), far.expand(B, -1, -1)), dim=-1)
-        return hidden.unsqueeze(2)
+        return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf")).unsqueeze(2)
 
 
 def _blocks(query: Tensor, window: int, entry_mask: Tensor | None) -> Iterator[_Block]:
@@ -85,24 +89,25 @@ def _blocks(query: Tensor, window: int, entry_mask: Tensor | None) -> Iterator[_
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, window_kv, entries, sink, entry_mask, window, reach, dtype):
-        B, S, H, c = query.shape
-        out = query.new_empty(B, S, H, c, dtype=torch.float32)
-        log_sum = query.new_empty(B, S, H, dtype=torch.float32)
-        mass = None if entries is None else query.new_zeros(B, S, entries.shape[1], dtype=torch.float32)
-        for block in _blocks(query, window, entry_mask):
-            rows = slice(block.begin, block.end)
-            keys = block.keys(window_kv, entries).to(dtype)
-            logits = _logits(query[:, rows], keys, block.hidden(window, entry_mask, reach))
-            peak = torch.maximum(logits.amax(-1), sink)
-            weights = logits.sub_(peak.unsqueeze(-1)).exp_()
-            total = weights.sum(-1) + (sink - peak).exp()
-            weights /= total.unsqueeze(-1)
-            log_sum[:, rows] = peak + total.log()
-            out[:, rows] = torch.bmm(weights.to(dtype).flatten(1, 2), keys).unflatten(1, (-1, H))
-            if mass is not None:
-                mass[:, rows, : block.entries] = weights[..., block.tokens :].sum(2)
-        ctx.save_for_backward(query, window_kv, entries, sink, entry_mask, reach, out, log_sum)
         ctx.window, ctx.dtype = window, dtype
+        scaled, near, far = _narrowed(query, window_kv, entries, dtype)
+        sink = sink * _LOG2_E
+        out = torch.empty_like(query, dtype=torch.float32)
+        log_sum = query.new_empty(query.shape[:3], dtype=torch.float32)
+        mass = None if entries is None else query.new_zeros(*query.shape[:2], entries.shape[1], dtype=torch.float32)
+        for block in _blocks(query, window, entry_mask):
+            rows, keys = slice(block.begin, block.end), block.keys(near, far)
+            logits = _logits(scaled[:, rows], keys).add_(block.bias(window, entry_mask, reach))
+            peak = torch.maximum(logits.amax(-1), sink)
+            weights = logits.sub_(peak.unsqueeze(-1)).exp2_()
+            total = weights.sum(-1) + (sink - peak).exp2()
+            log_sum[:, rows] = peak + total.log2()
+            summed = torch.bmm(weights.to(dtype).flatten(1, 2), keys).view_as(scaled[:, rows])
+            torch.div(summed, total.unsqueeze(-1), out=out[:, rows])
+            if mass is not None and block.entries:
+                beyond = weights[..., block.tokens :]
+                mass[:, rows, : block.entries] = (total.reciprocal().unsqueeze(2) @ beyond).squeeze(2)
+        ctx.save_for_backward(query, window_kv, entries, sink, entry_mask, reach, out, log_sum)
         if mass is not None:
             ctx.mark_non_differentiable(mass)
         return out, mass
@@ -110,36 +115,40 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, _):
         query, window_kv, entries, sink, entry_mask, reach, out, log_sum = ctx.saved_tensors
-        H, dtype = query.shape[2], ctx.dtype
-        scale = query.shape[3] ** -0.5
+        dtype = ctx.dtype
+        scaled, near, far = _narrowed(query, window_kv, entries, dtype)
+        upstream = grad_out.to(dtype)
+        inner = (grad_out * out).sum(-1)
+        grad_sink = -((sink - log_sum).exp2() * inner).sum((0, 1))
         grad_query = torch.empty_like(query, dtype=torch.float32)
         grad_kv = torch.zeros_like(window_kv, dtype=torch.float32)
         grad_entries = None if entries is None else torch.zeros_like(entries, dtype=torch.float32)
-        grad_sink = torch.zeros_like(sink)
         for block in _blocks(query, ctx.window, entry_mask):
-            rows = slice(block.begin, block.end)
-            keys = block.keys(window_kv, entries).to(dtype)
-            logits = _logits(query[:, rows], keys, block.hidden(ctx.window, entry_mask, reach))
-            weights = logits.sub_(log_sum[:, rows].unsqueeze(-1)).exp_()
-            upstream = grad_out[:, rows].float()
-            inner = (upstream * out[:, rows]).sum(-1)
-            grad_sink -= ((sink - log_sum[:, rows]).exp() * inner).sum((0, 1))
-            flat = upstream.to(dtype).flatten(1, 2)
+            rows, keys = slice(block.begin, block.end), block.keys(near, far)
+            logits = _logits(scaled[:, rows], keys).add_(block.bias(ctx.window, entry_mask, reach))
+            weights = logits.sub_(log_sum[:, rows].unsqueeze(-1)).exp2_()
+            flat = upstream[:, rows].flatten(1, 2)
             grad_keys = torch.bmm(weights.to(dtype).flatten(1, 2).transpose(1, 2), flat).float()
-            along = torch.bmm(flat, keys.transpose(1, 2)).float().view_as(weights)
-            grad_logits = weights.mul_(along.sub_(inner.unsqueeze(-1))).to(dtype).flatten(1, 2)
-            grad_query[:, rows] = torch.bmm(grad_logits, keys).unflatten(1, (-1, H))
-            scaled = (query[:, rows] * scale).to(dtype).flatten(1, 2)
-            grad_keys += torch.bmm(grad_logits.transpose(1, 2), scaled)
+            grad_logits = _logits(upstream[:, rows], keys).sub_(inner[:, rows].unsqueeze(-1)).mul_(weights)
+            narrow = grad_logits.to(dtype).flatten(1, 2)
+            grad_query[:, rows] = torch.bmm(narrow, keys).view_as(scaled[:, rows])
+            grad_keys.add_(torch.bmm(narrow.transpose(1, 2), scaled[:, rows].flatten(1, 2)), alpha=1 / _LOG2_E)
             grad_kv[:, block.oldest : block.end] += grad_keys[:, : block.tokens]
             if grad_entries is not None and block.entries:
                 grad_entries[:, : block.entries] += grad_keys[:, block.tokens :]
-        found = (grad_query.mul_(scale).to(query.dtype), grad_kv.to(window_kv.dtype))
+        grad_query *= query.shape[3] ** -0.5
+        found = (grad_query.to(query.dtype), grad_kv.to(window_kv.dtype))
         return *found, None if grad_entries is None else grad_entries.to(entries.dtype), grad_sink, *[None] * 4
 
 
-def _logits(query: Tensor, keys: Tensor, hidden: Tensor) -> Tensor:
-    """float32 [B, queries, H, keys], -inf where hidden; the caller's to change."""
-    scaled = (query * query.shape[-1] ** -0.5).to(keys.dtype)
-    logits = torch.bmm(scaled.flatten(1, 2), keys.transpose(1, 2)).float().unflatten(1, query.shape[1:3])
-    return logits.masked_fill_(hidden, float("-inf"))
+def _narrowed(
+    query: Tensor, window_kv: Tensor, entries: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What products are made of: queries scaled to give logits to base 2, and the keys."""
+    scaled = (query * (query.shape[-1] ** -0.5 * _LOG2_E)).to(dtype)
+    return scaled, window_kv.to(dtype), None if entries is None else entries.to(dtype)
+
+
+def _logits(queries: Tensor, keys: Tensor) -> Tensor:
+    """Products [B, queries, H, keys], float32, the caller's to change."""
+    return torch.bmm(queries.flatten(1, 2), keys.transpose(1, 2)).float().unflatten(1, queries.shape[1:3])

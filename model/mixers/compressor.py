@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from kernels.autocast import in_float32
 from kernels.compress import compress
 from model.cache_parts import Tail
 from model.config import ModelConfig
 from model.linear import Linear
 from model.mixers.base import Context
 from model.norm import RMSNorm
-from model.precision import in_float32
 from model.rope import RotaryFrequencies
 
 

@@ -63,8 +63,8 @@ class CompressedSparseAttention(CompressedAttention):
     def attend(self, projected: dict[str, Tensor], context: Context) -> Tensor:
         entries = self.pool(projected, context, None)
         keys = self.pool_index(projected, context, None)
-        scores = index_scores(projected["index_query"], keys, projected["head_weights"])
         may_see = entry_mask(context, self.ratio, entries)
+        scores = index_scores(projected["index_query"], keys, projected["head_weights"], may_see)
         mask = may_see if context.attention == "dense" else self._selected(scores, may_see)
         out, mass = self.core_attention(projected, entries, mask, context)
         telemetry = context.telemetry

@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kernels.index_topk import index_scores
 from kernels.sparse_attention import blocked, sparse_attention
 
 B, H, C, WINDOW = 2, 3, 16, 9
@@ -74,3 +75,29 @@ def test_nothing_is_made_of_heads_times_queries_times_entries():
     with Largest() as made:
         through("blocked", given)
     assert made.most <= B * length * entries  # the mass, of all heads together
+
+
+def scored(backend, autocast=False):
+    torch.manual_seed(3)
+    leaves = [torch.randn(shape, requires_grad=True) for shape in ((B, 40, H, C), (B, 10, C), (B, 40, H))]
+    permitted = torch.arange(10) < ((torch.arange(40) + 1) // 4).unsqueeze(1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        scores = index_scores(*leaves, permitted.unsqueeze(0), backend=backend) * permitted
+    scores.backward(torch.randn(scores.shape))
+    return [scores.detach(), *(x.grad for x in leaves)]
+
+
+@pytest.mark.parametrize("products", [60, 1 << 18])
+def test_index_scores_and_gradients_are_the_readable_ones(products, monkeypatch):
+    monkeypatch.setattr("kernels.index_topk.blocked._PRODUCTS", products)
+    for autocast in (False, True):
+        for found, expected in zip(scored("blocked", autocast), scored("reference"), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_causality_hides_from_all_is_not_scored():
+    query, keys, weights = torch.randn(1, 8, 2, 4), torch.full((1, 6, 4), float("nan")), torch.randn(1, 8, 2)
+    keys[:, :2] = 1.0
+    permitted = (torch.arange(6) < 2).expand(1, 8, 6)
+    assert index_scores(query, keys, weights, permitted).isfinite().all()
+    assert not index_scores(query, keys, weights).isfinite().all()

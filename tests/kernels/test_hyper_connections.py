@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.hyper_connections import BACKENDS, backend_for, collapse, expand, mixing_weights, sinkhorn
+from kernels.hyper_connections import BACKENDS, backend_for, collapse, enter, expand, mixing_weights, sinkhorn
 
 
 def test_mixing_matrix_is_doubly_stochastic():
@@ -41,7 +41,7 @@ def test_expand_applies_the_transposed_matrix():
 
 @pytest.mark.parametrize("tokens", [1, 700])
 def test_other_backends_equal_the_reference_forward_and_backward(tokens):
-    assert backend_for(torch.zeros(1)) == "blocked"
+    assert backend_for(torch.zeros(1)) == "batched"
     torch.manual_seed(0)
     inputs = [
         torch.randn(2, tokens, 4, 96),
@@ -73,3 +73,34 @@ def test_other_mixing_weights_equal_the_reference_forward_and_backward():
     for slow, *others in zip(*(results[backend] for backend in BACKENDS)):
         for fast in others:
             torch.testing.assert_close(fast, slow, rtol=1e-3, atol=1e-4)
+
+
+def test_a_block_s_way_in_and_out_equals_the_reference_forward_and_backward():
+    """Twice over, as in a layer, with the inner outputs used for more than one thing."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 700, 4, 16), torch.randn(24, 64), torch.tensor([0.4, 0.6, 0.8]), torch.randn(24)]
+    results = {}
+    for backend in BACKENDS:
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        streams, *weights = leaves
+        for _ in range(2):
+            x, post, comb, entered = enter(streams, *weights, 20, 1e-6, 1e-6, backend=backend)
+            streams = expand(entered, comb, post, x.sin(), backend=backend)
+        read = collapse(streams, post, backend=backend)
+        (read.square().sum() + (streams * torch.linspace(-1, 1, streams.numel()).view_as(streams)).sum()).backward()
+        results[backend] = [streams, *(leaf.grad for leaf in leaves)]
+    for slow, *others in zip(*(results[backend] for backend in BACKENDS)):
+        for fast in others:
+            torch.testing.assert_close(fast, slow, rtol=1e-3, atol=1e-3)
+
+
+def test_only_the_input_of_a_block_may_be_used():
+    """Gradients of parts that nothing came back for are the others' alone."""
+    inputs = [torch.randn(1, 5, 4, 16), torch.randn(24, 64), torch.tensor([0.4, 0.6, 0.8]), torch.randn(24)]
+    for used in range(4):
+        results = []
+        for backend in ("reference", "batched"):
+            leaves = [t.clone().requires_grad_() for t in inputs]
+            enter(*leaves, 20, 1e-6, 1e-6, backend=backend)[used].sin().sum().backward()
+            results.append([leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves])
+        torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)

@@ -153,7 +153,7 @@ def test_a_client_that_hangs_up_frees_its_place(deployment, streamed) -> None:
 
 
 def test_more_than_may_wait_is_told_so(deployment, client) -> None:
-    body = {"prompt": "the", "max_tokens": 200, "temperature": 0, "n": 3, "stream": True}
+    body = {"prompt": "the", "max_tokens": 450, "temperature": 0, "n": 3, "stream": True}
     with httpx.stream("POST", f"{deployment.url}/v1/completions", json=body) as response:
         next(response.iter_lines())
         with pytest.raises(openai.RateLimitError, match="busy with 3 of at most 3"):

@@ -1,0 +1,18 @@
+"""What ``torch.autocast`` means to parts that choose the types of their products themselves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The type in which products with ``x`` are taken here: autocast's, or its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def in_float32(x: Tensor) -> torch.autocast:
+    """A context in which autocast is off: router, head, hyper-connections and compressors compute in float32, because
+    what they decide (routes, selections, mixing) would differ between training and inference otherwise."""
+    return torch.autocast(x.device.type, enabled=False)

@@ -1,0 +1,147 @@
+"""mHC for CPUs: the reference's numbers with fewer passes over memory, forward and backward.
+
+Thousands of 4 x 4 with 4 x d products are one call of a CPU's library as long as every matrix lies whole in memory
+(otherwise it gets them one by one, a hundred times slower). The backward passes are written out, because what autograd
+would record for the norm and for Sinkhorn's iteration re-reads the streams several times and takes hundreds of small
+operations, and because it would add up the streams' gradient from three tensors of their size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.hyper_connections.reference import weights_from_raw
+
+_SINKHORN_TOKENS = 1024
+"""Tokens whose n x n matrices are iterated together."""
+
+
+def mixing_weights(
+    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iterations: int, eps: float, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _weighed(streams, fn, scale, base, iterations, eps, norm_eps)[0]
+
+
+def collapse(streams: Tensor, pre: Tensor) -> Tensor:
+    return _Collapse.apply(streams, pre)[0]
+
+
+def enter(
+    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iterations: int, eps: float, norm_eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (pre, post, comb), streams = _weighed(streams, fn, scale, base, iterations, eps, norm_eps)
+    x, streams = _Collapse.apply(streams, pre)
+    return x, post, comb, streams
+
+
+def expand(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor) -> Tensor:
+    return _Expand.apply(streams, comb, post, output)
+
+
+def _weighed(
+    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iterations: int, eps: float, norm_eps: float
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    B, S, n, _ = streams.shape
+    raw, streams = _NormalizedProduct.apply(streams, fn, norm_eps)
+    return weights_from_raw(raw, (B, S, n), scale, base, eps, lambda x: _Sinkhorn.apply(x, iterations, eps)), streams
+
+
+# The first two functions also hand the streams on. What comes back for those is the sum of everything later, made for
+# nobody else, and each adds its own part to it in place.
+
+
+class _NormalizedProduct(torch.autograd.Function):
+    """``fn @ (x / rms(x))^T`` for streams [B, S, n, d] with rows x [B * S, n * d], and fn [m, n * d]: [m, B * S]."""
+
+    @staticmethod
+    def forward(ctx, streams: Tensor, fn: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        x = streams.reshape(-1, fn.shape[1])
+        product = torch.mm(x, fn.t()).t()
+        rms = torch.rsqrt(torch.linalg.vector_norm(x, dim=1).square() / x.shape[1] + eps)
+        ctx.save_for_backward(streams, fn, product, rms)
+        return product * rms, streams
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, later: Tensor | None):
+        streams, fn, product, rms = ctx.saved_tensors
+        if grad is None:
+            return later, None, None
+        x = streams.reshape(-1, fn.shape[1])
+        scaled = grad * rms
+        through_norm = -(grad * product).sum(0) * rms**3 / x.shape[1]
+        grad_x = torch.mm(scaled.t(), fn) if later is None else later.contiguous().view_as(x).addmm_(scaled.t(), fn)
+        return grad_x.addcmul_(x, through_norm.unsqueeze(1)).view_as(streams), torch.mm(scaled, x), None
+
+
+class _Collapse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, streams: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(streams, pre)
+        *lead, n, d = streams.shape
+        return torch.bmm(pre.reshape(-1, 1, n), streams.reshape(-1, n, d)).view(*lead, d), streams
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, later: Tensor | None):
+        streams, pre = ctx.saved_tensors
+        if grad is None:
+            return later, None
+        *_, n, d = streams.shape
+        g = grad.reshape(-1, d)
+        grad_pre = torch.bmm(streams.reshape(-1, n, d), g.unsqueeze(-1)).view_as(pre)
+        w, across = pre.unsqueeze(-1), g.view(*streams.shape[:-2], 1, d)
+        return w * across if later is None else later.contiguous().addcmul_(w, across), grad_pre
+
+
+class _Expand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, streams: Tensor, comb: Tensor, post: Tensor, output: Tensor) -> Tensor:
+        *_, n, d = streams.shape
+        comb, output = comb.contiguous(), output.contiguous()
+        ctx.save_for_backward(streams, comb, post, output)
+        out = torch.bmm(comb.view(-1, n, n).transpose(1, 2), streams.reshape(-1, n, d))
+        return out.addcmul_(post.reshape(-1, n, 1), output.view(-1, 1, d)).view_as(streams)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        streams, comb, post, output = ctx.saved_tensors
+        *_, n, d = streams.shape
+        g, x, f = grad.reshape(-1, n, d), streams.reshape(-1, n, d), output.view(-1, d, 1)
+        return (
+            torch.bmm(comb.view(-1, n, n), g).view_as(streams),
+            torch.bmm(x, g.transpose(1, 2)).view_as(comb),
+            torch.bmm(g, f).view_as(post),
+            torch.bmm(post.reshape(-1, 1, n), g).view_as(output),
+        )
+
+
+class _Sinkhorn(torch.autograd.Function):
+    """Keeps every half-step's matrix and sums, so that the backward pass is one line per half-step."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, iterations: int, eps: float) -> Tensor:
+        ctx.steps = []
+        pieces = []
+        for piece in logits.split(_SINKHORN_TOKENS, dim=2):
+            soft = matrix = piece.softmax(dim=1)
+            matrix = matrix + eps
+            halves = []
+            for half in range(2 * iterations - 1):
+                dim = half % 2
+                sums = matrix.sum(dim=dim, keepdim=True).add_(eps)
+                matrix = matrix / sums
+                halves.append((dim, matrix, sums))
+            ctx.steps.append((soft, halves))
+            pieces.append(matrix)
+        return torch.cat(pieces, dim=2)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        pieces = []
+        for piece, (soft, halves) in zip(grad.contiguous().split(_SINKHORN_TOKENS, dim=2), ctx.steps):
+            for dim, matrix, sums in reversed(halves):
+                piece = (piece - (piece * matrix).sum(dim=dim, keepdim=True)).div_(sums)
+            pieces.append(soft * (piece - (piece * soft).sum(dim=1, keepdim=True)))
+        return torch.cat(pieces, dim=2), None, None

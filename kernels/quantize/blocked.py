@@ -1,0 +1,33 @@
+"""FP4 rounding of large tensors for CPUs: the reference's bits, a block of them at a time that stays in the cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels import formats
+
+_BLOCKS = 1 << 11
+"""FP4 blocks that are rounded together: 256 KiB, and as much to work on."""
+_ONE, _EXPONENT = 0x3F800000, 0x7F800000
+
+
+def round_to_fp4(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """:func:`kernels.quantize.reference.round_to_format` of float32 [..., n], n a multiple of 32, in ``dtype`` (which
+    holds the values exactly if it is BF16 or wider)."""
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    blocks, rounded = x.reshape(-1, formats.FP4_BLOCK), out.view(-1, formats.FP4_BLOCK)
+    values, shifts = x.new_empty(2, min(_BLOCKS, len(blocks)), formats.FP4_BLOCK)
+    for given, result in zip(blocks.split(_BLOCKS), rounded.split(_BLOCKS)):
+        value, shift = values[: len(given)], shifts[: len(given)]
+        amax = torch.abs(given, out=value).amax(-1, keepdim=True)
+        scale = formats.e8m0_to_float(formats.e8m0_from_amax(amax, formats.E2M1_MAX, formats.FP4_AMAX_FLOOR))
+        torch.div(given, scale, out=value).clamp_(-formats.E2M1_MAX, formats.E2M1_MAX)
+        # E2M1 has one bit after the leading one, and steps of 0.5 below 1. What is added here and taken away again has
+        # its last bit where a value's is to be, so that the addition rounds to it, ties to even.
+        bits = shift.view(torch.int32)
+        torch.bitwise_and(value.view(torch.int32), _EXPONENT, out=bits).clamp_(min=_ONE)
+        shift.mul_(1.5 * 2.0**22)
+        value.add_(shift).sub_(shift).mul_(scale)
+        result.copy_(value.copysign_(given))
+    return out
