@@ -144,7 +144,7 @@ class MixtureOfExperts(nn.Module):
     def _by_experts(self, flat: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Each expert runs over its own tokens: [N, hidden] -> [N, hidden]."""
         experts = self._each_expert()
-        dtype = product_dtype(flat)
+        dtype = product_dtype(experts[0][0])
         picks, counts = picks_of_experts(chosen, self.config.num_experts, _ROWS if flat.dtype != dtype else 1)
         tokens = picks.clamp(min=0) // chosen.shape[-1]
         gathered = flat.to(dtype)[tokens].split(counts)
@@ -196,9 +196,9 @@ def picks_of_experts(chosen: Tensor, experts: int, multiple: int) -> tuple[Tenso
     with -1 to a multiple: int64 [total], and how many each has."""
     order = chosen.flatten().argsort(stable=True)
     counts = torch.bincount(chosen.flatten(), minlength=experts)
-    filled = -(-counts // multiple) * multiple
-    before = (filled - counts).cumsum(0) - (filled - counts)
-    sizes: list[int] = filled.tolist()
+    missing = -counts % multiple
+    before = missing.cumsum(0) - missing
+    sizes: list[int] = (counts + missing).tolist()
     picks = order.new_full((sum(sizes),), -1)
     picks[torch.arange(len(order), device=order.device) + before.repeat_interleave(counts)] = order
     return picks, sizes

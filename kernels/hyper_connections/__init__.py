@@ -21,21 +21,6 @@ def backend_for(x: Tensor) -> str:
     return "batched" if x.device.type == "cpu" and x.dtype.itemsize == 4 else "reference"
 
 
-def mixing_weights(
-    streams: Tensor,
-    fn: Tensor,
-    scale: Tensor,
-    base: Tensor,
-    iterations: int,
-    eps: float,
-    norm_eps: float,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`kernels.hyper_connections.reference.mixing_weights`."""
-    chosen = BACKENDS[backend or backend_for(streams)]
-    return chosen.mixing_weights(streams, fn, scale, base, iterations, eps, norm_eps)
-
-
 def collapse(streams: Tensor, pre: Tensor, backend: str | None = None) -> Tensor:
     """See :func:`kernels.hyper_connections.reference.collapse`."""
     return BACKENDS[backend or backend_for(streams)].collapse(streams, pre)
@@ -61,4 +46,4 @@ def expand(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor, backend:
     return BACKENDS[backend or backend_for(streams)].expand(streams, comb, post, output)
 
 
-__all__ = ["BACKENDS", "backend_for", "collapse", "enter", "expand", "mixing_weights", "sinkhorn"]
+__all__ = ["BACKENDS", "backend_for", "collapse", "enter", "expand", "sinkhorn"]

@@ -17,12 +17,6 @@ _SINKHORN_TOKENS = 1024
 """Tokens whose n x n matrices are iterated together."""
 
 
-def mixing_weights(
-    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iterations: int, eps: float, norm_eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _weighed(streams, fn, scale, base, iterations, eps, norm_eps)[0]
-
-
 def collapse(streams: Tensor, pre: Tensor) -> Tensor:
     return _Collapse.apply(streams, pre)[0]
 
@@ -30,21 +24,17 @@ def collapse(streams: Tensor, pre: Tensor) -> Tensor:
 def enter(
     streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iterations: int, eps: float, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (pre, post, comb), streams = _weighed(streams, fn, scale, base, iterations, eps, norm_eps)
+    B, S, n, _ = streams.shape
+    raw, streams = _NormalizedProduct.apply(streams, fn, norm_eps)
+    pre, post, comb = weights_from_raw(
+        raw, (B, S, n), scale, base, eps, lambda logits: _Sinkhorn.apply(logits, iterations, eps)
+    )
     x, streams = _Collapse.apply(streams, pre)
     return x, post, comb, streams
 
 
 def expand(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor) -> Tensor:
     return _Expand.apply(streams, comb, post, output)
-
-
-def _weighed(
-    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iterations: int, eps: float, norm_eps: float
-) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-    B, S, n, _ = streams.shape
-    raw, streams = _NormalizedProduct.apply(streams, fn, norm_eps)
-    return weights_from_raw(raw, (B, S, n), scale, base, eps, lambda x: _Sinkhorn.apply(x, iterations, eps)), streams
 
 
 # The first two functions also hand the streams on. What comes back for those is the sum of everything later, made for

@@ -1,7 +1,7 @@
 """Rounding to a storage format inside the forward pass, gradients passed straight through.
 
-Large FP4 tensors on a CPU are rounded in blocks (``blocked.py``), all else as written in ``reference.py``: the same
-bits.
+FP4 blocks on a CPU are rounded in pieces that stay in the cache (``blocked.py``), all else as written in
+``reference.py``: the same bits.
 """
 
 from __future__ import annotations
@@ -13,18 +13,11 @@ from kernels import formats
 from kernels.quantize import blocked, reference
 from kernels.quantize.reference import FORMATS, hadamard
 
-_LARGE = 1 << 18
-
 
 def round_to_format(x: Tensor, fmt: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """See :func:`kernels.quantize.reference.round_to_format`; in ``dtype``."""
-    if (
-        fmt == "fp4"
-        and x.device.type == "cpu"
-        and x.numel() >= _LARGE
-        and x.shape[-1] % formats.FP4_BLOCK == 0
-        and not torch.compiler.is_compiling()
-    ):
+    whole = x.device.type == "cpu" and x.shape[-1] % formats.FP4_BLOCK == 0
+    if fmt == "fp4" and whole and not torch.compiler.is_compiling():
         return blocked.round_to_fp4(x.float(), dtype)
     return reference.round_to_format(x, fmt).to(dtype)
 

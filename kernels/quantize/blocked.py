@@ -1,4 +1,4 @@
-"""FP4 rounding of large tensors for CPUs: the reference's bits, a block of them at a time that stays in the cache."""
+"""FP4 rounding for CPUs: the reference's bits, some thousand blocks at a time, which stay in the cache."""
 
 from __future__ import annotations
 

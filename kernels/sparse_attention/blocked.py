@@ -58,8 +58,7 @@ class _Block:
         return torch.cat((near, entries[:, : self.entries]), dim=1) if entries is not None and self.entries else near
 
     def bias(self, window: int, entry_mask: Tensor | None, reach: Tensor | None) -> Tensor:
-        """What hides the keys that a query must not look at, 0 or -inf: float32 [B or 1, queries, 1, keys]. To add it
-        takes a twentieth of filling with a mask."""
+        """What hides the keys that a query must not look at, 0 or -inf: float32 [B or 1, queries, 1, keys]."""
         age = torch.arange(self.begin, self.end).unsqueeze(1) - torch.arange(self.oldest, self.end)
         age = age.unsqueeze(0)
         limit: int | Tensor = window

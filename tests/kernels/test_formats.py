@@ -5,7 +5,7 @@ import torch
 
 from kernels import formats
 from kernels.cache_io import EntryLayout, pack, unpack
-from kernels.quantize import fake_quantize, hadamard, round_to_format
+from kernels.quantize import fake_quantize, hadamard, reference, round_to_format
 
 
 def test_every_e2m1_code_and_midpoint():
@@ -76,6 +76,22 @@ def test_all_zero_and_tiny_blocks_survive():
     for fmt in ("fp8", "fp4"):
         assert torch.equal(round_to_format(torch.zeros(2, 64), fmt), torch.zeros(2, 64))
         assert round_to_format(torch.full((1, 64), 1e-30), fmt).isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [1, 2049])
+def test_fp4_in_pieces_has_the_readable_bits(rows):
+    x = torch.randn(rows, 64) * torch.logspace(-30, 30, rows).unsqueeze(1)
+    x[0, :32] = torch.arange(-16, 16) / 4  # ties, and both zeros
+    x[0, 0] = -0.0
+    for special in (None, 0.0, 1e-45, -1e38, float("inf"), float("nan")):
+        if special is not None:
+            x[-1, 40] = special
+        expected = reference.round_to_format(x, "fp4")
+        found = round_to_format(x, "fp4")
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.equal(found.nan_to_num(0).view(torch.int32), expected.nan_to_num(0).view(torch.int32))
+        narrow = fake_quantize(x, "fp4", torch.bfloat16)
+        torch.testing.assert_close(narrow.float(), expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_fake_quantize_passes_the_gradient_through():

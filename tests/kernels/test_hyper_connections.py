@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.hyper_connections import BACKENDS, backend_for, collapse, enter, expand, mixing_weights, sinkhorn
+from kernels.hyper_connections import BACKENDS, backend_for, collapse, enter, expand, sinkhorn
 
 
 def test_mixing_matrix_is_doubly_stochastic():
@@ -17,10 +17,11 @@ def test_mixing_weights_follow_the_formula():
     n, d = 4, 8
     streams, fn = torch.randn(2, 3, n, d), torch.randn(2 * n + n * n, n * d)
     scale, base = torch.tensor([0.3, 0.5, 0.7]), torch.randn(2 * n + n * n)
-    pre, post, comb = mixing_weights(streams, fn, scale, base, 20, 1e-6, 1e-6)
-    x = streams[1, 2].flatten()
-    raw = fn @ (x / (x.square().mean() + 1e-6).sqrt())
-    torch.testing.assert_close(pre[1, 2], torch.sigmoid(0.3 * raw[:n] + base[:n]) + 1e-6)
+    x, post, comb, through = enter(streams, fn, scale, base, 20, 1e-6, 1e-6)
+    assert torch.equal(through, streams)
+    flat = streams[1, 2].flatten()
+    raw = fn @ (flat / (flat.square().mean() + 1e-6).sqrt())
+    torch.testing.assert_close(x[1, 2], (torch.sigmoid(0.3 * raw[:n] + base[:n]) + 1e-6) @ streams[1, 2])
     torch.testing.assert_close(post[1, 2], 2 * torch.sigmoid(0.5 * raw[n : 2 * n] + base[n : 2 * n]))
     matrix = torch.softmax((0.7 * raw[2 * n :] + base[2 * n :]).view(n, n), -1) + 1e-6
     matrix = matrix / (matrix.sum(0, keepdim=True) + 1e-6)
@@ -39,68 +40,52 @@ def test_expand_applies_the_transposed_matrix():
         torch.testing.assert_close(out[0, 0, k], expected)
 
 
+def assert_alike(run, inputs, tolerance):
+    """``run(backend, *leaves)`` gives outputs, whose weighted sum is differentiated: the same in all backends."""
+    results = {}
+    for backend in BACKENDS:
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        outputs = run(backend, *leaves)
+        sum((out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum() for out in outputs).backward()
+        gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        results[backend] = [*outputs, *gradients]
+    for backend in BACKENDS:
+        torch.testing.assert_close(results[backend], results["reference"], rtol=tolerance, atol=1e-4)
+
+
 @pytest.mark.parametrize("tokens", [1, 700])
 def test_other_backends_equal_the_reference_forward_and_backward(tokens):
     assert backend_for(torch.zeros(1)) == "batched"
-    torch.manual_seed(0)
-    inputs = [
-        torch.randn(2, tokens, 4, 96),
-        torch.rand(2, tokens, 4, 4),
-        torch.rand(2, tokens, 4),
-        torch.randn(2, tokens, 96),
-    ]
-    results = {}
-    for backend in BACKENDS:
-        leaves = [t.clone().requires_grad_() for t in inputs]
-        expanded = expand(*leaves, backend=backend)
-        collapsed = collapse(expanded, leaves[2], backend=backend)
-        collapsed.backward(torch.linspace(-1, 1, collapsed.numel()).view_as(collapsed))
-        results[backend] = [expanded, collapsed, *(leaf.grad for leaf in leaves)]
-    for slow, *others in zip(*(results[backend] for backend in BACKENDS)):
-        for fast in others:
-            torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
+    shapes = ((2, tokens, 4, 96), (2, tokens, 4, 4), (2, tokens, 4), (2, tokens, 96))
+    streams, comb, post, output = map(torch.randn, shapes)
+
+    def run(backend, streams, comb, post, output):
+        expanded = expand(streams, comb, post, output, backend=backend)
+        return expanded, collapse(expanded, post, backend=backend)
+
+    assert_alike(run, (streams, comb.sigmoid(), post.sigmoid(), output), 1e-4)
 
 
-def test_other_mixing_weights_equal_the_reference_forward_and_backward():
-    torch.manual_seed(0)
-    inputs = [torch.randn(2, 700, 4, 16), torch.randn(24, 64), torch.tensor([0.4, 0.6, 0.8]), torch.randn(24)]
-    results = {}
-    for backend in BACKENDS:
-        leaves = [t.clone().requires_grad_() for t in inputs]
-        outputs = mixing_weights(*leaves, 20, 1e-6, 1e-6, backend=backend)
-        sum((out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum() for out in outputs).backward()
-        results[backend] = [*outputs, *(leaf.grad for leaf in leaves)]
-    for slow, *others in zip(*(results[backend] for backend in BACKENDS)):
-        for fast in others:
-            torch.testing.assert_close(fast, slow, rtol=1e-3, atol=1e-4)
+def weights(n=4, d=16):
+    return torch.randn(2 * n + n * n, n * d), torch.tensor([0.4, 0.6, 0.8]), torch.randn(2 * n + n * n)
 
 
-def test_a_block_s_way_in_and_out_equals_the_reference_forward_and_backward():
-    """Twice over, as in a layer, with the inner outputs used for more than one thing."""
-    torch.manual_seed(0)
-    inputs = [torch.randn(2, 700, 4, 16), torch.randn(24, 64), torch.tensor([0.4, 0.6, 0.8]), torch.randn(24)]
-    results = {}
-    for backend in BACKENDS:
-        leaves = [t.clone().requires_grad_() for t in inputs]
-        streams, *weights = leaves
+@pytest.mark.parametrize("used", [slice(None), 0, 1, 2, 3])
+def test_the_way_into_a_block_equals_the_reference_whatever_is_used_of_it(used):
+    def run(backend, *leaves):
+        outputs = enter(*leaves, 20, 1e-6, 1e-6, backend=backend)
+        return outputs if isinstance(used, slice) else outputs[used : used + 1]
+
+    assert_alike(run, (torch.randn(2, 700, 4, 16), *weights()), 1e-3)
+
+
+def test_ways_in_and_out_of_blocks_equal_the_reference():
+    """Two in a row, as in a layer."""
+
+    def run(backend, streams, output, *weights):
         for _ in range(2):
             x, post, comb, entered = enter(streams, *weights, 20, 1e-6, 1e-6, backend=backend)
-            streams = expand(entered, comb, post, x.sin(), backend=backend)
-        read = collapse(streams, post, backend=backend)
-        (read.square().sum() + (streams * torch.linspace(-1, 1, streams.numel()).view_as(streams)).sum()).backward()
-        results[backend] = [streams, *(leaf.grad for leaf in leaves)]
-    for slow, *others in zip(*(results[backend] for backend in BACKENDS)):
-        for fast in others:
-            torch.testing.assert_close(fast, slow, rtol=1e-3, atol=1e-3)
+            streams = expand(entered, comb, post, x.sin() + output, backend=backend)
+        return streams, collapse(streams, post, backend=backend)
 
-
-def test_only_the_input_of_a_block_may_be_used():
-    """Gradients of parts that nothing came back for are the others' alone."""
-    inputs = [torch.randn(1, 5, 4, 16), torch.randn(24, 64), torch.tensor([0.4, 0.6, 0.8]), torch.randn(24)]
-    for used in range(4):
-        results = []
-        for backend in ("reference", "batched"):
-            leaves = [t.clone().requires_grad_() for t in inputs]
-            enter(*leaves, 20, 1e-6, 1e-6, backend=backend)[used].sin().sum().backward()
-            results.append([leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves])
-        torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+    assert_alike(run, (torch.randn(2, 70, 4, 16), torch.randn(2, 70, 16), *weights()), 1e-3)

@@ -1,8 +1,9 @@
+import pytest
 import torch
 
 from model.config import ModelConfig
 from model.mixers.base import Context
-from model.moe import MixtureOfExperts, hash_table, sequence_balance, swiglu
+from model.moe import MixtureOfExperts, hash_table, picks_of_experts, sequence_balance, swiglu
 
 CONTEXT = Context(torch.zeros(1, 1, dtype=torch.int64), {})
 
@@ -73,3 +74,30 @@ def test_kept_rounded_experts_follow_the_weights():
         changed = moe(x, ids, CONTEXT)
     assert not torch.allclose(changed, first, atol=1e-3)
     assert torch.equal(changed, moe(x, ids, CONTEXT).detach())
+
+
+def test_picks_are_filled_up_to_multiples():
+    chosen = torch.tensor([[2, 0], [0, 2], [2, 3]])
+    picks, counts = picks_of_experts(chosen, 4, 1)
+    assert picks.tolist() == [1, 2, 0, 3, 4, 5] and counts == [2, 0, 3, 1]
+    picks, counts = picks_of_experts(chosen, 4, 2)
+    assert picks.tolist() == [1, 2, 0, 3, 4, -1, 5, -1] and counts == [2, 0, 4, 2]
+
+
+@pytest.mark.parametrize("qat", [False, True])
+def test_narrow_products_in_filled_up_rows_are_those_of_the_rows(qat, monkeypatch):
+    moe = build(qat=qat, hidden_size=32, expert_size=32).train()
+    x, ids = torch.randn(2, 21, 32), torch.zeros(2, 21, dtype=torch.int64)
+    results = []
+    for rows in (1, 64):
+        monkeypatch.setattr("model.moe._ROWS", rows)
+        moe.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = moe(leaf, ids, CONTEXT)
+        out.square().sum().backward()
+        results.append([out.detach(), leaf.grad, *(p.grad for p in moe.parameters())])
+    torch.testing.assert_close(*results, rtol=0.01, atol=0.01 * float(results[0][1].abs().max()))
+    with torch.no_grad():
+        exact = moe(x, ids, CONTEXT)
+    torch.testing.assert_close(results[1][0], exact, rtol=0.05, atol=0.05 * float(exact.abs().max()))
