@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -27,6 +28,16 @@ class Telemetry:
         """int64 [B, S, K] by layer: the experts of every token in training, where a router chose them."""
         self.losses: dict[str, dict[int, Tensor]] = defaultdict(dict)
         self.measures: dict[str, dict[int, Tensor]] = defaultdict(dict)
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """What layers report meanwhile is forgotten."""
+        kept = self.chosen, self.losses, self.measures
+        self.chosen, self.losses, self.measures = {}, defaultdict(dict), defaultdict(dict)
+        try:
+            yield
+        finally:
+            self.chosen, self.losses, self.measures = kept
 
     def loss(self, name: str) -> Tensor | None:
         """The mean of loss ``name`` over the layers that reported it; None when none did."""

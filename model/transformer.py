@@ -129,7 +129,7 @@ class Transformer(nn.Module):
         streams = self.into_streams(embedding)
         for layer, block in enumerate(self.layers):
             kept = cache.layers[layer] if cache is not None else None
-            streams = self._through(block, block, streams, input_ids, context, kept)
+            streams = self._through(block, block, telemetry, streams, input_ids, context, kept)
         if cache is not None:
             cache.advance()
         if telemetry is not None and telemetry.predict_ahead:
@@ -196,11 +196,13 @@ class Transformer(nn.Module):
         kept = None if positions is None else positions[:, :-1]
         context = self._context(input_ids[:, :-1], None, kept, context.attention, context.telemetry)
         arguments = streams[:, :-1], embedding[:, 1:], input_ids[:, 1:], context
-        return self._logits(self._through(module, module.hidden, *arguments))
+        return self._logits(self._through(module, module.hidden, context.telemetry, *arguments))
 
-    def _through(self, layer: nn.Module, function: Callable[..., Tensor], *arguments: object) -> Tensor:
+    def _through(
+        self, layer: nn.Module, function: Callable[..., Tensor], telemetry: Telemetry | None, *arguments: object
+    ) -> Tensor:
         if self.recompute and self.training and torch.is_grad_enabled():
-            return recomputed(layer, function, *arguments)
+            return recomputed(layer, function, telemetry, *arguments)
         return function(*arguments)
 
     @torch.no_grad()

@@ -39,6 +39,20 @@ def test_gradients_and_counts_are_those_of_a_kept_pass(attention):
     assert all(map(torch.equal, loads, loads_again)) and loads[0].sum() > 0
 
 
+def test_the_second_pass_reports_nothing():
+    """What it reported would hold on to all that it makes, layer after layer, until the step is over."""
+    model = build(layers=LAYERS).train()
+    model.recompute = True
+    ids = torch.randint(50, (2, 49), generator=torch.Generator().manual_seed(1))
+    telemetry = Telemetry()
+    logits = model(ids[:, :-1], telemetry=telemetry)
+    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()) + telemetry.loss("indexer_kl")
+    reported = [*telemetry.losses["indexer_kl"].values(), *telemetry.losses["balance"].values()]
+    loss.backward()
+    left = [*telemetry.losses["indexer_kl"].values(), *telemetry.losses["balance"].values()]
+    assert reported and all(a is b for a, b in zip(left, reported, strict=True))
+
+
 def test_only_the_layers_inputs_are_kept():
     """Bytes that are held for the backward pass, of three layers and of six."""
     ids = torch.randint(50, (1, 97))
