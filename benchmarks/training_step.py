@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.contenders import Theirs, write_weights
 from benchmarks.report import check_page, command_line, count, table, verdict, write_tables
 from benchmarks.step_parts import FULL, PLAIN_RESIDUALS, parts, step
 from benchmarks.timing import OtherLoad, PeakMemory, Side, Timing, in_child, machine, ratio, threads_of
@@ -76,6 +75,8 @@ def muon_and_others(
 
 
 def their_step(folder: Path, ids: Tensor, way: Way) -> Callable[[], None]:
+    from benchmarks.contenders import Theirs  # here: our processes do without transformers
+
     model = Theirs(folder).model.train()
     stacks, matrices, others = muon_and_others(model)
     muon = torch.optim.Muon(
@@ -164,6 +165,8 @@ def main(arguments: list[str] | None = None) -> str:
     options = parser.parse_args(arguments)
     if options.write:
         check_page(options.write)
+    from benchmarks.contenders import write_weights
+
     load = OtherLoad()
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -30,6 +30,8 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attn_residual = residual(config)
         self.ffn_residual = residual(config)
+        self.remakes_streams = True
+        """Whether the backward pass makes the streams between the two again, which costs it one product."""
 
     def forward(self, streams: Tensor, input_ids: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """streams [B, S, n, hidden] ([B, S, hidden] without hyper-connections), input_ids int64 [B, S] -> streams."""
@@ -52,9 +54,11 @@ class Block(nn.Module):
     def before_experts(
         self, streams: Tensor, mixing: Mixing, mixed: Tensor, rotation: Rotation, input_ids: Tensor
     ) -> tuple[Tensor, Mixing, dict[str, Tensor]]:
-        streams = self.attn_residual.leave(streams, mixing, self.attn.output(mixed, rotation))
-        x, mixing = self.ffn_residual.enter(streams)
-        return streams, mixing, self.ffn.route(self.ffn_norm(x), input_ids)
+        out = self.attn.output(mixed, rotation)
+        between = self.attn_residual.leave(streams, mixing, out)
+        remade = self.attn_residual.remade(between, streams, mixing, out) if self.remakes_streams else None
+        x, mixing = self.ffn_residual.enter(between, remade)
+        return between, mixing, self.ffn.route(self.ffn_norm(x), input_ids)
 
     def after_experts(self, streams: Tensor, mixing: Mixing, out: Tensor) -> Tensor:
         return self.ffn_residual.leave(streams, mixing, out)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from kernels.autocast import in_float32
-from kernels.hyper_connections import collapse, enter, expand
+from kernels.hyper_connections import Remade, backend_for, enter, expand, head
 from model.config import ModelConfig
-from model.norm import rms_normalize
 
-Mixing = tuple[Tensor, ...]
+Mixing = tuple[Any, ...]
 """What a residual keeps between its two halves."""
 
 
@@ -34,21 +36,33 @@ class HyperConnection(nn.Module):
             with torch.no_grad():  # e^4 : 1, so about 0.95 of a stream stays in place
                 self.base[2 * n :].view(n, n).fill_diagonal_(4.0)
 
-    def enter(self, streams: Tensor) -> tuple[Tensor, Mixing]:
+    def enter(self, streams: Tensor, remade: Remade | None = None) -> tuple[Tensor, Mixing]:
         """The block's input [B, S, d], and for :meth:`leave` the mixing weights and, where gradients are recorded, the
-        streams as :func:`kernels.hyper_connections.enter` gives them."""
+        streams as :func:`kernels.hyper_connections.enter` gives them. With ``remade`` none of this keeps the streams
+        for the backward pass."""
         c = self.config
-        with in_float32(streams):
+        with in_float32(streams), _not_kept(remade):
             x, *mixing, entered = enter(
                 streams, self.fn, self.scale, self.base, c.hc_sinkhorn_iters, c.hc_eps, c.norm_eps
             )
-        return x, (*mixing, entered) if torch.is_grad_enabled() else tuple(mixing)
+        return x, (*mixing, entered, remade) if torch.is_grad_enabled() else tuple(mixing)
 
     def leave(self, streams: Tensor, mixing: Mixing, output: Tensor) -> Tensor:
         """The new streams from the old ones and the block's output [B, S, d]."""
-        post, comb, *entered = mixing
-        with in_float32(streams):
-            return expand(entered[0] if entered else streams, comb, post, output.float())
+        post, comb, *recorded = mixing
+        entered, remade = recorded or (streams, None)
+        with in_float32(streams), _not_kept(remade):
+            return expand(entered, comb, post, output)
+
+    def remade(self, made: Tensor, streams: Tensor, mixing: Mixing, output: Tensor) -> Remade | None:
+        """What :meth:`leave` made of the other three, to be made again in the backward pass; None where it is kept."""
+        if not torch.is_grad_enabled() or backend_for(made) != "batched":
+            return None
+        return Remade(made, streams, mixing[1], mixing[0], output)
+
+
+def _not_kept(remade: Remade | None) -> AbstractContextManager:
+    return nullcontext() if remade is None else remade.not_kept()
 
 
 class HyperHead(nn.Module):
@@ -68,18 +82,20 @@ class HyperHead(nn.Module):
 
     def forward(self, streams: Tensor) -> Tensor:
         with in_float32(streams):
-            mixes = rms_normalize(streams.flatten(2), self.config.norm_eps) @ self.fn.t()
-            return collapse(streams, torch.sigmoid(mixes * self.scale + self.base) + self.config.hc_eps)
+            return head(streams, self.fn, self.scale, self.base, self.config.hc_eps, self.config.norm_eps)
 
 
 class PlainResidual(nn.Module):
     """``x + F(x)``: what the network uses with ``hyper_connections`` off."""
 
-    def enter(self, streams: Tensor) -> tuple[Tensor, Mixing]:
+    def enter(self, streams: Tensor, remade: Remade | None = None) -> tuple[Tensor, Mixing]:
         return streams, ()
 
     def leave(self, streams: Tensor, mixing: Mixing, output: Tensor) -> Tensor:
         return streams + output.float()
+
+    def remade(self, made: Tensor, streams: Tensor, mixing: Mixing, output: Tensor) -> None:
+        return None
 
 
 def residual(config: ModelConfig) -> HyperConnection | PlainResidual:

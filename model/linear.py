@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.autocast import product_dtype
+
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T`` for x [..., in] and weight [out, in] (or stacks [g, in] and [g, out, in]), in x's dtype.
@@ -18,7 +20,13 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         return (weight * x.unsqueeze(-2)).sum(-1)
     if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         return linear(x.to(weight.dtype), weight).to(x.dtype)
-    return F.linear(x, weight) if weight.dim() == 2 else torch.einsum("...gi,goi->...go", x, weight)
+    if weight.dim() == 2:
+        return F.linear(x, weight)
+    if x.device.type == "cpu":
+        # One product a group: of a batch of them a CPU's library copies what it gets transposed, forward and backward.
+        groups = zip(x.to(product_dtype(x)).unbind(-2), weight.unbind())
+        return torch.stack([F.linear(*group) for group in groups], dim=-2)
+    return torch.einsum("...gi,goi->...go", x, weight)
 
 
 class Linear(nn.Linear):

@@ -18,9 +18,36 @@ _ROWS = 64
 that it has not met, which takes longer than most products here. What fills them up has no weight."""
 
 
-def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    """``silu(gate) * up`` with gate clamped from above and up on both sides (report 4.2.3), in float32."""
-    return F.silu(gate.float().clamp(max=limit)) * up.float().clamp(-limit, limit)
+def swiglu(gate: Tensor, up: Tensor, limit: float, gain: Tensor | None = None) -> Tensor:
+    """``silu(gate) * up`` with gate clamped from above and up on both sides (report 4.2.3), times ``gain``; all
+    broadcast. Computed in float32, given in gate's dtype."""
+    return _SwiGLU.apply(gate, up, gain, limit)
+
+
+class _SwiGLU(torch.autograd.Function):
+    # Written out, because autograd would keep six tensors in float32 where two in the type of the products say all.
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, gain: Tensor | None, limit: float) -> Tensor:
+        ctx.save_for_backward(gate, up, gain)
+        ctx.limit = limit
+        out = F.silu(gate.float().clamp(max=limit)) * up.float().clamp(-limit, limit)
+        return (out if gain is None else out * gain).to(gate.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        gate, up, gain = ctx.saved_tensors
+        grad, g, u = grad.float(), gate.float().clamp(max=ctx.limit), up.float().clamp(-ctx.limit, ctx.limit)
+        sigmoid = g.sigmoid()
+        silu = g.mul_(sigmoid)
+        grad_gain = None
+        if gain is not None:
+            grad_gain = (grad * silu * u).sum(-1, keepdim=True)
+            grad = grad * gain
+        grad_up = (grad * silu).masked_fill_(up.abs() > ctx.limit, 0)
+        # silu' = sigmoid + silu * (1 - sigmoid)
+        slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
+        grad_gate = u.mul_(slope).mul_(grad).masked_fill_(gate > ctx.limit, 0)
+        return grad_gate.to(gate.dtype), grad_up.to(up.dtype), grad_gain, None
 
 
 class DenseFeedForward(nn.Module):
@@ -46,7 +73,8 @@ class DenseFeedForward(nn.Module):
         return ()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(swiglu(self.w1(x), self.w3(x), self.limit).to(x.dtype))
+        x = x.to(product_dtype(x))  # once for both
+        return self.w2(swiglu(self.w1(x), self.w3(x), self.limit))
 
 
 class MixtureOfExperts(nn.Module):
@@ -145,14 +173,12 @@ class MixtureOfExperts(nn.Module):
         """Each expert runs over its own tokens: [N, hidden] -> [N, hidden]."""
         experts = self._each_expert()
         dtype = product_dtype(experts[0][0])
-        picks, counts = picks_of_experts(chosen, self.config.num_experts, _ROWS if flat.dtype != dtype else 1)
+        picks, places, counts = picks_of_experts(chosen, self.config.num_experts, _ROWS if flat.dtype != dtype else 1)
         tokens = picks.clamp(min=0) // chosen.shape[-1]
-        gathered = flat.to(dtype)[tokens].split(counts)
-        gains = F.pad(weights.flatten(), (0, 1))[picks].split(counts)
-        outputs = [
-            self._expert(rows, gain.unsqueeze(-1), *expert) for expert, rows, gain in zip(experts, gathered, gains)
-        ]
-        return torch.zeros_like(flat).index_add(0, tokens, torch.cat(outputs).to(flat.dtype))
+        rows = _Spread.apply(flat, tokens, places, dtype).split(counts)
+        gains = F.pad(weights.flatten(), (0, 1))[picks].unsqueeze(-1).split(counts)
+        outputs = [self._expert(own, gain, *expert) for expert, own, gain in zip(experts, rows, gains)]
+        return _Gathered.apply(torch.cat(outputs), tokens, places, flat.dtype)
 
     def _by_tiles(self, flat: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """The same in tiles of one shape: an expert runs over a whole tile as soon as one of its tokens chose it. To
@@ -173,8 +199,7 @@ class MixtureOfExperts(nn.Module):
         return list(zip(*(w.unbind() for w in self.stored_experts())))
 
     def _expert(self, rows: Tensor, gain: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
-        inner = swiglu(linear(rows, w1), linear(rows, w3), self.config.swiglu_limit)
-        return linear((inner * gain).to(rows.dtype), w2)
+        return linear(swiglu(linear(rows, w1), linear(rows, w3), self.config.swiglu_limit, gain), w2)
 
     def stored_experts(self) -> tuple[Tensor, ...]:
         """The stacks w1, w3 and w2 as rounded for storage. Outside training they are kept: rounding them took a quarter
@@ -191,17 +216,58 @@ class MixtureOfExperts(nn.Module):
         return self._rounded[1]
 
 
-def picks_of_experts(chosen: Tensor, experts: int, multiple: int) -> tuple[Tensor, list[int]]:
+def picks_of_experts(chosen: Tensor, experts: int, multiple: int) -> tuple[Tensor, Tensor, list[int]]:
     """The places in ``chosen``, int64 [N, K], at which each expert stands, one expert after the other, each filled up
-    with -1 to a multiple: int64 [total], and how many each has."""
+    with -1 to a multiple: int64 [total]. Then where each of ``chosen`` is among those, int64 [N, K], and how many each
+    expert has."""
     order = chosen.flatten().argsort(stable=True)
     counts = torch.bincount(chosen.flatten(), minlength=experts)
     missing = -counts % multiple
     before = missing.cumsum(0) - missing
     sizes: list[int] = (counts + missing).tolist()
-    picks = order.new_full((sum(sizes),), -1)
-    picks[torch.arange(len(order), device=order.device) + before.repeat_interleave(counts)] = order
-    return picks, sizes
+    picks, places = order.new_full((sum(sizes),), -1), torch.empty_like(order)
+    filled = torch.arange(len(order), device=order.device) + before.repeat_interleave(counts)
+    picks[filled] = order
+    places[order] = filled
+    return picks, places.view_as(chosen), sizes
+
+
+# Every token's row to its experts, and the sums of what these make of them: each is the way back of the other.
+# ``tokens`` int64 [total] says whose row stands where, ``places`` int64 [N, K] where a token's rows stand.
+
+
+class _Spread(torch.autograd.Function):
+    """[N, hidden] -> [total, hidden] in ``dtype``."""
+
+    @staticmethod
+    def forward(ctx, flat: Tensor, tokens: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.dtype = flat.dtype
+        return flat.to(dtype).index_select(0, tokens)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (places,) = ctx.saved_tensors
+        return _sums(grad, places, ctx.dtype), None, None, None
+
+
+class _Gathered(torch.autograd.Function):
+    """[total, hidden] -> [N, hidden], summed up in ``dtype``."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, tokens: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.dtype = rows.dtype
+        return _sums(rows, places, dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (tokens,) = ctx.saved_tensors
+        return grad.to(ctx.dtype).index_select(0, tokens), None, None, None
+
+
+def _sums(rows: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
+    return rows.index_select(0, places.flatten()).unflatten(0, places.shape).sum(1, dtype=dtype)
 
 
 def sequence_balance(affinity: Tensor, chosen: Tensor, counted: Tensor | None = None) -> Tensor:

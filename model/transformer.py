@@ -52,8 +52,7 @@ class Transformer(nn.Module):
         self._execution = Execution()
         self.trains_compiled = False
         """In training, compile what is done to each token on its own."""
-        self.recompute = False
-        """In training, make the layers' inner tensors again in the backward pass instead of keeping them."""
+        self._recompute = False
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, mixer, layer) for layer, mixer in enumerate(config.layers))
         self.hyper_head = HyperHead(config) if config.hyper_connections else None
@@ -232,6 +231,19 @@ class Transformer(nn.Module):
                 parameter.zero_()
             if self.config.zero_init_output and (last[-2] in ("wo_b", "wo", "w2") or last[-1] == "w2"):
                 parameter.zero_()
+
+    @property
+    def recompute(self) -> bool:
+        """Whether training makes layers' inner tensors again in the backward pass instead of keeping them: all, or only
+        the residual streams between a layer's halves."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, layers: bool) -> None:
+        self._recompute = layers
+        for block in self.modules():
+            if isinstance(block, Block):  # one thing at a time: what it spares, the layer would keep for it
+                block.remakes_streams = not layers
 
     @property
     def execution(self) -> Execution:

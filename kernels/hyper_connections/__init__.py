@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels.hyper_connections import batched, fused, reference
 from kernels.hyper_connections.reference import sinkhorn
+from kernels.hyper_connections.remade import Remade
 
 BACKENDS = {"reference": reference, "batched": batched, "fused": fused}
 
@@ -19,11 +20,6 @@ def backend_for(x: Tensor) -> str:
     if torch.compiler.is_compiling():
         return "fused"
     return "batched" if x.device.type == "cpu" and x.dtype.itemsize == 4 else "reference"
-
-
-def collapse(streams: Tensor, pre: Tensor, backend: str | None = None) -> Tensor:
-    """See :func:`kernels.hyper_connections.reference.collapse`."""
-    return BACKENDS[backend or backend_for(streams)].collapse(streams, pre)
 
 
 def enter(
@@ -41,9 +37,22 @@ def enter(
     return chosen.enter(streams, fn, scale, base, iterations, eps, norm_eps)
 
 
+def head(
+    streams: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    eps: float,
+    norm_eps: float,
+    backend: str | None = None,
+) -> Tensor:
+    """See :func:`kernels.hyper_connections.reference.head`."""
+    return BACKENDS[backend or backend_for(streams)].head(streams, fn, scale, base, eps, norm_eps)
+
+
 def expand(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor, backend: str | None = None) -> Tensor:
     """See :func:`kernels.hyper_connections.reference.expand`."""
     return BACKENDS[backend or backend_for(streams)].expand(streams, comb, post, output)
 
 
-__all__ = ["BACKENDS", "backend_for", "collapse", "enter", "expand", "sinkhorn"]
+__all__ = ["BACKENDS", "Remade", "backend_for", "enter", "expand", "head", "sinkhorn"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.hyper_connections.reference import weights_from_raw
+from kernels.hyper_connections.reference import pre_from_raw, weights_from_raw
 
 _SINKHORN_TOKENS = 1024
 """Tokens whose n x n matrices are iterated together."""
@@ -24,13 +24,17 @@ def collapse(streams: Tensor, pre: Tensor) -> Tensor:
 def enter(
     streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iterations: int, eps: float, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    B, S, n, _ = streams.shape
     raw, streams = _NormalizedProduct.apply(streams, fn, norm_eps)
     pre, post, comb = weights_from_raw(
-        raw, (B, S, n), scale, base, eps, lambda logits: _Sinkhorn.apply(logits, iterations, eps)
+        raw, streams.shape[:3], scale, base, eps, lambda logits: _Sinkhorn.apply(logits, iterations, eps)
     )
     x, streams = _Collapse.apply(streams, pre)
     return x, post, comb, streams
+
+
+def head(streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, eps: float, norm_eps: float) -> Tensor:
+    raw, streams = _NormalizedProduct.apply(streams, fn, norm_eps)
+    return collapse(streams, pre_from_raw(raw, streams.shape[:3], scale, base, eps))
 
 
 def expand(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor) -> Tensor:
@@ -89,21 +93,21 @@ class _Expand(torch.autograd.Function):
     @staticmethod
     def forward(ctx, streams: Tensor, comb: Tensor, post: Tensor, output: Tensor) -> Tensor:
         *_, n, d = streams.shape
-        comb, output = comb.contiguous(), output.contiguous()
+        comb = comb.contiguous()
         ctx.save_for_backward(streams, comb, post, output)
         out = torch.bmm(comb.view(-1, n, n).transpose(1, 2), streams.reshape(-1, n, d))
-        return out.addcmul_(post.reshape(-1, n, 1), output.view(-1, 1, d)).view_as(streams)
+        return out.addcmul_(post.reshape(-1, n, 1), output.float().reshape(-1, 1, d)).view_as(streams)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         streams, comb, post, output = ctx.saved_tensors
         *_, n, d = streams.shape
-        g, x, f = grad.reshape(-1, n, d), streams.reshape(-1, n, d), output.view(-1, d, 1)
+        g, x, f = grad.reshape(-1, n, d), streams.reshape(-1, n, d), output.float().reshape(-1, d, 1)
         return (
             torch.bmm(comb.view(-1, n, n), g).view_as(streams),
             torch.bmm(x, g.transpose(1, 2)).view_as(comb),
             torch.bmm(g, f).view_as(post),
-            torch.bmm(post.reshape(-1, 1, n), g).view_as(output),
+            torch.bmm(post.reshape(-1, 1, n), g).view_as(output).to(output.dtype),
         )
 
 

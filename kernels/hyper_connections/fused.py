@@ -8,18 +8,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.hyper_connections.reference import sinkhorn, weights_from_raw
+from kernels.hyper_connections.reference import pre_from_raw, sinkhorn, weights_from_raw
 
 
 def mixing_weights(
     streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iterations: int, eps: float, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, S, n, d = streams.shape
-    flat = streams.reshape(B * S, n * d).float()
+    raw = normalized_product(streams, fn, norm_eps)
+    return weights_from_raw(raw, streams.shape[:3], scale, base, eps, lambda x: sinkhorn(x, iterations, eps))
+
+
+def normalized_product(streams: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
+    flat = streams.reshape(-1, fn.shape[1]).float()
     rms = torch.rsqrt(flat.square().mean(dim=-1) + norm_eps)
     # For one token the product is nothing but reading fn, which a fused sum does as fast as anything.
-    product = (fn * flat).sum(-1, keepdim=True) if B * S == 1 else (flat @ fn.t()).t()
-    return weights_from_raw(product * rms, (B, S, n), scale, base, eps, lambda x: sinkhorn(x, iterations, eps))
+    return ((fn * flat).sum(-1, keepdim=True) if len(flat) == 1 else (flat @ fn.t()).t()) * rms
 
 
 def collapse(streams: Tensor, pre: Tensor) -> Tensor:
@@ -34,6 +37,11 @@ def enter(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     pre, post, comb = mixing_weights(streams, fn, scale, base, iterations, eps, norm_eps)
     return collapse(streams, pre), post, comb, streams
+
+
+def head(streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, eps: float, norm_eps: float) -> Tensor:
+    raw = normalized_product(streams, fn, norm_eps)
+    return collapse(streams, pre_from_raw(raw, streams.shape[:3], scale, base, eps))
 
 
 def expand(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Streams X are [B, S, n, d]. A block F is wrapped as ``X' = combT X + post F(pre 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,32 +33,41 @@ def mixing_weights(
     fn [2n + n * n, n * d], scale [3], base [2n + n * n], in the order pre, post, comb; all float32.
     comb's row is the source stream, its column the target.
     """
-    B, S, n, d = streams.shape
-    flat = streams.reshape(B * S, n * d).float()
+    raw = normalized_product(streams, fn, norm_eps)
+    return weights_from_raw(raw, streams.shape[:3], scale, base, eps, lambda x: sinkhorn(x, iterations, eps))
+
+
+def normalized_product(streams: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
+    """``fn`` [m, n * d] times every token's streams side by side, over their root mean square: [m, B * S]."""
+    flat = streams.reshape(-1, fn.shape[1]).float()
     # Normalising after the product gives the same numbers and saves a pass over the streams.
-    rms = torch.rsqrt(flat.square().mean(dim=-1) + norm_eps)
-    raw = (fn @ flat.transpose(0, 1)) * rms  # [2n + n * n, B * S]
-    return weights_from_raw(raw, (B, S, n), scale, base, eps, lambda x: sinkhorn(x, iterations, eps))
+    return (fn @ flat.transpose(0, 1)) * torch.rsqrt(flat.square().mean(dim=-1) + norm_eps)
 
 
 def weights_from_raw(
     raw: Tensor,
-    shape: tuple[int, int, int],
+    shape: Sequence[int],
     scale: Tensor,
     base: Tensor,
     eps: float,
     make_doubly_stochastic: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The last part of :func:`mixing_weights`: raw [2n + n * n, B * S] to pre, post and comb."""
+    """The last part of :func:`mixing_weights`: raw [2n + n * n, B * S] to pre, post and comb, for streams of ``shape``
+    [B, S, n]."""
     B, S, n = shape
-    pre = torch.sigmoid(raw[:n] * scale[0] + base[:n, None]) + eps
+    pre = pre_from_raw(raw[:n], shape, scale[0], base[:n], eps)
     post = 2 * torch.sigmoid(raw[n : 2 * n] * scale[1] + base[n : 2 * n, None])
     comb = make_doubly_stochastic((raw[2 * n :] * scale[2] + base[2 * n :, None]).view(n, n, -1))
     return (
-        pre.t().reshape(B, S, n),
+        pre,
         post.t().reshape(B, S, n),
         comb.permute(2, 0, 1).reshape(B, S, n, n),
     )
+
+
+def pre_from_raw(raw: Tensor, shape: Sequence[int], scale: Tensor, base: Tensor, eps: float) -> Tensor:
+    """raw [n, B * S] to the streams' weights in a block's input, ``shape`` [B, S, n]."""
+    return (torch.sigmoid(raw * scale + base.unsqueeze(-1)) + eps).t().reshape(*shape)
 
 
 def collapse(streams: Tensor, pre: Tensor) -> Tensor:
@@ -78,6 +87,13 @@ def enter(
     return collapse(streams, pre), post, comb, streams
 
 
+def head(streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, eps: float, norm_eps: float) -> Tensor:
+    """What the last streams come to, [B, S, d]: collapsed by weights as a block's, from fn [n, n * d], scale [1] and
+    base [n]."""
+    raw = normalized_product(streams, fn, norm_eps)
+    return collapse(streams, pre_from_raw(raw, streams.shape[:3], scale, base, eps))
+
+
 def expand(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor) -> Tensor:
-    """New streams: ``out[k] = sum_j comb[j, k] * streams[j] + post[k] * output``; [B, S, n, d]."""
-    return comb.transpose(-1, -2) @ streams + post.unsqueeze(-1) * output.unsqueeze(-2)
+    """New streams: ``out[k] = sum_j comb[j, k] * streams[j] + post[k] * output``; [B, S, n, d], in streams' dtype."""
+    return comb.transpose(-1, -2) @ streams + post.unsqueeze(-1) * output.to(streams.dtype).unsqueeze(-2)

@@ -106,23 +106,23 @@ class _Attention(torch.autograd.Function):
             if mass is not None and block.entries:
                 beyond = weights[..., block.tokens :]
                 mass[:, rows, : block.entries] = (total.reciprocal().unsqueeze(2) @ beyond).squeeze(2)
-        ctx.save_for_backward(query, window_kv, entries, sink, entry_mask, reach, out, log_sum)
+        ctx.dtypes = query.dtype, window_kv.dtype, None if entries is None else entries.dtype
+        ctx.save_for_backward(scaled, near, far, sink, entry_mask, reach, out.to(dtype), log_sum)
         if mass is not None:
             ctx.mark_non_differentiable(mass)
         return out, mass
 
     @staticmethod
     def backward(ctx, grad_out, _):
-        query, window_kv, entries, sink, entry_mask, reach, out, log_sum = ctx.saved_tensors
+        scaled, near, far, sink, entry_mask, reach, out, log_sum = ctx.saved_tensors
         dtype = ctx.dtype
-        scaled, near, far = _narrowed(query, window_kv, entries, dtype)
         upstream = grad_out.to(dtype)
         inner = (grad_out * out).sum(-1)
         grad_sink = -((sink - log_sum).exp2() * inner).sum((0, 1))
-        grad_query = torch.empty_like(query, dtype=torch.float32)
-        grad_kv = torch.zeros_like(window_kv, dtype=torch.float32)
-        grad_entries = None if entries is None else torch.zeros_like(entries, dtype=torch.float32)
-        for block in _blocks(query, ctx.window, entry_mask):
+        grad_query = torch.empty_like(scaled, dtype=torch.float32)
+        grad_kv = torch.zeros_like(near, dtype=torch.float32)
+        grad_entries = None if far is None else torch.zeros_like(far, dtype=torch.float32)
+        for block in _blocks(scaled, ctx.window, entry_mask):
             rows, keys = slice(block.begin, block.end), block.keys(near, far)
             logits = _logits(scaled[:, rows], keys).add_(block.bias(ctx.window, entry_mask, reach))
             weights = logits.sub_(log_sum[:, rows].unsqueeze(-1)).exp2_()
@@ -135,9 +135,9 @@ class _Attention(torch.autograd.Function):
             grad_kv[:, block.oldest : block.end] += grad_keys[:, : block.tokens]
             if grad_entries is not None and block.entries:
                 grad_entries[:, : block.entries] += grad_keys[:, block.tokens :]
-        grad_query *= query.shape[3] ** -0.5
-        found = (grad_query.to(query.dtype), grad_kv.to(window_kv.dtype))
-        return *found, None if grad_entries is None else grad_entries.to(entries.dtype), grad_sink, *[None] * 4
+        grad_query *= scaled.shape[3] ** -0.5
+        gradients = zip((grad_query, grad_kv, grad_entries), ctx.dtypes)
+        return *(None if g is None else g.to(dtype) for g, dtype in gradients), grad_sink, *[None] * 4
 
 
 def _narrowed(

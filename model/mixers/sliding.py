@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from kernels.autocast import product_dtype
 from kernels.cache_io import pack, unpack
 from kernels.sparse_attention import sparse_attention, token_attention
 from model.cache_parts import LayerCache, ring_ages
@@ -41,9 +42,10 @@ class SlidingWindowAttention(Mixer):
         """query [B, S, H, head_dim], what :meth:`project_history` adds, and kv [B, S, head_dim]; for a cache, this also
         as packed window_rows uint8 [B, S, nbytes]."""
         c = self.config
-        latent = self.q_norm(self.wq_a(x))
+        narrow = x.to(product_dtype(x))  # once for all products
+        latent = self.q_norm(self.wq_a(narrow))
         query = rms_normalize(self.wq_b(latent).unflatten(-1, (c.num_heads, c.head_dim)), c.norm_eps)
-        kv = self.precision.round_main(rotation.apply(self.kv_norm(self.wkv(x))), self.training)
+        kv = self.precision.round_main(rotation.apply(self.kv_norm(self.wkv(narrow))), self.training)
         projected = {"query": rotation.apply(query), "kv": kv, **self.project_history(x, latent, rotation)}
         return projected | {"window_rows": pack(kv, self.precision.main_layout)} if cached else projected
 

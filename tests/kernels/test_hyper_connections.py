@@ -1,7 +1,10 @@
+import contextlib
+
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from kernels.hyper_connections import BACKENDS, backend_for, collapse, enter, expand, sinkhorn
+from kernels.hyper_connections import BACKENDS, Remade, backend_for, enter, expand, head, sinkhorn
 
 
 def test_mixing_matrix_is_doubly_stochastic():
@@ -31,6 +34,14 @@ def test_mixing_weights_follow_the_formula():
     torch.testing.assert_close(comb[1, 2], matrix, rtol=1e-4, atol=1e-5)
 
 
+def test_the_head_follows_the_formula():
+    streams, fn, scale, base = torch.randn(2, 3, 4, 8), torch.randn(4, 32), torch.tensor([0.3]), torch.randn(4)
+    flat = streams[1, 2].flatten()
+    raw = fn @ (flat / (flat.square().mean() + 1e-6).sqrt())
+    expected = (torch.sigmoid(0.3 * raw + base) + 1e-6) @ streams[1, 2]
+    torch.testing.assert_close(head(streams, fn, scale, base, 1e-6, 1e-6)[1, 2], expected)
+
+
 def test_expand_applies_the_transposed_matrix():
     streams, comb = torch.randn(1, 1, 4, 8), torch.rand(1, 1, 4, 4)
     post, output = torch.rand(1, 1, 4), torch.randn(1, 1, 8)
@@ -56,14 +67,14 @@ def assert_alike(run, inputs, tolerance):
 @pytest.mark.parametrize("tokens", [1, 700])
 def test_other_backends_equal_the_reference_forward_and_backward(tokens):
     assert backend_for(torch.zeros(1)) == "batched"
-    shapes = ((2, tokens, 4, 96), (2, tokens, 4, 4), (2, tokens, 4), (2, tokens, 96))
-    streams, comb, post, output = map(torch.randn, shapes)
+    shapes = ((2, tokens, 4, 96), (2, tokens, 4, 4), (2, tokens, 4), (2, tokens, 96), (4, 4 * 96), (1,), (4,))
+    streams, comb, post, output, *of_head = map(torch.randn, shapes)
 
-    def run(backend, streams, comb, post, output):
+    def run(backend, streams, comb, post, output, *of_head):
         expanded = expand(streams, comb, post, output, backend=backend)
-        return expanded, collapse(expanded, post, backend=backend)
+        return expanded, head(expanded, *of_head, 1e-6, 1e-6, backend=backend)
 
-    assert_alike(run, (streams, comb.sigmoid(), post.sigmoid(), output), 1e-4)
+    assert_alike(run, (streams, comb.sigmoid(), post.sigmoid(), output, *of_head), 1e-3)
 
 
 def weights(n=4, d=16):
@@ -86,6 +97,29 @@ def test_ways_in_and_out_of_blocks_equal_the_reference():
         for _ in range(2):
             x, post, comb, entered = enter(streams, *weights, 20, 1e-6, 1e-6, backend=backend)
             streams = expand(entered, comb, post, x.sin() + output, backend=backend)
-        return streams, collapse(streams, post, backend=backend)
+        return streams, x
 
     assert_alike(run, (torch.randn(2, 70, 4, 16), torch.randn(2, 70, 16), *weights()), 1e-3)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_streams_that_are_made_again_are_not_kept_and_give_the_same_gradients(narrow):
+    """Two halves of a layer, the streams between them kept or not."""
+    inputs = (torch.randn(2, 70, 4, 16), torch.randn(2, 70, 16), *weights())
+    found = []
+    for again in (False, True):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        streams, output, *of_enter = leaves
+        output = output.bfloat16() if narrow else output
+        x, post, comb, entered = enter(streams, *of_enter, 20, 1e-6, 1e-6)
+        between = expand(entered, comb, post, x.sin().to(output.dtype) + output)
+        between_lives = StorageWeakRef(between.untyped_storage())
+        remade = Remade(between, entered, comb, post, x.detach().sin().to(output.dtype) + output)
+        with remade.not_kept() if again else contextlib.nullcontext():
+            x, post, comb, entered = enter(between, *of_enter, 20, 1e-6, 1e-6)
+            streams = expand(entered, comb, post, x.cos())
+        del between, entered
+        assert between_lives.expired() == again
+        ((streams * streams.detach().sign()).sum() + x.sum()).backward()
+        found.append([streams, *(leaf.grad for leaf in leaves)])
+    assert all(map(torch.equal, *found))

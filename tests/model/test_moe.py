@@ -78,10 +78,12 @@ def test_kept_rounded_experts_follow_the_weights():
 
 def test_picks_are_filled_up_to_multiples():
     chosen = torch.tensor([[2, 0], [0, 2], [2, 3]])
-    picks, counts = picks_of_experts(chosen, 4, 1)
+    picks, places, counts = picks_of_experts(chosen, 4, 1)
     assert picks.tolist() == [1, 2, 0, 3, 4, 5] and counts == [2, 0, 3, 1]
-    picks, counts = picks_of_experts(chosen, 4, 2)
+    assert places.tolist() == [[2, 0], [1, 3], [4, 5]]
+    picks, places, counts = picks_of_experts(chosen, 4, 2)
     assert picks.tolist() == [1, 2, 0, 3, 4, -1, 5, -1] and counts == [2, 0, 4, 2]
+    assert places.tolist() == [[2, 0], [1, 3], [4, 6]]
 
 
 @pytest.mark.parametrize("qat", [False, True])
