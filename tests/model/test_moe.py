@@ -86,6 +86,27 @@ def test_picks_are_filled_up_to_multiples():
     assert places.tolist() == [[2, 0], [1, 3], [4, 6]]
 
 
+def test_gradients_are_those_of_every_expert_over_every_token():
+    moe = build().train()
+    moe.shared = None
+    x, ids = torch.randn(2, 9, 16), torch.zeros(2, 9, dtype=torch.int64)
+
+    def as_written(x):
+        routed = moe.route(x, ids)
+        gains = torch.zeros_like(routed["affinity"]).scatter(-1, routed["chosen"], routed["weights"])
+        inner = swiglu(*(torch.einsum("bsh,eih->bsei", x, w) for w in (moe.w1, moe.w3)), 10.0)
+        return torch.einsum("bsei,ehi,bse->bsh", inner, moe.w2, gains)
+
+    found = []
+    for run in (lambda x: moe(x, ids, CONTEXT), as_written):
+        moe.zero_grad()
+        leaf = x.clone().requires_grad_()
+        out = run(leaf)
+        out.square().sum().backward()
+        found.append([out.detach(), leaf.grad, *(p.grad for p in moe.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("qat", [False, True])
 def test_narrow_products_in_filled_up_rows_are_those_of_the_rows(qat, monkeypatch):
     moe = build(qat=qat, hidden_size=32, expert_size=32).train()

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from networks import build
 
+from kernels.hyper_connections import batched
 from model.telemetry import Telemetry
 
 LAYERS = ("sliding", "csa", "hca")
@@ -51,6 +52,19 @@ def test_the_second_pass_reports_nothing():
     loss.backward()
     left = [*telemetry.losses["indexer_kl"].values(), *telemetry.losses["balance"].values()]
     assert reported and all(a is b for a, b in zip(left, reported, strict=True))
+
+
+@pytest.mark.parametrize(("recompute", "products"), [(False, 1), (True, 2)])
+def test_streams_between_a_layers_halves_are_made_again(monkeypatch, recompute, products):
+    """Products of a layer in the backward pass. Where the layer is made again, so are all its streams, once."""
+    model = build(layers=LAYERS).train()
+    model.recompute = recompute
+    logits = model(torch.randint(50, (1, 16)))
+    made = []
+    expand = batched.expand
+    monkeypatch.setattr(batched, "expand", lambda *given: made.append(given) or expand(*given))
+    logits.sum().backward()
+    assert len(made) == products * len(LAYERS)
 
 
 def test_only_the_layers_inputs_are_kept():
