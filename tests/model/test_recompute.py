@@ -59,6 +59,7 @@ def test_streams_between_a_layers_halves_are_made_again(monkeypatch, recompute, 
     """Products of a layer in the backward pass. Where the layer is made again, so are all its streams, once."""
     model = build(layers=LAYERS).train()
     model.recompute = recompute
+    assert all(block.remakes_streams != recompute for block in model.layers)  # what one keeps, the other would hold
     logits = model(torch.randint(50, (1, 16)))
     made = []
     expand = batched.expand
