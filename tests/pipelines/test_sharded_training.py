@@ -120,13 +120,15 @@ def test_shards_train_as_replicas_do_to_the_last_bit(folder, changes):
     assert_equal(*(weights(folder / f"{changes}-{kind}" / "4") for kind in ("shards", "replicas")))
 
 
-@pytest.mark.parametrize(("changes", "tolerance"), [("clipped", 3e-3), ("narrow", 1e-2)])
+@pytest.mark.parametrize(("changes", "tolerance"), [("clipped", 1e-3), ("narrow", 1e-2)])
 def test_clipped_and_narrow_shards_train_as_replicas_do(folder, changes, tolerance):
     for step, metrics in told(folder / f"{changes}-shards")[0].items():
         expected = told(folder / f"{changes}-replicas")[0][step]
         assert set(metrics) == set(expected)
         for name, value in metrics.items():
-            assert value == pytest.approx(expected[name], rel=tolerance), (step, name)
+            # The indexer learns at a rate of its own, and its loss is small: a last bit of the sums moves it furthest.
+            bound = 3e-3 if name.endswith("indexer_kl") and changes == "clipped" else tolerance
+            assert value == pytest.approx(expected[name], rel=bound), (step, name)
 
 
 def test_a_sharded_run_resumes_to_the_last_bit(folder):
