@@ -13,6 +13,6 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def in_float32(x: Tensor) -> torch.autocast:
-    """A context in which autocast is off: router, head, hyper-connections and compressors compute in float32, because
-    what they decide (routes, selections, mixing) would differ between training and inference otherwise."""
+    """A context in which autocast is off for x's device: for what decides (routes, selections, mixing weights), which
+    would decide otherwise in training than in inference."""
     return torch.autocast(x.device.type, enabled=False)

@@ -30,8 +30,8 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attn_residual = residual(config)
         self.ffn_residual = residual(config)
-        self.remakes_streams = True
-        """Whether the backward pass makes the streams between the two again, which costs it one product."""
+        self.recomputes_streams = True
+        """Whether the backward pass of training computes the streams between the two again: one product."""
 
     def forward(self, streams: Tensor, input_ids: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """streams [B, S, n, hidden] ([B, S, hidden] without hyper-connections), input_ids int64 [B, S] -> streams."""
@@ -56,8 +56,9 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Mixing, dict[str, Tensor]]:
         out = self.attn.output(mixed, rotation)
         between = self.attn_residual.leave(streams, mixing, out)
-        remade = self.attn_residual.remade(between, streams, mixing, out) if self.remakes_streams else None
-        x, mixing = self.ffn_residual.enter(between, remade)
+        again = self.training and self.recomputes_streams
+        recomputed = self.attn_residual.to_recompute(between, streams, mixing, out) if again else None
+        x, mixing = self.ffn_residual.enter(between, recomputed)
         return between, mixing, self.ffn.route(self.ffn_norm(x), input_ids)
 
     def after_experts(self, streams: Tensor, mixing: Mixing, out: Tensor) -> Tensor:

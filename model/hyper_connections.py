@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from kernels.autocast import in_float32
-from kernels.hyper_connections import Remade, backend_for, enter, expand, head
+from kernels.hyper_connections import RecomputedStreams, backend_for, enter, expand, head
 from model.config import ModelConfig
 
 Mixing = tuple[Any, ...]
-"""What a residual keeps between its two halves."""
+"""What a residual keeps between its two halves. Of a hyper-connection post and comb; where gradients are recorded the
+streams; and where these are recomputed, by what. Tensors only outside training, where tokens may come in tiles."""
 
 
 class HyperConnection(nn.Module):
@@ -36,33 +37,39 @@ class HyperConnection(nn.Module):
             with torch.no_grad():  # e^4 : 1, so about 0.95 of a stream stays in place
                 self.base[2 * n :].view(n, n).fill_diagonal_(4.0)
 
-    def enter(self, streams: Tensor, remade: Remade | None = None) -> tuple[Tensor, Mixing]:
-        """The block's input [B, S, d], and for :meth:`leave` the mixing weights and, where gradients are recorded, the
-        streams as :func:`kernels.hyper_connections.enter` gives them. With ``remade`` none of this keeps the streams
-        for the backward pass."""
+    def enter(self, streams: Tensor, recomputed: RecomputedStreams | None = None) -> tuple[Tensor, Mixing]:
+        """The block's input [B, S, d], and what :meth:`leave` needs. With ``recomputed``, which stands for the streams,
+        none of this saves them for the backward pass."""
         c = self.config
-        with in_float32(streams), _not_kept(remade):
-            x, *mixing, entered = enter(
+        with in_float32(streams), _not_saved(recomputed):
+            x, post, comb, entered = enter(
                 streams, self.fn, self.scale, self.base, c.hc_sinkhorn_iters, c.hc_eps, c.norm_eps
             )
-        return x, (*mixing, entered, remade) if torch.is_grad_enabled() else tuple(mixing)
+        if not torch.is_grad_enabled():
+            return x, (post, comb)
+        return x, (post, comb, entered) if recomputed is None else (post, comb, entered, recomputed)
 
     def leave(self, streams: Tensor, mixing: Mixing, output: Tensor) -> Tensor:
         """The new streams from the old ones and the block's output [B, S, d]."""
         post, comb, *recorded = mixing
-        entered, remade = recorded or (streams, None)
-        with in_float32(streams), _not_kept(remade):
+        entered = recorded[0] if recorded else streams
+        recomputed = recorded[1] if len(recorded) > 1 else None
+        with in_float32(streams), _not_saved(recomputed):
             return expand(entered, comb, post, output)
 
-    def remade(self, made: Tensor, streams: Tensor, mixing: Mixing, output: Tensor) -> Remade | None:
-        """What :meth:`leave` made of the other three, to be made again in the backward pass; None where it is kept."""
-        if not torch.is_grad_enabled() or backend_for(made) != "batched":
+    def to_recompute(
+        self, expanded: Tensor, streams: Tensor, mixing: Mixing, output: Tensor
+    ) -> RecomputedStreams | None:
+        """What :meth:`leave` made of the other three, to be computed again in the backward pass; None where it is
+        saved."""
+        if not torch.is_grad_enabled() or backend_for(expanded) != "batched":
             return None
-        return Remade(made, streams, mixing[1], mixing[0], output)
+        post, comb = mixing[:2]
+        return RecomputedStreams(expanded, streams, comb, post, output)
 
 
-def _not_kept(remade: Remade | None) -> AbstractContextManager:
-    return nullcontext() if remade is None else remade.not_kept()
+def _not_saved(recomputed: RecomputedStreams | None) -> AbstractContextManager:
+    return nullcontext() if recomputed is None else recomputed.not_saved()
 
 
 class HyperHead(nn.Module):
@@ -88,13 +95,13 @@ class HyperHead(nn.Module):
 class PlainResidual(nn.Module):
     """``x + F(x)``: what the network uses with ``hyper_connections`` off."""
 
-    def enter(self, streams: Tensor, remade: Remade | None = None) -> tuple[Tensor, Mixing]:
+    def enter(self, streams: Tensor, recomputed: RecomputedStreams | None = None) -> tuple[Tensor, Mixing]:
         return streams, ()
 
     def leave(self, streams: Tensor, mixing: Mixing, output: Tensor) -> Tensor:
         return streams + output.float()
 
-    def remade(self, made: Tensor, streams: Tensor, mixing: Mixing, output: Tensor) -> None:
+    def to_recompute(self, expanded: Tensor, streams: Tensor, mixing: Mixing, output: Tensor) -> None:
         return None
 
 

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.autocast import in_float32, product_dtype
+from kernels.expert_dispatch import by_expert, combine, dispatch
+from kernels.swiglu import swiglu
 from model.config import ModelConfig
 from model.execution import in_tiles
 from model.linear import Linear, linear
@@ -14,40 +16,8 @@ from model.mixers.base import Context
 from model.precision import Precision
 
 _ROWS = 64
-"""Where products are narrowed, experts get multiples of so many tokens: a CPU's library writes code for every shape
+"""Where a CPU's products are narrowed, experts get multiples of so many tokens: its library writes code for every shape
 that it has not met, which takes longer than most products here. What fills them up has no weight."""
-
-
-def swiglu(gate: Tensor, up: Tensor, limit: float, gain: Tensor | None = None) -> Tensor:
-    """``silu(gate) * up`` with gate clamped from above and up on both sides (report 4.2.3), times ``gain``; all
-    broadcast. Computed in float32, given in gate's dtype."""
-    return _SwiGLU.apply(gate, up, gain, limit)
-
-
-class _SwiGLU(torch.autograd.Function):
-    # Written out, because autograd would keep six tensors in float32 where two in the type of the products say all.
-    @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor, gain: Tensor | None, limit: float) -> Tensor:
-        ctx.save_for_backward(gate, up, gain)
-        ctx.limit = limit
-        out = F.silu(gate.float().clamp(max=limit)) * up.float().clamp(-limit, limit)
-        return (out if gain is None else out * gain).to(gate.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        gate, up, gain = ctx.saved_tensors
-        grad, g, u = grad.float(), gate.float().clamp(max=ctx.limit), up.float().clamp(-ctx.limit, ctx.limit)
-        sigmoid = g.sigmoid()
-        silu = g.mul_(sigmoid)
-        grad_gain = None
-        if gain is not None:
-            grad_gain = (grad * silu * u).sum(-1, keepdim=True)
-            grad = grad * gain
-        grad_up = (grad * silu).masked_fill_(up.abs() > ctx.limit, 0)
-        # silu' = sigmoid + silu * (1 - sigmoid)
-        slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
-        grad_gate = u.mul_(slope).mul_(grad).masked_fill_(gate > ctx.limit, 0)
-        return grad_gate.to(gate.dtype), grad_up.to(up.dtype), grad_gain, None
 
 
 class DenseFeedForward(nn.Module):
@@ -173,12 +143,13 @@ class MixtureOfExperts(nn.Module):
         """Each expert runs over its own tokens: [N, hidden] -> [N, hidden]."""
         experts = self._each_expert()
         dtype = product_dtype(experts[0][0])
-        picks, places, counts = picks_of_experts(chosen, self.config.num_experts, _ROWS if flat.dtype != dtype else 1)
-        tokens = picks.clamp(min=0) // chosen.shape[-1]
-        rows = _Spread.apply(flat, tokens, places, dtype).split(counts)
-        gains = F.pad(weights.flatten(), (0, 1))[picks].unsqueeze(-1).split(counts)
+        # Of few tokens an expert there are few shapes, and filling up would be most of the work.
+        fills_up = flat.device.type == "cpu" and flat.dtype != dtype and chosen.numel() >= _ROWS * len(experts)
+        to = by_expert(chosen, len(experts), _ROWS if fills_up else 1)
+        rows = dispatch(flat, to, dtype).split(to.counts)
+        gains = F.pad(weights.flatten(), (0, 1))[to.picks].unsqueeze(-1).split(to.counts)
         outputs = [self._expert(own, gain, *expert) for expert, own, gain in zip(experts, rows, gains)]
-        return _Gathered.apply(torch.cat(outputs), tokens, places, flat.dtype)
+        return combine(torch.cat(outputs), to, flat.dtype)
 
     def _by_tiles(self, flat: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """The same in tiles of one shape: an expert runs over a whole tile as soon as one of its tokens chose it. To
@@ -214,60 +185,6 @@ class MixtureOfExperts(nn.Module):
         if self._rounded is None or self._rounded[0] != versions:
             self._rounded = (versions, tuple(map(self.precision.round_expert, stacks)))
         return self._rounded[1]
-
-
-def picks_of_experts(chosen: Tensor, experts: int, multiple: int) -> tuple[Tensor, Tensor, list[int]]:
-    """The places in ``chosen``, int64 [N, K], at which each expert stands, one expert after the other, each filled up
-    with -1 to a multiple: int64 [total]. Then where each of ``chosen`` is among those, int64 [N, K], and how many each
-    expert has."""
-    order = chosen.flatten().argsort(stable=True)
-    counts = torch.bincount(chosen.flatten(), minlength=experts)
-    missing = -counts % multiple
-    before = missing.cumsum(0) - missing
-    sizes: list[int] = (counts + missing).tolist()
-    picks, places = order.new_full((sum(sizes),), -1), torch.empty_like(order)
-    filled = torch.arange(len(order), device=order.device) + before.repeat_interleave(counts)
-    picks[filled] = order
-    places[order] = filled
-    return picks, places.view_as(chosen), sizes
-
-
-# Every token's row to its experts, and the sums of what these make of them: each is the way back of the other.
-# ``tokens`` int64 [total] says whose row stands where, ``places`` int64 [N, K] where a token's rows stand.
-
-
-class _Spread(torch.autograd.Function):
-    """[N, hidden] -> [total, hidden] in ``dtype``."""
-
-    @staticmethod
-    def forward(ctx, flat: Tensor, tokens: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(places)
-        ctx.dtype = flat.dtype
-        return flat.to(dtype).index_select(0, tokens)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (places,) = ctx.saved_tensors
-        return _sums(grad, places, ctx.dtype), None, None, None
-
-
-class _Gathered(torch.autograd.Function):
-    """[total, hidden] -> [N, hidden], summed up in ``dtype``."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, tokens: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(tokens)
-        ctx.dtype = rows.dtype
-        return _sums(rows, places, dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (tokens,) = ctx.saved_tensors
-        return grad.to(ctx.dtype).index_select(0, tokens), None, None, None
-
-
-def _sums(rows: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
-    return rows.index_select(0, places.flatten()).unflatten(0, places.shape).sum(1, dtype=dtype)
 
 
 def sequence_balance(affinity: Tensor, chosen: Tensor, counted: Tensor | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.rotary import rotate
 from model.config import ModelConfig
 
 
@@ -21,33 +22,7 @@ class Rotation(NamedTuple):
         """Rotate the last ``dim`` dims of x, [B, S, ..., n]; ``inverse`` rotates back. The other dims pass through."""
         shape = (*self.cos.shape[:2], *(1,) * (x.dim() - 3), self.cos.shape[-1])
         cos, sin = self.cos.view(shape), self.sin.view(shape)
-        return _Rotate.apply(x, cos, -sin if inverse else sin)
-
-
-class _Rotate(torch.autograd.Function):
-    # The way back is the rotation by the opposite angle. What autograd records for the slices fills whole tensors with
-    # zeros for each of them.
-    @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        ctx.dtype = x.dtype
-        return _rotated(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        cos, sin = ctx.saved_tensors
-        return _rotated(grad, cos, -sin).to(ctx.dtype), None, None
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    dim = 2 * cos.shape[-1]
-    if not torch.compiler.is_compiling():  # which knows no complex numbers; they are three times as fast on a CPU
-        out = x.to(torch.promote_types(x.dtype, cos.dtype), copy=True, memory_format=torch.contiguous_format)
-        torch.view_as_complex(out[..., -dim:].unflatten(-1, (-1, 2))).mul_(torch.complex(cos, sin))
-        return out
-    even, odd = x[..., -dim::2], x[..., x.shape[-1] - dim + 1 :: 2]
-    rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
-    return rotated if dim == x.shape[-1] else torch.cat((x[..., :-dim], rotated), dim=-1)
+        return rotate(x, cos, -sin if inverse else sin)
 
 
 class RotaryFrequencies:

@@ -128,7 +128,7 @@ class Transformer(nn.Module):
         streams = self.into_streams(embedding)
         for layer, block in enumerate(self.layers):
             kept = cache.layers[layer] if cache is not None else None
-            streams = self._through(block, block, telemetry, streams, input_ids, context, kept)
+            streams = self._through(block, block, context, streams, input_ids, context, kept)
         if cache is not None:
             cache.advance()
         if telemetry is not None and telemetry.predict_ahead:
@@ -147,6 +147,7 @@ class Transformer(nn.Module):
         """[B, S, hidden] -> [B, S, n, hidden], n equal residual streams (unchanged without hyper-connections)."""
         if not self.config.hyper_connections:
             return embedding
+        # Copies, not views: a CPU's library takes a token's streams as a matrix that lies whole in memory.
         return embedding.unsqueeze(2).repeat(1, 1, self.config.hc_mult, 1)
 
     def leave_streams(self, streams: Tensor) -> Tensor:
@@ -195,13 +196,13 @@ class Transformer(nn.Module):
         kept = None if positions is None else positions[:, :-1]
         context = self._context(input_ids[:, :-1], None, kept, context.attention, context.telemetry)
         arguments = streams[:, :-1], embedding[:, 1:], input_ids[:, 1:], context
-        return self._logits(self._through(module, module.hidden, context.telemetry, *arguments))
+        return self._logits(self._through(module, module.hidden, context, *arguments))
 
     def _through(
-        self, layer: nn.Module, function: Callable[..., Tensor], telemetry: Telemetry | None, *arguments: object
+        self, layer: nn.Module, function: Callable[..., Tensor], context: Context, *arguments: object
     ) -> Tensor:
         if self.recompute and self.training and torch.is_grad_enabled():
-            return recomputed(layer, function, telemetry, *arguments)
+            return recomputed(layer, function, context.telemetry, *arguments)
         return function(*arguments)
 
     @torch.no_grad()
@@ -234,8 +235,8 @@ class Transformer(nn.Module):
 
     @property
     def recompute(self) -> bool:
-        """Whether training makes layers' inner tensors again in the backward pass instead of keeping them: all, or only
-        the residual streams between a layer's halves."""
+        """Whether the backward pass of training computes layers again instead of keeping what they made. Where it does
+        not, it still computes the residual streams between a layer's halves again."""
         return self._recompute
 
     @recompute.setter
@@ -243,7 +244,7 @@ class Transformer(nn.Module):
         self._recompute = layers
         for block in self.modules():
             if isinstance(block, Block):  # one thing at a time: what it spares, the layer would keep for it
-                block.remakes_streams = not layers
+                block.recomputes_streams = not layers
 
     @property
     def execution(self) -> Execution:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kernels.hyper_connections import batched, fused, reference
+from kernels.hyper_connections.recomputed import RecomputedStreams
 from kernels.hyper_connections.reference import sinkhorn
-from kernels.hyper_connections.remade import Remade
 
 BACKENDS = {"reference": reference, "batched": batched, "fused": fused}
 
@@ -55,4 +55,4 @@ def expand(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor, backend:
     return BACKENDS[backend or backend_for(streams)].expand(streams, comb, post, output)
 
 
-__all__ = ["BACKENDS", "Remade", "backend_for", "enter", "expand", "head", "sinkhorn"]
+__all__ = ["BACKENDS", "RecomputedStreams", "backend_for", "enter", "expand", "head", "sinkhorn"]

@@ -41,8 +41,8 @@ def expand(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor) -> Tenso
     return _Expand.apply(streams, comb, post, output)
 
 
-# The first two functions also hand the streams on. What comes back for those is the sum of everything later, made for
-# nobody else, and each adds its own part to it in place.
+# The first two functions also hand the streams on, and so get the gradient that everything later has for those: each
+# adds its own part in the pass that makes it.
 
 
 class _NormalizedProduct(torch.autograd.Function):
@@ -65,11 +65,13 @@ class _NormalizedProduct(torch.autograd.Function):
         x = streams.reshape(-1, fn.shape[1])
         scaled = grad * rms
         through_norm = -(grad * product).sum(0) * rms**3 / x.shape[1]
-        grad_x = torch.mm(scaled.t(), fn) if later is None else later.contiguous().view_as(x).addmm_(scaled.t(), fn)
+        grad_x = torch.mm(scaled.t(), fn) if later is None else torch.addmm(later.reshape(x.shape), scaled.t(), fn)
         return grad_x.addcmul_(x, through_norm.unsqueeze(1)).view_as(streams), torch.mm(scaled, x), None
 
 
 class _Collapse(torch.autograd.Function):
+    """Streams [B, S, n, d] and pre [B, S, n] to [B, S, d]."""
+
     @staticmethod
     def forward(ctx, streams: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
@@ -86,10 +88,12 @@ class _Collapse(torch.autograd.Function):
         g = grad.reshape(-1, d)
         grad_pre = torch.bmm(streams.reshape(-1, n, d), g.unsqueeze(-1)).view_as(pre)
         w, across = pre.unsqueeze(-1), g.view(*streams.shape[:-2], 1, d)
-        return w * across if later is None else later.contiguous().addcmul_(w, across), grad_pre
+        return w * across if later is None else torch.addcmul(later, w, across), grad_pre
 
 
 class _Expand(torch.autograd.Function):
+    """Streams [B, S, n, d], comb [B, S, n, n], post [B, S, n] and output [B, S, d] to [B, S, n, d]."""
+
     @staticmethod
     def forward(ctx, streams: Tensor, comb: Tensor, post: Tensor, output: Tensor) -> Tensor:
         *_, n, d = streams.shape
@@ -112,30 +116,38 @@ class _Expand(torch.autograd.Function):
 
 
 class _Sinkhorn(torch.autograd.Function):
-    """Keeps every half-step's matrix and sums, so that the backward pass is one line per half-step."""
+    """:func:`kernels.hyper_connections.reference.sinkhorn` of logits [n, n, N].
+
+    The backward pass makes every half-step's matrix and sums again, and then is one line per half-step. Kept, they
+    would be 40 times the logits, three quarters of the streams themselves at 512 dims.
+    """
 
     @staticmethod
     def forward(ctx, logits: Tensor, iterations: int, eps: float) -> Tensor:
-        ctx.steps = []
-        pieces = []
-        for piece in logits.split(_SINKHORN_TOKENS, dim=2):
-            soft = matrix = piece.softmax(dim=1)
-            matrix = matrix + eps
-            halves = []
-            for half in range(2 * iterations - 1):
-                dim = half % 2
-                sums = matrix.sum(dim=dim, keepdim=True).add_(eps)
-                matrix = matrix / sums
-                halves.append((dim, matrix, sums))
-            ctx.steps.append((soft, halves))
-            pieces.append(matrix)
-        return torch.cat(pieces, dim=2)
+        ctx.save_for_backward(logits)
+        ctx.iterations, ctx.eps = iterations, eps
+        pieces = logits.split(_SINKHORN_TOKENS, dim=2)
+        return torch.cat([_half_steps(piece, iterations, eps)[1][-1][1] for piece in pieces], dim=2)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        (logits,) = ctx.saved_tensors
         pieces = []
-        for piece, (soft, halves) in zip(grad.contiguous().split(_SINKHORN_TOKENS, dim=2), ctx.steps):
+        for piece, own in zip(*(t.split(_SINKHORN_TOKENS, dim=2) for t in (grad.contiguous(), logits))):
+            soft, halves = _half_steps(own, ctx.iterations, ctx.eps)
             for dim, matrix, sums in reversed(halves):
                 piece = (piece - (piece * matrix).sum(dim=dim, keepdim=True)).div_(sums)
             pieces.append(soft * (piece - (piece * soft).sum(dim=1, keepdim=True)))
         return torch.cat(pieces, dim=2), None, None
+
+
+def _half_steps(logits: Tensor, iterations: int, eps: float) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:
+    """The softmax, then for each division by sums over rows or columns: over which dim, the result, and the sums."""
+    soft = logits.softmax(dim=1)
+    matrix, halves = soft + eps, []
+    for half in range(2 * iterations - 1):
+        dim = half % 2
+        sums = matrix.sum(dim=dim, keepdim=True).add_(eps)
+        matrix = matrix / sums
+        halves.append((dim, matrix, sums))
+    return soft, halves

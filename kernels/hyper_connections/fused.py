@@ -11,13 +11,6 @@ from torch import Tensor
 from kernels.hyper_connections.reference import pre_from_raw, sinkhorn, weights_from_raw
 
 
-def mixing_weights(
-    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iterations: int, eps: float, norm_eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    raw = normalized_product(streams, fn, norm_eps)
-    return weights_from_raw(raw, streams.shape[:3], scale, base, eps, lambda x: sinkhorn(x, iterations, eps))
-
-
 def normalized_product(streams: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
     flat = streams.reshape(-1, fn.shape[1]).float()
     rms = torch.rsqrt(flat.square().mean(dim=-1) + norm_eps)
@@ -35,7 +28,8 @@ def collapse(streams: Tensor, pre: Tensor) -> Tensor:
 def enter(
     streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iterations: int, eps: float, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    pre, post, comb = mixing_weights(streams, fn, scale, base, iterations, eps, norm_eps)
+    raw = normalized_product(streams, fn, norm_eps)
+    pre, post, comb = weights_from_raw(raw, streams.shape[:3], scale, base, eps, lambda x: sinkhorn(x, iterations, eps))
     return collapse(streams, pre), post, comb, streams
 
 

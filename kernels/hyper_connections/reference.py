@@ -25,18 +25,6 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
     return matrix
 
 
-def mixing_weights(
-    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iterations: int, eps: float, norm_eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-token weights pre [B, S, n], post [B, S, n] and comb [B, S, n, n] from the streams [B, S, n, d].
-
-    fn [2n + n * n, n * d], scale [3], base [2n + n * n], in the order pre, post, comb; all float32.
-    comb's row is the source stream, its column the target.
-    """
-    raw = normalized_product(streams, fn, norm_eps)
-    return weights_from_raw(raw, streams.shape[:3], scale, base, eps, lambda x: sinkhorn(x, iterations, eps))
-
-
 def normalized_product(streams: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
     """``fn`` [m, n * d] times every token's streams side by side, over their root mean square: [m, B * S]."""
     flat = streams.reshape(-1, fn.shape[1]).float()
@@ -52,8 +40,8 @@ def weights_from_raw(
     eps: float,
     make_doubly_stochastic: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The last part of :func:`mixing_weights`: raw [2n + n * n, B * S] to pre, post and comb, for streams of ``shape``
-    [B, S, n]."""
+    """Per-token weights pre [B, S, n], post [B, S, n] and comb [B, S, n, n] for streams of ``shape`` [B, S, n], from
+    :func:`normalized_product`'s raw [2n + n * n, B * S]. comb's row is the source stream, its column the target."""
     B, S, n = shape
     pre = pre_from_raw(raw[:n], shape, scale[0], base[:n], eps)
     post = 2 * torch.sigmoid(raw[n : 2 * n] * scale[1] + base[n : 2 * n, None])
@@ -78,12 +66,14 @@ def collapse(streams: Tensor, pre: Tensor) -> Tensor:
 def enter(
     streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iterations: int, eps: float, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A block's input [B, S, d], post and comb, from :func:`mixing_weights` and :func:`collapse`, and the streams.
+    """The way into a block, for streams [B, S, n, d]: its input [B, S, d], post [B, S, n] and comb [B, S, n, n] as
+    :func:`weights_from_raw` gives them, and the streams again.
 
-    Where gradients are recorded :func:`expand` has to take these streams, and nothing else may: their gradient is
-    summed up in the tensor that it gives back.
+    fn [2n + n * n, n * d], scale [3] and base [2n + n * n], in the order pre, post, comb; all float32. Where gradients
+    are recorded :func:`expand` has to take the streams that this gives: their gradient is then summed up on its way.
     """
-    pre, post, comb = mixing_weights(streams, fn, scale, base, iterations, eps, norm_eps)
+    raw = normalized_product(streams, fn, norm_eps)
+    pre, post, comb = weights_from_raw(raw, streams.shape[:3], scale, base, eps, lambda x: sinkhorn(x, iterations, eps))
     return collapse(streams, pre), post, comb, streams
 
 

@@ -19,8 +19,7 @@ _PRODUCTS = 1 << 18
 
 
 def index_scores(query: Tensor, keys: Tensor, head_weights: Tensor, permitted: Tensor | None = None) -> Tensor:
-    """:func:`kernels.index_topk.reference.index_scores`. In float32 under autocast, too: narrower numbers would save no
-    time, and choices would differ from those of inference."""
+    """:func:`kernels.index_topk.reference.index_scores`."""
     with in_float32(query):
         return _Scores.apply(query, keys, head_weights, permitted)
 

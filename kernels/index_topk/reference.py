@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.autocast import in_float32
+
 _MANY = 32
 """So many times more scores than are chosen are worth looking through in two steps."""
 
@@ -14,11 +16,13 @@ def index_scores(query: Tensor, keys: Tensor, head_weights: Tensor, permitted: T
     """``I[b, s, t] = sum_h head_weights[b, s, h] * relu(query[b, s, h] . keys[b, t])``; differentiable.
 
     query [B, S, h, c], keys [B, T, c], head_weights [B, S, h] (already scaled); float32 [B, S, T]. Where ``permitted``,
-    bool [B or 1, S, T], is False, a score means nothing: some backends leave it out.
+    bool [B or 1, S, T], is False, a score means nothing: some backends leave it out. In float32 under autocast, too:
+    choices would differ from those of inference.
     """
     B, S, h, c = query.shape
-    per_head = torch.bmm(query.reshape(B, S * h, c), keys.transpose(1, 2)).relu().view(B, S, h, -1)
-    return torch.einsum("bsh,bsht->bst", head_weights, per_head).float()
+    with in_float32(query):
+        per_head = torch.bmm(query.reshape(B, S * h, c).float(), keys.float().transpose(1, 2)).relu().view(B, S, h, -1)
+        return torch.einsum("bsh,bsht->bst", head_weights.float(), per_head)
 
 
 def select_topk(scores: Tensor, permitted: Tensor, k: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Rounding to a storage format inside the forward pass, gradients passed straight through.
 
 FP4 blocks on a CPU are rounded in pieces that stay in the cache (``blocked.py``), all else as written in
-``reference.py``: the same bits.
+``reference.py``: the same bits. ``backend=`` chooses by hand and :func:`backend_for` tells which one runs.
 """
 
 from __future__ import annotations
@@ -13,13 +13,18 @@ from kernels import formats
 from kernels.quantize import blocked, reference
 from kernels.quantize.reference import FORMATS, hadamard
 
+BACKENDS = {"reference": reference, "blocked": blocked}
 
-def round_to_format(x: Tensor, fmt: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """See :func:`kernels.quantize.reference.round_to_format`; in ``dtype``."""
-    whole = x.device.type == "cpu" and x.shape[-1] % formats.FP4_BLOCK == 0
-    if fmt == "fp4" and whole and not torch.compiler.is_compiling():
-        return blocked.round_to_fp4(x.float(), dtype)
-    return reference.round_to_format(x, fmt).to(dtype)
+
+def backend_for(x: Tensor, fmt: str) -> str:
+    whole = x.shape[-1] % formats.FP4_BLOCK == 0
+    fits = fmt == "fp4" and whole and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return "blocked" if fits else "reference"
+
+
+def round_to_format(x: Tensor, fmt: str, dtype: torch.dtype = torch.float32, backend: str | None = None) -> Tensor:
+    """See :func:`kernels.quantize.reference.round_to_format`."""
+    return BACKENDS[backend or backend_for(x, fmt)].round_to_format(x, fmt, dtype)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -40,4 +45,4 @@ def fake_quantize(x: Tensor, fmt: str, dtype: torch.dtype | None = None) -> Tens
     return x.to(dtype) if fmt == "fp32" else _FakeQuantize.apply(x, fmt, dtype)
 
 
-__all__ = ["FORMATS", "fake_quantize", "hadamard", "round_to_format"]
+__all__ = ["BACKENDS", "FORMATS", "backend_for", "fake_quantize", "hadamard", "round_to_format"]

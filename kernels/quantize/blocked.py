@@ -12,9 +12,11 @@ _BLOCKS = 1 << 11
 _ONE, _EXPONENT = 0x3F800000, 0x7F800000
 
 
-def round_to_fp4(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """:func:`kernels.quantize.reference.round_to_format` of float32 [..., n], n a multiple of 32, in ``dtype`` (which
-    holds the values exactly if it is BF16 or wider)."""
+def round_to_format(x: Tensor, fmt: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """:func:`kernels.quantize.reference.round_to_format` of [..., n] to fp4, n a multiple of 32."""
+    if fmt != "fp4" or x.shape[-1] % formats.FP4_BLOCK:
+        raise ValueError(f"blocked rounding: fp4 and a multiple of 32 dims, found {fmt} and {x.shape[-1]}")
+    x = x.detach().float()
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     blocks, rounded = x.reshape(-1, formats.FP4_BLOCK), out.view(-1, formats.FP4_BLOCK)
     values, shifts = x.new_empty(2, min(_BLOCKS, len(blocks)), formats.FP4_BLOCK)

@@ -12,16 +12,18 @@ from kernels import formats
 FORMATS = ("fp32", "bf16", "fp8", "fp4")
 
 
-def round_to_format(x: Tensor, fmt: str) -> Tensor:
-    """The values that a tensor has after a round trip through storage format ``fmt``; float32 [..., n].
+@torch.no_grad()
+def round_to_format(x: Tensor, fmt: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values that a tensor [..., n] has after a round trip through storage format ``fmt``, in ``dtype`` (BF16 or
+    wider holds those of fp8 and fp4 exactly). No gradient.
 
     fp8: E4M3, one E8M0 scale per 64 along the last dim. fp4: E2M1, one per 32. Equal to what
     ``kernels.cache_io`` packs and unpacks, bit for bit.
     """
     if fmt == "fp32":
-        return x.float()
+        return x.to(dtype)
     if fmt == "bf16":
-        return formats.round_to_bf16(x.float())
+        return formats.round_to_bf16(x.float()).to(dtype)
     if fmt == "fp8":
         block, grid_max, floor, to_grid = (
             formats.FP8_BLOCK,
@@ -42,7 +44,7 @@ def round_to_format(x: Tensor, fmt: str) -> Tensor:
     block = min(block, size)
     exponents = formats.e8m0_from_amax(formats.block_amax(x, block), grid_max, floor)
     scale = formats.per_element(formats.e8m0_to_float(exponents), block, size)
-    return to_grid(x / scale) * scale
+    return (to_grid(x / scale) * scale).to(dtype)
 
 
 def hadamard(x: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.autocast import in_float32, product_dtype
+
 _SCORES = 1 << 20
 """Scores that a block makes at most, unless a single query makes more: four megabytes, about a second-level cache."""
 _QUERIES = 128
@@ -34,9 +36,8 @@ def sparse_attention(
     shared entries [B, T, c]. Under autocast products are in its type, everything else in float32."""
     if entries is None or entry_mask is None or not entries.shape[1]:
         entries = entry_mask = None
-    device = query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-    with torch.autocast(device, enabled=False):
+    dtype = product_dtype(query) if torch.is_autocast_enabled(query.device.type) else torch.float32
+    with in_float32(query):
         return _Attention.apply(query, window_kv, entries, sink, entry_mask, window, reach, dtype)
 
 

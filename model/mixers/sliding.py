@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from kernels.autocast import product_dtype
 from kernels.cache_io import pack, unpack
+from kernels.rms_norm import rms_normalize
 from kernels.sparse_attention import sparse_attention, token_attention
 from model.cache_parts import LayerCache, ring_ages
 from model.config import ModelConfig
 from model.linear import Linear, linear
 from model.mixers.base import Context, Mixer
 from model.mixers.cached import Selection, cached_attention
-from model.norm import RMSNorm, rms_normalize
+from model.norm import RMSNorm
 from model.rope import Rotation
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from kernels.hyper_connections import BACKENDS, Remade, backend_for, enter, expand, head, sinkhorn
+from kernels.hyper_connections import BACKENDS, RecomputedStreams, backend_for, enter, expand, head, sinkhorn
 
 
 def test_mixing_matrix_is_doubly_stochastic():
@@ -16,7 +16,7 @@ def test_mixing_matrix_is_doubly_stochastic():
     assert (sinkhorn(torch.randn(4, 4, 100) * 2, 1, 1e-6).sum(1) - 1).abs().max() > 0.1  # one pass is not enough
 
 
-def test_mixing_weights_follow_the_formula():
+def test_the_way_into_a_block_follows_the_formula():
     n, d = 4, 8
     streams, fn = torch.randn(2, 3, n, d), torch.randn(2 * n + n * n, n * d)
     scale, base = torch.tensor([0.3, 0.5, 0.7]), torch.randn(2 * n + n * n)
@@ -102,8 +102,35 @@ def test_ways_in_and_out_of_blocks_equal_the_reference():
     assert_alike(run, (torch.randn(2, 70, 4, 16), torch.randn(2, 70, 16), *weights()), 1e-3)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_that_come_in_are_left_as_they_are(backend):
+    """Others may hold them: here the other term of a sum gets the same tensor."""
+    streams, *of_enter = torch.randn(2, 7, 4, 16), *weights()
+    other, upstream = torch.zeros_like(streams).requires_grad_(), torch.randn_like(streams)
+    x, _, _, entered = enter(streams.requires_grad_(), *of_enter, 20, 1e-6, 1e-6, backend=backend)
+    (((entered + other) * upstream).sum() + x.sum()).backward()
+    assert torch.equal(other.grad, upstream)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 20])
+def test_sinkhorn_saves_nothing_but_its_logits(iterations):
+    saved = []
+    streams, *of_enter = torch.randn(1, 1100, 4, 16), *weights()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        outputs = enter(streams.requires_grad_(), *of_enter, iterations, 1e-6, 1e-6, backend="batched")
+    nodes, seen = [out.grad_fn for out in outputs], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            assert not any(isinstance(x, list | tuple | torch.Tensor) for x in getattr(node, "__dict__", {}).values())
+            nodes += [later for later, _ in node.next_functions]
+    distinct = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}
+    assert sum(distinct.values()) < 2.5 * streams.untyped_storage().nbytes()
+
+
 @pytest.mark.parametrize("narrow", [False, True])
-def test_streams_that_are_made_again_are_not_kept_and_give_the_same_gradients(narrow):
+def test_recomputed_streams_are_not_saved_and_give_the_same_gradients(narrow):
     """Two halves of a layer, the streams between them kept or not."""
     inputs = (torch.randn(2, 70, 4, 16), torch.randn(2, 70, 16), *weights())
     found = []
@@ -114,12 +141,14 @@ def test_streams_that_are_made_again_are_not_kept_and_give_the_same_gradients(na
         x, post, comb, entered = enter(streams, *of_enter, 20, 1e-6, 1e-6)
         between = expand(entered, comb, post, x.sin().to(output.dtype) + output)
         between_lives = StorageWeakRef(between.untyped_storage())
-        remade = Remade(between, entered, comb, post, x.detach().sin().to(output.dtype) + output)
-        with remade.not_kept() if again else contextlib.nullcontext():
+        recomputed = RecomputedStreams(between, entered, comb, post, x.detach().sin().to(output.dtype) + output)
+        with recomputed.not_saved() if again else contextlib.nullcontext():
             x, post, comb, entered = enter(between, *of_enter, 20, 1e-6, 1e-6)
             streams = expand(entered, comb, post, x.cos())
         del between, entered
         assert between_lives.expired() == again
-        ((streams * streams.detach().sign()).sum() + x.sum()).backward()
+        loss = (streams * streams.detach().sign()).sum() + x.sum()
+        with torch.autocast("cpu", torch.bfloat16):  # whose types are not those of the forward pass
+            loss.backward()
         found.append([streams, *(leaf.grad for leaf in leaves)])
     assert all(map(torch.equal, *found))

@@ -420,6 +420,19 @@ def test_without_a_cache_the_bits_are_those_of_one(mode):
                 model(ids, **refused)
 
 
+def test_gradients_recorded_outside_training(mode):
+    model = build().eval()
+    ids = random_ids(model, 1, 30)
+    found = []
+    for name in ("eager", "compiled"):
+        model.zero_grad()
+        mode(model, name)(ids).square().mean().backward()
+        found.append(model.embed.weight.grad)
+    assert_close(*found)
+    recorded = mode(model, "batch-invariant")(ids).detach()  # from a cache, which passes none on
+    assert torch.equal(recorded, alone(model, ids))
+
+
 def test_training_is_the_same_in_every_mode(mode):
     model = build().train()
     ids = torch.randint(0, SMALL["vocab_size"], (2, 30))

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
+from kernels.swiglu import swiglu
 from model.config import ModelConfig
 from model.mixers.base import Context
-from model.moe import MixtureOfExperts, hash_table, picks_of_experts, sequence_balance, swiglu
+from model.moe import MixtureOfExperts, hash_table, sequence_balance
 
 CONTEXT = Context(torch.zeros(1, 1, dtype=torch.int64), {})
 
@@ -34,13 +35,6 @@ def test_routing_follows_the_formula():
             for e, w in zip(chosen, weights):
                 expected = expected + moe.w2[e] @ (swiglu(moe.w1[e] @ token, moe.w3[e] @ token, 10.0) * w)
             torch.testing.assert_close(out[b, s], expected, rtol=1e-4, atol=1e-4)
-
-
-def test_swiglu_clamps():
-    gate, up = torch.tensor([50.0, -50.0, 1.0]), torch.tensor([20.0, -20.0, 2.0])
-    limited = swiglu(gate, up, 10.0)
-    expected = torch.nn.functional.silu(torch.tensor([10.0, -50.0, 1.0])) * torch.tensor([10.0, -10.0, 2.0])
-    torch.testing.assert_close(limited, expected)
 
 
 def test_hash_layers_route_by_token_id():
@@ -76,16 +70,6 @@ def test_kept_rounded_experts_follow_the_weights():
     assert torch.equal(changed, moe(x, ids, CONTEXT).detach())
 
 
-def test_picks_are_filled_up_to_multiples():
-    chosen = torch.tensor([[2, 0], [0, 2], [2, 3]])
-    picks, places, counts = picks_of_experts(chosen, 4, 1)
-    assert picks.tolist() == [1, 2, 0, 3, 4, 5] and counts == [2, 0, 3, 1]
-    assert places.tolist() == [[2, 0], [1, 3], [4, 5]]
-    picks, places, counts = picks_of_experts(chosen, 4, 2)
-    assert picks.tolist() == [1, 2, 0, 3, 4, -1, 5, -1] and counts == [2, 0, 4, 2]
-    assert places.tolist() == [[2, 0], [1, 3], [4, 6]]
-
-
 def test_gradients_are_those_of_every_expert_over_every_token():
     moe = build().train()
     moe.shared = None
@@ -112,7 +96,7 @@ def test_narrow_products_in_filled_up_rows_are_those_of_the_rows(qat, monkeypatc
     moe = build(qat=qat, hidden_size=32, expert_size=32).train()
     x, ids = torch.randn(2, 21, 32), torch.zeros(2, 21, dtype=torch.int64)
     results = []
-    for rows in (1, 64):
+    for rows in (1, 8):
         monkeypatch.setattr("model.moe._ROWS", rows)
         moe.zero_grad()
         leaf = x.clone().requires_grad_()

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from networks import SMALL, build
 
+from kernels.rms_norm import rms_normalize
 from model import checkpoint
 from model.config import ModelConfig
 from model.errors import ConfigError
 from model.muon import MuonAdamW, OptimizerConfig
-from model.norm import rms_normalize
 from model.telemetry import Telemetry
 from model.transformer import Transformer
 

@@ -55,11 +55,11 @@ def test_the_second_pass_reports_nothing():
 
 
 @pytest.mark.parametrize(("recompute", "products"), [(False, 1), (True, 2)])
-def test_streams_between_a_layers_halves_are_made_again(monkeypatch, recompute, products):
+def test_streams_between_a_layers_halves_are_computed_again(monkeypatch, recompute, products):
     """Products of a layer in the backward pass. Where the layer is made again, so are all its streams, once."""
     model = build(layers=LAYERS).train()
     model.recompute = recompute
-    assert all(block.remakes_streams != recompute for block in model.layers)  # what one keeps, the other would hold
+    assert all(block.recomputes_streams != recompute for block in model.layers)  # what one keeps, the other would hold
     logits = model(torch.randint(50, (1, 16)))
     made = []
     expand = batched.expand

@@ -33,11 +33,11 @@ STAGES = [
 ]
 
 
-def recipe_named(prepared, name):
+def recipe_named(prepared, name, sharding="none"):
     return with_overrides(
         prepared,
         {"run.name": name, "train.workers": 2, "train.stages": STAGES, "train.checkpoint_every": 4,
-         "train.validate_every": 10, "train.log_every": 1, "train.stability.spike": None},
+         "train.validate_every": 10, "train.log_every": 1, "train.stability.spike": None, "train.sharding": sharding},
     )  # fmt: skip
 
 
@@ -65,6 +65,13 @@ def straight(prepared, ray_cluster):
     with slow_tracking() as recorded, watching(recipe, recorded) as early:
         train.run(recipe)
     return *outcome(recipe), early
+
+
+@pytest.fixture(scope="module")
+def straight_shards(prepared, ray_cluster):
+    recipe = recipe_named(prepared, "straight-shards", sharding="fsdp")
+    train.run(recipe)
+    return outcome(recipe)
 
 
 @contextmanager
@@ -191,8 +198,10 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_names_it(prepared, ray_cluste
     assert trainer.step == step
 
 
-def test_a_killed_worker_leaves_no_trace(prepared, ray_cluster, straight):
-    recipe = recipe_named(prepared, "worker-killed")
+@pytest.mark.parametrize(("sharding", "unbroken"), [("none", "straight"), ("fsdp", "straight_shards")])
+def test_a_killed_worker_leaves_no_trace(prepared, ray_cluster, request, sharding, unbroken):
+    recipe = recipe_named(prepared, f"worker-killed-{sharding}", sharding)
+    expected = request.getfixturevalue(unbroken)
     killed = []
 
     def kill():
@@ -207,12 +216,10 @@ def test_a_killed_worker_leaves_no_trace(prepared, ray_cluster, straight):
     train.run(recipe)
     killer.join()
     assert killed
-    check(recipe, straight)
+    check(recipe, expected)
 
 
-@pytest.mark.parametrize(
-    "victim", ["driver", *(pytest.param(name, marks=pytest.mark.long) for name in ("raylet", "asked to end"))]
-)
+@pytest.mark.parametrize("victim", ["driver", "raylet", pytest.param("asked to end", marks=pytest.mark.long)])
 def test_a_killed_run_goes_on_without_a_trace(prepared, ray_cluster, straight, tmp_path, victim):
     recipe = recipe_named(prepared, victim.replace(" ", "-"))
     (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
