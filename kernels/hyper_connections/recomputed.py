@@ -26,7 +26,8 @@ class RecomputedStreams:
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, saved: Tensor) -> Tensor | RecomputedStreams:
-        return self if _identity(saved) == self._identity else saved
+        # The tensor itself would hold the operation that holds it: a pass without a backward one was never let go.
+        return self if _identity(saved) == self._identity else saved.detach()
 
     def _unpack(self, saved: Tensor | RecomputedStreams) -> Tensor:
         if isinstance(saved, Tensor):

@@ -152,3 +152,15 @@ def test_recomputed_streams_are_not_saved_and_give_the_same_gradients(narrow):
             loss.backward()
         found.append([streams, *(leaf.grad for leaf in leaves)])
     assert all(map(torch.equal, *found))
+
+
+def test_a_pass_without_a_backward_one_is_let_go():
+    streams, *of_enter = torch.randn(2, 7, 4, 16), *(w.requires_grad_() for w in weights())
+    x, post, comb, entered = enter(streams, *of_enter, 20, 1e-6, 1e-6)
+    between = expand(entered, comb, post, x)
+    with RecomputedStreams(between, entered, comb, post, x).not_saved():
+        outputs = enter(between, *of_enter, 20, 1e-6, 1e-6)
+        outputs = (*outputs, expand(outputs[3], outputs[2], outputs[1], outputs[0].cos()))
+    lives = [StorageWeakRef(t.untyped_storage()) for t in (x, comb, between, *outputs)]
+    del x, post, comb, entered, between, outputs
+    assert all(each.expired() for each in lives)
