@@ -119,7 +119,7 @@ class _Sinkhorn(torch.autograd.Function):
     """:func:`kernels.hyper_connections.reference.sinkhorn` of logits [n, n, N].
 
     The backward pass makes every half-step's matrix and sums again, and then is one line per half-step. Kept, they
-    would be 40 times the logits, three quarters of the streams themselves at 512 dims.
+    would be 50 times the logits, three quarters of the streams themselves at 512 dims.
     """
 
     @staticmethod

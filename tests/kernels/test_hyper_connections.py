@@ -104,12 +104,14 @@ def test_ways_in_and_out_of_blocks_equal_the_reference():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_that_come_in_are_left_as_they_are(backend):
-    """Others may hold them: here the other term of a sum gets the same tensor."""
+    """Others may hold them. Both with and without a gradient for what the block gets."""
     streams, *of_enter = torch.randn(2, 7, 4, 16), *weights()
-    other, upstream = torch.zeros_like(streams).requires_grad_(), torch.randn_like(streams)
-    x, _, _, entered = enter(streams.requires_grad_(), *of_enter, 20, 1e-6, 1e-6, backend=backend)
-    (((entered + other) * upstream).sum() + x.sum()).backward()
-    assert torch.equal(other.grad, upstream)
+    x, post, _, entered = enter(streams.requires_grad_(), *of_enter, 20, 1e-6, 1e-6, backend=backend)
+    for other in (x, post):
+        given = torch.randn_like(streams)
+        kept = given.clone()
+        torch.autograd.backward([other, entered], [torch.ones_like(other), given], retain_graph=True)
+        assert torch.equal(given, kept)
 
 
 @pytest.mark.parametrize("iterations", [1, 2, 20])
