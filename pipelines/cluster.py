@@ -61,13 +61,19 @@ def ray_session(num_cpus: float = 0) -> Iterator[None]:
         )
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread:  # Ray's own handler, set by now, aborts: runs would be left as running
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, _as_ctrl_c)
     try:
         yield
     finally:
         ray.shutdown()
         if in_main_thread:
             signal.signal(signal.SIGTERM, handler)
+
+
+def _as_ctrl_c(*_: object) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a script's shell starts what it puts in the background
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)  # Ray Train may have a handler of its own
 
 
 def need(key: str, cpus: float, gpus: float = 0) -> None:

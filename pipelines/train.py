@@ -30,6 +30,7 @@ from model.muon import MuonAdamW
 from model.precision import Precision
 from model.tokenizer import load_tokenizer
 from model.transformer import Transformer
+from pipelines import checkpoint_list
 from pipelines.config import Recipe, recipe_from_dict
 from pipelines.curriculum import Stage, check_data, curriculum, total_steps
 from pipelines.data import Manifest, TrainBatches, read_manifest, train_batches, train_dataset
@@ -39,6 +40,8 @@ from pipelines.tracking import TrackedRun, attach, open_tracking
 from pipelines.trainer import build_trainer, measured_cache
 
 RECIPE, RUN = "recipe.json", "run.json"
+RAY_RUN = "train"
+"""Ray Train's folder in a run folder."""
 WALL_SECONDS = "train/wall_seconds"
 _SETTINGS_THAT_BIND = ("data", "model", "train")
 """Sections that a resumed run must not change."""
@@ -152,10 +155,11 @@ def describe(recipe: Recipe) -> float:
 
 
 def claim(folder: Path, recipe: Recipe, sections: tuple[str, ...], what: str) -> str | None:
-    """Take a run folder for this recipe, whose ``sections`` a later start must not change; ``what`` names the key of
-    its name. Returns the MLflow run to go on with, None for a new one."""
+    """Take a run folder for this recipe, whose ``sections`` and seed a later start must not change; ``what`` names the
+    key of its name. Returns the MLflow run to go on with, None for a new one."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in recipe.to_dict().items() if name in sections}
+    settings["run"] = {"seed": recipe.run.seed}
     path = folder / RECIPE
     if path.exists():
         try:
@@ -203,6 +207,8 @@ def fit(
     train = recipe.train
     cpus = train.workers * train.cpus_per_worker
     need("train.workers", cpus, train.workers if train.use_gpu else 0)
+    if checkpoint_list.restore(storage / RAY_RUN):
+        print(f"{recipe.run.name}: its list of checkpoints was half written; goes on with the ones before")
     mailbox = Mailbox()
     done = threading.Event()
     lost: list[Exception] = []
@@ -222,7 +228,7 @@ def fit(
                     resources_per_worker={"CPU": train.cpus_per_worker},
                 ),
                 run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees Train V1's
-                    name="train",
+                    name=RAY_RUN,
                     storage_path=str(storage),
                     failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
                     checkpoint_config=ray.train.CheckpointConfig(num_to_keep=train.keep_checkpoints),
@@ -386,6 +392,8 @@ class _RayTrainReporter:
                 write(Path(local.path))
                 # A run that goes on from here repeats nothing of what came before, so that must be recorded by now.
                 self.mailbox.wait(told)
+                if self.rank == 0:
+                    checkpoint_list.keep_copy(Path(storage.experiment_fs_path))
                 saved = storage.persist_current_checkpoint(local, name)
                 self.last = name
                 return saved

@@ -1,6 +1,7 @@
 """`pipelines train` and `sweep` on a real Ray cluster and a real tracking store."""
 
 import json
+import re
 import threading
 from dataclasses import asdict
 
@@ -57,10 +58,11 @@ def test_a_finished_run_is_not_trained_again(trained):
     assert len(history) == total_steps(recipe)
 
 
-def test_a_changed_recipe_needs_a_name_of_its_own(trained):
+@pytest.mark.parametrize(("setting", "value"), [("model.window", 6), ("run.seed", 1)])
+def test_a_changed_recipe_needs_a_name_of_its_own(trained, setting, value):
     recipe, _ = trained
-    with pytest.raises(ConfigError, match=r"'trained' was begun with another model\.window"):
-        train.run(with_overrides(recipe, {"model.window": 6}))
+    with pytest.raises(ConfigError, match=f"'trained' was begun with another {re.escape(setting)}"):
+        train.run(with_overrides(recipe, {setting: value}))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,48 @@
+"""Ray Train's list of a run's checkpoints, from which the run goes on.
+
+Ray writes it in place: a process killed meanwhile, or a full disk, would leave a part of it, and a run that cannot go
+on. So a whole list is copied aside before each checkpoint. A checkpoint that only the lost one named is trained again.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from model.files import write_text
+
+LIST = "checkpoint_manager_snapshot.json"
+_COPY = f"{LIST}.before"
+
+
+def keep_copy(folder: Path) -> None:
+    """Copy the list in ``folder`` aside, if there is a whole one. Raises OSError."""
+    state = _read(folder / LIST)
+    if state is not None:
+        write_text(folder / _COPY, json.dumps(state))
+
+
+def restore(folder: Path) -> bool:
+    """Put the copy, as far as its checkpoints are still there, in the place of a list that is not whole; without any
+    the run begins anew. Returns whether that was necessary."""
+    path = folder / LIST
+    if not path.exists() or _read(path) is not None:
+        return False
+    state = _read(folder / _COPY) or {"checkpoint_results": [], "checkpoint_report_indices": []}
+    known = zip(state["checkpoint_results"], state["checkpoint_report_indices"])
+    left = [(result, index) for result, index in known if (folder / result["checkpoint_dir_name"]).exists()]
+    if left:
+        results, indices = map(list, zip(*left))
+        state |= {"checkpoint_results": results, "checkpoint_report_indices": indices}
+        write_text(path, json.dumps(state | {"latest_checkpoint_result": results[-1]}))
+    else:
+        path.unlink()
+    return True
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
