@@ -1,7 +1,6 @@
 """Tokens' rows to the experts that they chose, and the sums of what comes back.
 
-``written_out.py`` runs, but for compiled code, which has ``reference.py``; ``backend=`` chooses by hand and
-:func:`backend_for` tells which one runs.
+``written_out.py`` runs; ``backend="reference"`` is the readable twin.
 """
 
 from __future__ import annotations
@@ -15,18 +14,14 @@ from kernels.expert_dispatch.reference import Dispatch, by_expert
 BACKENDS = {"reference": reference, "written_out": written_out}
 
 
-def backend_for(x: Tensor) -> str:
-    return "reference" if torch.compiler.is_compiling() else "written_out"
-
-
-def dispatch(x: Tensor, to: Dispatch, dtype: torch.dtype, backend: str | None = None) -> Tensor:
+def dispatch(x: Tensor, to: Dispatch, dtype: torch.dtype, backend: str = "written_out") -> Tensor:
     """See :func:`kernels.expert_dispatch.reference.dispatch`."""
-    return BACKENDS[backend or backend_for(x)].dispatch(x, to, dtype)
+    return BACKENDS[backend].dispatch(x, to, dtype)
 
 
-def combine(rows: Tensor, to: Dispatch, dtype: torch.dtype, backend: str | None = None) -> Tensor:
+def combine(rows: Tensor, to: Dispatch, dtype: torch.dtype, backend: str = "written_out") -> Tensor:
     """See :func:`kernels.expert_dispatch.reference.combine`."""
-    return BACKENDS[backend or backend_for(rows)].combine(rows, to, dtype)
+    return BACKENDS[backend].combine(rows, to, dtype)
 
 
-__all__ = ["BACKENDS", "Dispatch", "backend_for", "by_expert", "combine", "dispatch"]
+__all__ = ["BACKENDS", "Dispatch", "by_expert", "combine", "dispatch"]
