@@ -48,7 +48,7 @@ from pipelines.trainer import Trainer, build_trainer, folder_batches
 RECIPE = Path(__file__).parents[1] / "configs/study.yaml"
 CURVE = "curve.json"
 LOSS = "validation/loss"
-RATES = {"muon": (4e-3, 8e-3, 1.6e-2), "adamw": (1e-3, 3e-3, 1e-2)}
+RATES = {"muon": (3.2e-2, 6.4e-2, 0.128), "adamw": (1e-3, 3e-3, 1e-2)}
 SELECTED_TARGET, FP4_TARGET = 0.95, 0.99
 
 
