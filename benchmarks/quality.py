@@ -41,8 +41,9 @@ from pipelines.compare import METRICS as COMPARED
 from pipelines.compare import WAYS
 from pipelines.config import Recipe, load_recipe, with_overrides
 from pipelines.data import read_manifest
+from pipelines.run_folder import claimed
 from pipelines.tracking import TrackedRun, open_tracking
-from pipelines.train import claim, fit_to_data
+from pipelines.train import fit_to_data
 from pipelines.trainer import Trainer, build_trainer, folder_batches
 
 RECIPE = Path(__file__).parents[1] / "configs/study.yaml"
@@ -86,20 +87,24 @@ class Recorder:
 def trained(recipe: Recipe, name: str, seed: int, overrides: Mapping[str, Any]) -> tuple[Curve, Path]:
     """The curve and the checkpoint of a run, trained unless it is there already."""
     recipe = with_overrides(recipe, {**overrides, "run.name": f"{name}-seed{seed}", "run.seed": seed})
-    claim(recipe.run_folder, recipe, ("data", "model", "train"), "run.name")  # refuses one begun with other settings
     folder = recipe.final_checkpoint
-    if not folder.exists():
-        started = time.monotonic()
-        # The order of the data, too: its folder was prepared with the recipe's own seed.
-        trainer, recorder = _trainer(with_overrides(recipe, {"data.seed": seed}))
-        with recorder.tracked, atomic_folder(folder) as scratch:
-            trainer.run()
-            trainer.snapshot().write(scratch)
-            (scratch / CURVE).write_text(json.dumps(recorder.curve.points) + "\n")
-        loss = recorder.curve.last(LOSS)
-        print(f"{recipe.run.name}: {LOSS} {loss:.4f} after {time.monotonic() - started:.0f} s", flush=True)
+    with claimed(recipe.run_folder, recipe, ("data", "model", "train"), "run.name"):
+        if not folder.exists():
+            _train(recipe, seed)
     points = json.loads((folder / CURVE).read_text())
     return Curve([(int(tokens), metrics) for tokens, metrics in points]), folder
+
+
+def _train(recipe: Recipe, seed: int) -> None:
+    started = time.monotonic()
+    # The order of the data, too: its folder was prepared with the recipe's own seed.
+    trainer, recorder = _trainer(with_overrides(recipe, {"data.seed": seed}))
+    with recorder.tracked, atomic_folder(recipe.final_checkpoint) as scratch:
+        trainer.run()
+        trainer.snapshot().write(scratch)
+        (scratch / CURVE).write_text(json.dumps(recorder.curve.points) + "\n")
+    loss = recorder.curve.last(LOSS)
+    print(f"{recipe.run.name}: {LOSS} {loss:.4f} after {time.monotonic() - started:.0f} s", flush=True)
 
 
 def _trainer(recipe: Recipe) -> tuple[Trainer, Recorder]:

@@ -64,8 +64,6 @@ class OptimizerConfig:
                 f"train.optimizer.ns_coefficients: expected at least one step of finite (a, b, c), "
                 f"found {list(self.ns_coefficients)}"
             )
-        if self.weight_decay < 0:
-            raise ConfigError(f"train.optimizer.weight_decay: must not be negative, found {self.weight_decay}")
 
 
 Matrices = tuple[Tensor, Tensor, Tensor]

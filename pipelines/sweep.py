@@ -34,8 +34,9 @@ from pipelines.curriculum import check_data, curriculum, total_steps, validation
 from pipelines.data import read_manifest
 from pipelines.figures import pareto_figure, pareto_front
 from pipelines.progress import TrainingProgress, print_table
+from pipelines.run_folder import claimed, write_run_file
 from pipelines.tracking import TrackedRun, Tracking, attach, open_tracking
-from pipelines.train import claim, finalise, fit, fit_to_data, plain, write_run_file
+from pipelines.train import finalise, fit, fit_to_data, plain
 from pipelines.trainer import CACHE, build_trainer, folder_batches, measured_cache
 
 WALL_SECONDS = "sweep/wall_seconds"
@@ -76,8 +77,14 @@ def run(recipe: Recipe) -> SweepResult:
         stages = curriculum(fit_to_data(trial_recipe(recipe, settings), manifest))
         check_data(stages, recipe.data_folder, manifest)
     tracking = open_tracking(recipe)
+    with claimed(recipe.sweep_folder, recipe, _SETTINGS_THAT_BIND, "sweep.name") as known_run:
+        return _run(recipe, combinations, tracking, known_run, started)
+
+
+def _run(
+    recipe: Recipe, combinations: list[dict[str, int]], tracking: Tracking, known_run: str | None, started: float
+) -> SweepResult:
     folder = recipe.sweep_folder
-    known_run = claim(folder, recipe, _SETTINGS_THAT_BIND, "sweep.name")
     tracked = tracking.start_run(recipe.sweep.name, kind="sweep", recipe=recipe, run_id=known_run)
     write_run_file(folder, tracked)
     with tracked, ray_session(num_cpus=_logical_cpus(recipe)):

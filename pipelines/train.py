@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import signal
 import tempfile
@@ -25,7 +24,6 @@ from safetensors import SafetensorError
 
 from model import checkpoint
 from model.errors import CheckpointError, ConfigError, FiftyfoldError
-from model.files import write_text
 from model.muon import MuonAdamW
 from model.precision import Precision
 from model.tokenizer import load_tokenizer
@@ -36,20 +34,15 @@ from pipelines.curriculum import Stage, check_data, curriculum, total_steps
 from pipelines.data import Manifest, TrainBatches, read_manifest, train_batches, train_dataset
 from pipelines.mailbox import Mailbox
 from pipelines.progress import TrainingProgress, print_table
-from pipelines.tracking import TrackedRun, attach, open_tracking
+from pipelines.run_folder import claimed, write_run_file
+from pipelines.tracking import TrackedRun, Tracking, attach, open_tracking
 from pipelines.trainer import build_trainer, measured_cache
 
-RECIPE, RUN = "recipe.json", "run.json"
 RAY_RUN = "train"
 """Ray Train's folder in a run folder."""
 WALL_SECONDS = "train/wall_seconds"
 _SETTINGS_THAT_BIND = ("data", "model", "train")
 """Sections that a resumed run must not change."""
-_MAY_CHANGE = {
-    f"train.{name}"
-    for name in ("workers", "sharding", "cpus_per_worker", "threads_per_worker", "use_gpu", "max_failures")
-}
-"""What they hold of how the work is shared out. Another number of workers deals out an epoch's rows anew."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +67,14 @@ def run(recipe: Recipe, parent_run_id: str | None = None) -> TrainResult:
         fresh = checkpoint.warm_start(Transformer(recipe.model), recipe.train.init_from)
         print(f"{recipe.run.name}: starts from {recipe.train.init_from}; begun afresh: {', '.join(fresh) or 'nothing'}")
     tracking = open_tracking(recipe)
+    with claimed(recipe.run_folder, recipe, _SETTINGS_THAT_BIND, "run.name") as known_run:
+        return _run(recipe, tracking, known_run, parent_run_id, started)
+
+
+def _run(
+    recipe: Recipe, tracking: Tracking, known_run: str | None, parent_run_id: str | None, started: float
+) -> TrainResult:
     folder = recipe.run_folder
-    known_run = claim(folder, recipe, _SETTINGS_THAT_BIND, "run.name")
     muon_share = describe(recipe)
     if known_run is not None and recipe.final_checkpoint.exists():
         finished = attach(tracking.uri, known_run)
@@ -100,12 +99,6 @@ def run(recipe: Recipe, parent_run_id: str | None = None) -> TrainResult:
     print(f"{recipe.run.name}: checkpoint {recipe.final_checkpoint}")
     print(f"{recipe.run.name}: MLflow run {tracked.run_id} ({tracked.url_hint()})")
     return TrainResult(tracked.run_id, recipe.final_checkpoint, metrics, muon_share, seconds)
-
-
-def write_run_file(folder: Path, tracked: TrackedRun) -> None:
-    """Leave word in a run folder of the MLflow run that belongs to it."""
-    content = {"run_id": tracked.run_id, "tracking_uri": tracked.uri}
-    write_text(folder / RUN, json.dumps(content) + "\n")
 
 
 def fit_to_data(recipe: Recipe, manifest: Manifest) -> Recipe:
@@ -152,40 +145,6 @@ def describe(recipe: Recipe) -> float:
 
 
 # --- the driver's side
-
-
-def claim(folder: Path, recipe: Recipe, sections: tuple[str, ...], what: str) -> str | None:
-    """Take a run folder for this recipe, whose ``sections`` and seed a later start must not change; ``what`` names the
-    key of its name. Returns the MLflow run to go on with, None for a new one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {name: value for name, value in recipe.to_dict().items() if name in sections}
-    settings["run"] = {"seed": recipe.run.seed}
-    path = folder / RECIPE
-    if path.exists():
-        try:
-            earlier = json.loads(path.read_text())
-        except ValueError as error:
-            raise ConfigError(f"{path}: damaged ({error}); delete the run folder or choose another {what}") from error
-        changed = sorted({key for key, _ in _flat(earlier).items() ^ _flat(settings).items()} - _MAY_CHANGE)
-        if changed:
-            raise ConfigError(
-                f"{what}: '{folder.name}' was begun with another {changed[0]}; choose another {what}, or delete "
-                f"{folder} to begin again"
-            )
-    else:
-        write_text(path, json.dumps(settings, indent=2) + "\n")
-    try:
-        return json.loads((folder / RUN).read_text())["run_id"]
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder / RUN}: damaged ({error}); delete the run folder to begin again") from error
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, str]:
-    if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}".strip(".")).items()}
-    return {prefix: json.dumps(value)}
 
 
 def _parameters(recipe: Recipe) -> int:

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -23,8 +22,9 @@ from pipelines.__main__ import INTERRUPTED
 from pipelines.checkpoint_list import LIST
 from pipelines.config import with_overrides
 from pipelines.data import read_manifest
+from pipelines.run_folder import RUN
 from pipelines.tracking import TrackedRun, open_tracking
-from pipelines.train import RAY_RUN, RUN, fit_to_data
+from pipelines.train import RAY_RUN, fit_to_data
 from pipelines.trainer import build_trainer
 
 STAGES = [
@@ -202,7 +202,10 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_names_it(prepared, ray_cluste
     assert trainer.step == step
 
 
-@pytest.mark.parametrize(("sharding", "unbroken"), [("none", "straight"), ("fsdp", "straight_shards")])
+@pytest.mark.parametrize(
+    ("sharding", "unbroken"),
+    [("none", "straight"), pytest.param("fsdp", "straight_shards", marks=pytest.mark.long)],
+)
 def test_a_killed_worker_leaves_no_trace(prepared, ray_cluster, request, sharding, unbroken):
     recipe = recipe_named(prepared, f"worker-killed-{sharding}", sharding)
     expected = request.getfixturevalue(unbroken)
@@ -223,35 +226,40 @@ def test_a_killed_worker_leaves_no_trace(prepared, ray_cluster, request, shardin
     check(recipe, expected)
 
 
-@pytest.mark.parametrize("victim", ["driver", "raylet", pytest.param("asked to end", marks=pytest.mark.long)])
-def test_a_killed_run_goes_on_without_a_trace(prepared, ray_cluster, straight, tmp_path, victim):
-    recipe = recipe_named(prepared, victim.replace(" ", "-"))
+@pytest.mark.parametrize("victims", [["raylet", "driver"], pytest.param(["asked to end"], marks=pytest.mark.long)])
+def test_a_killed_run_goes_on_without_a_trace(prepared, ray_cluster, straight, tmp_path, victims):
+    recipe = recipe_named(prepared, victims[0].replace(" ", "-"))
     (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
-    command = [sys.executable, "-m", "pipelines", "train", "--config", str(tmp_path / "recipe.json")]
+    for start, victim in enumerate(victims):
+        begin_and_kill(recipe, tmp_path / "recipe.json", victim, random.choice((4, 8, 12)) + 16 * start)
+    train.run(recipe)
+    check(recipe, straight)
+
+
+def begin_and_kill(recipe, config, victim, step):
+    """Start or go on in a process of its own, and kill it or its raylet once a checkpoint of ``step`` is there."""
+    command = [sys.executable, "-m", "pipelines", "train", "--config", str(config)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    first = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
+    driver = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
     try:
-        wait_for_checkpoint(recipe, random.choice((12, 20, 28) if victim == "driver" else (4, 12, 20)), first)
-        below = processes_below(first.pid, "")
+        wait_for_checkpoint(recipe, step, driver)
+        below = processes_below(driver.pid, "")
         if victim == "raylet":
-            (raylet,) = [p for p in processes_below(first.pid, "raylet/raylet") if Path(p.exe()).name == "raylet"]
+            (raylet,) = [p for p in processes_below(driver.pid, "raylet/raylet") if Path(p.exe()).name == "raylet"]
             raylet.kill()
-            assert first.wait(timeout=120) != 0
+            assert driver.wait(timeout=120) != 0
         elif victim == "asked to end":
-            first.terminate()
-            assert first.wait(timeout=60) == INTERRUPTED
+            driver.terminate()
+            assert driver.wait(timeout=60) == INTERRUPTED
             assert open_tracking(recipe).client.get_run(run_id(recipe)).info.status == "KILLED"
             assert not psutil.wait_procs(below, timeout=30)[1]
         else:
-            os.kill(first.pid, signal.SIGKILL)
-            first.wait(timeout=30)
+            driver.kill()
+            driver.wait(timeout=30)
+            checkpoints = recipe.run_folder / RAY_RUN / LIST
+            os.truncate(checkpoints, checkpoints.stat().st_size // 2)  # killed in the middle of a write
     finally:
-        first.kill()
+        driver.kill()
     _, alive = psutil.wait_procs(below, timeout=3)
     for process in alive:
         process.kill()
-    if victim == "driver":  # in the middle of a write
-        checkpoints = recipe.run_folder / RAY_RUN / LIST
-        os.truncate(checkpoints, checkpoints.stat().st_size // 2)
-    train.run(recipe)
-    check(recipe, straight)

@@ -1,5 +1,6 @@
 """`pipelines train` and `sweep` on a real Ray cluster and a real tracking store."""
 
+import fcntl
 import json
 import re
 import threading
@@ -14,6 +15,7 @@ from pipelines import evaluate, promote, sweep, train
 from pipelines.config import over, recipe_from_dict, with_overrides
 from pipelines.curriculum import total_steps
 from pipelines.progress import TrainingProgress
+from pipelines.run_folder import LOCK
 from pipelines.tracking import open_tracking
 from pipelines.train import _listen, _News
 
@@ -63,6 +65,15 @@ def test_a_changed_recipe_needs_a_name_of_its_own(trained, setting, value):
     recipe, _ = trained
     with pytest.raises(ConfigError, match=f"'trained' was begun with another {re.escape(setting)}"):
         train.run(with_overrides(recipe, {setting: value}))
+
+
+def test_a_run_is_one_process_s_at_a_time(trained):
+    recipe, _ = trained
+    with (recipe.run_folder / LOCK).open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match=r"run\.name: another process works on 'trained'"):
+            train.run(recipe)
+    train.run(recipe)
 
 
 @pytest.fixture(scope="module")
