@@ -30,7 +30,7 @@ demo: .venv
 	$(BIN)/python -m pipelines demo --config configs/tiny.yaml $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: .venv
 	$(BIN)/python -m pytest -m long $(ARGS)

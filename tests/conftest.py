@@ -7,6 +7,14 @@ import torch
 
 torch.set_num_threads(1)
 
+LONGEST = ("test_exact_resume", "test_train", "test_execution", "test_sharded_training", "test_cache")
+"""Files that take minutes. Begun first, none of them is still running when all others are done."""
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
 
 @pytest.fixture(autouse=True)
 def seed():

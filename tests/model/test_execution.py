@@ -117,7 +117,7 @@ SITUATIONS = {
 THOROUGH = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=30, **THOROUGH)
+@settings(max_examples=20, **THOROUGH)
 @given(**SITUATIONS)
 def test_bits_do_not_depend_on_company_or_pieces(**situation):
     same_bits(**situation)
@@ -309,8 +309,10 @@ def test_compiled_decoding_is_close_and_chooses_alike(mode, monkeypatch):
         monkeypatch.undo()
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("start", [0, 1, 30])
+EARLY = [pytest.param(start, name, marks=pytest.mark.long) for start in (0, 1) for name in NETWORKS if name != "hybrid"]
+
+
+@pytest.mark.parametrize(("start", "name"), [*((30, name) for name in NETWORKS), (0, "hybrid"), (1, "hybrid"), *EARLY])
 def test_single_tokens_in_stretches_are_close_and_choose_alike(name, start, mode, monkeypatch):
     """The way that is compiled, as it comes: over every block's completion, and after going back or forking."""
     monkeypatch.setattr(Execution, "function", lambda self, fn, form=None: fn)
