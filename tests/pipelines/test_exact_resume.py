@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -202,10 +202,8 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_names_it(prepared, ray_cluste
     assert trainer.step == step
 
 
-@pytest.mark.parametrize(
-    ("sharding", "unbroken"),
-    [("none", "straight"), pytest.param("fsdp", "straight_shards", marks=pytest.mark.long)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("sharding", "unbroken"), [("none", "straight"), ("fsdp", "straight_shards")])
 def test_a_killed_worker_leaves_no_trace(prepared, ray_cluster, request, sharding, unbroken):
     recipe = recipe_named(prepared, f"worker-killed-{sharding}", sharding)
     expected = request.getfixturevalue(unbroken)
@@ -226,40 +224,65 @@ def test_a_killed_worker_leaves_no_trace(prepared, ray_cluster, request, shardin
     check(recipe, expected)
 
 
-@pytest.mark.parametrize("victims", [["raylet", "driver"], pytest.param(["asked to end"], marks=pytest.mark.long)])
-def test_a_killed_run_goes_on_without_a_trace(prepared, ray_cluster, straight, tmp_path, victims):
-    recipe = recipe_named(prepared, victims[0].replace(" ", "-"))
-    (tmp_path / "recipe.json").write_text(json.dumps(recipe.to_dict()))
-    for start, victim in enumerate(victims):
-        begin_and_kill(recipe, tmp_path / "recipe.json", victim, random.choice((4, 8, 12)) + 16 * start)
+@pytest.mark.parametrize(
+    "starts", [[["worker", "raylet"], ["driver"]], pytest.param([["asked to end"]], marks=pytest.mark.long)]
+)
+def test_a_killed_run_goes_on_without_a_trace(prepared, ray_cluster, straight, tmp_path, starts):
+    """Started in a process of its own as often as it dies, killed at random steps."""
+    recipe = recipe_named(prepared, starts[0][0].replace(" ", "-"))
+    config, step = tmp_path / "recipe.json", 0
+    config.write_text(json.dumps(recipe.to_dict()))
+    for victims in starts:
+        with begun(config) as driver:
+            for victim in victims:
+                step += random.choice((4, 8, 12))
+                wait_for_checkpoint(recipe, step, driver)
+                VICTIMS[victim](driver, recipe)
     train.run(recipe)
     check(recipe, straight)
 
 
-def begin_and_kill(recipe, config, victim, step):
-    """Start or go on in a process of its own, and kill it or its raylet once a checkpoint of ``step`` is there."""
+@contextmanager
+def begun(config):
+    """A run that starts or goes on, alone in a session of processes, of which the block leaves none."""
     command = [sys.executable, "-m", "pipelines", "train", "--config", str(config)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     driver = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
     try:
-        wait_for_checkpoint(recipe, step, driver)
-        below = processes_below(driver.pid, "")
-        if victim == "raylet":
-            (raylet,) = [p for p in processes_below(driver.pid, "raylet/raylet") if Path(p.exe()).name == "raylet"]
-            raylet.kill()
-            assert driver.wait(timeout=120) != 0
-        elif victim == "asked to end":
-            driver.terminate()
-            assert driver.wait(timeout=60) == INTERRUPTED
-            assert open_tracking(recipe).client.get_run(run_id(recipe)).info.status == "KILLED"
-            assert not psutil.wait_procs(below, timeout=30)[1]
-        else:
-            driver.kill()
-            driver.wait(timeout=30)
-            checkpoints = recipe.run_folder / RAY_RUN / LIST
-            os.truncate(checkpoints, checkpoints.stat().st_size // 2)  # killed in the middle of a write
+        yield driver
     finally:
         driver.kill()
-    _, alive = psutil.wait_procs(below, timeout=3)
-    for process in alive:
-        process.kill()
+        driver.wait(timeout=30)
+        for process in psutil.process_iter():
+            with suppress(psutil.NoSuchProcess, ProcessLookupError):
+                if os.getsid(process.pid) == driver.pid:
+                    process.kill()
+
+
+def kill_worker(driver, recipe):
+    random.choice(processes_below(driver.pid, "RayTrainWorker")).kill()
+
+
+def kill_raylet(driver, recipe):
+    (raylet,) = [p for p in processes_below(driver.pid, "raylet/raylet") if Path(p.exe()).name == "raylet"]
+    raylet.kill()
+    assert driver.wait(timeout=120) != 0
+
+
+def kill_driver(driver, recipe):
+    """In the middle of a write."""
+    driver.kill()
+    driver.wait(timeout=30)
+    checkpoints = recipe.run_folder / RAY_RUN / LIST
+    os.truncate(checkpoints, checkpoints.stat().st_size // 2)
+
+
+def ask_to_end(driver, recipe):
+    below = processes_below(driver.pid, "")
+    driver.terminate()
+    assert driver.wait(timeout=60) == INTERRUPTED
+    assert open_tracking(recipe).client.get_run(run_id(recipe)).info.status == "KILLED"
+    assert not psutil.wait_procs(below, timeout=30)[1]
+
+
+VICTIMS = {"worker": kill_worker, "raylet": kill_raylet, "driver": kill_driver, "asked to end": ask_to_end}
