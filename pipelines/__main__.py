@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 
 from model.errors import ConfigError, FiftyfoldError
+from pipelines.interrupts import on_sigterm
 
 STEPS = {
     "demo": "the whole loop with one recipe: prepare, sweep, train, baseline, evaluate, promote, deploy, ask",
@@ -120,4 +122,5 @@ def _check_imports() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, on_sigterm)
     sys.exit(main(sys.argv[1:]))

@@ -23,6 +23,7 @@ from contextlib import contextmanager
 import ray
 
 from model.errors import ConfigError, FiftyfoldError
+from pipelines.interrupts import on_sigterm
 
 OBJECT_STORE_BYTES = 400 * 2**20
 MIN_LOGICAL_CPUS = 6
@@ -61,7 +62,7 @@ def ray_session(num_cpus: float = 0) -> Iterator[None]:
         )
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread:  # Ray's own handler, set by now, aborts: runs would be left as running
-        signal.signal(signal.SIGTERM, _as_ctrl_c)
+        signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield
     finally:
@@ -70,10 +71,9 @@ def ray_session(num_cpus: float = 0) -> Iterator[None]:
             signal.signal(signal.SIGTERM, handler)
 
 
-def _as_ctrl_c(*_: object) -> None:
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a script's shell starts what it puts in the background
-        raise KeyboardInterrupt
-    signal.raise_signal(signal.SIGINT)  # Ray Train may have a handler of its own
+def local_cpus() -> int:
+    """Logical CPUs that this machine is good for."""
+    return max(MIN_LOGICAL_CPUS, os.cpu_count() or 1)
 
 
 def need(key: str, cpus: float, gpus: float = 0) -> None:

@@ -342,6 +342,12 @@ def _merge(merged: Any, files: Sequence[str | Path], overrides: Sequence[str]) -
         if not OmegaConf.is_dict(content):
             raise ConfigError(f"{file}: expected a mapping of sections at the top level")
         merged = _over(merged, content)
+    for override in overrides:  # one by one first, to name the one that is wrong
+        try:
+            _over(merged.copy(), OmegaConf.from_dotlist([override]))
+        except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
+            key, _, value = override.partition("=")
+            raise ConfigError(f"{key}: cannot be set to {value!r} ({' '.join(str(error).split())})") from error
     try:
         merged = _over(merged, OmegaConf.from_dotlist(list(overrides)))
     except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
@@ -366,7 +372,7 @@ def recipe_from_dict(values: Any) -> Recipe:
     try:
         recipe = Recipe.model_validate(values)
     except pydantic.ValidationError as error:
-        raise ConfigError("; ".join(_sentence(item) for item in error.errors())) from None
+        raise ConfigError("; ".join(map(_sentence, _causes(error)))) from None
     if not recipe.run.folder.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         raise ConfigError(
             f"run.folder: '{recipe.run.folder}' is relative, and a submitted job works in a temporary copy of the "
@@ -399,9 +405,17 @@ def with_overrides(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
     return recipe_from_dict(OmegaConf.to_container(base))
 
 
+def _causes(error: pydantic.ValidationError) -> list[Any]:
+    """Without those that follow from others: a list whose items are wrong also counts as too short."""
+    errors = error.errors()
+    wrong = {item["loc"][:n] for item in errors for n in range(len(item["loc"]))}
+    return [item for item in errors if not (item["type"] == "too_short" and item["loc"] in wrong)]
+
+
 def _sentence(item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
-    if item["type"] == "extra_forbidden":
+    if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{key}: unknown key"
     message = item["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}, found {item['input']!r}"
+    whole_section = isinstance(item["input"], dict)
+    return f"{key}: {message}" if whole_section else f"{key}: {message}, found {item['input']!r}"

@@ -17,9 +17,12 @@ from pipelines.tracking import TrackedRun
 RECIPE, RUN, LOCK = "recipe.json", "run.json", "lock"
 _MAY_CHANGE = {
     f"train.{name}"
-    for name in ("workers", "sharding", "cpus_per_worker", "threads_per_worker", "use_gpu", "max_failures")
+    for name in (
+        *("workers", "sharding", "cpus_per_worker", "threads_per_worker", "use_gpu", "max_failures"),
+        *("log_every", "keep_checkpoints"),
+    )
 }
-"""How the work is shared out. Another number of workers deals out an epoch's rows anew."""
+"""How the work is shared out, and what is kept of it. Another number of workers deals out an epoch's rows anew."""
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.cluster import need, ray_session  # sets Ray's environment before ray is imported
+from pipelines.cluster import local_cpus, need, ray_session  # sets Ray's environment before ray is imported
 
 # isort: split
 import ray
@@ -86,7 +86,8 @@ def _run(
         recipe.run.name, kind="train", recipe=recipe, parent_run_id=parent_run_id, run_id=known_run
     )
     write_run_file(folder, tracked)
-    with tracked, ray_session(num_cpus=recipe.train.workers * recipe.train.cpus_per_worker + 1):
+    cpus = min(recipe.train.workers * recipe.train.cpus_per_worker, local_cpus()) + 1  # more is refused once it runs
+    with tracked, ray_session(num_cpus=cpus):
         tracked.log_metrics({**measured_cache(recipe.model), "optimizer/muon_share": muon_share})
         tracked.set_tags({"parameters": str(_parameters(recipe))})
         progress = TrainingProgress(recipe.run.name, total_steps(recipe))
@@ -164,7 +165,7 @@ def fit(
     Returns the last report's metrics and checkpoint. Raises FiftyfoldError.
     """
     train = recipe.train
-    cpus = train.workers * train.cpus_per_worker
+    cpus = train.workers * train.cpus_per_worker + 1  # which reads the data
     need("train.workers", cpus, train.workers if train.use_gpu else 0)
     if checkpoint_list.restore(storage / RAY_RUN):
         print(f"{recipe.run.name}: its list of checkpoints was half written; goes on with the ones before")

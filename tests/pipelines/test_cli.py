@@ -1,5 +1,10 @@
 """The command line: one clear sentence and a non-zero status for every mistake."""
 
+import os
+import subprocess
+import sys
+import time
+
 import pytest
 
 from model.config import ModelConfig
@@ -35,6 +40,12 @@ def test_what_a_later_stage_rounds_is_in_the_table(capsys):
         (["--config", "nowhere.yaml"], "error: nowhere.yaml: No such file or directory"),
         (["--model.index_top", "3"], "error: model.index_top: unknown key; did you mean 'index_topk'?"),
         (["--train.stepz", "3"], "error: train.stepz: unknown key"),
+        (["--train.optimizer.lerning_rate", "3"], "error: train.optimizer.lerning_rate: unknown key\n"),
+        (["--train.stages", "[{steps: 0}]"], "stages.0.steps: Input should be greater than or equal to 1, found 0\n"),
+        (["--train.stages", "[]"], "error: train.stages: Tuple should have at least 1 item"),
+        (["--train.sharding", "fsdp"], "fsdp divides the network among workers, and there is only one\n"),
+        (["--config", "configs/tiny.yaml", "--train.stages", "{steps: 3}"], "error: train.stages: cannot be set to"),
+        (["--train.stages", "[steps: 3"], "error: train.stages: cannot be set to '[steps: 3'"),
         (["--train.batch_rows", "0"], "error: train.batch_rows: Input should be greater than or equal to 1, found 0"),
         (["--train.optimizer.momentum", "2"], "error: train.optimizer.momentum: must lie in [0, 1), found 2.0"),
         (["--model.preset", "huge"], "error: model.preset: unknown preset 'huge'"),
@@ -51,6 +62,25 @@ def test_mistakes_are_named(arguments, message, capsys):
     captured = capsys.readouterr()
     assert message in captured.err
     assert len(captured.err.strip().splitlines()) == 1
+
+
+def test_sigterm_ends_a_step_as_ctrl_c_does_from_its_start(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    os.mkfifo(recipe)  # reading it takes for ever
+    step = subprocess.Popen(
+        [sys.executable, "-m", "pipelines", "train", "--config", str(recipe)], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            held = os.open(recipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:  # nobody reads it yet
+            time.sleep(0.02)
+        else:
+            break
+    step.terminate()
+    assert (step.wait(timeout=60), step.stderr.read()) == (cli.INTERRUPTED, "interrupted\n")
+    os.close(held)
 
 
 @pytest.mark.parametrize("content", ["a: [1", "- 1\n- 2\n", "model: 3\n"])

@@ -152,7 +152,7 @@ def test_settings_that_the_data_or_the_cluster_cannot_serve_are_refused(prepared
         train.run(with_overrides(prepared, {"run.name": "wide", "model.window": 9}))
     with pytest.raises(ConfigError, match=r"data\.packing: False, but .* was prepared with True"):
         train.run(with_overrides(prepared, {"run.name": "loose", "data.packing": False}))
-    with pytest.raises(ConfigError, match=r"train\.workers: needs 8 CPU, the Ray cluster has 6"):
+    with pytest.raises(ConfigError, match=r"train\.workers: needs 9 CPU, the Ray cluster has 6"):
         train.run(with_overrides(prepared, {"run.name": "many", "train.workers": 8}))
 
 
