@@ -12,7 +12,7 @@
 
 A seed draws the weights and the order of the data; the held-out rows are always the same. The plain trainer trains in
 this process, without Ray, every run is in MLflow (in `runs`, unless `run.folder` is another), and a finished one is not
-repeated. Two processes may work on different studies at once.
+repeated. One process may work on muon while another works on curriculum and qat, which share runs.
 """
 
 from __future__ import annotations
@@ -249,6 +249,8 @@ def main(arguments: list[str] | None = None) -> str:
     parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="over the recipe's settings")
     options = parser.parse_args(arguments)
     if options.write:
+        if set(options.studies) != set(names):
+            raise ConfigError("--write: a page holds all studies; leave --studies out")
         check_page(options.write)
     torch.set_num_threads(options.threads)
     recipe = load_recipe([options.config], options.set)

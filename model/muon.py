@@ -198,8 +198,9 @@ class MuonAdamW(torch.optim.Optimizer):
             group["lr"] = peak * scale
 
     def rates(self) -> dict[str, float]:
-        """The present learning rates: of ``muon``, ``adamw`` and, whatever their rule, the ``indexer`` parameters."""
-        return {"indexer" if group["indexer"] else group["rule"]: group["lr"] for group in self.param_groups}
+        """The present learning rates: of ``muon``, ``adamw`` and the ``indexer``'s matrices."""
+        shown = [group for group in self.param_groups if not group["indexer"] or group["rule"] == self.config.rule]
+        return {"indexer" if group["indexer"] else group["rule"]: group["lr"] for group in shown}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -83,7 +83,7 @@ class Precision:
             ("window and compressed entries, unrotated dims", config.kv_format, hybrid + compressed),
             ("window and compressed entries, rotary dims", config.rope_format, hybrid + compressed),
             ("index queries and keys (after Hadamard)", config.index_format, 2 * csa),
-            ("gqa keys and values", config.gqa_format, 2 * gqa),
+            ("gqa keys and values", config.gqa_format, gqa),
             ("routed expert weights", expert_format, experts),
         )
         return [(role, fmt, "yes" if self.qat and fmt != "fp32" else "no", count) for role, fmt, count in rows if count]

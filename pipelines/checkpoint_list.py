@@ -23,12 +23,12 @@ def keep_copy(folder: Path) -> None:
         write_text(folder / _COPY, json.dumps(state))
 
 
-def restore(folder: Path) -> bool:
-    """Put the copy, as far as its checkpoints are still there, in the place of a list that is not whole; without any
-    the run begins anew. Returns whether that was necessary."""
+def restore(folder: Path) -> int | None:
+    """Put the copy, as far as its checkpoints are still there, in the place of a list that is not whole. Returns how
+    many they are (of none, the run begins anew), or None where the list is whole."""
     path = folder / LIST
     if not path.exists() or _read(path) is not None:
-        return False
+        return None
     state = _read(folder / _COPY) or {"checkpoint_results": [], "checkpoint_report_indices": []}
     known = zip(state["checkpoint_results"], state["checkpoint_report_indices"])
     left = [(result, index) for result, index in known if (folder / result["checkpoint_dir_name"]).exists()]
@@ -38,7 +38,7 @@ def restore(folder: Path) -> bool:
         write_text(path, json.dumps(state | {"latest_checkpoint_result": results[-1]}))
     else:
         path.unlink()
-    return True
+    return len(left)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

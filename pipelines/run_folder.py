@@ -6,12 +6,14 @@ import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from model.errors import ConfigError
 from model.files import write_text
 from pipelines.config import Recipe
+from pipelines.data import MANIFEST_NAME
 from pipelines.tracking import TrackedRun
 
 RECIPE, RUN, LOCK = "recipe.json", "run.json", "lock"
@@ -53,6 +55,7 @@ def write_run_file(folder: Path, tracked: TrackedRun) -> None:
 def _check_settings(folder: Path, recipe: Recipe, sections: tuple[str, ...], what: str) -> None:
     settings = {name: value for name, value in recipe.to_dict().items() if name in sections}
     settings["run"] = {"seed": recipe.run.seed}
+    settings["data"]["manifest"] = sha256((recipe.data_folder / MANIFEST_NAME).read_bytes()).hexdigest()
     path = folder / RECIPE
     if not path.exists():
         write_text(path, json.dumps(settings, indent=2) + "\n")

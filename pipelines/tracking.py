@@ -226,7 +226,7 @@ def attach(uri: str, run_id: str) -> TrackedRun:
     try:
         info = client.get_run(run_id).info
     except MlflowException as error:
-        raise ConfigError(f"run {run_id}: not found in {_shown(uri)} ({_first_line(error)})") from error
+        raise ConfigError(f"run {run_id}: not found in {_shown(uri)} ({first_line(error)})") from error
     if info.lifecycle_stage != "active":
         raise ConfigError(f"run {run_id}: was deleted from {_shown(uri)}")
     return TrackedRun(uri, run_id, info.experiment_id, client)
@@ -284,7 +284,7 @@ def _connect(uri: str) -> MlflowClient:
     except ConfigError:
         raise
     except Exception as error:  # MLflow lets SQLAlchemy's and the drivers' errors through
-        raise ConfigError(f"tracking.uri: cannot open {_shown(uri)} ({_first_line(error)})") from error
+        raise ConfigError(f"tracking.uri: cannot open {_shown(uri)} ({first_line(error)})") from error
 
 
 def _sqlite_path(uri: str) -> Path:
@@ -335,7 +335,7 @@ def _experiment(client: MlflowClient, uri: str, name: str, folder: Path) -> str:
                     raise
                 found = client.get_experiment_by_name(name)  # another process was faster
     except MlflowException as error:
-        raise ConfigError(f"tracking.experiment: cannot open '{name}' ({_first_line(error)})") from error
+        raise ConfigError(f"tracking.experiment: cannot open '{name}' ({first_line(error)})") from error
     if found is None or found.lifecycle_stage != "active":
         raise ConfigError(f"tracking.experiment: '{name}' was deleted; restore it or choose another name")
     return found.experiment_id
@@ -372,5 +372,5 @@ def _shown(uri: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

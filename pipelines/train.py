@@ -35,12 +35,14 @@ from pipelines.data import Manifest, TrainBatches, read_manifest, train_batches,
 from pipelines.mailbox import Mailbox
 from pipelines.progress import TrainingProgress, print_table
 from pipelines.run_folder import claimed, write_run_file
-from pipelines.tracking import TrackedRun, Tracking, attach, open_tracking
+from pipelines.tracking import TrackedRun, Tracking, attach, first_line, open_tracking
 from pipelines.trainer import build_trainer, measured_cache
 
 RAY_RUN = "train"
 """Ray Train's folder in a run folder."""
 WALL_SECONDS = "train/wall_seconds"
+_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""Seconds before MLflow is asked once more to take what it refused."""
 _SETTINGS_THAT_BIND = ("data", "model", "train")
 """Sections that a resumed run must not change."""
 
@@ -167,8 +169,9 @@ def fit(
     train = recipe.train
     cpus = train.workers * train.cpus_per_worker + 1  # which reads the data
     need("train.workers", cpus, train.workers if train.use_gpu else 0)
-    if checkpoint_list.restore(storage / RAY_RUN):
-        print(f"{recipe.run.name}: its list of checkpoints was half written; goes on with the ones before")
+    left = checkpoint_list.restore(storage / RAY_RUN)
+    if left is not None:
+        print(f"{recipe.run.name}: its list of checkpoints was half written; {left} earlier ones are known")
     mailbox = Mailbox()
     done = threading.Event()
     lost: list[Exception] = []
@@ -210,7 +213,7 @@ def fit(
     if lost:
         raise FiftyfoldError(
             f"{recipe.run.name}: trained to its end, but {len(lost)} groups of metrics did not reach MLflow "
-            f"({str(lost[0]).splitlines()[0]}); start the step again to finish"
+            f"({first_line(lost[0])}); start the step again to finish"
         )
     if result.checkpoint is None:
         raise FiftyfoldError(f"{recipe.run.name}: training ended without a checkpoint")
@@ -244,16 +247,16 @@ def _listen(
 ) -> None:
     """Carry rank 0's news to MLflow and to the terminal until ``done`` is set and the mailbox is empty.
 
-    What MLflow does not take goes to ``lost``: training must not end for it, nor may it pass in silence.
+    What MLflow does not take, asked again and again, goes to ``lost``: training must not end for it, nor may it pass in
+    silence.
     """
     while True:
         ending = done.is_set()
         try:
             taken = mailbox.take(0.2)
             for news in (_News(**item) for item in taken):
-                try:
-                    _record(news, tracked)
-                except Exception as error:  # MLflow lets the errors of its store's drivers through
+                error = _recorded(news, tracked)
+                if error is not None:
                     lost.append(error)
                 with contextlib.suppress(OSError):  # a closed terminal
                     _show(news, progress)
@@ -265,10 +268,19 @@ def _listen(
             return
 
 
-def _record(news: _News, tracked: TrackedRun) -> None:
-    tracked.log_metrics(news.metrics, news.step)
-    if news.event is not None:
-        tracked.tell(news.step, news.event)
+def _recorded(news: _News, tracked: TrackedRun) -> Exception | None:
+    """Tell MLflow, again after each of some pauses where it takes nothing. Returns why not in the end."""
+    for pause in (*_PAUSES, None):
+        try:
+            tracked.log_metrics(news.metrics, news.step)
+            if news.event is not None:
+                tracked.tell(news.step, news.event)
+            return None
+        except Exception as error:  # MLflow lets the errors of its store's drivers through
+            if pause is None:
+                return error
+            time.sleep(pause)
+    raise AssertionError
 
 
 def _show(news: _News, progress: TrainingProgress) -> None:

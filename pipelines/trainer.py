@@ -198,7 +198,7 @@ class Trainer:
         """Weights, optimizer and step as they were at the last checkpoint; reading goes on where it is."""
         set_local_state(self.model, kept.model)
         self._load_training_tensors(kept.tensors)
-        self.step = kept.state["step"]
+        self.step, self.best = kept.state["step"], kept.state["best"]
         self.anticipation.begin()
 
     # --- training
@@ -443,9 +443,10 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Held-out metrics in the attention mode of the stage just trained (:func:`pipelines.validation.validate`)."""
         metrics = validate(self.model, self._validation, stage_at(self.stages, max(0, self.step - 1)).attends)
-        if self.best is None or metrics[BEST] < self.best[0]:
+        if math.isfinite(metrics[BEST]) and (self.best is None or metrics[BEST] < self.best[0]):
             self.best = (metrics[BEST], self.step)
-        return {**metrics, "best/loss": self.best[0], "best/step": float(self.best[1])}
+        best = {} if self.best is None else {"best/loss": self.best[0], "best/step": float(self.best[1])}
+        return metrics | best
 
 
 @dataclass(frozen=True)

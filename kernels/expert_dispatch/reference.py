@@ -41,5 +41,8 @@ def dispatch(x: Tensor, to: Dispatch, dtype: torch.dtype) -> Tensor:
 
 
 def combine(rows: Tensor, to: Dispatch, dtype: torch.dtype) -> Tensor:
-    """Every token's sum over its rows, of rows [rows, d]: [N, d], summed up in ``dtype``."""
+    """Every token's sum over its rows, of rows [rows, d]: [N, d], summed up in ``dtype``.
+
+    Rows that fill up are left out, and their gradient means nothing: it is to be stopped where the rows are made.
+    """
     return rows.index_select(0, to.places.flatten()).unflatten(0, to.places.shape).sum(1, dtype=dtype)

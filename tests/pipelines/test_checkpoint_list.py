@@ -31,21 +31,21 @@ def cut(folder):
 
 def test_a_whole_list_stays(folder):
     (folder / LIST).write_text(json.dumps(listed(8, 12)))
-    assert not restore(folder)
+    assert restore(folder) is None
     assert json.loads((folder / LIST).read_text()) == listed(8, 12)
 
 
 def test_of_half_a_list_the_one_before_is_back(folder):
     cut(folder)
     keep_copy(folder)  # which is no whole list, and so no copy
-    assert restore(folder)
+    assert restore(folder) == 2
     assert json.loads((folder / LIST).read_text()) == listed(4, 8)
 
 
 def test_checkpoints_that_are_gone_are_left_out(folder):
     cut(folder)
     (folder / "step_8").rmdir()
-    assert restore(folder)
+    assert restore(folder) == 1
     assert json.loads((folder / LIST).read_text()) == listed(4)
 
 
@@ -53,5 +53,5 @@ def test_without_any_checkpoint_the_run_begins_anew(folder):
     cut(folder)
     for step in (4, 8):
         (folder / f"step_{step}").rmdir()
-    assert restore(folder) and not (folder / LIST).exists()
-    assert not restore(folder)
+    assert restore(folder) == 0 and not (folder / LIST).exists()
+    assert restore(folder) is None

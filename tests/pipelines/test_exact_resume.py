@@ -227,7 +227,7 @@ def test_a_killed_worker_leaves_no_trace(prepared, ray_cluster, request, shardin
 @pytest.mark.parametrize(
     "starts", [[["worker", "raylet"], ["driver"]], pytest.param([["asked to end"]], marks=pytest.mark.long)]
 )
-def test_a_killed_run_goes_on_without_a_trace(prepared, ray_cluster, straight, tmp_path, starts):
+def test_a_killed_run_goes_on_without_a_trace(prepared, ray_cluster, straight, tmp_path, capsys, starts):
     """Started in a process of its own as often as it dies, killed at random steps."""
     recipe = recipe_named(prepared, starts[0][0].replace(" ", "-"))
     config, step = tmp_path / "recipe.json", 0
@@ -237,8 +237,13 @@ def test_a_killed_run_goes_on_without_a_trace(prepared, ray_cluster, straight, t
             for victim in victims:
                 step += random.choice((4, 8, 12))
                 wait_for_checkpoint(recipe, step, driver)
+                time.sleep(random.random() / 2)
                 VICTIMS[victim](driver, recipe)
+    if starts[-1] == ["driver"]:  # killed in the middle of a write
+        checkpoints = recipe.run_folder / RAY_RUN / LIST
+        os.truncate(checkpoints, checkpoints.stat().st_size // 2)
     train.run(recipe)
+    assert ("half written" in capsys.readouterr().out) == (starts[-1] == ["driver"])
     check(recipe, straight)
 
 
@@ -270,11 +275,8 @@ def kill_raylet(driver, recipe):
 
 
 def kill_driver(driver, recipe):
-    """In the middle of a write."""
     driver.kill()
     driver.wait(timeout=30)
-    checkpoints = recipe.run_folder / RAY_RUN / LIST
-    os.truncate(checkpoints, checkpoints.stat().st_size // 2)
 
 
 def ask_to_end(driver, recipe):

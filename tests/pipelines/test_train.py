@@ -16,8 +16,8 @@ from pipelines.config import over, recipe_from_dict, with_overrides
 from pipelines.curriculum import total_steps
 from pipelines.progress import TrainingProgress
 from pipelines.run_folder import LOCK
-from pipelines.tracking import open_tracking
-from pipelines.train import _listen, _News
+from pipelines.tracking import TrackedRun, open_tracking
+from pipelines.train import _listen, _News, _recorded
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,18 @@ def test_a_finished_run_is_not_trained_again(trained):
     assert (again.checkpoint / "model.safetensors").read_bytes() == before
     history = open_tracking(recipe).client.get_metric_history(result.run_id, "train/loss")
     assert len(history) == total_steps(recipe)
+
+
+def test_a_run_goes_on_with_its_own_data_only(trained):
+    recipe, _ = trained
+    manifest = recipe.data_folder / "manifest.json"
+    content = manifest.read_text()
+    manifest.write_text(content + "\n")
+    try:
+        with pytest.raises(ConfigError, match=r"'trained' was begun with another data\.manifest"):
+            train.run(recipe)
+    finally:
+        manifest.write_text(content)
 
 
 @pytest.mark.parametrize(("setting", "value"), [("model.window", 6), ("run.seed", 1)])
@@ -216,7 +228,8 @@ class Letters:
         self.acknowledged += count
 
 
-def test_what_happens_in_training_is_seen_and_kept(prepared, capsys):
+def test_what_happens_in_training_is_seen_and_kept(prepared, capsys, monkeypatch):
+    monkeypatch.setattr(train, "_PAUSES", (0.0, 0.0))
     tracked = open_tracking(prepared).start_run("watched", kind="train", recipe=prepared)
     what = "the loss leapt from 2.000 to 9.000: back to step 4 (intervention 1 of 3)"
     letters = Letters([asdict(_News(6, {"train/loss": 9.0})), asdict(_News(6, {}, event=what))])
@@ -227,6 +240,12 @@ def test_what_happens_in_training_is_seen_and_kept(prepared, capsys):
     run = open_tracking(prepared).client.get_run(tracked.run_id).data
     assert run.tags["event.000006"] == what and run.metrics["train/loss"] == 9.0
     assert not lost and letters.acknowledged == 2
+    # A store that takes something only when it is asked a third time.
+    asked, log = [], TrackedRun.log_metrics
+    with monkeypatch.context() as patch:
+        patch.setattr(TrackedRun, "log_metrics", lambda *a: log(*a) if asked.append(0) or len(asked) == 3 else 1 / 0)
+        assert _recorded(_News(7, {"train/loss": 3.0}), tracked) is None
+    assert open_tracking(prepared).client.get_run(tracked.run_id).data.metrics["train/loss"] == 3.0
     # A store that takes nothing ends no training, and keeps no checkpoint waiting.
     letters.news = [asdict(_News(step, {"train/loss": 2.0})) for step in (7, 8)]
     tracked._client = None
