@@ -92,7 +92,7 @@ def _run(
         causes = sorted({str(plain(result.error)) for result in results if result.error})
         for cause in causes:
             print(f"{recipe.sweep.name}: a trial failed: {cause}")
-        run_ids = _trial_run_ids(tracking, tracked.run_id)
+        run_ids = _ended_trials(tracking, tracked.run_id)
         reported = [result for result in results if result.metrics and "trial_id" in result.metrics]
         trials = [_read_trial(recipe, result, run_ids) for result in reported]
         if not trials:
@@ -278,9 +278,12 @@ def _trial_run(tracking: Tracking, parent: str, trial_id: str, settings: dict[st
 # --- the result
 
 
-def _trial_run_ids(tracking: Tracking, parent: str) -> dict[str, str]:
-    """MLflow run ids by trial id."""
+def _ended_trials(tracking: Tracking, parent: str) -> dict[str, str]:
+    """MLflow run ids by trial id, once none of them trains any more."""
     nested = tracking.client.search_runs([tracking.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
+    for run in nested:
+        if run.info.status == "RUNNING":  # Tune ends a process that it stopped before that has said so
+            tracking.client.set_terminated(run.info.run_id, "FINISHED")
     return {run.data.tags["trial"]: run.info.run_id for run in nested if "trial" in run.data.tags}
 
 
