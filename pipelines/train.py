@@ -8,7 +8,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -247,15 +247,15 @@ def _listen(
 ) -> None:
     """Carry rank 0's news to MLflow and to the terminal until ``done`` is set and the mailbox is empty.
 
-    What MLflow does not take, asked again and again, goes to ``lost``: training must not end for it, nor may it pass in
-    silence.
+    What MLflow does not take, asked again for a while, goes to ``lost``: training must not end for it, nor may it pass
+    in silence.
     """
     while True:
         ending = done.is_set()
         try:
             taken = mailbox.take(0.2)
             for news in (_News(**item) for item in taken):
-                error = _recorded(news, tracked)
+                error = _recorded(news, tracked, () if lost else _PAUSES)  # a store that is gone holds nobody up twice
                 if error is not None:
                     lost.append(error)
                 with contextlib.suppress(OSError):  # a closed terminal
@@ -268,19 +268,19 @@ def _listen(
             return
 
 
-def _recorded(news: _News, tracked: TrackedRun) -> Exception | None:
-    """Tell MLflow, again after each of some pauses where it takes nothing. Returns why not in the end."""
-    for pause in (*_PAUSES, None):
+def _recorded(news: _News, tracked: TrackedRun, pauses: Iterable[float]) -> Exception | None:
+    """Tell MLflow, again after each of the pauses (seconds) where it takes nothing. Returns why not in the end."""
+    refusal = None
+    for pause in (0.0, *pauses):
+        time.sleep(pause)
         try:
             tracked.log_metrics(news.metrics, news.step)
             if news.event is not None:
                 tracked.tell(news.step, news.event)
             return None
         except Exception as error:  # MLflow lets the errors of its store's drivers through
-            if pause is None:
-                return error
-            time.sleep(pause)
-    raise AssertionError
+            refusal = error
+    return refusal
 
 
 def _show(news: _News, progress: TrainingProgress) -> None:

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,16 @@ from model.transformer import Transformer
 def tiny(**overrides):
     torch.manual_seed(0)
     return Transformer(ModelConfig(hidden_size=32, head_dim=16, rope_head_dim=8, expert_size=16, **overrides))
+
+
+def test_the_rate_shown_for_the_indexers_is_that_of_their_matrices():
+    model, config = tiny(), OptimizerConfig(learning_rate=0.5, adamw_learning_rate=0.25)
+    for rule, rates in (
+        ("muon", {"muon": 0.5, "adamw": 0.25, "indexer": 0.5}),
+        ("adamw", {"adamw": 0.25, "indexer": 0.25}),
+    ):
+        optimizer = MuonAdamW(model.named_parameters(), replace(config, rule=rule), model.fused_rows())
+        assert optimizer.rates() == rates
 
 
 def test_roles_get_the_published_rules():

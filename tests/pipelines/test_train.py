@@ -229,7 +229,8 @@ class Letters:
 
 
 def test_what_happens_in_training_is_seen_and_kept(prepared, capsys, monkeypatch):
-    monkeypatch.setattr(train, "_PAUSES", (0.0, 0.0))
+    pauses = []
+    monkeypatch.setattr(train.time, "sleep", pauses.append)
     tracked = open_tracking(prepared).start_run("watched", kind="train", recipe=prepared)
     what = "the loss leapt from 2.000 to 9.000: back to step 4 (intervention 1 of 3)"
     letters = Letters([asdict(_News(6, {"train/loss": 9.0})), asdict(_News(6, {}, event=what))])
@@ -244,10 +245,12 @@ def test_what_happens_in_training_is_seen_and_kept(prepared, capsys, monkeypatch
     asked, log = [], TrackedRun.log_metrics
     with monkeypatch.context() as patch:
         patch.setattr(TrackedRun, "log_metrics", lambda *a: log(*a) if asked.append(0) or len(asked) == 3 else 1 / 0)
-        assert _recorded(_News(7, {"train/loss": 3.0}), tracked) is None
+        assert _recorded(_News(7, {"train/loss": 3.0}), tracked, (1.0, 2.0, 4.0)) is None
+    assert [pause for pause in pauses if pause] == [1.0, 2.0]
     assert open_tracking(prepared).client.get_run(tracked.run_id).data.metrics["train/loss"] == 3.0
     # A store that takes nothing ends no training, and keeps no checkpoint waiting.
     letters.news = [asdict(_News(step, {"train/loss": 2.0})) for step in (7, 8)]
     tracked._client = None
     _listen(letters, ended, tracked, TrainingProgress("watched", 10), lost)
     assert len(lost) == 2 and letters.acknowledged == 4
+    assert [pause for pause in pauses if pause] == [1.0, 2.0, *train._PAUSES]  # for the first, not for every one

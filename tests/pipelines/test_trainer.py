@@ -510,6 +510,15 @@ def test_rolling_back_returns_to_the_last_checkpoint_and_reads_on(prepared, tmp_
         assert torch.equal(p, q), name
 
 
+def test_rolling_back_forgets_a_best_that_is_undone(prepared):
+    trainer = trainer_for(prepared, Record())
+    trainer.best = (5.0, 0)
+    kept = trainer.snapshot()
+    trainer.best = (1.0, 3)
+    trainer._roll_back(kept)
+    assert trainer.best == (5.0, 0)
+
+
 def test_a_leaping_loss_is_noticed(prepared):
     settings = prepared.train.stability.model_copy(update={"window": 8, "spike": 1.0})
     watch = Stability(settings)
