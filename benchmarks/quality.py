@@ -41,9 +41,9 @@ from pipelines.compare import METRICS as COMPARED
 from pipelines.compare import WAYS
 from pipelines.config import Recipe, load_recipe, with_overrides
 from pipelines.data import read_manifest
+from pipelines.prepared import fit_to_data
 from pipelines.run_folder import claimed
 from pipelines.tracking import TrackedRun, open_tracking
-from pipelines.train import fit_to_data
 from pipelines.trainer import Trainer, build_trainer, folder_batches
 
 RECIPE = Path(__file__).parents[1] / "configs/study.yaml"

@@ -12,13 +12,12 @@ import functools
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 
+from benchmarks.one_step import step
 from benchmarks.report import command_line, count
 from benchmarks.timing import Side, Timing, in_turn, ratio, threads_of
 from model.config import ModelConfig
 from model.muon import MuonAdamW, OptimizerConfig
-from model.telemetry import Telemetry
 from model.transformer import Transformer
 
 FULL, PLAIN_RESIDUALS = "all five choices", "plain residuals"
@@ -31,21 +30,6 @@ VARIANTS: dict[str, tuple[dict, str]] = {
     "no quantisation in the loop": ({"qat": False}, "muon"),
     "dense feed-forward": ({"ffn": "dense", "num_hash_layers": 0}, "muon"),
 }
-
-
-def step(model: Transformer, optimizer: MuonAdamW, ids: torch.Tensor, autocast: bool = True) -> None:
-    """One update of a model in training for ids int64 [B, S + 1], with all losses of its parts."""
-    telemetry = Telemetry()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        logits = model(ids[:, :-1], telemetry=telemetry)
-    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-    for name in ("indexer_kl", "balance"):
-        extra = telemetry.loss(name)
-        if extra is not None:
-            loss = loss + extra
-    model.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
 
 
 def parts(

@@ -24,8 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.one_step import step
 from benchmarks.report import check_page, command_line, count, table, verdict, write_tables
-from benchmarks.step_parts import FULL, PLAIN_RESIDUALS, parts, step
+from benchmarks.step_parts import FULL, PLAIN_RESIDUALS, parts
 from benchmarks.timing import OtherLoad, PeakMemory, Side, Timing, in_child, machine, ratio, threads_of
 from model.config import ModelConfig
 from model.hf import import_pretrained
@@ -94,6 +95,8 @@ def their_step(folder: Path, ids: Tensor, way: Way) -> Callable[[], None]:
                 for view, gradient in zip(views, p.grad.flatten(0, -3)):
                     view.grad = gradient
         muon.step()
+        for view in itertools.chain(*stacks.values()):
+            view.grad = None  # it would keep the stack's gradients through the next pass
         adamw.step()
 
     return run

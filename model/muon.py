@@ -37,7 +37,7 @@ class OptimizerConfig:
     learning_rate: float = 3e-3
     """Muon's update is scaled to AdamW's RMS (``rms``), so one rate serves both."""
     adamw_learning_rate: float | None = None
-    """A rate of its own for AdamW's parameters; None uses ``learning_rate``."""
+    """A rate of its own for AdamW's parameters, with ``rule: adamw`` all of them; None uses ``learning_rate``."""
     indexer_learning_rate: float | None = None
     """A rate of its own for the indexers, which learn from another loss; None treats them like the rest."""
     weight_decay: float = 0.1

@@ -17,6 +17,7 @@ from model.errors import ConfigError
 from model.transformer import Transformer
 from pipelines.config import Recipe
 from pipelines.data import Batch, read_manifest
+from pipelines.prepared import fit_to_data
 from pipelines.progress import print_table
 from pipelines.tracking import open_tracking
 from pipelines.trainer import held_out
@@ -52,14 +53,14 @@ def run(recipe: Recipe) -> dict[str, dict[str, list[float]]]:
             f"compare: takes as many checkpoints trained with QAT as without, found {len(section.qat)} in compare.qat "
             f"and {len(section.plain)} in compare.plain"
         )
-    vocabulary = read_manifest(recipe.data_folder, verify=True).vocab_size
+    recipe = fit_to_data(recipe, read_manifest(recipe.data_folder, verify=True))
     for with_qat, without in zip(section.qat, section.plain):
         _check_pair(with_qat, without)
         found_size = checkpoint.load_config(with_qat).vocab_size
-        if found_size != vocabulary:
+        if found_size != recipe.model.vocab_size:
             raise ConfigError(
                 f"compare.qat: {with_qat} has a vocabulary of {found_size}, {recipe.data_folder} was prepared for "
-                f"{vocabulary}"
+                f"{recipe.model.vocab_size}"
             )
     batches = held_out(recipe)
     found: dict[str, dict[str, list[float]]] = {}

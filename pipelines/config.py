@@ -6,10 +6,12 @@ ones, the command line wins over all. Unknown keys, wrong types and values out o
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import pydantic
 from omegaconf import OmegaConf
@@ -23,6 +25,11 @@ from model.execution import Mode
 from model.muon import OptimizerConfig
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Setting = bool | int | float | str
+"""What a sweep can try of a key."""
+
+
+_STARTING_POINTS = ("model.preset", "model.depth")
 
 
 class Section(BaseModel):
@@ -69,6 +76,10 @@ class DataSection(Section):
     """A shard is closed once it holds this many tokens. Readers hold one in memory, and pack rows within it."""
     seed: int = 1234
 
+    def content(self) -> dict[str, Any]:
+        """What the shards' content depends on, as plain JSON values; on the tokenizer it does by its file."""
+        return self.model_dump(mode="json", exclude={"name", "tokenizer"})
+
 
 class StageSection(Section):
     """One part of the curriculum; what it leaves out is as elsewhere in the recipe."""
@@ -111,8 +122,8 @@ class StabilitySection(Section):
     """skip leaves the batch out. roll_back goes back to the weights and the optimizer of the last checkpoint, which it
     keeps in memory, and on with the batches that follow. stop ends the run."""
     spike: Annotated[float, Field(gt=0)] | None = 2.0
-    """A leap: by so many nats per token above the median of the last ``window`` losses of the stage; None looks only
-    for what is not finite."""
+    """A leap: by so many nats per token above the median of the last ``window`` losses of the stage, once there are
+    half as many; None looks only for what is not finite."""
     window: Annotated[int, Field(ge=4)] = 32
     max_interventions: Annotated[int, Field(ge=0)] = 3
     """How often a run goes on; the next time it ends."""
@@ -171,6 +182,7 @@ class TrainSection(Section):
     third more work, the same gradients."""
     log_every: Annotated[int, Field(ge=1)] = 5
     validate_every: Annotated[int, Field(ge=1)] = 50
+    """Steps from one validation to the next; where a stage ends, there is one, and a checkpoint, in any case."""
     validation_rows: Annotated[int, Field(ge=1)] = 128
     """Rows of each kind (text, retrieval) that one validation reads."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 50
@@ -187,7 +199,7 @@ class TrainSection(Section):
 
 class SweepSection(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "sweep"
-    space: dict[str, list[int]] = Field(default_factory=dict)
+    space: dict[str, list[Setting]] = Field(default_factory=dict)
     """Dotted recipe keys and the values to try, e.g. ``model.csa_ratio: [4, 8]``."""
     trials: Annotated[int, Field(ge=1)] | None = None
     """How many random combinations to try; None tries the whole grid."""
@@ -327,21 +339,28 @@ def load_recipe(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
 
 
 def over(recipe: Recipe, file: str | Path) -> Recipe:
-    """``recipe`` with the settings of a YAML file over its own; a preset there changes nothing. Raises ConfigError."""
+    """``recipe`` with the settings of a YAML file over its own; a preset there is refused. Raises ConfigError."""
+    for key in _STARTING_POINTS:
+        if OmegaConf.select(_read(file), key) is not None:
+            raise ConfigError(f"{file}: {key}: cannot be changed here, because every field of the model is set already")
     return _merge(OmegaConf.create(recipe.to_dict()), [file], [])
+
+
+def _read(file: str | Path) -> Any:
+    try:
+        content = OmegaConf.load(file)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from error
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not OmegaConf.is_dict(content):
+        raise ConfigError(f"{file}: expected a mapping of sections at the top level")
+    return content
 
 
 def _merge(merged: Any, files: Sequence[str | Path], overrides: Sequence[str]) -> Recipe:
     for file in files:
-        try:
-            content = OmegaConf.load(file)
-        except OSError as error:
-            raise ConfigError(f"{file}: {error.strerror}") from error
-        except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-            raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
-        if not OmegaConf.is_dict(content):
-            raise ConfigError(f"{file}: expected a mapping of sections at the top level")
-        merged = _over(merged, content)
+        merged = _over(merged, _read(file))
     for override in overrides:  # one by one first, to name the one that is wrong
         try:
             _over(merged.copy(), OmegaConf.from_dotlist([override]))
@@ -399,7 +418,7 @@ def with_overrides(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
     """A copy of ``recipe`` with dotted keys replaced, validated again. Raises ConfigError."""
     base = OmegaConf.create(recipe.to_dict())
     for key, value in overrides.items():
-        if key in ("model.preset", "model.depth"):
+        if key in _STARTING_POINTS:
             raise ConfigError(f"{key}: cannot be changed here, because every field of the model is set already")
         OmegaConf.update(base, key, value, merge=False)
     return recipe_from_dict(OmegaConf.to_container(base))
@@ -415,7 +434,24 @@ def _causes(error: pydantic.ValidationError) -> list[Any]:
 def _sentence(item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{key}: unknown key"
+        close = difflib.get_close_matches(str(item["loc"][-1]), _names_beside(item["loc"]), n=1)
+        return f"{key}: unknown key" + (f"; did you mean '{close[0]}'?" if close else "")
     message = item["msg"].removeprefix("Value error, ")
     whole_section = isinstance(item["input"], dict)
     return f"{key}: {message}" if whole_section else f"{key}: {message}, found {item['input']!r}"
+
+
+def _names_beside(place: tuple[int | str, ...]) -> list[str]:
+    """The keys that there are where ``place``, a path into the recipe, ends."""
+    section: Any = Recipe
+    for part in place[:-1]:
+        found = _fields(section)[part] if isinstance(part, str) else section
+        kinds = (found, *get_args(found), *(kind for inner in get_args(found) for kind in get_args(inner)))
+        section = next((kind for kind in kinds if _fields(kind)), None)
+    return list(_fields(section))
+
+
+def _fields(section: Any) -> dict[str, Any]:
+    if dataclasses.is_dataclass(section):
+        return get_type_hints(section)
+    return {name: field.annotation for name, field in getattr(section, "model_fields", {}).items()}

@@ -123,9 +123,8 @@ def _settings(recipe: Recipe, files: list[_File], tokenizer_file: Path) -> dict[
     sizes = hashlib.sha256()
     for file in files:
         sizes.update(f"{file.name}\0{file.bytes}\n".encode())
-    settings = recipe.data.model_dump(mode="json", exclude={"name", "tokenizer"})
     return {
-        **settings,
+        **recipe.data.content(),
         "window": recipe.model.window,
         "tokenizer_sha256": file_sha256(tokenizer_file),
         "files": len(files),

@@ -52,19 +52,29 @@ def write_run_file(folder: Path, tracked: TrackedRun) -> None:
     write_text(folder / RUN, json.dumps(content) + "\n")
 
 
-def _check_settings(folder: Path, recipe: Recipe, sections: tuple[str, ...], what: str) -> None:
+def write_settings(folder: Path, recipe: Recipe, sections: tuple[str, ...]) -> None:
+    """Bind a run folder to this recipe's ``sections``, seed and data."""
+    write_text(folder / RECIPE, json.dumps(_settings(recipe, sections), indent=2) + "\n")
+
+
+def _settings(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, Any]:
     settings = {name: value for name, value in recipe.to_dict().items() if name in sections}
     settings["run"] = {"seed": recipe.run.seed}
     settings["data"]["manifest"] = sha256((recipe.data_folder / MANIFEST_NAME).read_bytes()).hexdigest()
+    return settings
+
+
+def _check_settings(folder: Path, recipe: Recipe, sections: tuple[str, ...], what: str) -> None:
     path = folder / RECIPE
     if not path.exists():
-        write_text(path, json.dumps(settings, indent=2) + "\n")
+        write_settings(folder, recipe, sections)
         return
     try:
         earlier = json.loads(path.read_text())
     except ValueError as error:
         raise ConfigError(f"{path}: damaged ({error}); delete the run folder or choose another {what}") from error
-    changed = sorted({key for key, _ in _flat(earlier).items() ^ _flat(settings).items()} - _MAY_CHANGE)
+    differing = _flat(earlier).items() ^ _flat(_settings(recipe, sections)).items()
+    changed = sorted({key for key, _ in differing} - _MAY_CHANGE)
     if changed:
         raise ConfigError(
             f"{what}: '{folder.name}' was begun with another {changed[0]}; choose another {what}, or delete "

@@ -6,6 +6,7 @@ weak ones. The sweep is one MLflow run with a nested run per trial.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import random
@@ -29,23 +30,26 @@ from ray.tune.schedulers import ASHAScheduler
 
 from model.errors import ConfigError, FiftyfoldError
 from model.files import atomic_file, write_text
-from pipelines.config import Recipe, recipe_from_dict, with_overrides
+from pipelines.config import Recipe, Setting, recipe_from_dict, with_overrides
 from pipelines.curriculum import check_data, curriculum, total_steps, validation_steps
 from pipelines.data import read_manifest
 from pipelines.figures import pareto_figure, pareto_front
+from pipelines.prepared import fit_to_data
 from pipelines.progress import TrainingProgress, print_table
-from pipelines.run_folder import claimed, write_run_file
+from pipelines.run_folder import claimed, write_run_file, write_settings
 from pipelines.tracking import TrackedRun, Tracking, attach, open_tracking
-from pipelines.train import finalise, fit, fit_to_data, plain
+from pipelines.train import SETTINGS_THAT_BIND, finalise, fit, plain
 from pipelines.trainer import CACHE, build_trainer, folder_batches, measured_cache
 
 WALL_SECONDS = "sweep/wall_seconds"
-_SETTINGS_THAT_BIND = ("data", "model", "train", "sweep")
+_SETTINGS_OF_A_SWEEP = (*SETTINGS_THAT_BIND, "sweep")
+_OF_A_STAGE = {"model.index_topk": "index_topk", "model.qat": "qat", "train.batch_rows": "batch_rows"}
+"""What a stage may set for itself, whatever the recipe says elsewhere."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    settings: dict[str, int]
+    settings: dict[str, Setting]
     metrics: dict[str, float]
     run_id: str
     steps: int
@@ -59,7 +63,7 @@ class SweepResult:
     checkpoint: Path
     """The winner's checkpoint, in a run folder of its own: ``<sweep.name>-winner``."""
     seconds: float
-    """Wall time of the sweep when it was run, not when it was found finished."""
+    """Wall time of its trials, in all processes that ran them but those that were killed."""
     overrides: Path
     """A recipe file with the winner's settings, for ``--config``."""
 
@@ -69,26 +73,32 @@ def run(recipe: Recipe) -> SweepResult:
 
     Raises ConfigError, before any trial starts, when the space is empty or holds a combination that cannot train.
     """
-    started = time.monotonic()
     manifest = read_manifest(recipe.data_folder, verify=True)
     recipe = fit_to_data(recipe, manifest)
     combinations = _combinations(recipe)
     for settings in combinations:
-        stages = curriculum(fit_to_data(trial_recipe(recipe, settings), manifest))
-        check_data(stages, recipe.data_folder, manifest)
+        one = fit_to_data(trial_recipe(recipe, settings), manifest)
+        _check_trial(one)
+        check_data(curriculum(one), recipe.data_folder, manifest)
     tracking = open_tracking(recipe)
-    with claimed(recipe.sweep_folder, recipe, _SETTINGS_THAT_BIND, "sweep.name") as known_run:
-        return _run(recipe, combinations, tracking, known_run, started)
+    with claimed(recipe.sweep_folder, recipe, _SETTINGS_OF_A_SWEEP, "sweep.name") as known_run:
+        return _run(recipe, combinations, tracking, known_run)
 
 
 def _run(
-    recipe: Recipe, combinations: list[dict[str, int]], tracking: Tracking, known_run: str | None, started: float
+    recipe: Recipe, combinations: list[dict[str, Setting]], tracking: Tracking, known_run: str | None
 ) -> SweepResult:
-    folder = recipe.sweep_folder
+    overrides = recipe.sweep_folder / "winner.yaml"
     tracked = tracking.start_run(recipe.sweep.name, kind="sweep", recipe=recipe, run_id=known_run)
-    write_run_file(folder, tracked)
+    write_run_file(recipe.sweep_folder, tracked)
     with tracked, ray_session(num_cpus=_logical_cpus(recipe)):
-        results = list(_tune(recipe, combinations, tracked))  # type: ignore[call-overload]
+        seconds, started = tracked.metrics().get(WALL_SECONDS, 0.0), time.monotonic()
+        try:
+            results = list(_tune(recipe, combinations, tracked))  # type: ignore[call-overload]
+        finally:
+            if not overrides.exists():
+                seconds += time.monotonic() - started
+                tracked.log_metrics({WALL_SECONDS: seconds})
         causes = sorted({str(plain(result.error)) for result in results if result.error})
         for cause in causes:
             print(f"{recipe.sweep.name}: a trial failed: {cause}")
@@ -100,11 +110,6 @@ def _run(
         winner = choose(trials, recipe)
         _log(recipe, tracked, trials, winner)
         target = _keep_winner(recipe, reported[trials.index(winner)], attach(tracked.uri, winner.run_id))
-        overrides = folder / "winner.yaml"
-        seconds = time.monotonic() - started
-        if overrides.exists():
-            seconds = tracked.metrics().get(WALL_SECONDS, seconds)
-        tracked.log_metrics({WALL_SECONDS: seconds})
         write_text(overrides, _nested_yaml(winner.settings))
         tracked.log_artifact(overrides)
     print(f"{recipe.sweep.name}: winner {_label(winner.settings)}, checkpoint {target}, settings {overrides}")
@@ -141,7 +146,28 @@ def choose(trials: list[Trial], recipe: Recipe) -> Trial:
     return min(fitting, key=lambda t: (sign * t.metrics[sweep.metric], t.metrics[CACHE]))
 
 
-def _combinations(recipe: Recipe) -> list[dict[str, int]]:
+def _check_trial(recipe: Recipe) -> None:
+    """Raise ConfigError where a trial would not be what its settings say."""
+    last = len(recipe.train.stages) - 1
+    for key, name in _OF_A_STAGE.items():
+        if key in recipe.sweep.space and getattr(recipe.train.stages[last], name) is not None:
+            raise ConfigError(
+                f"sweep.space: '{key}' changes nothing, because train.stages.{last} sets {name} for itself; leave it "
+                "out there (sweep.overrides may change train.stages)"
+            )
+    if recipe.sweep.in_process:
+        for key, found, plain_value in (
+            ("workers", recipe.train.workers, 1),
+            ("use_gpu", recipe.train.use_gpu, False),
+        ):
+            if found != plain_value:
+                raise ConfigError(
+                    f"sweep.in_process: trials train in a process of their own, without Ray Train, but train.{key} is "
+                    f"{found}; set sweep.in_process to false, or train.{key} to {plain_value} in sweep.overrides"
+                )
+
+
+def _combinations(recipe: Recipe) -> list[dict[str, Setting]]:
     space = recipe.sweep.space
     if not space or not all(space.values()):
         empty = next((key for key, values in space.items() if not values), None)
@@ -158,7 +184,7 @@ def _logical_cpus(recipe: Recipe) -> float:
     return sweep.max_concurrent * per_trial
 
 
-def _tune(recipe: Recipe, combinations: list[dict[str, int]], tracked: TrackedRun) -> tune.ResultGrid:
+def _tune(recipe: Recipe, combinations: list[dict[str, Setting]], tracked: TrackedRun) -> tune.ResultGrid:
     sweep = recipe.sweep
     trial = tune.with_parameters(
         _trial, recipe=recipe.to_dict(), tracking={"uri": tracked.uri, "parent": tracked.run_id}
@@ -234,11 +260,9 @@ def _trial(config: dict[str, Any], recipe: dict[str, Any], tracking: dict[str, s
 
 def _train_here(recipe: Recipe, tracked: TrackedRun) -> None:
     torch.set_num_threads(recipe.train.threads_per_worker)
-    trainer = build_trainer(recipe, folder_batches(recipe), _TuneReporter(tracked))
     last = tune.get_checkpoint()
-    if last is not None:
-        with last.as_directory() as folder:
-            trainer.load_checkpoint(Path(folder))
+    with last.as_directory() if last is not None else contextlib.nullcontext() as folder:
+        trainer = build_trainer(recipe, folder_batches(recipe), _TuneReporter(tracked), last=folder)
     trainer.run()
 
 
@@ -262,7 +286,9 @@ class _TuneReporter:
             tune.report({**metrics, "step": step}, checkpoint=saved)
 
 
-def _trial_run(tracking: Tracking, parent: str, trial_id: str, settings: dict[str, int], recipe: Recipe) -> TrackedRun:
+def _trial_run(
+    tracking: Tracking, parent: str, trial_id: str, settings: dict[str, Setting], recipe: Recipe
+) -> TrackedRun:
     """The trial's nested MLflow run: the one it had before it was stopped, or a new one."""
     earlier = tracking.client.search_runs(
         [tracking.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}' and tags.trial = '{trial_id}'"
@@ -340,7 +366,8 @@ def _log(recipe: Recipe, tracked: TrackedRun, trials: list[Trial], winner: Trial
 
 
 def _keep_winner(recipe: Recipe, result: ray.tune.Result, tracked: TrackedRun) -> Path:
-    """Give the winner a run folder like any trained model's. Returns its checkpoint folder."""
+    """Give the winner a run folder like any trained model's, which other settings do not go on from. Returns its
+    checkpoint folder."""
     folder = recipe.run.folder / f"{recipe.sweep.name}-winner"
     last = result.checkpoint
     if last is None and result.metrics and result.metrics.get("checkpoint_path"):
@@ -350,12 +377,14 @@ def _keep_winner(recipe: Recipe, result: ray.tune.Result, tracked: TrackedRun) -
     if last is None:
         raise FiftyfoldError(f"{recipe.sweep.name}: the winning trial left no checkpoint")
     finalise(last, folder / "final")
+    settings = result.config["settings"]  # type: ignore[index]
+    write_settings(folder, trial_recipe(recipe, settings), SETTINGS_THAT_BIND)
     write_run_file(folder, tracked)
     tracked.set_tags({"checkpoint": str(folder / "final")})
     return folder / "final"
 
 
-def _label(settings: dict[str, int]) -> str:
+def _label(settings: dict[str, Setting]) -> str:
     return " ".join(f"{key}={value}" for key, value in settings.items())
 
 
@@ -363,7 +392,7 @@ def _short(label: str) -> str:
     return label.replace("model.", "").replace("_ratio", "").replace("index_", "")
 
 
-def _nested_yaml(settings: dict[str, int]) -> str:
+def _nested_yaml(settings: dict[str, Setting]) -> str:
     nested = OmegaConf.create({})
     for key, value in settings.items():
         OmegaConf.update(nested, key, value)

@@ -7,8 +7,7 @@ import shutil
 import signal
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 
 from model import checkpoint
-from model.errors import CheckpointError, ConfigError, FiftyfoldError
+from model.errors import CheckpointError, FiftyfoldError
 from model.muon import MuonAdamW
 from model.precision import Precision
 from model.tokenizer import load_tokenizer
@@ -31,8 +30,10 @@ from model.transformer import Transformer
 from pipelines import checkpoint_list
 from pipelines.config import Recipe, recipe_from_dict
 from pipelines.curriculum import Stage, check_data, curriculum, total_steps
-from pipelines.data import Manifest, TrainBatches, read_manifest, train_batches, train_dataset
+from pipelines.data import TrainBatches, read_manifest, train_batches, train_dataset
+from pipelines.listener import WALL_SECONDS, Listener, News
 from pipelines.mailbox import Mailbox
+from pipelines.prepared import fit_to_data
 from pipelines.progress import TrainingProgress, print_table
 from pipelines.run_folder import claimed, write_run_file
 from pipelines.tracking import TrackedRun, Tracking, attach, first_line, open_tracking
@@ -40,10 +41,9 @@ from pipelines.trainer import build_trainer, measured_cache
 
 RAY_RUN = "train"
 """Ray Train's folder in a run folder."""
-WALL_SECONDS = "train/wall_seconds"
-_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""Seconds before MLflow is asked once more to take what it refused."""
-_SETTINGS_THAT_BIND = ("data", "model", "train")
+_UNSENT = "unsent.jsonl"
+"""In a run folder, what MLflow did not take."""
+SETTINGS_THAT_BIND = ("data", "model", "train")
 """Sections that a resumed run must not change."""
 
 
@@ -61,21 +61,19 @@ def run(recipe: Recipe, parent_run_id: str | None = None) -> TrainResult:
 
     Raises ConfigError, DataError before any compute; the MLflow run ends FAILED when training does.
     """
-    started = time.monotonic()
     manifest = read_manifest(recipe.data_folder, verify=True)
     recipe = fit_to_data(recipe, manifest)
     check_data(curriculum(recipe), recipe.data_folder, manifest)
-    if recipe.train.init_from is not None:
+    begun = recipe.final_checkpoint.exists() or (recipe.run_folder / RAY_RUN / checkpoint_list.LIST).exists()
+    if recipe.train.init_from is not None and not begun:
         fresh = checkpoint.warm_start(Transformer(recipe.model), recipe.train.init_from)
         print(f"{recipe.run.name}: starts from {recipe.train.init_from}; begun afresh: {', '.join(fresh) or 'nothing'}")
     tracking = open_tracking(recipe)
-    with claimed(recipe.run_folder, recipe, _SETTINGS_THAT_BIND, "run.name") as known_run:
-        return _run(recipe, tracking, known_run, parent_run_id, started)
+    with claimed(recipe.run_folder, recipe, SETTINGS_THAT_BIND, "run.name") as known_run:
+        return _run(recipe, tracking, known_run, parent_run_id)
 
 
-def _run(
-    recipe: Recipe, tracking: Tracking, known_run: str | None, parent_run_id: str | None, started: float
-) -> TrainResult:
+def _run(recipe: Recipe, tracking: Tracking, known_run: str | None, parent_run_id: str | None) -> TrainResult:
     folder = recipe.run_folder
     muon_share = describe(recipe)
     if known_run is not None and recipe.final_checkpoint.exists():
@@ -94,35 +92,12 @@ def _run(
         tracked.set_tags({"parameters": str(_parameters(recipe))})
         progress = TrainingProgress(recipe.run.name, total_steps(recipe))
         metrics, last = fit(recipe, tracked, progress, folder)
-        seconds = time.monotonic() - started
-        tracked.log_metrics({WALL_SECONDS: seconds})
         finalise(last, recipe.final_checkpoint)
         metrics = {**tracked.metrics(), **metrics}
         tracked.set_tags({"checkpoint": str(recipe.final_checkpoint)})
     print(f"{recipe.run.name}: checkpoint {recipe.final_checkpoint}")
     print(f"{recipe.run.name}: MLflow run {tracked.run_id} ({tracked.url_hint()})")
-    return TrainResult(tracked.run_id, recipe.final_checkpoint, metrics, muon_share, seconds)
-
-
-def fit_to_data(recipe: Recipe, manifest: Manifest) -> Recipe:
-    """The recipe with the vocabulary of the prepared data. Raises ConfigError when the lengths disagree."""
-    if manifest.sequence_length != recipe.data.sequence_length:
-        raise ConfigError(
-            f"data.sequence_length: {recipe.data.sequence_length}, but {recipe.data_folder} was prepared for "
-            f"{manifest.sequence_length}; prepare under another data.name"
-        )
-    if manifest.packing != recipe.data.packing:
-        raise ConfigError(
-            f"data.packing: {recipe.data.packing}, but {recipe.data_folder} was prepared with {manifest.packing}; "
-            "prepare under another data.name"
-        )
-    if recipe.model.window > manifest.settings["window"]:
-        raise ConfigError(
-            f"model.window: {recipe.model.window} is wider than the {manifest.settings['window']} tokens that facts in "
-            f"{recipe.data_folder} keep away from their questions; prepare under another data.name"
-        )
-    model = recipe.model.replace(vocab_size=manifest.vocab_size)
-    return recipe.model_copy(update={"model": model})
+    return TrainResult(tracked.run_id, recipe.final_checkpoint, metrics, muon_share, metrics[WALL_SECONDS])
 
 
 def describe(recipe: Recipe) -> float:
@@ -173,13 +148,10 @@ def fit(
     if left is not None:
         print(f"{recipe.run.name}: its list of checkpoints was half written; {left} earlier ones are known")
     mailbox = Mailbox()
-    done = threading.Event()
-    lost: list[Exception] = []
+    listener = Listener(mailbox, tracked, progress, storage / _UNSENT)
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT)
-    with progress:
-        listener = threading.Thread(target=_listen, args=(mailbox, done, tracked, progress, lost), daemon=True)
-        listener.start()
+    with progress, listener:
         try:
             result = ray.train.torch.TorchTrainer(
                 _worker,
@@ -207,13 +179,10 @@ def fit(
         finally:
             if in_main_thread:
                 signal.signal(signal.SIGINT, handler)  # Ray Train leaves its own behind
-            done.set()
-            listener.join()
-            mailbox.close()
-    if lost:
+    if listener.refusal is not None:
         raise FiftyfoldError(
-            f"{recipe.run.name}: trained to its end, but {len(lost)} groups of metrics did not reach MLflow "
-            f"({first_line(lost[0])}); start the step again to finish"
+            f"{recipe.run.name}: trained to its end, but MLflow did not take all its metrics "
+            f"({first_line(listener.refusal)}); they are kept: start the step again to finish"
         )
     if result.checkpoint is None:
         raise FiftyfoldError(f"{recipe.run.name}: training ended without a checkpoint")
@@ -230,64 +199,6 @@ def _datasets(recipe: Recipe) -> dict[str, Any]:
         _dataset_name(stage): train_dataset(recipe.data_folder, stage.sequence_length, recipe.data.seed, verify=False)
         for stage in curriculum(recipe)
     }
-
-
-@dataclass(frozen=True)
-class _News:
-    """What rank 0 tells the driver: metrics of a step, or in a sentence what happened at it."""
-
-    step: int
-    metrics: dict[str, float]
-    reported: bool = False
-    event: str | None = None
-
-
-def _listen(
-    mailbox: Mailbox, done: threading.Event, tracked: TrackedRun, progress: TrainingProgress, lost: list[Exception]
-) -> None:
-    """Carry rank 0's news to MLflow and to the terminal until ``done`` is set and the mailbox is empty.
-
-    What MLflow does not take, asked again for a while, goes to ``lost``: training must not end for it, nor may it pass
-    in silence.
-    """
-    while True:
-        ending = done.is_set()
-        try:
-            taken = mailbox.take(0.2)
-            for news in (_News(**item) for item in taken):
-                error = _recorded(news, tracked, () if lost else _PAUSES)  # a store that is gone holds nobody up twice
-                if error is not None:
-                    lost.append(error)
-                with contextlib.suppress(OSError):  # a closed terminal
-                    _show(news, progress)
-            if taken:
-                mailbox.acknowledge(len(taken))
-        except ray.exceptions.RayError:
-            return  # the cluster went away; the training's own error says why
-        if ending and not taken:
-            return
-
-
-def _recorded(news: _News, tracked: TrackedRun, pauses: Iterable[float]) -> Exception | None:
-    """Tell MLflow, again after each of the pauses (seconds) where it takes nothing. Returns why not in the end."""
-    refusal = None
-    for pause in (0.0, *pauses):
-        time.sleep(pause)
-        try:
-            tracked.log_metrics(news.metrics, news.step)
-            if news.event is not None:
-                tracked.tell(news.step, news.event)
-            return None
-        except Exception as error:  # MLflow lets the errors of its store's drivers through
-            refusal = error
-    return refusal
-
-
-def _show(news: _News, progress: TrainingProgress) -> None:
-    if news.event is not None:
-        progress.tell(news.step, news.event)
-    else:
-        progress.update(news.step, news.metrics, news.reported)
 
 
 def plain(error: BaseException) -> FiftyfoldError:
@@ -326,11 +237,10 @@ def _worker(config: dict[str, Any]) -> None:
         return train_batches(shard, stage.sequence_length, stage.batch_rows // world, recipe.data.seed, epoch, skip)
 
     reporter = _RayTrainReporter(config["mailbox"], rank)
-    trainer = build_trainer(recipe, open_batches, reporter, rank, world, ray.train.torch.get_device())
-    last = ray.train.get_checkpoint()
+    device, last = ray.train.torch.get_device(), ray.train.get_checkpoint()
+    with last.as_directory() if last is not None else contextlib.nullcontext() as folder:
+        trainer = build_trainer(recipe, open_batches, reporter, rank, world, device, folder)
     if last is not None:
-        with last.as_directory() as folder:
-            trainer.load_checkpoint(Path(folder))
         reporter.last = _checkpoint_name(trainer.step)
     trainer.run()
 
@@ -345,15 +255,17 @@ class _RayTrainReporter:
     def __init__(self, mailbox: Mailbox, rank: int):
         self.mailbox, self.rank = mailbox, rank
         self.last = "none"
+        self._written = threading.Event()
+        self._written.set()
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self._put(_News(step, metrics))
+        self._put(News(step, metrics))
 
     def tell(self, step: int, what: str) -> None:
-        self._put(_News(step, {}, event=what))
+        self._put(News(step, {}, event=what))
 
     def report(self, step: int, metrics: dict[str, float], write: Callable[[Path], None] | None) -> None:
-        told = self._put(_News(step, metrics, reported=True))
+        told = self._put(News(step, metrics, reported=True))
         if write is None:
             ray.train.report({**metrics, "step": step}, checkpoint_dir_name=_checkpoint_name(step))
             return
@@ -375,8 +287,12 @@ class _RayTrainReporter:
                 ) from error
             finally:
                 shutil.rmtree(local.path, ignore_errors=True)
+                self._written.set()
 
-        # Written while training goes on: the snapshot is made, and the files come from it.
+        # Written while training goes on: the snapshot is made, and the files come from it. A slow disk holds training
+        # up rather than have snapshots pile up in memory.
+        self._written.wait()
+        self._written.clear()
         ray.train.report(
             {**metrics, "step": step},
             checkpoint=ray.train.Checkpoint.from_directory(tempfile.mkdtemp()),
@@ -385,6 +301,6 @@ class _RayTrainReporter:
             checkpoint_upload_fn=persist,
         )
 
-    def _put(self, news: _News) -> int:
+    def _put(self, news: News) -> int:
         """The number of rank 0's message."""
         return 0 if self.rank else self.mailbox.put(asdict(news))

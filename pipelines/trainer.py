@@ -245,9 +245,9 @@ class Trainer:
         return self.step % every == 0 or self.step == self.total_steps
 
     def _report(self, stage: Stage) -> dict[str, float]:
-        """Validate and write a checkpoint where due; at its end, say once more under its name what a stage reached."""
+        """Validate and write a checkpoint where due; at its end, say under its name, too, what a stage reached."""
         train, ends = self.recipe.train, self.step == stage.end
-        validates, saves = self._due(train.validate_every) or ends, self._due(train.checkpoint_every)
+        validates, saves = self._due(train.validate_every) or ends, self._due(train.checkpoint_every) or ends
         metrics: dict[str, float] = {}
         if validates:
             metrics = self.validate()
@@ -483,18 +483,23 @@ def build_trainer(
     rank: int = 0,
     world: int = 1,
     device: torch.device | str = "cpu",
+    last: str | Path | None = None,
 ) -> Trainer:
-    """A trainer at step 0; every rank gets the same weights, or its share of them."""
+    """A trainer that goes on from the checkpoint folder ``last``, or is at step 0, with the recipe's ``init_from``.
+    Every rank gets the same weights, or its share of them."""
     torch.manual_seed(recipe.run.seed)
     validation = held_out(recipe, rank, world)
     model = Transformer(recipe.model)
     model.recompute, model.trains_compiled = recipe.train.recompute, recipe.train.compile
-    if recipe.train.init_from is not None:
+    if recipe.train.init_from is not None and last is None:
         checkpoint.warm_start(model, recipe.train.init_from)
     if recipe.train.sharding == "fsdp" and world > 1:
         shard(model, device, gathered_type(recipe))
     model.to(device)
-    return Trainer(recipe, model, open_batches, validation, reporter, load_tokenizer(recipe.data_folder))
+    trainer = Trainer(recipe, model, open_batches, validation, reporter, load_tokenizer(recipe.data_folder))
+    if last is not None:
+        trainer.load_checkpoint(Path(last))
+    return trainer
 
 
 def gathered_type(recipe: Recipe) -> torch.dtype:

@@ -13,8 +13,9 @@ import pytest
 from model.errors import ConfigError, DataError
 from model.tokenizer import ByteTokenizer, load_tokenizer
 from pipelines import prepare
-from pipelines.config import Recipe, recipe_from_dict
+from pipelines.config import Recipe, recipe_from_dict, with_overrides
 from pipelines.data import SHARD_SCHEMA, TargetKind, local_rows, read_manifest
+from pipelines.prepared import fit_to_data
 
 LENGTH = 128
 TOKENIZER = ByteTokenizer()
@@ -279,7 +280,12 @@ def test_a_hugging_face_tokenizer(tmp_path):
     backend.train_from_iterator(content, trainer)
     backend.save(str(tmp_path / "tokenizer.json"))
     corpus = write_corpus(tmp_path / "in", content)
-    result = prepare.run(recipe(tmp_path, corpus, tokenizer=str(tmp_path / "tokenizer.json")))
+    prepared = recipe(tmp_path, corpus, tokenizer=str(tmp_path / "tokenizer.json"))
+    result = prepare.run(prepared)
+    there = with_overrides(prepared, {"data.tokenizer": str(result.folder)})
+    assert fit_to_data(there, result.manifest).model.vocab_size == result.manifest.vocab_size
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: byte, but .* was prepared with .*tokenizer\.json"):
+        fit_to_data(with_overrides(prepared, {"data.tokenizer": "byte"}), result.manifest)
     tokenizer = load_tokenizer(result.folder)
     assert result.manifest.vocab_size == tokenizer.vocab_size == backend.get_vocab_size()
     row = next(row for row in stored(result, "train") if row["kind"] == "text" and row["piece"] == 0)

@@ -3,21 +3,20 @@
 import fcntl
 import json
 import re
-import threading
-from dataclasses import asdict
 
 import pytest
 import torch
 
 from model import checkpoint
-from model.errors import ConfigError
+from model.errors import CheckpointError, ConfigError
 from pipelines import evaluate, promote, sweep, train
+from pipelines.checkpoint_list import LIST
 from pipelines.config import over, recipe_from_dict, with_overrides
 from pipelines.curriculum import total_steps
-from pipelines.progress import TrainingProgress
+from pipelines.data import read_manifest
+from pipelines.prepared import fit_to_data
 from pipelines.run_folder import LOCK
-from pipelines.tracking import TrackedRun, open_tracking
-from pipelines.train import _listen, _News, _recorded
+from pipelines.tracking import open_tracking
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +78,22 @@ def test_a_changed_recipe_needs_a_name_of_its_own(trained, setting, value):
         train.run(with_overrides(recipe, {setting: value}))
 
 
+def test_only_a_run_that_has_not_begun_needs_its_first_weights(prepared, ray_cluster, tmp_path, monkeypatch):
+    recipe = with_overrides(prepared, {"run.name": "tuned", "train.init_from": str(tmp_path / "first")})
+    with pytest.raises(CheckpointError, match="first"):
+        train.run(recipe)
+    assert not recipe.run_folder.exists()  # a corrected path may have the name
+    (recipe.run_folder / train.RAY_RUN).mkdir(parents=True)
+    (recipe.run_folder / train.RAY_RUN / LIST).touch()
+
+    def begin(*_):
+        raise InterruptedError
+
+    monkeypatch.setattr(train, "fit", begin)
+    with pytest.raises(InterruptedError):
+        train.run(recipe)
+
+
 def test_a_run_is_one_process_s_at_a_time(trained):
     recipe, _ = trained
     with (recipe.run_folder / LOCK).open() as other:
@@ -130,6 +145,12 @@ def test_a_finished_sweep_resumes_to_the_same_winner(swept):
     assert again.winner == result.winner
 
 
+def test_other_settings_do_not_go_on_from_the_winner(swept):
+    recipe, _ = swept
+    with pytest.raises(ConfigError, match="'ratios-winner' was begun with another"):
+        train.run(with_overrides(recipe, {"run.name": "ratios-winner"}))
+
+
 def test_scores_promote_the_winner(swept):
     recipe, result = swept
     evaluate.run(with_overrides(recipe, {"evaluate.checkpoint": str(result.checkpoint)}))
@@ -146,7 +167,7 @@ def test_a_trial_may_have_train_workers_of_its_own(trained):
         {
             "sweep": {
                 "name": "workers",
-                "space": {"model.index_topk": [2]},
+                "space": {"model.index_topk": [2], "model.qat": [False], "train.grad_clip": [0.5]},
                 "in_process": False,
                 "max_concurrent": 1,
                 "overrides": {"train.workers": 1, "train.sharding": "none",
@@ -156,14 +177,21 @@ def test_a_trial_may_have_train_workers_of_its_own(trained):
     )  # fmt: skip
     result = sweep.run(recipe)
     assert len(result.trials) == 1
-    assert checkpoint.load(result.checkpoint)
+    model = checkpoint.load(result.checkpoint)
+    assert (model.config.index_topk, model.config.qat) == (2, False)
+    assert over(recipe, result.overrides).train.grad_clip == 0.5
 
 
 def test_settings_that_the_data_or_the_cluster_cannot_serve_are_refused(prepared, ray_cluster):
+    manifest = read_manifest(prepared.data_folder)
     with pytest.raises(ConfigError, match=r"model\.window: 9 is wider than the 8 tokens"):
         train.run(with_overrides(prepared, {"run.name": "wide", "model.window": 9}))
-    with pytest.raises(ConfigError, match=r"data\.packing: False, but .* was prepared with True"):
-        train.run(with_overrides(prepared, {"run.name": "loose", "data.packing": False}))
+    for key, there, here in (
+        ("packing", True, False), ("pairs", 3, 4), ("sequence_length", 96, 64), ("seed", 1234, 5),
+        ("sources", "", r"\[\]"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=rf"data\.{key}: {here}, but .* was prepared with {there}"):
+            fit_to_data(with_overrides(prepared, {f"data.{key}": [] if key == "sources" else here}), manifest)
     with pytest.raises(ConfigError, match=r"train\.workers: needs 9 CPU, the Ray cluster has 6"):
         train.run(with_overrides(prepared, {"run.name": "many", "train.workers": 8}))
 
@@ -188,6 +216,15 @@ def test_a_tie_goes_to_the_smaller_cache_and_nan_never_wins():
         ({"sweep.space": {"model.index_topk": []}}, "'model.index_topk' has no values"),
         ({"sweep.space": {"model.index_topk": [2, 24]}}, "24 is not below the 24 entries"),
         ({"sweep.space": {"model.topk": [2]}}, "model.topk: unknown key"),
+        (
+            {"sweep.space": {"model.index_topk": [2]}, "train.stages": [{"steps": 2, "index_topk": 3}]},
+            r"'model\.index_topk' changes nothing, because train\.stages\.0 sets index_topk for itself",
+        ),
+        (
+            {"sweep.space": {"model.index_topk": [2]}, "train.workers": 2},
+            r"sweep\.in_process: trials .* but train\.workers is 2",
+        ),
+        ({"sweep.space": {"model.qat": [True, 1.5]}}, r"model\.qat: .*1\.5"),
     ],
 )
 def test_a_bad_space_is_refused_before_any_trial(prepared, changes, message):
@@ -212,45 +249,3 @@ def test_a_run_killed_before_its_last_word_only_says_it(trained):
     # The only one that is kept is there to go on from again.
     assert (recipe.run_folder / "train" / "step_000006" / "trainer.json").is_file()
     assert tracking.client.get_run(result.run_id).info.status == "FINISHED"
-
-
-class Letters:
-    """A mailbox that holds ``news``, and then nothing."""
-
-    def __init__(self, news):
-        self.news, self.acknowledged = news, 0
-
-    def take(self, seconds):
-        taken, self.news = self.news, []
-        return taken
-
-    def acknowledge(self, count):
-        self.acknowledged += count
-
-
-def test_what_happens_in_training_is_seen_and_kept(prepared, capsys, monkeypatch):
-    pauses = []
-    monkeypatch.setattr(train.time, "sleep", pauses.append)
-    tracked = open_tracking(prepared).start_run("watched", kind="train", recipe=prepared)
-    what = "the loss leapt from 2.000 to 9.000: back to step 4 (intervention 1 of 3)"
-    letters = Letters([asdict(_News(6, {"train/loss": 9.0})), asdict(_News(6, {}, event=what))])
-    ended, lost = threading.Event(), []
-    ended.set()
-    _listen(letters, ended, tracked, TrainingProgress("watched", 10), lost)
-    assert f"watched: step 6: {what}\n" in capsys.readouterr().out
-    run = open_tracking(prepared).client.get_run(tracked.run_id).data
-    assert run.tags["event.000006"] == what and run.metrics["train/loss"] == 9.0
-    assert not lost and letters.acknowledged == 2
-    # A store that takes something only when it is asked a third time.
-    asked, log = [], TrackedRun.log_metrics
-    with monkeypatch.context() as patch:
-        patch.setattr(TrackedRun, "log_metrics", lambda *a: log(*a) if asked.append(0) or len(asked) == 3 else 1 / 0)
-        assert _recorded(_News(7, {"train/loss": 3.0}), tracked, (1.0, 2.0, 4.0)) is None
-    assert [pause for pause in pauses if pause] == [1.0, 2.0]
-    assert open_tracking(prepared).client.get_run(tracked.run_id).data.metrics["train/loss"] == 3.0
-    # A store that takes nothing ends no training, and keeps no checkpoint waiting.
-    letters.news = [asdict(_News(step, {"train/loss": 2.0})) for step in (7, 8)]
-    tracked._client = None
-    _listen(letters, ended, tracked, TrainingProgress("watched", 10), lost)
-    assert len(lost) == 2 and letters.acknowledged == 4
-    assert [pause for pause in pauses if pause] == [1.0, 2.0, *train._PAUSES]  # for the first, not for every one

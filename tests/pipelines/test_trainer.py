@@ -3,15 +3,12 @@
 import copy
 import json
 import math
-import os
-import socket
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from gloo import on_ranks
 from safetensors.torch import load_file, save_file
 
 from model.config import CACHE_FORMATS
@@ -283,6 +280,15 @@ def timeless(logged):
     return [(s, {k: v for k, v in m.items() if not k.endswith("_second") and "_seconds" not in k}) for s, m in logged]
 
 
+def test_a_training_that_goes_on_needs_its_first_weights_no_more(prepared, tmp_path):
+    trainer_for(prepared, Record(tmp_path)).run()
+    gone = with_overrides(prepared, {"train.init_from": str(tmp_path / "gone")})
+    again = build_trainer(gone, folder_batches(gone), Record(), last=tmp_path / "4")
+    assert again.step == 4
+    with pytest.raises(CheckpointError, match="gone"):
+        build_trainer(gone, folder_batches(gone), Record())
+
+
 def test_a_damaged_training_state_is_named(prepared, tmp_path):
     trainer_for(prepared, Record(tmp_path)).run()
     path = tmp_path / "6" / "trainer.json"
@@ -303,10 +309,7 @@ def with_short_rows(batch):
     return batch
 
 
-def _rank(rank, world, port, recipe, short, out):
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+def _rank(rank, world, recipe, short, out):
     trainer = trainer_for(recipe_from_dict(recipe), Record(), rank, world)
     _, alone = packed_and_alone(trainer.recipe.data.sequence_length)
     if short:  # the second rank has documents that are too short for a single entry
@@ -314,7 +317,6 @@ def _rank(rank, world, port, recipe, short, out):
     trainer._update({name: values[rank::world] for name, values in alone.items()}, trainer.stage)
     if rank == 0:
         save_file({n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}, out)
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("short", [False, True])
@@ -328,16 +330,10 @@ def test_two_ranks_make_the_gradient_of_one(prepared, tmp_path, short):
     single = trainer_for(recipe, Record())
     _, alone = packed_and_alone(recipe.data.sequence_length)  # ranks get documents of different lengths
     single._update(with_short_rows(alone) if short else alone, single.stage)
-    mp.spawn(_rank, (2, free_port(), recipe.to_dict(), short, str(tmp_path / "gradients")), nprocs=2)
+    on_ranks(2, _rank, recipe.to_dict(), short, str(tmp_path / "gradients"))
     double = load_file(tmp_path / "gradients")
     for name, p in single.model.named_parameters():
         torch.testing.assert_close(double[name], p.grad, rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_accumulated_parts_make_the_update_of_the_whole(prepared):
@@ -392,9 +388,10 @@ def test_what_is_rounded_is_counted(prepared):
     assert counts == {"main": 5, "index": 2, "experts": 9}
 
 
-def test_every_stage_reports_what_it_reached(prepared):
-    record = Record()
+def test_every_stage_reports_what_it_reached_and_keeps_it(prepared, tmp_path):
+    record = Record(tmp_path)
     trainer_for(prepared, record).run()
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["2", "3", "4", "6"]
     ends = {step: metrics for step, metrics in record.reported if any(k.startswith("stage_") for k in metrics)}
     assert list(ends) == [3, 4, 6]
     for stage, (_, metrics) in enumerate(ends.items(), 1):

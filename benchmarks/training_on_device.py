@@ -1,0 +1,109 @@
+"""Training on one device: tokens per second, memory, model FLOP utilisation, Muon's share. Needs nothing but torch.
+
+    python -m benchmarks.training_on_device [--device cuda] [--presets small base] [--rows 4] [--length 4096]
+                                            [--peak-tflops 989] [--recompute] [--compile]
+
+A batch's forward and backward pass in BF16 autocast, and the optimizer's step, timed apart; medians over rounds after a
+first one that is not counted; a GPU is waited for. Model FLOPs are those of the forward pass, by the closed form at the
+mean over all positions, and twice as many for the backward pass: layers that are recomputed count once, and the
+optimizer does not. Utilisation is of ``--peak-tflops``, the device's own for dense BF16 products. Muon's share is of a
+step of half a million tokens, as many such batches and one optimizer step. Memory is the most that was allocated,
+weights and optimizer included (GPUs only).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.one_step import objective
+from benchmarks.report import command_line, count, table
+from model.budget import decode_work
+from model.config import ModelConfig
+from model.errors import FiftyfoldError
+from model.muon import MuonAdamW, OptimizerConfig
+from model.transformer import Transformer
+
+BATCH_TOKENS = 500_000
+HEADER = ["preset", "rows x tokens", "batch, ms", "tokens/s", "model TFLOP/s", "utilisation", "optimizer, ms"]
+HEADER += [f"its share at {BATCH_TOKENS:,} tokens", "memory, GiB"]
+_POSITIONS = 256
+"""Of a sequence, that its mean work is taken from."""
+
+
+def model_flops(config: ModelConfig, length: int) -> float:
+    """Of forward and backward pass, per token of a sequence of ``length`` tokens, on average."""
+    places = [max(1, round((i + 0.5) * length / _POSITIONS)) for i in range(_POSITIONS)]
+    return 3 * statistics.fmean(sum(work.flops for work in decode_work(config, place)) for place in places)
+
+
+def row(preset: str, options: argparse.Namespace) -> list[str]:
+    device, on_gpu = torch.device(options.device), options.device == "cuda"
+    config = ModelConfig.from_preset(preset)
+    config = config.replace(max_positions=max(config.max_positions, options.length))
+    torch.manual_seed(0)
+    model = Transformer(config).train().to(device)
+    model.recompute, model.trains_compiled = options.recompute, options.compile
+    optimizer = MuonAdamW(model.named_parameters(), OptimizerConfig(ns_dtype="bfloat16"), model.fused_rows())
+    ids = torch.randint(config.vocab_size, (options.rows, options.length + 1), device=device)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    passes, updates = [], []
+    for _ in range(options.rounds + 1):
+        model.zero_grad(set_to_none=True)
+        passes.append(_seconds(lambda: objective(model, ids).backward(), on_gpu))
+        updates.append(_seconds(optimizer.step, on_gpu))
+    batch, update = statistics.median(passes[1:]), statistics.median(updates[1:])
+    tokens = options.rows * options.length
+    per_second = tokens / batch
+    achieved = per_second * model_flops(config, options.length) / 1e12
+    return [
+        preset,
+        f"{options.rows} x {options.length:,}",
+        f"{1e3 * batch:.3g}",
+        f"{per_second:,.0f}",
+        f"{achieved:.3g}",
+        f"{100 * achieved / options.peak_tflops:.2g}%" if options.peak_tflops else "",
+        f"{1e3 * update:.3g}",
+        f"{100 * update / (update + batch * BATCH_TOKENS / tokens):.2g}%",
+        f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if on_gpu else "",
+    ]
+
+
+def _seconds(run: Callable[[], object], on_gpu: bool) -> float:
+    if on_gpu:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    run()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def main(arguments: list[str] | None = None) -> str:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--presets", nargs="+", default=["small", "base"])
+    parser.add_argument("--rows", type=count, default=4)
+    parser.add_argument("--length", type=count, default=4096)
+    parser.add_argument("--rounds", type=count, default=3)
+    parser.add_argument("--peak-tflops", type=float, help="of the device, for dense BF16 products")
+    parser.add_argument("--recompute", action="store_true", help="layers in the backward pass")
+    parser.add_argument("--compile", action="store_true", help="what is done to each token on its own")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise FiftyfoldError("--device cuda: this machine has no GPU that torch can use")
+    name = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    how = f"recomputed: {'yes' if options.recompute else 'no'}, compiled: {'yes' if options.compile else 'no'}"
+    rows = [row(preset, options) for preset in options.presets]
+    text = f"{name}; torch {torch.__version__.split('+')[0]}; BF16 autocast, {how}\n\n{table(HEADER, rows)}"
+    print(text)
+    return text
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,123 @@
+"""The driver's side of a training's news: out of the mailbox, into MLflow and onto the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+import pipelines.cluster  # noqa: F401  (sets Ray's environment before ray is imported)
+
+# isort: split
+import ray
+
+from model.files import write_text
+from pipelines.mailbox import Mailbox
+from pipelines.progress import TrainingProgress
+from pipelines.tracking import TrackedRun
+
+WALL_SECONDS = "train/wall_seconds"
+"""How long a run has trained, in all its processes, each from its beginning to its last report."""
+_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""Seconds before MLflow is asked once more to take what it refused."""
+
+
+@dataclass(frozen=True)
+class News:
+    """What rank 0 tells the driver: metrics of a step, or in a sentence what happened at it."""
+
+    step: int
+    metrics: dict[str, float]
+    reported: bool = False
+    event: str | None = None
+
+
+class Listener:
+    """Context manager that carries news while it is open, and closes the mailbox once that is empty.
+
+    What MLflow does not take, asked again for a while, must not end a training, nor be lost: it stays in the file
+    ``unsent``, a line each, which the next listener sends before anything else.
+    """
+
+    def __init__(self, mailbox: Mailbox, tracked: TrackedRun, progress: TrainingProgress, unsent: Path):
+        self.refusal: Exception | None = None
+        """Why MLflow did not take something that it was offered."""
+        self._mailbox, self._tracked, self._progress, self._unsent = mailbox, tracked, progress, unsent
+        self._earlier, self._started = 0.0, 0.0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+
+    def __enter__(self) -> Listener:
+        self._earlier, self._started = self._tracked.metrics().get(WALL_SECONDS, 0.0), time.monotonic()
+        self._send_what_was_left()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self._done.set()
+        self._thread.join()
+        self._mailbox.close()
+
+    def _listen(self) -> None:
+        while True:
+            ending = self._done.is_set()
+            try:
+                taken = self._mailbox.take(0.2)
+                for news in (News(**item) for item in taken):
+                    self._hear(news)
+                if taken:
+                    self._mailbox.acknowledge(len(taken))
+            except ray.exceptions.RayError:
+                return  # the cluster went away; the training's own error says why
+            if ending and not taken:
+                return
+
+    def _hear(self, news: News) -> None:
+        if news.reported:
+            news.metrics[WALL_SECONDS] = self._earlier + time.monotonic() - self._started
+        if not self._sent(news):
+            with contextlib.suppress(OSError):  # a full disk; the run ends with the refusal all the same
+                self._unsent.parent.mkdir(parents=True, exist_ok=True)
+                with self._unsent.open("a") as file:
+                    file.write(json.dumps(asdict(news)) + "\n")
+        with contextlib.suppress(OSError):  # a closed terminal
+            if news.event is not None:
+                self._progress.tell(news.step, news.event)
+            else:
+                self._progress.update(news.step, news.metrics, news.reported)
+
+    def _send_what_was_left(self) -> None:
+        if not self._unsent.exists():
+            return
+        lines = self._unsent.read_text().splitlines()
+        while lines and self._sent(News(**json.loads(lines[0]))):
+            lines.pop(0)
+        if lines:
+            write_text(self._unsent, "\n".join(lines) + "\n")
+        else:
+            self._unsent.unlink()
+
+    def _sent(self, news: News) -> bool:
+        refusal = _refusal(news, self._tracked, () if self.refusal else _PAUSES)  # what is gone holds nobody up twice
+        self.refusal = refusal or self.refusal
+        return refusal is None
+
+
+def _refusal(news: News, tracked: TrackedRun, pauses: Iterable[float]) -> Exception | None:
+    """Tell MLflow, again after each of the pauses (seconds) where it takes nothing. Returns why not in the end."""
+    refusal = None
+    for pause in (0.0, *pauses):
+        time.sleep(pause)
+        try:
+            tracked.log_metrics(news.metrics, news.step)
+            if news.event is not None:
+                tracked.tell(news.step, news.event)
+            return None
+        except Exception as error:  # MLflow lets the errors of its store's drivers through
+            refusal = error
+    return refusal
