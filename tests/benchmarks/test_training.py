@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.contenders import Theirs, write_weights
 from benchmarks.quality import tokens_to
-from benchmarks.training_step import Way, measured, muon_and_others
+from benchmarks.training_step import NO_MORE, OURS, THEIRS, Way, measured, muon_and_others
 from model.config import ModelConfig
 
 
@@ -35,7 +35,7 @@ def test_the_baseline_leaves_to_adamw_what_ours_does(weights):
     assert len(stacks) + len(matrices) + len(others) == len(names) and all(m.dim() == 2 for m in matrices)
 
 
-@pytest.mark.parametrize("side", ["transformers", "ours"])
+@pytest.mark.parametrize("side", [THEIRS, OURS, NO_MORE])
 def test_a_step_is_timed(weights, side):
     threads = torch.get_num_threads()
     seconds, memory = measured(weights, Way(side, True, 1), 64, 1)
