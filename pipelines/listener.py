@@ -84,7 +84,7 @@ class Listener:
             with contextlib.suppress(OSError):  # a full disk; the run ends with the refusal all the same
                 self._unsent.parent.mkdir(parents=True, exist_ok=True)
                 with self._unsent.open("a") as file:
-                    file.write(json.dumps(asdict(news)) + "\n")
+                    file.write(_line(news))
         with contextlib.suppress(OSError):  # a closed terminal
             if news.event is not None:
                 self._progress.tell(news.step, news.event)
@@ -94,11 +94,14 @@ class Listener:
     def _send_what_was_left(self) -> None:
         if not self._unsent.exists():
             return
-        lines = self._unsent.read_text().splitlines()
-        while lines and self._sent(News(**json.loads(lines[0]))):
-            lines.pop(0)
-        if lines:
-            write_text(self._unsent, "\n".join(lines) + "\n")
+        kept: list[News] = []
+        for line in self._unsent.read_text().splitlines():
+            with contextlib.suppress(ValueError, TypeError):  # half a line of a process that was killed
+                kept.append(News(**json.loads(line)))
+        while kept and self._sent(kept[0]):
+            kept.pop(0)
+        if kept:
+            write_text(self._unsent, "".join(map(_line, kept)))
         else:
             self._unsent.unlink()
 
@@ -106,6 +109,10 @@ class Listener:
         refusal = _refusal(news, self._tracked, () if self.refusal else _PAUSES)  # what is gone holds nobody up twice
         self.refusal = refusal or self.refusal
         return refusal is None
+
+
+def _line(news: News) -> str:
+    return json.dumps(asdict(news)) + "\n"
 
 
 def _refusal(news: News, tracked: TrackedRun, pauses: Iterable[float]) -> Exception | None:

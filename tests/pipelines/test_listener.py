@@ -79,6 +79,8 @@ def test_what_a_store_does_not_take_is_sent_at_the_next_start(prepared, hear, pa
         hear()
     kept = (tmp_path / "unsent.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in kept] == [7, 8, 9]
+    with (tmp_path / "unsent.jsonl").open("a") as file:
+        file.write('{"step": 9, "met')  # a process that was killed
     ear, _, run = hear(News(10, {"train/loss": 5.0}))
     assert ear.refusal is None and not (tmp_path / "unsent.jsonl").exists()
     assert run.data.metrics["train/loss"] == 5.0 and run.data.tags["event.000008"] == WHAT
