@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.report import check_page, command_line, count, table, verdict, write_tables
+from benchmarks.report import check_page, command_line, count, table, verdict, verdict_at_most, write_tables
 from benchmarks.timing import OtherLoad, Side, in_turn, machine, ratio, threads_of
 from kernels.newton_schulz.gram import SEGMENTS, multiplications
 from model.config import ModelConfig
@@ -104,7 +104,7 @@ def share(options: argparse.Namespace, model: Transformer) -> str:
     by_products = products / (products + 6 * active * BATCH_TOKENS)
     by_clock = times["muon"].median / (times["muon"].median + per_token * BATCH_TOKENS)
     rows = [
-        [by, f"{100 * found:.2f}%", f"at most {SHARE_TARGET:g}%: {'met' if 100 * found <= SHARE_TARGET else 'missed'}"]
+        [by, f"{100 * found:.2f}%", verdict_at_most(100 * found, SHARE_TARGET, "%")]
         for by, found in (("products, closed form", by_products), ("the clock", by_clock))
     ]
     heading = f"### Muon's share of a step of {BATCH_TOKENS:,} tokens, preset '{options.preset}'\n\n"

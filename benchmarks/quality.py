@@ -42,7 +42,7 @@ from pipelines.compare import WAYS
 from pipelines.config import Recipe, load_recipe, with_overrides
 from pipelines.data import read_manifest
 from pipelines.prepared import fit_to_data
-from pipelines.run_folder import claimed
+from pipelines.run_folder import SETTINGS_OF_A_TRAINING, claimed
 from pipelines.tracking import TrackedRun, open_tracking
 from pipelines.trainer import Trainer, build_trainer, folder_batches
 
@@ -88,7 +88,7 @@ def trained(recipe: Recipe, name: str, seed: int, overrides: Mapping[str, Any]) 
     """The curve and the checkpoint of a run, trained unless it is there already."""
     recipe = with_overrides(recipe, {**overrides, "run.name": f"{name}-seed{seed}", "run.seed": seed})
     folder = recipe.final_checkpoint
-    with claimed(recipe.run_folder, recipe, ("data", "model", "train"), "run.name"):
+    with claimed(recipe.run_folder, recipe, SETTINGS_OF_A_TRAINING, "run.name"):
         if not folder.exists():
             _train(recipe, seed)
     points = json.loads((folder / CURVE).read_text())

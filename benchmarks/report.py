@@ -47,6 +47,10 @@ def verdict(found: float, target: float) -> str:
     return f"{target:g}: {'met' if found >= target else 'missed'}"
 
 
+def verdict_at_most(found: float, target: float, unit: str = "") -> str:
+    return f"at most {target:g}{unit}: {'met' if found <= target else 'missed'}"
+
+
 def check_page(path: Path) -> tuple[str, str]:
     """What stands before and after the two markers of ``path``. Raises FiftyfoldError unless it has them."""
     if not path.is_file():

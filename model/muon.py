@@ -300,7 +300,9 @@ class MuonAdamW(torch.optim.Optimizer):
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
         # Decay is for maps: one-dimensional parameters (norm weights, biases, gates) have none to shrink towards.
-        torch._foreach_mul_([local(p) for p in parameters if p.dim() > 1], 1 - lr * config.weight_decay)
+        maps = [local(p) for p in parameters if p.dim() > 1]
+        if maps:
+            torch._foreach_mul_(maps, 1 - lr * config.weight_decay)
         for p, m, v in zip(parameters, first, second):
             steps = self.state[p]["steps"] = self.state[p].get("steps", 0) + 1
             scale = math.sqrt(1 - beta2**steps) / (1 - beta1**steps)

@@ -104,6 +104,12 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        mlflow = sys.modules.get("mlflow.exceptions")
+        if mlflow is None or not isinstance(error, mlflow.MlflowException):
+            raise
+        print(f"error: MLflow: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
     return 0
 
 

@@ -15,6 +15,8 @@ from model.cache_filling import SPARE_BYTES, fill_random
 from model.config import ModelConfig
 from model.errors import CacheError
 
+BYTES_PER_TOKEN = "cache/bytes_per_token"
+MEASURED_TOKENS = 65_536
 MEASUREMENT_RULE = (
     "bytes of a cache allocated and filled with random entries; components: of the storages, in whole pages; resident "
     "memory: by how much the process's grew over both, against the closed form of the whole cache"
@@ -93,3 +95,9 @@ def _resident() -> int:
     if trim is not None:
         trim(0)
     return psutil.Process().memory_info().rss
+
+
+def measured_cache(config: ModelConfig) -> dict[str, float]:
+    """Metrics of one sequence's cache, from storages allocated for MEASURED_TOKENS tokens (or the model's maximum)."""
+    cache = Cache(config, 1, min(MEASURED_TOKENS, config.max_positions))
+    return {BYTES_PER_TOKEN: cache.bytes_per_token(), "cache/measured_tokens": float(cache.max_tokens)}

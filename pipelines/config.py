@@ -184,7 +184,7 @@ class TrainSection(Section):
     validate_every: Annotated[int, Field(ge=1)] = 50
     """Steps from one validation to the next; where a stage ends, there is one, and a checkpoint, in any case."""
     validation_rows: Annotated[int, Field(ge=1)] = 128
-    """Rows of each kind (text, retrieval) that one validation reads."""
+    """Rows of each kind (text, key-value recall, needles) that one validation reads."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 50
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     optimizer: OptimizerConfig = OptimizerConfig()

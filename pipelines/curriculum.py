@@ -89,6 +89,11 @@ def curriculum(recipe: Recipe) -> tuple[Stage, ...]:
             "train.mtp_loss_weight: 0 leaves the model's multi-token prediction untrained; set model.mtp_layers to 0 "
             "to do without"
         )
+    if recipe.data.sequence_length > recipe.model.max_positions:
+        raise ConfigError(
+            f"data.sequence_length: {recipe.data.sequence_length}, by which runs are validated, exceeds "
+            f"model.max_positions {recipe.model.max_positions}"
+        )
     scored = recipe.model.num_layers + recipe.model.mtp_layers - recipe.model.num_hash_layers
     if train.stability.anticipatory_routing is not None and not (recipe.model.ffn == "moe" and scored):
         raise ConfigError("train.stability.anticipatory_routing: was asked for, but no layer of the model has a router")

@@ -15,11 +15,11 @@ from model.budget import cache_bytes_per_token
 from model.errors import FiftyfoldError
 from model.tokenizer import load_tokenizer
 from pipelines import deploy, evaluate, prepare, promote, sweep, train
-from pipelines.cluster import ray_session
+from pipelines.cache_measurement import measured_cache
+from pipelines.cluster import local_cpus, ray_session
 from pipelines.config import Recipe, over, with_overrides
 from pipelines.progress import print_table
 from pipelines.tracking import open_tracking, ui_command
-from pipelines.trainer import measured_cache
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def run(recipe: Recipe) -> None:
     started = time.monotonic()
     deploy.check_port(recipe.serve.host, recipe.serve.port)  # ten minutes later would be a bad time to learn it
     clock: dict[str, float] = {}
-    with ray_session():
+    with ray_session(num_cpus=local_cpus() + 1):
         with _step(clock, "prepare"):
             prepare.run(recipe)
         with _step(clock, "train the hybrid"):

@@ -23,7 +23,7 @@ from pipelines.tracking import TrackedRun
 
 WALL_SECONDS = "train/wall_seconds"
 """How long a run has trained, in all its processes, each from its beginning to its last report."""
-_PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)
+PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Seconds before MLflow is asked once more to take what it refused."""
 
 
@@ -47,6 +47,8 @@ class Listener:
     def __init__(self, mailbox: Mailbox, tracked: TrackedRun, progress: TrainingProgress, unsent: Path):
         self.refusal: Exception | None = None
         """Why MLflow did not take something that it was offered."""
+        self.kept = True
+        """Whether all that it did not take is in the file."""
         self._mailbox, self._tracked, self._progress, self._unsent = mailbox, tracked, progress, unsent
         self._earlier, self._started = 0.0, 0.0
         self._done = threading.Event()
@@ -81,10 +83,12 @@ class Listener:
         if news.reported:
             news.metrics[WALL_SECONDS] = self._earlier + time.monotonic() - self._started
         if not self._sent(news):
-            with contextlib.suppress(OSError):  # a full disk; the run ends with the refusal all the same
+            try:
                 self._unsent.parent.mkdir(parents=True, exist_ok=True)
                 with self._unsent.open("a") as file:
                     file.write(_line(news))
+            except OSError:  # a full disk
+                self.kept = False
         with contextlib.suppress(OSError):  # a closed terminal
             if news.event is not None:
                 self._progress.tell(news.step, news.event)
@@ -96,7 +100,7 @@ class Listener:
             return
         kept: list[News] = []
         for line in self._unsent.read_text().splitlines():
-            with contextlib.suppress(ValueError, TypeError):  # half a line of a process that was killed
+            with contextlib.suppress(ValueError, TypeError):  # an empty or a half line: a killed process, a full disk
                 kept.append(News(**json.loads(line)))
         while kept and self._sent(kept[0]):
             kept.pop(0)
@@ -106,16 +110,16 @@ class Listener:
             self._unsent.unlink()
 
     def _sent(self, news: News) -> bool:
-        refusal = _refusal(news, self._tracked, () if self.refusal else _PAUSES)  # what is gone holds nobody up twice
+        refusal = refused(news, self._tracked, () if self.refusal else PAUSES)  # what is gone holds nobody up twice
         self.refusal = refusal or self.refusal
         return refusal is None
 
 
 def _line(news: News) -> str:
-    return json.dumps(asdict(news)) + "\n"
+    return "\n" + json.dumps(asdict(news))  # after what may be half a line
 
 
-def _refusal(news: News, tracked: TrackedRun, pauses: Iterable[float]) -> Exception | None:
+def refused(news: News, tracked: TrackedRun, pauses: Iterable[float] = PAUSES) -> Exception | None:
     """Tell MLflow, again after each of the pauses (seconds) where it takes nothing. Returns why not in the end."""
     refusal = None
     for pause in (0.0, *pauses):

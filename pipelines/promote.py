@@ -24,11 +24,11 @@ from mlflow.utils.uri import is_local_uri
 
 from model import checkpoint as checkpoints
 from model.errors import CheckpointError, ConfigError
+from pipelines.cache_measurement import BYTES_PER_TOKEN
 from pipelines.config import PromoteSection, Recipe
 from pipelines.evaluate import RUN_FILE, WEIGHTS_TAG, weights_digest
 from pipelines.progress import print_table
 from pipelines.tracking import Tracking, open_tracking
-from pipelines.trainer import CACHE as CACHE_METRIC
 
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
 
@@ -143,10 +143,10 @@ def _candidate(stored: Run, section: PromoteSection) -> Candidate:
     if score is None or not math.isfinite(score):
         hint = ", run the evaluate step" if section.metric.startswith("eval/") else ""
         raise _RefusedError(f"has no metric {section.metric}{hint}")
-    cache = metrics.get(CACHE_METRIC)
+    cache = metrics.get(BYTES_PER_TOKEN)
     budget = section.max_cache_bytes_per_token
     if budget is not None and cache is None:
-        raise _RefusedError(f"has no metric {CACHE_METRIC} to hold against the budget")
+        raise _RefusedError(f"has no metric {BYTES_PER_TOKEN} to hold against the budget")
     if budget is not None and cache is not None and cache > budget:
         raise _RefusedError(f"its cache takes {cache:g} bytes per token, the budget is {budget:g}")
     if "checkpoint" not in tags:
@@ -186,7 +186,7 @@ def _register(tracking: Tracking, section: PromoteSection, winner: Candidate, wh
     name = section.registered_name
     numbers = {section.metric: winner.score}
     if winner.cache_bytes_per_token is not None:
-        numbers[CACHE_METRIC] = winner.cache_bytes_per_token
+        numbers[BYTES_PER_TOKEN] = winner.cache_bytes_per_token
     try:
         logged = client.create_logged_model(
             tracking.experiment_id,

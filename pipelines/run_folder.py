@@ -17,6 +17,8 @@ from pipelines.data import MANIFEST_NAME
 from pipelines.tracking import TrackedRun
 
 RECIPE, RUN, LOCK = "recipe.json", "run.json", "lock"
+SETTINGS_OF_A_TRAINING = ("data", "model", "train")
+"""Sections that a resumed training must not change."""
 _MAY_CHANGE = {
     f"train.{name}"
     for name in (

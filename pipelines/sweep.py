@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.cluster import ray_session  # sets Ray's environment before ray is imported
+from pipelines.cache_measurement import BYTES_PER_TOKEN, measured_cache
+from pipelines.cluster import local_cpus, need, ray_session  # sets Ray's environment before ray is imported
 
 # isort: split
 import ray.tune
@@ -34,16 +35,22 @@ from pipelines.config import Recipe, Setting, recipe_from_dict, with_overrides
 from pipelines.curriculum import check_data, curriculum, total_steps, validation_steps
 from pipelines.data import read_manifest
 from pipelines.figures import pareto_figure, pareto_front
+from pipelines.listener import News, refused
 from pipelines.prepared import fit_to_data
 from pipelines.progress import TrainingProgress, print_table
-from pipelines.run_folder import claimed, write_run_file, write_settings
+from pipelines.run_folder import SETTINGS_OF_A_TRAINING, claimed, write_run_file, write_settings
 from pipelines.tracking import TrackedRun, Tracking, attach, open_tracking
-from pipelines.train import SETTINGS_THAT_BIND, finalise, fit, plain
-from pipelines.trainer import CACHE, build_trainer, folder_batches, measured_cache
+from pipelines.train import finalise, fit, plain
+from pipelines.trainer import build_trainer, folder_batches
 
 WALL_SECONDS = "sweep/wall_seconds"
-_SETTINGS_OF_A_SWEEP = (*SETTINGS_THAT_BIND, "sweep")
-_OF_A_STAGE = {"model.index_topk": "index_topk", "model.qat": "qat", "train.batch_rows": "batch_rows"}
+_SETTINGS_OF_A_SWEEP = (*SETTINGS_OF_A_TRAINING, "sweep")
+_OF_A_STAGE = {
+    "model.index_topk": "index_topk",
+    "model.qat": "qat",
+    "train.batch_rows": "batch_rows",
+    "train.optimizer.indexer_learning_rate": "indexer_learning_rate",
+}
 """What a stage may set for itself, whatever the recipe says elsewhere."""
 
 
@@ -82,6 +89,11 @@ def run(recipe: Recipe) -> SweepResult:
         check_data(curriculum(one), recipe.data_folder, manifest)
     tracking = open_tracking(recipe)
     with claimed(recipe.sweep_folder, recipe, _SETTINGS_OF_A_SWEEP, "sweep.name") as known_run:
+        if known_run is None and _winner_folder(recipe).exists():
+            raise ConfigError(
+                f"sweep.name: the winner would go to {_winner_folder(recipe)}, which is there already; choose another "
+                "sweep.name or delete it"
+            )
         return _run(recipe, combinations, tracking, known_run)
 
 
@@ -91,7 +103,9 @@ def _run(
     overrides = recipe.sweep_folder / "winner.yaml"
     tracked = tracking.start_run(recipe.sweep.name, kind="sweep", recipe=recipe, run_id=known_run)
     write_run_file(recipe.sweep_folder, tracked)
-    with tracked, ray_session(num_cpus=_logical_cpus(recipe)):
+    cpus = min(recipe.sweep.max_concurrent * _cpus_per_trial(recipe), local_cpus()) + 1  # more is refused below
+    with tracked, ray_session(num_cpus=cpus):
+        need("train.workers", _cpus_per_trial(recipe))
         seconds, started = tracked.metrics().get(WALL_SECONDS, 0.0), time.monotonic()
         try:
             results = list(_tune(recipe, combinations, tracked))  # type: ignore[call-overload]
@@ -102,8 +116,8 @@ def _run(
         causes = sorted({str(plain(result.error)) for result in results if result.error})
         for cause in causes:
             print(f"{recipe.sweep.name}: a trial failed: {cause}")
-        run_ids = _ended_trials(tracking, tracked.run_id)
-        reported = [result for result in results if result.metrics and "trial_id" in result.metrics]
+        reported = [result for result in results if not result.error and "trial_id" in (result.metrics or {})]
+        run_ids = _ended_trials(tracking, tracked.run_id, {result.metrics["trial_id"] for result in reported})
         trials = [_read_trial(recipe, result, run_ids) for result in reported]
         if not trials:
             raise FiftyfoldError(f"{recipe.sweep.name}: no trial reported anything ({'; '.join(causes)})")
@@ -122,7 +136,9 @@ def trial_recipe(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
     Every validation leaves a checkpoint, so that a trial's last score and its last weights belong together.
     """
     changed = with_overrides(recipe, {**recipe.sweep.overrides, **settings})
-    return with_overrides(changed, {"train.checkpoint_every": changed.train.validate_every})
+    train = changed.train
+    kept = max(2, train.keep_checkpoints)  # one that is stopped may be about to replace the one it is scored by
+    return with_overrides(changed, {"train.checkpoint_every": train.validate_every, "train.keep_checkpoints": kept})
 
 
 def choose(trials: list[Trial], recipe: Recipe) -> Trial:
@@ -136,14 +152,14 @@ def choose(trials: list[Trial], recipe: Recipe) -> Trial:
     trials = [t for t in trials if math.isfinite(t.metrics[sweep.metric])]
     if not trials:
         raise FiftyfoldError(f"{sweep.name}: no trial has a finite {sweep.metric}")
-    fitting = [t for t in trials if budget is None or t.metrics[CACHE] <= budget]
+    fitting = [t for t in trials if budget is None or t.metrics[BYTES_PER_TOKEN] <= budget]
     if not fitting:
-        smallest = min(t.metrics[CACHE] for t in trials)
+        smallest = min(t.metrics[BYTES_PER_TOKEN] for t in trials)
         raise ConfigError(
             f"sweep.max_cache_bytes_per_token: no trial fits {budget:g} bytes; the smallest takes {smallest:.1f}"
         )
     sign = 1 if sweep.mode == "min" else -1
-    return min(fitting, key=lambda t: (sign * t.metrics[sweep.metric], t.metrics[CACHE]))
+    return min(fitting, key=lambda t: (sign * t.metrics[sweep.metric], t.metrics[BYTES_PER_TOKEN]))
 
 
 def _check_trial(recipe: Recipe) -> None:
@@ -178,10 +194,9 @@ def _combinations(recipe: Recipe) -> list[dict[str, Setting]]:
     return grid
 
 
-def _logical_cpus(recipe: Recipe) -> float:
-    sweep, train = recipe.sweep, recipe.train
-    per_trial = 1.0 if sweep.in_process else train.workers * train.cpus_per_worker + 1
-    return sweep.max_concurrent * per_trial
+def _cpus_per_trial(recipe: Recipe) -> float:
+    train = trial_recipe(recipe, {}).train
+    return 1.0 if recipe.sweep.in_process else train.workers * train.cpus_per_worker + 1
 
 
 def _tune(recipe: Recipe, combinations: list[dict[str, Setting]], tracked: TrackedRun) -> tune.ResultGrid:
@@ -190,7 +205,8 @@ def _tune(recipe: Recipe, combinations: list[dict[str, Setting]], tracked: Track
         _trial, recipe=recipe.to_dict(), tracking={"uri": tracked.uri, "parent": tracked.run_id}
     )
     trial = tune.with_resources(trial, {"CPU": 1.0 if sweep.in_process else 0.1})
-    validations = len(validation_steps(trial_recipe(recipe, combinations[0])))
+    validations = max(len(validation_steps(trial_recipe(recipe, settings))) for settings in combinations)
+    cpus = ray.cluster_resources()["CPU"]  # trials that waited for one another's would wait for ever
     path = recipe.sweep_folder / "tune"
     if tune.Tuner.can_restore(str(path)):
         print(f"{sweep.name}: resuming from {path}")
@@ -201,7 +217,7 @@ def _tune(recipe: Recipe, combinations: list[dict[str, Setting]], tracked: Track
         tune_config=tune.TuneConfig(
             metric=sweep.metric,
             mode=sweep.mode,
-            max_concurrent_trials=sweep.max_concurrent,
+            max_concurrent_trials=max(1, min(sweep.max_concurrent, int(cpus // _cpus_per_trial(recipe)))),
             scheduler=ASHAScheduler(
                 time_attr="training_iteration",
                 # One more than there are: a trial that comes to its end finishes by itself.
@@ -244,7 +260,7 @@ def _trial(config: dict[str, Any], recipe: dict[str, Any], tracking: dict[str, s
     whole = recipe_from_dict(recipe)
     trial_id = tune.get_context().get_trial_id()
     mine = trial_recipe(whole, settings)
-    mine = mine.model_copy(update={"run": mine.run.model_copy(update={"name": f"{whole.sweep.name}-{trial_id}"})})
+    mine = with_overrides(mine, {"run.name": f"{whole.sweep.name}-{trial_id}", "tracking.uri": tracking["uri"]})
     tracked = _trial_run(open_tracking(mine), tracking["parent"], trial_id, settings, mine)
     tracked.log_metrics(measured_cache(mine.model))
     with tracked:
@@ -271,19 +287,24 @@ class _TuneReporter:
         self.tracked = tracked
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self.tracked.log_metrics(metrics, step)
+        self._record(News(step, metrics))
 
     def tell(self, step: int, what: str) -> None:
-        self.tracked.tell(step, what)
+        self._record(News(step, {}, event=what))
 
     def report(self, step: int, metrics: dict[str, float], write: Callable[[Path], None] | None) -> None:
-        self.tracked.log_metrics(metrics, step)
+        self._record(News(step, metrics))
         with tempfile.TemporaryDirectory() as folder:
             saved = None
             if write is not None:
                 write(Path(folder))
                 saved = tune.Checkpoint.from_directory(folder)
             tune.report({**metrics, "step": step}, checkpoint=saved)
+
+    def _record(self, news: News) -> None:
+        refusal = refused(news, self.tracked)
+        if refusal is not None:
+            raise refusal
 
 
 def _trial_run(
@@ -304,12 +325,13 @@ def _trial_run(
 # --- the result
 
 
-def _ended_trials(tracking: Tracking, parent: str) -> dict[str, str]:
-    """MLflow run ids by trial id, once none of them trains any more."""
+def _ended_trials(tracking: Tracking, parent: str, whole: set[str]) -> dict[str, str]:
+    """MLflow run ids by trial id, once none of them trains any more. ``whole`` are the trials that did not fail."""
     nested = tracking.client.search_runs([tracking.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
     for run in nested:
         if run.info.status == "RUNNING":  # Tune ends a process that it stopped before that has said so
-            tracking.client.set_terminated(run.info.run_id, "FINISHED")
+            status = "FINISHED" if run.data.tags.get("trial") in whole else "FAILED"
+            tracking.client.set_terminated(run.info.run_id, status)
     return {run.data.tags["trial"]: run.info.run_id for run in nested if "trial" in run.data.tags}
 
 
@@ -324,10 +346,11 @@ def _read_trial(recipe: Recipe, result: ray.tune.Result, run_ids: dict[str, str]
 def _log(recipe: Recipe, tracked: TrackedRun, trials: list[Trial], winner: Trial) -> None:
     """Table and Pareto figure, on the terminal and in MLflow."""
     keys = list(trials[0].settings)
-    shown = [CACHE, "validation/recall", "validation/loss"]
-    ordered = sorted(trials, key=lambda t: t.metrics[CACHE])
+    shown = [BYTES_PER_TOKEN, "validation/recall", "validation/loss"]
+    ordered = sorted(trials, key=lambda t: t.metrics[BYTES_PER_TOKEN])
     front = pareto_front(
-        [(t.metrics[CACHE], t.metrics[recipe.sweep.metric]) for t in ordered], higher=recipe.sweep.mode == "max"
+        [(t.metrics[BYTES_PER_TOKEN], t.metrics[recipe.sweep.metric]) for t in ordered],
+        higher=recipe.sweep.mode == "max",
     )
     rows = [
         [
@@ -351,7 +374,12 @@ def _log(recipe: Recipe, tracked: TrackedRun, trials: list[Trial], winner: Trial
     )
     figure = pareto_figure(
         [
-            (t.metrics[CACHE], t.metrics.get("validation/recall", float("nan")), t.metrics["validation/loss"], t.steps)
+            (
+                t.metrics[BYTES_PER_TOKEN],
+                t.metrics.get("validation/recall", float("nan")),
+                t.metrics["validation/loss"],
+                t.steps,
+            )
             for t in ordered
         ],
         [_short(_label(t.settings)) for t in ordered],
@@ -368,7 +396,7 @@ def _log(recipe: Recipe, tracked: TrackedRun, trials: list[Trial], winner: Trial
 def _keep_winner(recipe: Recipe, result: ray.tune.Result, tracked: TrackedRun) -> Path:
     """Give the winner a run folder like any trained model's, which other settings do not go on from. Returns its
     checkpoint folder."""
-    folder = recipe.run.folder / f"{recipe.sweep.name}-winner"
+    folder = _winner_folder(recipe)
     last = result.checkpoint
     if last is None and result.metrics and result.metrics.get("checkpoint_path"):
         last = tune.Checkpoint(
@@ -378,10 +406,14 @@ def _keep_winner(recipe: Recipe, result: ray.tune.Result, tracked: TrackedRun) -
         raise FiftyfoldError(f"{recipe.sweep.name}: the winning trial left no checkpoint")
     finalise(last, folder / "final")
     settings = result.config["settings"]  # type: ignore[index]
-    write_settings(folder, trial_recipe(recipe, settings), SETTINGS_THAT_BIND)
+    write_settings(folder, trial_recipe(recipe, settings), SETTINGS_OF_A_TRAINING)
     write_run_file(folder, tracked)
     tracked.set_tags({"checkpoint": str(folder / "final")})
     return folder / "final"
+
+
+def _winner_folder(recipe: Recipe) -> Path:
+    return recipe.run.folder / f"{recipe.sweep.name}-winner"
 
 
 def _label(settings: dict[str, Setting]) -> str:

@@ -25,6 +25,9 @@ from urllib.parse import quote, unquote, urlsplit
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # two bars for every small local copy
+# A server that is gone: MLflow would ask it seven times more, for minutes, and wait two minutes for each answer.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 import yaml
 from mlflow import MlflowClient
@@ -195,8 +198,11 @@ class TrackedRun:
         # Ray Tune ends a trial that its scheduler stops with SystemExit(0).
         if kind is None or (isinstance(error, SystemExit) and not error.code):
             self.finish()
-        else:
+            return
+        try:
             self.finish("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
+        except Exception as refusal:  # the block's own error says more
+            print(f"run {self.run_id}: left as running, for MLflow does not answer ({first_line(refusal)})", flush=True)
 
 
 def open_tracking(recipe: Recipe) -> Tracking:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -28,6 +26,7 @@ from model.precision import Precision
 from model.tokenizer import load_tokenizer
 from model.transformer import Transformer
 from pipelines import checkpoint_list
+from pipelines.cache_measurement import measured_cache
 from pipelines.config import Recipe, recipe_from_dict
 from pipelines.curriculum import Stage, check_data, curriculum, total_steps
 from pipelines.data import TrainBatches, read_manifest, train_batches, train_dataset
@@ -35,16 +34,14 @@ from pipelines.listener import WALL_SECONDS, Listener, News
 from pipelines.mailbox import Mailbox
 from pipelines.prepared import fit_to_data
 from pipelines.progress import TrainingProgress, print_table
-from pipelines.run_folder import claimed, write_run_file
+from pipelines.run_folder import SETTINGS_OF_A_TRAINING, claimed, write_run_file
 from pipelines.tracking import TrackedRun, Tracking, attach, first_line, open_tracking
-from pipelines.trainer import build_trainer, measured_cache
+from pipelines.trainer import build_trainer
 
 RAY_RUN = "train"
 """Ray Train's folder in a run folder."""
 _UNSENT = "unsent.jsonl"
 """In a run folder, what MLflow did not take."""
-SETTINGS_THAT_BIND = ("data", "model", "train")
-"""Sections that a resumed run must not change."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ def run(recipe: Recipe, parent_run_id: str | None = None) -> TrainResult:
         fresh = checkpoint.warm_start(Transformer(recipe.model), recipe.train.init_from)
         print(f"{recipe.run.name}: starts from {recipe.train.init_from}; begun afresh: {', '.join(fresh) or 'nothing'}")
     tracking = open_tracking(recipe)
-    with claimed(recipe.run_folder, recipe, SETTINGS_THAT_BIND, "run.name") as known_run:
+    with claimed(recipe.run_folder, recipe, SETTINGS_OF_A_TRAINING, "run.name") as known_run:
         return _run(recipe, tracking, known_run, parent_run_id)
 
 
@@ -180,9 +177,10 @@ def fit(
             if in_main_thread:
                 signal.signal(signal.SIGINT, handler)  # Ray Train leaves its own behind
     if listener.refusal is not None:
+        kept = "they are kept" if listener.kept else "not all could be kept, either"
         raise FiftyfoldError(
             f"{recipe.run.name}: trained to its end, but MLflow did not take all its metrics "
-            f"({first_line(listener.refusal)}); they are kept: start the step again to finish"
+            f"({first_line(listener.refusal)}); {kept}: start the step again to finish"
         )
     if result.checkpoint is None:
         raise FiftyfoldError(f"{recipe.run.name}: training ended without a checkpoint")
@@ -269,36 +267,37 @@ class _RayTrainReporter:
         if write is None:
             ray.train.report({**metrics, "step": step}, checkpoint_dir_name=_checkpoint_name(step))
             return
-        storage = ray.train.get_context().get_storage()
+        storage = Path(ray.train.get_context().get_storage().experiment_fs_path)
 
-        def persist(local: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        def persist(place: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
             try:
-                write(Path(local.path))
+                Path(place.path).mkdir(exist_ok=True)  # where storage is not shared by the nodes, its parent is missing
+                write(Path(place.path))
                 # A run that goes on from here repeats nothing of what came before, so that must be recorded by now.
                 self.mailbox.wait(told)
                 if self.rank == 0:
-                    checkpoint_list.keep_copy(Path(storage.experiment_fs_path))
-                saved = storage.persist_current_checkpoint(local, name)
+                    checkpoint_list.keep_copy(storage)
                 self.last = name
-                return saved
+                return place
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(
                     f"checkpoint of step {step}: cannot be written ({error}); the last one written is {self.last}"
                 ) from error
             finally:
-                shutil.rmtree(local.path, ignore_errors=True)
                 self._written.set()
 
         # Written while training goes on: the snapshot is made, and the files come from it. A slow disk holds training
         # up rather than have snapshots pile up in memory.
         self._written.wait()
         self._written.clear()
+        name = _checkpoint_name(step)
         ray.train.report(
             {**metrics, "step": step},
-            checkpoint=ray.train.Checkpoint.from_directory(tempfile.mkdtemp()),
-            checkpoint_dir_name=_checkpoint_name(step),
+            checkpoint=ray.train.Checkpoint(str(storage / name)),
+            checkpoint_dir_name=name,
             checkpoint_upload_mode=ray.train.CheckpointUploadMode.ASYNC,
             checkpoint_upload_fn=persist,
+            delete_local_checkpoint_after_upload=False,  # it is made where it stays
         )
 
     def _put(self, news: News) -> int:

@@ -22,8 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import checkpoint
-from model.cache import Cache
-from model.config import ModelConfig
 from model.errors import CheckpointError, FiftyfoldError
 from model.muon import MuonAdamW
 from model.parts import Part, Parts
@@ -34,7 +32,7 @@ from model.transformer import Transformer
 from pipelines.anticipation import TENSORS as ANTICIPATED
 from pipelines.anticipation import AnticipatoryRouting, Choices
 from pipelines.config import Recipe
-from pipelines.curriculum import Stage, curriculum, stage_at
+from pipelines.curriculum import Stage, curriculum, stage_at, validation_steps
 from pipelines.data import KINDS, Batch, TargetKind, TrainBatches, local_rows, read_manifest, train_batches
 from pipelines.data import batches as stack_rows
 from pipelines.ranks import agreed_number, average_gradients, clip_gradients, rank, sum_over_ranks, world_size
@@ -54,8 +52,6 @@ from pipelines.validation import follows, validate
 
 CHOSEN = "chosen/"
 """With a layer's index, the key of a batch's experts where they were chosen ahead: int64 [B, S, K]."""
-CACHE = "cache/bytes_per_token"
-CACHE_MEASURE_TOKENS = 65_536
 BEST = "validation/loss"
 """What a run remembers the lowest value of."""
 
@@ -111,6 +107,7 @@ class Trainer:
         )
         self.stability = Stability(recipe.train.stability)
         self.anticipation = AnticipatoryRouting(recipe.train.stability.anticipatory_routing)
+        self._validates = set(validation_steps(recipe))
         self.step = 0
         self.best: tuple[float, int] | None = None
         """The lowest validation loss and its step."""
@@ -203,14 +200,12 @@ class Trainer:
 
     # --- training
 
-    def run(self) -> dict[str, float]:
-        """Train from the current step to the last. Returns the last validation's metrics (on every rank)."""
-        metrics: dict[str, float] = {}
+    def run(self) -> None:
+        """Train from the current step to the last."""
         if self.step >= self.total_steps:
             # No second checkpoint of this step: Ray Train would delete the first one, and the two share a folder.
-            metrics = self.validate()
-            self.reporter.report(self.step, metrics, None)
-            return metrics
+            self.reporter.report(self.step, self.validate(), None)
+            return
         if self._rolls_back and self._last_good is None:
             self._last_good = self.snapshot()
         batches: TrainBatches | None = None
@@ -235,19 +230,18 @@ class Trainer:
                 if self.step > before:  # it was not rolled back
                     if self.step == stage.end:
                         self.anticipation.end()
-                    metrics = self._report(stage) or metrics
+                    self._report(stage)
         finally:
             if batches is not None:
                 batches.close()
-        return metrics
 
     def _due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.total_steps
 
-    def _report(self, stage: Stage) -> dict[str, float]:
+    def _report(self, stage: Stage) -> None:
         """Validate and write a checkpoint where due; at its end, say under its name, too, what a stage reached."""
         train, ends = self.recipe.train, self.step == stage.end
-        validates, saves = self._due(train.validate_every) or ends, self._due(train.checkpoint_every) or ends
+        validates, saves = self.step in self._validates, self._due(train.checkpoint_every) or ends
         metrics: dict[str, float] = {}
         if validates:
             metrics = self.validate()
@@ -260,7 +254,6 @@ class Trainer:
                 self._last_good = snapshot
             has_share = self.sharded or rank() == 0
             self.reporter.report(self.step, metrics, snapshot.write if snapshot is not None and has_share else None)
-        return metrics
 
     def _batches_of(self, stage: Stage, batches: TrainBatches | None) -> TrainBatches:
         """The open batches, or where ``stage`` begins, those that it goes on with."""
@@ -529,9 +522,3 @@ def folder_batches(recipe: Recipe) -> OpenBatches:
         return train_batches(recipe.data_folder, stage.sequence_length, rows, recipe.data.seed, epoch, skip)
 
     return open_batches
-
-
-def measured_cache(config: ModelConfig, tokens: int = CACHE_MEASURE_TOKENS) -> dict[str, float]:
-    """Cache metrics of one sequence, from real storages allocated for ``tokens`` tokens (or the model's maximum)."""
-    cache = Cache(config, 1, min(tokens, config.max_positions))
-    return {CACHE: cache.bytes_per_token(), "cache/measured_tokens": float(cache.max_tokens)}

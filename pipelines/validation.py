@@ -24,11 +24,13 @@ def validate(model: Transformer, batches: dict[str, list[Batch]], attention: Att
     ``validation/text_loss``: mean loss of text tokens. ``validation/recall``: share of key-value answers whose
     every token is the most likely one (teacher-forced); ``validation/needle_recall`` likewise. ``validation/loss``:
     mean loss of text and answer tokens, each kind of document weighing the same; ``validation/mtp_loss`` the same
-    for the multi-token prediction of those tokens. Indexer and selection measures are means over csa layers, and
-    over the batches that have them, and once more for each layer (``.../layer_2``); ``validation/choosing_share`` is
-    the share of queries with more entries than ``index_topk``: where it is 0, nothing is selected.
+    for the multi-token prediction of those tokens. Indexer and selection measures are taken on key-value documents,
+    on the first kind where there are none: means over csa layers, and over the batches that have them, and once more
+    for each layer (``.../layer_2``); ``validation/choosing_share`` is the share of queries with more entries than
+    ``index_topk``: where it is 0, nothing is selected.
     """
     settle(model)
+    selecting = "mqar" if "mqar" in batches else next(iter(batches))
     training = model.training
     model.eval()
     config, metrics, losses, mtp_losses = model.config, {}, [], []
@@ -42,12 +44,14 @@ def validate(model: Transformer, batches: dict[str, list[Batch]], attention: Att
             prefix = "" if name == "mqar" else f"{name}_"
             metrics[f"validation/{prefix}answer_loss"] = losses[-1]
             metrics[f"validation/{prefix}recall"] = sums["right"] / max(1, sums["answers"])
-        if name == "mqar" or "mqar" not in batches:
+        if name == selecting:
             for key in _selection_keys(model):
                 if sums[f"{key} batches"]:
                     metrics[f"validation/{key}"] = sums[key] / sums[f"{key} batches"]
             if "csa" in config.layers:
                 metrics["validation/choosing_share"] = sums["choosing"] / max(1, sums["queries"])
+    for layer in model.moe_layers():
+        layer.forget_rounded()  # of weights that are about to change
     metrics["validation/loss"] = sum(losses) / len(losses)
     if config.mtp_layers:
         metrics["validation/mtp_loss"] = sum(mtp_losses) / len(mtp_losses)

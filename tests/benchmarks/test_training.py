@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.contenders import Theirs, write_weights
 from benchmarks.quality import tokens_to
-from benchmarks.training_step import NO_MORE, OURS, THEIRS, Way, measured, muon_and_others
+from benchmarks.training_step import NO_MORE, OURS, THEIRS, Way, measured, muon_and_others, our_step
 from model.config import ModelConfig
 
 
@@ -33,6 +33,17 @@ def test_the_baseline_leaves_to_adamw_what_ours_does(weights):
     assert {names[p] for p in others if p.dim() > 1 and "hc_fn" in names[p]} == {"model.hc_head.hc_fn"}
     assert all(m.data_ptr() == part.data_ptr() for p, each in stacks.items() for m, part in zip(each, p))
     assert len(stacks) + len(matrices) + len(others) == len(names) and all(m.dim() == 2 for m in matrices)
+
+
+def test_a_side_does_no_more_than_the_baseline(weights):
+    ids = torch.randint(0, 258, (1, 65))
+    trained, rounded = {}, {}
+    for side in (OURS, NO_MORE):
+        model, do = our_step(weights, ids, Way(side, True, 1))
+        do()
+        trained[side] = any(p.grad is not None for p in model.indexer_parameters())
+        rounded[side] = sum(model.rounded_tensors().values())
+    assert trained == {OURS: True, NO_MORE: False} and rounded[OURS] > 0 == rounded[NO_MORE]
 
 
 @pytest.mark.parametrize("side", [THEIRS, OURS, NO_MORE])

@@ -6,9 +6,11 @@ import sys
 import time
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from model.config import ModelConfig
 from pipelines import __main__ as cli
+from pipelines import prepare
 from pipelines.config import load_recipe, over
 from pipelines.curriculum import total_steps
 from pipelines.train import describe
@@ -63,6 +65,15 @@ def test_mistakes_are_named(arguments, message, capsys):
     captured = capsys.readouterr()
     assert message in captured.err
     assert len(captured.err.strip().splitlines()) == 1
+
+
+def test_a_store_that_goes_away_is_named(monkeypatch, capsys):
+    def run(recipe):
+        raise MlflowException("the server\nis gone")
+
+    monkeypatch.setattr(prepare, "run", run)
+    assert cli.main(["prepare"]) == cli.USER_ERROR
+    assert capsys.readouterr().err == "error: MLflow: the server is gone\n"
 
 
 def test_sigterm_ends_a_step_as_ctrl_c_does_from_its_start(tmp_path):

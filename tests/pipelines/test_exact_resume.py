@@ -240,6 +240,7 @@ def test_a_killed_run_goes_on_without_a_trace(prepared, ray_cluster, straight, t
                 step += random.choice((4, 8, 12))  # far enough from the run's end for the victim to see none of it
                 wait_for_checkpoint(recipe, step, driver)
                 time.sleep(random.random() / 4)
+                assert driver.poll() is None, "it ended before it could be killed"
                 VICTIMS[victim](driver, recipe)
     if starts[-1] == ["driver"]:  # killed in the middle of a write
         checkpoints = recipe.run_folder / RAY_RUN / LIST

@@ -75,17 +75,26 @@ def test_what_a_store_does_not_take_is_sent_at_the_next_start(prepared, hear, pa
         ear, dealt_with, run = hear(News(7, {"train/loss": 2.0}), News(8, {}, event=WHAT), News(9, {"train/loss": 4.0}))
         # It ends no training and keeps no checkpoint waiting; the first only is offered again.
         assert isinstance(ear.refusal, ZeroDivisionError) and dealt_with == 3
-        assert pauses == list(listener._PAUSES) and not run.data.metrics
+        assert pauses == list(listener.PAUSES) and not run.data.metrics
         hear()
+    assert ear.kept
     kept = (tmp_path / "unsent.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in kept] == [7, 8, 9]
+    assert [json.loads(line)["step"] for line in kept if line] == [7, 8, 9]
     with (tmp_path / "unsent.jsonl").open("a") as file:
-        file.write('{"step": 9, "met')  # a process that was killed
+        file.write('\n{"step": 9, "met')  # a process that was killed
     ear, _, run = hear(News(10, {"train/loss": 5.0}))
     assert ear.refusal is None and not (tmp_path / "unsent.jsonl").exists()
     assert run.data.metrics["train/loss"] == 5.0 and run.data.tags["event.000008"] == WHAT
     history = open_tracking(prepared).client.get_metric_history(run.info.run_id, "train/loss")
     assert sorted((point.step, point.value) for point in history) == [(7, 2.0), (9, 4.0), (10, 5.0)]
+
+
+def test_what_cannot_be_kept_either_is_known(hear, pauses, tmp_path, monkeypatch):
+    (tmp_path / "unsent.jsonl").mkdir()  # so that writing fails
+    monkeypatch.setattr(Listener, "_send_what_was_left", lambda self: None)
+    monkeypatch.setattr(TrackedRun, "log_metrics", lambda *a: 1 / 0)
+    ear, dealt_with, _ = hear(News(7, {"train/loss": 2.0}))
+    assert ear.refusal is not None and not ear.kept and dealt_with == 1
 
 
 def test_the_time_of_all_processes_counts(hear, pauses, monkeypatch):

@@ -49,3 +49,6 @@ def test_a_killed_sweep_resumes(prepared, tmp_path):
     experiment = client.get_run(result.run_id).info.experiment_id
     nested = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{result.run_id}'")
     assert len(nested) == 3 and {run.info.status for run in nested} == {"FINISHED"}
+    (done,) = (run for run in nested if run.data.params["model.index_topk"] == "2")
+    steps = [point.step for point in client.get_metric_history(done.info.run_id, "train/loss")]
+    assert len(steps) == len(set(steps))  # it was not trained again

@@ -134,6 +134,15 @@ def test_attach_and_resume_go_on_with_the_same_run(store):
         attach(tracking.uri, "nothing")
 
 
+def test_a_block_s_own_error_says_more_than_a_store_that_is_gone(store, capsys):
+    recipe = recipe_in(store)
+    run = open_tracking(recipe).start_run("gone", kind="train", recipe=recipe)
+    with pytest.raises(InterruptedError), run:
+        run._client = None
+        raise InterruptedError
+    assert f"run {run.run_id}: left as running" in capsys.readouterr().out
+
+
 def test_nothing_leaks_into_the_process(store):
     recipe = recipe_in(store)
     before = mlflow.get_tracking_uri()

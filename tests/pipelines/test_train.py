@@ -10,6 +10,7 @@ import torch
 from model import checkpoint
 from model.errors import CheckpointError, ConfigError
 from pipelines import evaluate, promote, sweep, train
+from pipelines.cache_measurement import BYTES_PER_TOKEN
 from pipelines.checkpoint_list import LIST
 from pipelines.config import over, recipe_from_dict, with_overrides
 from pipelines.curriculum import total_steps
@@ -129,7 +130,7 @@ def test_a_sweep_nests_its_trials_and_keeps_the_best_within_the_budget(swept):
     nested = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{result.run_id}'")
     assert len(nested) == 3 == len(result.trials)
     assert {run.info.status for run in nested} == {"FINISHED"}
-    fitting = [t for t in result.trials if t.metrics[sweep.CACHE] <= 35.0]
+    fitting = [t for t in result.trials if t.metrics[BYTES_PER_TOKEN] <= 35.0]
     assert len(fitting) == 2
     assert result.winner.metrics["validation/loss"] == min(t.metrics["validation/loss"] for t in fitting)
     assert {a.path for a in client.list_artifacts(result.run_id)} >= {"pareto.png", "trials.json", "winner.yaml"}
@@ -160,8 +161,9 @@ def test_scores_promote_the_winner(swept):
     assert checkpoint.load_config(folder) == checkpoint.load_config(result.checkpoint)
 
 
-def test_a_trial_may_have_train_workers_of_its_own(trained):
-    recipe, _ = trained
+def test_a_trial_may_have_train_workers_of_its_own(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # trials work elsewhere, and must find the same store
+    recipe = with_overrides(trained[0], {"tracking.uri": "sqlite:///other.db"})
     recipe = with_overrides(
         recipe,
         {
@@ -176,7 +178,8 @@ def test_a_trial_may_have_train_workers_of_its_own(trained):
         },
     )  # fmt: skip
     result = sweep.run(recipe)
-    assert len(result.trials) == 1
+    assert len(result.trials) == 1 and (tmp_path / "other.db").exists()
+    assert open_tracking(recipe).client.get_run(result.winner.run_id).info.status == "FINISHED"
     model = checkpoint.load(result.checkpoint)
     assert (model.config.index_topk, model.config.qat) == (2, False)
     assert over(recipe, result.overrides).train.grad_clip == 0.5
@@ -199,14 +202,14 @@ def test_settings_that_the_data_or_the_cluster_cannot_serve_are_refused(prepared
 def test_a_tie_goes_to_the_smaller_cache_and_nan_never_wins():
     recipe = recipe_from_dict({"sweep": {"metric": "validation/loss", "max_cache_bytes_per_token": 50}})
     trials = [
-        sweep.Trial({"n": i}, {"validation/loss": loss, sweep.CACHE: cache}, str(i), 1)
+        sweep.Trial({"n": i}, {"validation/loss": loss, BYTES_PER_TOKEN: cache}, str(i), 1)
         for i, (loss, cache) in enumerate([(float("nan"), 1), (2.0, 40), (2.0, 30), (1.0, 60), (3.0, 10)])
     ]
     assert sweep.choose(trials, recipe) is trials[2]
     with pytest.raises(ConfigError, match="no trial fits 50 bytes; the smallest takes 60"):
         sweep.choose([trials[3]], recipe)
     with pytest.raises(ConfigError, match="trials report no 'validation/loss'"):
-        sweep.choose([sweep.Trial({}, {sweep.CACHE: 1.0}, "x", 1)], recipe)
+        sweep.choose([sweep.Trial({}, {BYTES_PER_TOKEN: 1.0}, "x", 1)], recipe)
 
 
 @pytest.mark.parametrize(
