@@ -24,14 +24,17 @@ def keep_copy(folder: Path) -> None:
 
 
 def restore(folder: Path) -> int | None:
-    """Put the copy, as far as its checkpoints are still there, in the place of a list that is not whole. Returns how
-    many they are (of none, the run begins anew), or None where the list is whole."""
+    """Put the list, or its copy where it is not whole, in order: as far as its checkpoints are still there. Returns how
+    many they are (of none, the run begins anew), or None where nothing was wrong."""
     path = folder / LIST
-    if not path.exists() or _read(path) is not None:
+    if not path.exists():
         return None
-    state = _read(folder / _COPY) or {"checkpoint_results": [], "checkpoint_report_indices": []}
-    known = zip(state["checkpoint_results"], state["checkpoint_report_indices"])
+    whole = _read(path)
+    state = whole or _read(folder / _COPY) or {"checkpoint_results": [], "checkpoint_report_indices": []}
+    known = list(zip(state["checkpoint_results"], state["checkpoint_report_indices"]))
     left = [(result, index) for result, index in known if (folder / result["checkpoint_dir_name"]).exists()]
+    if whole is not None and len(left) == len(known):
+        return None
     if left:
         results, indices = map(list, zip(*left))
         state |= {"checkpoint_results": results, "checkpoint_report_indices": indices}

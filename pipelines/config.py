@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import pydantic
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator, model_validator
 from yaml import YAMLError
 
 from model.config import ModelConfig
@@ -25,7 +25,26 @@ from model.execution import Mode
 from model.muon import OptimizerConfig
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Setting = bool | int | float | str
+
+
+def _setting(value: Any) -> Any:
+    if not isinstance(value, bool | int | float | str):
+        raise ValueError("a sweep tries numbers, words, true and false")
+    return value
+
+
+def _dotted(space: Any, prefix: str = "") -> Any:
+    """Nested mappings, as from ``--sweep.space.model.csa_ratio '[4, 8]'``, as one of dotted keys."""
+    if not isinstance(space, dict):
+        return {prefix: space} if prefix else space
+    return {
+        key: value
+        for name, inner in space.items()
+        for key, value in _dotted(inner, f"{prefix}.{name}".strip(".")).items()
+    }
+
+
+Setting = Annotated[bool | int | float | str, BeforeValidator(_setting)]
 """What a sweep can try of a key."""
 
 
@@ -41,7 +60,14 @@ class RunSection(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "hybrid"
     folder: Path = Path("runs")
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+
+    @field_validator("name")
+    @classmethod
+    def _not_taken(cls, name: str) -> str:
+        if name in ("data", "sweeps", "mlartifacts"):
+            raise ValueError(f"run.folder keeps other things in '{name}'")
+        return name
 
 
 class DataSection(Section):
@@ -199,8 +225,9 @@ class TrainSection(Section):
 
 class SweepSection(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "sweep"
-    space: dict[str, list[Setting]] = Field(default_factory=dict)
-    """Dotted recipe keys and the values to try, e.g. ``model.csa_ratio: [4, 8]``."""
+    space: Annotated[dict[str, list[Setting]], BeforeValidator(_dotted)] = Field(default_factory=dict)
+    """Dotted recipe keys and the values to try, e.g. ``model.csa_ratio: [4, 8]``. A later file's takes the place of an
+    earlier one's."""
     trials: Annotated[int, Field(ge=1)] | None = None
     """How many random combinations to try; None tries the whole grid."""
     overrides: dict[str, Any] = Field(default_factory=dict)
@@ -360,7 +387,10 @@ def _read(file: str | Path) -> Any:
 
 def _merge(merged: Any, files: Sequence[str | Path], overrides: Sequence[str]) -> Recipe:
     for file in files:
-        merged = _over(merged, _read(file))
+        try:
+            merged = _over(merged, _read(file))
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
+            raise ConfigError(f"{file}: does not fit what came before ({' '.join(str(error).split())})") from error
     for override in overrides:  # one by one first, to name the one that is wrong
         try:
             _over(merged.copy(), OmegaConf.from_dotlist([override]))
@@ -379,7 +409,10 @@ def _merge(merged: Any, files: Sequence[str | Path], overrides: Sequence[str]) -
 
 
 def _over(earlier: Any, later: Any) -> Any:
-    """``later`` merged over ``earlier``, where a starting point of the model takes the place of another."""
+    """``later`` merged over ``earlier``, where a starting point of the model, and a sweep's space, take the place of
+    another."""
+    if OmegaConf.select(later, "sweep.space") is not None and OmegaConf.select(earlier, "sweep.space"):
+        del earlier.sweep.space
     for given, replaced in (("depth", "preset"), ("preset", "depth")):
         if OmegaConf.select(later, f"model.{given}") is not None and OmegaConf.select(earlier, f"model.{replaced}"):
             del earlier.model[replaced]

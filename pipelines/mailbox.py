@@ -37,6 +37,14 @@ class Mailbox:
         """Until the receiver has acknowledged the item ``number`` and all before it."""
         ray.get(self._actor.wait.remote(number))
 
+    def end(self, why: str) -> None:
+        """Leave word that the training is over, however often Ray Train starts its workers again."""
+        ray.get(self._actor.end.remote(why))
+
+    def ended(self) -> str | None:
+        """Why, if it is."""
+        return ray.get(self._actor.ended.remote())
+
     def close(self) -> None:
         ray.kill(self._actor)
 
@@ -46,6 +54,7 @@ class _Box:
         self.waiting: list[str] = []
         self.sent = self.acknowledged = 0
         self.changed = asyncio.Condition()
+        self.why: str | None = None
 
     async def put(self, text: str) -> int:
         async with self.changed:
@@ -67,6 +76,12 @@ class _Box:
         async with self.changed:
             self.acknowledged += count
             self.changed.notify_all()
+
+    async def end(self, why: str) -> None:
+        self.why = self.why or why
+
+    async def ended(self) -> str | None:
+        return self.why
 
     async def wait(self, number: int) -> None:
         async with self.changed:

@@ -384,10 +384,15 @@ class _Retrieval:
             if length > longest:
                 raise ConfigError(f"data.retrieval_lengths: {length} exceeds data.sequence_length {longest}")
         for length in {longest, *self._data.retrieval_lengths}:
-            if self._data.needle_share < 1:
-                self._mqar([0] * length, full=True)
-            if self._data.needle_share > 0:
-                self._needle([0] * length)
+            try:
+                if self._data.needle_share < 1:
+                    self._mqar([0] * length, full=True)
+                if self._data.needle_share > 0:
+                    self._needle([0] * length)
+            except ConfigError as error:
+                keys = "data.pairs, data.rounds and model.window"
+                lengths = "data.sequence_length and data.retrieval_lengths"
+                raise ConfigError(f"{keys} must fit {lengths}: {str(error).removeprefix('length: ')}") from error
 
     def generate(self, text: np.ndarray) -> _Stored:
         """One document planted into a random slice of ``text`` [at least sequence_length tokens]."""

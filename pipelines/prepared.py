@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from model.errors import ConfigError
+from model.errors import ConfigError, DataError
 from model.tokenizer import FILE_NAME, load_tokenizer
 from pipelines.config import Recipe
 from pipelines.data import Manifest, file_sha256
@@ -14,9 +14,13 @@ from pipelines.data import Manifest, file_sha256
 def fit_to_data(recipe: Recipe, manifest: Manifest) -> Recipe:
     """The recipe with the vocabulary of its prepared data.
 
-    Raises ConfigError naming the first setting that they were not prepared with.
+    Raises ConfigError naming the first setting that they were not prepared with, DataError where the tokenizer's file
+    is not theirs.
     """
     folder, found = recipe.data_folder, manifest.settings
+    file = folder / FILE_NAME
+    if not file.is_file() or file_sha256(file) != found["tokenizer_sha256"]:
+        raise DataError(f"{file}: missing or damaged; delete the folder and prepare it again")
     for key, value in recipe.data.content().items():
         if value != found.get(key):
             raise ConfigError(

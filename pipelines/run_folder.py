@@ -23,7 +23,7 @@ _MAY_CHANGE = {
     f"train.{name}"
     for name in (
         *("workers", "sharding", "cpus_per_worker", "threads_per_worker", "use_gpu", "max_failures"),
-        *("log_every", "keep_checkpoints"),
+        *("log_every", "keep_checkpoints", "recompute"),
     )
 }
 """How the work is shared out, and what is kept of it. Another number of workers deals out an epoch's rows anew."""
@@ -79,7 +79,7 @@ def _check_settings(folder: Path, recipe: Recipe, sections: tuple[str, ...], wha
     changed = sorted({key for key, _ in differing} - _MAY_CHANGE)
     if changed:
         raise ConfigError(
-            f"{what}: '{folder.name}' was begun with another {changed[0]}; choose another {what}, or delete "
+            f"{what}: '{folder.name}' was begun with another {', '.join(changed)}; choose another {what}, or delete "
             f"{folder} to begin again"
         )
 

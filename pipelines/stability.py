@@ -30,8 +30,11 @@ class Stability:
             self._losses.append(loss)
             return None
         if self.settings.action == "stop" or self.interventions == self.settings.max_interventions:
-            often = f", for the {self.interventions + 1}. time" if self.interventions else ""
-            raise FiftyfoldError(f"step {step}: {found}{often}; the weights of the last checkpoint are good")
+            most = self.settings.max_interventions
+            why = "action is stop" if self.settings.action == "stop" else f"max_interventions is {most}"
+            raise FiftyfoldError(
+                f"step {step}: {found}, and train.stability.{why}; the weights of the last checkpoint are good"
+            )
         self.interventions += 1
         return found
 

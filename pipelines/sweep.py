@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import math
 import random
 import tempfile
@@ -29,6 +30,7 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler
 
+from model.config import ModelConfig
 from model.errors import ConfigError, FiftyfoldError
 from model.files import atomic_file, write_text
 from pipelines.config import Recipe, Setting, recipe_from_dict, with_overrides
@@ -40,8 +42,9 @@ from pipelines.prepared import fit_to_data
 from pipelines.progress import TrainingProgress, print_table
 from pipelines.run_folder import SETTINGS_OF_A_TRAINING, claimed, write_run_file, write_settings
 from pipelines.tracking import TrackedRun, Tracking, attach, open_tracking
-from pipelines.train import finalise, fit, plain
+from pipelines.train import finalise, first_weights, fit, plain
 from pipelines.trainer import build_trainer, folder_batches
+from pipelines.validation import NAMES
 
 WALL_SECONDS = "sweep/wall_seconds"
 _SETTINGS_OF_A_SWEEP = (*SETTINGS_OF_A_TRAINING, "sweep")
@@ -82,11 +85,16 @@ def run(recipe: Recipe) -> SweepResult:
     """
     manifest = read_manifest(recipe.data_folder, verify=True)
     recipe = fit_to_data(recipe, manifest)
+    _check(recipe)
     combinations = _combinations(recipe)
+    begun: list[ModelConfig] = []
     for settings in combinations:
         one = fit_to_data(trial_recipe(recipe, settings), manifest)
         _check_trial(one)
         check_data(curriculum(one), recipe.data_folder, manifest)
+        if one.model not in begun:
+            begun.append(one.model)
+            first_weights(one)
     tracking = open_tracking(recipe)
     with claimed(recipe.sweep_folder, recipe, _SETTINGS_OF_A_SWEEP, "sweep.name") as known_run:
         if known_run is None and _winner_folder(recipe).exists():
@@ -113,14 +121,15 @@ def _run(
             if not overrides.exists():
                 seconds += time.monotonic() - started
                 tracked.log_metrics({WALL_SECONDS: seconds})
-        causes = sorted({str(plain(result.error)) for result in results if result.error})
-        for cause in causes:
-            print(f"{recipe.sweep.name}: a trial failed: {cause}")
+        causes = {_label(result.config["settings"]): str(plain(result.error)) for result in results if result.error}
+        for label, cause in causes.items():
+            print(f"{recipe.sweep.name}: trial {label} failed: {cause}")
         reported = [result for result in results if not result.error and "trial_id" in (result.metrics or {})]
         run_ids = _ended_trials(tracking, tracked.run_id, {result.metrics["trial_id"] for result in reported})
         trials = [_read_trial(recipe, result, run_ids) for result in reported]
         if not trials:
-            raise FiftyfoldError(f"{recipe.sweep.name}: no trial reported anything ({'; '.join(causes)})")
+            why = "; ".join(sorted(set(causes.values())))
+            raise FiftyfoldError(f"{recipe.sweep.name}: no trial came to its end ({why})")
         winner = choose(trials, recipe)
         _log(recipe, tracked, trials, winner)
         target = _keep_winner(recipe, reported[trials.index(winner)], attach(tracked.uri, winner.run_id))
@@ -162,6 +171,28 @@ def choose(trials: list[Trial], recipe: Recipe) -> Trial:
     return min(fitting, key=lambda t: (sign * t.metrics[sweep.metric], t.metrics[BYTES_PER_TOKEN]))
 
 
+def _check(recipe: Recipe) -> None:
+    """Raise ConfigError where the sweep's own settings cannot mean anything."""
+    section = recipe.sweep
+    for key, values in section.space.items():
+        if not values:
+            raise ConfigError(f"sweep.space: '{key}' has no values")
+        if not key.startswith(("model.", "train.")) and key != "run.seed":
+            raise ConfigError(f"sweep.space: '{key}' changes nothing of a trial; keys begin with model. or train.")
+        if any(part.isdigit() for part in key.split(".")):
+            raise ConfigError(f"sweep.space: '{key}' names an item of a list; only whole settings can be tried")
+        if key in ("train.checkpoint_every", "train.keep_checkpoints"):
+            raise ConfigError(f"sweep.space: '{key}' changes nothing, because a sweep sets it itself")
+        if len(set(map(repr, values))) < len(values):
+            raise ConfigError(f"sweep.space: '{key}' has a value twice")
+    if not section.space:
+        raise ConfigError("sweep.space: is empty")
+    place, _, name = section.metric.partition("/")
+    if place != "validation" or name.partition("/layer_")[0] not in NAMES:
+        known = ", ".join(f"validation/{name}" for name in NAMES)
+        raise ConfigError(f"sweep.metric: trials report no '{section.metric}'; they report {known}")
+
+
 def _check_trial(recipe: Recipe) -> None:
     """Raise ConfigError where a trial would not be what its settings say."""
     last = len(recipe.train.stages) - 1
@@ -185,9 +216,6 @@ def _check_trial(recipe: Recipe) -> None:
 
 def _combinations(recipe: Recipe) -> list[dict[str, Setting]]:
     space = recipe.sweep.space
-    if not space or not all(space.values()):
-        empty = next((key for key, values in space.items() if not values), None)
-        raise ConfigError(f"sweep.space: '{empty}' has no values" if empty else "sweep.space: is empty")
     grid = [dict(zip(space, values)) for values in itertools.product(*space.values())]
     if recipe.sweep.trials is not None and recipe.sweep.trials < len(grid):
         grid = random.Random(recipe.run.seed).sample(grid, recipe.sweep.trials)
@@ -206,6 +234,7 @@ def _tune(recipe: Recipe, combinations: list[dict[str, Setting]], tracked: Track
     )
     trial = tune.with_resources(trial, {"CPU": 1.0 if sweep.in_process else 0.1})
     validations = max(len(validation_steps(trial_recipe(recipe, settings))) for settings in combinations)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints tracebacks of failed trials, which we name
     cpus = ray.cluster_resources()["CPU"]  # trials that waited for one another's would wait for ever
     path = recipe.sweep_folder / "tune"
     if tune.Tuner.can_restore(str(path)):

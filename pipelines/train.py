@@ -62,12 +62,27 @@ def run(recipe: Recipe, parent_run_id: str | None = None) -> TrainResult:
     recipe = fit_to_data(recipe, manifest)
     check_data(curriculum(recipe), recipe.data_folder, manifest)
     begun = recipe.final_checkpoint.exists() or (recipe.run_folder / RAY_RUN / checkpoint_list.LIST).exists()
-    if recipe.train.init_from is not None and not begun:
-        fresh = checkpoint.warm_start(Transformer(recipe.model), recipe.train.init_from)
-        print(f"{recipe.run.name}: starts from {recipe.train.init_from}; begun afresh: {', '.join(fresh) or 'nothing'}")
+    if not begun:
+        fresh = first_weights(recipe)
+        if fresh is not None:
+            afresh = ", ".join(fresh) or "nothing"
+            print(f"{recipe.run.name}: starts from {recipe.train.init_from}; begun afresh: {afresh}")
     tracking = open_tracking(recipe)
     with claimed(recipe.run_folder, recipe, SETTINGS_OF_A_TRAINING, "run.name") as known_run:
         return _run(recipe, tracking, known_run, parent_run_id)
+
+
+def first_weights(recipe: Recipe) -> list[str] | None:
+    """The tensors that a training from ``init_from`` begins afresh; None where it begins all of them.
+
+    Raises CheckpointError where it cannot begin so.
+    """
+    if recipe.train.init_from is None:
+        return None
+    try:
+        return checkpoint.warm_start(Transformer(recipe.model), recipe.train.init_from)
+    except (OSError, CheckpointError) as error:
+        raise CheckpointError(f"train.init_from: {error}") from error
 
 
 def _run(recipe: Recipe, tracking: Tracking, known_run: str | None, parent_run_id: str | None) -> TrainResult:
@@ -140,10 +155,11 @@ def fit(
     """
     train = recipe.train
     cpus = train.workers * train.cpus_per_worker + 1  # which reads the data
-    need("train.workers", cpus, train.workers if train.use_gpu else 0)
+    need("train.workers", cpus)
+    need("train.use_gpu", 0, train.workers if train.use_gpu else 0)
     left = checkpoint_list.restore(storage / RAY_RUN)
     if left is not None:
-        print(f"{recipe.run.name}: its list of checkpoints was half written; {left} earlier ones are known")
+        print(f"{recipe.run.name}: its list of checkpoints was half written, or some are gone; {left} are left")
     mailbox = Mailbox()
     listener = Listener(mailbox, tracked, progress, storage / _UNSENT)
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -204,8 +220,8 @@ def plain(error: BaseException) -> FiftyfoldError:
     seen: list[Any] = [error]
     while seen:
         current = seen.pop(0)
-        if isinstance(current, FiftyfoldError):
-            return current
+        if isinstance(current, FiftyfoldError) and not isinstance(current, ray.exceptions.RayTaskError):
+            return current  # Ray's is of the same type, but says where it came from
         for inner in (getattr(current, "cause", None), current.__cause__):
             if isinstance(inner, BaseException):
                 seen.append(inner)
@@ -225,7 +241,10 @@ def finalise(last: ray.train.Checkpoint, target: Path) -> None:
 
 
 def _worker(config: dict[str, Any]) -> None:
-    recipe = recipe_from_dict(config["recipe"])
+    recipe, mailbox = recipe_from_dict(config["recipe"]), config["mailbox"]
+    ended = mailbox.ended()
+    if ended is not None:
+        raise FiftyfoldError(ended)  # which would come again
     torch.set_num_threads(recipe.train.threads_per_worker)
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
@@ -234,13 +253,24 @@ def _worker(config: dict[str, Any]) -> None:
         shard = ray.train.get_dataset_shard(_dataset_name(stage))
         return train_batches(shard, stage.sequence_length, stage.batch_rows // world, recipe.data.seed, epoch, skip)
 
-    reporter = _RayTrainReporter(config["mailbox"], rank)
+    reporter = _RayTrainReporter(mailbox, rank)
     device, last = ray.train.torch.get_device(), ray.train.get_checkpoint()
     with last.as_directory() if last is not None else contextlib.nullcontext() as folder:
-        trainer = build_trainer(recipe, open_batches, reporter, rank, world, device, folder)
+        try:
+            trainer = build_trainer(recipe, open_batches, reporter, rank, world, device, folder)
+        except CheckpointError as error:
+            way_on = f"; without the folder {folder} the run goes on from an earlier one" if folder else ""
+            mailbox.end(f"{error}{way_on}")
+            raise CheckpointError(f"{error}{way_on}") from error
     if last is not None:
         reporter.last = _checkpoint_name(trainer.step)
-    trainer.run()
+    try:
+        trainer.run()
+    except CheckpointError:
+        raise  # from the last one that could be written, it may go on
+    except FiftyfoldError as error:
+        mailbox.end(str(error))
+        raise
 
 
 def _checkpoint_name(step: int) -> str:

@@ -32,7 +32,7 @@ from model.transformer import Transformer
 from pipelines.anticipation import TENSORS as ANTICIPATED
 from pipelines.anticipation import AnticipatoryRouting, Choices
 from pipelines.config import Recipe
-from pipelines.curriculum import Stage, curriculum, stage_at, validation_steps
+from pipelines.curriculum import Stage, curriculum, stage_at
 from pipelines.data import KINDS, Batch, TargetKind, TrainBatches, local_rows, read_manifest, train_batches
 from pipelines.data import batches as stack_rows
 from pipelines.ranks import agreed_number, average_gradients, clip_gradients, rank, sum_over_ranks, world_size
@@ -107,7 +107,6 @@ class Trainer:
         )
         self.stability = Stability(recipe.train.stability)
         self.anticipation = AnticipatoryRouting(recipe.train.stability.anticipatory_routing)
-        self._validates = set(validation_steps(recipe))
         self.step = 0
         self.best: tuple[float, int] | None = None
         """The lowest validation loss and its step."""
@@ -147,7 +146,7 @@ class Trainer:
         broken = not_finite({**model, **tensors})
         if broken is not None:
             raise FiftyfoldError(
-                f"step {self.step}: '{broken}' holds numbers that are not finite; the last checkpoint is good"
+                f"step {self.step}: '{broken}' holds numbers that are not finite; checkpoints before it are good"
             )
         part = Part(rank(), Parts(world_size(), f"{agreed_number(self.device):x}")) if self.sharded else None
         return Snapshot(state, model, self.model.config, tensors, self.tokenizer, self._spans, part)
@@ -241,7 +240,7 @@ class Trainer:
     def _report(self, stage: Stage) -> None:
         """Validate and write a checkpoint where due; at its end, say under its name, too, what a stage reached."""
         train, ends = self.recipe.train, self.step == stage.end
-        validates, saves = self.step in self._validates, self._due(train.checkpoint_every) or ends
+        validates, saves = self._due(train.validate_every) or ends, self._due(train.checkpoint_every) or ends
         metrics: dict[str, float] = {}
         if validates:
             metrics = self.validate()

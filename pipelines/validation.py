@@ -13,6 +13,11 @@ from model.transformer import Transformer
 from pipelines.data import Batch, TargetKind
 from pipelines.ranks import max_over_ranks, sum_over_ranks
 
+NAMES = (
+    *("loss", "text_loss", "answer_loss", "recall", "needle_answer_loss", "needle_recall", "mtp_loss"),
+    *("indexer_kl", "recall_at_k", "recall_at_k_of_best", "choosing_share"),
+)
+"""What :func:`validate` can measure, without ``validation/``."""
 _COUNTS = ("loss", "tokens", "mtp_loss", "mtp_tokens", "right", "answers", "queries", "choosing")
 _SELECTION = ("indexer_kl", "recall_at_k", "recall_at_k_of_best")
 

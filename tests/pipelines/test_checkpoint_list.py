@@ -30,6 +30,7 @@ def cut(folder):
 
 
 def test_a_whole_list_stays(folder):
+    (folder / "step_12").mkdir()
     (folder / LIST).write_text(json.dumps(listed(8, 12)))
     assert restore(folder) is None
     assert json.loads((folder / LIST).read_text()) == listed(8, 12)
@@ -44,6 +45,12 @@ def test_of_half_a_list_the_one_before_is_back(folder):
 
 def test_checkpoints_that_are_gone_are_left_out(folder):
     cut(folder)
+    (folder / "step_8").rmdir()
+    assert restore(folder) == 1
+    assert json.loads((folder / LIST).read_text()) == listed(4)
+
+
+def test_a_damaged_checkpoint_may_be_deleted(folder):
     (folder / "step_8").rmdir()
     assert restore(folder) == 1
     assert json.loads((folder / LIST).read_text()) == listed(4)

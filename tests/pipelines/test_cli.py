@@ -53,6 +53,7 @@ def test_what_a_later_stage_rounds_is_in_the_table(capsys):
         (["--train.optimizer.momentum", "2"], "error: train.optimizer.momentum: must lie in [0, 1), found 2.0"),
         (["--model.preset", "huge"], "error: model.preset: unknown preset 'huge'"),
         (["--model.preset", "small", "--model.depth", "12"], "error: model.depth: 12 and model.preset 'small' are two"),
+        (["--run.name", "data"], "error: run.name: run.folder keeps other things in 'data', found 'data'"),
         (["--run.name", "../x"], "error: run.name: String should match pattern"),
         (["--serve.host", "0.0.0.0"], "error: serve.host: Input should be '127.0.0.1'"),
         (["--train.workers"], "error: command line: --train.workers has no value"),
@@ -65,6 +66,20 @@ def test_mistakes_are_named(arguments, message, capsys):
     captured = capsys.readouterr()
     assert message in captured.err
     assert len(captured.err.strip().splitlines()) == 1
+
+
+def test_a_sweep_s_space_takes_the_place_of_another():
+    given = ["sweep.space={model.csa_ratio: [2, 4]}"], ["sweep.space.model.csa_ratio=[2, 4]"]
+    assert [load_recipe(RECIPES, key).sweep.space for key in given] == [{"model.csa_ratio": [2, 4]}] * 2
+    both = load_recipe(RECIPES, ["sweep.space.model.csa_ratio=[2, 4]", "sweep.space.model.qat=[true]"])
+    assert both.sweep.space == {"model.csa_ratio": [2, 4], "model.qat": [True]}
+    assert load_recipe(RECIPES, ["sweep.trials=1"]).sweep.space == load_recipe(RECIPES).sweep.space
+
+
+def test_a_file_that_does_not_fit_is_named(tmp_path, capsys):
+    (tmp_path / "odd.yaml").write_text("train: {stages: {steps: 2}}\n")
+    assert cli.main(["train", *("--config", RECIPES[0]), "--config", str(tmp_path / "odd.yaml")]) == cli.USER_ERROR
+    assert "odd.yaml: does not fit what came before" in capsys.readouterr().err
 
 
 def test_a_store_that_goes_away_is_named(monkeypatch, capsys):

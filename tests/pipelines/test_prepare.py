@@ -282,6 +282,12 @@ def test_a_hugging_face_tokenizer(tmp_path):
     corpus = write_corpus(tmp_path / "in", content)
     prepared = recipe(tmp_path, corpus, tokenizer=str(tmp_path / "tokenizer.json"))
     result = prepare.run(prepared)
+    damaged = result.folder / "tokenizer.json"
+    whole = damaged.read_text()
+    damaged.write_text(whole + "\n")
+    with pytest.raises(DataError, match=r"tokenizer\.json: missing or damaged"):
+        fit_to_data(prepared, result.manifest)
+    damaged.write_text(whole)
     there = with_overrides(prepared, {"data.tokenizer": str(result.folder)})
     assert fit_to_data(there, result.manifest).model.vocab_size == result.manifest.vocab_size
     with pytest.raises(ConfigError, match=r"data\.tokenizer: byte, but .* was prepared with .*tokenizer\.json"):
@@ -495,7 +501,7 @@ def test_a_damaged_parquet_page_is_named(tmp_path):
 
 
 def test_a_retrieval_document_that_does_not_fit_is_refused_before_reading(tmp_path):
-    with pytest.raises(ConfigError, match="length: 40 tokens are too few"):
+    with pytest.raises(ConfigError, match=r"data\.sequence_length .*: 40 tokens are too few"):
         prepare.run(recipe(tmp_path, write_corpus(tmp_path / "in", texts(60)), sequence_length=40))
     prepare.run(recipe(tmp_path, tmp_path / "in/*", sequence_length=40, needle_share=1.0))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model import checkpoint
-from model.errors import CheckpointError, ConfigError
+from model.errors import CheckpointError, ConfigError, FiftyfoldError
 from pipelines import evaluate, promote, sweep, train
 from pipelines.cache_measurement import BYTES_PER_TOKEN
 from pipelines.checkpoint_list import LIST
@@ -228,12 +228,52 @@ def test_a_tie_goes_to_the_smaller_cache_and_nan_never_wins():
             r"sweep\.in_process: trials .* but train\.workers is 2",
         ),
         ({"sweep.space": {"model.qat": [True, 1.5]}}, r"model\.qat: .*1\.5"),
+        ({"sweep.space": {"model.index_topk": [2, 2]}}, "'model.index_topk' has a value twice"),
+        ({"sweep.space": {"run.name": ["a", "b"]}}, "'run.name' changes nothing of a trial"),
+        ({"sweep.space": {"train.checkpoint_every": [2, 3]}}, "'train.checkpoint_every' changes nothing"),
+        ({"sweep.space": {"train.stages.0.steps": [2, 3]}}, "'train.stages.0.steps' names an item of a list"),
+        (
+            {"sweep.space": {"model.qat": [None]}},
+            "model.qat.0: a sweep tries numbers, words, true and false, found None",
+        ),
+        (
+            {"sweep.space": {"model.index_topk": [2]}, "sweep.metric": "validation/los"},
+            r"sweep\.metric: trials report no 'validation/los'; they report validation/loss, ",
+        ),
     ],
 )
 def test_a_bad_space_is_refused_before_any_trial(prepared, changes, message):
     with pytest.raises(ConfigError, match=message):
         sweep.run(with_overrides(prepared, changes))
     assert not prepared.sweep_folder.exists()
+
+
+def test_a_trial_that_cannot_begin_is_refused_before_any_begins(trained):
+    recipe, result = trained
+    space = {"model.hyper_connections": [True, False]}
+    recipe = with_overrides(
+        recipe, {"train.init_from": str(result.checkpoint), "sweep.space": space, "sweep.name": "odd",
+                 "sweep.overrides": {"train.workers": 1, "train.sharding": "none"}},
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"train\.init_from: .*'hyper_head\.base' is not part of this model"):
+        sweep.run(recipe)
+    assert not recipe.sweep_folder.exists()
+
+
+@pytest.mark.long
+def test_an_end_that_would_come_again_is_the_end(prepared, ray_cluster):
+    """At such a rate any loss leaps: the worker is started again, and trains nothing."""
+    recipe = with_overrides(
+        prepared,
+        {"run.name": "leaps", "train.stages": [{"attention": "dense", "steps": 30}], "train.validate_every": 100,
+         "train.checkpoint_every": 100, "train.stability": {"action": "stop", "spike": 1e-3, "window": 4},
+         "train.max_failures": 1, "train.optimizer.learning_rate": 1.0},
+    )  # fmt: skip
+    with pytest.raises(FiftyfoldError, match=r"step \d+: the loss leapt .*, and train\.stability\.action is stop"):
+        train.run(recipe)
+    run_id = json.loads((recipe.run_folder / "run.json").read_text())["run_id"]
+    steps = [p.step for p in open_tracking(recipe).client.get_metric_history(run_id, "train/loss")]
+    assert steps and len(steps) == len(set(steps))
 
 
 def test_run_file_is_json(trained):

@@ -447,7 +447,7 @@ def test_a_run_that_is_not_finite_ends_after_so_many_times_and_names_the_step(pr
     trainer = trainer_for(with_overrides(prepared, {"train.stability.max_interventions": 2}), Record())
     broken_at(trainer, range(1, 7))
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
-    with pytest.raises(FiftyfoldError, match=r"step 3: the gradient is not finite .*, for the 3\. time"):
+    with pytest.raises(FiftyfoldError, match=r"step 3: the gradient is not .*stability\.max_interventions is 2"):
         trainer.run()
     assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
 
