@@ -7,18 +7,29 @@ on. So a whole list is copied aside before each checkpoint. A checkpoint that on
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 from model.files import write_text
 
 LIST = "checkpoint_manager_snapshot.json"
+_PATIENCE = 10.0
+"""Seconds."""
 _COPY = f"{LIST}.before"
 
 
-def keep_copy(folder: Path) -> None:
-    """Copy the list in ``folder`` aside, if there is a whole one. Raises OSError."""
+def keep_copy(folder: Path, last: str | None) -> None:
+    """Copy the list in ``folder`` aside, if there is a whole one, once it has ``last``, the checkpoint reported before.
+
+    Ray writes it some time after a report; a copy that is two checkpoints behind may name deleted ones only. Where it
+    does not come within some seconds, the copy is of what there is. Raises OSError.
+    """
+    deadline = time.monotonic() + _PATIENCE
     state = _read(folder / LIST)
+    while last is not None and last not in json.dumps(state) and time.monotonic() < deadline:
+        time.sleep(0.05)
+        state = _read(folder / LIST)
     if state is not None:
         write_text(folder / _COPY, json.dumps(state))
 

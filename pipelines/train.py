@@ -282,7 +282,7 @@ class _RayTrainReporter:
 
     def __init__(self, mailbox: Mailbox, rank: int):
         self.mailbox, self.rank = mailbox, rank
-        self.last = "none"
+        self.last: str | None = None
         self._written = threading.Event()
         self._written.set()
 
@@ -306,12 +306,13 @@ class _RayTrainReporter:
                 # A run that goes on from here repeats nothing of what came before, so that must be recorded by now.
                 self.mailbox.wait(told)
                 if self.rank == 0:
-                    checkpoint_list.keep_copy(storage)
+                    checkpoint_list.keep_copy(storage, self.last)
                 self.last = name
                 return place
             except (OSError, SafetensorError) as error:
+                last = self.last or "none"
                 raise CheckpointError(
-                    f"checkpoint of step {step}: cannot be written ({error}); the last one written is {self.last}"
+                    f"checkpoint of step {step}: cannot be written ({error}); the last one written is {last}"
                 ) from error
             finally:
                 self._written.set()

@@ -1,6 +1,7 @@
 """What is left of Ray Train's list of checkpoints when its writing was cut short."""
 
 import json
+import threading
 
 import pytest
 
@@ -19,7 +20,7 @@ def listed(*steps):
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / LIST).write_text(json.dumps(listed(4, 8)))
-    keep_copy(tmp_path)
+    keep_copy(tmp_path, "step_8")
     for step in (4, 8):
         (tmp_path / f"step_{step}").mkdir()
     return tmp_path
@@ -38,9 +39,20 @@ def test_a_whole_list_stays(folder):
 
 def test_of_half_a_list_the_one_before_is_back(folder):
     cut(folder)
-    keep_copy(folder)  # which is no whole list, and so no copy
+    keep_copy(folder, None)  # which is no whole list, and so no copy
     assert restore(folder) == 2
     assert json.loads((folder / LIST).read_text()) == listed(4, 8)
+
+
+def test_a_copy_waits_for_the_checkpoint_before_it(folder):
+    (folder / "step_12").mkdir()
+    late = threading.Timer(0.3, lambda: (folder / LIST).write_text(json.dumps(listed(8, 12))))
+    late.start()
+    keep_copy(folder, "step_12")
+    late.join()
+    (folder / LIST).write_text("half")
+    assert restore(folder) == 2
+    assert json.loads((folder / LIST).read_text()) == listed(8, 12)
 
 
 def test_checkpoints_that_are_gone_are_left_out(folder):

@@ -232,12 +232,12 @@ def test_a_killed_worker_leaves_no_trace(prepared, ray_cluster, request, shardin
 def test_a_killed_run_goes_on_without_a_trace(prepared, ray_cluster, straight, tmp_path, capsys, starts):
     """Started in a process of its own as often as it dies, killed at random steps."""
     recipe = recipe_named(prepared, starts[0][0].replace(" ", "-"))
-    config, step = tmp_path / "recipe.json", 0
+    config = tmp_path / "recipe.json"
     config.write_text(json.dumps(recipe.to_dict()))
     for victims in starts:
-        with begun(config) as driver:
+        with begun(config, slowly="asked to end" not in victims) as driver:
             for victim in victims:
-                step += random.choice((4, 8, 12))  # far enough from the run's end for the victim to see none of it
+                step = max(noted(recipe), default=0) + random.choice((4, 8, 12))
                 wait_for_checkpoint(recipe, step, driver)
                 time.sleep(random.random() / 4)
                 assert driver.poll() is None, "it ended before it could be killed"
@@ -250,10 +250,25 @@ def test_a_killed_run_goes_on_without_a_trace(prepared, ray_cluster, straight, t
     check(recipe, straight)
 
 
+SLOWLY = """
+import sys, time
+from pipelines import __main__ as cli
+from pipelines.tracking import TrackedRun
+log = TrackedRun.log_metrics
+def slow(*arguments):
+    time.sleep(0.3)
+    log(*arguments)
+TrackedRun.log_metrics = slow
+sys.exit(cli.main(sys.argv[1:]))
+"""
+"""A run whose checkpoints wait for its metrics, as they do, and for long: workers live on for a second or more after
+their raylet, and must not come to the run's end."""
+
+
 @contextmanager
-def begun(config):
+def begun(config, slowly):
     """A run that starts or goes on, alone in a session of processes, of which the block leaves none."""
-    command = [sys.executable, "-m", "pipelines", "train", "--config", str(config)]
+    command = [sys.executable, *(("-c", SLOWLY) if slowly else ("-m", "pipelines")), "train", "--config", str(config)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     driver = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)
     try:
