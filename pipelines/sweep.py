@@ -92,7 +92,7 @@ def run(recipe: Recipe) -> SweepResult:
         one = fit_to_data(trial_recipe(recipe, settings), manifest)
         _check_trial(one)
         check_data(curriculum(one), recipe.data_folder, manifest)
-        if one.model not in begun:
+        if one.model not in begun and not _overrides(recipe).exists():
             begun.append(one.model)
             first_weights(one)
     tracking = open_tracking(recipe)
@@ -108,7 +108,7 @@ def run(recipe: Recipe) -> SweepResult:
 def _run(
     recipe: Recipe, combinations: list[dict[str, Setting]], tracking: Tracking, known_run: str | None
 ) -> SweepResult:
-    overrides = recipe.sweep_folder / "winner.yaml"
+    overrides = _overrides(recipe)
     tracked = tracking.start_run(recipe.sweep.name, kind="sweep", recipe=recipe, run_id=known_run)
     write_run_file(recipe.sweep_folder, tracked)
     cpus = min(recipe.sweep.max_concurrent * _cpus_per_trial(recipe), local_cpus()) + 1  # more is refused below
@@ -439,6 +439,11 @@ def _keep_winner(recipe: Recipe, result: ray.tune.Result, tracked: TrackedRun) -
     write_run_file(folder, tracked)
     tracked.set_tags({"checkpoint": str(folder / "final")})
     return folder / "final"
+
+
+def _overrides(recipe: Recipe) -> Path:
+    """The winner's settings, there once the sweep has come to its end."""
+    return recipe.sweep_folder / "winner.yaml"
 
 
 def _winner_folder(recipe: Recipe) -> Path:

@@ -141,7 +141,12 @@ def test_a_sweep_nests_its_trials_and_keeps_the_best_within_the_budget(swept):
 
 def test_a_finished_sweep_resumes_to_the_same_winner(swept):
     recipe, result = swept
-    again = sweep.run(recipe)
+    first, aside = recipe.train.init_from, recipe.train.init_from.with_name("aside")
+    first.rename(aside)  # no trial is left to begin from it
+    try:
+        again = sweep.run(recipe)
+    finally:
+        aside.rename(first)
     assert again.run_id == result.run_id
     assert again.winner == result.winner
 

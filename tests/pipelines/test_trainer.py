@@ -20,7 +20,7 @@ from pipelines.curriculum import check_data, curriculum
 from pipelines.data import SHARD_SCHEMA, TargetKind, batches, cut_rows, local_rows, read_manifest
 from pipelines.stability import Stability
 from pipelines.trainer import build_trainer, folder_batches
-from pipelines.validation import count_answers
+from pipelines.validation import NAMES, count_answers
 
 EXACT = {**{f"model.{name}": "fp32" for name in CACHE_FORMATS}, "model.qat": False}
 """Nothing is rounded anywhere."""
@@ -392,6 +392,9 @@ def test_every_stage_reports_what_it_reached_and_keeps_it(prepared, tmp_path):
     record = Record(tmp_path)
     trainer_for(prepared, record).run()
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["2", "3", "4", "6"]
+    measured = {key.removeprefix("validation/") for key in record.reported[-1][1] if key.startswith("validation/")}
+    assert {"loss", "recall_at_k/layer_1"} <= measured
+    assert {name.partition("/layer_")[0] for name in measured} <= set(NAMES)  # what a sweep may ask for
     ends = {step: metrics for step, metrics in record.reported if any(k.startswith("stage_") for k in metrics)}
     assert list(ends) == [3, 4, 6]
     for stage, (_, metrics) in enumerate(ends.items(), 1):
