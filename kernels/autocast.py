@@ -12,6 +12,16 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)`` without the call where nothing changes: one takes as long as a small operator."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def detached(x: Tensor) -> Tensor:
+    """``x.detach()``, likewise."""
+    return x.detach() if x.requires_grad else x
+
+
 def in_float32(x: Tensor) -> torch.autocast:
     """A context in which autocast is off for x's device: for what decides (routes, selections, mixing weights), which
     would decide otherwise in training than in inference."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 
-@torch.compiler.assume_constant_result
 def has_amx() -> bool:
     """Whether it has matrix units of its own for BF16 (Intel's AMX), with several times the speed of its vectors."""
     return torch.cpu._is_amx_tile_supported()

@@ -86,34 +86,16 @@ def block_amax(x: Tensor, block: int) -> Tensor:
     return amax if whole == x.shape[-1] else torch.cat((amax, x[..., whole:].abs().amax(-1, keepdim=True)), dim=-1)
 
 
-def scaled_integers(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """FP4 values float32 [..., n], already rounded, n a multiple of ``block``, as integers / 2 * scale: int8 [..., n]
-    and float32 [..., n / block]. Of each block, the elements at even places come first, then those at odd ones."""
-    scales = e8m0_to_float(e8m0_from_amax(block_amax(x, block), E2M1_MAX, FP4_AMAX_FLOOR))
-    grid = (x / per_element(scales, block, x.shape[-1])).unflatten(-1, (-1, block // 2, 2))
-    return as_integers(grid[..., 0], grid[..., 1]), scales
-
-
-def as_integers(even: Tensor, odd: Tensor) -> Tensor:
-    """E2M1 values of blocks, float32 [..., blocks, block / 2] at even and at odd places, doubled: int8 [..., n], in the
-    order of :func:`scaled_integers`, which is the one that needs no shuffling."""
-    return (torch.stack((even, odd), dim=-2).flatten(-3) * 2).to(torch.int8)
-
-
 def per_element(scales: Tensor, block: int, size: int) -> Tensor:
     """[..., ceil(size / block)] to [..., size]: for each element its block's."""
     whole, rest = divmod(size, block)
-    # torch 2.13's compiler leaves a loop at the last whole block where indices are divided by its size.
     full = scales[..., :whole].unsqueeze(-1).expand(*scales.shape[:-1], whole, block).flatten(-2)
     return torch.cat((full, scales[..., whole:].expand(*scales.shape[:-1], rest)), dim=-1) if rest else full
 
 
 def round_to_bf16(x: Tensor) -> Tensor:
     """Nearest BF16 value. Float32 in and out."""
-    if not torch.compiler.is_compiling():
-        return x.to(torch.bfloat16).float()
-    bits = x.view(torch.int32)  # a compiler leaves out a conversion that is turned back at once
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).view(torch.float32)
+    return x.to(torch.bfloat16).float()
 
 
 def quantize_fp8_tiles(x: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:

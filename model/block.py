@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from model.cache_parts import LayerCache
@@ -20,8 +19,6 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, mixer: str, layer: int):
         super().__init__()
-        self.kind: tuple = (mixer, layer < config.num_hash_layers, config, torch.float32)
-        """What tells apart the code of different layers; at the end the dtype of the matrices."""
         self.attn = build_mixer(mixer, config, layer)
         self.ffn: MixtureOfExperts | DenseFeedForward = (
             MixtureOfExperts(config, layer) if config.ffn == "moe" else DenseFeedForward(config, config.ffn_size)
@@ -36,14 +33,13 @@ class Block(nn.Module):
     def forward(self, streams: Tensor, input_ids: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """streams [B, S, n, hidden] ([B, S, hidden] without hyper-connections), input_ids int64 [B, S] -> streams."""
         execution, rotation = context.execution, context.rotation[self.attn.name]
-        kind = (self.kind, streams.device, cache is not None)
-        mixing, projected = execution.tokenwise(Block.before_mixing, kind, self, streams, rotation, cache is not None)
+        mixing, projected = execution.tokenwise(Block.before_mixing, self, streams, rotation, cache is not None)
         mixed = self.attn.mix(projected, context, cache)
         streams, mixing, routed = execution.tokenwise(
-            Block.before_experts, kind, self, streams, mixing, mixed, rotation, input_ids
+            Block.before_experts, self, streams, mixing, mixed, rotation, input_ids
         )
         out = self.ffn.mixture(routed, context)
-        return execution.tokenwise(Block.after_experts, kind, self, streams, mixing, out)
+        return execution.tokenwise(Block.after_experts, self, streams, mixing, out)
 
     # The parts that treat every token on its own.
 
@@ -63,16 +59,3 @@ class Block(nn.Module):
 
     def after_experts(self, streams: Tensor, mixing: Mixing, out: Tensor) -> Tensor:
         return self.ffn_residual.leave(streams, mixing, out)
-
-    def finish_token(
-        self,
-        streams: Tensor,
-        mixing: Mixing,
-        mixed: Tensor,
-        rotation: Rotation,
-        input_ids: Tensor,
-        experts: tuple[Tensor, ...],
-    ) -> Tensor:
-        """The two parts above and the experts between them, for one token."""
-        streams, mixing, routed = self.before_experts(streams, mixing, mixed, rotation, input_ids)
-        return self.after_experts(streams, mixing, self.ffn.mixture_of_one(routed, experts))

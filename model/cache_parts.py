@@ -8,17 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.cache_io import EntryLayout, PagedRows, pack
+from kernels.autocast import detached
+from kernels.cache_io import EntryLayout, PagedRows, Pages, pack, write_ring
+from kernels.sparse_attention import TokenRows
 from model.config import ModelConfig
 from model.paging import PageTable, zeros
 from model.precision import Precision
-
-
-def ring_ages(capacity: int, position: Tensor) -> Tensor:
-    """How many tokens lie between each row of a :class:`Ring` of one sequence and the one at ``position``, int64 [1],
-    whose own row does not count, written already or not: int64 [capacity], 0 for the newest. Ages that lie before the
-    sequence's start are the caller's to mask."""
-    return (position - 1 - torch.arange(capacity, device=position.device)) % capacity
 
 
 class Ring:
@@ -40,18 +35,14 @@ class Ring:
         below 0 mean nothing."""
         if len(set(ends)) > 1:
             return self.data[self._places(ends, count)]
-        return torch.cat([self.data[:, piece] for piece in self._pieces(ends[0], count)], dim=1)
+        pieces = [self.data[:, piece] for piece in self._pieces(ends[0], count)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
     def write(self, ends: list[int], rows: Tensor) -> None:
-        """Put rows [B, n, width], n at most the capacity, before positions ``ends``. They keep no graph alive."""
-        rows, count = rows.detach(), rows.shape[1]
-        if len(set(ends)) > 1:
-            self.data[self._places(ends, count)] = rows
-            return
-        done = 0
-        for piece in self._pieces(ends[0], count):
-            self.data[:, piece] = rows[:, done : done + piece.stop - piece.start]
-            done += piece.stop - piece.start
+        """Put the last of rows [B, n, width], as many as fit, before positions ``ends``. They keep no graph alive."""
+        if rows.shape[1] > self.capacity:
+            rows = rows[:, -self.capacity :]
+        write_ring(self.data, detached(rows), ends)
 
     def _pieces(self, end: int, count: int) -> list[slice]:
         """Where the ``count`` rows before ``end`` lie: in one piece, or in two around the ring's end."""
@@ -87,8 +78,17 @@ class Window:
         self.append(new)
         return rows
 
+    def attended(self, new: Tensor) -> TokenRows:
+        """Append the new tokens' rows, uint8 [B, S, nbytes], and return them with the ``window - 1`` before: in the
+        ring itself where it has room for both."""
+        first = self.table.starts
+        if self.ring.capacity >= self.tokens - 1 + new.shape[1]:
+            self.append(new)
+            return TokenRows(self.ring.data, first.new_zeros(1), first)
+        return TokenRows(self.extend(new), first - (self.tokens - 1), first)
+
     def append(self, new: Tensor) -> None:
-        self.ring.write(self.table.ends, new[:, -self.ring.capacity :])
+        self.ring.write(self.table.ends, new)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Tail:
 
     def append(self, rows: Tensor) -> None:
         """The new tokens' rows, float32 [B, S, width]."""
-        self.ring.write(self.table.ends, rows[:, -self.ring.capacity :])
+        self.ring.write(self.table.ends, rows)
 
 
 class Entries:
@@ -155,74 +155,53 @@ class Entries:
 
     def append(self, x: Tensor) -> None:
         """The new entries, float [B, n, size]: of each sequence as many as its new tokens complete."""
-        if x.shape[1]:
-            self.append_packed(pack(x, self.layout))
-
-    def append_packed(self, packed: Tensor) -> None:
-        """The same as rows, uint8 [B, n, nbytes]."""
-        before, after = self.table.entry_counts(self.ratio)
-        new = [last - first for first, last in zip(before, after)]
-        if not any(new):
+        if not x.shape[1]:
             return
-        device, numbers = packed.device, torch.arange(packed.shape[1], device=packed.device)
-        made = numbers < torch.tensor(new, device=device).unsqueeze(-1)
-        last = torch.tensor(after, device=device).unsqueeze(-1) - 1
-        numbers = torch.tensor(before, device=device).unsqueeze(-1) + numbers
-        self._rows[self._places(numbers.minimum(last.clamp(min=0)))[made]] = packed[made]
+        packed = pack(x, self.layout)
+        per_page = self.per_page
+        places: list[int] = []
+        made: list[int] = []
+        for sequence, (pages, first, last) in enumerate(zip(self.table.pages, *self.table.entry_counts(self.ratio))):
+            places += [pages[i // per_page] * per_page + i % per_page for i in range(first, last)]
+            made += range(sequence * packed.shape[1], sequence * packed.shape[1] + last - first)
+        rows = packed.flatten(0, 1)
+        if len(made) < len(rows):
+            rows = rows[torch.tensor(made, device=rows.device)]
+        self._rows.index_copy_(0, torch.tensor(places, device=rows.device), rows)
 
     @property
     def counts(self) -> list[int]:
         """How many entries each sequence has, the new ones included."""
         return self.table.entry_counts(self.ratio)[1]
 
-    def paged(self, sequence: int) -> PagedRows:
-        """One sequence's rows where they lie."""
-        return PagedRows(self._rows, self.per_page, self.table.pages[sequence], self.table.in_a_row(sequence))
+    @property
+    def pages(self) -> Pages:
+        """The rows of all sequences where they lie."""
+        return Pages(self._rows, self.per_page, self.table.numbers)
 
     def rows(self) -> Tensor:
         """All rows, the new ones included: uint8 [B, T, nbytes], T those of the sequence with the most. Beyond a
         sequence's own they mean nothing."""
         most = max(self.counts)
         if len(self.counts) == 1:
-            return self.paged(0).slice(0, most).unsqueeze(0)
+            pages = PagedRows(self._rows, self.per_page, self.table.pages[0], self.table.in_a_row(0))
+            return pages.slice(0, most).unsqueeze(0)
         last = torch.tensor(self.counts, device=self.table.pool.device).unsqueeze(-1) - 1
-        return self.gather(torch.arange(most, device=self.table.pool.device).minimum(last).clamp(min=0))
-
-    def at_least(self, count: int) -> Tensor:
-        """The first ``count`` rows of a single sequence, uint8 [count, nbytes]. Beyond its own they mean
-        nothing, but are finite."""
-        return self.paged(0).at_least(0, count)
-
-    def gather(self, numbers: Tensor) -> Tensor:
-        """Rows by number, int64 [B, ...] -> uint8 [B, ..., nbytes]. Only these rows are touched."""
-        return self._take(self._places(numbers))
-
-    def gather_of(self, sequences: Tensor, numbers: Tensor) -> Tensor:
-        """Rows of single sequences, int64 [N], by number, int64 [N, k] -> uint8 [N, k, nbytes]."""
-        pages = self.table.numbers[sequences.unsqueeze(-1), numbers // self.per_page]
-        return self._take(pages * self.per_page + numbers % self.per_page)
+        return self.pages.gather(torch.arange(most, device=self.table.pool.device).minimum(last).clamp(min=0))
 
     def packed(self) -> Tensor:
         """The rows in use of a single sequence, as stored: uint8 [T, layout.nbytes]."""
-        return self._take(self._all_places())
+        return self._rows[self._places()]
 
     def put_packed(self, rows: Tensor) -> None:
         """Inverse of :meth:`packed`, for as many rows as the sequence's length implies."""
-        self._rows[self._all_places()] = rows
+        self._rows[self._places()] = rows
 
-    def _take(self, places: Tensor) -> Tensor:
-        # Ten times as fast on a CPU as indexing, which copies byte by byte.
-        return self._rows.index_select(0, places.flatten()).view(*places.shape, self.layout.nbytes)
-
-    def _all_places(self) -> Tensor:
+    def _places(self) -> Tensor:
+        """Rows of the pool that hold a single sequence's entries."""
         (count,) = self.table.entry_counts(self.ratio)[0]
-        numbers = torch.arange(count, device=self.table.pool.device).unsqueeze(0)
-        return self._places(numbers)[0] if count else numbers[0]
-
-    def _places(self, numbers: Tensor) -> Tensor:
-        """Rows of the pool that hold the entries ``numbers`` [B, ...]."""
-        pages = self.table.numbers.gather(1, (numbers // self.per_page).flatten(1)).view_as(numbers)
-        return pages * self.per_page + numbers % self.per_page
+        entries = torch.arange(count, device=self.table.pool.device)
+        return self.table.numbers[0][entries // self.per_page] * self.per_page + entries % self.per_page
 
 
 class LayerCache:
@@ -240,12 +219,6 @@ class LayerCache:
         if mixer == "csa":
             self.index = Entries(table, layer, "index")
             self.index_tail = Tail(table, ratio, config.index_head_dim, True, rewind)
-
-    def append(self, kept: dict[str, Tensor]) -> None:
-        """One token's rows, by part: [1, 1, ...]. Of entries, those that the token completes are kept."""
-        for name, row in kept.items():
-            part = getattr(self, name)
-            part.append_packed(row) if isinstance(part, Entries) else part.append(row)
 
     def ring_parts(self) -> list[Window | Tail]:
         return [part for part in vars(self).values() if isinstance(part, Window | Tail)]

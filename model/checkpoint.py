@@ -122,7 +122,9 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Transformer:
     config = load_config(folder)
     model = Transformer(config)
     load_weights(model, folder)
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    model.place_weights()
+    return model
 
 
 def load_weights(model: Transformer, folder: str | Path) -> None:

@@ -81,6 +81,7 @@ def import_pretrained(folder: str | Path, device: str | torch.device = "cpu", **
     for buffer in model.buffers():
         buffer.zero_()
     _fill(model, expected, quantized, {name: (real_name[name], stored[name]) for name in stored})
+    model.place_weights()
     return model.eval()
 
 

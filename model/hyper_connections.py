@@ -62,7 +62,7 @@ class HyperConnection(nn.Module):
     ) -> RecomputedStreams | None:
         """What :meth:`leave` made of the other three, to be computed again in the backward pass; None where it is
         saved."""
-        if not torch.is_grad_enabled() or backend_for(expanded) != "batched":
+        if not torch.is_grad_enabled() or backend_for(expanded) == "reference":
             return None
         post, comb = mixing[:2]
         return RecomputedStreams(expanded, streams, comb, post, output)

@@ -6,12 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.autocast import in_float32, product_dtype
-from kernels.expert_dispatch import by_expert, combine, dispatch
+from kernels import native
+from kernels.autocast import cast, in_float32, product_dtype
+from kernels.expert_dispatch import by_expert, combine, dispatch, few_tokens, route, takes_few
+from kernels.linear import linear
 from kernels.swiglu import swiglu
 from model.config import ModelConfig
 from model.execution import in_tiles
-from model.linear import Linear, linear
+from model.linear import Linear
 from model.mixers.base import Context
 from model.precision import Precision
 
@@ -36,14 +38,8 @@ class DenseFeedForward(nn.Module):
     def mixture(self, routed: dict[str, Tensor], context: Context) -> Tensor:
         return routed["out"]
 
-    def mixture_of_one(self, routed: dict[str, Tensor], experts: tuple[Tensor, ...]) -> Tensor:
-        return routed["out"]
-
-    def stored_experts(self) -> tuple[Tensor, ...]:
-        return ()
-
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(product_dtype(x))  # once for both
+        x = cast(x, product_dtype(x))  # once for both
         return self.w2(swiglu(self.w1(x), self.w3(x), self.limit))
 
 
@@ -100,25 +96,19 @@ class MixtureOfExperts(nn.Module):
         return self.mixture(self.route(x, input_ids), context)
 
     def route(self, x: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
-        """What each token gives on its own: x [B, S, hidden], its affinity [B, S, E] to every expert, the chosen ones
+        """What each token gives on its own: x [B, S, hidden], the router's logits [B, S, E], the chosen experts
         int64 [B, S, K], their weights [B, S, K] and the shared experts' output."""
         c = self.config
+        fixed = self.tid2eid[input_ids] if self.hash_routed else self.imposed
         with in_float32(x):
-            affinity = F.softplus(linear(x.float(), self.router.weight.float())).sqrt()
-        if self.hash_routed:
-            chosen = self.tid2eid[input_ids]
-        elif self.imposed is not None:
-            chosen = self.imposed
-        else:
-            chosen = (affinity.detach() + self.router_bias).topk(c.experts_per_token, dim=-1).indices
-        weights = affinity.gather(-1, chosen)
-        weights = weights / weights.sum(-1, keepdim=True) * c.routed_scaling_factor
-        routed = {"x": x, "affinity": affinity, "chosen": chosen, "weights": weights}
+            logits = linear(cast(x, torch.float32), cast(self.router.weight, torch.float32))
+            chosen, weights = route(logits, self.router_bias, c.experts_per_token, c.routed_scaling_factor, fixed)
+        routed = {"x": x, "logits": logits, "chosen": chosen, "weights": weights}
         return routed if self.shared is None else {**routed, "shared": self.shared(x)}
 
     def mixture(self, routed: dict[str, Tensor], context: Context) -> Tensor:
         """The experts' weighted outputs, [B, S, hidden]. Padding takes part in no count and no loss."""
-        x, affinity, chosen = routed["x"], routed["affinity"], routed["chosen"]
+        x, chosen = routed["x"], routed["chosen"]
         if self.training:
             counted = None if context.documents is None else context.documents.counted
             with torch.no_grad():
@@ -126,17 +116,13 @@ class MixtureOfExperts(nn.Module):
                 self.expert_load += torch.bincount(real.flatten(), minlength=self.config.num_experts)
             if context.telemetry is not None and not self.hash_routed:
                 context.telemetry.chosen[self.layer] = chosen
-                context.telemetry.losses["balance"][self.layer] = sequence_balance(affinity, chosen, counted)
-        run = self._by_tiles if context.execution.batch_invariant else self._by_experts
-        out = run(x.flatten(0, 1), chosen.flatten(0, 1), routed["weights"].flatten(0, 1)).view(x.shape)
-        return out + routed["shared"] if "shared" in routed else out
-
-    def mixture_of_one(self, routed: dict[str, Tensor], experts: tuple[Tensor, ...]) -> Tensor:
-        """The same for one token, from the stacks of :meth:`stored_experts`. Compiled, nothing is copied."""
-        w1, w3, w2 = experts
-        x, chosen, weights = routed["x"].flatten(), routed["chosen"].flatten(), routed["weights"].flatten()
-        inner = swiglu((w1[chosen] * x).sum(-1), (w3[chosen] * x).sum(-1), self.config.swiglu_limit)
-        out = (w2[chosen] * (inner * weights.unsqueeze(-1)).unsqueeze(1)).sum(-1).sum(0).view_as(routed["x"])
+                context.telemetry.losses["balance"][self.layer] = sequence_balance(routed["logits"], chosen, counted)
+        if not context.execution.batch_invariant and takes_few(x, self.w1):
+            w1, w3, w2 = self.stored_experts()
+            out = few_tokens(x, chosen, routed["weights"], w1, w3, w2, self.config.swiglu_limit)
+        else:
+            run = self._by_tiles if context.execution.batch_invariant else self._by_experts
+            out = run(x.flatten(0, 1), chosen.flatten(0, 1), routed["weights"].flatten(0, 1)).view(x.shape)
         return out + routed["shared"] if "shared" in routed else out
 
     def _by_experts(self, flat: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -183,16 +169,18 @@ class MixtureOfExperts(nn.Module):
             return tuple(self.precision.round_expert(w, self.training) for w in stacks)
         versions = tuple((w._version, w.data_ptr()) for w in stacks)
         if self._rounded is None or self._rounded[0] != versions:
-            self._rounded = (versions, tuple(map(self.precision.round_expert, stacks)))
+            rounded = [self.precision.round_expert(w) for w in stacks]
+            self._rounded = (versions, tuple(native.in_huge_pages(rounded)))
         return self._rounded[1]
 
 
-def sequence_balance(affinity: Tensor, chosen: Tensor, counted: Tensor | None = None) -> Tensor:
+def sequence_balance(logits: Tensor, chosen: Tensor, counted: Tensor | None = None) -> Tensor:
     """Sequence-wise balance loss (V3 report 2.1.2): mean over sequences of sum_e f_e * P_e.
 
-    affinity [B, S, E]; chosen int64 [B, S, K]; counted bool [B, S], False for padding. f_e is expert e's load relative
-    to an even share, P_e its mean normalised affinity. An even load gives 1.
+    logits [B, S, E] of the router; chosen int64 [B, S, K]; counted bool [B, S], False for padding. f_e is expert e's
+    load relative to an even share, P_e its mean normalized affinity. An even load gives 1.
     """
+    affinity = F.softplus(logits).sqrt()
     experts, k = affinity.shape[-1], chosen.shape[-1]
     if counted is None:
         counted = torch.ones(chosen.shape[:2], dtype=torch.bool, device=chosen.device)

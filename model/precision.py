@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.autocast import product_dtype
 from kernels.cache_io import EntryLayout
-from kernels.quantize import fake_quantize
+from kernels.quantize import fake_quantize, round_to_layout
 from model.config import ModelConfig
 
 EXPERT_FORMAT = "fp4"
@@ -54,10 +54,7 @@ class Precision:
             if not self.qat:
                 return x
             self._count(role, layout.body_format, layout.rope_format if layout.rope else "fp32")
-        if not layout.rope or layout.body_format == layout.rope_format:
-            return fake_quantize(x, layout.body_format)
-        body, rope = x.split((layout.body, layout.rope), dim=-1)
-        return torch.cat((fake_quantize(body, layout.body_format), fake_quantize(rope, layout.rope_format)), dim=-1)
+        return round_to_layout(x, layout)
 
     def round_expert(self, weight: Tensor, training: bool = False) -> Tensor:
         """Routed-expert weights [..., out, in]: FP4 blocks along the input dim where QAT is on, untouched elsewhere."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.rotary import rotate
+from kernels.rotary import angles, rotate
 from model.config import ModelConfig
 
 
@@ -20,9 +20,7 @@ class Rotation(NamedTuple):
 
     def apply(self, x: Tensor, inverse: bool = False) -> Tensor:
         """Rotate the last ``dim`` dims of x, [B, S, ..., n]; ``inverse`` rotates back. The other dims pass through."""
-        shape = (*self.cos.shape[:2], *(1,) * (x.dim() - 3), self.cos.shape[-1])
-        cos, sin = self.cos.view(shape), self.sin.view(shape)
-        return rotate(x, cos, -sin if inverse else sin)
+        return rotate(x, self.cos, self.sin, inverse)
 
 
 class RotaryFrequencies:
@@ -39,9 +37,8 @@ class RotaryFrequencies:
         self.frequencies = frequencies
 
     def at(self, positions: Tensor) -> Rotation:
-        """positions int64 [B or 1, S] -> Rotation in float32. Angles in float64 are exact at a million tokens."""
-        angles = positions.double().unsqueeze(-1) * self.frequencies.to(positions.device)
-        return Rotation(angles.cos().float(), angles.sin().float())
+        """positions int64 [B or 1, S] -> Rotation in float32."""
+        return Rotation(*angles(positions, self.frequencies))
 
 
 def _yarn(frequencies: Tensor, dim: int, theta: float, config: ModelConfig) -> Tensor:

@@ -200,9 +200,6 @@ class TrainSection(Section):
     """Weight of the other tokens of a retrieval document: 0 learns only to answer from them."""
     autocast: Literal["none", "bfloat16"] = "none"
     """Matrix products in this type; the state, norms and softmaxes stay in float32."""
-    compile: bool = False
-    """Compile what is done to each token on its own (torch.compile), for each length once. Worth it on a GPU; on a CPU
-    the parts were no faster, and took minutes to compile."""
     recompute: bool = False
     """Keep only the layers' inputs for the backward pass and compute what is within them again: less memory, about a
     third more work, the same gradients."""
@@ -281,17 +278,15 @@ class ServeSection(Section):
     cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
     threads_per_replica: Annotated[int, Field(ge=1)] = 1
-    execution: Mode = "eager"
-    """compiled decodes several times as fast, and starts some minutes later; batch-invariant gives a request the
-    same bits whatever else is asked and however its prompt is read."""
+    execution: Mode = "auto"
+    """auto takes the fastest operators of the machine; batch-invariant gives a request the same bits whatever else is
+    asked and however its prompt is read."""
     weights: Literal["float32", "bfloat16"] = "float32"
     max_active_requests: Annotated[int, Field(ge=1)] = 16
     """Requests decoded together; further ones wait."""
     max_waiting_requests: Annotated[int, Field(ge=0)] = 64
     """Requests that may wait; beyond that the answer is 429."""
     prefill_chunk: Annotated[int, Field(ge=1)] = 512
-    warm_up_tokens: Annotated[int, Field(ge=1)] = 32_768
-    """Where compiled: the context up to which all code is made before the first request. Longer ones wait for it."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8_000_000
     request_timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
 

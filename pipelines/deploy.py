@@ -103,8 +103,6 @@ def start(recipe: Recipe) -> Deployment:
                 http_options={"host": section.host, "port": section.port},
                 logging_config=quiet,
             )
-            if section.execution == "compiled":
-                print("compiling; the first time this takes minutes", flush=True)
             application = build(_arguments(section, folder, model_name))
             ray_serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
         except RuntimeError as error:  # Ray Serve's word for a replica or a proxy that does not come up

@@ -344,7 +344,7 @@ class Trainer:
                 objective, losses = self._objective(part, part_weights, totals, stage)
                 if objective.requires_grad:  # not in a warm-up on documents that are all too short for an entry
                     objective.backward()
-            rounded.update(self.model.rounded_tensors())  # pass by pass: compiled code is made for each count it meets
+            rounded.update(self.model.rounded_tensors())
             means = {name: means[name] + value if name in means else value for name, value in losses.items()}
         measured: dict[str, Tensor | float] = {
             name: sum_over_ranks(value.clone()) / world_size() for name, value in means.items()
@@ -482,7 +482,7 @@ def build_trainer(
     torch.manual_seed(recipe.run.seed)
     validation = held_out(recipe, rank, world)
     model = Transformer(recipe.model)
-    model.recompute, model.trains_compiled = recipe.train.recompute, recipe.train.compile
+    model.recompute = recipe.train.recompute
     if recipe.train.init_from is not None and last is None:
         checkpoint.warm_start(model, recipe.train.init_from)
     if recipe.train.sharding == "fsdp" and world > 1:

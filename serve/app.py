@@ -34,14 +34,13 @@ class ServeArgs(BaseModel):
     cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
     threads_per_replica: Annotated[int, Field(ge=1)] = 1
-    execution: Mode = "eager"
+    execution: Mode = "auto"
     """How the network is computed (:class:`model.execution.Execution`)."""
     weights: Literal["float32", "bfloat16"] = "float32"
     """What the matrices are kept in (:meth:`model.transformer.Transformer.store_weights`)."""
     max_active_requests: Annotated[int, Field(ge=1)] = 16
     max_waiting_requests: Annotated[int, Field(ge=0)] = 64
     prefill_chunk: Annotated[int, Field(ge=1)] = 512
-    warm_up_tokens: Annotated[int, Field(ge=1)] = 32_768
     max_body_bytes: Annotated[int, Field(ge=1024)] = 8_000_000
     request_timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
 
@@ -66,10 +65,8 @@ class CompletionsServer:
                 max_waiting=self.args.max_waiting_requests,
                 prefill_chunk=self.args.prefill_chunk,
                 timeout_seconds=self.args.request_timeout_seconds,
-                warm_up_tokens=self.args.warm_up_tokens,
             ),
         )
-        self.engine.warm_up()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self.engine, self.args.model_name, self.args.max_body_bytes)

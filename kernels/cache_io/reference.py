@@ -22,6 +22,7 @@ _SCALED = {
     "fp4": (formats.FP4_BLOCK, formats.E2M1_MAX, formats.FP4_AMAX_FLOOR),
 }
 _WIDTH = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "fp4": 0.5}
+_CODES = {"fp32": 0, "bf16": 1, "fp8": 2, "fp4": 3}
 _PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -37,6 +38,11 @@ class EntryLayout:
     @property
     def size(self) -> int:
         return self.body + self.rope
+
+    @property
+    def spec(self) -> tuple[int, int, int, int]:
+        """The layout as native operators take it."""
+        return self.body, _CODES[self.body_format], self.rope, _CODES[self.rope_format]
 
     @property
     def block(self) -> int:
@@ -96,11 +102,13 @@ def unpack(packed: Tensor, layout: EntryLayout) -> Tensor:
     return torch.cat((body, _rope(packed, layout)), dim=-1) if layout.rope else body
 
 
-def unpack_integers(packed: Tensor, layout: EntryLayout) -> tuple[Tensor, Tensor]:
-    """FP4 rows uint8 [..., layout.nbytes] as :func:`kernels.formats.scaled_integers`: int8 [..., body] and float32
-    [..., scales]."""
-    halves = formats.unpack_e2m1_halves(packed[..., : layout.body_bytes])
-    return formats.as_integers(*(half.unflatten(-1, (layout.scales, -1)) for half in halves)), _scales(packed, layout)
+def write_ring(ring: Tensor, rows: Tensor, ends: list[int]) -> None:
+    """Write rows [B, n, ...], n at most the capacity, into ring [B, capacity, ...]: the row of position p at p modulo
+    the capacity. ``ends``: one past the last position, of each sequence."""
+    count, capacity = rows.shape[1], ring.shape[1]
+    after = torch.tensor(ends, device=ring.device).unsqueeze(-1)
+    places = (after - count + torch.arange(count, device=ring.device)) % capacity
+    ring[torch.arange(len(ends), device=ring.device).unsqueeze(-1), places] = rows
 
 
 def _scales(packed: Tensor, layout: EntryLayout) -> Tensor:

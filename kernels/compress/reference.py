@@ -8,16 +8,12 @@ from torch import Tensor
 
 
 def compress(
-    values: Tensor,
-    gates: Tensor,
-    bias: Tensor,
-    overlap: bool,
-    has_previous: bool = False,
-    starts: Tensor | None = None,
+    rows: Tensor, bias: Tensor, overlap: bool, has_previous: bool = False, starts: Tensor | None = None
 ) -> Tensor:
     """Pool whole blocks of ``m`` tokens with a softmax per channel.
 
-    values, gates: float32 [B, n * m, w], rows of n whole blocks. bias: [m, w], added to the gates by place in block.
+    rows: float32 [B, n * m, 2w], values beside gates, of n whole blocks. bias: [m, w], added to the gates by place in
+    block.
     Without overlap w = c and an entry pools the m rows of its block. With overlap w = 2c: channels [c:] belong to the
     row's own block, channels [:c] to the block after it, so an entry pools 2m rows; the sequence's first block has no
     predecessor, and neither has one that ``starts`` (bool [B, n], packed documents) marks. ``has_previous`` says that
@@ -26,6 +22,7 @@ def compress(
     Returns float32 [B, n, c] (or [B, n - 1, c] with ``has_previous``).
     """
     m = bias.shape[0]
+    values, gates = rows.chunk(2, dim=-1)
     values = values.unflatten(1, (-1, m))  # [B, n, m, w]
     gates = gates.unflatten(1, (-1, m)) + bias
     if not overlap:

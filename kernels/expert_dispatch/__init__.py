@@ -1,6 +1,7 @@
-"""Tokens' rows to the experts that they chose, and the sums of what comes back.
+"""The routing of tokens to experts, their rows on the way there, and the sums of what comes back.
 
-``written_out.py`` runs; ``backend="reference"`` is the readable twin.
+``written_out.py`` dispatches and combines. Routes, and the experts of a few tokens, are native operators on a CPU
+without gradients (``cpu.cpp``). ``backend="reference"`` is the readable twin of each.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.expert_dispatch import reference, written_out
+from kernels import native
+from kernels.expert_dispatch import cpu, reference, written_out
 from kernels.expert_dispatch.reference import Dispatch, by_expert
 
 BACKENDS = {"reference": reference, "written_out": written_out}
@@ -24,4 +26,26 @@ def combine(rows: Tensor, to: Dispatch, dtype: torch.dtype, backend: str = "writ
     return BACKENDS[backend].combine(rows, to, dtype)
 
 
-__all__ = ["BACKENDS", "Dispatch", "by_expert", "combine", "dispatch"]
+FEW_TOKENS = 8
+
+
+def route(
+    logits: Tensor, bias: Tensor, k: int, scale: float, chosen: Tensor | None = None, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """See :func:`kernels.expert_dispatch.reference.route`."""
+    runs = "cpu" if native.serves(logits) else "reference"
+    return (cpu if (backend or runs) == "cpu" else reference).route(logits, bias, k, scale, chosen)
+
+
+def takes_few(x: Tensor, w1: Tensor) -> bool:
+    """Whether :func:`few_tokens` serves x [..., d]: a native operator, bound by reading the experts' weights."""
+    stored = w1.dtype in (torch.float32, torch.bfloat16) and w1.is_contiguous()
+    return stored and x.numel() <= FEW_TOKENS * x.shape[-1] and native.serves(x)
+
+
+def few_tokens(x: Tensor, chosen: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float) -> Tensor:
+    """See :func:`kernels.expert_dispatch.reference.few_tokens`. Call it where :func:`takes_few`."""
+    return cpu.few_tokens(x, chosen, weights, w1, w3, w2, limit)
+
+
+__all__ = ["BACKENDS", "Dispatch", "by_expert", "combine", "dispatch", "few_tokens", "route", "takes_few"]

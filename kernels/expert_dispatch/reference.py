@@ -1,11 +1,14 @@
-"""Dispatch to experts and combination, in eager PyTorch."""
+"""Routes, dispatch to experts and combination, in eager PyTorch."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.swiglu.reference import swiglu
 
 
 class Dispatch(NamedTuple):
@@ -33,6 +36,27 @@ def by_expert(chosen: Tensor, experts: int, multiple: int = 1) -> Dispatch:
     picks[filled] = order
     places[order] = filled
     return Dispatch(picks, places.view_as(chosen), picks.clamp(min=0) // chosen.shape[-1], sizes)
+
+
+def route(logits: Tensor, bias: Tensor, k: int, scale: float, chosen: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The experts of every token and their weights, int64 and float32 [..., k], from logits float32 [..., E].
+
+    Affinity is sqrt(softplus(logit)); the ``bias`` [E] takes part in the choice only (V3 report 2.1.2). ``chosen``
+    int64 [..., k] replaces the choice. Weights are affinities normalized over the choice, times ``scale``.
+    """
+    affinity = F.softplus(logits).sqrt()
+    if chosen is None:
+        chosen = (affinity.detach() + bias).topk(k, dim=-1).indices
+    weights = affinity.gather(-1, chosen)
+    return chosen, weights / weights.sum(-1, keepdim=True) * scale
+
+
+def few_tokens(x: Tensor, chosen: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float) -> Tensor:
+    """Weighted sums of experts' SwiGLUs: x [..., d], chosen int64 [..., K], weights [..., K], w1 and w3 [E, inner, d]
+    and w2 [E, d, inner] -> float32 [..., d]. Copies the weights of every choice."""
+    gate, up = (torch.einsum("...d,...kid->...ki", x, w[chosen].float()) for w in (w1, w3))
+    inner = swiglu(gate, up, limit, weights.unsqueeze(-1))
+    return torch.einsum("...ki,...kdi->...d", inner, w2[chosen].float())
 
 
 def dispatch(x: Tensor, to: Dispatch, dtype: torch.dtype) -> Tensor:

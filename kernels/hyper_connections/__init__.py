@@ -1,24 +1,24 @@
 """Manifold-constrained hyper-connections: several residual streams, mixed by doubly stochastic matrices.
 
-On a CPU they run as batched products (``batched.py``), elsewhere as written in ``reference.py``, and where they are
-compiled as sums (``fused.py``); ``backend=`` chooses by hand and :func:`backend_for` tells which one runs.
+On a CPU they run as native operators (``cpu.cpp``), or without those as batched products (``batched.py``); elsewhere as
+written in ``reference.py``. ``backend=`` forces one and :func:`backend_for` tells which one runs.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from kernels.hyper_connections import batched, fused, reference
+from kernels import native
+from kernels.hyper_connections import batched, cpu, reference
 from kernels.hyper_connections.recomputed import RecomputedStreams
 from kernels.hyper_connections.reference import sinkhorn
 
-BACKENDS = {"reference": reference, "batched": batched, "fused": fused}
+BACKENDS = {"reference": reference, "batched": batched, "cpu": cpu}
 
 
 def backend_for(x: Tensor) -> str:
-    if torch.compiler.is_compiling():
-        return "fused"
+    if native.serves(x, backward=True) and x.shape[-2] <= cpu.MAX_STREAMS:
+        return "cpu"
     return "batched" if x.device.type == "cpu" and x.dtype.itemsize == 4 else "reference"
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels import hyper_connections
 from kernels.autocast import in_float32
-from kernels.hyper_connections import batched
 
 
 class RecomputedStreams:
@@ -33,8 +33,9 @@ class RecomputedStreams:
         if isinstance(saved, Tensor):
             return saved
         if self._again is None:
-            with torch.no_grad(), in_float32(self._inputs[0]):  # whatever surrounds the backward pass
-                self._again = batched.expand(*self._inputs)
+            streams, comb, post, output = self._inputs
+            with torch.no_grad(), in_float32(streams):  # whatever surrounds the backward pass
+                self._again = hyper_connections.expand(streams, comb, post, output)
         return self._again
 
 

@@ -1,7 +1,8 @@
 """Rounding to a storage format inside the forward pass, gradients passed straight through.
 
-FP4 blocks on a CPU are rounded in pieces that stay in the cache (``blocked.py``), all else as written in
-``reference.py``: the same bits. ``backend=`` chooses by hand and :func:`backend_for` tells which one runs.
+On a CPU values are rounded by a native operator (``cpu.cpp``), or without that FP4 blocks in pieces that stay in the
+cache (``blocked.py``); all else as written in ``reference.py``. All give the same bits. ``backend=`` forces one and
+:func:`backend_for` tells which one runs.
 """
 
 from __future__ import annotations
@@ -9,16 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import formats
-from kernels.quantize import blocked, reference
-from kernels.quantize.reference import FORMATS, hadamard
+from kernels import formats, native
+from kernels.cache_io import EntryLayout
+from kernels.quantize import blocked, cpu, reference
+from kernels.quantize.reference import FORMATS
 
-BACKENDS = {"reference": reference, "blocked": blocked}
+BACKENDS = {"reference": reference, "blocked": blocked, "cpu": cpu}
 
 
 def backend_for(x: Tensor, fmt: str) -> str:
     whole = x.shape[-1] % formats.FP4_BLOCK == 0
-    fits = fmt == "fp4" and whole and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if x.is_cpu and native.level() is not None:
+        return "cpu"
+    fits = fmt == "fp4" and whole and x.device.type == "cpu"
     return "blocked" if fits else "reference"
 
 
@@ -45,4 +49,20 @@ def fake_quantize(x: Tensor, fmt: str, dtype: torch.dtype | None = None) -> Tens
     return x.to(dtype) if fmt == "fp32" else _FakeQuantize.apply(x, fmt, dtype)
 
 
-__all__ = ["BACKENDS", "FORMATS", "backend_for", "fake_quantize", "hadamard", "round_to_format"]
+def round_to_layout(x: Tensor, layout: EntryLayout) -> Tensor:
+    """The values of float32 x [..., size] after a round trip through a cache entry of ``layout``, with a
+    straight-through gradient."""
+    if native.serves(x):
+        return cpu.round_to_layout(x, layout)
+    if not layout.rope or layout.body_format == layout.rope_format:
+        return fake_quantize(x, layout.body_format)
+    body, rope = x.split((layout.body, layout.rope), dim=-1)
+    return torch.cat((fake_quantize(body, layout.body_format), fake_quantize(rope, layout.rope_format)), dim=-1)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """See :func:`kernels.quantize.reference.hadamard`. Native on a CPU without gradients."""
+    return cpu.hadamard(x) if native.serves(x) else reference.hadamard(x)
+
+
+__all__ = ["BACKENDS", "FORMATS", "backend_for", "fake_quantize", "hadamard", "round_to_format", "round_to_layout"]

@@ -59,7 +59,6 @@ def hadamard(x: Tensor) -> Tensor:
 _MATRICES: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 
 
-@torch.compiler.assume_constant_result
 def _hadamard_matrix(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     key = (n, device, dtype)
     if key not in _MATRICES:

@@ -1,21 +1,21 @@
-"""RMS normalisation: as in ``reference.py`` where it is compiled, with a backward pass of its own elsewhere
+"""RMS normalization: native without gradients (``cpu.cpp``), with a backward pass of its own elsewhere
 (``written_out.py``).
 
-``backend=`` chooses by hand and :func:`backend_for` tells which one runs.
+``backend=`` forces one and :func:`backend_for` tells which one runs.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from kernels.rms_norm import reference, written_out
+from kernels import native
+from kernels.rms_norm import cpu, reference, written_out
 
-BACKENDS = {"reference": reference, "written_out": written_out}
+BACKENDS = {"reference": reference, "written_out": written_out, "cpu": cpu}
 
 
 def backend_for(x: Tensor) -> str:
-    return "reference" if torch.compiler.is_compiling() else "written_out"
+    return "cpu" if native.serves(x) else "written_out"
 
 
 def rms_normalize(x: Tensor, eps: float, weight: Tensor | None = None, backend: str | None = None) -> Tensor:

@@ -1,25 +1,32 @@
-"""Rotary positions: as in ``reference.py`` where they are compiled, as complex numbers elsewhere (``as_complex.py``).
+"""Rotary positions: native without gradients (``cpu.cpp``), as complex numbers elsewhere (``as_complex.py``).
 
-``backend=`` chooses by hand and :func:`backend_for` tells which one runs.
+``backend=`` forces one and :func:`backend_for` tells which one runs.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from kernels.rotary import as_complex, reference
+from kernels import native
+from kernels.rotary import as_complex, cpu, reference
 
-BACKENDS = {"reference": reference, "as_complex": as_complex}
+BACKENDS = {"reference": reference, "as_complex": as_complex, "cpu": cpu}
 
 
 def backend_for(x: Tensor) -> str:
-    return "reference" if torch.compiler.is_compiling() else "as_complex"  # compilers know no complex numbers
+    return "cpu" if native.serves(x) else "as_complex"
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, backend: str | None = None) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False, backend: str | None = None) -> Tensor:
     """See :func:`kernels.rotary.reference.rotate`."""
-    return BACKENDS[backend or backend_for(x)].rotate(x, cos, sin)
+    return BACKENDS[backend or backend_for(x)].rotate(x, cos, sin, inverse)
 
 
-__all__ = ["BACKENDS", "backend_for", "rotate"]
+def angles(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`kernels.rotary.reference.angles`. Native on a CPU."""
+    if positions.is_cpu and native.level() is not None:
+        return cpu.angles(positions, frequencies)
+    return reference.angles(positions, frequencies)
+
+
+__all__ = ["BACKENDS", "angles", "backend_for", "rotate"]

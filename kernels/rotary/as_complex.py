@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.rotary.reference import aligned
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return _Rotate.apply(x, cos, sin)
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
+    return _Rotate.apply(x, aligned(cos, x), aligned(-sin if inverse else sin, x))
 
 
 class _Rotate(torch.autograd.Function):

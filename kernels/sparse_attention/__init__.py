@@ -1,17 +1,22 @@
 """Attention over a sliding window, compressed entries and a sink, in one softmax.
 
-Whole sequences run in blocks on a CPU (``blocked.py``), elsewhere as written in ``reference.py``; a cache's rows as in
-``packed.py``. ``backend=`` chooses by hand and :func:`backend_for` tells which one runs.
+Whole sequences run in blocks on a CPU (``blocked.py``), elsewhere as written in ``reference.py``. Over a cache's rows a
+native operator runs on a CPU (``cpu.cpp``), and ``paged.py`` elsewhere. ``backend=`` forces one; :func:`backend_for`
+and :func:`paged_backend_for` tell which one runs.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from kernels.sparse_attention import blocked, reference
-from kernels.sparse_attention.packed import INVARIANT_TILE, TiledAttention, packed_attention, token_attention
+from kernels import native
+from kernels.cache_io import EntryLayout
+from kernels.sparse_attention import blocked, cpu, paged, reference
+from kernels.sparse_attention.paged import EntrySet, TokenRows
+from kernels.sparse_attention.tiled import INVARIANT_TILE, TiledAttention
 
 BACKENDS = {"reference": reference, "blocked": blocked}
+PAGED_BACKENDS = {"paged": paged, "cpu": cpu}
 
 
 def backend_for(query: Tensor, window_kv: Tensor, entries: Tensor | None) -> str:
@@ -34,12 +39,33 @@ def sparse_attention(
     return BACKENDS[chosen].sparse_attention(query, window_kv, entries, entry_mask, sink, window, reach)
 
 
+def paged_backend_for(query: Tensor) -> str:
+    return "cpu" if native.serves(query) else "paged"
+
+
+def paged_attention(
+    query: Tensor,
+    tokens: TokenRows,
+    entries: EntrySet | None,
+    sink: Tensor,
+    layout: EntryLayout,
+    window: int,
+    backend: str | None = None,
+) -> Tensor:
+    """See :func:`kernels.sparse_attention.paged.paged_attention`."""
+    chosen = PAGED_BACKENDS[backend or paged_backend_for(query)]
+    return chosen.paged_attention(query, tokens, entries, sink, layout, window)
+
+
 __all__ = [
     "BACKENDS",
     "INVARIANT_TILE",
+    "PAGED_BACKENDS",
+    "EntrySet",
     "TiledAttention",
+    "TokenRows",
     "backend_for",
-    "packed_attention",
+    "paged_attention",
+    "paged_backend_for",
     "sparse_attention",
-    "token_attention",
 ]

@@ -63,32 +63,3 @@ class Mixer(nn.Module):
     def output(self, mixed: Tensor, rotation: Rotation) -> Tensor:
         """[B, S, H, head_dim] -> [B, S, hidden]."""
         raise TypeError(f"{type(self).__name__} defines no output")
-
-    # The second step once more, for one token of one sequence: parts of fixed shapes, which can be compiled together
-    # with what is around them, and a pause for what has none. :mod:`model.decoding` calls them in this order.
-
-    pauses = False
-
-    def past(self, cache: LayerCache) -> dict[str, Tensor]:
-        """What :meth:`keep` and :meth:`attend_token` read of the cache: views of it, taken before the token. A layer
-        that pauses has written its row by the time it attends."""
-        return {}
-
-    def keep(self, projected: dict[str, Tensor], past: dict[str, Tensor], position: Tensor) -> dict[str, Tensor]:
-        """What the cache gets, taken out of ``projected``: for its parts, by name, one packed or plain row [1, 1, ...]
-        (of entries, the one that would be complete with this token). position int64 [1]."""
-        return {}
-
-    def pause(self, projected: dict[str, Tensor], context: Context, cache: LayerCache) -> dict[str, Tensor]:
-        """Whatever :meth:`attend_token` needs besides, once the cache has got its rows."""
-        return {}
-
-    def attend_token(
-        self,
-        projected: dict[str, Tensor],
-        past: dict[str, Tensor],
-        paused: dict[str, Tensor],
-        position: Tensor,
-    ) -> Tensor:
-        """float32 [1, 1, H, head_dim], as :meth:`mix` gives."""
-        raise TypeError(f"{type(self).__name__} defines no attend_token")

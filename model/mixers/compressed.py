@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.cache_io import pack
-from model.cache_parts import LayerCache, Tail
+from model.cache_parts import Tail
 from model.config import ModelConfig
 from model.mixers.base import Context
 from model.mixers.compressor import Compressor
@@ -32,17 +31,6 @@ class CompressedAttention(SlidingWindowAttention):
         return self.compressor.pool(
             projected["rows"], context, tail, lambda x: self.precision.round_main(x, self.training)
         )
-
-    def past(self, cache: LayerCache) -> dict[str, Tensor]:
-        return {**super().past(cache), "tail": cache.tail.ring.data}
-
-    def keep(self, projected: dict[str, Tensor], past: dict[str, Tensor], position: Tensor) -> dict[str, Tensor]:
-        """Leaves the entry itself, rounded, in ``projected``."""
-        rows = projected.pop("rows")
-        entry = self.compressor.pool_token(rows, past["tail"], position)
-        projected["entry"] = self.precision.round_main(entry, self.training)
-        packed = pack(projected["entry"], self.precision.main_layout)
-        return {**super().keep(projected, past, position), "tail": rows, "entries": packed}
 
 
 def visible_entries(context: Context, ratio: int) -> Tensor:

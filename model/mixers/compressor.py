@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from kernels.autocast import in_float32
+from kernels.autocast import cast, in_float32
 from kernels.compress import compress
+from kernels.linear import linear_concat
 from model.cache_parts import Tail
 from model.config import ModelConfig
 from model.linear import Linear
@@ -37,8 +38,7 @@ class Compressor(nn.Module):
     def project(self, x: Tensor) -> Tensor:
         """x [B, S, hidden] to the rows that are pooled, values beside gates: float32 [B, S, rows of a Tail]."""
         with in_float32(x):
-            x = x.float()
-            return torch.cat((self.wkv(x), self.wgate(x)), dim=-1)
+            return linear_concat(cast(x, torch.float32), (self.wkv.weight, self.wgate.weight))
 
     def pool(self, rows: Tensor, context: Context, tail: Tail | None, stored: Callable[[Tensor], Tensor]) -> Tensor:
         """Entries of the blocks that the new tokens' rows [B, S, ...] complete: float32 [B, n, width].
@@ -67,8 +67,10 @@ class Compressor(nn.Module):
             whole = together.shape[1] // m * m
             count = whole // m - group.has_previous
             positions = (group.first_entry.unsqueeze(-1) + torch.arange(count, device=rows.device)) * m
+            if whole < together.shape[1]:
+                together = together[:, :whole]
             pool = self._pool_one_by_one if batch_invariant else self._pool_together
-            made.append((group.sequences, pool(together[:, :whole], positions, group.has_previous, stored)))
+            made.append((group.sequences, pool(together, positions, group.has_previous, stored)))
         tail.append(rows)
         if len(made) == 1 and len(made[0][0]) == len(rows):
             return made[0][1]
@@ -77,19 +79,6 @@ class Compressor(nn.Module):
         for sequences, entries in made:
             padded[sequences, : entries.shape[1]] = entries
         return padded
-
-    def pool_token(self, rows: Tensor, past: Tensor, position: Tensor) -> Tensor:
-        """What the block of the token at ``position``, int64 [1], would be pooled to if it ended there: float32
-        [1, 1, width], from the token's rows [1, 1, ...] and a tail's ring as it is before them."""
-        m = self.ratio
-        first = position // m * m
-        before = (2 * m if self.overlap else m) - 1
-        places = (position - before + torch.arange(before, device=past.device)) % past.shape[1]
-        starts = None
-        if self.overlap:  # the first of the two blocks here is only a predecessor, and is none before the sequence
-            starts = torch.stack((torch.ones_like(first, dtype=torch.bool), first == 0), dim=1)
-        together = torch.cat((past[:, places], rows), dim=1)
-        return self._pool(together, first.unsqueeze(0), self.overlap, starts)
 
     def _pool_together(
         self, rows: Tensor, positions: Tensor, has_previous: bool, stored: Callable[[Tensor], Tensor]
@@ -117,6 +106,5 @@ class Compressor(nn.Module):
         """rows [B, whole blocks of tokens, 2 * width] and the new entries' positions [B or 1, n] -> [B, n, width]."""
         if positions.shape[1] == 0:
             return rows.new_zeros(rows.shape[0], 0, self.norm.weight.shape[0])
-        values, gates = rows.chunk(2, dim=-1)
-        entries = self.norm(compress(values, gates, self.ape, self.overlap, has_previous, starts))
+        entries = self.norm(compress(rows, self.ape, self.overlap, has_previous, starts))
         return self.frequencies.at(positions).apply(entries)

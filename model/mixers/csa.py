@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels.cache_io import pack
-from kernels.index_topk import best_visible, index_scores, index_topk, select_topk, tile_scores
+from kernels.autocast import detached
+from kernels.index_topk import index_scores, index_topk, select_topk
 from kernels.quantize import hadamard
+from kernels.sparse_attention import EntrySet
 from model.cache_parts import LayerCache, Tail
 from model.config import ModelConfig
 from model.linear import Linear
 from model.mixers.base import Context
-from model.mixers.cached import Chosen, Selection
-from model.mixers.compressed import CompressedAttention, entry_mask
+from model.mixers.compressed import CompressedAttention, entry_mask, visible_entries
 from model.mixers.compressor import Compressor
 from model.rope import Rotation
 from model.telemetry import Telemetry
@@ -46,12 +46,13 @@ class CompressedSparseAttention(CompressedAttention):
     def project_history(self, x: Tensor, latent: Tensor, rotation: Rotation) -> dict[str, Tensor]:
         # The indexer learns from its own loss only, and the network from the language-model loss only: its inputs are
         # detached here, and its choice is an integer.
-        query, head_weights = self.indexer.queries(x.detach(), latent.detach(), rotation)
+        detached_x = detached(x)
+        query, head_weights = self.indexer.queries(detached_x, detached(latent), rotation)
         return {
             **super().project_history(x, latent, rotation),
             "index_query": self.precision.round_index(query, self.training),
             "head_weights": head_weights,
-            "index_rows": self.indexer.compressor.project(x.detach()),
+            "index_rows": self.indexer.compressor.project(detached_x),
         }
 
     def pool_index(self, projected: dict[str, Tensor], context: Context, tail: Tail | None) -> Tensor:
@@ -83,56 +84,27 @@ class CompressedSparseAttention(CompressedAttention):
         # Unused places (-1) wrap around to the extra last column, which is cut off.
         return mask.scatter_(-1, chosen % mask.shape[-1], True)[..., :-1]
 
-    def select(self, projected: dict[str, Tensor], context: Context, cache: LayerCache) -> Selection | None:
+    def select(self, projected: dict[str, Tensor], context: Context, cache: LayerCache) -> EntrySet:
         cache.entries.append(self.pool(projected, context, cache.tail))
         cache.index.append(self.pool_index(projected, context, cache.index_tail))
         return self.choose(projected, context, cache)
 
-    def choose(self, projected: dict[str, Tensor], context: Context, cache: LayerCache) -> Chosen:
+    def choose(self, projected: dict[str, Tensor], context: Context, cache: LayerCache) -> EntrySet:
         """The indexer's choice for every token, from the keys in the cache."""
         query = projected["index_query"]
         if self.training:  # keys are read as stored, so the queries are rounded, too, whatever training does
             query = self.precision.round_index(query, training=False)
-        S, execution = query.shape[1], context.execution
-        chosen = [
-            index_topk(
-                query[sequence],
-                cache.index.paged(sequence),
-                cache.index.layout,
-                projected["head_weights"][sequence],
-                [(start + i + 1) // self.ratio for i in range(S)],
-                self.config.index_topk,
-                dtype=self.precision.score_dtype,
-                fixed_shapes=execution.fixed_shapes,
-                one_by_one=execution.batch_invariant,
-                score=execution.function(tile_scores),
-                choose=execution.function(best_visible),
-            )
-            for sequence, start in enumerate(cache.index.table.lengths)
-        ]
-        return Chosen(cache.entries, torch.stack(chosen))
-
-    pauses = True
-
-    def past(self, cache: LayerCache) -> dict[str, Tensor]:
-        return {**super().past(cache), "index_tail": cache.index_tail.ring.data}
-
-    def keep(self, projected: dict[str, Tensor], past: dict[str, Tensor], position: Tensor) -> dict[str, Tensor]:
-        rows = projected.pop("index_rows")
-        key = hadamard(self.indexer.compressor.pool_token(rows, past["index_tail"], position))
-        kept = super().keep(projected, past, position)
-        del projected["entry"]  # in the cache by the time of choosing
-        packed = pack(self.precision.round_index(key, self.training), self.precision.index_layout)
-        return {**kept, "index_tail": rows, "index": packed}
-
-    def pause(self, projected: dict[str, Tensor], context: Context, cache: LayerCache) -> dict[str, Tensor]:
-        rows, mask = self.choose(projected, context, cache).run(slice(None))
-        return {"rows": rows[0, 0], "mask": mask[0, 0]}
-
-    def attended_entries(
-        self, projected: dict[str, Tensor], past: dict[str, Tensor], paused: dict[str, Tensor], position: Tensor
-    ) -> list[tuple[Tensor, Tensor]]:
-        return [(self.unpacked(paused["rows"]), paused["mask"])]
+        chosen = index_topk(
+            query,
+            cache.index.pages,
+            cache.index.layout,
+            projected["head_weights"],
+            visible_entries(context, self.ratio),
+            self.config.index_topk,
+            self.precision.score_dtype,
+            context.execution.batch_invariant,
+        )
+        return EntrySet(cache.entries.pages, chosen=chosen)
 
     def _measure_selection(self, telemetry: Telemetry, teacher: Tensor, scores: Tensor, may_see: Tensor) -> None:
         """Share of the dense attention mass that the indexer's choice holds, over queries with a real choice."""

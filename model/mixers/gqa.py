@@ -7,13 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cache_io import unpack
-from kernels.sparse_attention import TiledAttention
+from kernels.sparse_attention import EntrySet, TiledAttention
 from model.cache_parts import LayerCache
 from model.config import ModelConfig
 from model.linear import Linear
 from model.mixers.base import Context, Mixer
-from model.mixers.cached import Shared, by_tokens, queries_at_once
+from model.mixers.invariant import by_tokens, entry_tiles
 from model.rope import Rotation
+
+_SCORES = 1 << 22
+"""Most scores that a run of queries takes at once."""
 
 
 class GroupedQueryAttention(Mixer):
@@ -45,29 +48,21 @@ class GroupedQueryAttention(Mixer):
             mask = context.documents.causal_mask().unsqueeze(1)
         if cache is not None:
             cache.entries.append(rows)
-            history = Shared(cache.entries, context.positions + 1)
+            visible = context.positions + 1
             if context.execution.batch_invariant:
-                return self._token_by_token(query, history)
+                return self._token_by_token(query, EntrySet(cache.entries.pages, visible=visible))
             rows = unpack(cache.entries.rows(), self.precision.gqa_layout)
-            step = queries_at_once(history, query)
-            runs = [slice(begin, begin + step) for begin in range(0, query.shape[1], step)]
-            masks = (history.mask(run).unsqueeze(1) for run in runs)
-            return torch.cat([self._attention(query[:, run], rows, mask) for run, mask in zip(runs, masks)], dim=1)
+            places = torch.arange(rows.shape[1], device=rows.device)
+            # Runs of queries, so that their scores take a bounded memory.
+            step = max(1, min(64, _SCORES // (len(query) * query.shape[2] * len(places))))
+            return torch.cat(
+                [
+                    self._attention(some, rows, (places < seen.unsqueeze(-1)).unsqueeze(1))
+                    for some, seen in zip(query.split(step, dim=1), visible.split(step, dim=1))
+                ],
+                dim=1,
+            )
         return self._attention(query, rows, mask)
-
-    pauses = True
-
-    def pause(self, projected: dict[str, Tensor], context: Context, cache: LayerCache) -> dict[str, Tensor]:
-        return {"mixed": self.mix(projected, context, cache)}
-
-    def attend_token(
-        self,
-        projected: dict[str, Tensor],
-        past: dict[str, Tensor],
-        paused: dict[str, Tensor],
-        position: Tensor,
-    ) -> Tensor:
-        return paused["mixed"]
 
     def _attention(self, query: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
         """query [B, S, H, head_dim] over rows [B, T, keys beside values]; mask bool [B, 1, S, T], None for causal."""
@@ -81,14 +76,14 @@ class GroupedQueryAttention(Mixer):
         """Rows [..., num_kv_heads * 2 * head_dim] to keys and values [..., num_kv_heads, head_dim]."""
         return rows.unflatten(-1, (self.config.num_kv_heads, -1)).chunk(2, dim=-1)
 
-    def _token_by_token(self, query: Tensor, history: Shared) -> Tensor:
+    def _token_by_token(self, query: Tensor, history: EntrySet) -> Tensor:
         c = self.config
         kv, group = c.num_kv_heads, c.num_heads // c.num_kv_heads
 
         def attend(query: Tensor, sequences: Tensor, queries: Tensor) -> Tensor:
             heads = query.view(-1, group, c.head_dim)  # every key-value head on its own
             attention = TiledAttention(heads, query.new_full((group,), float("-inf")))
-            for rows, mask in history.tiles(sequences, queries):
+            for rows, mask in entry_tiles(history, sequences, queries):
                 both = self._heads(unpack(rows, self.precision.gqa_layout))
                 key, value = (x.transpose(1, 2).flatten(0, 1) for x in both)
                 attention.add(key, mask.repeat_interleave(kv, dim=0), value)

@@ -8,15 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from kernels.autocast import product_dtype
-from kernels.cache_io import pack, unpack
+from kernels.autocast import cast, product_dtype
+from kernels.cache_io import pack
+from kernels.linear import grouped_linear
 from kernels.rms_norm import rms_normalize
-from kernels.sparse_attention import sparse_attention, token_attention
-from model.cache_parts import LayerCache, ring_ages
+from kernels.sparse_attention import EntrySet, paged_attention, sparse_attention
+from model.cache_parts import LayerCache
 from model.config import ModelConfig
-from model.linear import Linear, linear
+from model.linear import Linear
 from model.mixers.base import Context, Mixer
-from model.mixers.cached import Selection, cached_attention
+from model.mixers.invariant import invariant_attention
 from model.norm import RMSNorm
 from model.rope import Rotation
 
@@ -40,15 +41,17 @@ class SlidingWindowAttention(Mixer):
         self.wo_b = Linear(c.o_groups * c.o_lora_rank, c.hidden_size)
 
     def project(self, x: Tensor, rotation: Rotation, cached: bool) -> dict[str, Tensor]:
-        """query [B, S, H, head_dim], what :meth:`project_history` adds, and kv [B, S, head_dim]; for a cache, this also
-        as packed window_rows uint8 [B, S, nbytes]."""
+        """query [B, S, H, head_dim], what :meth:`project_history` adds, and the tokens' key-values: kv
+        [B, S, head_dim], or for a cache packed window_rows uint8 [B, S, nbytes]."""
         c = self.config
-        narrow = x.to(product_dtype(x))  # once for all products
+        narrow = cast(x, product_dtype(x))  # once for all products
         latent = self.q_norm(self.wq_a(narrow))
         query = rms_normalize(self.wq_b(latent).unflatten(-1, (c.num_heads, c.head_dim)), c.norm_eps)
-        kv = self.precision.round_main(rotation.apply(self.kv_norm(self.wkv(narrow))), self.training)
-        projected = {"query": rotation.apply(query), "kv": kv, **self.project_history(x, latent, rotation)}
-        return projected | {"window_rows": pack(kv, self.precision.main_layout)} if cached else projected
+        kv = rotation.apply(self.kv_norm(self.wkv(narrow)))
+        projected = {"query": rotation.apply(query), **self.project_history(x, latent, rotation)}
+        if cached:
+            return projected | {"window_rows": pack(kv, self.precision.main_layout)}
+        return projected | {"kv": self.precision.round_main(kv, self.training)}
 
     def project_history(self, x: Tensor, latent: Tensor, rotation: Rotation) -> dict[str, Tensor]:
         """What a subclass needs for its compressed history. latent [B, S, q_lora_rank]."""
@@ -58,14 +61,16 @@ class SlidingWindowAttention(Mixer):
         if cache is None:
             return self.attend(projected, context)
         selection = self.select(projected, context, cache)
-        window_rows = cache.window.extend(projected["window_rows"])
-        return cached_attention(projected["query"], window_rows, selection, self.sink, self.precision, context)
+        query, rows, layout = projected["query"], projected["window_rows"], self.precision.main_layout
+        if context.execution.batch_invariant:
+            return invariant_attention(query, cache.window.extend(rows), selection, self.sink, layout, context)
+        return paged_attention(query, cache.window.attended(rows), selection, self.sink, layout, self.config.window)
 
     def attend(self, projected: dict[str, Tensor], context: Context) -> Tensor:
         """Attention within whole sequences."""
         return self.core_attention(projected, None, None, context)[0]
 
-    def select(self, projected: dict[str, Tensor], context: Context, cache: LayerCache) -> Selection | None:
+    def select(self, projected: dict[str, Tensor], context: Context, cache: LayerCache) -> EntrySet | None:
         """Append the new entries to the cache, and say which ones each query attends to; None: only the window."""
         return None
 
@@ -79,40 +84,8 @@ class SlidingWindowAttention(Mixer):
             reach = (context.positions + 1).clamp(max=window).expand(query.shape[:2])
         return sparse_attention(query, projected["kv"], entries, mask, self.sink, window, reach)
 
-    def past(self, cache: LayerCache) -> dict[str, Tensor]:
-        return {"window": cache.window.ring.data}
-
-    def keep(self, projected: dict[str, Tensor], past: dict[str, Tensor], position: Tensor) -> dict[str, Tensor]:
-        return {"window": projected.pop("window_rows")}
-
-    def attend_token(
-        self,
-        projected: dict[str, Tensor],
-        past: dict[str, Tensor],
-        paused: dict[str, Tensor],
-        position: Tensor,
-    ) -> Tensor:
-        # New rows as they are rounded, not as packed: compiled, unpacking what has just been packed undoes no rounding.
-        window = self.unpacked(past["window"][0])
-        age = ring_ages(len(window), position)
-        seen = (age < self.config.window - 1) & (age < position)
-        itself = torch.ones(1, dtype=torch.bool, device=position.device)
-        near = [(window, seen), (projected["kv"][0], itself)]
-        entries = self.attended_entries(projected, past, paused, position)
-        return token_attention(projected["query"][0, 0], near + entries, self.sink).view_as(projected["query"])
-
-    def attended_entries(
-        self, projected: dict[str, Tensor], past: dict[str, Tensor], paused: dict[str, Tensor], position: Tensor
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Entries float32 [T, head_dim] and their masks bool [T]."""
-        return []
-
-    def unpacked(self, rows: Tensor) -> Tensor:
-        return unpack(rows, self.precision.main_layout)
-
     def output(self, mixed: Tensor, rotation: Rotation) -> Tensor:
         """Back to [B, S, hidden] by a grouped low-rank projection (report 2.3.1)."""
         # The values carry rotary dims at their own positions; turning the sum back by the query's leaves the offset.
         out = rotation.apply(mixed, inverse=True)
-        groups = out.flatten(2).unflatten(-1, (self.config.o_groups, -1))
-        return self.wo_b(linear(groups, self.wo_a).flatten(2))
+        return self.wo_b(grouped_linear(out.flatten(2), self.wo_a))

@@ -113,10 +113,6 @@ class Engine:
             self._task = asyncio.get_running_loop().create_task(self._run())
         return stream
 
-    def warm_up(self) -> None:
-        """Before the first request: compile, where the model's execution mode does. Returns when that is done."""
-        self._worker.submit(self._scheduler.warm_up).result()
-
     def check_health(self) -> None:
         """Raise EngineError when the engine cannot work any more."""
         if self._failure is not None:

@@ -13,7 +13,6 @@ import torch
 from model.cache import Cache
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
-from model.warm_up import warm_up
 from serve.engine.errors import EngineError, RequestAbortedError, RequestTimeoutError
 from serve.engine.sequence import Delta, Sequence
 
@@ -32,8 +31,6 @@ class Limits:
     """Prompt tokens read in one step."""
     timeout_seconds: float = 120.0
     """From submission to the last token, waiting included."""
-    warm_up_tokens: int = 32_768
-    """How long the sequences may become for which compiled code is made before the first request."""
 
 
 class Scheduler:
@@ -55,10 +52,6 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         return bool(self.active or self.waiting)
-
-    def warm_up(self) -> None:
-        """Have compiled what no request should wait for. Does nothing where nothing is compiled."""
-        warm_up(self.model, min(self.limits.warm_up_tokens, self.model.config.max_positions), self.limits.prefill_chunk)
 
     @torch.inference_mode()
     def step(self, arrivals: Iterable[Sequence] = ()) -> list[tuple[Sequence, Delta]]:

@@ -51,7 +51,7 @@ def test_compress_pools_per_channel(overlap):
     m, c, n = 4, 3, 5
     w = 2 * c if overlap else c
     values, gates, bias = torch.randn(1, n * m, w), torch.randn(1, n * m, w), torch.randn(m, w)
-    entries = compress(values, gates, bias, overlap)
+    entries = compress(torch.cat((values, gates), dim=-1), bias, overlap)
     assert entries.shape == (1, n, c)
     for i in range(n):
         for channel in range(c):
@@ -66,9 +66,9 @@ def test_compress_pools_per_channel(overlap):
 
 def test_compress_goes_on_from_a_previous_block():
     m, c = 4, 3
-    values, gates, bias = torch.randn(2, 20, 2 * c), torch.randn(2, 20, 2 * c), torch.randn(m, 2 * c)
-    whole = compress(values, gates, bias, True)
-    later = compress(values[:, 8:], gates[:, 8:], bias, True, has_previous=True)
+    rows, bias = torch.randn(2, 20, 4 * c), torch.randn(m, 2 * c)
+    whole = compress(rows, bias, True)
+    later = compress(rows[:, 8:], bias, True, has_previous=True)
     torch.testing.assert_close(later, whole[:, 3:])
 
 

@@ -1,27 +1,22 @@
 """Selection from packed keys: the readable scores' own choice, whatever the sizes, formats and pages."""
 
-import itertools
-from concurrent.futures import ThreadPoolExecutor
-from threading import Event
-
 import numpy as np
 import pytest
 import torch
 
-from kernels.cache_io import EntryLayout, PagedRows, pack, unpack
+from kernels import native
+from kernels.cache_io import EntryLayout, Pages, pack, unpack
 from kernels.formats import E2M1_VALUES
-from kernels.index_topk import index_scores, index_topk, select_topk, streamed, tile_scores
+from kernels.index_topk import index_scores, index_topk, select_topk
 from kernels.index_topk.reference import best_places
-from kernels.index_topk.streamed import exact_in_bf16
+from kernels.index_topk.streamed import tile_scores
 from kernels.quantize import round_to_format
 
 FORMATS = ("fp4", "fp8", "bf16", "fp32")
 HEADS, DIMS = 4, 32
-MODES = {
-    "free shapes": {},
-    "fixed shapes": {"fixed_shapes": True},
-    "one by one": {"fixed_shapes": True, "one_by_one": True},
-}
+MODES = {"streamed": {"backend": "streamed"}, "one by one": {"backend": "streamed", "batch_invariant": True}}
+if native.level() is not None:
+    MODES["native"] = {"backend": "cpu"}
 
 
 def paged(packed, per_page, scattered):
@@ -32,7 +27,12 @@ def paged(packed, per_page, scattered):
     for i, page in enumerate(pages):
         rows = packed[i * per_page :][:per_page]
         storage[page, : len(rows)] = rows
-    return PagedRows(storage.flatten(0, 1), per_page, pages, not scattered)
+    return Pages(storage.flatten(0, 1), per_page, torch.tensor([pages], dtype=torch.int64))
+
+
+def choose(query, rows, layout, weights, visible, k, **options):
+    """Of one sequence: int64 [queries, k]."""
+    return index_topk(query[None], rows, layout, weights[None], torch.tensor([visible]), k, **options)[0]
 
 
 def whole_numbers(queries, entries, body_format):
@@ -61,7 +61,7 @@ def test_the_choice_is_that_of_the_readable_scores(entries, mode):
         rows = paged(packed, 18, scattered)
         for visible in ([entries] * queries, [0, *torch.randint(0, entries + 1, (queries - 1,)).tolist()]):
             for k in (3, 40):
-                found = index_topk(query, rows, layout, weights, visible, k, **MODES[mode])
+                found = choose(query, rows, layout, weights, visible, k, **MODES[mode])
                 assert found.shape == (queries, k) and found.dtype == torch.int64
                 assert torch.equal(found, expected_choice(query, packed, layout, weights, visible, k)), (k, visible)
 
@@ -74,9 +74,9 @@ def test_bf16_scores_tie_where_they_round_alike_and_the_lower_entry_wins(mode):
     keys = unpack(packed, layout).unsqueeze(0)
     rounded = index_scores(query.unsqueeze(0), keys, weights.unsqueeze(0)).bfloat16()
     expected = select_topk(rounded, torch.ones(1, 1, 3000, dtype=torch.bool), 40)[0]
-    found = index_topk(query, rows, layout, weights, visible, 40, dtype=torch.bfloat16, **MODES[mode])
+    found = choose(query, rows, layout, weights, visible, 40, dtype=torch.bfloat16, **MODES[mode])
     assert torch.equal(found, expected)
-    assert not torch.equal(found, index_topk(query, rows, layout, weights, visible, 40, **MODES[mode]))
+    assert not torch.equal(found, choose(query, rows, layout, weights, visible, 40, **MODES[mode]))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -86,7 +86,7 @@ def test_every_format_in_every_run_of_queries(body_format, mode, monkeypatch):
     query, packed, layout, weights = whole_numbers(21, 2000, body_format)
     rows = paged(packed, 64, scattered=True)
     visible = [(t + 1) * 95 for t in range(21)]
-    found = index_topk(query, rows, layout, weights, visible, 7, **MODES[mode])
+    found = choose(query, rows, layout, weights, visible, 7, **MODES[mode])
     assert torch.equal(found, expected_choice(query, packed, layout, weights, visible, 7))
 
 
@@ -96,78 +96,47 @@ def test_ties_at_zero_go_to_the_lower_entry():
     rows = paged(pack(torch.ones(3000, DIMS), layout), 18, scattered=True)
     weights = torch.tensor([[1.0, -1.0, 0.5, -0.5], [-1.0, -1.0, -1.0, -1.0]])
     for mode in MODES.values():
-        found = index_topk(-torch.ones(2, HEADS, DIMS), rows, layout, weights, [3000, 2], 4, **mode)
+        found = choose(-torch.ones(2, HEADS, DIMS), rows, layout, weights, [3000, 2], 4, **mode)
         assert found.tolist() == [[0, 1, 2, 3], [0, 1, -1, -1]]
 
 
 def test_nothing_visible_is_nothing_chosen():
     query, packed, layout, weights = whole_numbers(3, 1, "fp4")
     for mode in MODES.values():
-        none = index_topk(query, paged(packed[:0], 18, False), layout, weights, [0, 0, 0], 2, **mode)
+        none = choose(query, paged(packed, 18, False), layout, weights, [0, 0, 0], 2, **mode)
         assert none.tolist() == [[-1, -1]] * 3
 
 
-@pytest.mark.parametrize("mode", ["fixed shapes", "one by one"])
-def test_fixed_shapes_are_few(mode):
-    """Compiled code is made for each shape, and one shape only gives a score the same bits in any company."""
-    seen = set()
-
-    def spy(query, packed, weights, layout):
-        seen.add((len(query), len(packed)))
-        return tile_scores(query, packed, weights, layout)
-
-    for queries, entries in itertools.product((1, 2, 63, 65), (1, 1000, 1025, 5000, 9000)):
-        query, packed, layout, weights = whole_numbers(queries, entries, "fp4")
-        rows = paged(packed, 18, scattered=False)
-        index_topk(query, rows, layout, weights, [entries] * queries, 3, **MODES[mode], score=spy)
-    assert all(n & (n - 1) == 0 for shape in seen for n in shape), seen
-    assert mode != "one by one" or len(seen) == 1, seen
-
-
-@pytest.mark.parametrize("amx", [True, False])
 @pytest.mark.parametrize("body_format", FORMATS)
-def test_tiles_are_scored_to_float32s_precision(body_format, amx, monkeypatch):
-    """In BF16 units, too, where the machine has them: they lose nothing of what is stored."""
-    monkeypatch.setattr(streamed, "has_amx", lambda: amx)
+def test_tiles_are_scored_to_float32s_precision(body_format):
     layout = EntryLayout(128, body_format)
     query = round_to_format(torch.randn(5, 64, 128), body_format)
     packed, weights = pack(torch.randn(300, 128), layout), torch.randn(5, 64)
     keys = unpack(packed, layout)
     products = torch.einsum("shc,tc->sht", query.double(), keys.double()).relu()
     expected = (products * weights.double().unsqueeze(-1)).sum(1)
-    tiles = []
-
-    def spy(*arguments):
-        tiles.append(tile_scores(*arguments))
-        return tiles[-1]
-
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    index_topk(query, paged(packed, 300, scattered=False), layout, weights, [300] * 5, 3, score=spy)
-    assert torch.backends.mkldnn.matmul.fp32_precision == before
-    (found,) = tiles
+    found = tile_scores(query, packed, weights, layout)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     readable = index_scores(query.unsqueeze(0), keys.unsqueeze(0), weights.unsqueeze(0))[0]
     torch.testing.assert_close(found, readable, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_two_threads_leave_the_processs_setting_as_they_found_it():
-    """The second begins while the first scores, and ends after it."""
-    matmul, layout = torch.backends.mkldnn.matmul, EntryLayout(64, "fp8")
-    before, begun, go_on = matmul.fp32_precision, Event(), Event()
-
-    def second():
-        with exact_in_bf16(layout):
-            begun.set()
-            assert go_on.wait(60)
-            assert matmul.fp32_precision == "bf16"
-
-    with ThreadPoolExecutor(1) as pool:
-        with exact_in_bf16(layout):
-            running = pool.submit(second)
-            assert begun.wait(60)
-        go_on.set()
-        running.result()
-    assert matmul.fp32_precision == before
+@pytest.mark.skipif(native.level() is None, reason="no native operators on this machine")
+@pytest.mark.parametrize("dims", [8, 16, 24, 32, 64, 96, 128])
+@pytest.mark.parametrize("heads", [1, 3, 8])
+@pytest.mark.parametrize("body_format", FORMATS)
+def test_native_scores_choose_as_float64s(body_format, heads, dims):
+    """Random values instead of whole numbers: sums of several blocks with scales of their own."""
+    layout = EntryLayout(dims, body_format)
+    for queries, entries in ((1, 700), (40, 300)):
+        query = round_to_format(torch.randn(queries, heads, dims), body_format)
+        packed = pack(torch.randn(entries, dims) * torch.exp2(torch.randint(-9, 9, (entries, 1)).float()), layout)
+        weights = torch.randn(queries, heads)
+        products = torch.einsum("shc,tc->sht", query.double(), unpack(packed, layout).double()).relu()
+        scores = (products * weights.double().unsqueeze(-1)).sum(1)
+        found = choose(query, paged(packed, 18, True), layout, weights, [entries] * queries, 9, backend="cpu")
+        best = scores.topk(9, dim=-1).values
+        torch.testing.assert_close(scores.gather(-1, found), best, rtol=1e-5, atol=1e-6 * float(scores.abs().max()))
 
 
 @pytest.mark.parametrize("k", [1, 3, 16, 100])

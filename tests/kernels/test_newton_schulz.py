@@ -77,6 +77,4 @@ def test_symmetric_products_in_blocks_are_the_whole_ones(shape, monkeypatch):
     monkeypatch.setattr(gram, "has_amx", lambda: False)
     monkeypatch.setattr(gram, "_LARGE", 32)
     matrices = torch.randn(shape)
-    torch.testing.assert_close(
-        newton_schulz(matrices), newton_schulz(matrices, backend="reference"), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(newton_schulz(matrices), newton_schulz(matrices, backend="reference"), rtol=0, atol=1e-5)

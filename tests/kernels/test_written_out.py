@@ -17,12 +17,9 @@ def gradient(function, *inputs):
     return out.detach(), *(leaf.grad for leaf in leaves)
 
 
-def test_they_run_unless_compiled(monkeypatch):
-    operations = (rms_norm, rotary, swiglu)
-    x = torch.zeros(1)
-    assert "reference" not in [operation.backend_for(x) for operation in operations]
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert {operation.backend_for(x) for operation in operations} == {"reference"}
+def test_they_run_where_gradients_are_recorded():
+    chosen = [operation.backend_for(torch.zeros(1)) for operation in (rms_norm, rotary, swiglu)]
+    assert chosen == ["written_out", "as_complex", "written_out"]
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 16), (16,), (0, 16)])
@@ -64,25 +61,25 @@ def test_swiglu_clamps(backend):
     torch.testing.assert_close(limited, F.silu(torch.tensor([10.0, -50.0, 1.0])) * torch.tensor([10.0, -10.0, 2.0]))
 
 
-@pytest.mark.parametrize("backend", rotary.BACKENDS)
+@pytest.mark.parametrize("backend", ["reference", "as_complex"])
 def test_rotating_some_dims_and_all(backend):
-    angles = torch.rand(1, 5, 1, 4) * 6
+    angles = torch.rand(1, 5, 4) * 6
     cos, sin = angles.cos(), angles.sin()
 
     def pair_by_pair(x):
         before, turned = x[..., :-8], []
         for k in range(4):
             a, b = x[..., -8 + 2 * k], x[..., -7 + 2 * k]
-            c, s = cos[..., k], sin[..., k]
+            c, s = cos[..., k, None], sin[..., k, None]
             turned += [a * c - b * s, a * s + b * c]
         return torch.cat((before, torch.stack(turned, -1)), -1)
 
     for dims in (8, 12):
         x = torch.randn(2, 5, 3, dims)
-        found = gradient(lambda x: rotary.rotate(x, cos, sin, backend), x)
+        found = gradient(lambda x: rotary.rotate(x, cos, sin, backend=backend), x)
         torch.testing.assert_close(found, gradient(pair_by_pair, x))
-        torch.testing.assert_close(rotary.rotate(found[0], cos, -sin, backend), x)
-    out, back = gradient(lambda x: rotary.rotate(x, cos, sin, backend), torch.randn(2, 5, 3, 12).bfloat16())
+        torch.testing.assert_close(rotary.rotate(found[0], cos, sin, inverse=True, backend=backend), x)
+    out, back = gradient(lambda x: rotary.rotate(x, cos, sin, backend=backend), torch.randn(2, 5, 3, 12).bfloat16())
     assert out.dtype == torch.float32 and back.dtype == torch.bfloat16
 
 

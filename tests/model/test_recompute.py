@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from networks import build
 
-from kernels.hyper_connections import batched
+from kernels import hyper_connections
+from kernels.hyper_connections import recomputed
 from model.telemetry import Telemetry
 
 LAYERS = ("sliding", "csa", "hca")
@@ -62,8 +63,9 @@ def test_streams_between_a_layers_halves_are_computed_again(monkeypatch, recompu
     assert all(block.recomputes_streams != recompute for block in model.layers)  # what one keeps, the other would hold
     logits = model(torch.randint(50, (1, 16)))
     made = []
-    expand = batched.expand
-    monkeypatch.setattr(batched, "expand", lambda *given: made.append(given) or expand(*given))
+    expand = hyper_connections.expand
+    monkeypatch.setattr(recomputed.hyper_connections, "expand", lambda *given: made.append(given) or expand(*given))
+    monkeypatch.setattr("model.hyper_connections.expand", hyper_connections.expand)
     logits.sum().backward()
     assert len(made) == products * len(LAYERS)
 
@@ -90,21 +92,3 @@ def test_only_the_layers_inputs_are_kept():
     for recompute in (False, True):
         more = held(LAYERS * 2, recompute) - held(LAYERS, recompute)
         assert (more < 3.5 * streams) == recompute, more / streams
-
-
-@pytest.mark.long  # the compiler takes a minute
-def test_compiled_training_rounds_and_learns_as_written():
-    ids = torch.randint(50, (2, 25), generator=torch.Generator().manual_seed(1))
-    found = []
-    for compiled in (False, True):
-        model = build(layers=("sliding", "sliding"), ffn="dense", num_hash_layers=0).train()
-        model.trains_compiled = compiled
-        for _ in range(2):
-            model.zero_grad()
-            F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
-            rounded = model.rounded_tensors()
-        found.append(({name: p.grad for name, p in model.named_parameters()}, rounded))
-    (written, rounded), (compiled, rounded_compiled) = found
-    assert rounded == rounded_compiled == {"main": 2}
-    for name in written:
-        torch.testing.assert_close(compiled[name], written[name], rtol=1e-4, atol=1e-5, msg=name)

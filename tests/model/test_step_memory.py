@@ -1,14 +1,25 @@
 """What a step of a long sequence makes in memory: bounded by the piece, and by one row of scores per query."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from networks import build
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kernels import native
 from model.cache import Cache
 from model.cache_filling import fill_random
 from model.execution import Execution
+
+
+@pytest.fixture(autouse=True)
+def without_native_operators(monkeypatch):
+    """Whose memory PyTorch does not see; the last test measures the process instead."""
+    monkeypatch.setattr(native, "level", lambda: None)
+
 
 LONG, LONGER = (1 << 18) - 512, (1 << 20) - 512
 MODELS = {mixer: build(layers=(mixer,), max_positions=1 << 20) for mixer in ("sliding", "csa", "hca")}
@@ -33,7 +44,7 @@ class Made(TorchDispatchMode):
         return result
 
 
-def step(mixer, history, tokens, mode="eager"):
+def step(mixer, history, tokens, mode="auto"):
     """What reading some tokens after a long history makes."""
     model = MODELS[mixer]
     cache = Cache(model.config, 1, history + tokens)
@@ -63,7 +74,7 @@ def test_batch_invariant_prefill_makes_no_more_for_more_tokens(mixer):
     assert max(step(mixer, 1 << 15, 64, "batch-invariant").all) < max(1.05 * small, 2**17)
 
 
-@pytest.mark.parametrize("mode", ["eager", "batch-invariant"])
+@pytest.mark.parametrize("mode", ["auto", "batch-invariant"])
 def test_decoding_reads_of_csa_entries_only_the_chosen(mode):
     config = MODELS["csa"].config
     entry = 8 + 2 * 8 + 2  # FP8, BF16 and the scale, padded
@@ -73,3 +84,25 @@ def test_decoding_reads_of_csa_entries_only_the_chosen(mode):
         assert made.from_source and max(made.from_source) == queries * config.index_topk * entry
     one_row_of_scores = 4 * (LONGER // config.csa_ratio)
     assert max(made.all) < 1.05 * one_row_of_scores
+
+
+def test_native_operators_take_no_more_for_more_tokens_or_a_longer_history(monkeypatch):
+    """Peak resident memory of the process: scores of whole runs of queries would be 256 MiB here."""
+    monkeypatch.undo()
+    status = Path("/proc/self/status")
+    if native.level() is None or not status.exists():
+        pytest.skip("no native operators, or no Linux")
+    model = MODELS["csa"]
+    cache = Cache(model.config, 1, LONGER + 512)
+    fill_random(cache, LONGER)
+    ids = torch.zeros(1, 256, dtype=torch.int64)
+
+    def resident(field):
+        return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status.read_text())[1])
+
+    with torch.inference_mode():
+        model(ids[:, :8], cache)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+        model(ids, cache)
+    assert resident("VmHWM") - before < 64 << 20

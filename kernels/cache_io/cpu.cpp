@@ -1,0 +1,69 @@
+// Cache entries to bytes and back, and into the rings and pages of a cache.
+#include "../native/common.h"
+
+namespace fiftyfold {
+namespace {
+
+// float32 [..., size] -> uint8 [..., nbytes].
+Tensor pack(const Tensor& input, at::IntArrayRef spec) {
+  const Layout layout(spec);
+  const Tensor x = contiguous_float(input, "pack: x");
+  TORCH_CHECK_VALUE(x.size(-1) == layout.size(), "pack: expected ", layout.size(), " dims, found ", x.size(-1));
+  auto shape = x.sizes().vec();
+  shape.back() = layout.nbytes();
+  Tensor out = at::empty(shape, x.options().dtype(at::kByte));
+  const float* from = x.const_data_ptr<float>();
+  auto* to = out.mutable_data_ptr<uint8_t>();
+  const int64_t size = layout.size(), nbytes = layout.nbytes();
+  parallel_rows(rows_of(x), 4 * size, [&](int64_t r) { pack_row(from + r * size, layout, to + r * nbytes); });
+  return out;
+}
+
+// uint8 [..., nbytes] -> float32 [..., size].
+Tensor unpack(const Tensor& packed, at::IntArrayRef spec) {
+  const Layout layout(spec);
+  const int64_t size = layout.size(), nbytes = layout.nbytes();
+  TORCH_CHECK_VALUE(packed.scalar_type() == at::kByte && packed.size(-1) == nbytes, "unpack: expected uint8 [..., ",
+                    nbytes, "], found ", packed.scalar_type(), " ", packed.sizes());
+  const Tensor rows = packed.contiguous();
+  auto shape = rows.sizes().vec();
+  shape.back() = size;
+  Tensor out = at::empty(shape, rows.options().dtype(at::kFloat));
+  const auto* from = rows.const_data_ptr<uint8_t>();
+  float* to = out.mutable_data_ptr<float>();
+  parallel_rows(rows_of(rows), size, [&](int64_t r) { unpack_row(from + r * nbytes, layout, to + r * size); });
+  return out;
+}
+
+// Write rows [B, n, ...] of any type into ring [B, capacity, ...] before positions `ends`, one for each sequence.
+void write_ring(Tensor& ring, const Tensor& given, at::IntArrayRef ends) {
+  const Tensor rows = given.contiguous();
+  TORCH_CHECK_VALUE(ring.is_contiguous() && ring.dim() == 3 && rows.dim() == 3 && ring.scalar_type() == rows.scalar_type() &&
+                        ring.size(2) == rows.size(2) && ring.size(0) == rows.size(0) &&
+                        static_cast<int64_t>(ends.size()) == rows.size(0) && rows.size(1) <= ring.size(1),
+                    "write_ring: rows ", rows.sizes(), " do not fit ring ", ring.sizes());
+  const int64_t width = rows.size(2) * rows.element_size(), n = rows.size(1), capacity = ring.size(1);
+  auto* to = static_cast<uint8_t*>(ring.mutable_data_ptr());
+  const auto* from = static_cast<const uint8_t*>(rows.const_data_ptr());
+  for (int64_t b = 0; b < rows.size(0); ++b) {
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t place = (ends[b] - n + i) % capacity;
+      std::memcpy(to + (b * capacity + place) * width, from + (b * n + i) * width, width);
+    }
+  }
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fiftyfold, m) {
+  m.def("pack(Tensor x, int[] layout) -> Tensor");
+  m.def("unpack(Tensor packed, int[] layout) -> Tensor");
+  m.def("write_ring(Tensor(a!) ring, Tensor rows, int[] ends) -> ()");
+}
+TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) {
+  m.impl("pack", pack);
+  m.impl("unpack", unpack);
+  m.impl("write_ring", write_ring);
+}
+
+}  // namespace fiftyfold

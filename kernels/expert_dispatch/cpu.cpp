@@ -1,0 +1,119 @@
+// Routing of tokens, and the experts of a few tokens: all time goes into reading the weights of those chosen.
+#include "../native/common.h"
+
+namespace fiftyfold {
+namespace {
+
+// logits float32 [N, E]; bias float32 [E] takes part in the choice only; chosen int64 [N, K] where a table decides.
+// Returns chosen int64 [N, K] and weights float32 [N, K]: sqrt(softplus(logit)), normalized and scaled.
+std::tuple<Tensor, Tensor> route(const Tensor& given, const Tensor& bias, const std::optional<Tensor>& fixed, int64_t k,
+                                 double scale) {
+  const Tensor logits = contiguous_float(given, "route: logits");
+  const int64_t N = rows_of(logits), E = logits.size(-1);
+  TORCH_CHECK_VALUE(k >= 1 && k <= E, "route: cannot choose ", k, " of ", E, " experts");
+  auto shape = logits.sizes().vec();
+  shape.back() = k;
+  Tensor weights = at::empty(shape, logits.options());
+  Tensor chosen = fixed ? fixed->contiguous() : at::empty(shape, logits.options().dtype(at::kLong));
+  TORCH_CHECK_VALUE(chosen.numel() == N * k, "route: chosen ", chosen.sizes(), " does not fit logits ", logits.sizes());
+  const float *z = logits.const_data_ptr<float>(), *b = bias.const_data_ptr<float>();
+  auto* picks = chosen.mutable_data_ptr<int64_t>();
+  float* gains = weights.mutable_data_ptr<float>();
+  at::parallel_for(0, N, std::max<int64_t>(1, kGrain / (32 * E)), [&](int64_t begin, int64_t end) {
+    std::vector<float> affinity(E);
+    std::vector<int64_t> order(E);
+    for (int64_t t = begin; t < end; ++t) {
+      for (int64_t e = 0; e < E; ++e) {
+        const float x = z[t * E + e];
+        affinity[e] = std::sqrt(x > 20.0f ? x : std::log1p(std::exp(x)));  // softplus as PyTorch's
+      }
+      if (!fixed) {
+        for (int64_t e = 0; e < E; ++e) order[e] = e;
+        std::partial_sort(order.begin(), order.begin() + k, order.end(), [&](int64_t i, int64_t j) {
+          const float a = affinity[i] + b[i], c = affinity[j] + b[j];
+          return a != c ? a > c : i < j;
+        });
+        std::copy(order.begin(), order.begin() + k, picks + t * k);
+      }
+      float sum = 0;
+      for (int64_t i = 0; i < k; ++i) sum += affinity[picks[t * k + i]];
+      for (int64_t i = 0; i < k; ++i) {
+        gains[t * k + i] = affinity[picks[t * k + i]] / sum * static_cast<float>(scale);
+      }
+    }
+  });
+  return {chosen, weights};
+}
+
+struct Pick {
+  int64_t expert, token;
+  float gain;
+};
+
+template <typename W>
+void run_experts(const float* x, const std::vector<Pick>& picks, const W* w1, const W* w3, const W* w2, int64_t inner,
+                 int64_t d, float limit, float* out, int64_t tokens) {
+  const int64_t count = static_cast<int64_t>(picks.size());
+  std::vector<float> middle(count * inner);
+  // Picks are in the order of experts, so that tokens that share one read its weights from the cache.
+  parallel_rows(count * inner, 2 * d, [&](int64_t i) {
+    const Pick& pick = picks[i / inner];
+    const int64_t at = (pick.expert * inner + i % inner) * d;
+    const float gate = streamed_dot(x + pick.token * d, w1 + at, d), up = streamed_dot(x + pick.token * d, w3 + at, d);
+    middle[i] = pick.gain * swiglu_of(gate, up, limit);
+  });
+  std::memset(out, 0, tokens * d * sizeof(float));
+  parallel_rows(d, inner * count, [&](int64_t row) {
+    for (int64_t p = 0; p < count; ++p) {
+      const W* w = w2 + (picks[p].expert * d + row) * inner;
+      out[picks[p].token * d + row] += streamed_dot(middle.data() + p * inner, w, inner);
+    }
+  });
+}
+
+// x float32 [N, d], chosen int64 [N, K], weights float32 [N, K] and stacks w1, w3 [E, inner, d] and w2 [E, d, inner],
+// float32 or BF16 -> float32 [N, d].
+Tensor experts(const Tensor& input, const Tensor& chosen, const Tensor& weights, const Tensor& w1, const Tensor& w3,
+               const Tensor& w2, double limit) {
+  const Tensor x = contiguous_float(input, "experts: x");
+  const int64_t E = w1.size(0), inner = w1.size(1), d = w1.size(2), K = chosen.size(-1), N = rows_of(x);
+  TORCH_CHECK_VALUE(x.size(-1) == d && chosen.numel() == N * K && weights.numel() == N * K && w1.is_contiguous() &&
+                        w3.is_contiguous() && w2.is_contiguous() && w1.scalar_type() == w2.scalar_type(),
+                    "experts: x ", x.sizes(), ", chosen ", chosen.sizes(), " and w1 ", w1.sizes(), " do not fit");
+  const Tensor ids = chosen.contiguous(), gains = contiguous_float(weights, "experts: weights");
+  const auto* id = ids.const_data_ptr<int64_t>();
+  const float* gain = gains.const_data_ptr<float>();
+  std::vector<Pick> picks;
+  picks.reserve(N * K);
+  for (int64_t i = 0; i < N * K; ++i) {
+    TORCH_CHECK_INDEX(id[i] >= 0 && id[i] < E, "experts: expert ", id[i], " of ", E);
+    picks.push_back({id[i], i / K, gain[i]});
+  }
+  std::stable_sort(picks.begin(), picks.end(), [](const Pick& a, const Pick& b) { return a.expert < b.expert; });
+  Tensor out = at::empty_like(x);
+  float* to = out.mutable_data_ptr<float>();
+  const float* from = x.const_data_ptr<float>();
+  const float most = static_cast<float>(limit);
+  if (w1.scalar_type() == at::kFloat) {
+    run_experts(from, picks, w1.const_data_ptr<float>(), w3.const_data_ptr<float>(), w2.const_data_ptr<float>(), inner, d,
+                most, to, N);
+  } else {
+    auto half = [](const Tensor& w) { return reinterpret_cast<const uint16_t*>(w.const_data_ptr<BFloat16>()); };
+    run_experts(from, picks, half(w1), half(w3), half(w2), inner, d, most, to, N);
+  }
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fiftyfold, m) {
+  m.def("route(Tensor logits, Tensor bias, Tensor? chosen, int k, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "experts(Tensor x, Tensor chosen, Tensor weights, Tensor w1, Tensor w3, Tensor w2, float limit) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) {
+  m.impl("route", route);
+  m.impl("experts", experts);
+}
+
+}  // namespace fiftyfold

@@ -1,0 +1,465 @@
+// Manifold-constrained hyper-connections, forward and backward: each token's streams are read once a pass.
+//
+// Mixing weights are computed for kLanes tokens side by side, one in each vector lane: a 4 x 4 matrix has too few
+// elements to fill a vector by itself.
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+
+#include "../native/common.h"
+
+namespace fiftyfold {
+namespace {
+
+constexpr int64_t kLanes = 16;
+constexpr int64_t kMaxStreams = 8;
+constexpr int64_t kColumns = 256;  // columns of fn that stay in the first-level cache with a tile of tokens
+
+using Lane = float[kLanes];
+
+struct Shape {
+  int64_t tokens, n, d, weights;
+  int64_t width() const { return n * d; }
+};
+
+Shape shape_of(const Tensor& streams, const Tensor& fn) {
+  TORCH_CHECK_VALUE(streams.scalar_type() == at::kFloat && streams.dim() == 4 && streams.is_contiguous() &&
+                        streams.size(2) <= kMaxStreams && fn.size(-1) == streams.size(2) * streams.size(3),
+                    "hyper_connections: streams ", streams.sizes(), " and fn ", fn.sizes(), " do not fit");
+  return {streams.size(0) * streams.size(1), streams.size(2), streams.size(3), fn.size(0)};
+}
+
+// --- mixing weights of kLanes tokens; matrices are [n * n][kLanes], rows before columns
+
+void divide_by_sums(Lane* matrix, int64_t n, bool over_rows, float eps, Lane* inverse) {
+  const int64_t step = over_rows ? n : 1, line = over_rows ? 1 : n;
+  for (int64_t i = 0; i < n; ++i) {
+    Lane sum;
+    for (int64_t l = 0; l < kLanes; ++l) sum[l] = eps;
+    for (int64_t j = 0; j < n; ++j) {
+      for (int64_t l = 0; l < kLanes; ++l) sum[l] += matrix[i * line + j * step][l];
+    }
+    for (int64_t l = 0; l < kLanes; ++l) inverse[i][l] = 1.0f / sum[l];
+    for (int64_t j = 0; j < n; ++j) {
+      for (int64_t l = 0; l < kLanes; ++l) matrix[i * line + j * step][l] *= inverse[i][l];
+    }
+  }
+}
+
+void softmax_rows(Lane* matrix, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    Lane peak, sum;
+    for (int64_t l = 0; l < kLanes; ++l) peak[l] = matrix[i * n][l], sum[l] = 0;
+    for (int64_t j = 1; j < n; ++j) {
+      for (int64_t l = 0; l < kLanes; ++l) peak[l] = std::max(peak[l], matrix[i * n + j][l]);
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      for (int64_t l = 0; l < kLanes; ++l) {
+        matrix[i * n + j][l] = exp_of(matrix[i * n + j][l] - peak[l]);
+        sum[l] += matrix[i * n + j][l];
+      }
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      for (int64_t l = 0; l < kLanes; ++l) matrix[i * n + j][l] /= sum[l];
+    }
+  }
+}
+
+// Half-step h divides by sums over rows (dim 0) where h is even, over columns where it is odd.
+void sinkhorn(Lane* matrix, int64_t n, int64_t iterations, float eps) {
+  Lane inverse[kMaxStreams];
+  softmax_rows(matrix, n);
+  for (int64_t i = 0; i < n * n; ++i) {
+    for (int64_t l = 0; l < kLanes; ++l) matrix[i][l] += eps;
+  }
+  for (int64_t h = 0; h < 2 * iterations - 1; ++h) divide_by_sums(matrix, n, h % 2 == 0, eps, inverse);
+}
+
+// The gradient of the logits in place of the gradient of sinkhorn's result. The half-steps are computed again.
+void sinkhorn_backward(const Lane* logits, Lane* grad, int64_t n, int64_t iterations, float eps, std::vector<float>& memory) {
+  const int64_t halves = 2 * iterations - 1, size = n * n;
+  memory.resize((halves + 1) * (size + n) * kLanes);
+  auto* kept = reinterpret_cast<Lane*>(memory.data());  // the softmax, then every half-step's result
+  auto* inverse = kept + (halves + 1) * size;
+  std::memcpy(kept, logits, size * sizeof(Lane));
+  softmax_rows(kept, n);
+  for (int64_t h = 0; h < halves; ++h) {
+    Lane *from = kept + h * size, *to = kept + (h + 1) * size;
+    for (int64_t i = 0; i < size; ++i) {
+      for (int64_t l = 0; l < kLanes; ++l) to[i][l] = from[i][l] + (h ? 0.0f : eps);
+    }
+    divide_by_sums(to, n, h % 2 == 0, eps, inverse + h * n);
+  }
+  for (int64_t h = halves; h-- > 0;) {
+    const Lane* result = kept + (h + 1) * size;
+    const int64_t step = h % 2 == 0 ? n : 1, line = h % 2 == 0 ? 1 : n;
+    for (int64_t i = 0; i < n; ++i) {
+      Lane inner;
+      for (int64_t l = 0; l < kLanes; ++l) inner[l] = 0;
+      for (int64_t j = 0; j < n; ++j) {
+        const int64_t at = i * line + j * step;
+        for (int64_t l = 0; l < kLanes; ++l) inner[l] += grad[at][l] * result[at][l];
+      }
+      for (int64_t j = 0; j < n; ++j) {
+        const int64_t at = i * line + j * step;
+        for (int64_t l = 0; l < kLanes; ++l) grad[at][l] = (grad[at][l] - inner[l]) * inverse[h * n + i][l];
+      }
+    }
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    Lane inner;
+    for (int64_t l = 0; l < kLanes; ++l) inner[l] = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      for (int64_t l = 0; l < kLanes; ++l) inner[l] += grad[i * n + j][l] * kept[i * n + j][l];
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      for (int64_t l = 0; l < kLanes; ++l) grad[i * n + j][l] = (grad[i * n + j][l] - inner[l]) * kept[i * n + j][l];
+    }
+  }
+}
+
+// Which of the three scales weight w belongs to: pre, post, comb.
+inline int64_t kind_of(int64_t w, int64_t n) { return w < n ? 0 : (w < 2 * n ? 1 : 2); }
+
+// Logits of the weights [weights][kLanes] of `count` tokens from `first` on: raw / rms * scale + base.
+void logits_of(const float* raw, const float* inverse_rms, const float* scale, const float* base, const Shape& s,
+               int64_t first, int64_t count, Lane* logits) {
+  for (int64_t w = 0; w < s.weights; ++w) {
+    const float gain = scale[kind_of(w, s.n)];
+    for (int64_t l = 0; l < kLanes; ++l) {
+      const int64_t t = first + std::min(l, count - 1);
+      logits[w][l] = raw[t * s.weights + w] * inverse_rms[t] * gain + base[w];
+    }
+  }
+}
+
+// raw [tokens, weights]: fn times every token's streams side by side; and the inverse root mean square [tokens].
+std::pair<Tensor, Tensor> normalized_product(const Tensor& streams, const Tensor& fn, const Shape& s, float norm_eps) {
+  const Tensor flat = streams.view({s.tokens, s.width()});
+  Tensor inverse_rms = at::empty({s.tokens}, streams.options());
+  const float* x = flat.const_data_ptr<float>();
+  float* rms = inverse_rms.mutable_data_ptr<float>();
+  auto normalize = [&](int64_t t) {
+    const float mean = sum_of_squares(x + t * s.width(), s.width()) / static_cast<float>(s.width());
+    rms[t] = 1.0f / std::sqrt(mean + norm_eps);
+  };
+  if (s.tokens > 8) {
+    parallel_rows(s.tokens, s.width(), normalize);
+    return {at::mm(flat, fn.t()), inverse_rms};
+  }
+  Tensor raw = at::empty({s.tokens, s.weights}, streams.options());
+  const float* w = fn.const_data_ptr<float>();
+  float* out = raw.mutable_data_ptr<float>();
+  for (int64_t t = 0; t < s.tokens; ++t) normalize(t);
+  for (int64_t t = 0; t < s.tokens; ++t) {
+    int64_t i = 0;
+    for (; i + 4 <= s.weights; i += 4) dot4(x + t * s.width(), w + i * s.width(), s.width(), s.width(), out + t * s.weights + i);
+    for (; i < s.weights; ++i) out[t * s.weights + i] = dot(x + t * s.width(), w + i * s.width(), s.width());
+  }
+  return {raw, inverse_rms};
+}
+
+void collapse(const float* streams, const Lane* pre, int64_t lane, const Shape& s, float* out) {
+  for (int64_t i = 0; i < s.d; ++i) out[i] = pre[0][lane] * streams[i];
+  for (int64_t j = 1; j < s.n; ++j) {
+    const float weight = pre[j][lane];
+    const float* stream = streams + j * s.d;
+    for (int64_t i = 0; i < s.d; ++i) out[i] += weight * stream[i];
+  }
+}
+
+int64_t tiles_of(const Shape& s) { return (s.tokens + kLanes - 1) / kLanes; }
+
+// The way into a block: its input [B, S, d], post [B, S, n], comb [B, S, n, n], and for the backward pass the raw
+// product [tokens, 2n + n * n] and the inverse root mean square [tokens].
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> enter(const Tensor& streams, const Tensor& fn, const Tensor& scale,
+                                                        const Tensor& base, int64_t iterations, double eps,
+                                                        double norm_eps) {
+  const Shape s = shape_of(streams, fn);
+  TORCH_CHECK_VALUE(s.weights == 2 * s.n + s.n * s.n, "hyper_connections: fn has ", s.weights, " rows");
+  auto [raw, inverse_rms] = normalized_product(streams, fn, s, static_cast<float>(norm_eps));
+  const int64_t B = streams.size(0), S = streams.size(1);
+  Tensor x = at::empty({B, S, s.d}, streams.options()), post = at::empty({B, S, s.n}, streams.options());
+  Tensor comb = at::empty({B, S, s.n, s.n}, streams.options());
+  const float *product = raw.const_data_ptr<float>(), *rms = inverse_rms.const_data_ptr<float>();
+  const float *gains = scale.const_data_ptr<float>(), *biases = base.const_data_ptr<float>();
+  const float* from = streams.const_data_ptr<float>();
+  float *to = x.mutable_data_ptr<float>(), *posts = post.mutable_data_ptr<float>(), *combs = comb.mutable_data_ptr<float>();
+  const float small = static_cast<float>(eps);
+  parallel_rows(tiles_of(s), kLanes * (s.width() + 2000), [&](int64_t tile) {
+    const int64_t first = tile * kLanes, count = std::min(kLanes, s.tokens - first);
+    Lane weights[2 * kMaxStreams + kMaxStreams * kMaxStreams];
+    logits_of(product, rms, gains, biases, s, first, count, weights);
+    for (int64_t w = 0; w < s.n; ++w) {
+      for (int64_t l = 0; l < kLanes; ++l) weights[w][l] = sigmoid(weights[w][l]) + small;
+    }
+    for (int64_t w = s.n; w < 2 * s.n; ++w) {
+      for (int64_t l = 0; l < kLanes; ++l) weights[w][l] = 2.0f * sigmoid(weights[w][l]);
+    }
+    sinkhorn(weights + 2 * s.n, s.n, iterations, small);
+    for (int64_t l = 0; l < count; ++l) {
+      const int64_t t = first + l;
+      for (int64_t w = 0; w < s.n; ++w) posts[t * s.n + w] = weights[s.n + w][l];
+      for (int64_t w = 0; w < s.n * s.n; ++w) combs[t * s.n * s.n + w] = weights[2 * s.n + w][l];
+      collapse(from + t * s.width(), weights, l, s, to + t * s.d);
+    }
+  });
+  return {x, post, comb, raw, inverse_rms};
+}
+
+// Streams [B, S, n, d] to [B, S, d] by weights from fn [n, n * d], scale [1] and base [n].
+Tensor head(const Tensor& streams, const Tensor& fn, const Tensor& scale, const Tensor& base, double eps, double norm_eps) {
+  const Shape s = shape_of(streams, fn);
+  auto [raw, inverse_rms] = normalized_product(streams, fn, s, static_cast<float>(norm_eps));
+  Tensor x = at::empty({streams.size(0), streams.size(1), s.d}, streams.options());
+  const float *product = raw.const_data_ptr<float>(), *rms = inverse_rms.const_data_ptr<float>();
+  const float *gains = scale.const_data_ptr<float>(), *biases = base.const_data_ptr<float>();
+  const float* from = streams.const_data_ptr<float>();
+  float* to = x.mutable_data_ptr<float>();
+  parallel_rows(tiles_of(s), kLanes * s.width(), [&](int64_t tile) {
+    const int64_t first = tile * kLanes, count = std::min(kLanes, s.tokens - first);
+    Lane weights[kMaxStreams];
+    logits_of(product, rms, gains, biases, s, first, count, weights);
+    for (int64_t w = 0; w < s.n; ++w) {
+      for (int64_t l = 0; l < kLanes; ++l) weights[w][l] = sigmoid(weights[w][l]) + static_cast<float>(eps);
+    }
+    for (int64_t l = 0; l < count; ++l) collapse(from + (first + l) * s.width(), weights, l, s, to + (first + l) * s.d);
+  });
+  return x;
+}
+
+// Gradients of streams, fn, scale and base from those of x [B, S, d], post, comb and, where something later used the
+// streams, `later` [B, S, n, d].
+std::tuple<Tensor, Tensor, Tensor, Tensor> enter_backward(
+    const Tensor& grad_x, const Tensor& grad_post, const Tensor& grad_comb, const std::optional<Tensor>& later,
+    const Tensor& streams, const Tensor& fn, const Tensor& scale, const Tensor& base, const Tensor& raw,
+    const Tensor& inverse_rms, int64_t iterations, double eps) {
+  const Shape s = shape_of(streams, fn);
+  const int64_t n = s.n, D = s.width(), tiles = tiles_of(s);
+  Tensor grad_streams = at::empty_like(streams), grad_raw = at::empty_like(raw);
+  // One row for every tile, added up in order afterwards: the sums do not depend on the threads.
+  Tensor partial = at::zeros({tiles, s.weights + 3}, streams.options());
+  const float *product = raw.const_data_ptr<float>(), *rms = inverse_rms.const_data_ptr<float>();
+  const float *gains = scale.const_data_ptr<float>(), *biases = base.const_data_ptr<float>();
+  const float *x = streams.const_data_ptr<float>(), *f = fn.const_data_ptr<float>(), *gx = grad_x.const_data_ptr<float>();
+  const float *gpost = grad_post.const_data_ptr<float>(), *gcomb = grad_comb.const_data_ptr<float>();
+  const float* after = later ? later->const_data_ptr<float>() : nullptr;
+  float *out = grad_streams.mutable_data_ptr<float>(), *graw = grad_raw.mutable_data_ptr<float>();
+  float* sums = partial.mutable_data_ptr<float>();
+  const float small = static_cast<float>(eps);
+  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> memory;
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = tile * kLanes, count = std::min(kLanes, s.tokens - first);
+      Lane logits[2 * kMaxStreams + kMaxStreams * kMaxStreams], grad[2 * kMaxStreams + kMaxStreams * kMaxStreams];
+      Lane pre[kMaxStreams];
+      logits_of(product, rms, gains, biases, s, first, count, logits);
+      for (int64_t l = 0; l < kLanes; ++l) {
+        const int64_t t = first + std::min(l, count - 1);
+        for (int64_t j = 0; j < n; ++j) {
+          grad[j][l] = dot(gx + t * s.d, x + t * D + j * s.d, s.d);
+          grad[n + j][l] = gpost[t * n + j];
+        }
+        for (int64_t j = 0; j < n * n; ++j) grad[2 * n + j][l] = gcomb[t * n * n + j];
+      }
+      for (int64_t w = 0; w < 2 * n; ++w) {
+        for (int64_t l = 0; l < kLanes; ++l) {
+          const float gate = sigmoid(logits[w][l]);
+          if (w < n) pre[w][l] = gate + small;
+          grad[w][l] *= (w < n ? 1.0f : 2.0f) * gate * (1.0f - gate);
+        }
+      }
+      sinkhorn_backward(logits + 2 * n, grad + 2 * n, n, iterations, small, memory);
+      float* own = sums + tile * (s.weights + 3);
+      Lane through_norm;
+      for (int64_t l = 0; l < kLanes; ++l) through_norm[l] = 0;
+      for (int64_t w = 0; w < s.weights; ++w) {
+        const int64_t kind = kind_of(w, n);
+        for (int64_t l = 0; l < count; ++l) {
+          const int64_t t = first + l;
+          const float value = product[t * s.weights + w];
+          own[w] += grad[w][l];
+          own[s.weights + kind] += grad[w][l] * value * rms[t];
+          const float scaled = grad[w][l] * gains[kind];
+          through_norm[l] += scaled * value;
+          graw[t * s.weights + w] = scaled * rms[t];
+        }
+      }
+      for (int64_t column = 0; column < D; column += kColumns) {
+        for (int64_t l = 0; l < count; ++l) {
+          const int64_t t = first + l;
+          const float shrink = -through_norm[l] * rms[t] * rms[t] * rms[t] / static_cast<float>(D);
+          const float* g = graw + t * s.weights;
+          // A piece of columns lies in one stream or reaches into the next.
+          for (int64_t c = column; c < std::min(D, column + kColumns);) {
+            const int64_t j = c / s.d, stop = std::min({D, column + kColumns, (j + 1) * s.d});
+            const float weight = pre[j][l];
+            const float *own_x = x + t * D, *own_g = gx + t * s.d - j * s.d;
+            float* to = out + t * D;
+            for (int64_t i = c; i < stop; ++i) to[i] = shrink * own_x[i] + weight * own_g[i];
+            if (after) {
+              for (int64_t i = c; i < stop; ++i) to[i] += after[t * D + i];
+            }
+            int64_t w = 0;
+            for (; w + 4 <= s.weights; w += 4) {
+              const float *f0 = f + w * D, *f1 = f0 + D, *f2 = f1 + D, *f3 = f2 + D;
+              const float g0 = g[w], g1 = g[w + 1], g2 = g[w + 2], g3 = g[w + 3];
+              for (int64_t i = c; i < stop; ++i) to[i] += g0 * f0[i] + g1 * f1[i] + g2 * f2[i] + g3 * f3[i];
+            }
+            for (; w < s.weights; ++w) {
+              for (int64_t i = c; i < stop; ++i) to[i] += g[w] * f[w * D + i];
+            }
+            c = stop;
+          }
+        }
+      }
+    }
+  });
+  const Tensor totals = partial.sum(0);
+  const Tensor grad_fn = at::mm(grad_raw.t(), streams.view({s.tokens, D}));
+  return {grad_streams, grad_fn, totals.slice(0, s.weights), totals.slice(0, 0, s.weights)};
+}
+
+// out[k] = sum_j comb[j, k] streams[j] + post[k] output, for output float32 or BF16 [B, S, d].
+template <int64_t N, typename T>
+void expand_token(const float* x, const float* comb, const float* post, const T* output, int64_t n, int64_t d, float* out) {
+  const int64_t count = N ? N : n;
+  for (int64_t k = 0; k < count; ++k) {
+    float* to = out + k * d;
+    if constexpr (N == 4) {
+      const float c0 = comb[k], c1 = comb[4 + k], c2 = comb[8 + k], c3 = comb[12 + k], p = post[k];
+      const float *x0 = x, *x1 = x + d, *x2 = x + 2 * d, *x3 = x + 3 * d;
+      for (int64_t i = 0; i < d; ++i) to[i] = c0 * x0[i] + c1 * x1[i] + c2 * x2[i] + c3 * x3[i] + p * widen(output[i]);
+    } else {
+      for (int64_t i = 0; i < d; ++i) to[i] = post[k] * widen(output[i]);
+      for (int64_t j = 0; j < count; ++j) {
+        for (int64_t i = 0; i < d; ++i) to[i] += comb[j * count + k] * x[j * d + i];
+      }
+    }
+  }
+}
+
+template <typename T>
+void expand_all(const Tensor& streams, const Tensor& comb, const Tensor& post, const T* output, Tensor& out) {
+  const int64_t n = streams.size(2), d = streams.size(3), tokens = streams.size(0) * streams.size(1);
+  const float *x = streams.const_data_ptr<float>(), *c = comb.const_data_ptr<float>(), *p = post.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  parallel_rows(tokens, 4 * n * d, [&](int64_t t) {
+    auto run = n == 4 ? expand_token<4, T> : expand_token<0, T>;
+    run(x + t * n * d, c + t * n * n, p + t * n, output + t * d, n, d, to + t * n * d);
+  });
+}
+
+void check_expand(const Tensor& streams, const Tensor& comb, const Tensor& post, const Tensor& output) {
+  const int64_t n = streams.size(2), tokens = streams.size(0) * streams.size(1);
+  TORCH_CHECK_VALUE(streams.is_contiguous() && comb.is_contiguous() && post.is_contiguous() && output.is_contiguous() &&
+                        comb.numel() == tokens * n * n && post.numel() == tokens * n &&
+                        output.numel() == tokens * streams.size(3) &&
+                        (output.scalar_type() == at::kFloat || output.scalar_type() == at::kBFloat16),
+                    "hyper_connections: streams ", streams.sizes(), " and output ", output.sizes(), " do not fit");
+}
+
+Tensor expand(const Tensor& streams, const Tensor& comb, const Tensor& post, const Tensor& output) {
+  check_expand(streams, comb, post, output);
+  Tensor out = at::empty_like(streams);
+  if (output.scalar_type() == at::kFloat) {
+    expand_all(streams, comb, post, output.const_data_ptr<float>(), out);
+  } else {
+    expand_all(streams, comb, post, reinterpret_cast<const uint16_t*>(output.const_data_ptr<BFloat16>()), out);
+  }
+  return out;
+}
+
+template <int64_t N, typename T>
+void expand_token_backward(const float* g, const float* x, const float* comb, const float* post, const T* output, int64_t n,
+                           int64_t d, float* grad_x, float* grad_comb, float* grad_post, float* grad_output) {
+  const int64_t count = N ? N : n;
+  for (int64_t j = 0; j < count; ++j) {
+    const float* row = x + j * d;
+    float* to = grad_x + j * d;
+    if constexpr (N == 4) {
+      const float c0 = comb[4 * j], c1 = comb[4 * j + 1], c2 = comb[4 * j + 2], c3 = comb[4 * j + 3];
+      const float *g0 = g, *g1 = g + d, *g2 = g + 2 * d, *g3 = g + 3 * d;
+      float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+      for (int64_t i = 0; i < d; ++i) {
+        s0 += row[i] * g0[i], s1 += row[i] * g1[i], s2 += row[i] * g2[i], s3 += row[i] * g3[i];
+        to[i] = c0 * g0[i] + c1 * g1[i] + c2 * g2[i] + c3 * g3[i];
+      }
+      grad_comb[4 * j] = s0, grad_comb[4 * j + 1] = s1, grad_comb[4 * j + 2] = s2, grad_comb[4 * j + 3] = s3;
+    } else {
+      for (int64_t i = 0; i < d; ++i) to[i] = 0;
+      for (int64_t k = 0; k < count; ++k) {
+        grad_comb[j * count + k] = dot(row, g + k * d, d);
+        for (int64_t i = 0; i < d; ++i) to[i] += comb[j * count + k] * g[k * d + i];
+      }
+    }
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    const float weight = post[k];
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < d; ++i) {
+      sum += g[k * d + i] * widen(output[i]);
+      grad_output[i] = (k ? grad_output[i] : 0.0f) + weight * g[k * d + i];
+    }
+    grad_post[k] = sum;
+  }
+}
+
+template <typename T>
+void expand_all_backward(const Tensor& grad, const Tensor& streams, const Tensor& comb, const Tensor& post, const T* output,
+                         Tensor& grad_streams, Tensor& grad_comb, Tensor& grad_post, Tensor& grad_output) {
+  const int64_t n = streams.size(2), d = streams.size(3), tokens = streams.size(0) * streams.size(1);
+  const float *g = grad.const_data_ptr<float>(), *x = streams.const_data_ptr<float>();
+  const float *c = comb.const_data_ptr<float>(), *p = post.const_data_ptr<float>();
+  float *gs = grad_streams.mutable_data_ptr<float>(), *gc = grad_comb.mutable_data_ptr<float>();
+  float *gp = grad_post.mutable_data_ptr<float>(), *go = grad_output.mutable_data_ptr<float>();
+  parallel_rows(tokens, 10 * n * d, [&](int64_t t) {
+    auto run = n == 4 ? expand_token_backward<4, T> : expand_token_backward<0, T>;
+    run(g + t * n * d, x + t * n * d, c + t * n * n, p + t * n, output + t * d, n, d, gs + t * n * d, gc + t * n * n,
+        gp + t * n, go + t * d);
+  });
+}
+
+// Gradients of streams, comb, post and (float32) output.
+std::tuple<Tensor, Tensor, Tensor, Tensor> expand_backward(const Tensor& upstream, const Tensor& streams, const Tensor& comb,
+                                                          const Tensor& post, const Tensor& output) {
+  check_expand(streams, comb, post, output);
+  const Tensor grad = contiguous_float(upstream, "hyper_connections: grad");
+  Tensor grad_streams = at::empty_like(streams), grad_comb = at::empty_like(comb), grad_post = at::empty_like(post);
+  Tensor grad_output = at::empty(output.sizes(), streams.options());
+  if (output.scalar_type() == at::kFloat) {
+    expand_all_backward(grad, streams, comb, post, output.const_data_ptr<float>(), grad_streams, grad_comb, grad_post,
+                        grad_output);
+  } else {
+    expand_all_backward(grad, streams, comb, post, reinterpret_cast<const uint16_t*>(output.const_data_ptr<BFloat16>()),
+                        grad_streams, grad_comb, grad_post, grad_output);
+  }
+  return {grad_streams, grad_comb, grad_post, grad_output};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fiftyfold, m) {
+  m.def(
+      "hc_enter(Tensor streams, Tensor fn, Tensor scale, Tensor base, int iterations, float eps, float norm_eps) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "hc_enter_backward(Tensor grad_x, Tensor grad_post, Tensor grad_comb, Tensor? later, Tensor streams, Tensor fn, "
+      "Tensor scale, Tensor base, Tensor raw, Tensor inverse_rms, int iterations, float eps) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+  m.def("hc_head(Tensor streams, Tensor fn, Tensor scale, Tensor base, float eps, float norm_eps) -> Tensor");
+  m.def("hc_expand(Tensor streams, Tensor comb, Tensor post, Tensor output) -> Tensor");
+  m.def(
+      "hc_expand_backward(Tensor grad, Tensor streams, Tensor comb, Tensor post, Tensor output) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
+}
+TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) {
+  m.impl("hc_enter", enter);
+  m.impl("hc_enter_backward", enter_backward);
+  m.impl("hc_head", head);
+  m.impl("hc_expand", expand);
+  m.impl("hc_expand_backward", expand_backward);
+}
+
+}  // namespace fiftyfold

@@ -1,0 +1,34 @@
+"""Selection straight from packed keys by a native operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels import native
+from kernels.autocast import cast, detached
+from kernels.cache_io import EntryLayout, Pages
+
+
+def index_topk(
+    query: Tensor,
+    keys: Pages,
+    layout: EntryLayout,
+    head_weights: Tensor,
+    visible: Tensor,
+    k: int,
+    dtype: torch.dtype = torch.float32,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """:func:`kernels.index_topk.streamed.index_topk`. Every score is summed up on its own: batch-invariant as it is."""
+    return native.op("index_topk")(
+        cast(detached(query), torch.float32),
+        cast(detached(head_weights), torch.float32),
+        keys.storage,
+        keys.numbers,
+        keys.per_page,
+        visible,
+        k,
+        layout.spec,
+        dtype == torch.bfloat16,
+    )

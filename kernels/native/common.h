@@ -1,0 +1,345 @@
+// Helpers shared by the native CPU operators: checks, parallel loops, dot products and number formats.
+//
+// The same sources are compiled once per instruction set (see build.py). Loops are written so that the compiler
+// vectorizes them; `#pragma omp simd reduction` permits reordering a sum, and nothing else is reordered.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/util/BFloat16.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+namespace fiftyfold {
+
+using at::Tensor;
+using c10::BFloat16;
+
+constexpr int64_t kGrain = 1 << 15;  // elements of simple work worth handing to another thread
+
+inline Tensor contiguous_float(const Tensor& x, const char* name) {
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat, name, ": expected float32, found ", x.scalar_type());
+  return x.contiguous();
+}
+
+inline int64_t rows_of(const Tensor& x) { return x.size(-1) ? x.numel() / x.size(-1) : 0; }
+
+// Run f(i) for i in [0, n), each worth `cost` elements of simple work.
+template <typename F>
+void parallel_rows(int64_t n, int64_t cost, F f) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cost));
+  if (n <= grain) {
+    for (int64_t i = 0; i < n; ++i) f(i);
+    return;
+  }
+  at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
+// --- bits
+
+inline uint32_t bits_of(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  return u;
+}
+
+inline float float_of(uint32_t u) {
+  float x;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
+
+inline float widen(float x) { return x; }
+inline float widen(uint16_t bf16) { return float_of(static_cast<uint32_t>(bf16) << 16); }
+
+inline uint16_t round_to_bf16(float x) {
+  const uint32_t u = bits_of(x);
+  if (x != x) return 0x7FC0;
+  return static_cast<uint16_t>((u + 0x7FFF + ((u >> 16) & 1)) >> 16);
+}
+
+// --- sums
+
+template <typename W>
+inline float dot(const float* __restrict x, const W* __restrict w, int64_t n) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += x[i] * widen(w[i]);
+  return sum;
+}
+
+using Floats = float __attribute__((vector_size(64)));
+using Words = uint32_t __attribute__((vector_size(64)));
+using Halves = uint16_t __attribute__((vector_size(32)));
+
+inline Floats load16(const float* p) {
+  Floats v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+inline Floats load16(const uint16_t* bf16) {
+  Halves halves;
+  std::memcpy(&halves, bf16, sizeof(halves));
+  const Words words = __builtin_convertvector(halves, Words) << 16;
+  Floats v;
+  std::memcpy(&v, &words, sizeof(v));
+  return v;
+}
+
+inline float sum_of(Floats v) {
+  float lanes[16];
+  std::memcpy(lanes, &v, sizeof(v));
+  for (int64_t half = 8; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+// One row of a matrix that comes from memory row after row: what lies kAhead bytes further is fetched meanwhile, since
+// rows are too short for the processor to notice a stream.
+template <typename W>
+inline float streamed_dot(const float* __restrict x, const W* __restrict w, int64_t n) {
+  constexpr int64_t kAhead = 2048;
+  Floats s0 = {}, s1 = {}, s2 = {}, s3 = {};
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64) {
+    for (int64_t line = 0; line < static_cast<int64_t>(64 * sizeof(W)); line += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead + line);
+    }
+    s0 += load16(x + i) * load16(w + i);
+    s1 += load16(x + i + 16) * load16(w + i + 16);
+    s2 += load16(x + i + 32) * load16(w + i + 32);
+    s3 += load16(x + i + 48) * load16(w + i + 48);
+  }
+  for (; i + 16 <= n; i += 16) s0 += load16(x + i) * load16(w + i);
+  float sum = sum_of((s0 + s1) + (s2 + s3));
+  for (; i < n; ++i) sum += x[i] * widen(w[i]);
+  return sum;
+}
+
+// Four rows of a matrix at once, `stride` elements apart: their sums hide each other's latency and share x.
+template <typename W>
+inline void dot4(const float* __restrict x, const W* __restrict w, int64_t stride, int64_t n, float* __restrict out) {
+  const W *w0 = w, *w1 = w + stride, *w2 = w + 2 * stride, *w3 = w + 3 * stride;
+  float s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+  for (int64_t i = 0; i < n; ++i) {
+    s0 += x[i] * widen(w0[i]);
+    s1 += x[i] * widen(w1[i]);
+    s2 += x[i] * widen(w2[i]);
+    s3 += x[i] * widen(w3[i]);
+  }
+  out[0] = s0, out[1] = s1, out[2] = s2, out[3] = s3;
+}
+
+inline float sum_of_squares(const float* x, int64_t n) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += x[i] * x[i];
+  return sum;
+}
+
+// NaN where there is one, as torch.amax: its bits are the largest.
+inline float largest_magnitude(const float* x, int64_t n) {
+  uint32_t most = 0;
+#pragma omp simd reduction(max : most)
+  for (int64_t i = 0; i < n; ++i) most = std::max(most, bits_of(x[i]) & 0x7FFFFFFFu);
+  return float_of(most);
+}
+
+// exp(x) to about one unit in the last place, without a branch (Cephes' polynomial). 0 below -87.3, and at -inf.
+inline float exp_of(float x) {
+  const float clamped = std::min(88.3762626647949f, std::max(-87.3365447505f, x));
+  const float n = std::nearbyint(clamped * 1.44269504088896341f);
+  const float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const float scale = float_of(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
+  return x < -87.3365447505f ? 0.0f : p * scale;
+}
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + exp_of(-x)); }
+
+// silu(gate) * up, clamped (kernels/swiglu).
+inline float swiglu_of(float gate, float up, float limit) {
+  const float g = std::min(gate, limit);
+  return g * sigmoid(g) * std::min(limit, std::max(-limit, up));
+}
+
+// --- number formats; see kernels/formats.py, whose bits these have
+
+enum Format : int64_t { kFp32 = 0, kBf16 = 1, kFp8 = 2, kFp4 = 3 };
+
+inline uint8_t e8m0_from_amax(float amax, float grid_max, float floor) {
+  const uint32_t u = bits_of(std::max(amax, floor) / grid_max);
+  const int32_t exponent = static_cast<int32_t>(u >> 23) + ((u & 0x7FFFFF) != 0);
+  return static_cast<uint8_t>(std::min(254, std::max(1, exponent)));
+}
+
+inline float e8m0_to_float(uint8_t exponent) {
+  return float_of(std::max<uint32_t>(static_cast<uint32_t>(exponent) << 23, 1u << 22));
+}
+
+inline uint8_t to_e4m3(float x) {  // round to nearest even, saturating at 448
+  const uint32_t sign = (bits_of(x) >> 24) & 0x80;
+  const float a = std::min(std::fabs(x), 448.0f);
+  const uint32_t u = bits_of(a);
+  const uint32_t normal = ((u + 0x7FFFF + ((u >> 20) & 1)) >> 20) - (120 << 3);
+  const uint32_t subnormal = static_cast<uint32_t>(static_cast<int32_t>(std::nearbyint(a * 512.0f)));
+  const uint32_t code = a < 0.015625f ? subnormal : normal;
+  return static_cast<uint8_t>(sign | (x != x ? 0x7F : code));
+}
+
+inline float from_e4m3(uint8_t code) {
+  const uint32_t magnitude = static_cast<uint32_t>(code & 0x7F) << 20;
+  const float normal = float_of(magnitude + (120u << 23));
+  const float subnormal = float_of(magnitude + (121u << 23)) - 0.015625f;
+  const float a = (code & 0x78) ? normal : subnormal;
+  return float_of(bits_of(a) | (static_cast<uint32_t>(code & 0x80) << 24));
+}
+
+inline float round_to_e2m1(float x) {
+  const float a = std::min(std::fabs(x), 6.0f);
+  const float step = a < 2.0f ? 0.5f : (a < 4.0f ? 1.0f : 2.0f);
+  return std::copysign(std::nearbyint(a / step) * step, x);
+}
+
+inline uint8_t to_e2m1(float on_grid) {
+  const float a = std::fabs(on_grid);
+  const float code = a <= 2.0f ? a * 2.0f : (a < 6.0f ? a + 2.0f : 7.0f);
+  return static_cast<uint8_t>(static_cast<int32_t>(code) | ((bits_of(on_grid) >> 28) & 8));
+}
+
+inline float from_e2m1(uint32_t code) {
+  const uint32_t exponent = (code >> 1) & 3, mantissa = code & 1;
+  const float a = exponent ? float_of(((exponent + 126) << 23) | (mantissa << 22)) : 0.5f * static_cast<float>(mantissa);
+  return float_of(bits_of(a) | ((code & 8) << 28));
+}
+
+// One packed row: [ body | rope | E8M0 scales | padding ], as kernels.cache_io.EntryLayout lays it out.
+struct Layout {
+  int64_t body, body_format, rope, rope_format, block, scales, body_bytes, rope_bytes;
+
+  explicit Layout(at::IntArrayRef spec) {
+    TORCH_CHECK_VALUE(spec.size() == 4, "layout: expected body, its format, rope and its format");
+    body = spec[0], body_format = spec[1], rope = spec[2], rope_format = spec[3];
+    block = std::min<int64_t>(body_format == kFp4 ? 32 : 64, body);
+    scales = body_format >= kFp8 ? (body + block - 1) / block : 0;
+    body_bytes = bytes(body, body_format), rope_bytes = bytes(rope, rope_format);
+  }
+
+  static int64_t bytes(int64_t n, int64_t format) {
+    return format == kFp32 ? 4 * n : format == kBf16 ? 2 * n : format == kFp8 ? n : n / 2;
+  }
+
+  int64_t size() const { return body + rope; }
+
+  int64_t nbytes() const {
+    const int64_t used = body_bytes + rope_bytes + scales;
+    const int64_t unit = body_format == kFp32 || rope_format == kFp32 ? 4 : 2;
+    return (used + unit - 1) / unit * unit;
+  }
+};
+
+inline void unpack_plain(const uint8_t* row, int64_t n, int64_t format, float* out) {
+  if (format == kFp32) {
+    std::memcpy(out, row, 4 * n);
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    uint16_t half;
+    std::memcpy(&half, row + 2 * i, 2);
+    out[i] = widen(half);
+  }
+}
+
+inline void unpack_row(const uint8_t* __restrict row, const Layout& layout, float* __restrict out) {
+  const uint8_t* scales = row + layout.body_bytes + layout.rope_bytes;
+  if (layout.body_format < kFp8) {
+    unpack_plain(row, layout.body, layout.body_format, out);
+  } else {
+    for (int64_t b = 0; b < layout.scales; ++b) {
+      const int64_t begin = b * layout.block, end = std::min(layout.body, begin + layout.block);
+      const float scale = e8m0_to_float(scales[b]);
+      if (layout.body_format == kFp8) {
+#pragma omp simd
+        for (int64_t i = begin; i < end; ++i) out[i] = from_e4m3(row[i]) * scale;
+      } else {
+#pragma omp simd
+        for (int64_t i = begin / 2; i < end / 2; ++i) {
+          out[2 * i] = from_e2m1(row[i] & 15) * scale;
+          out[2 * i + 1] = from_e2m1(row[i] >> 4) * scale;
+        }
+      }
+    }
+  }
+  if (layout.rope) unpack_plain(row + layout.body_bytes, layout.rope, layout.rope_format, out + layout.body);
+}
+
+inline void pack_plain(const float* x, int64_t n, int64_t format, uint8_t* row) {
+  if (format == kFp32) {
+    std::memcpy(row, x, 4 * n);
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const uint16_t half = round_to_bf16(x[i]);
+    std::memcpy(row + 2 * i, &half, 2);
+  }
+}
+
+inline void pack_row(const float* __restrict x, const Layout& layout, uint8_t* __restrict row) {
+  uint8_t* scales = row + layout.body_bytes + layout.rope_bytes;
+  if (layout.body_format < kFp8) {
+    pack_plain(x, layout.body, layout.body_format, row);
+  } else {
+    const bool fp8 = layout.body_format == kFp8;
+    for (int64_t b = 0; b < layout.scales; ++b) {
+      const int64_t begin = b * layout.block, end = std::min(layout.body, begin + layout.block);
+      const float amax = largest_magnitude(x + begin, end - begin);
+      scales[b] = fp8 ? e8m0_from_amax(amax, 448.0f, 1e-4f) : e8m0_from_amax(amax, 6.0f, 6.0f * 0x1p-126f);
+      const float scale = e8m0_to_float(scales[b]);
+      if (fp8) {
+#pragma omp simd
+        for (int64_t i = begin; i < end; ++i) row[i] = to_e4m3(x[i] / scale);
+      } else {
+        for (int64_t i = begin / 2; i < end / 2; ++i) {
+          const uint8_t low = to_e2m1(round_to_e2m1(x[2 * i] / scale));
+          row[i] = low | static_cast<uint8_t>(to_e2m1(round_to_e2m1(x[2 * i + 1] / scale)) << 4);
+        }
+      }
+    }
+  }
+  if (layout.rope) pack_plain(x + layout.body, layout.rope, layout.rope_format, row + layout.body_bytes);
+  const int64_t used = layout.body_bytes + layout.rope_bytes + layout.scales;
+  std::memset(row + used, 0, layout.nbytes() - used);
+}
+
+// Rows of a sequence that lie in pages of a shared storage: entry i is row i % per_page of page pages[i / per_page].
+struct Pages {
+  const uint8_t* storage;
+  const int64_t* pages;
+  int64_t per_page, nbytes;
+
+  const uint8_t* row(int64_t entry) const {
+    return storage + (pages[entry / per_page] * per_page + entry % per_page) * nbytes;
+  }
+};
+
+}  // namespace fiftyfold

@@ -1,0 +1,13 @@
+// All native CPU operators as one translation unit, compiled once per instruction set.
+#include "../cache_io/cpu.cpp"
+#include "../compress/cpu.cpp"
+#include "../expert_dispatch/cpu.cpp"
+#include "../hyper_connections/cpu.cpp"
+#include "../index_topk/cpu.cpp"
+#include "../linear/cpu.cpp"
+#include "../quantize/cpu.cpp"
+#include "../rms_norm/cpu.cpp"
+#include "../rotary/cpu.cpp"
+#include "../sparse_attention/cpu.cpp"
+#include "../swiglu/cpu.cpp"
+#include "memory.cpp"

@@ -1,0 +1,88 @@
+// Rounding to a storage format, and the Hadamard rotation.
+#include "../native/common.h"
+
+namespace fiftyfold {
+namespace {
+
+void round_block(const float* x, int64_t n, int64_t format, float* out) {
+  const bool fp8 = format == kFp8;
+  const float amax = largest_magnitude(x, n);
+  const float scale =
+      e8m0_to_float(fp8 ? e8m0_from_amax(amax, 448.0f, 1e-4f) : e8m0_from_amax(amax, 6.0f, 6.0f * 0x1p-126f));
+  if (fp8) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = from_e4m3(to_e4m3(x[i] / scale)) * scale;
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = round_to_e2m1(x[i] / scale) * scale;
+  }
+}
+
+void round_row(const float* x, int64_t n, int64_t format, float* out) {
+  if (format == kFp32) {
+    std::memcpy(out, x, 4 * n);
+  } else if (format == kBf16) {
+    for (int64_t i = 0; i < n; ++i) out[i] = widen(round_to_bf16(x[i]));
+  } else {
+    const int64_t block = std::min<int64_t>(format == kFp8 ? 64 : 32, n);
+    for (int64_t begin = 0; begin < n; begin += block) {
+      round_block(x + begin, std::min(block, n - begin), format, out + begin);
+    }
+  }
+}
+
+// The values of x float32 [..., n] after a round trip through the formats of a row: the first `body` dims in one, the
+// last `rope` in the other.
+Tensor round_to_layout(const Tensor& input, at::IntArrayRef spec) {
+  const Layout layout(spec);
+  const Tensor x = contiguous_float(input, "round_to_layout: x");
+  TORCH_CHECK_VALUE(x.size(-1) == layout.size(), "round_to_layout: expected ", layout.size(), " dims, found ", x.size(-1));
+  Tensor out = at::empty_like(x);
+  const int64_t n = x.size(-1);
+  const float* from = x.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  parallel_rows(rows_of(x), 4 * n, [&](int64_t r) {
+    round_row(from + r * n, layout.body, layout.body_format, to + r * n);
+    if (layout.rope) round_row(from + r * n + layout.body, layout.rope, layout.rope_format, to + r * n + layout.body);
+  });
+  return out;
+}
+
+// Orthonormal Walsh-Hadamard rotation of the last dim, a power of two.
+Tensor hadamard(const Tensor& input) {
+  const Tensor x = contiguous_float(input, "hadamard: x");
+  const int64_t n = x.size(-1);
+  TORCH_CHECK_VALUE(n >= 1 && (n & (n - 1)) == 0, "hadamard: the last dim must be a power of two, found ", n);
+  Tensor out = at::empty_like(x);
+  const float* from = x.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  const float scale = 1.0f / std::sqrt(static_cast<float>(n));
+  parallel_rows(rows_of(x), 4 * n, [&](int64_t r) {
+    float* row = to + r * n;
+    for (int64_t i = 0; i < n; ++i) row[i] = from[r * n + i] * scale;
+    for (int64_t half = 1; half < n; half *= 2) {
+      for (int64_t begin = 0; begin < n; begin += 2 * half) {
+#pragma omp simd
+        for (int64_t i = begin; i < begin + half; ++i) {
+          const float a = row[i], b = row[i + half];
+          row[i] = a + b;
+          row[i + half] = a - b;
+        }
+      }
+    }
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fiftyfold, m) {
+  m.def("round_to_layout(Tensor x, int[] layout) -> Tensor");
+  m.def("hadamard(Tensor x) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) {
+  m.impl("round_to_layout", round_to_layout);
+  m.impl("hadamard", hadamard);
+}
+
+}  // namespace fiftyfold

@@ -1,0 +1,33 @@
+// RMS normalization, one row at a time.
+#include "../native/common.h"
+
+namespace fiftyfold {
+namespace {
+
+// x float32 [..., n], weight float32 [n] or none -> float32 [..., n].
+Tensor rms_normalize(const Tensor& input, const std::optional<Tensor>& weight, double eps) {
+  const Tensor x = contiguous_float(input, "rms_normalize: x");
+  Tensor out = at::empty_like(x);
+  const int64_t n = x.size(-1);
+  const float* gains = weight ? weight->const_data_ptr<float>() : nullptr;
+  const float* from = x.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  parallel_rows(rows_of(x), 2 * n, [&](int64_t r) {
+    const float* row = from + r * n;
+    float* result = to + r * n;
+    const float scale = 1.0f / std::sqrt(sum_of_squares(row, n) / static_cast<float>(n) + static_cast<float>(eps));
+    if (gains) {
+      for (int64_t i = 0; i < n; ++i) result[i] = row[i] * scale * gains[i];
+    } else {
+      for (int64_t i = 0; i < n; ++i) result[i] = row[i] * scale;
+    }
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fiftyfold, m) { m.def("rms_normalize(Tensor x, Tensor? weight, float eps) -> Tensor"); }
+TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) { m.impl("rms_normalize", rms_normalize); }
+
+}  // namespace fiftyfold

@@ -1,0 +1,71 @@
+// Rotary positions: the rotation of pairs, and the angles themselves.
+#include "../native/common.h"
+
+namespace fiftyfold {
+namespace {
+
+// x float32 [B, S, ..., n]; cos and sin float32 [B or 1, S, r]. Pairs of the last 2r dims are rotated, the others
+// copied; `inverse` rotates back.
+Tensor rotate(const Tensor& input, const Tensor& cosines, const Tensor& sines, bool inverse) {
+  const Tensor x = contiguous_float(input, "rotate: x");
+  const Tensor cos = cosines.contiguous(), sin = sines.contiguous();
+  TORCH_CHECK_VALUE(x.dim() >= 3 && cos.dim() == 3 && cos.sizes() == sin.sizes() && cos.size(1) == x.size(1) &&
+                        (cos.size(0) == 1 || cos.size(0) == x.size(0)) && 2 * cos.size(2) <= x.size(-1),
+                    "rotate: x ", x.sizes(), " and cos ", cos.sizes(), " do not fit");
+  Tensor out = at::empty_like(x);
+  const int64_t n = x.size(-1), r = cos.size(2), S = x.size(1), B = x.size(0), passed = n - 2 * r;
+  const int64_t each = B * S ? x.numel() / (B * S * n) : 0;
+  const bool shared = cos.size(0) == 1;
+  const float *from = x.const_data_ptr<float>(), *c = cos.const_data_ptr<float>(), *s = sin.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  const float sign = inverse ? -1.0f : 1.0f;
+  parallel_rows(B * S, each * n, [&](int64_t token) {
+    const int64_t place = (shared ? token % S : token) * r;
+    for (int64_t h = 0; h < each; ++h) {
+      const float* row = from + (token * each + h) * n;
+      float* result = to + (token * each + h) * n;
+      std::memcpy(result, row, 4 * passed);
+      for (int64_t i = 0; i < r; ++i) {
+        const float even = row[passed + 2 * i], odd = row[passed + 2 * i + 1];
+        const float cosine = c[place + i], sine = sign * s[place + i];
+        result[passed + 2 * i] = even * cosine - odd * sine;
+        result[passed + 2 * i + 1] = even * sine + odd * cosine;
+      }
+    }
+  });
+  return out;
+}
+
+// Cosines and sines float32 [B, S, r] of positions int64 [B, S] times frequencies float64 [r].
+std::tuple<Tensor, Tensor> angles(const Tensor& positions, const Tensor& frequencies) {
+  const Tensor p = positions.contiguous(), f = frequencies.contiguous();
+  const int64_t r = f.numel();
+  auto shape = p.sizes().vec();
+  shape.push_back(r);
+  const auto options = f.options().dtype(at::kFloat);
+  Tensor cos = at::empty(shape, options), sin = at::empty(shape, options);
+  const auto* at_token = p.const_data_ptr<int64_t>();
+  const auto* speed = f.const_data_ptr<double>();
+  float *c = cos.mutable_data_ptr<float>(), *s = sin.mutable_data_ptr<float>();
+  parallel_rows(p.numel(), 32 * r, [&](int64_t t) {
+    for (int64_t i = 0; i < r; ++i) {
+      const double angle = static_cast<double>(at_token[t]) * speed[i];
+      c[t * r + i] = static_cast<float>(std::cos(angle));
+      s[t * r + i] = static_cast<float>(std::sin(angle));
+    }
+  });
+  return {cos, sin};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fiftyfold, m) {
+  m.def("rotate(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor");
+  m.def("angles(Tensor positions, Tensor frequencies) -> (Tensor, Tensor)");
+}
+TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) {
+  m.impl("rotate", rotate);
+  m.impl("angles", angles);
+}
+
+}  // namespace fiftyfold
