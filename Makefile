@@ -7,11 +7,12 @@ RUNS ?= runs
 WORKERS ?= 2
 export PYTHONUNBUFFERED := 1
 
-.PHONY: demo test test-long golden lint ui clean help
+.PHONY: demo test test-long golden lint native ui clean help
 
 help:
 	@echo "make demo   train, sweep, evaluate, promote, deploy and ask, on this machine"
 	@echo "make test   linters and tests"
+	@echo "make native compile the native CPU operators (the others do so where they are missing)"
 	@echo "make golden the losses that training must keep to, written anew"
 	@echo "make ui     the MLflow UI of runs/ (or RUNS=folder) on http://127.0.0.1:5000"
 
@@ -24,7 +25,15 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar off -e '.[dev]'
 	touch $@
 
-.venv: $(VENV)/.installed
+# Without a compiler this says so in one line, and the stamp is set all the same: `make native` tries again.
+$(VENV)/.native: $(VENV)/.installed $(wildcard kernels/*/*.cpp kernels/native/*)
+	$(BIN)/python -m kernels.native.build
+	touch $@
+
+.venv: $(VENV)/.native
+
+native: $(VENV)/.installed
+	$(BIN)/python -m kernels.native.build
 
 demo: .venv
 	$(BIN)/python -m pipelines demo --config configs/tiny.yaml $(ARGS)
