@@ -11,8 +11,10 @@ import torch
 from gloo import on_ranks
 from test_exact_resume import history, noted, processes_below, wait_for_checkpoint
 from test_trainer import Record, timeless, trainer_for
+from tolerances import one_by_one
 
-from model import checkpoint
+from kernels.newton_schulz import newton_schulz
+from model import checkpoint, muon
 from model.errors import CheckpointError, FiftyfoldError
 from model.sharding import is_sharded, local
 from pipelines import train
@@ -45,7 +47,7 @@ def recipe(prepared):
     return with_overrides(
         prepared,
         {"model.mtp_layers": 1, "train.stages": STAGES, "train.batch_rows": 12, "train.accumulation_steps": 2,
-         "train.checkpoint_every": 1, "train.validate_every": 2, "train.validation_rows": 25},
+         "train.checkpoint_every": 1, "train.validate_every": 4, "train.validation_rows": 13},
     )  # fmt: skip
 
 
@@ -67,6 +69,7 @@ def trained(recipe, folder, rank=0, world=1, source=None):
 
 
 def two_ranks(rank, world, recipe, folder):
+    muon.newton_schulz = one_by_one(newton_schulz)  # an expert stack's shards are other batches than its replicas
     recipe = with_overrides(recipe_from_dict(recipe), {"train.workers": world})
     for name, changes in BOTH_WAYS.items():
         whole = trained(with_overrides(recipe, changes), folder / f"{name}-replicas", rank, world)

@@ -600,9 +600,9 @@ def test_after_a_roll_back_older_weights_choose_the_experts_for_a_while(prepared
         source = step - int(lags.get(step + 1, 0))
         mode = "dense" if step < 2 else "sparse"
         found = chosen_by(weights[source], batch, mode)
-        assert agreement(chosen, found) == 1, step
+        assert agreement(chosen, found) > 0.98, step  # the whole batch at once rounds otherwise than its two parts
         if source < step:  # and another choice than the present weights'
-            assert agreement(chosen, chosen_by(weights[step], batch, mode)) < 0.98, step
+            assert agreement(chosen, chosen_by(weights[step], batch, mode)) < 0.9, step
     ((step, what),) = record.told
     assert step == 6 and what.startswith("the gradient is not finite")
     assert what.endswith("back to step 4, 6 updates with experts chosen 2 ahead (intervention 1 of 3)")
