@@ -15,6 +15,8 @@ if "RAY_ADDRESS" not in os.environ:
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 # A worker's report waits until Train's controller has looked; every 2 s by default, which is longer than small steps.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+# Serve kills an HTTP proxy that takes longer to start, 5 s by default: on a busy machine importing it takes longer.
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own panels; the sweep prints its trials itself
 
 from collections.abc import Iterator
