@@ -15,11 +15,15 @@ if "RAY_ADDRESS" not in os.environ:
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 # A worker's report waits until Train's controller has looked; every 2 s by default, which is longer than small steps.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+# Serve kills an HTTP proxy that takes longer to start, 5 s by default: on a busy machine importing it takes longer.
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own panels; the sweep prints its trials itself
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
+import psutil
 import ray
 
 from model.errors import ConfigError, FiftyfoldError
@@ -50,16 +54,7 @@ def ray_session(num_cpus: float = 0) -> Iterator[None]:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise FiftyfoldError(f"RAY_ADDRESS: cannot join the Ray cluster at {address} ({error})") from error
     else:
-        ray.init(
-            address="local",  # never a stale cluster that some file still names
-            num_cpus=math.ceil(max(num_cpus, MIN_LOGICAL_CPUS)),
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=True,  # Train's controller and Serve ask its agent for state
-            dashboard_host="127.0.0.1",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join((os.getcwd(), os.environ.get("PYTHONPATH", "")))}},
-        )
+        _start_local(math.ceil(max(num_cpus, MIN_LOGICAL_CPUS)))
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread:  # Ray's own handler, set by now, aborts: runs would be left as running
         signal.signal(signal.SIGTERM, on_sigterm)
@@ -69,6 +64,46 @@ def ray_session(num_cpus: float = 0) -> Iterator[None]:
         ray.shutdown()
         if in_main_thread:
             signal.signal(signal.SIGTERM, handler)
+
+
+def _start_local(num_cpus: int) -> None:
+    """Start a local cluster, at the second attempt if need be: a busy machine may miss Ray's fixed start-up timeouts.
+
+    Raises FiftyfoldError if neither attempt succeeds.
+    """
+    options: dict[str, Any] = {
+        "address": "local",  # never a stale cluster that some file still names
+        "num_cpus": num_cpus,
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "include_dashboard": True,  # Train's controller and Serve ask its agent for state
+        "dashboard_host": "127.0.0.1",
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join((os.getcwd(), os.environ.get("PYTHONPATH", "")))}},
+    }
+    for last_attempt in (False, True):
+        try:
+            return _init_or_clean_up(options)
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            if last_attempt:
+                raise FiftyfoldError(f"Ray: no local cluster started in two attempts ({reason})") from error
+            print(f"Ray did not start ({reason}); trying once more")
+
+
+def _init_or_clean_up(options: dict[str, Any]) -> None:
+    """``ray.init``; where it fails, kill the processes it has started, of which ``ray.shutdown`` does not know."""
+    before = psutil.Process().children(recursive=True)
+    try:
+        ray.init(**options)
+    except Exception:
+        ray.shutdown()
+        started = [p for p in psutil.Process().children(recursive=True) if p not in before]
+        for process in started:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(started, timeout=10)
+        raise
 
 
 def local_cpus() -> int:

@@ -23,6 +23,7 @@ from pipelines.cluster import ray_session  # isort: skip  (sets what Ray reads w
 import httpx
 import ray
 from ray import serve as ray_serve
+from ray.exceptions import RayError
 
 from model import checkpoint as checkpoints
 from model.errors import ConfigError, FiftyfoldError
@@ -105,7 +106,7 @@ def start(recipe: Recipe) -> Deployment:
             )
             application = build(_arguments(section, folder, model_name))
             ray_serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
-        except RuntimeError as error:  # Ray Serve's word for a replica or a proxy that does not come up
+        except (RuntimeError, TimeoutError, RayError) as error:  # a replica or a proxy that does not come up
             raise FiftyfoldError(f"serve: Ray Serve could not start ({_last_line(error)})") from error
         host = f"[{section.host}]" if ":" in section.host else section.host
         url = f"http://{host}:{section.port}"

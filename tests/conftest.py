@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import ExitStack
+
+# In the processes that tests start, too: as many threads as cores in each of several processes wait for one another.
+os.environ["OMP_NUM_THREADS"] = "1"
+# Ray's workers give way to every other process by default, and miss deadlines where one is busy.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (the name Ray reads)
+
 import pytest
 import torch
 
 torch.set_num_threads(1)
 
-LONGEST = ("test_exact_resume", "test_train", "test_execution", "test_sharded_training", "test_cache")
+LONGEST = ("test_exact_resume", "test_train", "test_execution", "test_parity", "test_deploy", "test_sharded_training",
+           "test_trainer", "test_cache")  # fmt: skip
 """Files that take minutes. Begun first, none of them is still running when all others are done."""
 
 
@@ -25,7 +34,12 @@ def seed():
 @pytest.fixture(scope="session")
 def ray_cluster():
     """A local Ray cluster with 4 logical CPUs."""
+    from model.errors import FiftyfoldError
     from pipelines.cluster import ray_session
 
-    with ray_session(num_cpus=4):
+    with ExitStack() as session:
+        try:
+            session.enter_context(ray_session(num_cpus=4))
+        except FiftyfoldError as error:  # after a second attempt
+            pytest.fail(str(error), pytrace=False)
         yield

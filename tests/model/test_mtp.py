@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import SMALL, build
+from networks import EXACT, SMALL, build
 
 from kernels.rms_norm import rms_normalize
 from model import checkpoint
@@ -21,7 +21,7 @@ def ahead(model, ids):
 
 
 def test_it_sees_up_to_the_next_token_and_no_further():
-    model = build(mtp_layers=1)
+    model = build(mtp_layers=1, **EXACT)
     ids = torch.randint(0, 50, (1, 40))
     with torch.inference_mode():
         _, before = ahead(model, ids)
@@ -30,8 +30,9 @@ def test_it_sees_up_to_the_next_token_and_no_further():
             changed = ids.clone()
             changed[0, place] = (changed[0, place] + 7) % 50
             _, after = ahead(model, changed)
-            assert torch.equal(before[:, : place - 1], after[:, : place - 1])
-            assert not torch.equal(before[:, place - 1], after[:, place - 1])  # token t + 1 is its input
+            # The changed token may go to another expert, whose product then has another shape.
+            torch.testing.assert_close(after[:, : place - 1], before[:, : place - 1], rtol=0, atol=1e-5)
+            assert (after[:, place - 1] - before[:, place - 1]).abs().max() > 1e-3  # token t + 1 is its input
 
 
 @pytest.mark.parametrize("hyper", [True, False])

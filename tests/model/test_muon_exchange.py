@@ -1,10 +1,13 @@
 """Muon's matrices divided among ranks."""
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
 from gloo import on_ranks
 from safetensors.torch import load_file, save_file
+from tolerances import one_by_one
 from torch import nn
 
 from kernels.newton_schulz import newton_schulz
@@ -16,13 +19,14 @@ from model.sharding import is_sharded, local, span_of
 SHAPES = {
     "square": (16, 16),
     "tall": (33, 16),
-    "flat": (2, 32),  # fewer rows than the larger world has ranks
+    "flat": (2, 32),  # fewer rows than ranks
     "fused": (24, 32),
     "stack": (4, 16, 32),
     "single": (1, 16, 32),
     "embed.weight": (7, 16),
     "norm.weight": (5,),
 }
+WORLD, DTYPES = 3, ("bfloat16", "float32")
 FUSED = {"fused": (8, 16)}
 UNUSED = "square"
 """Has no gradient in the second step."""
@@ -45,7 +49,7 @@ def optimized(named, config, divided=False, place=lambda tensor: tensor):
     return optimizer
 
 
-def _rank(rank, world, dtype, folder):
+def _rank(rank, world, folder):
     from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
     done = torch.zeros(1, dtype=torch.int64)
@@ -54,14 +58,14 @@ def _rank(rank, world, dtype, folder):
         done.add_(len(matrices))
         return newton_schulz(matrices, *arguments)
 
-    muon.newton_schulz = counted
-    config, mesh = OptimizerConfig(ns_dtype=dtype), init_device_mesh("cpu", (world,))
+    muon.newton_schulz = one_by_one(counted)
+    mesh = init_device_mesh("cpu", (world,))
 
     def place(tensor):
         return distribute_tensor(tensor, mesh, [Shard(0)])
 
-    for kind in ("replicas", "shards"):
-        named = parameters()
+    for dtype, kind in itertools.product(DTYPES, ("replicas", "shards")):
+        config, named = OptimizerConfig(ns_dtype=dtype), parameters()
         if kind == "shards":
             named = {name: nn.Parameter(place(p.detach())) for name, p in named.items()}
             assert all(map(is_sharded, named.values()))
@@ -80,20 +84,28 @@ def _rank(rank, world, dtype, folder):
         dist.all_reduce(done)
         assert done.item() == 3 * 10 - 1  # each matrix of each step once; one has no gradient in one step
         done.zero_()
-        save_file(whole, f"{folder}/{kind}-{rank}")
+        save_file(whole, f"{folder}/{dtype}-{kind}-{rank}")
 
 
-@pytest.mark.parametrize(("world", "dtype"), [(2, "bfloat16"), (3, "float32")])
-def test_ranks_that_divide_the_matrices_make_the_update_of_one(tmp_path, world, dtype):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("divided")
+    on_ranks(WORLD, _rank, str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ranks_that_divide_the_matrices_make_the_update_of_one(folder, monkeypatch, dtype):
+    """To the last bit, as every matrix is orthogonalized alone: ranks batch them otherwise than one process does."""
+    monkeypatch.setattr(muon, "newton_schulz", one_by_one(newton_schulz))
     named = parameters()
     state = optimized(named, OptimizerConfig(ns_dtype=dtype)).state_tensors()
-    on_ranks(world, _rank, dtype, str(tmp_path))
-    for rank in range(world):
+    for rank in range(WORLD):
         for kind in ("replicas", "shards"):
-            found = load_file(tmp_path / f"{kind}-{rank}")
+            found = load_file(folder / f"{dtype}-{kind}-{rank}")
             for name, p in named.items():
                 assert torch.equal(found[name], p), (kind, rank, name)
-        found = load_file(tmp_path / f"replicas-{rank}")
+        found = load_file(folder / f"{dtype}-replicas-{rank}")
         for key in (key for key in state if key.endswith("momentum")):
             assert torch.equal(found[key], state[key]), key
 

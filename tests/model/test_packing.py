@@ -85,14 +85,14 @@ def test_gradients_and_auxiliary_losses_are_those_of_the_documents_alone():
 
 
 def test_padding_takes_part_in_no_loss():
-    model = build().train()
+    model = build(**EXACT).train()
     _, ids, positions = pack(((30, 11),), width=60)
     losses = []
     for padding in (0, 17):
         telemetry = Telemetry()
         model(torch.where(positions < 0, padding, ids), positions=positions, telemetry=telemetry)
         losses.append([telemetry.loss("balance").item(), telemetry.loss("indexer_kl").item()])
-    assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # the padding's experts give products other shapes
 
 
 def test_one_document_a_row_is_the_plain_forward():

@@ -14,7 +14,8 @@ from model.generation import generate
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
-LENGTHS = [1, 2, 3, 4, 5, 7, 8, 16, 17, 64, 127, 128, 129, parity.TOKENS]
+LENGTHS = [1, 2, 3, 4, 5, 7, 8, 17, 129, parity.TOKENS]
+CUTS = (1, 3, 4, 6, 8, 13, 16, 20)  # on both ratios' blocks, within them, and one token from an end
 DECODED_WHOLE = ("top-k 8", "schedule as in Flash")
 
 
@@ -24,8 +25,8 @@ def test_logits_and_gradients_agree(name):
     assert 0.5 < p.logits.std() < 2
     assert parity.selection_margin(p) > parity.MARGIN
     assert parity.full_forward(p, LENGTHS) < parity.TOLERANCE
-    assert parity.decode(p, parity.TOKENS if name in DECODED_WHOLE else 40) < parity.TOLERANCE
-    assert parity.chunked(p, 21) < parity.TOLERANCE
+    assert parity.decode(p, parity.TOKENS if name in DECODED_WHOLE else 25) < parity.TOLERANCE
+    assert parity.chunked(p, 21, CUTS) < parity.TOLERANCE
     worst, where, count = parity.gradients(p, 150)
     assert worst < parity.GRADIENT_TOLERANCE, where
     assert count > 50

@@ -1,5 +1,7 @@
 """The released numbers, and the dial that derives the rest of the family from them."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -116,14 +118,15 @@ def test_every_depth_keeps_the_proportions(depth):
 def test_sizes_grow_with_depth():
     names = ("hidden_size", "head_dim", "q_lora_rank", "index_heads", "index_topk", "num_experts", "expert_size")
     configs = [ModelConfig.from_depth(depth) for depth in DEPTHS]
-    with torch.device("meta"):
-        counts = [count_parameters(Transformer(config)) for config in configs]
-    for less, more, few, many in zip(configs, configs[1:], counts, counts[1:]):
+    for less, more in itertools.pairwise(configs):
         assert all(getattr(less, name) <= getattr(more, name) for name in names)
         assert less.num_heads * less.head_dim <= more.num_heads * more.head_dim
         assert less.experts_per_token <= more.experts_per_token and less.num_hash_layers <= more.num_hash_layers
-        assert few.total < many.total and few.active < many.active
         assert sum(cache_bytes_per_token(less).values()) <= sum(cache_bytes_per_token(more).values())
+    with torch.device("meta"):
+        counts = [count_parameters(Transformer(config)) for config in configs[::6]]
+    for few, many in itertools.pairwise(counts):
+        assert few.total < many.total and few.active < many.active
 
 
 def test_every_derived_number_can_be_overridden():

@@ -27,8 +27,9 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("attention", ["dense", "sparse"])
-def test_a_later_token_never_moves_an_earlier_output(schedule, attention):
-    model = build(layers=SCHEDULES[schedule])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_later_token_never_moves_an_earlier_output(schedule, attention, rounded):
+    model = build(layers=SCHEDULES[schedule], **({} if rounded else EXACT))
     ids = torch.randint(0, 50, (1, 60))
     with torch.inference_mode():
         before = model(ids, attention=attention)
@@ -36,7 +37,8 @@ def test_a_later_token_never_moves_an_earlier_output(schedule, attention):
             changed = ids.clone()
             changed[0, place] = (changed[0, place] + 7) % 50
             after = model(changed, attention=attention)
-            torch.testing.assert_close(after[:, :place], before[:, :place], rtol=0, atol=1e-5)
+            bound = 1e-2 if rounded else 1e-5
+            torch.testing.assert_close(after[:, :place], before[:, :place], rtol=0, atol=bound)
             assert (after[:, place] - before[:, place]).abs().max() > 1e-3
 
 
@@ -272,7 +274,7 @@ def test_cache_refuses_what_does_not_fit_and_stays_as_it_was():
         Cache(model.config, 1, 513)
     cache.truncate(0)
     with torch.inference_mode():
-        torch.testing.assert_close(model(ids, cache), model(ids), rtol=0, atol=1e-3)
+        torch.testing.assert_close(model(ids, cache), model(ids), rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize(

@@ -29,10 +29,11 @@ from pipelines.train import RAY_RUN
 from pipelines.trainer import build_trainer
 
 STAGES = [
-    {"attention": "dense", "steps": 14, "qat": False},
-    {"attention": "indexer_warmup", "steps": 6},
-    {"attention": "sparse", "steps": 30, "sequence_length": 64},
+    {"attention": "dense", "steps": 10, "qat": False},
+    {"attention": "indexer_warmup", "steps": 4},
+    {"attention": "sparse", "steps": 26, "sequence_length": 64},
 ]
+STEPS = 40
 
 
 def recipe_named(prepared, name, sharding="none"):
@@ -156,7 +157,7 @@ def noted(recipe):
 
 def wait_for_checkpoint(recipe, step, process=None):
     """Until a checkpoint of ``step`` or later is noted as written."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and (process is None or process.poll() is None):
         if max(noted(recipe), default=0) >= step:
             return
@@ -166,13 +167,13 @@ def wait_for_checkpoint(recipe, step, process=None):
 
 def check(recipe, straight):
     losses, weights = outcome(recipe)
-    assert losses == straight[0] and set(losses) == set(range(1, 51))
+    assert losses == straight[0] and set(losses) == set(range(1, STEPS + 1))
     assert all(len(values) == 1 for values in losses.values())
     assert weights == straight[1]
     steps = [step for step, _ in history(recipe)]
     begins = [later for earlier, later in itertools.pairwise(steps) if later <= earlier]
     # It went on from checkpoints: every fourth step, and where a stage ended.
-    assert steps.count(1) == 1 and all(step % 4 == 1 or step in (15, 21) for step in begins)
+    assert steps.count(1) == 1 and all(step % 4 == 1 or step in (11, 15) for step in begins)
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_names_it(prepared, ray_cluster):
@@ -226,6 +227,7 @@ def test_a_killed_worker_leaves_no_trace(prepared, ray_cluster, request, shardin
     check(recipe, expected)
 
 
+@pytest.mark.timeout(900)  # three starts of Ray and of its workers
 @pytest.mark.parametrize(
     "starts", [[["worker", "raylet"], ["driver"]], pytest.param([["asked to end"]], marks=pytest.mark.long)]
 )
@@ -237,7 +239,7 @@ def test_a_killed_run_goes_on_without_a_trace(prepared, ray_cluster, straight, t
     for victims in starts:
         with begun(config, slowly="asked to end" not in victims) as driver:
             for victim in victims:
-                step = max(noted(recipe), default=0) + random.choice((4, 8, 12))
+                step = max(noted(recipe), default=0) + random.choice((4, 8))
                 wait_for_checkpoint(recipe, step, driver)
                 time.sleep(random.random() / 4)
                 assert driver.poll() is None, "it ended before it could be killed"
@@ -289,7 +291,7 @@ def kill_worker(driver, recipe):
 def kill_raylet(driver, recipe):
     (raylet,) = [p for p in processes_below(driver.pid, "raylet/raylet") if Path(p.exe()).name == "raylet"]
     raylet.kill()
-    assert driver.wait(timeout=120) != 0
+    assert driver.wait(timeout=300) != 0
 
 
 def kill_driver(driver, recipe):

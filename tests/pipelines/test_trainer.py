@@ -4,20 +4,19 @@ import copy
 import json
 import math
 
-import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from gloo import on_ranks
+from plain_training import Record, gradients_on_rank, packed_and_alone, timeless, trainer_for, with_short_rows
 from safetensors.torch import load_file, save_file
 
 from model.config import CACHE_FORMATS
 from model.errors import CheckpointError, ConfigError, DataError, FiftyfoldError
 from model.moe import MixtureOfExperts
 from model.telemetry import Telemetry
-from pipelines.config import recipe_from_dict, with_overrides
+from pipelines.config import with_overrides
 from pipelines.curriculum import check_data, curriculum
-from pipelines.data import SHARD_SCHEMA, TargetKind, batches, cut_rows, local_rows, read_manifest
+from pipelines.data import TargetKind, local_rows, read_manifest
 from pipelines.stability import Stability
 from pipelines.trainer import build_trainer, folder_batches
 from pipelines.validation import NAMES, count_answers
@@ -26,69 +25,19 @@ EXACT = {**{f"model.{name}": "fp32" for name in CACHE_FORMATS}, "model.qat": Fal
 """Nothing is rounded anywhere."""
 
 
-class Record:
-    """A reporter that remembers, and writes checkpoints into numbered folders of ``keep``."""
-
-    def __init__(self, keep=None):
-        self.keep, self.logged, self.told, self.reported = keep, [], [], []
-
-    def log(self, step, metrics):
-        self.logged.append((step, metrics))
-
-    def tell(self, step, what):
-        self.told.append((step, what))
-
-    def report(self, step, metrics, write):
-        self.reported.append((step, metrics))
-        if write is not None and self.keep is not None:
-            (self.keep / str(step)).mkdir(parents=True, exist_ok=True)
-            write(self.keep / str(step))
-
-
-def trainer_for(recipe, record, rank=0, world=1):
-    open_whole = folder_batches(recipe)
-
-    def open_share(stage, epoch, skip):
-        return Share(open_whole(stage, epoch, skip), rank, stage.batch_rows // world)
-
-    return build_trainer(recipe, open_whole if world == 1 else open_share, record, rank, world)
-
-
-class Share:
-    """One rank's rows of every batch."""
-
-    def __init__(self, whole, rank, rows):
-        self.whole, self.rows = whole, slice(rank * rows, (rank + 1) * rows)
-
-    def __next__(self):
-        return self._mine(next(self.whole))
-
-    def ahead(self, count):
-        return [self._mine(batch) for batch in self.whole.ahead(count)]
-
-    def _mine(self, batch):
-        return {k: v[self.rows] for k, v in batch.items()}
-
-    @property
-    def epoch(self):
-        return self.whole.epoch
-
-    @property
-    def batch(self):
-        return self.whole.batch
-
-    def close(self):
-        self.whole.close()
-
-
-def test_loss_falls_and_everything_is_reported(prepared):
+def test_losses_fall_and_everything_is_reported(prepared):
     recipe = with_overrides(
-        prepared, {"train.stages": [{"attention": "dense", "steps": 25}, {"attention": "sparse", "steps": 5}]}
-    )
+        prepared,
+        {"model.mtp_layers": 1,
+         "train.stages": [{"attention": "dense", "steps": 22}, {"attention": "sparse", "steps": 3}]},
+    )  # fmt: skip
     record = Record()
-    trainer_for(recipe, record).run()
-    losses = [m["train/loss"] for _, m in record.logged]
-    assert len(losses) == 30 and losses[-1] < losses[0] - 1
+    trainer = trainer_for(recipe, record)
+    before = trainer.validate()
+    trainer.run()
+    for name in ("train/loss", "train/mtp_loss"):
+        losses = [m[name] for _, m in record.logged]
+        assert len(losses) == 25 and losses[-1] < losses[0] - 1, name
     for name in (
         "train/indexer_kl",
         "train/grad_norm",
@@ -100,6 +49,7 @@ def test_loss_falls_and_everything_is_reported(prepared):
     _, last = record.reported[-1]
     for name in ("loss", "text_loss", "recall", "needle_recall", "indexer_kl", "recall_at_k", "recall_at_k_of_best"):
         assert math.isfinite(last[f"validation/{name}"]), name
+    assert last["validation/mtp_loss"] < before["validation/mtp_loss"] - 1
 
 
 def test_indexer_warmup_moves_the_indexer_alone(prepared):
@@ -114,28 +64,6 @@ def test_indexer_warmup_moves_the_indexer_alone(prepared):
 
 
 # --- packed documents
-
-
-def packed_and_alone(length):
-    """The same documents as a batch of packed rows and as a batch with a row for each."""
-    rng = np.random.default_rng(0)
-    documents = [
-        {
-            "document_id": str(i),
-            "piece": 0,
-            "source": "",
-            "kind": kind,
-            "tokens": rng.integers(0, 258, size).tolist(),
-            "answer_starts": [size // 2] if kind == "mqar" else [],
-            "answer_ends": [size // 2 + 2] if kind == "mqar" else [],
-        }
-        for i, (kind, size) in enumerate([("text", n) for n in (2, 5, 17, 40, 97, 30, 3, 61, 20)] + [("mqar", 33)] * 3)
-    ]
-    table = pa.Table.from_pylist(documents, schema=SHARD_SCHEMA)
-    for packing in (True, False):
-        rows = cut_rows(table, length, packing)
-        count = len(rows["tokens"])
-        yield next(batches(({k: v[i] for k, v in rows.items()} for i in range(count)), count))
 
 
 @pytest.mark.parametrize("attention", ["dense", "sparse"])
@@ -169,17 +97,6 @@ def test_validation_masks_documents_too(prepared):
 
 
 # --- multi-token prediction
-
-
-def test_the_mtp_loss_falls_and_is_reported(prepared):
-    recipe = with_overrides(prepared, {"model.mtp_layers": 1, "train.stages": [{"attention": "dense", "steps": 25}]})
-    record = Record()
-    trainer = trainer_for(recipe, record)
-    before = trainer.validate()["validation/mtp_loss"]
-    trainer.run()
-    losses = [m["train/mtp_loss"] for _, m in record.logged]
-    assert len(losses) == 25 and losses[-1] < losses[0] - 1
-    assert record.reported[-1][1]["validation/mtp_loss"] < before - 1
 
 
 def test_the_mtp_loss_weighs_less_once_the_learning_rate_falls(prepared):
@@ -242,7 +159,7 @@ CHANGING = [
 
 
 @pytest.mark.parametrize("after", range(1, 6))
-@pytest.mark.parametrize("mtp_layers", [0, 1])
+@pytest.mark.parametrize("mtp_layers", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_resuming_repeats_the_uninterrupted_run(prepared, tmp_path_factory, mtp_layers, after):
     recipe = with_overrides(
         prepared, {"model.mtp_layers": mtp_layers, "train.stages": CHANGING, "train.checkpoint_every": 1}
@@ -276,10 +193,6 @@ def uninterrupted(recipe, tmp_path_factory):
     return _RUNS[key]
 
 
-def timeless(logged):
-    return [(s, {k: v for k, v in m.items() if not k.endswith("_second") and "_seconds" not in k}) for s, m in logged]
-
-
 def test_a_training_that_goes_on_needs_its_first_weights_no_more(prepared, tmp_path):
     trainer_for(prepared, Record(tmp_path)).run()
     gone = with_overrides(prepared, {"train.init_from": str(tmp_path / "gone")})
@@ -303,37 +216,24 @@ def test_a_damaged_training_state_is_named(prepared, tmp_path):
             trainer_for(prepared, Record()).load_checkpoint(tmp_path / "6")
 
 
-def with_short_rows(batch):
-    batch = {name: values.clone() for name, values in batch.items()}
-    batch["positions"][1::2] = torch.arange(batch["positions"].shape[1]) % 3
-    return batch
-
-
-def _rank(rank, world, recipe, short, out):
-    trainer = trainer_for(recipe_from_dict(recipe), Record(), rank, world)
-    _, alone = packed_and_alone(trainer.recipe.data.sequence_length)
-    if short:  # the second rank has documents that are too short for a single entry
-        alone = with_short_rows(alone)
-    trainer._update({name: values[rank::world] for name, values in alone.items()}, trainer.stage)
-    if rank == 0:
-        save_file({n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}, out)
-
-
-@pytest.mark.parametrize("short", [False, True])
-def test_two_ranks_make_the_gradient_of_one(prepared, tmp_path, short):
+def test_two_ranks_make_the_gradient_of_one(prepared, tmp_path):
+    """Also where one of them has documents that are too short for a single entry."""
     # float32 formats: a rounding border crossed by the last bit would be a real difference, but not of the averaging.
     recipe = with_overrides(
         prepared,
         {**EXACT, "model.mtp_layers": 1,
          "train.stages": [{"attention": "sparse", "steps": 1}]},
     )  # fmt: skip
-    single = trainer_for(recipe, Record())
+    on_ranks(2, gradients_on_rank, recipe.to_dict(), tmp_path)
     _, alone = packed_and_alone(recipe.data.sequence_length)  # ranks get documents of different lengths
-    single._update(with_short_rows(alone) if short else alone, single.stage)
-    on_ranks(2, _rank, recipe.to_dict(), short, str(tmp_path / "gradients"))
-    double = load_file(tmp_path / "gradients")
-    for name, p in single.model.named_parameters():
-        torch.testing.assert_close(double[name], p.grad, rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+    for name, rows in (("alone", alone), ("short", with_short_rows(alone))):
+        single = trainer_for(recipe, Record())
+        single._update(rows, single.stage)
+        double = load_file(tmp_path / name)
+        for parameter, p in single.model.named_parameters():
+            torch.testing.assert_close(
+                double[parameter], p.grad, rtol=1e-3, atol=1e-6, msg=lambda m, p=parameter: f"{p}: {m}"
+            )
 
 
 def test_accumulated_parts_make_the_update_of_the_whole(prepared):
@@ -600,9 +500,9 @@ def test_after_a_roll_back_older_weights_choose_the_experts_for_a_while(prepared
         source = step - int(lags.get(step + 1, 0))
         mode = "dense" if step < 2 else "sparse"
         found = chosen_by(weights[source], batch, mode)
-        assert agreement(chosen, found) == 1, step
+        assert agreement(chosen, found) > 0.98, step  # the whole batch at once rounds otherwise than its two parts
         if source < step:  # and another choice than the present weights'
-            assert agreement(chosen, chosen_by(weights[step], batch, mode)) < 0.98, step
+            assert agreement(chosen, chosen_by(weights[step], batch, mode)) < 0.9, step
     ((step, what),) = record.told
     assert step == 6 and what.startswith("the gradient is not finite")
     assert what.endswith("back to step 4, 6 updates with experts chosen 2 ahead (intervention 1 of 3)")

@@ -335,6 +335,7 @@ def test_prompt_logprobs_equal_one_forward_pass(letters_model, letters) -> None:
     assert [record.token_id for record in records] == prompt
     assert records[0].logprob is None
     for i, record in enumerate(records[1:]):
-        assert record.logprob == pytest.approx(want[i, prompt[i + 1]].item(), abs=2e-4)
-        assert record.top[0][1] == pytest.approx(want[i].max().item(), abs=2e-4)
+        # In chunks a value on a format's border may fall either way; the next place's scores are apart by whole units.
+        assert record.logprob == pytest.approx(want[i, prompt[i + 1]].item(), abs=1e-2)
+        assert record.top[0][1] == pytest.approx(want[i].max().item(), abs=1e-2)
         assert letters.decode(prompt[: i + 1]) == letters.decode(prompt)[: record.offset]

@@ -1,0 +1,64 @@
+"""What single ranks of the sharded trainings do. They import this module: it stays without Ray and MLflow."""
+
+import json
+
+import torch
+from plain_training import Record, timeless, trainer_for
+from tolerances import one_by_one
+
+from kernels.newton_schulz import newton_schulz
+from model import muon
+from model.sharding import is_sharded, local
+from pipelines.config import recipe_from_dict, with_overrides
+
+AT = "2"
+"""The step of the checkpoint that others go on from: a warm-up's, after which everything learns again."""
+SHARDED = {"train.sharding": "fsdp"}
+PLAIN = {"train.accumulation_steps": 1, "train.grad_clip": 1e6}
+"""Where gradients are summed in one order only, and nothing depends on the last bit of their norm."""
+NARROW = {**PLAIN, "train.autocast": "bfloat16", "model.qat": False}
+ROLLED_BACK = {
+    **PLAIN, "train.stages": [{"attention": "sparse", "steps": 2}, {"attention": "indexer_warmup", "steps": 2}],
+    "train.stability.action": "roll_back", "train.stability.anticipatory_routing": {"lag": 1, "steps": 2},
+    "train.checkpoint_every": 4, "train.recompute": True,
+}  # fmt: skip
+"""From a warm-up, whose passes have no backward one through the layers, to weights that are others."""
+BOTH_WAYS = {"clipped": {}, "plain": PLAIN, "narrow": NARROW, "rolled-back": ROLLED_BACK}
+
+
+def trained(recipe, folder, rank=0, world=1, source=None):
+    record = Record(folder)
+    trainer = trainer_for(recipe, record, rank, world)
+    if source is not None:
+        torch.rand(3)  # the generator is elsewhere
+        trainer.load_checkpoint(source)
+        (folder / "loaded").mkdir(parents=True, exist_ok=True)
+        trainer.snapshot().write(folder / "loaded")
+    if recipe.train.stability.action == "roll_back":  # once, from step 3 to the start
+        watch = trainer.stability
+        watch._trouble = lambda *_: "a leap" if trainer.step == 3 and not watch.interventions else None
+    trainer.run()
+    if rank == 0:
+        (folder / "record.json").write_text(json.dumps([timeless(record.logged), record.reported]))
+    return trainer.model
+
+
+def two_ranks(rank, world, recipe, folder):
+    muon.newton_schulz = one_by_one(newton_schulz)  # an expert stack's shards are other batches than its replicas
+    recipe = with_overrides(recipe_from_dict(recipe), {"train.workers": world})
+    for name, changes in BOTH_WAYS.items():
+        whole = trained(with_overrides(recipe, changes), folder / f"{name}-replicas", rank, world)
+        shards = trained(with_overrides(recipe, {**changes, **SHARDED}), folder / f"{name}-shards", rank, world)
+        assert not any(map(is_sharded, whole.parameters()))
+        numbers = [sum(local(p).numel() for p in model.parameters()) for model in (shards, whole)]
+        assert numbers[0] < 0.8 * numbers[1]
+    sharded = with_overrides(recipe, SHARDED)
+    trained(sharded, folder / "resumed", rank, world, folder / "clipped-shards" / AT)
+    trained(sharded, folder / "two-from-one", rank, world, folder / "one" / AT)
+
+
+def three_ranks(rank, world, recipe, folder):
+    recipe = with_overrides(recipe_from_dict(recipe), {"train.workers": world, **SHARDED})
+    model = trained(recipe, folder / "three-from-two", rank, world, folder / "clipped-shards" / AT)
+    if rank == world - 1:  # more ranks than some parameters have rows, so that the last one holds nothing of them
+        assert any(len(local(p)) == 0 for p in model.parameters())
