@@ -32,6 +32,10 @@ class DenseFeedForward(nn.Module):
         self.w3 = Linear(config.hidden_size, size)
         self.w2 = Linear(size, config.hidden_size)
 
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        return self.w1.weight, self.w3.weight, self.w2.weight
+
     def route(self, x: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
         return {"out": self(x)}
 
@@ -97,14 +101,16 @@ class MixtureOfExperts(nn.Module):
 
     def route(self, x: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
         """What each token gives on its own: x [B, S, hidden], the router's logits [B, S, E], the chosen experts
-        int64 [B, S, K], their weights [B, S, K] and the shared experts' output."""
+        int64 [B, S, K], their weights [B, S, K] and, unless :meth:`mixture` computes it, the shared experts' output."""
         c = self.config
         fixed = self.tid2eid[input_ids] if self.hash_routed else self.imposed
         with in_float32(x):
             logits = linear(cast(x, torch.float32), cast(self.router.weight, torch.float32))
             chosen, weights = route(logits, self.router_bias, c.experts_per_token, c.routed_scaling_factor, fixed)
         routed = {"x": x, "logits": logits, "chosen": chosen, "weights": weights}
-        return routed if self.shared is None else {**routed, "shared": self.shared(x)}
+        if self.shared is None or takes_few(x, self.w1):
+            return routed
+        return {**routed, "shared": self.shared(x)}
 
     def mixture(self, routed: dict[str, Tensor], context: Context) -> Tensor:
         """The experts' weighted outputs, [B, S, hidden]. Padding takes part in no count and no loss."""
@@ -117,12 +123,12 @@ class MixtureOfExperts(nn.Module):
             if context.telemetry is not None and not self.hash_routed:
                 context.telemetry.chosen[self.layer] = chosen
                 context.telemetry.losses["balance"][self.layer] = sequence_balance(routed["logits"], chosen, counted)
-        if not context.execution.batch_invariant and takes_few(x, self.w1):
-            w1, w3, w2 = self.stored_experts()
-            out = few_tokens(x, chosen, routed["weights"], w1, w3, w2, self.config.swiglu_limit)
-        else:
-            run = self._by_tiles if context.execution.batch_invariant else self._by_experts
-            out = run(x.flatten(0, 1), chosen.flatten(0, 1), routed["weights"].flatten(0, 1)).view(x.shape)
+        if takes_few(x, self.w1) and not context.execution.batch_invariant:
+            shared = () if self.shared is None else self.shared.weights
+            limit = self.config.swiglu_limit
+            return few_tokens(x, chosen, routed["weights"], self.stored_experts(), shared, limit)
+        run = self._by_tiles if context.execution.batch_invariant else self._by_experts
+        out = run(x.flatten(0, 1), chosen.flatten(0, 1), routed["weights"].flatten(0, 1)).view(x.shape)
         return out + routed["shared"] if "shared" in routed else out
 
     def _by_experts(self, flat: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:

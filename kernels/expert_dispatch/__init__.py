@@ -43,9 +43,16 @@ def takes_few(x: Tensor, w1: Tensor) -> bool:
     return stored and x.numel() <= FEW_TOKENS * x.shape[-1] and native.serves(x)
 
 
-def few_tokens(x: Tensor, chosen: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float) -> Tensor:
+def few_tokens(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    stacks: tuple[Tensor, ...],
+    shared: tuple[Tensor, ...],
+    limit: float,
+) -> Tensor:
     """See :func:`kernels.expert_dispatch.reference.few_tokens`. Call it where :func:`takes_few`."""
-    return cpu.few_tokens(x, chosen, weights, w1, w3, w2, limit)
+    return cpu.few_tokens(x, chosen, weights, stacks, shared, limit)
 
 
 __all__ = ["BACKENDS", "Dispatch", "by_expert", "combine", "dispatch", "few_tokens", "route", "takes_few"]

@@ -50,9 +50,10 @@ struct Pick {
   float gain;
 };
 
+// Add the weighted outputs of the picked experts to `out`, [tokens, d].
 template <typename W>
 void run_experts(const float* x, const std::vector<Pick>& picks, const W* w1, const W* w3, const W* w2, int64_t inner,
-                 int64_t d, float limit, float* out, int64_t tokens) {
+                 int64_t d, float limit, float* out) {
   const int64_t count = static_cast<int64_t>(picks.size());
   std::vector<float> middle(count * inner);
   // Picks are in the order of experts, so that tokens that share one read its weights from the cache.
@@ -62,7 +63,6 @@ void run_experts(const float* x, const std::vector<Pick>& picks, const W* w1, co
     const float gate = streamed_dot(x + pick.token * d, w1 + at, d), up = streamed_dot(x + pick.token * d, w3 + at, d);
     middle[i] = pick.gain * swiglu_of(gate, up, limit);
   });
-  std::memset(out, 0, tokens * d * sizeof(float));
   parallel_rows(d, inner * count, [&](int64_t row) {
     for (int64_t p = 0; p < count; ++p) {
       const W* w = w2 + (picks[p].expert * d + row) * inner;
@@ -71,15 +71,37 @@ void run_experts(const float* x, const std::vector<Pick>& picks, const W* w1, co
   });
 }
 
-// x float32 [N, d], chosen int64 [N, K], weights float32 [N, K] and stacks w1, w3 [E, inner, d] and w2 [E, d, inner],
-// float32 or BF16 -> float32 [N, d].
+// Experts' w1 and w3 [inner, d] and w2 [d, inner], alone or in stacks, float32 or BF16.
+struct Stack {
+  const Tensor &w1, &w3, &w2;
+
+  void check(const Tensor& x) const {
+    TORCH_CHECK_VALUE(x.size(-1) == w1.size(-1) && w1.sizes() == w3.sizes() && w2.size(-2) == w1.size(-1) &&
+                          w2.size(-1) == w1.size(-2) && w1.is_contiguous() && w3.is_contiguous() && w2.is_contiguous() &&
+                          w1.scalar_type() == w2.scalar_type() && w1.scalar_type() == w3.scalar_type(),
+                      "experts: x ", x.sizes(), " and w1 ", w1.sizes(), " do not fit");
+  }
+
+  void add(const float* x, const std::vector<Pick>& picks, float limit, float* out) const {
+    const int64_t inner = w1.size(-2), d = w1.size(-1);
+    if (w1.scalar_type() == at::kFloat) {
+      run_experts(x, picks, w1.const_data_ptr<float>(), w3.const_data_ptr<float>(), w2.const_data_ptr<float>(), inner, d,
+                  limit, out);
+    } else {
+      auto half = [](const Tensor& w) { return reinterpret_cast<const uint16_t*>(w.const_data_ptr<BFloat16>()); };
+      run_experts(x, picks, half(w1), half(w3), half(w2), inner, d, limit, out);
+    }
+  }
+};
+
+// x float32 [..., d], chosen int64 [..., K], weights float32 [..., K] and the experts' stacks; `shared` is none, or w1, w3
+// and w2 of one more that every token takes with weight 1. float32 [..., d].
 Tensor experts(const Tensor& input, const Tensor& chosen, const Tensor& weights, const Tensor& w1, const Tensor& w3,
-               const Tensor& w2, double limit) {
+               const Tensor& w2, at::TensorList shared, double limit) {
   const Tensor x = contiguous_float(input, "experts: x");
-  const int64_t E = w1.size(0), inner = w1.size(1), d = w1.size(2), K = chosen.size(-1), N = rows_of(x);
-  TORCH_CHECK_VALUE(x.size(-1) == d && chosen.numel() == N * K && weights.numel() == N * K && w1.is_contiguous() &&
-                        w3.is_contiguous() && w2.is_contiguous() && w1.scalar_type() == w2.scalar_type(),
-                    "experts: x ", x.sizes(), ", chosen ", chosen.sizes(), " and w1 ", w1.sizes(), " do not fit");
+  const int64_t E = w1.size(0), K = chosen.size(-1), N = rows_of(x);
+  TORCH_CHECK_VALUE(chosen.numel() == N * K && weights.numel() == N * K && (shared.empty() || shared.size() == 3),
+                    "experts: x ", x.sizes(), " and chosen ", chosen.sizes(), " do not fit");
   const Tensor ids = chosen.contiguous(), gains = contiguous_float(weights, "experts: weights");
   const auto* id = ids.const_data_ptr<int64_t>();
   const float* gain = gains.const_data_ptr<float>();
@@ -92,14 +114,16 @@ Tensor experts(const Tensor& input, const Tensor& chosen, const Tensor& weights,
   std::stable_sort(picks.begin(), picks.end(), [](const Pick& a, const Pick& b) { return a.expert < b.expert; });
   Tensor out = at::empty_like(x);
   float* to = out.mutable_data_ptr<float>();
-  const float* from = x.const_data_ptr<float>();
-  const float most = static_cast<float>(limit);
-  if (w1.scalar_type() == at::kFloat) {
-    run_experts(from, picks, w1.const_data_ptr<float>(), w3.const_data_ptr<float>(), w2.const_data_ptr<float>(), inner, d,
-                most, to, N);
-  } else {
-    auto half = [](const Tensor& w) { return reinterpret_cast<const uint16_t*>(w.const_data_ptr<BFloat16>()); };
-    run_experts(from, picks, half(w1), half(w3), half(w2), inner, d, most, to, N);
+  std::memset(to, 0, out.nbytes());
+  const Stack routed{w1, w3, w2};
+  routed.check(x);
+  routed.add(x.const_data_ptr<float>(), picks, static_cast<float>(limit), to);
+  if (!shared.empty()) {
+    const Stack all{shared[0], shared[1], shared[2]};
+    all.check(x);
+    picks.clear();
+    for (int64_t t = 0; t < N; ++t) picks.push_back({0, t, 1.0f});
+    all.add(x.const_data_ptr<float>(), picks, static_cast<float>(limit), to);
   }
   return out;
 }
@@ -109,7 +133,8 @@ Tensor experts(const Tensor& input, const Tensor& chosen, const Tensor& weights,
 TORCH_LIBRARY_FRAGMENT(fiftyfold, m) {
   m.def("route(Tensor logits, Tensor bias, Tensor? chosen, int k, float scale) -> (Tensor, Tensor)");
   m.def(
-      "experts(Tensor x, Tensor chosen, Tensor weights, Tensor w1, Tensor w3, Tensor w2, float limit) -> Tensor");
+      "experts(Tensor x, Tensor chosen, Tensor weights, Tensor w1, Tensor w3, Tensor w2, Tensor[] shared, float limit) "
+      "-> Tensor");
 }
 TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) {
   m.impl("route", route);

@@ -12,6 +12,13 @@ def route(logits: Tensor, bias: Tensor, k: int, scale: float, chosen: Tensor | N
     return native.op("route")(logits, bias, chosen, k, scale)
 
 
-def few_tokens(x: Tensor, chosen: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float) -> Tensor:
+def few_tokens(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    stacks: tuple[Tensor, ...],
+    shared: tuple[Tensor, ...],
+    limit: float,
+) -> Tensor:
     """:func:`kernels.expert_dispatch.reference.few_tokens`, without a gradient."""
-    return native.op("experts")(x, chosen, weights, w1, w3, w2, limit)
+    return native.op("experts")(x, chosen, weights, *stacks, list(shared), limit)

@@ -51,12 +51,24 @@ def route(logits: Tensor, bias: Tensor, k: int, scale: float, chosen: Tensor | N
     return chosen, weights / weights.sum(-1, keepdim=True) * scale
 
 
-def few_tokens(x: Tensor, chosen: Tensor, weights: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, limit: float) -> Tensor:
-    """Weighted sums of experts' SwiGLUs: x [..., d], chosen int64 [..., K], weights [..., K], w1 and w3 [E, inner, d]
-    and w2 [E, d, inner] -> float32 [..., d]. Copies the weights of every choice."""
-    gate, up = (torch.einsum("...d,...kid->...ki", x, w[chosen].float()) for w in (w1, w3))
-    inner = swiglu(gate, up, limit, weights.unsqueeze(-1))
-    return torch.einsum("...ki,...kdi->...d", inner, w2[chosen].float())
+def few_tokens(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    stacks: tuple[Tensor, ...],
+    shared: tuple[Tensor, ...],
+    limit: float,
+) -> Tensor:
+    """Weighted sums of experts' SwiGLUs: x [..., d], chosen int64 [..., K], weights [..., K] and ``stacks`` w1 and w3
+    [E, inner, d] and w2 [E, d, inner] -> float32 [..., d]. ``shared`` is empty, or w1, w3 and w2 of an expert that
+    every token takes besides, with weight 1. Copies the weights of every choice."""
+    w1, w3, w2 = (w[chosen].float() for w in stacks)
+    gate, up = (torch.einsum("...d,...kid->...ki", x, w) for w in (w1, w3))
+    out = torch.einsum("...ki,...kdi->...d", swiglu(gate, up, limit, weights.unsqueeze(-1)), w2)
+    if shared:
+        w1, w3, w2 = (w.float() for w in shared)
+        out = out + swiglu(x @ w1.t(), x @ w3.t(), limit) @ w2.t()
+    return out
 
 
 def dispatch(x: Tensor, to: Dispatch, dtype: torch.dtype) -> Tensor:

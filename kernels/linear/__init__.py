@@ -19,11 +19,15 @@ FEW_TOKENS = 8
 """Products of at most so many tokens are bound by reading the weights, and a library's code is made for more."""
 
 
+def is_stored_plainly(weight: Tensor) -> bool:
+    """Whether native operators can read the weight where it lies."""
+    return weight.dtype in (torch.float32, torch.bfloat16) and weight.is_contiguous()
+
+
 def backend_for(x: Tensor, weight: Tensor) -> str:
     inputs = weight.shape[-1] * (weight.shape[0] if weight.dim() == 3 else 1)
     few = x.numel() <= FEW_TOKENS * inputs
-    stored = weight.dtype in (torch.float32, torch.bfloat16) and weight.is_contiguous()
-    return "cpu" if few and stored and native.serves(x) else "reference"
+    return "cpu" if few and is_stored_plainly(weight) and native.serves(x) else "reference"
 
 
 def linear(x: Tensor, weight: Tensor, backend: str | None = None) -> Tensor:
@@ -42,4 +46,12 @@ def grouped_linear(x: Tensor, weight: Tensor, backend: str | None = None) -> Ten
     return BACKENDS[backend or backend_for(x, weight)].grouped_linear(x, weight)
 
 
-__all__ = ["BACKENDS", "FEW_TOKENS", "backend_for", "grouped_linear", "linear", "linear_concat"]
+__all__ = [
+    "BACKENDS",
+    "FEW_TOKENS",
+    "backend_for",
+    "grouped_linear",
+    "is_stored_plainly",
+    "linear",
+    "linear_concat",
+]

@@ -1,33 +1,8 @@
 // Products of a few tokens with large matrices: all time goes into reading the weights, float32 or BF16.
-#include "../native/common.h"
+#include "../native/rows.h"
 
 namespace fiftyfold {
 namespace {
-
-struct Rows {
-  float* data;
-  int64_t count, stride;
-};
-
-// to[t, o] = from[t] . w[o]; a row of weights is read once for all tokens.
-template <typename W>
-void multiply(Rows from, const W* w, int64_t in, int64_t out, Rows to) {
-  parallel_rows(out, in * from.count, [&](int64_t o) {
-    for (int64_t t = 0; t < from.count; ++t) {
-      to.data[t * to.stride + o] = streamed_dot(from.data + t * from.stride, w + o * in, in);
-    }
-  });
-}
-
-void multiply(Rows from, const Tensor& weight, int64_t group, Rows to) {
-  const int64_t out = weight.size(-2), in = weight.size(-1), begin = group * out * in;
-  if (weight.scalar_type() == at::kFloat) {
-    multiply(from, weight.const_data_ptr<float>() + begin, in, out, to);
-  } else {
-    const auto* w = reinterpret_cast<const uint16_t*>(weight.const_data_ptr<BFloat16>());
-    multiply(from, w + begin, in, out, to);
-  }
-}
 
 void check_weight(const Tensor& x, const Tensor& weight, int64_t dim, int64_t in) {
   TORCH_CHECK_VALUE(weight.is_contiguous() && weight.dim() == dim && x.size(-1) == in, "linear: x ", x.sizes(),

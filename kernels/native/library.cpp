@@ -5,6 +5,7 @@
 #include "../hyper_connections/cpu.cpp"
 #include "../index_topk/cpu.cpp"
 #include "../linear/cpu.cpp"
+#include "../projection/cpu.cpp"
 #include "../quantize/cpu.cpp"
 #include "../rms_norm/cpu.cpp"
 #include "../rotary/cpu.cpp"

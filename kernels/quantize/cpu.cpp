@@ -1,5 +1,5 @@
 // Rounding to a storage format, and the Hadamard rotation.
-#include "../native/common.h"
+#include "../native/rows.h"
 
 namespace fiftyfold {
 namespace {
@@ -56,20 +56,9 @@ Tensor hadamard(const Tensor& input) {
   Tensor out = at::empty_like(x);
   const float* from = x.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();
-  const float scale = 1.0f / std::sqrt(static_cast<float>(n));
   parallel_rows(rows_of(x), 4 * n, [&](int64_t r) {
-    float* row = to + r * n;
-    for (int64_t i = 0; i < n; ++i) row[i] = from[r * n + i] * scale;
-    for (int64_t half = 1; half < n; half *= 2) {
-      for (int64_t begin = 0; begin < n; begin += 2 * half) {
-#pragma omp simd
-        for (int64_t i = begin; i < begin + half; ++i) {
-          const float a = row[i], b = row[i + half];
-          row[i] = a + b;
-          row[i + half] = a - b;
-        }
-      }
-    }
+    std::memcpy(to + r * n, from + r * n, 4 * n);
+    hadamard_row(to + r * n, n);
   });
   return out;
 }

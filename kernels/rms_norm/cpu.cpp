@@ -1,5 +1,5 @@
 // RMS normalization, one row at a time.
-#include "../native/common.h"
+#include "../native/rows.h"
 
 namespace fiftyfold {
 namespace {
@@ -13,14 +13,7 @@ Tensor rms_normalize(const Tensor& input, const std::optional<Tensor>& weight, d
   const float* from = x.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();
   parallel_rows(rows_of(x), 2 * n, [&](int64_t r) {
-    const float* row = from + r * n;
-    float* result = to + r * n;
-    const float scale = 1.0f / std::sqrt(sum_of_squares(row, n) / static_cast<float>(n) + static_cast<float>(eps));
-    if (gains) {
-      for (int64_t i = 0; i < n; ++i) result[i] = row[i] * scale * gains[i];
-    } else {
-      for (int64_t i = 0; i < n; ++i) result[i] = row[i] * scale;
-    }
+    normalize_row(from + r * n, n, gains, static_cast<float>(eps), to + r * n);
   });
   return out;
 }

@@ -1,5 +1,5 @@
 // Rotary positions: the rotation of pairs, and the angles themselves.
-#include "../native/common.h"
+#include "../native/rows.h"
 
 namespace fiftyfold {
 namespace {
@@ -8,30 +8,16 @@ namespace {
 // copied; `inverse` rotates back.
 Tensor rotate(const Tensor& input, const Tensor& cosines, const Tensor& sines, bool inverse) {
   const Tensor x = contiguous_float(input, "rotate: x");
+  TORCH_CHECK_VALUE(x.dim() >= 3 && 2 * cosines.size(2) <= x.size(-1), "rotate: x ", x.sizes(), " and cos ",
+                    cosines.sizes(), " do not fit");
   const Tensor cos = cosines.contiguous(), sin = sines.contiguous();
-  TORCH_CHECK_VALUE(x.dim() >= 3 && cos.dim() == 3 && cos.sizes() == sin.sizes() && cos.size(1) == x.size(1) &&
-                        (cos.size(0) == 1 || cos.size(0) == x.size(0)) && 2 * cos.size(2) <= x.size(-1),
-                    "rotate: x ", x.sizes(), " and cos ", cos.sizes(), " do not fit");
+  const int64_t n = x.size(-1), B = x.size(0), S = x.size(1), each = B * S ? x.numel() / (B * S * n) : 0;
+  const Angles angles(cos, sin, B, S);
   Tensor out = at::empty_like(x);
-  const int64_t n = x.size(-1), r = cos.size(2), S = x.size(1), B = x.size(0), passed = n - 2 * r;
-  const int64_t each = B * S ? x.numel() / (B * S * n) : 0;
-  const bool shared = cos.size(0) == 1;
-  const float *from = x.const_data_ptr<float>(), *c = cos.const_data_ptr<float>(), *s = sin.const_data_ptr<float>();
+  const float* from = x.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();
-  const float sign = inverse ? -1.0f : 1.0f;
   parallel_rows(B * S, each * n, [&](int64_t token) {
-    const int64_t place = (shared ? token % S : token) * r;
-    for (int64_t h = 0; h < each; ++h) {
-      const float* row = from + (token * each + h) * n;
-      float* result = to + (token * each + h) * n;
-      std::memcpy(result, row, 4 * passed);
-      for (int64_t i = 0; i < r; ++i) {
-        const float even = row[passed + 2 * i], odd = row[passed + 2 * i + 1];
-        const float cosine = c[place + i], sine = sign * s[place + i];
-        result[passed + 2 * i] = even * cosine - odd * sine;
-        result[passed + 2 * i + 1] = even * sine + odd * cosine;
-      }
-    }
+    for (int64_t h = token * each; h < (token + 1) * each; ++h) angles.rotate(token, from + h * n, n, inverse, to + h * n);
   });
   return out;
 }

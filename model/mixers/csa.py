@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from kernels.autocast import detached
 from kernels.index_topk import index_scores, index_topk, select_topk
+from kernels.projection import index_query
 from kernels.quantize import hadamard
 from kernels.sparse_attention import EntrySet
 from model.cache_parts import LayerCache, Tail
@@ -31,8 +32,8 @@ class LightningIndexer(nn.Module):
 
     def queries(self, x: Tensor, latent: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """Rotated queries [B, S, heads, head_dim] and scaled head weights [B, S, heads]."""
-        query = rotation.apply(self.wq_b(latent).unflatten(-1, (self.heads, self.head_dim)))
-        return hadamard(query), self.weights_proj(x) * (self.head_dim * self.heads) ** -0.5
+        query = index_query(latent, self.wq_b.weight, *rotation, self.heads)
+        return query, self.weights_proj(x) * (self.head_dim * self.heads) ** -0.5
 
 
 class CompressedSparseAttention(CompressedAttention):

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.autocast import cast, product_dtype
-from kernels.cache_io import pack
-from kernels.linear import grouped_linear
-from kernels.rms_norm import rms_normalize
+from kernels.projection import grouped_output, key_value, latent_query, packed_key_value
 from kernels.sparse_attention import EntrySet, paged_attention, sparse_attention
 from model.cache_parts import LayerCache
 from model.config import ModelConfig
@@ -43,15 +41,16 @@ class SlidingWindowAttention(Mixer):
     def project(self, x: Tensor, rotation: Rotation, cached: bool) -> dict[str, Tensor]:
         """query [B, S, H, head_dim], what :meth:`project_history` adds, and the tokens' key-values: kv
         [B, S, head_dim], or for a cache packed window_rows uint8 [B, S, nbytes]."""
-        c = self.config
         narrow = cast(x, product_dtype(x))  # once for all products
-        latent = self.q_norm(self.wq_a(narrow))
-        query = rms_normalize(self.wq_b(latent).unflatten(-1, (c.num_heads, c.head_dim)), c.norm_eps)
-        kv = rotation.apply(self.kv_norm(self.wkv(narrow)))
-        projected = {"query": rotation.apply(query), **self.project_history(x, latent, rotation)}
+        heads, eps = self.config.num_heads, self.config.norm_eps
+        latent, query = latent_query(
+            narrow, self.wq_a.weight, self.q_norm.weight, self.wq_b.weight, *rotation, heads, eps
+        )
+        projected = {"query": query, **self.project_history(x, latent, rotation)}
+        key_value_of = narrow, self.wkv.weight, self.kv_norm.weight, *rotation, eps
         if cached:
-            return projected | {"window_rows": pack(kv, self.precision.main_layout)}
-        return projected | {"kv": self.precision.round_main(kv, self.training)}
+            return projected | {"window_rows": packed_key_value(*key_value_of, self.precision.main_layout)}
+        return projected | {"kv": self.precision.round_main(key_value(*key_value_of), self.training)}
 
     def project_history(self, x: Tensor, latent: Tensor, rotation: Rotation) -> dict[str, Tensor]:
         """What a subclass needs for its compressed history. latent [B, S, q_lora_rank]."""
@@ -86,6 +85,4 @@ class SlidingWindowAttention(Mixer):
 
     def output(self, mixed: Tensor, rotation: Rotation) -> Tensor:
         """Back to [B, S, hidden] by a grouped low-rank projection (report 2.3.1)."""
-        # The values carry rotary dims at their own positions; turning the sum back by the query's leaves the offset.
-        out = rotation.apply(mixed, inverse=True)
-        return self.wo_b(grouped_linear(out.flatten(2), self.wo_a))
+        return grouped_output(mixed, *rotation, self.wo_a, self.wo_b.weight)

@@ -16,6 +16,7 @@ from kernels import (
     hyper_connections,
     linear,
     native,
+    projection,
     quantize,
     rms_norm,
     rotary,
@@ -182,11 +183,39 @@ def test_routes(tokens):
 def test_few_tokens_of_experts(inner, width, stored):
     w1, w3, w2 = (torch.randn(s).to(stored) for s in ((4, inner, width), (4, inner, width), (4, width, inner)))
     x, chosen, weights = torch.randn(5, width), torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
-    found = expert_dispatch.few_tokens(x, chosen, weights, w1, w3, w2, 10.0)
-    expected = expert_dispatch.reference.few_tokens(x, chosen, weights, w1, w3, w2, 10.0)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    stacks = w1, w3, w2
+    for shared in ((), tuple(w[0].clone() for w in stacks)):
+        found = expert_dispatch.few_tokens(x, chosen, weights, stacks, shared, 10.0)
+        expected = expert_dispatch.reference.few_tokens(x, chosen, weights, stacks, shared, 10.0)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(IndexError, match="expert 4 of 4"):
-        expert_dispatch.few_tokens(x, torch.full((5, 2), 4), weights, w1, w3, w2, 10.0)
+        expert_dispatch.few_tokens(x, torch.full((5, 2), 4), weights, stacks, (), 10.0)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (2, 3)])
+def test_projections(batch, tokens, stored):
+    hidden, rank, heads, c = 24, 12, 4, 16
+    shapes = {"wq_a": (rank, hidden), "wq_b": (heads * c, rank), "wkv": (c, hidden), "wo_a": (2, 8, 2 * c)}
+    shapes |= {"wo_b": (hidden, 16), "index": (4 * 8, rank)}
+    weight = {name: torch.randn(shape).to(stored) for name, shape in shapes.items()}
+    exact = {name: w.float() for name, w in weight.items()}
+    x, norm, kv_norm = torch.randn(batch, tokens, hidden), torch.randn(rank), torch.randn(c)
+    mixed, layout = torch.randn(batch, tokens, heads, c), EntryLayout(8, "fp32", 8, "fp32")
+    positions = torch.randint(0, 5000, (batch, tokens))
+    assert projection.backend_for(x, weight["wkv"]) == "cpu"
+    for some in (positions, positions[:1]):
+        cos, sin = rotary.angles(some, 10_000.0 ** (-torch.arange(4, dtype=torch.float64) / 4))
+        found, expected = (
+            (
+                *projection.latent_query(x, w["wq_a"], norm, w["wq_b"], cos, sin, heads, 1e-6, backend=b),
+                projection.grouped_output(mixed, cos, sin, w["wo_a"], w["wo_b"], backend=b),
+                projection.index_query(x[..., :rank], w["index"], cos, sin, 4, backend=b),
+                cache_io.unpack(projection.packed_key_value(x, w["wkv"], kv_norm, cos, sin, 1e-6, layout, b), layout),
+            )
+            for b, w in (("cpu", weight), ("reference", exact))
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 # --- hyper-connections, with gradients

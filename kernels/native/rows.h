@@ -1,0 +1,91 @@
+// Operations on rows of a few tokens, which several operators share.
+#pragma once
+
+#include "common.h"
+
+namespace fiftyfold {
+
+struct Rows {
+  float* data;
+  int64_t count, stride;
+};
+
+// to[t, o] = from[t] . w[o]; a row of weights is read once for all tokens.
+template <typename W>
+inline void multiply(Rows from, const W* w, int64_t in, int64_t out, Rows to) {
+  parallel_rows(out, in * from.count, [&](int64_t o) {
+    for (int64_t t = 0; t < from.count; ++t) {
+      to.data[t * to.stride + o] = streamed_dot(from.data + t * from.stride, w + o * in, in);
+    }
+  });
+}
+
+inline void multiply(Rows from, const Tensor& weight, int64_t group, Rows to) {
+  const int64_t out = weight.size(-2), in = weight.size(-1), begin = group * out * in;
+  if (weight.scalar_type() == at::kFloat) {
+    multiply(from, weight.const_data_ptr<float>() + begin, in, out, to);
+  } else {
+    const auto* w = reinterpret_cast<const uint16_t*>(weight.const_data_ptr<BFloat16>());
+    multiply(from, w + begin, in, out, to);
+  }
+}
+
+// row / rms(row), times `gains` if there are any; `out` may be the row itself.
+inline void normalize_row(const float* row, int64_t n, const float* gains, float eps, float* out) {
+  const float scale = 1.0f / std::sqrt(sum_of_squares(row, n) / static_cast<float>(n) + eps);
+  if (gains) {
+    for (int64_t i = 0; i < n; ++i) out[i] = row[i] * scale * gains[i];
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i] = row[i] * scale;
+  }
+}
+
+// Pairs of the last 2r dims rotated, the others copied; `out` may be the row itself.
+inline void rotate_row(const float* row, int64_t n, const float* cos, const float* sin, int64_t r, float sign, float* out) {
+  const int64_t passed = n - 2 * r;
+  if (out != row) std::memcpy(out, row, 4 * passed);
+  for (int64_t i = 0; i < r; ++i) {
+    const float even = row[passed + 2 * i], odd = row[passed + 2 * i + 1];
+    const float cosine = cos[i], sine = sign * sin[i];
+    out[passed + 2 * i] = even * cosine - odd * sine;
+    out[passed + 2 * i + 1] = even * sine + odd * cosine;
+  }
+}
+
+// Orthonormal Walsh-Hadamard rotation in place, n a power of two.
+inline void hadamard_row(float* row, int64_t n) {
+  const float scale = 1.0f / std::sqrt(static_cast<float>(n));
+  for (int64_t i = 0; i < n; ++i) row[i] *= scale;
+  for (int64_t half = 1; half < n; half *= 2) {
+    for (int64_t begin = 0; begin < n; begin += 2 * half) {
+#pragma omp simd
+      for (int64_t i = begin; i < begin + half; ++i) {
+        const float a = row[i], b = row[i + half];
+        row[i] = a + b;
+        row[i + half] = a - b;
+      }
+    }
+  }
+}
+
+// Cosines and sines float32 [B or 1, S, r] of the tokens of a batch [B, S].
+struct Angles {
+  const float *cos, *sin;
+  int64_t tokens, r;
+  bool shared;
+
+  Angles(const Tensor& cosines, const Tensor& sines, int64_t B, int64_t S)
+      : cos(cosines.const_data_ptr<float>()), sin(sines.const_data_ptr<float>()), tokens(S), r(cosines.size(2)),
+        shared(cosines.size(0) == 1) {
+    TORCH_CHECK_VALUE(cosines.is_contiguous() && sines.is_contiguous() && cosines.sizes() == sines.sizes() &&
+                          cosines.size(1) == S && (shared || cosines.size(0) == B),
+                      "rotate: cos ", cosines.sizes(), " does not fit ", B, " x ", S, " tokens");
+  }
+
+  void rotate(int64_t token, const float* row, int64_t n, bool inverse, float* out) const {
+    const int64_t place = (shared ? token % tokens : token) * r;
+    rotate_row(row, n, cos + place, sin + place, r, inverse ? -1.0f : 1.0f, out);
+  }
+};
+
+}  // namespace fiftyfold
