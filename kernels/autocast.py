@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,8 @@ def detached(x: Tensor) -> Tensor:
     return x.detach() if x.requires_grad else x
 
 
-def in_float32(x: Tensor) -> torch.autocast:
+def in_float32(x: Tensor) -> AbstractContextManager:
     """A context in which autocast is off for x's device: for what decides (routes, selections, mixing weights), which
     would decide otherwise in training than in inference."""
-    return torch.autocast(x.device.type, enabled=False)
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

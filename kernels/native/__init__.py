@@ -65,7 +65,6 @@ def serves(x: Tensor, backward: bool = False) -> bool:
         x.is_cpu
         and x.dtype == torch.float32
         and (backward or not torch.is_grad_enabled())
-        and not torch.compiler.is_compiling()
         and level() is not None
     )
 
