@@ -165,11 +165,14 @@ def check_expressible(config: ModelConfig) -> None:
     need(c.hc_mult == 4, "hc_mult", "4", c.hc_mult)
     need(c.ffn == "moe", "ffn", "'moe'", repr(c.ffn))
     need(c.num_shared_experts >= 1, "num_shared_experts", "at least 1", c.num_shared_experts)
-    if "csa" in c.layers:
-        need(c.csa_ratio == 4, "csa_ratio", "4", c.csa_ratio)
-        dims = c.index_head_dim
-        need(dims >= _LEAST_INDEX_DIMS, "index_head_dim", f"at least {_LEAST_INDEX_DIMS}", dims)
-    if "hca" in c.layers:
+    # It divides by zero where its cache of index keys is empty, and where that of hca entries is and has as wide keys.
+    need("csa" in c.layers, "layers", "at least one csa layer", "none")
+    need(c.csa_ratio == 4, "csa_ratio", "4", c.csa_ratio)
+    dims = c.index_head_dim
+    need(dims >= _LEAST_INDEX_DIMS, "index_head_dim", f"at least {_LEAST_INDEX_DIMS}", dims)
+    if "hca" not in c.layers:
+        need(dims != c.head_dim, "index_head_dim", "another number than head_dim where no layer is hca", dims)
+    else:
         need(c.hca_ratio == 128, "hca_ratio", "128", c.hca_ratio)
     if c.yarn_factor > 1:
         for key, value in (("yarn_beta_fast", 32.0), ("yarn_beta_slow", 1.0)):

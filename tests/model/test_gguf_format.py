@@ -160,12 +160,17 @@ def test_metadata_describes_the_network(tmp_path):
         ({"layers": ("sliding", "gqa")}, "model.layers: .* only sliding, csa and hca layers, found gqa"),
         ({"layers": ("csa",), "index_head_dim": 32}, "model.index_head_dim: .* needs at least 64, found 32"),
         ({"layers": ("csa",), "csa_ratio": 8}, "model.csa_ratio: .* needs 4, found 8"),
-        ({"layers": ("hca",), "hca_ratio": 32}, "model.hca_ratio: .* needs 128, found 32"),
+        ({"layers": ("csa", "hca"), "hca_ratio": 32}, "model.hca_ratio: .* needs 128, found 32"),
+        ({"layers": ("sliding", "hca")}, "model.layers: .* needs at least one csa layer, found none"),
+        ({"layers": ("csa",), "head_dim": 64}, "model.index_head_dim: .* another number than head_dim .* found 64"),
         ({"hc_mult": 2}, "model.hc_mult: .* needs 4, found 2"),
         ({"hyper_connections": False}, "model.hyper_connections: .* needs true, found False"),
         ({"ffn": "dense", "num_hash_layers": 0}, "model.ffn: .* needs 'moe', found 'dense'"),
         ({"num_shared_experts": 0}, "model.num_shared_experts: .* needs at least 1, found 0"),
-        ({"yarn_factor": 4.0, "yarn_beta_fast": 16.0}, "model.yarn_beta_fast: .* needs 32, found 16"),
+        (
+            {"layers": ("csa",), "yarn_factor": 4.0, "yarn_beta_fast": 16.0},
+            "model.yarn_beta_fast: .* needs 32, found 16",
+        ),
     ],
 )
 def test_networks_that_llama_cpp_cannot_hold_are_refused(tmp_path, overrides, message):
@@ -180,7 +185,7 @@ def test_an_unknown_type_is_refused(model, tmp_path):
 
 
 def test_a_value_that_is_not_finite_leaves_the_old_file(tmp_path):
-    model = build(layers=("sliding",), **SHAPES)
+    model = build(layers=("csa",), **SHAPES)
     (tmp_path / "a.gguf").write_text("old")
     with torch.no_grad():
         model.layers[0].attn.wo_b.weight[0, 0] = float("inf")
