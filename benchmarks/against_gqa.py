@@ -1,4 +1,4 @@
-"""A V4-Flash-shaped pair of layers (csa and hca) against two layers of GQA-8 in BF16, decoding one sequence on CPU.
+"""A V4-Flash-shaped pair of layers (csa and hca) against two layers of GQA-8 in BF16, decoding one sequence on a CPU.
 
     python -m benchmarks.against_gqa [--lengths 1024 ... 1048576] [--feed-forward] [--write docs/against-gqa.md]
 
@@ -12,8 +12,8 @@ Ours also embeds a token and has a head of 256 ids. A dense feed-forward of one 
 fit into a laptop's memory.
 
 The sides run in turn: several ways to write grouped-query decoding in PyTorch, and ours in two precisions, at every
-thread count. A row shows each side's fastest, and the fastest with ``scaled_dot_product_attention`` as well. Lengths
-ascend, and a way far behind at one is not timed at the next.
+thread count. Rows show theirs at its fastest, and at its fastest with ``scaled_dot_product_attention``, and ours with
+the defaults and at its fastest. Lengths ascend, and a way far behind at one is not timed at the next.
 """
 
 from __future__ import annotations
@@ -22,27 +22,25 @@ import argparse
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.contenders import OURS_DEFAULT, OURS_FASTEST, PRECISIONS, Way, ours_at, ways
 from benchmarks.drawing import log_log
-from benchmarks.report import check_page, command_line, count, table, verdict, write_tables
-from benchmarks.timing import OtherLoad, Side, Timing, fastest, hopeless, in_turn, machine, ratio, threads_of
+from benchmarks.harness import Findings, benchmark, command_line, count, options_of
+from benchmarks.report import table
+from benchmarks.timing import Side, Timing, fastest, hopeless, in_turn, ratio, threads_of
 from model.cache import Cache
 from model.cache_filling import fill_random
 from model.config import ModelConfig
 from model.errors import FiftyfoldError
-from model.execution import Execution, Mode
 from model.rope import RotaryFrequencies
 from model.transformer import Transformer
 
-OURS, THEIRS, SDPA = "csa + hca", "2 x GQA-8", "2 x GQA-8, SDPA"
+THEIRS, SDPA = "2 x GQA-8", "2 x GQA-8, SDPA"
 KV_HEADS, HEAD_DIM = 8, 128
-TARGETS = {1_048_576: 8.0}
 LENGTHS = [1 << n for n in range(10, 21)]
 _STORE_BYTES = 5 << 30
 """Beyond it both layers read one store: as many bytes are moved, and no cache of the processor holds any of them."""
@@ -153,37 +151,30 @@ class GroupedQueryPair:
 
 
 class Bench:
-    """Both pairs of layers, and what was asked for."""
+    """Hold both pairs of layers and the options."""
 
     def __init__(self, options: argparse.Namespace, feed_forward: int):
         self.options = options
         self.config = flash_pair(options.preset, feed_forward)
         torch.manual_seed(0)
-        self.ours = {name: Transformer(self.config).eval() for name in ("float32", "bfloat16")}
-        for name, model in self.ours.items():
-            model.execution = Execution(options.execution)
-            model.store_weights(getattr(torch, name))
+        self.ours = {precision: Transformer(self.config).eval() for precision in PRECISIONS}
+        self.ours["bfloat16"].store_weights(torch.bfloat16)
         self.theirs = GroupedQueryPair(self.config)
         self._given_up: set[str] = set()
 
     def row(self, tokens: int) -> dict[str, tuple[str, Timing]]:
-        """Time both at ``tokens`` tokens: the fastest way of each, and of theirs the fastest with SDPA besides."""
+        """Time both at ``tokens`` tokens: the fastest of theirs, with SDPA and of all, and ours at both its ways."""
         ours, theirs = self._our_sides(tokens), self._their_sides(tokens)
         times = in_turn({**ours, **theirs}, self.options.rounds)
-        groups = {
-            SDPA: [way for way in theirs if way.startswith("SDPA")],
-            THEIRS: list(theirs),
-            OURS: list(ours),
-        }
-        best = {name: fastest({way: times[way] for way in ways}) for name, ways in groups.items()}
-        self._given_up |= hopeless({way: times[way] for way in theirs}) - {best[SDPA]}
-        return {name: (way, times[way]) for name, way in best.items()}
+        of_theirs = {way: times[way] for way in theirs}
+        of_sdpa = {way: timing for way, timing in of_theirs.items() if way.startswith("SDPA")}
+        found = {SDPA: fastest(of_sdpa), THEIRS: fastest(of_theirs), **ours_at({way: times[way] for way in ours})}
+        self._given_up |= hopeless(of_theirs) - {found[SDPA]}
+        return {label: (str(way), times[way]) for label, way in found.items()}
 
-    def _our_sides(self, tokens: int) -> Mapping[str, Side]:
-        repeat, threads = self.options.tokens, self.options.threads
-        start = tokens - repeat * len(self.ours) * len(threads) * (
-            self.options.rounds + 1
-        )  # all ways go on in one cache
+    def _our_sides(self, tokens: int) -> Mapping[Way, Side]:
+        repeat, timed = self.options.tokens, ways(self.options.threads)
+        start = tokens - repeat * len(timed) * (self.options.rounds + 1)  # all ways go on in one cache
         if start < 1:
             raise FiftyfoldError(f"--lengths: {tokens} tokens are fewer than the {tokens - start} to be decoded")
         cache = Cache(self.config, 1, tokens)
@@ -198,10 +189,7 @@ class Bench:
 
             return Side(run, threads, repeat)
 
-        return {
-            f"{name}, {threads_of(count)}": side(model, count)
-            for (name, model), count in itertools.product(self.ours.items(), threads)
-        }
+        return {way: side(self.ours[way.precision], way.threads) for way in timed}
 
     def _their_sides(self, tokens: int) -> Mapping[str, Side]:
         stores = self.theirs.stores(tokens)
@@ -213,38 +201,39 @@ class Bench:
 
         return {
             way: side(attend, count)
-            for (name, attend), count in itertools.product(ATTENTIONS.items(), self.options.threads)
+            for (name, attend), count in itertools.product(ATTENTIONS.items(), self._thread_counts())
             if (way := f"{name}, {threads_of(count)}") not in self._given_up
         }
+
+    def _thread_counts(self) -> list[int]:
+        """Theirs get as many as ours."""
+        return list(dict.fromkeys(way.threads for way in ways(self.options.threads)))
 
     def run(self) -> tuple[str, dict[str, dict[int, float]]]:
         """The table, and milliseconds per token by side and length."""
         rows = []
-        lines: dict[str, dict[int, float]] = {SDPA: {}, THEIRS: {}, OURS: {}}
-        faster: dict[int, float] = {}
+        lines: dict[str, dict[int, float]] = {}
+        faster: dict[str, dict[int, float]] = {OURS_DEFAULT: {}, OURS_FASTEST: {}}
         for tokens in self.options.lengths:
             row = self.row(tokens)
-            times = {name: timing for name, (_, timing) in row.items()}
-            faster[tokens] = ratio(times[THEIRS], times[OURS])
-            for name, timing in times.items():
-                lines[name][tokens] = 1e3 * timing.median
             moved = 2 * 2 * 2 * KV_HEADS * HEAD_DIM * tokens
-            rows.append(
-                [
-                    f"{tokens:,}",
-                    *(cell for way, timing in row.values() for cell in (timing.milliseconds(), way)),
-                    f"{moved / times[THEIRS].median / 1e9:.1f}",
-                    f"{ratio(times[SDPA], times[OURS]):.2f}",
-                    f"{faster[tokens]:.2f}",
-                    verdict(faster[tokens], TARGETS[tokens]) if tokens in TARGETS else "",
-                ]
-            )
-            print(" | ".join(rows[-1]), flush=True)
-        header = ["tokens", *(cell for name in lines for cell in (f"{name}, ms per token", "at"))]
-        header += [f"{THEIRS}, GB/s of its store", f"times faster than {SDPA}", f"times faster than {THEIRS}", "target"]
-        crossing = crossover(faster)
-        text = "none in this range" if crossing is None else f"{crossing:,.0f} tokens"
-        return f"{table(header, rows)}\nCrossover with {THEIRS}: {text}.\n", lines
+            for label, (way, timing) in row.items():
+                lines.setdefault(label, {})[tokens] = 1e3 * timing.median
+                if label in faster:
+                    times = [ratio(row[name][1], timing) for name in (SDPA, THEIRS)]
+                    faster[label][tokens] = times[1]
+                    cells = ["", *(f"{each:.2f}" for each in times)]
+                else:
+                    cells = [f"{moved / timing.median / 1e9:.1f}", "", ""]
+                rows.append([f"{tokens:,}", label, timing.milliseconds(), way, *cells])
+                print(" | ".join(rows[-1]), flush=True)
+        header = ["tokens", "side", "ms per token", "at", "GB/s of its store"]
+        header += [f"times faster than {name}" for name in (SDPA, THEIRS)]
+        found = []
+        for label, line in faster.items():
+            crossing = crossover(line)
+            found.append(f"{label}: {'none in this range' if crossing is None else f'{crossing:,.0f} tokens'}")
+        return f"{table(header, rows)}\nCrossover with {THEIRS}, {'; '.join(found)}.\n", lines
 
 
 def crossover(faster: Mapping[int, float]) -> float | None:
@@ -257,20 +246,7 @@ def crossover(faster: Mapping[int, float]) -> float | None:
     return None
 
 
-def main(arguments: list[str] | None = None) -> str:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="v4-flash")
-    parser.add_argument("--lengths", type=count, nargs="+", default=LENGTHS)
-    parser.add_argument("--threads", type=count, nargs="+", default=[1, 2])
-    parser.add_argument("--execution", choices=get_args(Mode), default="compiled", help="how ours is computed")
-    parser.add_argument("--rounds", type=count, default=5)
-    parser.add_argument("--tokens", type=count, default=4, help="decoded in a round; 4 complete one csa block")
-    parser.add_argument("--feed-forward", action="store_true", help="also with the active experts' size (2.4 GB more)")
-    parser.add_argument("--write", type=Path, help="a Markdown file whose part between the two markers is replaced")
-    options = parser.parse_args(arguments)
-    if options.write:
-        check_page(options.write)
-    load = OtherLoad()
+def measure(options: argparse.Namespace) -> Findings:
     full = ModelConfig.from_preset(options.preset)
     if full.num_heads % KV_HEADS:
         raise FiftyfoldError(
@@ -284,17 +260,18 @@ def main(arguments: list[str] | None = None) -> str:
         text, drawn = Bench(options, feed_forward).run()
         parts.append(f"### {suffix[0].upper()}{suffix[1:]}\n\n{text}")
         lines |= {f"{name}, {suffix}": line for name, line in drawn.items()}
-    text = f"{machine()}; {load}.\n\n" + "\n".join(parts)
-    print(text)
-    if options.write:
-        write_tables(options.write, text)
-        log_log(
-            options.write.with_suffix(".png"),
-            lines,
-            "ms per decoded token",
-            f"decoding with two layers, widths of {options.preset}",
-        )
-    return text
+    figure = log_log(lines, "ms per decoded token", f"decoding with two layers, widths of {options.preset}")
+    return Findings("\n".join(parts), figure, "Milliseconds per decoded token")
+
+
+def main(arguments: list[str] | None = None) -> str:
+    parser = options_of(__doc__, threads=[1, 2])
+    parser.add_argument("--preset", default="v4-flash")
+    parser.add_argument("--lengths", type=count, nargs="+", default=LENGTHS)
+    parser.add_argument("--rounds", type=count, default=5)
+    parser.add_argument("--tokens", type=count, default=4, help="decoded in a round; 4 complete one csa block")
+    parser.add_argument("--feed-forward", action="store_true", help="also with the active experts' size (2.4 GB more)")
+    return benchmark(parser, measure, arguments)
 
 
 if __name__ == "__main__":

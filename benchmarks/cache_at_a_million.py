@@ -11,17 +11,16 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from benchmarks import report
+from benchmarks.harness import Findings, benchmark, command_line, count, options_of
 from benchmarks.timing import in_child
 from model.cache import COMPONENTS
 from model.comparison import gqa8_account, with_gqa8
 from model.config import ModelConfig
 from model.errors import FiftyfoldError
-from model.files import atomic_file
 from model.presets import PRESETS
 from pipelines.cache_measurement import Measurement, measure_cache
 from pipelines.figures import binary
@@ -137,37 +136,26 @@ def draw(pairs: list[Pair]) -> Figure:
     return figure
 
 
-def main(arguments: list[str] | None = None) -> str:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", nargs="+", choices=list(PRESETS), default=["v4-flash", "v4-pro"])
-    parser.add_argument("--tokens", type=report.count, default=1 << 20)
-    parser.add_argument(
-        "--gqa-tokens", type=report.count, default=1 << 14, help="the length at which GQA-8 is measured"
-    )
-    parser.add_argument("--within", type=float, default=1.0, help="percent that a size may be off")
-    parser.add_argument(
-        "--write",
-        type=Path,
-        help="a Markdown file whose part between the two markers is replaced; the figure goes beside it, as .png",
-    )
-    options = parser.parse_args(arguments)
-    if options.write:
-        report.check_page(options.write)
+def run(options: argparse.Namespace) -> Findings:
     pairs = []
     for name in options.preset:
         pairs.append(measure(name, options.tokens, options.gqa_tokens))
         print(f"{name}: done", file=sys.stderr, flush=True)
     text = tables(pairs)
-    print(text)
-    if options.write:
-        report.write_tables(options.write, text)
-        with atomic_file(options.write.with_suffix(".png")) as scratch:
-            draw(pairs).savefig(scratch, dpi=130, format="png")
     off = 100 * worst(pairs)
     if off > options.within:
-        raise FiftyfoldError(f"a size is {off:.2f}% off its closed form, more than {options.within}%")
-    return text
+        raise FiftyfoldError(f"a size is {off:.2f}% off its closed form, more than {options.within}%:\n\n{text}")
+    return Findings(text, draw(pairs), "Measured bytes by component, and beside grouped-query attention")
+
+
+def main(arguments: list[str] | None = None) -> str:
+    parser = options_of(__doc__)
+    parser.add_argument("--preset", nargs="+", choices=list(PRESETS), default=["v4-flash", "v4-pro"])
+    parser.add_argument("--tokens", type=count, default=1 << 20)
+    parser.add_argument("--gqa-tokens", type=count, default=1 << 14, help="the length at which GQA-8 is measured")
+    parser.add_argument("--within", type=float, default=1.0, help="percent that a size may be off")
+    return benchmark(parser, run, arguments)
 
 
 if __name__ == "__main__":
-    report.command_line(main)
+    command_line(main)

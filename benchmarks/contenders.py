@@ -1,25 +1,60 @@
-"""The same weights twice: our network, and transformers' ``DeepseekV4ForCausalLM``, each with a cache to read into."""
+"""Load the same weights twice: our network, and transformers' ``DeepseekV4ForCausalLM``, each with a cache.
+
+``transformers`` is imported where its network is made: processes that run ours alone do without.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import transformers
 from torch import Tensor
-from transformers import DeepseekV4ForCausalLM, DynamicCache
 
+from benchmarks.timing import Timing, fastest, threads_of
 from model.cache import Cache
 from model.cache_filling import fill_random
 from model.config import ModelConfig
-from model.execution import Execution, Mode
 from model.generation import prefill
 from model.hf import export_pretrained, import_pretrained
 from model.hf_config import OWN_KEY
 from model.transformer import Transformer
 
+if TYPE_CHECKING:
+    from transformers import DynamicCache
+
 PRECISIONS = ("float32", "bfloat16")
+OURS_DEFAULT, OURS_FASTEST = "ours, defaults", "ours, fastest"
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a side computes: the precision of its weights, and its threads."""
+
+    precision: str
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{self.precision}, {threads_of(self.threads)}"
+
+
+DEFAULTS = Way("float32", torch.get_num_threads())
+"""What somebody gets who sets nothing."""
+DEFAULT_CHUNK = 512
+"""The pieces in which :func:`model.generation.prefill` reads by default."""
+
+
+def ways(threads: Iterable[int]) -> list[Way]:
+    """Every precision at every number of threads, and the defaults in any case."""
+    return list(dict.fromkeys([DEFAULTS, *itertools.starmap(Way, itertools.product(PRECISIONS, threads))]))
+
+
+def ours_at(times: Mapping[Way, Timing]) -> dict[str, Way]:
+    """The two ways that a table shows of ours: the defaults, and the fastest one."""
+    return {OURS_DEFAULT: DEFAULTS, OURS_FASTEST: fastest(times)}
 
 
 class Network(Protocol):
@@ -44,9 +79,8 @@ class Ours:
     Cache formats are those the folder notes; one that transformers saved notes none and is computed in plain floats.
     """
 
-    def __init__(self, folder: str | Path, precision: str = "float32", execution: Mode = "eager"):
+    def __init__(self, folder: str | Path, precision: str = "float32"):
         self.model = import_pretrained(folder)
-        self.model.execution = Execution(execution)
         if precision != "float32":
             self.model.store_weights(getattr(torch, precision))
 
@@ -73,16 +107,20 @@ class Theirs:
     """
 
     def __init__(self, folder: str | Path, precision: str = "float32", compiled: bool = False):
+        import transformers
+
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
         self.dtype = getattr(torch, precision)
-        self.model = DeepseekV4ForCausalLM.from_pretrained(folder, dtype=self.dtype).eval()
+        self.model = transformers.DeepseekV4ForCausalLM.from_pretrained(folder, dtype=self.dtype).eval()
         if compiled:
             for layer in self.model.model.layers:
                 layer.attn_hc.compile()
                 layer.ffn_hc.compile()
 
     def cache(self, tokens: int) -> DynamicCache:
+        from transformers import DynamicCache
+
         return DynamicCache(config=self.model.config)
 
     def fill(self, cache: DynamicCache, tokens: int) -> None:

@@ -1,21 +1,22 @@
-"""The figures that benchmarks put beside their tables."""
+"""Draw the figures that benchmarks put beside their tables."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from pipelines.figures import binary
 
+COLORS = ("#7f8c8d", "#2c5f8a", "#c0392b", "#b07d2b", "#4f7f52", "#6c4f8a", "#2f8f8f", "#8a5f4f")
 _APART = 0.12
 """Values at the lines' ends whose logarithms differ less would be written over one another."""
 
 
-def log_log(path: Path, lines: Mapping[str, Mapping[int, float]], ylabel: str, title: str) -> None:
+def log_log(lines: Mapping[str, Mapping[int, float]], ylabel: str, title: str) -> Figure:
     """Draw ``lines``, {label: {tokens: value}}, over the sequence's length."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -23,7 +24,7 @@ def log_log(path: Path, lines: Mapping[str, Mapping[int, float]], ylabel: str, t
     axes.set_yscale("log")
     labelled: list[float] = []
     lengths = sorted({tokens for line in lines.values() for tokens in line})
-    for (label, line), color in zip(lines.items(), ("#7f8c8d", "#2c5f8a", "#c0392b", "#b07d2b", "#4f7f52", "#6c4f8a")):
+    for (label, line), color in zip(lines.items(), itertools.cycle(COLORS)):
         axes.plot(list(line), list(line.values()), "o-", color=color, linewidth=1.8, markersize=4, label=label)
         tokens, value = list(line.items())[-1]
         if all(abs(math.log(value / other)) > _APART for other in labelled):
@@ -36,4 +37,4 @@ def log_log(path: Path, lines: Mapping[str, Mapping[int, float]], ylabel: str, t
     axes.set(xlabel="tokens in the sequence", ylabel=ylabel, title=title)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=9)
-    figure.savefig(path, dpi=130)
+    return figure

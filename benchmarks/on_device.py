@@ -1,9 +1,10 @@
 """One network over the sequence's length on one device: reading a prompt, decoding, bytes. Needs nothing but torch.
 
-    python -m benchmarks.on_device [--device cuda] [--preset small] [--lengths 4096 ... 1048576] [--weights bfloat16]
+    python -m benchmarks.on_device [--device cuda] [--preset small] [--lengths 4096 ... 1048576]
 
-Caches are filled with random entries up to each length. Seconds are medians over rounds after a first one that is not
-counted; a GPU is waited for. Memory is the most that was allocated beyond the network, the cache included (GPUs only).
+Caches are filled with random entries up to each length. Rows show the weights in float32, which is the default, and in
+bfloat16. Seconds are medians over rounds after a first one that is not counted; a GPU is waited for. Memory is the most
+that was allocated beyond the network, the cache included (GPUs only).
 """
 
 from __future__ import annotations
@@ -15,29 +16,33 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.report import command_line, count, table
+from benchmarks.harness import Findings, benchmark, command_line, count, options_of
+from benchmarks.report import table
 from model.cache import Cache
 from model.cache_filling import fill_random
 from model.config import ModelConfig
 from model.errors import FiftyfoldError
-from model.execution import Execution
 from model.generation import prefill
 from model.transformer import Transformer
 
+PRECISIONS = ["float32", "bfloat16"]
 LENGTHS = [1 << power for power in range(12, 21, 2)]
 
 
 class Bench:
-    def __init__(self, options: argparse.Namespace):
-        self.options, self.device = options, torch.device(options.device)
+    """Hold one network with its weights in one precision."""
+
+    def __init__(self, options: argparse.Namespace, weights: str):
+        self.options, self.weights, self.device = options, weights, torch.device(options.device)
         config = ModelConfig.from_preset(options.preset)
         torch.manual_seed(0)
         self.model = Transformer(config.replace(max_positions=max(config.max_positions, *options.lengths)))
-        self.model.eval().to(self.device).store_weights(getattr(torch, options.weights))
-        self.model.execution = Execution(options.execution)
+        self.model.eval().to(self.device)
+        if weights != "float32":
+            self.model.store_weights(getattr(torch, weights))
 
     def row(self, length: int) -> list[str]:
-        """Milliseconds per token of decoding and of reading the last tokens before ``length``, and bytes."""
+        """Time decoding and reading the last tokens before ``length``, and count bytes."""
         options = self.options
         least = (options.rounds + 1) * (options.tokens + options.prompt)
         if length <= least:
@@ -62,6 +67,7 @@ class Bench:
         peak = f"{(torch.cuda.max_memory_allocated() - before) / 2**20:,.0f}" if on_gpu else ""
         return [
             f"{length:,}",
+            self.weights,
             f"{1e3 * per_token:.3g}",
             f"{1e3 * per_read:.3g}",
             f"{cache.nbytes() / 2**20:,.1f}",
@@ -83,31 +89,31 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def title(self) -> str:
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        how = f"preset '{self.options.preset}', weights in {self.options.weights}, computed {self.options.execution}"
-        return f"{name}; torch {torch.__version__.split('+')[0]}; {how}, pieces of {self.options.chunk:,}"
+
+def measure(options: argparse.Namespace) -> Findings:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise FiftyfoldError("--device cuda: this machine has no GPU that torch can use")
+    torch.set_num_threads(options.threads)
+    rows: list[list[str]] = []
+    for weights in options.weights:
+        bench = Bench(options, weights)
+        rows += [bench.row(length) for length in options.lengths]
+        del bench
+    header = ["tokens", "weights", "decode, ms per token", "prompt, ms per token", "cache, MiB", "memory, MiB"]
+    return Findings(f"Preset '{options.preset}', pieces of {options.chunk:,} tokens.\n\n{table(header, rows)}")
 
 
 def main(arguments: list[str] | None = None) -> str:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__, threads=torch.get_num_threads())
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--preset", default="small")
     parser.add_argument("--lengths", type=count, nargs="+", default=LENGTHS)
-    parser.add_argument("--weights", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--execution", choices=["eager", "compiled"], default="eager")
+    parser.add_argument("--weights", choices=PRECISIONS, nargs="+", default=PRECISIONS)
     parser.add_argument("--rounds", type=count, default=3)
     parser.add_argument("--tokens", type=count, default=16, help="decoded in a round")
     parser.add_argument("--prompt", type=count, default=512, help="tokens read in a round")
     parser.add_argument("--chunk", type=count, default=512)
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise FiftyfoldError("--device cuda: this machine has no GPU that torch can use")
-    bench = Bench(options)
-    header = ["tokens", "decode, ms per token", "prompt, ms per token", "cache, MiB", "memory, MiB"]
-    text = f"{bench.title()}\n\n{table(header, [bench.row(length) for length in options.lengths])}"
-    print(text)
-    return text
+    return benchmark(parser, measure, arguments)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ from times measured here, a sequence's forward and backward pass and one optimiz
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from benchmarks.report import check_page, command_line, count, table, verdict, verdict_at_most, write_tables
-from benchmarks.timing import OtherLoad, Side, in_turn, machine, ratio, threads_of
+from benchmarks.harness import Findings, benchmark, command_line, count, options_of
+from benchmarks.report import table
+from benchmarks.timing import Side, in_turn, ratio, threads_of
 from kernels.newton_schulz.gram import SEGMENTS, multiplications
 from model.config import ModelConfig
 from model.muon import MuonAdamW, OptimizerConfig
@@ -26,7 +26,6 @@ from model.transformer import Transformer
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 10
-SQUARE_TARGET, LIST_TARGET, SHARE_TARGET = 1.0, 1.5, 3.0
 BATCH_TOKENS = 500_000
 CONFIG = OptimizerConfig(ns_coefficients=(COEFFICIENTS,) * STEPS, ns_dtype="bfloat16")
 
@@ -59,12 +58,12 @@ def matrices(p: torch.Tensor, rows: tuple[int, ...] | None) -> list[torch.Tensor
     return [part for matrix in whole for part in matrix.split(rows or matrix.shape[0])]
 
 
-def row(name: str, contest: Contest, threads: int, rounds: int, target: float) -> list[str]:
+def row(name: str, contest: Contest, threads: int, rounds: int) -> list[str]:
     times = in_turn(contest.sides(threads), rounds)
     faster = ratio(times["torch"], times["ours"])
     cells = [name, str(threads), times["torch"].milliseconds(), times["ours"].milliseconds(), f"{faster:.2f}"]
     print(" | ".join(cells), flush=True)
-    return [*cells, verdict(faster, target)]
+    return cells
 
 
 def muon_part(model: Transformer) -> tuple[list[tuple[str, nn.Parameter]], dict[str, tuple[int, ...]]]:
@@ -103,50 +102,42 @@ def share(options: argparse.Namespace, model: Transformer) -> str:
     )
     by_products = products / (products + 6 * active * BATCH_TOKENS)
     by_clock = times["muon"].median / (times["muon"].median + per_token * BATCH_TOKENS)
-    rows = [
-        [by, f"{100 * found:.2f}%", verdict_at_most(100 * found, SHARE_TARGET, "%")]
-        for by, found in (("products, closed form", by_products), ("the clock", by_clock))
-    ]
+    shares = (("products, closed form", by_products), ("the clock", by_clock))
+    rows = [[by, f"{100 * found:.2f}%"] for by, found in shares]
     heading = f"### Muon's share of a step of {BATCH_TOKENS:,} tokens, preset '{options.preset}'\n\n"
     note = (
         f"\nBy the clock: {times['sequence'].milliseconds()} ms for {options.tokens:,} tokens forward and backward in "
         f"BF16 autocast, {times['muon'].milliseconds()} ms for Muon's step, {threads_of(threads)}.\n"
     )
-    return heading + table(["by", "share", "target"], rows) + note
+    return heading + table(["by", "share"], rows) + note
 
 
-def main(arguments: list[str] | None = None) -> str:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="small")
-    parser.add_argument("--sizes", type=count, nargs="+", default=[256, 512, 1024, 2048], help="of square matrices")
-    parser.add_argument("--threads", type=count, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=count, default=5)
-    parser.add_argument("--tokens", type=count, default=512, help="of the sequence that a step's time is scaled from")
-    parser.add_argument("--write", type=Path, help="a Markdown file whose part between the two markers is replaced")
-    options = parser.parse_args(arguments)
-    if options.write:
-        check_page(options.write)
-    load = OtherLoad()
+def measure(options: argparse.Namespace) -> Findings:
     torch.manual_seed(0)
     model = Transformer(ModelConfig.from_preset(options.preset))
     rows = []
     for size in options.sizes:
         square = Contest([("w.weight", nn.Parameter(torch.randn(size, size)))], {})
         for threads in options.threads:
-            rows.append(row(f"one {size} x {size}", square, threads, options.rounds, SQUARE_TARGET))
+            rows.append(row(f"one {size} x {size}", square, threads, options.rounds))
     named, fused = muon_part(model)
     everything = Contest(named, fused)
     numbers = sum(p.numel() for _, p in named)
     name = f"all of '{options.preset}', {numbers / 1e6:.1f}M numbers"
     for threads in options.threads:
-        rows.append(row(name, everything, threads, options.rounds, LIST_TARGET))
+        rows.append(row(name, everything, threads, options.rounds))
     del everything
-    header = ["matrices", "threads", "torch.optim.Muon, ms", "ours, ms", "times faster", "target"]
-    text = f"{machine()}; {load}.\n\n{table(header, rows)}\n{share(options, model)}"
-    print(text)
-    if options.write:
-        write_tables(options.write, text)
-    return text
+    header = ["matrices", "threads", "torch.optim.Muon, ms", "ours, ms", "times faster"]
+    return Findings(f"{table(header, rows)}\n{share(options, model)}")
+
+
+def main(arguments: list[str] | None = None) -> str:
+    parser = options_of(__doc__, threads=[1, 2])
+    parser.add_argument("--preset", default="small")
+    parser.add_argument("--sizes", type=count, nargs="+", default=[256, 512, 1024, 2048], help="of square matrices")
+    parser.add_argument("--rounds", type=count, default=5)
+    parser.add_argument("--tokens", type=count, default=512, help="of the sequence that a step's time is scaled from")
+    return benchmark(parser, measure, arguments)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import argparse
 import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ import transformers
 from torch import Tensor
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
-from benchmarks.report import check_page, command_line, write_tables
+from benchmarks.harness import Findings, benchmark, command_line, options_of
 from model.cache import Cache
 from model.hf import import_pretrained
 from model.hf_names import sources
@@ -306,24 +305,21 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(CONFIGURATIONS), default=list(CONFIGURATIONS))
-    parser.add_argument("--write", type=Path, help="a Markdown file whose part between the two markers is replaced")
-    arguments = parser.parse_args()
-    if arguments.write:
-        check_page(arguments.write)
+def run(options: argparse.Namespace) -> Findings:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     rows = []
-    for name in arguments.only:
+    for name in options.only:
         started = time.monotonic()
         rows.append(measure(name))
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
-    text = table(rows)
-    print(text)
-    if arguments.write:
-        write_tables(arguments.write, text)
+    return Findings(table(rows))
+
+
+def main(arguments: list[str] | None = None) -> str:
+    parser = options_of(__doc__)
+    parser.add_argument("--only", nargs="+", choices=list(CONFIGURATIONS), default=list(CONFIGURATIONS))
+    return benchmark(parser, run, arguments)
 
 
 if __name__ == "__main__":

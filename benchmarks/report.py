@@ -1,39 +1,16 @@
-"""How benchmarks publish: a table between two markers of a Markdown file."""
+"""Publish what a benchmark found: Markdown tables, one section per machine between two markers of a page."""
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from model.errors import FiftyfoldError
 from model.files import write_text
 
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
-
-
-def command_line(main: Callable[[], object]) -> None:
-    """Run a script's ``main``; a mistake of its user, or sizes beyond the machine's memory, end it with one sentence
-    and a non-zero status."""
-    try:
-        main()
-    except FiftyfoldError as error:
-        sys.exit(f"error: {error}")
-    except RuntimeError as error:
-        wanted = re.search(r"you tried to allocate (\d+) bytes", str(error))  # torch has no type of its own for this
-        if wanted is None:
-            raise
-        sys.exit(f"error: these sizes do not fit into memory: {int(wanted[1]) / 2**30:,.0f} GiB were asked for at once")
-
-
-def count(text: str) -> int:
-    """An argparse type: a whole number from 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
+_SECTION = re.compile(r"^<!-- machine: (.+) -->\n", re.MULTILINE)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -42,28 +19,32 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
-def verdict(found: float, target: float) -> str:
-    """For a column of targets: at least ``target``."""
-    return f"{target:g}: {'met' if found >= target else 'missed'}"
+class Page:
+    """A Markdown file that keeps one section per machine. Raises FiftyfoldError for a file without the markers."""
 
+    def __init__(self, path: Path):
+        if not path.is_file():
+            raise FiftyfoldError(f"{path}: there is no such file to put the table into")
+        self.path = path
+        self._parts()
 
-def verdict_at_most(found: float, target: float, unit: str = "") -> str:
-    return f"at most {target:g}{unit}: {'met' if found <= target else 'missed'}"
+    def _parts(self) -> tuple[str, str, str]:
+        """The text before, between and after the two markers."""
+        before, begin, rest = self.path.read_text().partition(f"{BEGIN}\n")
+        between, end, after = rest.partition(END)
+        if not begin or not end:
+            raise FiftyfoldError(f"{self.path}: expected a Markdown file with the lines '{BEGIN}' and '{END}'")
+        return before, between, after
 
+    def sections(self) -> dict[str, str]:
+        """What each machine's section holds, by the machine's title."""
+        _, *found = _SECTION.split(self._parts()[1])
+        return dict(zip(found[::2], found[1::2]))
 
-def check_page(path: Path) -> tuple[str, str]:
-    """What stands before and after the two markers of ``path``. Raises FiftyfoldError unless it has them."""
-    if not path.is_file():
-        raise FiftyfoldError(f"{path}: there is no such file to put the table into")
-    content = path.read_text()
-    before, begin, rest = content.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise FiftyfoldError(f"{path}: expected a Markdown file with the lines '{BEGIN}' and '{END}'")
-    return before, after
-
-
-def write_tables(path: Path, text: str) -> None:
-    """Put ``text`` between the two markers of ``path``. Raises FiftyfoldError, and writes nothing, without them."""
-    before, after = check_page(path)
-    write_text(path, f"{before}{BEGIN}\n{text}{END}{after}")
+    def put(self, machine: str, text: str) -> None:
+        """Replace the machine's section, or add it after those of the others."""
+        before, between, after = self._parts()
+        opening = _SECTION.split(between)[0]
+        sections = {**self.sections(), machine: text.rstrip("\n") + "\n"}
+        written = "".join(f"<!-- machine: {title} -->\n{content}" for title, content in sections.items())
+        write_text(self.path, f"{before}{BEGIN}\n{opening}{written}{END}{after}")

@@ -13,9 +13,10 @@ from collections.abc import Iterable
 
 import torch
 
+from benchmarks.harness import Findings, benchmark, command_line, count, options_of
 from benchmarks.one_step import step
-from benchmarks.report import command_line, count
-from benchmarks.timing import Side, Timing, in_turn, ratio, threads_of
+from benchmarks.report import table
+from benchmarks.timing import Side, Timing, in_turn, ratio
 from model.config import ModelConfig
 from model.muon import MuonAdamW, OptimizerConfig
 from model.transformer import Transformer
@@ -32,9 +33,7 @@ VARIANTS: dict[str, tuple[dict, str]] = {
 }
 
 
-def parts(
-    preset: str, variants: Iterable[str], rows: int, length: int, rounds: int, threads: int
-) -> dict[str, Timing]:
+def parts(preset: str, variants: Iterable[str], rows: int, length: int, rounds: int, threads: int) -> dict[str, Timing]:
     """Seconds of a step of ``rows`` sequences of ``length`` tokens, by variant."""
     torch.manual_seed(0)
     ids = torch.randint(0, 258, (rows, length + 1))
@@ -52,21 +51,20 @@ def parts(
     return in_turn(sides, rounds)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def measure(options: argparse.Namespace) -> Findings:
+    times = parts(options.preset, VARIANTS, options.rows, options.length, options.rounds, options.threads)
+    rows = [[name, timing.milliseconds(), f"{ratio(timing, times[FULL]):.2f}"] for name, timing in times.items()]
+    about = f"One training step of '{options.preset}', {options.rows} rows of {options.length} tokens.\n\n"
+    return Findings(about + table(["variant", "ms", "times the full step"], rows))
+
+
+def main(arguments: list[str] | None = None) -> str:
+    parser = options_of(__doc__, threads=1)
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--rows", type=count, default=16)
     parser.add_argument("--length", type=count, default=256)
     parser.add_argument("--rounds", type=count, default=3)
-    parser.add_argument("--threads", type=count, default=1)
-    options = parser.parse_args(arguments)
-    times = parts(options.preset, VARIANTS, options.rows, options.length, options.rounds, options.threads)
-    print(
-        f"one training step of {options.preset}, {options.rows} rows of {options.length} tokens, "
-        f"{threads_of(options.threads)}, {options.rounds} rounds"
-    )
-    for name, timing in times.items():
-        print(f"  {name:30} {timing.median:6.3f} s   {ratio(timing, times[FULL]):5.2f} x the full step")
+    return benchmark(parser, measure, arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the speed benchmarks measure with: sides timed in turn, peak memory of a child process, and on what machine."""
+"""Measure speed and memory: sides timed in turn, the peak memory of a process, the bandwidth of a stream."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ctypes
 import gc
 import multiprocessing
 import os
-import platform
 import re
 import statistics
 import time
@@ -16,15 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 
 K = TypeVar("K")
 T = TypeVar("T")
 _HOPELESS = 3.0
 """Times slower than the fastest."""
-_DISTURBED = 0.1
-"""Share of the machine's processor time that others may use."""
+_STREAM_BYTES = 512 << 20
+"""More than any processor's caches hold."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,16 @@ class Timing:
         low, middle, high = (1e3 * x for x in (min(self.rounds), self.median, max(self.rounds)))
         return f"{middle:.3g} ({low:.3g}-{high:.3g})"
 
+    def seconds(self) -> str:
+        """The same in seconds."""
+        low, middle, high = min(self.rounds), self.median, max(self.rounds)
+        return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+
+    def per_second(self) -> str:
+        """The same of units per second."""
+        low, middle, high = (1 / x for x in (max(self.rounds), self.median, min(self.rounds)))
+        return f"{middle:,.0f} ({low:,.0f}-{high:,.0f})"
+
 
 def in_turn(sides: Mapping[K, Side], rounds: int) -> dict[K, Timing]:
     """Time the sides a, b, a, b, ... so that whatever else the machine does meets all of them alike. A round before
@@ -86,6 +94,15 @@ def hopeless(times: Mapping[K, Timing]) -> set[K]:
     return {key for key, seconds in best.items() if seconds > _HOPELESS * min(best.values())}
 
 
+def bandwidth(threads: int, rounds: int = 5) -> float:
+    """Bytes per second that ``threads`` threads read from memory: the best round of a sum and of a matrix-vector
+    product over 512 MiB."""
+    rows = torch.ones(_STREAM_BYTES // 4 // 4096, 4096)
+    vector = torch.ones(4096)
+    sides = {"sum": Side(rows.sum, threads), "product": Side(lambda: rows @ vector, threads)}
+    return _STREAM_BYTES / min(min(timing.rounds) for timing in in_turn(sides, rounds).values())
+
+
 # --- memory
 
 
@@ -103,7 +120,8 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-        self.before = psutil.Process().memory_info().rss
+        resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+        self.before = resident_pages * os.sysconf("SC_PAGE_SIZE")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -122,46 +140,5 @@ def in_child(function: Callable[..., T], *arguments: Any) -> T:
         return pool.submit(function, *arguments).result()
 
 
-# --- the machine
-
-
 def threads_of(count: int) -> str:
     return f"{count} thread{'s' * (count > 1)}"
-
-
-def machine() -> str:
-    """Processor, cores, matrix instructions, memory and torch, in one line. No name of a host."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = re.search(r"model name\s*: (.+)", info)
-    flags = {"avx512_bf16": "AVX512-BF16", "avx512_vnni": "AVX512-VNNI", "amx_bf16": "AMX-BF16"}
-    units = [label for flag, label in flags.items() if re.search(rf"\b{flag}\b", info)]
-    memory = psutil.virtual_memory().total / 2**30
-    return (
-        f"{name[1] if name else platform.machine()}, {os.cpu_count()} cores, {', '.join(units) or 'no BF16 units'}, "
-        f"{memory:.0f} GiB; torch {torch.__version__.split('+')[0]}"
-    )
-
-
-class OtherLoad:
-    """How much of the machine other processes used since this was made: a benchmark on a busy one says little."""
-
-    def __init__(self) -> None:
-        self._start = self._read()
-
-    def share(self) -> float:
-        """Of all processor time, from 0 to 1. Children count as our own once they have ended."""
-        (busy, total), (busy_before, total_before) = self._read(), self._start
-        return max(0.0, busy - busy_before) / max(total - total_before, 1e-9)
-
-    def __str__(self) -> str:
-        share = self.share()
-        warning = ", too much for these numbers to mean anything" if share > _DISTURBED else ""
-        return f"other processes used {share:.0%} of it meanwhile{warning}"
-
-    @staticmethod
-    def _read() -> tuple[float, float]:
-        """Processor seconds of others, and of everything, idling included."""
-        times = psutil.cpu_times()
-        busy = times.user + times.system
-        idle = times.idle + getattr(times, "iowait", 0.0)
-        return busy - sum(os.times()[:4]), busy + idle

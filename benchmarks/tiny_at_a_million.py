@@ -7,46 +7,48 @@ and recipe configs/tiny.yaml. The positions a model allows are raised to what is
 a long context cannot help it much: the loss on the decoded tokens stands beside the loss on the same ones after 1,024
 tokens at most, and shows whether a long cache does harm.
 
-The text is the standard library's. Up to 64 tokens before each length it is read in pieces; those 64 are decoded one at
-a time, each given the real one before it. Memory is the process's own: the most that was resident so far beyond what
-was before the cache was made, with all code compiled and loaded. Nothing that is timed was filled at random, and
-nothing runs beside it.
+The text is the standard library's. Up to 64 tokens before each length it is read in pieces, with the defaults; those 64
+are decoded one at a time, each given the real one before it, at every precision and thread count. Rows show the
+defaults and the fastest way. Memory is the process's own: the most that was resident so far beyond what was before the
+cache was made, after a first token. Nothing that is timed was filled at random, and nothing runs beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.contenders import DEFAULTS, OURS_DEFAULT, OURS_FASTEST, PRECISIONS, Way, ways
 from benchmarks.drawing import log_log
-from benchmarks.report import check_page, command_line, count, table, write_tables
-from benchmarks.timing import OtherLoad, PeakMemory, in_child, machine, return_freed_memory, threads_of
+from benchmarks.harness import Findings, benchmark, command_line, count, options_of
+from benchmarks.report import table
+from benchmarks.timing import PeakMemory, in_child, return_freed_memory
 from model import checkpoint
 from model.cache import Cache
 from model.errors import DataError, FiftyfoldError
-from model.execution import Execution, Mode
 from model.files import atomic_folder
 from model.generation import prefill
+from model.paging import PagePool
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
-from model.warm_up import warm_up
 from pipelines import prepare
 from pipelines.config import load_recipe
 from pipelines.trainer import build_trainer, folder_batches
 
 LENGTHS = [1 << n for n in range(10, 21, 2)]
 DECODED, SHORT = 64, 1024
+HEADER = ["tokens", "side", "at", "decode, ms per token", "loss, nats per token", f"with the last {SHORT:,} only"]
+HEADER += ["read in, s", "prefill, ms per token, newest", "prefill, ms per token, all"]
+HEADER += ["peak resident, MiB", "of it since the cache was made, MiB"]
 RECIPE = Path(__file__).parents[1] / "configs/tiny.yaml"
 
 
@@ -117,94 +119,92 @@ def decode(model: Transformer, cache: Cache, ids: Tensor) -> tuple[float, float]
     return statistics.median(seconds), float(F.cross_entropy(torch.cat(logits[:-1]), ids[0, 1:]))
 
 
-def read_and_decode(model: Transformer, ids: Tensor, lengths: list[int], chunk: int) -> tuple[str, dict]:
-    """The table, and milliseconds per token by length for the figure."""
+def read_and_decode(
+    models: Mapping[str, Transformer], ids: Tensor, lengths: list[int], options: argparse.Namespace
+) -> tuple[str, dict]:
+    """Read ids int64 [1, S] with the float32 network of ``models`` and decode before each length in every way.
+
+    Return the table, and milliseconds per token by length for the figure.
+    """
     rows = []
-    lines: dict[str, dict[int, float]] = {"prefill, newest tokens": {}, "decode": {}}
-    warm_up(model, lengths[-1], chunk)
+    lines: dict[str, dict[int, float]] = {"prefill, newest tokens": {}, OURS_DEFAULT: {}, OURS_FASTEST: {}}
+    model, chunk = models[DEFAULTS.precision], options.chunk
+    first = ids[:, :chunk]
+    for network in models.values():  # what is loaded or made at the first call is no part of the cache
+        prefill(network, Cache(network.config, 1, first.shape[1]), first, chunk)
     return_freed_memory()
     with PeakMemory() as memory:
-        cache = Cache(model.config, 1, lengths[-1])
+        # Pages for the longest text, and for what a copy writes while it decodes.
+        probe = PagePool(model.config, 0)
+        pages = probe.pages_for(lengths[-1]) + probe.pages_for(DECODED) + 1
+        cache = Cache(model.config, 1, lengths[-1], pool=PagePool(model.config, pages))
         done, reading = 0, 0.0
         for length in lengths:
-            piece = ids[:, done : length - DECODED]
+            piece, last = ids[:, done : length - DECODED], ids[:, length - DECODED : length]
+            torch.set_num_threads(DEFAULTS.threads)
             started = time.perf_counter()
             prefill(model, cache, piece, chunk)
             took = time.perf_counter() - started
             reading += took
-            per_token, loss = decode(model, cache, ids[:, length - DECODED : length])
+            resident = memory.most()
+            decoded = {way: _decoded_on_a_copy(models, cache, last, way) for way in ways(options.threads)}
+            torch.set_num_threads(DEFAULTS.threads)
+            decode(model, cache, last)
             short = Cache(model.config, 1, min(length, SHORT))
             recent = ids[:, max(0, length - SHORT) : length]
             prefill(model, short, recent[:, :-DECODED], chunk)
             _, short_loss = decode(model, short, recent[:, -DECODED:])
             lines["prefill, newest tokens"][length] = 1e3 * took / piece.shape[1]
-            lines["decode"][length] = 1e3 * per_token
-            row = [
-                f"{length:,}",
-                f"{reading:.1f}",
-                f"{1e3 * took / piece.shape[1]:.3f}",
-                f"{1e3 * reading / length:.3f}",
-                f"{1e3 * per_token:.2f}",
-                f"{memory.most() / 2**20:,.0f}",
-                f"{(memory.most() - memory.before) / 2**20:,.1f}",
-                f"{loss:.3f}",
-                f"{short_loss:.3f}",
-            ]
-            print(" | ".join(row), flush=True)
-            rows.append(row)
+            fastest_way = min(decoded, key=lambda way: decoded[way][0])
+            for label, way in ((OURS_DEFAULT, DEFAULTS), (OURS_FASTEST, fastest_way)):
+                per_token, loss = decoded[way]
+                lines[label][length] = 1e3 * per_token
+                row = [f"{length:,}", label, str(way), f"{1e3 * per_token:.2f}", f"{loss:.3f}", f"{short_loss:.3f}"]
+                if label == OURS_DEFAULT:
+                    row += [f"{reading:.1f}", f"{1e3 * took / piece.shape[1]:.3f}", f"{1e3 * reading / length:.3f}"]
+                    row += [f"{resident / 2**20:,.0f}", f"{(resident - memory.before) / 2**20:,.1f}"]
+                rows.append([*row, *[""] * (len(HEADER) - len(row))])
+                print(" | ".join(rows[-1]), flush=True)
             done = length
         size = cache.nbytes()
-    header = [
-        "tokens",
-        "read in, s",
-        "prefill, ms per token, newest",
-        "prefill, ms per token, all",
-        "decode, ms per token",
-        "peak resident, MiB",
-        "of it since the cache was made, MiB",
-        "loss, nats per token",
-        f"with the last {SHORT:,} only",
-    ]
     note = f"The cache of {lengths[-1]:,} tokens holds {size / 2**20:,.1f} MiB, fixed state included."
-    return f"{table(header, rows)}\n{note}\n", lines
+    return f"{table(HEADER, rows)}\n{note}\n", lines
 
 
-def main(arguments: list[str] | None = None) -> str:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, help="a checkpoint folder; its tokenizer reads the text")
-    parser.add_argument("--steps", type=count, default=60, help="of the training without --checkpoint")
-    parser.add_argument("--lengths", type=count, nargs="+", default=LENGTHS)
-    parser.add_argument("--chunk", type=count, default=1024, help="tokens read at a time")
-    parser.add_argument("--threads", type=count, default=os.cpu_count())
-    parser.add_argument("--execution", choices=get_args(Mode), default="compiled", help="how the network is computed")
-    parser.add_argument("--write", type=Path, help="a Markdown file whose part between the two markers is replaced")
-    options = parser.parse_args(arguments)
-    if options.write:
-        check_page(options.write)
+def _decoded_on_a_copy(models: Mapping[str, Transformer], cache: Cache, ids: Tensor, way: Way) -> tuple[float, float]:
+    """:func:`decode` on a copy of the cache, in one way."""
+    torch.set_num_threads(way.threads)
+    return decode(models[way.precision], cache.fork(), ids)
+
+
+def measure(options: argparse.Namespace) -> Findings:
     lengths = sorted(options.lengths)
     if lengths[0] <= DECODED:
         raise FiftyfoldError(f"--lengths: {lengths[0]} is not more than the {DECODED} tokens that are decoded")
-    torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.checkpoint
         if folder is None:
             folder = Path(scratch) / "trained"
             in_child(train, options.steps, folder)  # whose memory does not count
-        model, tokenizer = load_with_room(folder, lengths[-1]), load_tokenizer(folder)
+        models = {precision: load_with_room(folder, lengths[-1]) for precision in PRECISIONS}
+        tokenizer = load_tokenizer(folder)
         origin = f"preset 'tiny' after {options.steps} steps" if options.checkpoint is None else f"'{folder.name}'"
-    model.execution = Execution(options.execution)
-    load = OtherLoad()
-    found, lines = read_and_decode(model, text_ids(tokenizer, lengths[-1]), lengths, options.chunk)
+    models["bfloat16"].store_weights(torch.bfloat16)
+    found, lines = read_and_decode(models, text_ids(tokenizer, lengths[-1]), lengths, options)
     text = (
-        f"{machine()}; {threads_of(options.threads)}, {options.execution}; {load}.\n"
-        f"Read by {origin}, {model.num_parameters() / 1e6:.2f}M parameters, in pieces of "
+        f"Read by {origin}, {models['float32'].num_parameters() / 1e6:.2f}M parameters, in pieces of "
         f"{options.chunk:,} tokens.\n\n{found}"
     )
-    print(text)
-    if options.write:
-        write_tables(options.write, text)
-        log_log(options.write.with_suffix(".png"), lines, "ms per token", origin)
-    return text
+    return Findings(text, log_log(lines, "ms per token", origin), "Milliseconds per token over the sequence's length")
+
+
+def main(arguments: list[str] | None = None) -> str:
+    parser = options_of(__doc__, threads=[1, 2])
+    parser.add_argument("--checkpoint", type=Path, help="a checkpoint folder; its tokenizer reads the text")
+    parser.add_argument("--steps", type=count, default=60, help="of the training without --checkpoint")
+    parser.add_argument("--lengths", type=count, nargs="+", default=LENGTHS)
+    parser.add_argument("--chunk", type=count, default=1024, help="tokens read at a time")
+    return benchmark(parser, measure, arguments)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.harness import Findings, benchmark, command_line, count, options_of
 from benchmarks.one_step import objective
-from benchmarks.report import command_line, count, table
+from benchmarks.report import table
 from model.budget import decode_work
 from model.config import ModelConfig
 from model.errors import FiftyfoldError
@@ -84,8 +85,17 @@ def _seconds(run: Callable[[], object], on_gpu: bool) -> float:
     return time.perf_counter() - started
 
 
+def measure(options: argparse.Namespace) -> Findings:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise FiftyfoldError("--device cuda: this machine has no GPU that torch can use")
+    torch.set_num_threads(options.threads)
+    how = f"recomputed: {'yes' if options.recompute else 'no'}, compiled: {'yes' if options.compile else 'no'}"
+    rows = [row(preset, options) for preset in options.presets]
+    return Findings(f"BF16 autocast, {how}.\n\n{table(HEADER, rows)}")
+
+
 def main(arguments: list[str] | None = None) -> str:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__, threads=torch.get_num_threads())
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--presets", nargs="+", default=["small", "base"])
     parser.add_argument("--rows", type=count, default=4)
@@ -94,15 +104,7 @@ def main(arguments: list[str] | None = None) -> str:
     parser.add_argument("--peak-tflops", type=float, help="of the device, for dense BF16 products")
     parser.add_argument("--recompute", action="store_true", help="layers in the backward pass")
     parser.add_argument("--compile", action="store_true", help="what is done to each token on its own")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise FiftyfoldError("--device cuda: this machine has no GPU that torch can use")
-    name = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    how = f"recomputed: {'yes' if options.recompute else 'no'}, compiled: {'yes' if options.compile else 'no'}"
-    rows = [row(preset, options) for preset in options.presets]
-    text = f"{name}; torch {torch.__version__.split('+')[0]}; BF16 autocast, {how}\n\n{table(HEADER, rows)}"
-    print(text)
-    return text
+    return benchmark(parser, measure, arguments)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,24 @@
-"""Carry a checkpoint over: from a folder of ours, of transformers or of the release, to a folder of another kind."""
+"""Convert a checkpoint: from a folder of ours, of transformers or of the release, to another of them or to GGUF."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from model import checkpoint
 from model.config import CACHE_FORMATS
 from model.errors import ConfigError
+from model.gguf_format import WeightType, export_gguf
 from model.hf import export_pretrained, import_pretrained, is_pretrained
 from model.tokenizer import FILE_NAME as TOKENIZER_FILE
 from model.tokenizer import Tokenizer, load_tokenizer
+from model.transformer import Transformer
 from pipelines.config import Recipe, load_recipe
 
-FORMATS = ("fiftyfold", "transformers", "released")
+GGUF = "gguf"
+FORMATS = ("fiftyfold", "transformers", "released", GGUF)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -25,13 +29,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="a checkpoint of ours, of DeepseekV4ForCausalLM or as released; without it, the run's final one",
     )
-    parser.add_argument("--to", metavar="FOLDER", type=Path, help="the folder to write, which must not exist yet")
+    parser.add_argument(
+        "--to", metavar="PATH", type=Path, help="the folder to write (a file for gguf), which must not exist"
+    )
     parser.add_argument("--format", help=f"{', '.join(FORMATS)}; default transformers", default="transformers")
     parser.add_argument(
         "--experts",
         choices=("fp4", "fp8"),
         help="number format of the routed experts in the released format; default FP4 for models trained with qat",
     )
+    parser.add_argument("--type", choices=get_args(WeightType), help="of the large matrices in GGUF; default f32")
     parser.add_argument(
         "--tokenizer", metavar="FILE", help="'byte' or a tokenizer.json, for a checkpoint that comes without one"
     )
@@ -51,12 +58,17 @@ def run(recipe: Recipe, options: argparse.Namespace) -> Path:
     source: Path = options.source or recipe.final_checkpoint
     target: Path | None = options.to
     if target is None:
-        raise ConfigError("--to: names no folder to write")
+        raise ConfigError("--to: names nothing to write")
     if options.format not in FORMATS:
         raise ConfigError(f"--format: '{options.format}' is not one of {', '.join(FORMATS)}")
     if target.exists():
         raise ConfigError(f"--to: {target} exists already")
+    for name in ("experts", "tokenizer") if options.format == GGUF else ("type",):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name}: changes nothing in format '{options.format}'")
     model = import_pretrained(source) if is_pretrained(source) else checkpoint.load(source)
+    if options.format == GGUF:
+        return _export_gguf(model, target, options.type or "f32")
     tokenizer = _tokenizer(source, options.tokenizer)
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(
@@ -67,13 +79,29 @@ def run(recipe: Recipe, options: argparse.Namespace) -> Path:
     else:
         export_pretrained(model, target, options.format, tokenizer, options.experts)
     print(f"wrote {target} ({options.format}, {model.num_parameters():,} parameters)")
-    rounded = {name: fmt for name in CACHE_FORMATS if (fmt := getattr(model.config, name)) != "fp32"}
-    if options.format == "transformers" and rounded:
-        here = ", ".join(f"{name} {fmt}" for name, fmt in rounded.items())
-        print(f"transformers keeps its cache in floats: logits differ a little from those here ({here})")
+    if options.format == "transformers":
+        _tell_of_rounding("transformers", model)
     if tokenizer is None:
         print("without a tokenizer: the source has none, and --tokenizer names none")
     return target
+
+
+def _export_gguf(model: Transformer, target: Path, weights: WeightType) -> Path:
+    export_gguf(model, target, weights)
+    print(f"wrote {target} (gguf {weights}, {model.num_parameters():,} parameters)")
+    _tell_of_rounding("llama.cpp", model)
+    print("without a vocabulary: llama.cpp takes and gives token ids")
+    if model.config.mtp_layers:
+        print("without the multi-token prediction module, which decoding does not use")
+    return target
+
+
+def _tell_of_rounding(reader: str, model: Transformer) -> None:
+    """Say that ``reader`` rounds no cache entries where this network does."""
+    rounded = {name: fmt for name in CACHE_FORMATS if (fmt := getattr(model.config, name)) != "fp32"}
+    if rounded:
+        here = ", ".join(f"{name} {fmt}" for name, fmt in rounded.items())
+        print(f"{reader} keeps its cache in floats: logits differ a little from those here ({here})")
 
 
 def _tokenizer(source: Path, named: str | None) -> Tokenizer | None:

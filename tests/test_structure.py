@@ -14,7 +14,7 @@ ALLOWED = {
     "serve": {"kernels", "model", "serve"},
     "pipelines": {"kernels", "model", "evals", "serve", "pipelines"},
 }
-TORCH_ONLY = {"torch", "triton", "safetensors", "numpy", "yaml", "tokenizers"}
+TORCH_ONLY = {"torch", "triton", "safetensors", "numpy", "yaml", "tokenizers", "gguf"}
 """What the two lower rooms may import: they run on machines without Ray, MLflow or a web server."""
 
 

@@ -45,10 +45,15 @@ def test_the_whole_script():
             "2",
             "--threads",
             "1",
-            "--execution",
-            "eager",
             "--feed-forward",
         ]
     )
-    for part in ("Mixers only", "With a feed-forward of 768", "| 512 | ", "Crossover"):
+    for part in (
+        "Mixers only",
+        "With a feed-forward of 768",
+        "| 512 | ",
+        "Crossover",
+        "ours, defaults",
+        "ours, fastest",
+    ):
         assert part in text

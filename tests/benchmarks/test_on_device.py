@@ -17,7 +17,7 @@ SHORT = ["--device", "cpu", "--preset", "tiny", "--rounds", "1", "--tokens", "2"
 
 def test_the_whole_script():
     text = on_device.main([*SHORT, "--lengths", "64", "8192"])
-    assert "| 64 | " in text and "| 8,192 | " in text and "preset 'tiny'" in text
+    assert "| 64 | float32 | " in text and "| 8,192 | bfloat16 | " in text and "Preset 'tiny'" in text
 
 
 def test_a_length_too_short_to_measure_is_refused():

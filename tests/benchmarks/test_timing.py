@@ -1,14 +1,11 @@
-"""What the benchmarks share."""
+"""The clocks and gauges that the benchmarks share."""
 
 import time
 
 import pytest
 import torch
 
-from benchmarks.drawing import log_log
-from benchmarks.report import BEGIN, END, command_line, table, verdict, write_tables
-from benchmarks.timing import OtherLoad, PeakMemory, Side, Timing, fastest, hopeless, in_child, in_turn, machine, ratio
-from model.errors import FiftyfoldError
+from benchmarks.timing import PeakMemory, Side, Timing, bandwidth, fastest, hopeless, in_child, in_turn, ratio
 
 
 def test_sides_run_in_turn_on_their_threads():
@@ -49,33 +46,12 @@ def test_peak_memory_of_a_child_is_what_it_used_inside_the_block():
     assert before < 2 << 30
 
 
-def test_the_machine_is_named_by_its_parts_only():
-    import socket
-
-    assert "cores" in machine() and "torch" in machine()
-    assert socket.gethostname() not in machine()
-    assert 0 <= OtherLoad().share() <= 1
+def test_what_a_stream_delivers():
+    assert 1e9 < bandwidth(1, rounds=1) < 1e13
 
 
-def test_a_table_goes_between_its_markers_and_nowhere_else(tmp_path):
-    path = tmp_path / "page.md"
-    path.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    write_tables(path, table(["a", "b"], [(1, verdict(3.0, 3.0))]))
-    assert path.read_text() == f"before\n{BEGIN}\n| a | b |\n| --- | --- |\n| 1 | 3: met |\n{END}\nafter\n"
-    path.write_text("no place for one")
-    with pytest.raises(FiftyfoldError, match=r"page\.md"):
-        write_tables(path, "text")
-    assert path.read_text() == "no place for one"
-
-
-def test_a_mistake_ends_a_script_with_one_sentence():
-    def main() -> str:
-        raise FiftyfoldError("it is wrong")
-
-    with pytest.raises(SystemExit, match="error: it is wrong"):
-        command_line(main)
-
-
-def test_a_figure_is_drawn(tmp_path):
-    log_log(tmp_path / "figure.png", {"a": {1024: 1.0, 4096: 2.0}}, "ms", "title")
-    assert (tmp_path / "figure.png").stat().st_size > 1000
+def test_rates_and_seconds_have_a_spread():
+    timing = Timing([0.5, 0.25, 0.2])
+    assert timing.milliseconds() == "250 (200-500)"
+    assert timing.seconds() == "0.25 (0.20-0.50)"
+    assert timing.per_second() == "4 (2-5)"

@@ -108,12 +108,30 @@ def test_transformers_reads_model_and_tokenizer(ours, tmp_path):
         torch.testing.assert_close(home(ids), again(ids), rtol=1e-4, atol=1e-5)
 
 
+def test_a_file_for_llama_cpp(tmp_path, capsys):
+    from gguf import GGUFReader
+
+    config = ModelConfig(layers=("sliding", "csa"), index_head_dim=64, mtp_layers=1)
+    checkpoint.save(Transformer(config), tmp_path / "ours", ByteTokenizer())
+    target = tmp_path / "new" / "model.gguf"
+    assert export(tmp_path / "ours", target, "--format", "gguf", "--type", "q8_0") == 0
+    assert GGUFReader(target).get_field("deepseek4.block_count").contents() == 2
+    printed = capsys.readouterr().out
+    for part in ("(gguf q8_0, ", "llama.cpp keeps its cache in floats", "without a vocabulary", "without the multi-"):
+        assert part in printed
+    assert export(tmp_path / "ours", target, "--format", "gguf") == 2
+    assert "exists already" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--from", "OURS"], "--to: names no folder"),
+        (["--from", "OURS"], "--to: names nothing to write"),
         (["--from", "OURS", "--to", "OURS"], "exists already"),
-        (["--from", "OURS", "--to", "new", "--format", "gguf"], "'gguf' is not one of fiftyfold"),
+        (["--from", "OURS", "--to", "new", "--format", "onnx"], "'onnx' is not one of fiftyfold"),
+        (["--from", "OURS", "--to", "new", "--format", "gguf", "--experts", "fp4"], "--experts: changes nothing in"),
+        (["--from", "OURS", "--to", "new", "--type", "f16"], "--type: changes nothing in format 'transformers'"),
+        (["--from", "OURS", "--to", "new", "--format", "gguf"], "needs at least 64, found 16"),
         (["--from", "OURS", "--to", "new", "--model.window", "4"], "--model.window would change nothing"),
         (["--from", "nowhere", "--to", "new"], "nowhere: no such checkpoint folder"),
         (["--from", "OURS", "--to", "new", "--tokenizer", "none.json"], "none.json: No such file"),
