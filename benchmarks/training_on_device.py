@@ -1,7 +1,7 @@
 """Training on one device: tokens per second, memory, model FLOP utilisation, Muon's share. Needs nothing but torch.
 
     python -m benchmarks.training_on_device [--device cuda] [--presets small base] [--rows 4] [--length 4096]
-                                            [--peak-tflops 989] [--recompute] [--compile]
+                                            [--peak-tflops 989] [--recompute]
 
 A batch's forward and backward pass in BF16 autocast, and the optimizer's step, timed apart; medians over rounds after a
 first one that is not counted; a GPU is waited for. Model FLOPs are those of the forward pass, by the closed form at the
@@ -48,7 +48,7 @@ def row(preset: str, options: argparse.Namespace) -> list[str]:
     config = config.replace(max_positions=max(config.max_positions, options.length))
     torch.manual_seed(0)
     model = Transformer(config).train().to(device)
-    model.recompute, model.trains_compiled = options.recompute, options.compile
+    model.recompute = options.recompute
     optimizer = MuonAdamW(model.named_parameters(), OptimizerConfig(ns_dtype="bfloat16"), model.fused_rows())
     ids = torch.randint(config.vocab_size, (options.rows, options.length + 1), device=device)
     if on_gpu:
@@ -89,7 +89,7 @@ def measure(options: argparse.Namespace) -> Findings:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise FiftyfoldError("--device cuda: this machine has no GPU that torch can use")
     torch.set_num_threads(options.threads)
-    how = f"recomputed: {'yes' if options.recompute else 'no'}, compiled: {'yes' if options.compile else 'no'}"
+    how = f"recomputed: {'yes' if options.recompute else 'no'}"
     rows = [row(preset, options) for preset in options.presets]
     return Findings(f"BF16 autocast, {how}.\n\n{table(HEADER, rows)}")
 
@@ -103,7 +103,6 @@ def main(arguments: list[str] | None = None) -> str:
     parser.add_argument("--rounds", type=count, default=3)
     parser.add_argument("--peak-tflops", type=float, help="of the device, for dense BF16 products")
     parser.add_argument("--recompute", action="store_true", help="layers in the backward pass")
-    parser.add_argument("--compile", action="store_true", help="what is done to each token on its own")
     return benchmark(parser, measure, arguments)
 
 

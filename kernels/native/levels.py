@@ -35,7 +35,7 @@ def supported_levels() -> list[str]:
 def source_hash() -> str:
     """Digest of all that a library is made from: sources, flags and PyTorch's version."""
     digest = hashlib.sha256(f"{torch.__version__} {FLAGS}".encode())
-    for source in sorted([*_ROOT.glob("*/*.cpp"), *_ROOT.glob("*/*.h"), *_ROOT.glob("native/*.py")]):
+    for source in sorted([*_ROOT.glob("*/*.cpp"), *_ROOT.glob("*/*.h"), _ROOT / "native" / "build.py"]):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 
