@@ -36,7 +36,7 @@ class News:
     reported: bool = False
     event: str | None = None
     tags: dict[str, str] = field(default_factory=dict)
-    """Of the MLflow run."""
+    """Tags of the MLflow run."""
 
 
 class Listener:

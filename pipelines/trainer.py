@@ -482,7 +482,8 @@ def build_trainer(
     """A trainer that goes on from the checkpoint folder ``last``, or is at step 0, with the recipe's ``init_from``.
     Every rank gets the same weights, or its share of them. Its recipe names the data types that were ``auto``."""
     asked = recipe
-    recipe = compute_dtype.resolve(asked, compute_dtype.read(Path(last)) if last else compute_dtype.choose(device))
+    choice = compute_dtype.choose(device) if last is None else compute_dtype.read(Path(last))
+    recipe = compute_dtype.resolve(asked, choice)
     torch.manual_seed(recipe.run.seed)
     validation = held_out(recipe, rank, world)
     model = Transformer(recipe.model)

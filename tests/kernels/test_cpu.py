@@ -1,4 +1,4 @@
-"""Which products are fast: what is asked of the hardware, and the clock."""
+"""Products that are fast, by the flags of the hardware and by the clock."""
 
 import platform
 import time
@@ -13,7 +13,7 @@ LIMITS = {
     "AVX512_CORE_VNNI": (False, False), "avx512_core_vnni": (False, False), "AVX512_CORE_BF16": (True, False),
     "AVX10_1_512": (True, False), "AVX512_CORE_AMX": (True, True), "AVX10_1_512_AMX": (True, True),
 }  # fmt: skip
-"""Of a processor with both: whether BF16 is fast, and whether there is AMX."""
+"""(fast BF16, AMX) of a processor with both, by oneDNN's limit."""
 
 
 @pytest.fixture
