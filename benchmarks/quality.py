@@ -36,7 +36,7 @@ from benchmarks.harness import Findings, benchmark, command_line, options_of
 from benchmarks.report import table
 from model.errors import ConfigError
 from model.files import atomic_folder
-from pipelines import compare, prepare
+from pipelines import compare, compute_dtype, prepare
 from pipelines.compare import METRICS as COMPARED
 from pipelines.compare import WAYS
 from pipelines.config import Recipe, load_recipe, with_overrides
@@ -110,7 +110,9 @@ def _train(recipe: Recipe, seed: int) -> None:
 def _trainer(recipe: Recipe) -> tuple[Trainer, Recorder]:
     tracked = open_tracking(recipe).start_run(recipe.run.name, kind="train", recipe=recipe)
     recorder = Recorder(tracked, recipe.train.batch_rows * recipe.data.sequence_length)
-    return build_trainer(recipe, folder_batches(recipe), recorder), recorder
+    trainer = build_trainer(recipe, folder_batches(recipe), recorder)
+    tracked.set_tags(compute_dtype.of(trainer.recipe))
+    return trainer, recorder
 
 
 def tokens_to(line: Sequence[tuple[int, float]], loss: float) -> float:

@@ -6,13 +6,14 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kernels.cpu import multiplies_bf16_fast
 from kernels.newton_schulz import V4_COEFFICIENTS, newton_schulz
 from kernels.newton_schulz.gram import SEGMENTS, multiplications
 from model.errors import CheckpointError, ConfigError
@@ -45,7 +46,8 @@ class OptimizerConfig:
     rms: float = 0.18
     ns_coefficients: tuple[tuple[float, float, float], ...] = V4_COEFFICIENTS
     """One (a, b, c) for each step of the iteration; V4's are 8 fast ones and 2 that settle."""
-    ns_dtype: Literal["float32", "bfloat16"] = "float32"
+    ns_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Data type of the iteration's products; auto is bfloat16 where the device multiplies it faster than float32."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-20
 
@@ -64,6 +66,12 @@ class OptimizerConfig:
                 f"train.optimizer.ns_coefficients: expected at least one step of finite (a, b, c), "
                 f"found {list(self.ns_coefficients)}"
             )
+
+    def on(self, device: torch.device) -> OptimizerConfig:
+        """Return this configuration with the ``ns_dtype`` that ``auto`` is on ``device``."""
+        if self.ns_dtype != "auto":
+            return self
+        return replace(self, ns_dtype="bfloat16" if multiplies_bf16_fast(device) else "float32")
 
 
 Matrices = tuple[Tensor, Tensor, Tensor]
@@ -112,7 +120,6 @@ class MuonAdamW(torch.optim.Optimizer):
         fused: Mapping[str, Sequence[int]] | None = None,
         divided: bool = False,
     ):
-        self.config = config
         self._rows: dict[Tensor, Sequence[int]] = {}
         groups: dict[tuple[str, bool], dict[str, Any]] = {}
         for name, parameter in named_parameters:
@@ -130,6 +137,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if config.rule == "muon" and not any(rule == "muon" for rule, _ in groups):
             raise ConfigError("train.optimizer.rule: muon was asked for, but no parameter is a matrix it applies to")
         super().__init__(list(groups.values()), {})
+        self.config = config.on(self.param_groups[0]["params"][0].device)
         self._shared: dict[Tensor, list[int]] = {}
         """The numbers of a parameter's matrices in the exchange, in their order."""
         self._exchange = self._divide() if divided else None

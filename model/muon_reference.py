@@ -14,7 +14,7 @@ from model.muon import OptimizerConfig
 def muon_step(
     weight: Tensor, gradient: Tensor, momentum: Tensor, lr: float, config: OptimizerConfig
 ) -> tuple[Tensor, Tensor]:
-    """The new weight and momentum of one matrix [r, c] (report algorithm 1)."""
+    """The new weight and momentum of one matrix [r, c] (report algorithm 1); ``config`` names its ``ns_dtype``."""
     momentum = config.momentum * momentum + gradient
     ahead = config.momentum * momentum + gradient  # Nesterov
     dtype = getattr(torch, config.ns_dtype)

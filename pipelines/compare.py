@@ -15,6 +15,7 @@ from model import checkpoint
 from model.config import CACHE_FORMATS, ModelConfig
 from model.errors import ConfigError
 from model.transformer import Transformer
+from pipelines import compute_dtype
 from pipelines.config import Recipe
 from pipelines.data import Batch, read_manifest
 from pipelines.prepared import fit_to_data
@@ -79,6 +80,8 @@ def _check_pair(with_qat: Path, without: Path) -> None:
             raise ConfigError(f"compare.{key}: {folder} was trained {'with' if config.qat else 'without'} QAT")
     if one.replace(qat=False) != other:
         raise ConfigError(f"compare: {with_qat} and {without} are networks of different configurations")
+    if compute_dtype.read(with_qat) != compute_dtype.read(without):
+        raise ConfigError(f"compare: {with_qat} and {without} were trained with products of different data types")
 
 
 def _score(folder: Path, way: Way, batches: dict[str, list[Batch]]) -> dict[str, float]:

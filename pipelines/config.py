@@ -175,7 +175,7 @@ class TrainSection(Section):
     start at zero; every other shape must agree."""
     sharding: Literal["none", "fsdp"] = "none"
     """Where there are several workers. none: each holds the whole network. fsdp: each holds a share of the matrices and
-    of their optimizer state, and gathers a layer's while it runs; with ``autocast: bfloat16`` in that, unless a stage
+    of their optimizer state, and gathers a layer's while it runs; under BF16 autocast in BF16, unless a stage
     rounds experts to FP4, which then starts from float32."""
     batch_rows: Annotated[int, Field(ge=1)] = 32
     """Sequences per optimizer step, summed over the workers."""
@@ -198,8 +198,10 @@ class TrainSection(Section):
     """Weight of an answer token's loss against a text token's."""
     context_loss_weight: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the other tokens of a retrieval document: 0 learns only to answer from them."""
-    autocast: Literal["none", "bfloat16"] = "none"
-    """Matrix products in this type; the state, norms and softmaxes stay in float32."""
+    autocast: Literal["auto", "none", "bfloat16"] = "auto"
+    """Data type of matrix products; the state, norms and softmaxes stay in float32. auto is bfloat16 where rank 0's
+    machine multiplies it faster than float32, else none. A resumed run keeps the choice (``compute_dtype.json`` in its
+    checkpoints), and all trials of a sweep share one. ``optimizer.ns_dtype`` likewise."""
     recompute: bool = False
     """Keep only the layers' inputs for the backward pass and compute what is within them again: less memory, about a
     third more work, the same gradients."""
@@ -281,7 +283,8 @@ class ServeSection(Section):
     execution: Mode = "auto"
     """auto takes the fastest operators of the machine; batch-invariant gives a request the same bits whatever else is
     asked and however its prompt is read."""
-    weights: Literal["float32", "bfloat16"] = "float32"
+    weights: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Data type of the matrices; auto is bfloat16 where a replica's machine multiplies it faster than float32."""
     max_active_requests: Annotated[int, Field(ge=1)] = 16
     """Requests decoded together; further ones wait."""
     max_waiting_requests: Annotated[int, Field(ge=0)] = 64

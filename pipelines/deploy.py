@@ -45,6 +45,8 @@ class Deployment:
     """Base address, without a slash at the end."""
     model_name: str
     checkpoint: Path
+    weights: str
+    """Data type of the matrices, as a replica reports it."""
     _started: ExitStack = field(repr=False)
 
     def stop(self) -> None:
@@ -110,8 +112,8 @@ def start(recipe: Recipe) -> Deployment:
             raise FiftyfoldError(f"serve: Ray Serve could not start ({_last_line(error)})") from error
         host = f"[{section.host}]" if ":" in section.host else section.host
         url = f"http://{host}:{section.port}"
-        _wait_until_healthy(url)
-        return Deployment(url, model_name, folder, undo.pop_all())
+        weights = _wait_until_healthy(url)["weights"]
+        return Deployment(url, model_name, folder, weights, undo.pop_all())
 
 
 def wait_for_signal() -> None:
@@ -176,14 +178,15 @@ def _check_cluster(section: ServeSection) -> None:
         )
 
 
-def _wait_until_healthy(url: str) -> None:
+def _wait_until_healthy(url: str) -> dict[str, Any]:
+    """Return what ``/healthz`` answers once it is healthy."""
     deadline = time.monotonic() + HEALTHY_WITHIN_SECONDS
     answer = "no answer"
     while time.monotonic() < deadline:
         try:
             response = httpx.get(f"{url}/healthz", timeout=5, trust_env=False)
             if response.is_success:
-                return
+                return response.json()
             answer = f"status {response.status_code}"
         except httpx.HTTPError as error:
             answer = str(error)
@@ -194,7 +197,7 @@ def _wait_until_healthy(url: str) -> None:
 def _print_endpoint(deployment: Deployment, section: ServeSection) -> None:
     body = json.dumps({"model": deployment.model_name, "prompt": "def ", "max_tokens": 32})
     print(f"serving {deployment.checkpoint} as '{deployment.model_name}' at {deployment.url}/v1 (Ctrl-C stops)")
-    print(f"  computed {section.execution}, weights in {section.weights}")
+    print(f"  computed {section.execution}, weights in {deployment.weights}")
     print(f"  curl {deployment.url}/v1/completions -H 'Content-Type: application/json' -d '{body}'", flush=True)
 
 

@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -35,6 +35,8 @@ class News:
     metrics: dict[str, float]
     reported: bool = False
     event: str | None = None
+    tags: dict[str, str] = field(default_factory=dict)
+    """Tags of the MLflow run."""
 
 
 class Listener:
@@ -126,6 +128,8 @@ def refused(news: News, tracked: TrackedRun, pauses: Iterable[float] = PAUSES) -
         time.sleep(pause)
         try:
             tracked.log_metrics(news.metrics, news.step)
+            if news.tags:
+                tracked.set_tags(news.tags)
             if news.event is not None:
                 tracked.tell(news.step, news.event)
             return None

@@ -19,12 +19,17 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def agreed_number(device: torch.device | str = "cpu") -> int:
-    """A random number that all ranks get, drawn from the system: training's own generators do not move."""
-    number = torch.tensor(secrets.randbits(62), device=device)
+def from_first(value: int, device: torch.device | str = "cpu") -> int:
+    """Rank 0's ``value``, on every rank."""
+    number = torch.tensor(int(value), device=device)
     if world_size() > 1:
         dist.broadcast(number, src=0)
     return int(number)
+
+
+def agreed_number(device: torch.device | str = "cpu") -> int:
+    """A random number that all ranks get, drawn from the system: training's own generators do not move."""
+    return from_first(secrets.randbits(62), device)
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from model.config import ModelConfig
 from model.parts import Part, SpanOf
 from model.sharding import Span
 from model.tokenizer import Tokenizer
+from pipelines import compute_dtype
 
 OPTIMIZER, STATE = "optimizer.safetensors", "trainer.json"
 RANDOM = "random/"
@@ -37,6 +38,7 @@ class Snapshot:
     """The rows that are here of the parameters that are sharded."""
     part: Part | None
     """None where nothing is sharded."""
+    dtypes: compute_dtype.Choice
 
     def write(self, folder: Path) -> None:
         """The model's checkpoint plus what resuming needs, or this rank's share of them, into an existing folder."""
@@ -49,6 +51,7 @@ class Snapshot:
             self.part.write(folder / OPTIMIZER, self.tensors, span_of)
         if self.part is None or self.part.number == 0:
             (folder / STATE).write_text(json.dumps(self.state) + "\n")
+            compute_dtype.write(folder, self.dtypes)
 
 
 def span_in(spans: Mapping[str, Span]) -> SpanOf:

@@ -22,6 +22,7 @@ from pipelines.cache_measurement import BYTES_PER_TOKEN, measured_cache
 from pipelines.cluster import local_cpus, need, ray_session  # sets Ray's environment before ray is imported
 
 # isort: split
+import ray
 import ray.tune
 import torch
 import yaml
@@ -33,6 +34,7 @@ from ray.tune.schedulers import ASHAScheduler
 from model.config import ModelConfig
 from model.errors import ConfigError, FiftyfoldError
 from model.files import atomic_file, write_text
+from pipelines import compute_dtype
 from pipelines.config import Recipe, Setting, recipe_from_dict, with_overrides
 from pipelines.curriculum import check_data, curriculum, total_steps, validation_steps
 from pipelines.data import read_manifest
@@ -230,7 +232,10 @@ def _cpus_per_trial(recipe: Recipe) -> float:
 def _tune(recipe: Recipe, combinations: list[dict[str, Setting]], tracked: TrackedRun) -> tune.ResultGrid:
     sweep = recipe.sweep
     trial = tune.with_parameters(
-        _trial, recipe=recipe.to_dict(), tracking={"uri": tracked.uri, "parent": tracked.run_id}
+        _trial,
+        recipe=recipe.to_dict(),
+        dtypes=_data_types(recipe, tracked),
+        tracking={"uri": tracked.uri, "parent": tracked.run_id},
     )
     trial = tune.with_resources(trial, {"CPU": 1.0 if sweep.in_process else 0.1})
     validations = max(len(validation_steps(trial_recipe(recipe, settings))) for settings in combinations)
@@ -264,6 +269,24 @@ def _tune(recipe: Recipe, combinations: list[dict[str, Setting]], tracked: Track
     ).fit()
 
 
+def _data_types(recipe: Recipe, tracked: TrackedRun) -> compute_dtype.Choice:
+    """Return the data types that replace ``auto`` in all trials, so that these differ in their settings alone.
+
+    A machine of the cluster chooses them when the sweep begins.
+    """
+    base = trial_recipe(recipe, {})
+    if not (recipe.sweep_folder / compute_dtype.FILE).exists():
+        use_gpu = base.train.use_gpu
+        choose = ray.remote(num_gpus=1 if use_gpu else 0)(compute_dtype.choose)
+        compute_dtype.write(recipe.sweep_folder, ray.get(choose.remote("cuda" if use_gpu else "cpu")))
+    choice = compute_dtype.read(recipe.sweep_folder)
+    chosen = {key: choice[key] for key, value in compute_dtype.of(base).items() if value == "auto"}
+    if chosen:
+        print(f"{recipe.sweep.name}: {', '.join(f'{key} is {dtype}' for key, dtype in chosen.items())} (auto)")
+        tracked.set_tags(chosen)
+    return choice
+
+
 class _Lines(tune.Callback):
     """A line per finished trial."""
 
@@ -284,11 +307,13 @@ class _Lines(tune.Callback):
 # --- one trial
 
 
-def _trial(config: dict[str, Any], recipe: dict[str, Any], tracking: dict[str, str]) -> None:
+def _trial(
+    config: dict[str, Any], recipe: dict[str, Any], dtypes: compute_dtype.Choice, tracking: dict[str, str]
+) -> None:
     settings = config["settings"]
     whole = recipe_from_dict(recipe)
     trial_id = tune.get_context().get_trial_id()
-    mine = trial_recipe(whole, settings)
+    mine = compute_dtype.resolve(trial_recipe(whole, settings), dtypes)
     mine = with_overrides(mine, {"run.name": f"{whole.sweep.name}-{trial_id}", "tracking.uri": tracking["uri"]})
     tracked = _trial_run(open_tracking(mine), tracking["parent"], trial_id, settings, mine)
     tracked.log_metrics(measured_cache(mine.model))

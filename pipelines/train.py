@@ -21,11 +21,12 @@ from safetensors import SafetensorError
 
 from model import checkpoint
 from model.errors import CheckpointError, FiftyfoldError
+from model.files import atomic_folder
 from model.muon import MuonAdamW
 from model.precision import Precision
 from model.tokenizer import load_tokenizer
 from model.transformer import Transformer
-from pipelines import checkpoint_list
+from pipelines import checkpoint_list, compute_dtype
 from pipelines.cache_measurement import measured_cache
 from pipelines.config import Recipe, recipe_from_dict
 from pipelines.curriculum import Stage, check_data, curriculum, total_steps
@@ -232,9 +233,13 @@ def plain(error: BaseException) -> FiftyfoldError:
 
 
 def finalise(last: ray.train.Checkpoint, target: Path) -> None:
-    """Make ``target`` a checkpoint of the model alone, in one piece, from the last one of its training."""
-    with last.as_directory() as source:
-        checkpoint.save(checkpoint.load(source), target, load_tokenizer(source))
+    """Make ``target`` a checkpoint of the model alone, in one piece, from the last one of its training. It names that
+    one's data types."""
+    checkpoint.check_replaceable(target)
+    with last.as_directory() as source, atomic_folder(target) as scratch:
+        model = checkpoint.load(source)
+        checkpoint.write(model.state_dict(), model.config, scratch, load_tokenizer(source))
+        compute_dtype.write(scratch, compute_dtype.read(Path(source)))
 
 
 # --- the workers' side
@@ -264,6 +269,7 @@ def _worker(config: dict[str, Any]) -> None:
             raise CheckpointError(f"{error}{way_on}") from error
     if last is not None:
         reporter.last = _checkpoint_name(trainer.step)
+    reporter.tag(trainer.step, compute_dtype.of(trainer.recipe))
     try:
         trainer.run()
     except CheckpointError:
@@ -291,6 +297,10 @@ class _RayTrainReporter:
 
     def tell(self, step: int, what: str) -> None:
         self._put(News(step, {}, event=what))
+
+    def tag(self, step: int, tags: dict[str, str]) -> None:
+        """Set tags of the MLflow run."""
+        self._put(News(step, {}, tags=tags))
 
     def report(self, step: int, metrics: dict[str, float], write: Callable[[Path], None] | None) -> None:
         told = self._put(News(step, metrics, reported=True))

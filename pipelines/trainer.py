@@ -29,6 +29,7 @@ from model.sharding import is_sharded, local_state, set_local_state, settle, sha
 from model.telemetry import Telemetry
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
+from pipelines import compute_dtype
 from pipelines.anticipation import TENSORS as ANTICIPATED
 from pipelines.anticipation import AnticipatoryRouting, Choices
 from pipelines.config import Recipe
@@ -86,7 +87,7 @@ class Trainer:
     """Trains ``model`` through the recipe's stages.
 
     ``validation`` are this rank's shares of the held-out batches by name ("text", "mqar", "needle"). Raises
-    ConfigError, before any compute, for a stage that could not do what it says.
+    ConfigError, before any compute, for a stage that could not do what it says. ``recipe`` names its data types.
     """
 
     def __init__(
@@ -149,7 +150,8 @@ class Trainer:
                 f"step {self.step}: '{broken}' holds numbers that are not finite; checkpoints before it are good"
             )
         part = Part(rank(), Parts(world_size(), f"{agreed_number(self.device):x}")) if self.sharded else None
-        return Snapshot(state, model, self.model.config, tensors, self.tokenizer, self._spans, part)
+        dtypes = compute_dtype.of(self.recipe)
+        return Snapshot(state, model, self.model.config, tensors, self.tokenizer, self._spans, part, dtypes)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Go on from a folder that snapshots wrote, sharded as this training or otherwise. Raises CheckpointError."""
@@ -478,7 +480,10 @@ def build_trainer(
     last: str | Path | None = None,
 ) -> Trainer:
     """A trainer that goes on from the checkpoint folder ``last``, or is at step 0, with the recipe's ``init_from``.
-    Every rank gets the same weights, or its share of them."""
+    Every rank gets the same weights, or its share of them. Its recipe names the data types that were ``auto``."""
+    asked = recipe
+    choice = compute_dtype.choose(device) if last is None else compute_dtype.read(Path(last))
+    recipe = compute_dtype.resolve(asked, choice)
     torch.manual_seed(recipe.run.seed)
     validation = held_out(recipe, rank, world)
     model = Transformer(recipe.model)
@@ -491,6 +496,9 @@ def build_trainer(
     trainer = Trainer(recipe, model, open_batches, validation, reporter, load_tokenizer(recipe.data_folder))
     if last is not None:
         trainer.load_checkpoint(Path(last))
+    notice = compute_dtype.notice(asked, recipe, device, resumed=last is not None)
+    if notice is not None:
+        reporter.tell(trainer.step, notice)
     return trainer
 
 

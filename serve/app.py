@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve as ray_serve
 from ray.serve import Application
 
+from kernels.cpu import multiplies_bf16_fast
 from model import checkpoint as checkpoints
 from model.errors import ConfigError
 from model.execution import Execution, Mode
@@ -36,8 +37,9 @@ class ServeArgs(BaseModel):
     threads_per_replica: Annotated[int, Field(ge=1)] = 1
     execution: Mode = "auto"
     """How the network is computed (:class:`model.execution.Execution`)."""
-    weights: Literal["float32", "bfloat16"] = "float32"
-    """What the matrices are kept in (:meth:`model.transformer.Transformer.store_weights`)."""
+    weights: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Data type of the matrices (:meth:`model.transformer.Transformer.store_weights`); auto is bfloat16 where the
+    replica's machine multiplies it faster than float32: prompts are read with such products."""
     max_active_requests: Annotated[int, Field(ge=1)] = 16
     max_waiting_requests: Annotated[int, Field(ge=0)] = 64
     prefill_chunk: Annotated[int, Field(ge=1)] = 512
@@ -56,7 +58,10 @@ class CompletionsServer:
         device = "cuda" if self.args.gpus_per_replica > 0 else "cpu"
         model = checkpoints.load(self.args.checkpoint, device=device)
         model.execution = Execution(self.args.execution)
-        model.store_weights(getattr(torch, self.args.weights))
+        self.weights = self.args.weights
+        if self.weights == "auto":
+            self.weights = "bfloat16" if multiplies_bf16_fast(device) else "float32"
+        model.store_weights(getattr(torch, self.weights))
         self.engine = Engine(
             model,
             load_tokenizer(self.args.checkpoint),
@@ -69,7 +74,7 @@ class CompletionsServer:
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.engine, self.args.model_name, self.args.max_body_bytes)
+        return create_app(self.engine, self.args.model_name, self.args.max_body_bytes, self.weights)
 
     async def check_health(self) -> None:
         """Called by Ray Serve, which replaces a replica that raises."""

@@ -36,8 +36,11 @@ CLIENT_CLOSED_REQUEST = 499
 """For access logs only: nobody is there to read it."""
 
 
-def create_app(engine: Engine, model_name: str, max_body_bytes: int = 8_000_000) -> FastAPI:
-    """The ASGI application that answers with ``engine`` under the name ``model_name``."""
+def create_app(
+    engine: Engine, model_name: str, max_body_bytes: int = 8_000_000, weights: str = "float32"
+) -> FastAPI:
+    """The ASGI application that answers with ``engine`` under the name ``model_name``; ``weights`` is the data type of
+    its matrices, for ``/healthz``."""
     app = FastAPI(
         title="fiftyfold",
         docs_url=None,  # these pages would load scripts from elsewhere
@@ -96,7 +99,9 @@ def create_app(engine: Engine, model_name: str, max_body_bytes: int = 8_000_000)
             engine.check_health()
         except FiftyfoldError as error:
             return JSONResponse(http_errors.error_body(str(error), "server_error"), 503)
-        return JSONResponse({"status": "ok", "model": model_name, "unfinished": engine.unfinished})
+        return JSONResponse(
+            {"status": "ok", "model": model_name, "weights": weights, "unfinished": engine.unfinished}
+        )
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:

@@ -57,7 +57,7 @@ def test_the_optimizer_is_its_readable_twin(batch, monkeypatch):
     """Every parameter of a network: experts, output groups and the parts of fused projections each alone."""
     monkeypatch.setattr("model.muon._BATCH", batch)
     model = tiny()
-    config = OptimizerConfig(learning_rate=0.02, adamw_learning_rate=0.01, eps=1e-8)
+    config = OptimizerConfig(learning_rate=0.02, adamw_learning_rate=0.01, eps=1e-8, ns_dtype="float32")
     fused = model.fused_rows()
     optimizer = MuonAdamW(model.named_parameters(), config, fused)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -82,6 +82,14 @@ def test_the_optimizer_is_its_readable_twin(batch, monkeypatch):
         optimizer.step()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), weights[name], rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(("fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_is_the_faster_type_of_the_parameters_device(fast, dtype, monkeypatch):
+    monkeypatch.setattr("model.muon.multiplies_bf16_fast", lambda device: fast and device.type == "cpu")
+    parameter = nn.Parameter(torch.randn(5, 7))
+    assert MuonAdamW([("w", parameter)], OptimizerConfig()).config.ns_dtype == dtype
+    assert MuonAdamW([("w", parameter)], OptimizerConfig(ns_dtype="float32")).config.ns_dtype == "float32"
 
 
 def test_an_update_has_the_size_of_an_adamw_step():

@@ -38,6 +38,9 @@ TRAIN = {
     "validate_every": 3,
     "validation_rows": 16,
     "checkpoint_every": 2,
+    # The same on every processor: what auto chooses is tested where it is the subject.
+    "autocast": "none",
+    "optimizer": {"ns_dtype": "float32"},
 }
 
 

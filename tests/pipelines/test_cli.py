@@ -51,6 +51,8 @@ def test_what_a_later_stage_rounds_is_in_the_table(capsys):
         (["--train.stages", "[steps: 3"], "error: train.stages: cannot be set to '[steps: 3'"),
         (["--train.batch_rows", "0"], "error: train.batch_rows: Input should be greater than or equal to 1, found 0"),
         (["--train.optimizer.momentum", "2"], "error: train.optimizer.momentum: must lie in [0, 1), found 2.0"),
+        (["--train.autocast", "float16"], "autocast: Input should be 'auto', 'none' or 'bfloat16', found 'float16'\n"),
+        (["--train.optimizer.ns_dtype", "half"], "ns_dtype: Input should be 'auto', 'float32' or 'bfloat16', found"),
         (["--model.preset", "huge"], "error: model.preset: unknown preset 'huge'"),
         (["--model.preset", "small", "--model.depth", "12"], "error: model.depth: 12 and model.preset 'small' are two"),
         (["--run.name", "data"], "error: run.name: run.folder keeps other things in 'data', found 'data'"),

@@ -1,5 +1,6 @@
 """`pipelines compare` on checkpoints that were really trained."""
 
+import shutil
 import statistics
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from model import checkpoint
 from model.errors import ConfigError
 from model.transformer import Transformer
-from pipelines import compare
+from pipelines import compare, compute_dtype
 from pipelines.config import with_overrides
 from pipelines.tracking import open_tracking
 from pipelines.trainer import build_trainer, folder_batches
@@ -76,10 +77,19 @@ def test_what_is_no_pair_is_refused(pairs):
         compare.run(with_overrides(pairs, swapped))
 
 
+def test_a_pair_has_the_same_data_types(pairs, tmp_path):
+    narrow = tmp_path / "narrow"
+    shutil.copytree(pairs.compare.qat[0], narrow)
+    compute_dtype.write(narrow, compute_dtype.BF16)
+    with pytest.raises(ConfigError, match=r"narrow and .* were trained with products of different data types"):
+        compare.run(with_overrides(pairs, {"compare.qat": [str(narrow), str(pairs.compare.qat[1])]}))
+
+
 def test_networks_of_another_vocabulary_than_the_data_are_refused(pairs, tmp_path):
     config = checkpoint.load_config(pairs.compare.qat[0]).replace(vocab_size=77)
     for qat in (True, False):
         checkpoint.save(Transformer(config.replace(qat=qat)), tmp_path / str(qat))
+        compute_dtype.write(tmp_path / str(qat), compute_dtype.FLOAT32)
     changes = {"compare.qat": [str(tmp_path / "True")], "compare.plain": [str(tmp_path / "False")]}
     with pytest.raises(ConfigError, match=r"compare\.qat: .*True has a vocabulary of 77, .* was prepared for"):
         compare.run(with_overrides(pairs, changes))

@@ -37,7 +37,8 @@ CHANGES = {
     "data.retrieval_lengths": [112, 256], "data.pairs": 3, "data.rounds": 2,  # several documents in a row
     "train.workers": 1, "train.batch_rows": 4, "train.stages": STAGES, "train.warmup_steps": 3,
     "train.validation_rows": 4, "train.log_every": 1, "train.validate_every": 100,
-    # Processors differ in bfloat16 more than a bug may in a few steps.
+    # Not auto, for the file has to hold on every processor; and not bfloat16, in which processors differ by more than a
+    # bug may in a few steps.
     "train.autocast": "none", "train.optimizer.ns_dtype": "float32",
     # What has no weight in the recipe, or next to none, is watched over as well.
     "model.mtp_layers": 1, "train.context_loss_weight": 0.5, "train.balance_loss_weight": 0.1,

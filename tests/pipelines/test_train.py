@@ -9,7 +9,7 @@ import torch
 
 from model import checkpoint
 from model.errors import CheckpointError, ConfigError, FiftyfoldError
-from pipelines import evaluate, promote, sweep, train
+from pipelines import compute_dtype, evaluate, promote, sweep, train
 from pipelines.cache_measurement import BYTES_PER_TOKEN
 from pipelines.checkpoint_list import LIST
 from pipelines.config import over, recipe_from_dict, with_overrides
@@ -22,7 +22,8 @@ from pipelines.tracking import open_tracking
 
 @pytest.fixture(scope="module")
 def trained(prepared, ray_cluster):
-    changes = {"run.name": "trained", "train.workers": 2, "train.sharding": "fsdp", "train.keep_checkpoints": 1}
+    changes = {"run.name": "trained", "train.workers": 2, "train.sharding": "fsdp", "train.keep_checkpoints": 1,
+               "train.autocast": "auto", "train.optimizer.ns_dtype": "auto"}  # fmt: skip
     recipe = with_overrides(prepared, changes)
     return recipe, train.run(recipe)
 
@@ -40,6 +41,9 @@ def test_a_run_leaves_a_checkpoint_and_its_record(trained):
     assert run.info.status == "FINISHED"
     assert run.data.tags["checkpoint"] == str(recipe.final_checkpoint)
     assert run.data.params["model.index_topk"] == "4"
+    dtypes = compute_dtype.choose("cpu")
+    assert dtypes.items() <= run.data.tags.items() and run.data.params["train.autocast"] == "auto"
+    assert compute_dtype.read(parts) == compute_dtype.read(result.checkpoint) == dtypes
     for name in (
         "train/loss", "train/indexer_kl", "train/grad_norm", "train/step_seconds", "train/learning_rate/muon",
         "train/learning_rate/adamw", "validation/loss", "validation/recall", "validation/recall_at_k",
@@ -182,9 +186,16 @@ def test_a_trial_may_have_train_workers_of_its_own(trained, tmp_path, monkeypatc
             }
         },
     )  # fmt: skip
+    # As if it had begun on another kind of machine.
+    here = compute_dtype.choose("cpu")
+    there = compute_dtype.FLOAT32 if here == compute_dtype.BF16 else compute_dtype.BF16
+    recipe.sweep_folder.mkdir(parents=True)
+    compute_dtype.write(recipe.sweep_folder, there)
     result = sweep.run(recipe)
     assert len(result.trials) == 1 and (tmp_path / "other.db").exists()
-    assert open_tracking(recipe).client.get_run(result.winner.run_id).info.status == "FINISHED"
+    run = open_tracking(recipe).client.get_run(result.winner.run_id)
+    assert run.info.status == "FINISHED" and there.items() <= run.data.params.items()
+    assert compute_dtype.read(result.checkpoint) == there
     model = checkpoint.load(result.checkpoint)
     assert (model.config.index_topk, model.config.qat) == (2, False)
     assert over(recipe, result.overrides).train.grad_clip == 0.5

@@ -16,17 +16,19 @@ import httpx
 import openai
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from ray.exceptions import RayActorError
 
 from model import checkpoint
 from model.cache import Cache
 from model.errors import CheckpointError, ConfigError, FiftyfoldError
 from model.generation import prefill
+from model.transformer import Transformer
 from pipelines import deploy
 from pipelines.config import Recipe, recipe_from_dict
 from pipelines.deploy import Deployment, find_model, start
 from pipelines.tracking import open_tracking
-from serve.app import build
+from serve.app import CompletionsServer, build
 
 
 def free_port() -> int:
@@ -36,7 +38,8 @@ def free_port() -> int:
 
 
 def recipe_for(folder: Path, model_uri: str | Path, **serve) -> Recipe:
-    serve = {"model_uri": str(model_uri), "port": free_port(), "cpus_per_replica": 0.5, **serve}
+    # The weights as they are, on every processor: answers are compared with those of the network.
+    serve = {"model_uri": str(model_uri), "port": free_port(), "cpus_per_replica": 0.5, "weights": "float32", **serve}
     return recipe_from_dict({"run": {"folder": str(folder)}, "serve": serve})
 
 
@@ -71,6 +74,7 @@ def test_models(deployment, client) -> None:
     [card] = client.models.list().data
     assert card.id == deployment.model_name == "letters/final"
     assert card.cache_bytes_per_token > 0
+    assert deployment.weights == "float32"
     assert client.models.retrieve(card.id) == card
 
 
@@ -273,6 +277,18 @@ def test_a_signal_stops_what_the_step_started(tmp_path, saved, number) -> None:
     assert [line.split("(")[0] for line in rest.splitlines()] == ["stopping", "DeployResult"]
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", recipe.serve.port)) != 0
+
+
+@pytest.mark.parametrize(("fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_keeps_weights_in_what_the_replica_multiplies_faster(saved, monkeypatch, fast, dtype) -> None:
+    stored = []
+    monkeypatch.setattr(Transformer, "store_weights", lambda model, dtype: stored.append(dtype))
+    monkeypatch.setattr("serve.app.multiplies_bf16_fast", lambda device: fast)
+    server_class = CompletionsServer.func_or_class.__mro__[1]  # Ray Serve's own initializer is a coroutine
+    server = server_class({"checkpoint": str(saved)})
+    assert stored == [getattr(torch, dtype)]
+    with TestClient(server.__serve_build_asgi_app__()) as client:
+        assert client.get("/healthz").json()["weights"] == dtype
 
 
 def test_missing_and_damaged_models(tmp_path, saved, endless_model, letters) -> None:
