@@ -79,7 +79,7 @@ def op(name: str) -> torch._ops.OpOverload:
 def in_huge_pages(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies of contiguous CPU tensors in memory of 2 MiB pages (Linux), which is read up to twice as fast as that of
     4 KiB pages. The tensors themselves where there are no native operators."""
-    if level() is None or not all(x.is_cpu for x in tensors):
+    if not tensors or level() is None or not all(x.is_cpu for x in tensors):
         return list(tensors)
     with torch.inference_mode(False):  # a parameter must not be an inference tensor
         return op("in_huge_pages")([x.detach() for x in tensors])

@@ -258,13 +258,13 @@ from pipelines import __main__ as cli
 from pipelines.tracking import TrackedRun
 log = TrackedRun.log_metrics
 def slow(*arguments):
-    time.sleep(0.3)
+    time.sleep(1.0)
     log(*arguments)
 TrackedRun.log_metrics = slow
 sys.exit(cli.main(sys.argv[1:]))
 """
-"""A run whose checkpoints wait for its metrics, as they do, and for long: workers live on for a second or more after
-their raylet, and must not come to the run's end."""
+"""A run whose checkpoints wait for its metrics, as they do, and for long: workers live on for seconds after their
+raylet, for more on a busy machine, and must not come to the run's end."""
 
 
 @contextmanager

@@ -111,7 +111,7 @@ def test_transformers_reads_model_and_tokenizer(ours, tmp_path):
 def test_a_file_for_llama_cpp(tmp_path, capsys):
     from gguf import GGUFReader
 
-    config = ModelConfig(layers=("sliding", "csa"), index_head_dim=64, mtp_layers=1)
+    config = ModelConfig(layers=("csa", "hca"), hca_ratio=128, index_head_dim=64, mtp_layers=1)
     checkpoint.save(Transformer(config), tmp_path / "ours", ByteTokenizer())
     target = tmp_path / "new" / "model.gguf"
     assert export(tmp_path / "ours", target, "--format", "gguf", "--type", "q8_0") == 0
