@@ -26,7 +26,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 # Without a compiler this says so in one line, and the stamp is set all the same: `make native` tries again.
-$(VENV)/.native: $(VENV)/.installed $(wildcard kernels/*/*.cpp kernels/native/*)
+$(VENV)/.native: $(VENV)/.installed $(wildcard kernels/*/*.cpp kernels/native/*.cpp kernels/native/*.h kernels/native/*.py)
 	$(BIN)/python -m kernels.native.build
 	touch $@
 

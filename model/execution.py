@@ -25,7 +25,7 @@ Mode = Literal["auto", "batch-invariant"]
 class Execution:
     """``mode`` of the passes outside training.
 
-    ``auto`` takes the fastest operators that this machine has; nothing has to be compiled before the first token.
+    ``auto`` takes the fastest operators that this machine has.
     ``batch-invariant`` computes a cached sequence's logits with the same bits alone, in a ragged batch, and however its
     tokens are cut into pieces: all sums run at one fixed shape. Slower.
 

@@ -129,7 +129,9 @@ class MixtureOfExperts(nn.Module):
             return few_tokens(x, chosen, routed["weights"], self.stored_experts(), shared, limit)
         run = self._by_tiles if context.execution.batch_invariant else self._by_experts
         out = run(x.flatten(0, 1), chosen.flatten(0, 1), routed["weights"].flatten(0, 1)).view(x.shape)
-        return out + routed["shared"] if "shared" in routed else out
+        if self.shared is None:
+            return out
+        return out + (routed["shared"] if "shared" in routed else self.shared(x))
 
     def _by_experts(self, flat: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """Each expert runs over its own tokens: [N, hidden] -> [N, hidden]."""
@@ -176,7 +178,8 @@ class MixtureOfExperts(nn.Module):
         versions = tuple((w._version, w.data_ptr()) for w in stacks)
         if self._rounded is None or self._rounded[0] != versions:
             rounded = [self.precision.round_expert(w) for w in stacks]
-            self._rounded = (versions, tuple(native.in_huge_pages(rounded)))
+            copies = any(r is not w for r, w in zip(rounded, stacks))
+            self._rounded = (versions, tuple(native.in_huge_pages(rounded) if copies else rounded))
         return self._rounded[1]
 
 

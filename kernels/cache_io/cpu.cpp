@@ -46,6 +46,7 @@ void write_ring(Tensor& ring, const Tensor& given, at::IntArrayRef ends) {
   auto* to = static_cast<uint8_t*>(ring.mutable_data_ptr());
   const auto* from = static_cast<const uint8_t*>(rows.const_data_ptr());
   for (int64_t b = 0; b < rows.size(0); ++b) {
+    TORCH_CHECK_VALUE(ends[b] >= n, "write_ring: ", n, " rows cannot end at position ", ends[b]);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t place = (ends[b] - n + i) % capacity;
       std::memcpy(to + (b * capacity + place) * width, from + (b * n + i) * width, width);

@@ -40,7 +40,8 @@ def route(
 def takes_few(x: Tensor, w1: Tensor) -> bool:
     """Whether :func:`few_tokens` serves x [..., d]: a native operator, bound by reading the experts' weights."""
     stored = w1.dtype in (torch.float32, torch.bfloat16) and w1.is_contiguous()
-    return stored and x.numel() <= FEW_TOKENS * x.shape[-1] and native.serves(x)
+    few = x.numel() <= FEW_TOKENS * x.shape[-1]
+    return stored and few and not torch.is_autocast_enabled("cpu") and native.serves(x)
 
 
 def few_tokens(

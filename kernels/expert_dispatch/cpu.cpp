@@ -14,13 +14,18 @@ std::tuple<Tensor, Tensor> route(const Tensor& given, const Tensor& bias, const 
   auto shape = logits.sizes().vec();
   shape.back() = k;
   Tensor weights = at::empty(shape, logits.options());
-  Tensor chosen = fixed ? fixed->contiguous() : at::empty(shape, logits.options().dtype(at::kLong));
+  Tensor chosen = fixed ? fixed->clone(at::MemoryFormat::Contiguous) : at::empty(shape, logits.options().dtype(at::kLong));
   TORCH_CHECK_VALUE(chosen.numel() == N * k, "route: chosen ", chosen.sizes(), " does not fit logits ", logits.sizes());
+  TORCH_CHECK_VALUE(bias.numel() == E && bias.is_contiguous(), "route: bias ", bias.sizes(), " does not fit");
+  for (int64_t i = 0; fixed && i < chosen.numel(); ++i) {
+    const int64_t id = chosen.const_data_ptr<int64_t>()[i];
+    TORCH_CHECK_INDEX(id >= 0 && id < E, "route: expert ", id, " of ", E);
+  }
   const float *z = logits.const_data_ptr<float>(), *b = bias.const_data_ptr<float>();
   auto* picks = chosen.mutable_data_ptr<int64_t>();
   float* gains = weights.mutable_data_ptr<float>();
   at::parallel_for(0, N, std::max<int64_t>(1, kGrain / (32 * E)), [&](int64_t begin, int64_t end) {
-    std::vector<float> affinity(E);
+    std::vector<float> affinity(E), keys(E);
     std::vector<int64_t> order(E);
     for (int64_t t = begin; t < end; ++t) {
       for (int64_t e = 0; e < E; ++e) {
@@ -28,10 +33,12 @@ std::tuple<Tensor, Tensor> route(const Tensor& given, const Tensor& bias, const 
         affinity[e] = std::sqrt(x > 20.0f ? x : std::log1p(std::exp(x)));  // softplus as PyTorch's
       }
       if (!fixed) {
-        for (int64_t e = 0; e < E; ++e) order[e] = e;
+        for (int64_t e = 0; e < E; ++e) {
+          const float key = affinity[e] + b[e];
+          order[e] = e, keys[e] = key == key ? key : -INFINITY;  // NaN has no place in an order
+        }
         std::partial_sort(order.begin(), order.begin() + k, order.end(), [&](int64_t i, int64_t j) {
-          const float a = affinity[i] + b[i], c = affinity[j] + b[j];
-          return a != c ? a > c : i < j;
+          return keys[i] != keys[j] ? keys[i] > keys[j] : i < j;
         });
         std::copy(order.begin(), order.begin() + k, picks + t * k);
       }
@@ -76,9 +83,9 @@ struct Stack {
   const Tensor &w1, &w3, &w2;
 
   void check(const Tensor& x) const {
-    TORCH_CHECK_VALUE(x.size(-1) == w1.size(-1) && w1.sizes() == w3.sizes() && w2.size(-2) == w1.size(-1) &&
+    TORCH_CHECK_VALUE(x.size(-1) == w1.size(-1) && w1.sizes() == w3.sizes() && w2.dim() == w1.dim() && w2.size(-2) == w1.size(-1) &&
                           w2.size(-1) == w1.size(-2) && w1.is_contiguous() && w3.is_contiguous() && w2.is_contiguous() &&
-                          w1.scalar_type() == w2.scalar_type() && w1.scalar_type() == w3.scalar_type(),
+                          (w1.dim() == 2 || w2.size(0) == w1.size(0)) && w1.scalar_type() == w2.scalar_type() && w1.scalar_type() == w3.scalar_type(),
                       "experts: x ", x.sizes(), " and w1 ", w1.sizes(), " do not fit");
   }
 

@@ -25,6 +25,7 @@ Shape shape_of(const Tensor& streams, const Tensor& fn) {
   TORCH_CHECK_VALUE(streams.scalar_type() == at::kFloat && streams.dim() == 4 && streams.is_contiguous() &&
                         streams.size(2) <= kMaxStreams && fn.size(-1) == streams.size(2) * streams.size(3),
                     "hyper_connections: streams ", streams.sizes(), " and fn ", fn.sizes(), " do not fit");
+  TORCH_CHECK_VALUE(fn.is_contiguous(), "hyper_connections: expected a contiguous fn");
   return {streams.size(0) * streams.size(1), streams.size(2), streams.size(3), fn.size(0)};
 }
 
@@ -209,6 +210,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> enter(const Tensor& streams, 
 // Streams [B, S, n, d] to [B, S, d] by weights from fn [n, n * d], scale [1] and base [n].
 Tensor head(const Tensor& streams, const Tensor& fn, const Tensor& scale, const Tensor& base, double eps, double norm_eps) {
   const Shape s = shape_of(streams, fn);
+  TORCH_CHECK_VALUE(s.weights == s.n, "hyper_connections: fn of the head has ", s.weights, " rows");
   auto [raw, inverse_rms] = normalized_product(streams, fn, s, static_cast<float>(norm_eps));
   Tensor x = at::empty({streams.size(0), streams.size(1), s.d}, streams.options());
   const float *product = raw.const_data_ptr<float>(), *rms = inverse_rms.const_data_ptr<float>();

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels import native
+from kernels.autocast import in_float32
 from kernels.hyper_connections import batched
 
 MAX_STREAMS = 8
@@ -57,13 +58,14 @@ class _Enter(torch.autograd.Function):
         def given(grad: Tensor | None, *shape: int) -> Tensor:
             return streams.new_zeros(shape) if grad is None else grad.float().contiguous()
 
-        gradients = native.op("hc_enter_backward")(
-            given(grad_x, B, S, d),
-            given(grad_post, B, S, n),
-            given(grad_comb, B, S, n, n),
-            None if later is None else later.contiguous(),
-            *(streams, fn, scale, base, raw, inverse_rms, ctx.iterations, ctx.eps),
-        )
+        with in_float32(streams):  # whatever surrounds the backward pass
+            gradients = native.op("hc_enter_backward")(
+                given(grad_x, B, S, d),
+                given(grad_post, B, S, n),
+                given(grad_comb, B, S, n, n),
+                None if later is None else later.contiguous(),
+                *(streams, fn, scale, base, raw, inverse_rms, ctx.iterations, ctx.eps),
+            )
         return *gradients, None, None, None
 
 

@@ -253,7 +253,7 @@ class Selector {
       float peak = scores[b * kBlock];
 #pragma omp simd reduction(max : peak)
       for (int64_t i = 1; i < kBlock; ++i) peak = std::max(peak, scores[b * kBlock + i]);
-      peaks_[b] = peak;
+      peaks_[b] = peak == peak ? peak : -INFINITY;  // NaN has no place in an order
     }
     if (blocks < k) return -INFINITY;
     order_.assign(peaks_.begin(), peaks_.end());
@@ -286,7 +286,7 @@ template <typename Tile>
 Tensor index_topk_with(const Tensor& queries, const Tensor& head_weights, const Tensor& storage, const Tensor& pages,
                   int64_t per_page, const Tensor& visible, int64_t k, const Layout& layout, bool narrow) {
   const Tensor query = contiguous_float(queries, "index_topk: query"), weights = contiguous_float(head_weights, "index_topk: weights");
-  TORCH_CHECK_VALUE(query.dim() == 4 && query.size(3) == layout.size() && storage.size(1) == layout.nbytes() && k >= 1,
+  TORCH_CHECK_VALUE(query.dim() == 4 && query.size(3) == layout.size() && storage.is_contiguous() && storage.size(1) == layout.nbytes() && k >= 1,
                     "index_topk: query ", query.sizes(), " and keys ", storage.sizes(), " do not fit");
   const int64_t B = query.size(0), S = query.size(1), h = query.size(2), c = query.size(3);
   const Tensor limit = visible.contiguous(), table = pages.contiguous();

@@ -1,6 +1,6 @@
 """Products with a network's weights, which may be stored in BF16 while activations are float32.
 
-Of a few tokens a native operator reads the weights once (``cpu.cpp``); all else runs as in ``reference.py``.
+For few tokens a native operator reads each weight once (``cpu.cpp``); otherwise ``reference.py`` runs.
 ``backend=`` forces one and :func:`backend_for` tells which one runs.
 """
 
@@ -16,7 +16,7 @@ from kernels.linear import cpu, reference
 
 BACKENDS = {"reference": reference, "cpu": cpu}
 FEW_TOKENS = 8
-"""Products of at most so many tokens are bound by reading the weights, and a library's code is made for more."""
+"""Most tokens of a native product, which is bound by weight reads; library products are tuned for more."""
 
 
 def is_stored_plainly(weight: Tensor) -> bool:
@@ -27,7 +27,8 @@ def is_stored_plainly(weight: Tensor) -> bool:
 def backend_for(x: Tensor, weight: Tensor) -> str:
     inputs = weight.shape[-1] * (weight.shape[0] if weight.dim() == 3 else 1)
     few = x.numel() <= FEW_TOKENS * inputs
-    return "cpu" if few and is_stored_plainly(weight) and native.serves(x) else "reference"
+    plain = is_stored_plainly(weight) and not torch.is_autocast_enabled("cpu")
+    return "cpu" if few and plain and native.serves(x) else "reference"
 
 
 def linear(x: Tensor, weight: Tensor, backend: str | None = None) -> Tensor:

@@ -28,8 +28,11 @@ def level() -> str | None:
     """
     levels = supported_levels()
     if not levels:
-        _log.warning("native CPU operators: this processor has no AVX2; PyTorch's operators run instead")
+        _log.warning(
+            "native CPU operators: no AVX2 on this processor, or none allowed; PyTorch's operators run instead"
+        )
         return None
+    refused = False
     for name in levels:
         path = library_path(name)
         if path.exists():
@@ -37,7 +40,9 @@ def level() -> str | None:
             if fault is None:
                 return name
             _log.warning("native CPU operators: %s: %s; delete it and run `make native`", path, fault)
-            return None
+            refused = True
+    if refused:
+        return None
     _log.warning(
         "native CPU operators: not built for these sources; PyTorch's operators run instead, several times slower. "
         "Install g++ and run `make native`."
@@ -47,9 +52,9 @@ def level() -> str | None:
 
 def _fault(path: Path) -> str | None:
     """Load the library. Return a sentence on why it cannot be trusted or loaded, or None."""
-    if hasattr(os, "getuid") and path.stat().st_uid not in (0, os.getuid()):
-        return "belongs to another user"
     try:
+        if hasattr(os, "getuid") and path.stat().st_uid not in (0, os.getuid()):
+            return "belongs to another user"
         expected = path.with_name(path.name + ".sha256").read_text()
         if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
             return "is damaged"
@@ -60,13 +65,9 @@ def _fault(path: Path) -> str | None:
 
 
 def serves(x: Tensor, backward: bool = False) -> bool:
-    """Whether a native operator can take ``x``: float32 on a CPU; without a ``backward`` pass no gradients recorded."""
-    return (
-        x.is_cpu
-        and x.dtype == torch.float32
-        and (backward or not torch.is_grad_enabled())
-        and level() is not None
-    )
+    """Return whether native operators accept ``x``: float32 on a CPU and, unless the operator has a ``backward`` pass,
+    gradients disabled."""
+    return x.is_cpu and x.dtype == torch.float32 and (backward or not torch.is_grad_enabled()) and level() is not None
 
 
 @functools.cache
@@ -77,9 +78,9 @@ def op(name: str) -> torch._ops.OpOverload:
 
 
 def in_huge_pages(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of contiguous CPU tensors in memory of 2 MiB pages (Linux), which is read up to twice as fast as that of
-    4 KiB pages. The tensors themselves where there are no native operators."""
-    if not tensors or level() is None or not all(x.is_cpu for x in tensors):
+    """Copy contiguous CPU tensors into 2 MiB pages (Linux), which a CPU reads up to twice as fast. Without native
+    operators, return them unchanged."""
+    if not tensors or not all(x.is_cpu for x in tensors) or level() is None:
         return list(tensors)
     with torch.inference_mode(False):  # a parameter must not be an inference tensor
         return op("in_huge_pages")([x.detach() for x in tensors])

@@ -43,8 +43,8 @@ def build(level: str, cxx: str) -> None:
             raise RuntimeError(errors[0].strip() if errors else f"{cxx} ended with status {run.returncode}")
         digest = made.with_name(made.name + ".sha256")
         digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
-        made.replace(target)
         digest.replace(target.with_name(digest.name))
+        made.replace(target)
 
 
 def main() -> int:
@@ -59,7 +59,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 0
-    print(f"native CPU operators: compiling for {', '.join(levels)} (about a minute, once)", flush=True)
+    print(f"native CPU operators: compiling for {', '.join(levels)} (about half a minute, once)", flush=True)
     with ThreadPoolExecutor(2) as pool:
         for level, result in [(level, pool.submit(build, level, cxx)) for level in levels]:
             try:

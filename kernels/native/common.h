@@ -107,8 +107,8 @@ inline float sum_of(Floats v) {
   return lanes[0];
 }
 
-// One row of a matrix that comes from memory row after row: what lies kAhead bytes further is fetched meanwhile, since
-// rows are too short for the processor to notice a stream.
+// Dot product with a matrix row streamed from memory. Prefetches kAhead bytes: rows are too short for the hardware
+// prefetcher.
 template <typename W>
 inline float streamed_dot(const float* __restrict x, const W* __restrict w, int64_t n) {
   constexpr int64_t kAhead = 2048;
@@ -151,7 +151,7 @@ inline float sum_of_squares(const float* x, int64_t n) {
   return sum;
 }
 
-// NaN where there is one, as torch.amax: its bits are the largest.
+// Propagates NaN like torch.amax: NaN has the largest bits.
 inline float largest_magnitude(const float* x, int64_t n) {
   uint32_t most = 0;
 #pragma omp simd reduction(max : most)
@@ -172,15 +172,17 @@ inline float exp_of(float x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   const float scale = float_of(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
-  return x < -87.3365447505f ? 0.0f : p * scale;
+  const float result = x < -87.3365447505f ? 0.0f : p * scale;
+  return x != x ? x : result;
 }
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exp_of(-x)); }
 
 // silu(gate) * up, clamped (kernels/swiglu).
 inline float swiglu_of(float gate, float up, float limit) {
-  const float g = std::min(gate, limit);
-  return g * sigmoid(g) * std::min(limit, std::max(-limit, up));
+  // Comparisons that leave NaN as it is.
+  const float g = gate > limit ? limit : gate, u = up > limit ? limit : (up < -limit ? -limit : up);
+  return g * sigmoid(g) * u;
 }
 
 // --- number formats; see kernels/formats.py, whose bits these have
@@ -239,6 +241,8 @@ struct Layout {
 
   explicit Layout(at::IntArrayRef spec) {
     TORCH_CHECK_VALUE(spec.size() == 4, "layout: expected body, its format, rope and its format");
+    TORCH_CHECK_VALUE(spec[0] >= 1 && spec[2] >= 0 && spec[3] <= kBf16 && (spec[1] != kFp4 || spec[0] % 2 == 0),
+                      "layout: cannot hold ", spec[0], " and ", spec[2], " dims");
     body = spec[0], body_format = spec[1], rope = spec[2], rope_format = spec[3];
     block = std::min<int64_t>(body_format == kFp4 ? 32 : 64, body);
     scales = body_format >= kFp8 ? (body + block - 1) / block : 0;

@@ -1,4 +1,4 @@
-// Weights in huge pages: of small ones a processor looks up so many addresses that it reads memory at half its speed.
+// Copies weights into huge pages: with 4 KiB pages, address translation halves memory bandwidth.
 #include <ATen/ops/from_blob.h>
 
 #include "common.h"
@@ -10,29 +10,49 @@
 namespace fiftyfold {
 namespace {
 
-// Copies of contiguous tensors, one after the other in memory of huge pages where the system gives them. The memory is
-// freed with the last of them.
-std::vector<Tensor> in_huge_pages(at::TensorList tensors) {
-  std::vector<Tensor> copies;
 #ifdef __linux__
-  constexpr size_t kHuge = size_t{2} << 20, kLine = 64;
+constexpr size_t kHuge = size_t{2} << 20, kLine = 64;
+
+inline size_t rounded_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+// Add copies of the tensors, one after the other in one mapping, which is freed with the last of them.
+void place_together(const std::vector<Tensor>& tensors, std::vector<Tensor>& copies) {
+  if (tensors.empty()) return;
   size_t total = 0;
-  for (const Tensor& t : tensors) total += (t.nbytes() + kLine - 1) / kLine * kLine;
-  // Rounded up, and room to begin at a huge page's border.
-  const size_t mapped = (total + kHuge - 1) / kHuge * kHuge + kHuge;
+  for (const Tensor& t : tensors) total += rounded_up(t.nbytes(), kLine);
+  const size_t mapped = rounded_up(total, kHuge) + kHuge;  // room to begin at a huge page's border
   void* memory = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   TORCH_CHECK(memory != MAP_FAILED, "in_huge_pages: no memory for ", total, " bytes");
   const std::shared_ptr<void> arena(memory, [mapped](void* p) { munmap(p, mapped); });
-  auto* next = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + kHuge - 1) / kHuge * kHuge);
-  madvise(next, (total + kHuge - 1) / kHuge * kHuge, MADV_HUGEPAGE);
+  auto* next = reinterpret_cast<char*>(rounded_up(reinterpret_cast<uintptr_t>(memory), kHuge));
+  madvise(next, rounded_up(total, kHuge), MADV_HUGEPAGE);
   for (const Tensor& t : tensors) {
-    TORCH_CHECK_VALUE(t.is_contiguous(), "in_huge_pages: expected contiguous tensors");
     std::memcpy(next, t.const_data_ptr(), t.nbytes());
     copies.push_back(at::from_blob(next, t.sizes(), [arena](void*) {}, t.options()));
-    next += (t.nbytes() + kLine - 1) / kLine * kLine;
+    next += rounded_up(t.nbytes(), kLine);
   }
+}
+#endif
+
+// Copies of contiguous tensors in huge pages, where the system gives them. Large ones get a mapping of their own, so
+// that replacing them frees it; small neighbors share one.
+std::vector<Tensor> in_huge_pages(at::TensorList tensors) {
+  std::vector<Tensor> copies;
+#ifdef __linux__
+  std::vector<Tensor> small;
+  for (const Tensor& t : tensors) {
+    TORCH_CHECK_VALUE(t.is_contiguous(), "in_huge_pages: expected contiguous tensors");
+    if (t.nbytes() < kHuge) {
+      small.push_back(t);
+      continue;
+    }
+    place_together(small, copies);
+    small.clear();
+    place_together({t}, copies);
+  }
+  place_together(small, copies);
 #else
-  for (const Tensor& t : tensors) copies.push_back(t);
+  copies.assign(tensors.begin(), tensors.end());
 #endif
   return copies;
 }

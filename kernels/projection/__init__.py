@@ -1,14 +1,15 @@
 """An attention layer's projections: products with norms and rotations around them.
 
-Of a few tokens one native operator does each (``cpu.cpp``), elsewhere operation by operation (``reference.py``).
+For few tokens each is one native operator (``cpu.cpp``); otherwise operations run one by one (``reference.py``).
 ``backend=`` forces one and :func:`backend_for` tells which one runs.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from kernels import linear
+from kernels import linear, native
 from kernels.cache_io import EntryLayout
 from kernels.projection import cpu, reference
 from kernels.projection.reference import key_value
@@ -19,7 +20,7 @@ BACKENDS = {"reference": reference, "cpu": cpu}
 def backend_for(x: Tensor, *weights: Tensor) -> str:
     """``cpu`` for as few tokens x [B, S, ...] as :mod:`kernels.linear` takes natively with all weights."""
     few = x.shape[0] * x.shape[1] <= linear.FEW_TOKENS and all(map(linear.is_stored_plainly, weights))
-    return "cpu" if few and linear.native.serves(x) else "reference"
+    return "cpu" if few and not torch.is_autocast_enabled("cpu") and native.serves(x) else "reference"
 
 
 def latent_query(

@@ -28,6 +28,8 @@ def backend_for(x: Tensor, fmt: str) -> str:
 
 def round_to_format(x: Tensor, fmt: str, dtype: torch.dtype = torch.float32, backend: str | None = None) -> Tensor:
     """See :func:`kernels.quantize.reference.round_to_format`."""
+    if fmt not in FORMATS:
+        raise ValueError(f"format '{fmt}' is not one of {', '.join(FORMATS)}")
     return BACKENDS[backend or backend_for(x, fmt)].round_to_format(x, fmt, dtype)
 
 

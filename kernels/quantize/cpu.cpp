@@ -11,7 +11,7 @@ void round_block(const float* x, int64_t n, int64_t format, float* out) {
       e8m0_to_float(fp8 ? e8m0_from_amax(amax, 448.0f, 1e-4f) : e8m0_from_amax(amax, 6.0f, 6.0f * 0x1p-126f));
   if (fp8) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = from_e4m3(to_e4m3(x[i] / scale)) * scale;
+    for (int64_t i = 0; i < n; ++i) out[i] = x[i] != x[i] ? x[i] : from_e4m3(to_e4m3(x[i] / scale)) * scale;
   } else {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) out[i] = round_to_e2m1(x[i] / scale) * scale;

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kernels import native
+from kernels.autocast import cast
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
@@ -14,4 +16,4 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor
 
 def angles(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`kernels.rotary.reference.angles`."""
-    return native.op("angles")(positions, frequencies)
+    return native.op("angles")(cast(positions, torch.int64), frequencies)

@@ -140,6 +140,8 @@ Tensor packed_attention(const Tensor& queries, const Tensor& window_rows, const 
   TORCH_CHECK_VALUE(query.dim() == 4 && c == layout.size() && rows.size(2) == layout.nbytes() && rows.size(0) == B &&
                         sink.numel() == H && R >= window - 1 + S,
                     "packed_attention: query ", query.sizes(), " and rows ", rows.sizes(), " do not fit");
+  TORCH_CHECK_VALUE(S >= 1 && !(chosen && visible) && (!storage || storage->is_contiguous()),
+                    "packed_attention: expected tokens, and entries that are chosen or visible");
   const Tensor starts = positions.contiguous(), origins = offsets.contiguous();
   const auto* first = starts.const_data_ptr<int64_t>();
   const auto* origin = origins.const_data_ptr<int64_t>();
@@ -185,7 +187,7 @@ Tensor packed_attention(const Tensor& queries, const Tensor& window_rows, const 
       const int64_t oldest = oldest_of(b), from = std::max<int64_t>(oldest, position - (window - 1));
       const int64_t tokens = position - from + 1;
       const float* entries = visible ? far[b].rows.data() : gathered.data();
-      int64_t count = visible ? limit_of(b, s) : 0;
+      int64_t count = visible ? std::min(limit_of(b, s), far[b].stride) : 0;
       if (chosen) {
         const Pages pages = pages_of(b);
         const auto* pick = picks.const_data_ptr<int64_t>() + at * K;

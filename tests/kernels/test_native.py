@@ -249,6 +249,31 @@ def test_hyper_connections(tokens, n, d, output_dtype):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_nan_is_not_swallowed():
+    x = torch.randn(1, 3, 64)
+    x[0, 1, 5] = float("nan")
+    assert swiglu.swiglu(x, torch.ones(1, 3, 64), 10.0, backend="cpu")[0, 1, 5].isnan()
+    assert swiglu.swiglu(torch.ones(1, 3, 64), x, 10.0, backend="cpu")[0, 1, 5].isnan()
+    assert quantize.round_to_format(x, "fp8", backend="cpu")[0, 1, 5].isnan()
+    assert compress.compress(x[..., :64].expand(1, 3, 64), torch.zeros(3, 32), False, backend="cpu").isnan().any()
+    streams, fn = torch.randn(1, 2, 4, 8), torch.randn(24, 32)
+    streams[0, 0, 0, 0] = float("nan")
+    entered = hyper_connections.enter(streams, fn, torch.ones(3), torch.zeros(24), 20, 1e-6, 1e-6, "cpu")
+    assert all(part[0, 0].isnan().any() and not part[0, 1].isnan().any() for part in entered[:3])
+
+
+def test_what_does_not_fit_is_refused():
+    logits = torch.randn(2, 4)
+    with pytest.raises(IndexError, match="expert 4 of 4"):
+        expert_dispatch.route(logits, torch.zeros(4), 1, 1.0, torch.tensor([[0], [4]]), backend="cpu")
+    with pytest.raises(ValueError, match="fn of the head has 9 rows"):
+        hyper_connections.head(
+            torch.randn(1, 1, 4, 8), torch.randn(9, 32), torch.ones(1), torch.zeros(9), 1e-6, 1e-6, backend="cpu"
+        )
+    with pytest.raises(ValueError, match="2 rows cannot end at position 1"):
+        cache_io.write_ring(torch.zeros(1, 4, 2), torch.zeros(1, 2, 2), [1], backend="cpu")
+
+
 # --- the library
 
 
@@ -301,6 +326,7 @@ def test_a_cache_that_cannot_be_trusted_is_left_alone(fault, tmp_path, monkeypat
         path.with_name("x.so.sha256").write_text("0" * 64)
     if fault == "no library":
         monkeypatch.setattr(native.hashlib, "sha256", lambda data: type("", (), {"hexdigest": lambda self: "0" * 64})())
+    monkeypatch.setattr(native, "supported_levels", lambda: ["some"])
     monkeypatch.setattr(native, "library_path", lambda level: path)
     with caplog.at_level(logging.WARNING, logger="fiftyfold"):
         assert native.level.__wrapped__() is None
