@@ -62,7 +62,7 @@ class Contender:
     weights: str
     threads: int
     chunk: int = 0
-    """Of a prompt; llama.cpp has its own."""
+    """Tokens in a piece of a prompt; llama.cpp chooses its own size."""
 
     def __str__(self) -> str:
         return f"{self.name}, {self.weights}" + (f", pieces of {self.chunk:,}" if self.chunk else "")
@@ -72,7 +72,7 @@ OURS, THEIRS = "ours", "llama.cpp"
 
 
 class Bench:
-    """The same weights in both networks, loaded once."""
+    """Both networks with equal weights, loaded once."""
 
     def __init__(self, options: argparse.Namespace, folder: Path, stack: ExitStack):
         self.options, self.folder = options, folder
@@ -242,7 +242,7 @@ def for_llama_cpp(preset: str) -> ModelConfig:
 
 
 def _faster(side: Contender, times: dict[Contender, Timing]) -> str:
-    """How many times faster ours is than llama.cpp with weights of as many bytes, on as many threads."""
+    """Speed of ours over llama.cpp's, with weights of as many bytes and on as many threads."""
     theirs = Contender(THEIRS, EQUAL_BYTES.get(side.weights, ""), side.threads)
     return f"{ratio(times[theirs], times[side]):.2f}" if side.name == OURS and theirs in times else ""
 
@@ -267,7 +267,7 @@ def active_weight_bytes(model: Transformer) -> float:
 
 
 def active_file_bytes(file: Path, config: ModelConfig) -> float:
-    """The same of a GGUF file."""
+    """Bytes of a GGUF file's weights that one token reads."""
     from gguf import GGUFReader
 
     share = config.experts_per_token / config.num_experts

@@ -70,7 +70,7 @@ LENGTHS = [4096, 16_384, 32_768, 131_072, 1_048_576]
 
 @dataclass(frozen=True)
 class Reading:
-    """How one side reads a prompt."""
+    """Setting in which one side reads a prompt."""
 
     way: Way
     chunk: int
@@ -258,7 +258,7 @@ class Bench:
         return "### Growth of the prefill's cost\n\n" + table(header, rows)
 
     def start_up(self) -> str:
-        """Of both with the same defaults, and of ours with the weights in BF16."""
+        """Start-up of both with equal defaults, and of ours with weights in BF16."""
         bfloat16 = Way("bfloat16", DEFAULTS.threads)
         rows = []
         for name, way in ((THEIRS, DEFAULTS), (OURS, DEFAULTS), (OURS, bfloat16)):

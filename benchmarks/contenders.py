@@ -32,7 +32,7 @@ OURS_DEFAULT, OURS_FASTEST = "ours, defaults", "ours, fastest"
 
 @dataclass(frozen=True)
 class Way:
-    """How a side computes: the precision of its weights, and its threads."""
+    """Setting of a side: the precision of its weights, and its threads."""
 
     precision: str
     threads: int
@@ -42,7 +42,7 @@ class Way:
 
 
 DEFAULTS = Way("float32", torch.get_num_threads())
-"""What somebody gets who sets nothing."""
+"""Setting of a user who chooses nothing."""
 DEFAULT_CHUNK = 512
 """The pieces in which :func:`model.generation.prefill` reads by default."""
 
