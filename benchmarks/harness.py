@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a benchmark hands over: Markdown whose headings begin at ``###``, and a figure for the page."""
+    """Result of a benchmark: Markdown whose headings begin at ``###``, and a figure for the page."""
 
     tables: str
     figure: Figure | None = None

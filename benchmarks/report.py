@@ -37,7 +37,7 @@ class Page:
         return before, between, after
 
     def sections(self) -> dict[str, str]:
-        """What each machine's section holds, by the machine's title."""
+        """Contents of each machine's section, by the machine's title."""
         _, *found = _SECTION.split(self._parts()[1])
         return dict(zip(found[::2], found[1::2]))
 

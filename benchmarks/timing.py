@@ -57,12 +57,12 @@ class Timing:
         return f"{middle:.3g} ({low:.3g}-{high:.3g})"
 
     def seconds(self) -> str:
-        """The same in seconds."""
+        """Format the median and the range in seconds."""
         low, middle, high = min(self.rounds), self.median, max(self.rounds)
         return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
     def per_second(self) -> str:
-        """The same of units per second."""
+        """Format the median and the range of units per second."""
         low, middle, high = (1 / x for x in (max(self.rounds), self.median, min(self.rounds)))
         return f"{middle:,.0f} ({low:,.0f}-{high:,.0f})"
 

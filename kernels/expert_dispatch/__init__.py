@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels import native
 from kernels.expert_dispatch import cpu, reference, written_out
 from kernels.expert_dispatch.reference import Dispatch, by_expert
+from kernels.linear import FEW_TOKENS, is_stored_plainly
 
 BACKENDS = {"reference": reference, "written_out": written_out}
 
@@ -26,9 +27,6 @@ def combine(rows: Tensor, to: Dispatch, dtype: torch.dtype, backend: str = "writ
     return BACKENDS[backend].combine(rows, to, dtype)
 
 
-FEW_TOKENS = 8
-
-
 def route(
     logits: Tensor, bias: Tensor, k: int, scale: float, chosen: Tensor | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -38,10 +36,9 @@ def route(
 
 
 def takes_few(x: Tensor, w1: Tensor) -> bool:
-    """Whether :func:`few_tokens` serves x [..., d]: a native operator, bound by reading the experts' weights."""
-    stored = w1.dtype in (torch.float32, torch.bfloat16) and w1.is_contiguous()
+    """Return whether :func:`few_tokens` serves x [..., d]: a native operator, bound by reading the experts' weights."""
     few = x.numel() <= FEW_TOKENS * x.shape[-1]
-    return stored and few and not torch.is_autocast_enabled("cpu") and native.serves(x)
+    return few and is_stored_plainly(w1) and not torch.is_autocast_enabled("cpu") and native.serves(x)
 
 
 def few_tokens(

@@ -20,7 +20,7 @@ FEW_TOKENS = 8
 
 
 def is_stored_plainly(weight: Tensor) -> bool:
-    """Whether native operators can read the weight where it lies."""
+    """Return whether native operators can read the weight in place."""
     return weight.dtype in (torch.float32, torch.bfloat16) and weight.is_contiguous()
 
 

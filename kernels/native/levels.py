@@ -1,4 +1,4 @@
-"""Instruction sets that the native operators are compiled for, and where their libraries lie."""
+"""Instruction sets of the native operators, and the paths of their libraries."""
 
 from __future__ import annotations
 
@@ -47,5 +47,5 @@ def cache_folder() -> Path:
 
 
 def library_path(level: str) -> Path:
-    """Where the library of a level lies once it is built."""
+    """Path of the library of one level."""
     return cache_folder() / source_hash() / f"{level}.so"

@@ -28,7 +28,7 @@ class TokenRows:
 
 @dataclass(frozen=True)
 class EntrySet:
-    """Which packed entries each of the queries attends to: one of ``chosen`` and ``visible`` is given."""
+    """Packed entries that each of the queries attends to: one of ``chosen`` and ``visible`` is given."""
 
     pages: Pages
     chosen: Tensor | None = None
@@ -49,10 +49,10 @@ def paged_attention(
     first = tokens.first.expand(B)
     most = int(entries.visible.max()) if entries is not None and entries.visible is not None else 0
     shared = None
-    if entries is not None and most:
+    if entries is not None and entries.visible is not None and most:
         places = torch.arange(most, device=query.device).expand(B, -1)
         # A sequence with fewer entries has no page for the later ones; they are masked.
-        last = entries.visible[:, -1:].expand(B, 1) - 1 if entries.visible is not None else places
+        last = entries.visible[:, -1:].expand(B, 1) - 1
         shared = unpack(entries.pages.gather(places.minimum(last.clamp(min=0))), layout)
     each = H * most if entries is None or entries.chosen is None else entries.chosen.shape[2] * c
     step = max(1, min(_QUERIES, _VALUES // max(1, B * each)))
