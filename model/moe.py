@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from kernels import native
 from kernels.autocast import cast, in_float32, product_dtype
 from kernels.expert_dispatch import by_expert, combine, dispatch, few_tokens, route, takes_few
+from kernels.formats import FP4_BLOCK
 from kernels.linear import linear
 from kernels.swiglu import swiglu
 from model.config import ModelConfig
@@ -76,7 +79,7 @@ class MixtureOfExperts(nn.Module):
         """The stacks themselves hold rounded values."""
         self.keeps_rounded = True
         """Whether what inference rounds is kept for the next call."""
-        self._rounded: tuple[tuple, tuple[Tensor, ...]] | None = None
+        self._rounded: dict[str, tuple[tuple, tuple[Tensor, ...]]] = {}
         self.register_buffer("router_bias", torch.zeros(c.num_experts))
         # Tokens per expert since the last bias update; not part of a checkpoint.
         self.register_buffer("expert_load", torch.zeros(c.num_experts), persistent=False)
@@ -93,7 +96,7 @@ class MixtureOfExperts(nn.Module):
 
     def forget_rounded(self) -> None:
         """Round the stacks anew when they are next asked for."""
-        self._rounded = None
+        self._rounded.clear()
 
     def forward(self, x: Tensor, input_ids: Tensor, context: Context) -> Tensor:
         """x [B, S, hidden], input_ids int64 [B, S] -> [B, S, hidden]."""
@@ -126,7 +129,8 @@ class MixtureOfExperts(nn.Module):
         if takes_few(x, self.w1) and not context.execution.batch_invariant:
             shared = () if self.shared is None else self.shared.weights
             limit = self.config.swiglu_limit
-            return few_tokens(x, chosen, routed["weights"], self.stored_experts(), shared, limit)
+            stacks = self.packed_experts() or self.stored_experts()
+            return few_tokens(x, chosen, routed["weights"], stacks, shared, limit)
         run = self._by_tiles if context.execution.batch_invariant else self._by_experts
         out = run(x.flatten(0, 1), chosen.flatten(0, 1), routed["weights"].flatten(0, 1)).view(x.shape)
         if self.shared is None:
@@ -167,20 +171,35 @@ class MixtureOfExperts(nn.Module):
         return linear(swiglu(linear(rows, w1), linear(rows, w3), self.config.swiglu_limit, gain), w2)
 
     def stored_experts(self) -> tuple[Tensor, ...]:
-        """The stacks w1, w3 and w2 as rounded for storage. Outside training they are kept: rounding them took a quarter
-        of a decode step."""
+        """The stacks w1, w3 and w2 as rounded for storage. Kept outside training: rounding took a quarter of a decode
+        step."""
         stacks = (self.w1, self.w3, self.w2)
         if self.rounded:
             return stacks
-        # Weights made in inference mode carry no version to tell a change by.
-        if self.training or torch.is_grad_enabled() or self.w1.is_inference() or not self.keeps_rounded:
+        if not self._keeps():
             return tuple(self.precision.round_expert(w, self.training) for w in stacks)
+        if not self.precision.qat:
+            return stacks
+        return self._kept("rounded", self.precision.round_expert)
+
+    def packed_experts(self) -> tuple[Tensor, ...]:
+        """:meth:`stored_experts` as packed FP4 rows, uint8, an eighth of the bytes; empty where experts are not FP4 or
+        nothing is kept."""
+        fits = self.config.hidden_size % FP4_BLOCK == 0 and self.config.expert_size % FP4_BLOCK == 0
+        if not self.precision.qat or not fits or not self._keeps():
+            return ()
+        return self._kept("packed", self.precision.pack_expert)
+
+    def _keeps(self) -> bool:
+        """Whether rounded weights are kept. Weights made in inference mode carry no version to tell a change by."""
+        return not (self.training or torch.is_grad_enabled() or self.w1.is_inference()) and self.keeps_rounded
+
+    def _kept(self, form: str, convert: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        stacks = (self.w1, self.w3, self.w2)
         versions = tuple((w._version, w.data_ptr()) for w in stacks)
-        if self._rounded is None or self._rounded[0] != versions:
-            rounded = [self.precision.round_expert(w) for w in stacks]
-            copies = any(r is not w for r, w in zip(rounded, stacks))
-            self._rounded = (versions, tuple(native.in_huge_pages(rounded) if copies else rounded))
-        return self._rounded[1]
+        if form not in self._rounded or self._rounded[form][0] != versions:
+            self._rounded[form] = versions, tuple(native.in_huge_pages([convert(w) for w in stacks]))
+        return self._rounded[form][1]
 
 
 def sequence_balance(logits: Tensor, chosen: Tensor, counted: Tensor | None = None) -> Tensor:

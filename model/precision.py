@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.autocast import product_dtype
-from kernels.cache_io import EntryLayout
+from kernels.cache_io import EntryLayout, pack
 from kernels.quantize import fake_quantize, round_to_layout
 from model.config import ModelConfig
 
@@ -65,6 +65,10 @@ class Precision:
             # Exact in BF16, so that a product in it need not convert them again.
             return fake_quantize(weight, EXPERT_FORMAT, product_dtype(weight))
         return fake_quantize(weight, EXPERT_FORMAT)
+
+    def pack_expert(self, weight: Tensor) -> Tensor:
+        """:meth:`round_expert` as packed rows, uint8 [..., out, bytes of a row]."""
+        return pack(weight.float(), EntryLayout(weight.shape[-1], EXPERT_FORMAT))
 
     def _count(self, role: str, *formats: str) -> None:
         self.rounded[role] += any(name != "fp32" for name in formats)

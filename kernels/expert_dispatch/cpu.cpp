@@ -1,5 +1,6 @@
 // Routing of tokens, and the experts of a few tokens: all time goes into reading the weights of those chosen.
 #include "../native/common.h"
+#include "../native/fp4.h"
 
 namespace fiftyfold {
 namespace {
@@ -57,46 +58,81 @@ struct Pick {
   float gain;
 };
 
-// Add the weighted outputs of the picked experts to `out`, [tokens, d].
+// Matrices of float32 or BF16 numbers, and of packed FP4 rows: products with a row, and vectors as they take them.
 template <typename W>
-void run_experts(const float* x, const std::vector<Pick>& picks, const W* w1, const W* w3, const W* w2, int64_t inner,
-                 int64_t d, float limit, float* out) {
-  const int64_t count = static_cast<int64_t>(picks.size());
-  std::vector<float> middle(count * inner);
+struct PlainMatrices {
+  const W* data;
+  int64_t columns;
+
+  static const float* arranged(const float* x, int64_t, int64_t, std::vector<float>&) { return x; }
+  float dot(const float* x, int64_t row) const { return streamed_dot(x, data + row * columns, columns); }
+};
+
+struct PackedMatrices {
+  const uint8_t* data;
+  int64_t columns, row_bytes;
+
+  static const float* arranged(const float* x, int64_t rows, int64_t columns, std::vector<float>& out) {
+    out.resize(rows * columns);
+    for (int64_t r = 0; r < rows; ++r) separate_even_odd(x + r * columns, columns, out.data() + r * columns);
+    return out.data();
+  }
+  float dot(const float* x, int64_t row) const { return packed_dot(x, data + row * row_bytes, columns); }
+};
+
+// Add the weighted outputs of the picked experts to `out`, [tokens, d].
+template <typename M>
+void run_experts(const float* x, int64_t tokens, const std::vector<Pick>& picks, M w1, M w3, M w2, float limit, float* out) {
+  const int64_t count = static_cast<int64_t>(picks.size()), inner = w2.columns, d = w1.columns;
+  std::vector<float> middle(count * inner), arranged_x, arranged_middle;
+  const float* inputs = M::arranged(x, tokens, d, arranged_x);
   // Picks are in the order of experts, so that tokens that share one read its weights from the cache.
   parallel_rows(count * inner, 2 * d, [&](int64_t i) {
     const Pick& pick = picks[i / inner];
-    const int64_t at = (pick.expert * inner + i % inner) * d;
-    const float gate = streamed_dot(x + pick.token * d, w1 + at, d), up = streamed_dot(x + pick.token * d, w3 + at, d);
-    middle[i] = pick.gain * swiglu_of(gate, up, limit);
+    const int64_t row = pick.expert * inner + i % inner;
+    const float* input = inputs + pick.token * d;
+    middle[i] = pick.gain * swiglu_of(w1.dot(input, row), w3.dot(input, row), limit);
   });
+  const float* hidden = M::arranged(middle.data(), count, inner, arranged_middle);
   parallel_rows(d, inner * count, [&](int64_t row) {
     for (int64_t p = 0; p < count; ++p) {
-      const W* w = w2 + (picks[p].expert * d + row) * inner;
-      out[picks[p].token * d + row] += streamed_dot(middle.data() + p * inner, w, inner);
+      out[picks[p].token * d + row] += w2.dot(hidden + p * inner, picks[p].expert * d + row);
     }
   });
 }
 
-// Experts' w1 and w3 [inner, d] and w2 [d, inner], alone or in stacks, float32 or BF16.
+// Experts' w1 and w3 [inner, d] and w2 [d, inner], alone or in stacks: float32, BF16, or FP4 rows packed as in the cache
+// (uint8, the last dim counts bytes).
 struct Stack {
   const Tensor &w1, &w3, &w2;
 
+  bool packed() const { return w1.scalar_type() == at::kByte; }
+  static int64_t packed_bytes(int64_t n) { return Layout({n, kFp4, 0, 0}).nbytes(); }
+
   void check(const Tensor& x) const {
-    TORCH_CHECK_VALUE(x.size(-1) == w1.size(-1) && w1.sizes() == w3.sizes() && w2.dim() == w1.dim() && w2.size(-2) == w1.size(-1) &&
-                          w2.size(-1) == w1.size(-2) && w1.is_contiguous() && w3.is_contiguous() && w2.is_contiguous() &&
-                          (w1.dim() == 2 || w2.size(0) == w1.size(0)) && w1.scalar_type() == w2.scalar_type() && w1.scalar_type() == w3.scalar_type(),
+    const int64_t d = x.size(-1), inner = w1.size(-2);
+    const bool packs = !packed() || (d % kFp4Block == 0 && inner % kFp4Block == 0);
+    TORCH_CHECK_VALUE(packs && w1.size(-1) == (packed() ? packed_bytes(d) : d) && w1.sizes() == w3.sizes() &&
+                          w2.dim() == w1.dim() && w2.size(-2) == d && w2.size(-1) == (packed() ? packed_bytes(inner) : inner) &&
+                          w1.is_contiguous() && w3.is_contiguous() && w2.is_contiguous() &&
+                          (w1.dim() == 2 || w2.size(0) == w1.size(0)) && w1.scalar_type() == w2.scalar_type() &&
+                          w1.scalar_type() == w3.scalar_type(),
                       "experts: x ", x.sizes(), " and w1 ", w1.sizes(), " do not fit");
   }
 
-  void add(const float* x, const std::vector<Pick>& picks, float limit, float* out) const {
-    const int64_t inner = w1.size(-2), d = w1.size(-1);
-    if (w1.scalar_type() == at::kFloat) {
-      run_experts(x, picks, w1.const_data_ptr<float>(), w3.const_data_ptr<float>(), w2.const_data_ptr<float>(), inner, d,
-                  limit, out);
+  void add(const Tensor& x, const std::vector<Pick>& picks, float limit, float* out) const {
+    const int64_t inner = w1.size(-2), d = x.size(-1);
+    auto run = [&](auto matrices) {
+      run_experts(x.const_data_ptr<float>(), rows_of(x), picks, matrices(w1, d), matrices(w3, d), matrices(w2, inner), limit, out);
+    };
+    if (packed()) {
+      run([](const Tensor& w, int64_t n) { return PackedMatrices{w.const_data_ptr<uint8_t>(), n, w.size(-1)}; });
+    } else if (w1.scalar_type() == at::kFloat) {
+      run([](const Tensor& w, int64_t n) { return PlainMatrices<float>{w.const_data_ptr<float>(), n}; });
     } else {
-      auto half = [](const Tensor& w) { return reinterpret_cast<const uint16_t*>(w.const_data_ptr<BFloat16>()); };
-      run_experts(x, picks, half(w1), half(w3), half(w2), inner, d, limit, out);
+      run([](const Tensor& w, int64_t n) {
+        return PlainMatrices<uint16_t>{reinterpret_cast<const uint16_t*>(w.const_data_ptr<BFloat16>()), n};
+      });
     }
   }
 };
@@ -124,13 +160,13 @@ Tensor experts(const Tensor& input, const Tensor& chosen, const Tensor& weights,
   std::memset(to, 0, out.nbytes());
   const Stack routed{w1, w3, w2};
   routed.check(x);
-  routed.add(x.const_data_ptr<float>(), picks, static_cast<float>(limit), to);
+  routed.add(x, picks, static_cast<float>(limit), to);
   if (!shared.empty()) {
     const Stack all{shared[0], shared[1], shared[2]};
     all.check(x);
     picks.clear();
     for (int64_t t = 0; t < N; ++t) picks.push_back({0, t, 1.0f});
-    all.add(x.const_data_ptr<float>(), picks, static_cast<float>(limit), to);
+    all.add(x, picks, static_cast<float>(limit), to);
   }
   return out;
 }
