@@ -40,11 +40,15 @@ class Machine:
             return cls(torch.cuda.get_device_name())
         info = CPUINFO.read_text() if CPUINFO.exists() else ""
         name = re.search(r"model name\s*: (.+)", info)
+        generation = re.search(r"cpu family\s*: (\d+)\s+model\s*: (\d+)", info)
         found = re.search(r"^flags\s*: (.+)", info, re.MULTILINE)
         flags = set(found[1].split()) if found else set()
         features = tuple(label for label, names in INSTRUCTION_SETS.items() if flags.intersection(names))
         masks = tuple(f"{mask}={os.environ[mask]}" for mask in MASKS if mask in os.environ)
-        return cls(name[1].strip() if name else platform.machine(), features, masks)
+        processor = name[1].strip() if name else platform.machine()
+        if generation:  # processors of several generations share a name on virtual machines
+            processor += f", family {generation[1]} model {generation[2]}"
+        return cls(processor, features, masks)
 
     @property
     def title(self) -> str:
