@@ -9,22 +9,24 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from model.cache.parts import GrowingPart
 from model.errors import ConfigError
-from model.presets import LEAST_DEPTH, MOST_DEPTH, PRESETS, depth_values
+from model.mixers import MIXERS
+from model.mixers.base import Mixer, require
+from model.presets import MAX_DEPTH, MIN_DEPTH, PRESETS, depth_values
 
-MIXER_NAMES = ("sliding", "csa", "hca", "gqa")
-COMPRESSED_MIXERS = ("csa", "hca")
+MTP_MIXER = "sliding"
+"""Mixer of the multi-token prediction module's block."""
 CACHE_FORMATS = ("kv_format", "rope_format", "index_format", "gqa_format")
 """The fields that say how the cache stores each tensor role."""
 Format = Literal["fp4", "fp8", "bf16", "fp32"]
 """FP4 E2M1 with an E8M0 scale per 32 dims, FP8 E4M3 with one per 64, or plain floats."""
-_BITS = {"fp4": 4, "fp8": 8, "bf16": 16, "fp32": 32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,7 @@ class ModelConfig:
     2. a precision for each role: :data:`CACHE_FORMATS` (``fp8``, ``fp4`` against ``bf16``);
     3. Muon: not here, ``train.optimizer.rule``;
     4. hyper-connections: ``hyper_connections``;
-    5. quantisation-aware training: ``qat``.
+    5. quantization-aware training: ``qat``.
     """
 
     # --- size
@@ -83,6 +85,9 @@ class ModelConfig:
     # --- gqa layers (the baseline)
     num_kv_heads: int = 2
 
+    mixer_options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    """Options of mixers that have some of their own, by mixer name: :attr:`model.mixers.base.Mixer.options`."""
+
     # --- residual stream
     hyper_connections: bool = True
     hc_mult: int = 4
@@ -126,6 +131,7 @@ class ModelConfig:
             raise ConfigError(f"model.layers: expected a list of mixer names, found {self.layers!r}")
         object.__setattr__(self, "layers", tuple(self.layers))
         _check_types(self)
+        object.__setattr__(self, "mixer_options", _complete_options(self))
         _validate(self)
 
     # --- construction
@@ -141,11 +147,9 @@ class ModelConfig:
     def from_depth(cls, depth: int, **overrides: Any) -> ModelConfig:
         """The member of the family with ``depth`` layers (:func:`model.presets.depth_values`; 43 is Flash), with some
         fields replaced. A ``layers`` among them keeps the widths of ``depth``. Raises ConfigError."""
-        if type(depth) is not int or not LEAST_DEPTH <= depth <= MOST_DEPTH:
-            raise ConfigError(
-                f"model.depth: expected a whole number from {LEAST_DEPTH} to {MOST_DEPTH}, found {depth!r}"
-            )
-        if overrides.keys() >= {field.name for field in dataclasses.fields(cls)}:
+        if type(depth) is not int or not MIN_DEPTH <= depth <= MAX_DEPTH:
+            raise ConfigError(f"model.depth: expected a whole number from {MIN_DEPTH} to {MAX_DEPTH}, found {depth!r}")
+        if overrides.keys() >= {field.name for field in dataclasses.fields(cls)} - {"mixer_options"}:
             raise ConfigError(
                 f"model.depth: {depth} would change nothing, because every field of the model is set already"
             )
@@ -190,7 +194,9 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        return {**dataclasses.asdict(self), "layers": list(self.layers)}
+        options = {name: dict(values) for name, values in self.mixer_options.items()}
+        values = {**dataclasses.asdict(self), "layers": list(self.layers), "mixer_options": options}
+        return values if options else {key: value for key, value in values.items() if key != "mixer_options"}
 
     def replace(self, **changes: Any) -> ModelConfig:
         return dataclasses.replace(self, **changes)
@@ -202,15 +208,51 @@ class ModelConfig:
         return len(self.layers)
 
     @property
+    def mixers(self) -> list[type[Mixer]]:
+        """Mixer of each layer."""
+        return [MIXERS[name] for name in self.layers]
+
+    @property
+    def block_mixers(self) -> list[type[Mixer]]:
+        """Mixer of each block: the layers', then that of the multi-token prediction module."""
+        return self.mixers + [MIXERS[MTP_MIXER]] * self.mtp_layers
+
+    @property
+    def indexed_layers(self) -> list[int]:
+        """Layers whose mixer has an indexer."""
+        return [layer for layer, mixer in enumerate(self.mixers) if mixer.indexer_ratio_field]
+
+    @property
+    def indexer_ratio(self) -> int | None:
+        """Tokens per entry that indexers score; None without an indexer."""
+        fields = [mixer.indexer_ratio_field for mixer in self.mixers if mixer.indexer_ratio_field]
+        return getattr(self, fields[0]) if fields else None
+
+    @property
     def page_tokens(self) -> int:
         """Tokens covered by one cache page: the smallest multiple of lcm(m, m'), the ratios in use, that is at least
-        64 (report 3.5.1 asks for a multiple; a page table of very small pages would outgrow what it points to)."""
-        common = math.lcm(*(self.compress_ratio(name) for name in self.layers))
+        64 (report 3.5.1 asks for a multiple; the page table of smaller pages would outgrow their content)."""
+        parts = [part for mixer in set(self.mixers) for part in mixer.cache_parts(self).values()]
+        common = math.lcm(*(part.ratio for part in parts if isinstance(part, GrowingPart)))
         return -(-64 // common) * common
 
-    def compress_ratio(self, mixer: str) -> int:
-        """Tokens per compressed entry; 1 for mixers that keep every token, or none."""
-        return {"csa": self.csa_ratio, "hca": self.hca_ratio}.get(mixer, 1)
+
+def _complete_options(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """Return ``mixer_options`` with the defaults of every mixer in use filled in."""
+    given = config.mixer_options
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"model.mixer_options: expected a mapping, found {given!r}")
+    for name, values in given.items():
+        if name not in MIXERS:
+            raise ConfigError(f"model.mixer_options.{name}: unknown mixer; there are {', '.join(MIXERS)}")
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"model.mixer_options.{name}: expected a mapping, found {values!r}")
+        for key in values:
+            if key not in MIXERS[name].options:
+                known = ", ".join(MIXERS[name].options) or "none"
+                raise ConfigError(f"model.mixer_options.{name}.{key}: unknown option; there are {known}")
+    used = [mixer for mixer in dict.fromkeys(config.block_mixers) if mixer.options]
+    return {mixer.name: {**mixer.options, **given.get(mixer.name, {})} for mixer in used}
 
 
 def _check_types(config: ModelConfig) -> None:
@@ -225,21 +267,17 @@ def _check_types(config: ModelConfig) -> None:
                 raise ConfigError(f"model.{field.name}: '{value}' is not one of {', '.join(map(str, allowed))}")
         elif origin is tuple:
             for name in value:
-                if name not in MIXER_NAMES:
-                    raise ConfigError(f"model.layers: '{name}' is not one of {', '.join(MIXER_NAMES)}")
+                if name not in MIXERS:
+                    raise ConfigError(f"model.layers: '{name}' is not one of {', '.join(MIXERS)}")
         elif hint is float:
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ConfigError(f"model.{field.name}: expected a number, found {value!r}")
             object.__setattr__(config, field.name, float(value))
-        elif not isinstance(hint, types.UnionType) and type(value) is not hint:
+        elif typing.get_origin(hint) is not Mapping and type(value) is not hint:
             raise ConfigError(f"model.{field.name}: expected {hint.__name__}, found {value!r}")
 
 
 def _validate(c: ModelConfig) -> None:
-    def need(ok: bool, message: str) -> None:
-        if not ok:
-            raise ConfigError("model." + message)
-
     positive = (
         "vocab_size",
         "hidden_size",
@@ -266,54 +304,32 @@ def _validate(c: ModelConfig) -> None:
         "yarn_original_positions",
     )
     for name in positive:
-        need(getattr(c, name) >= 1, f"{name}: must be at least 1, found {getattr(c, name)}")
-        need(getattr(c, name) < 1 << 31, f"{name}: must be below 2 ** 31, found {getattr(c, name)}")
+        require(getattr(c, name) >= 1, f"{name}: must be at least 1, found {getattr(c, name)}")
+        require(getattr(c, name) < 1 << 31, f"{name}: must be below 2 ** 31, found {getattr(c, name)}")
     for name in ["norm_eps", "rope_theta", "compress_rope_theta", "routed_scaling_factor", "swiglu_limit", "hc_eps"]:
-        need(getattr(c, name) > 0, f"{name}: must be positive, found {getattr(c, name)}")
-    need(len(c.layers) >= 1, "layers: the schedule is empty")
-    need(c.mtp_layers in (0, 1), f"mtp_layers: must be 0 or 1, found {c.mtp_layers}")
-    need(c.init_std >= 0, f"init_std: must not be negative, found {c.init_std}")
-    need(c.yarn_factor >= 1, f"yarn_factor: must be at least 1, found {c.yarn_factor}")
-    need(
+        require(getattr(c, name) > 0, f"{name}: must be positive, found {getattr(c, name)}")
+    require(len(c.layers) >= 1, "layers: the schedule is empty")
+    require(c.mtp_layers in (0, 1), f"mtp_layers: must be 0 or 1, found {c.mtp_layers}")
+    require(c.init_std >= 0, f"init_std: must not be negative, found {c.init_std}")
+    require(c.yarn_factor >= 1, f"yarn_factor: must be at least 1, found {c.yarn_factor}")
+    require(
         c.num_heads % c.o_groups == 0, f"num_heads: {c.num_heads} heads do not divide into o_groups {c.o_groups} groups"
     )
-    need(c.rope_head_dim % 2 == 0, f"rope_head_dim: must be even, found {c.rope_head_dim}")
-    need(
+    require(c.rope_head_dim % 2 == 0, f"rope_head_dim: must be even, found {c.rope_head_dim}")
+    require(
         c.rope_head_dim < c.head_dim,
         f"rope_head_dim: {c.rope_head_dim} leaves no unrotated dims in head_dim {c.head_dim}",
     )
-    need(c.head_dim % 2 == 0, f"head_dim: must be even, found {c.head_dim}")
-    if set(c.layers) != {"gqa"} or c.mtp_layers:
-        body = c.head_dim - c.rope_head_dim
-        need(
-            body * _BITS[c.kv_format] % _BITS[c.rope_format] == 0,
-            f"head_dim: {body} unrotated dims in kv_format {c.kv_format} end where no rotary dim in rope_format "
-            f"{c.rope_format} can begin; expected a multiple of {_BITS[c.rope_format] // _BITS[c.kv_format]}",
-        )
-    if "csa" in c.layers:
-        need(
-            c.index_head_dim & (c.index_head_dim - 1) == 0,
-            f"index_head_dim: must be a power of two for the Hadamard rotation, found {c.index_head_dim}",
-        )
-        need(
-            c.rope_head_dim <= c.index_head_dim,
-            f"rope_head_dim: {c.rope_head_dim} is wider than index_head_dim {c.index_head_dim}",
-        )
-        need(c.csa_ratio >= 2, f"csa_ratio: must be at least 2, found {c.csa_ratio}")
-    if "hca" in c.layers:
-        need(c.hca_ratio >= 2, f"hca_ratio: must be at least 2, found {c.hca_ratio}")
-    if "gqa" in c.layers:
-        need(
-            c.num_heads % c.num_kv_heads == 0,
-            f"num_heads: {c.num_heads} query heads do not divide into num_kv_heads {c.num_kv_heads}",
-        )
+    require(c.head_dim % 2 == 0, f"head_dim: must be even, found {c.head_dim}")
+    for mixer in set(c.block_mixers):
+        mixer.check(c)
     if c.ffn == "moe":
-        need(
+        require(
             c.experts_per_token <= c.num_experts,
             f"experts_per_token: {c.experts_per_token} exceeds num_experts {c.num_experts}",
         )
-        need(c.num_shared_experts >= 0, f"num_shared_experts: must not be negative, found {c.num_shared_experts}")
-        need(
+        require(c.num_shared_experts >= 0, f"num_shared_experts: must not be negative, found {c.num_shared_experts}")
+        require(
             0 <= c.num_hash_layers <= len(c.layers),
             f"num_hash_layers: {c.num_hash_layers} does not fit a schedule of {len(c.layers)} layers",
         )

@@ -1,8 +1,9 @@
-"""Feed-forward blocks: a SwiGLU, and a mixture of them with shared and routed experts (report 2.1)."""
+"""Mixture of experts: a router, shared experts and routed experts (report 2.1)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,187 +15,156 @@ from kernels.expert_dispatch import by_expert, combine, dispatch, few_tokens, ro
 from kernels.formats import FP4_BLOCK
 from kernels.linear import linear
 from kernels.swiglu import swiglu
-from model.config import ModelConfig
-from model.execution import in_tiles
-from model.linear import Linear
-from model.mixers.base import Context
+from model.feed_forward import DenseFeedForward
+from model.forward.context import Context
+from model.layers.linear import Linear
 from model.precision import Precision
 
-_ROWS = 64
-"""Where a CPU's products are narrowed, experts get multiples of so many tokens: its library writes code for every shape
-that it has not met, which takes longer than most products here. What fills them up has no weight."""
+if TYPE_CHECKING:
+    from model.config import ModelConfig
 
+_PAD_TO = 64
+"""Tokens per expert are padded to a multiple of this for BF16 on a CPU: oneDNN compiles code for every new shape, which
+takes longer than most products here. Padding rows have zero weight."""
 
-class DenseFeedForward(nn.Module):
-    """One SwiGLU. [B, S, hidden] -> [B, S, hidden]."""
-
-    def __init__(self, config: ModelConfig, size: int):
-        super().__init__()
-        self.limit = config.swiglu_limit
-        self.w1 = Linear(config.hidden_size, size)
-        self.w3 = Linear(config.hidden_size, size)
-        self.w2 = Linear(size, config.hidden_size)
-
-    @property
-    def weights(self) -> tuple[Tensor, ...]:
-        return self.w1.weight, self.w3.weight, self.w2.weight
-
-    def route(self, x: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
-        return {"out": self(x)}
-
-    def mixture(self, routed: dict[str, Tensor], context: Context) -> Tensor:
-        return routed["out"]
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = cast(x, product_dtype(x))  # once for both
-        return self.w2(swiglu(self.w1(x), self.w3(x), self.limit))
+Experts = tuple[Tensor, ...]
+"""Stacks w1 and w3 [experts, inner, hidden] and w2 [experts, hidden, inner]."""
 
 
 class MixtureOfExperts(nn.Module):
-    """Shared experts for every token, plus the best ``experts_per_token`` routed ones.
+    """Shared experts for every token, plus the best ``experts_per_token`` routed ones. [B, S, hidden] -> same.
 
-    Affinity is sqrt(softplus(logit)) in float32; a balance bias, moved by rule and not by gradient, takes part in the
-    choice only. The first ``num_hash_layers`` layers choose by a fixed table of token ids; their weights are still the
-    learned affinities. Weights are normalised once, then scaled.
+    Affinity is sqrt(softplus(logit)) in float32. A balance bias takes part in the choice only; a rule moves it, not a
+    gradient. The first ``num_hash_layers`` layers choose by a fixed table of token ids and weight by learned affinity.
+    Weights are normalized, then scaled.
     """
 
     router_bias: Tensor
-    expert_load: Tensor
     tid2eid: Tensor
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         c = config
-        self.config, self.layer = c, layer
-        self.precision = Precision(c)
+        self.layer = layer
         self.hash_routed = layer < c.num_hash_layers
-        self.router = Linear(c.hidden_size, c.num_experts)
+        self.router = Linear(c.hidden_size, c.num_experts, full_precision=True)
         self.w1 = nn.Parameter(torch.empty(c.num_experts, c.expert_size, c.hidden_size))
         self.w3 = nn.Parameter(torch.empty(c.num_experts, c.expert_size, c.hidden_size))
         self.w2 = nn.Parameter(torch.empty(c.num_experts, c.hidden_size, c.expert_size))
         self.shared = DenseFeedForward(c, c.num_shared_experts * c.expert_size) if c.num_shared_experts else None
-        self.imposed: Tensor | None = None
-        """int64 [B, S, K]: experts that somebody else chose for the next passes' tokens; None chooses here."""
-        self.rounded = False
-        """The stacks themselves hold rounded values."""
-        self.keeps_rounded = True
-        """Whether what inference rounds is kept for the next call."""
-        self._rounded: dict[str, tuple[tuple, tuple[Tensor, ...]]] = {}
+        self.weights_are_rounded = False
+        """Whether the stacks themselves hold rounded values."""
+        self.caches_rounded = True
+        """Whether inference keeps rounded weights for the next call."""
+        self._rounded: dict[str, tuple[tuple, Experts]] = {}
         self.register_buffer("router_bias", torch.zeros(c.num_experts))
-        # Tokens per expert since the last bias update; not part of a checkpoint.
-        self.register_buffer("expert_load", torch.zeros(c.num_experts), persistent=False)
         if self.hash_routed:
             self.register_buffer("tid2eid", torch.zeros(c.vocab_size, c.experts_per_token, dtype=torch.int64))
+        self.set_config(c)
 
-    def reset(self, std: float) -> None:
-        """Draw the expert stacks from a normal distribution and fill the table of a hash-routed layer."""
+    def set_config(self, config: ModelConfig) -> None:
+        """Continue with another configuration of equal shapes."""
+        self.config = config
+        self.precision = Precision(config)
+        self.drop_rounded()
+
+    def init_weights(self, std: float) -> None:
         c = self.config
         for weight in (self.w1, self.w2, self.w3):
             nn.init.normal_(weight, std=std)
         if self.hash_routed:
             self.tid2eid.copy_(hash_table(c.vocab_size, c.num_experts, c.experts_per_token, self.layer))
 
-    def forget_rounded(self) -> None:
-        """Round the stacks anew when they are next asked for."""
+    def zero_output(self) -> None:
+        self.w2.zero_()
+        if self.shared is not None:
+            self.shared.zero_output()
+
+    def cast_weights(self, dtype: torch.dtype) -> None:
+        """Cast the expert stacks. Experts rounded to FP4 lose nothing."""
+        for name in ("w1", "w3", "w2"):
+            weight = self.precision.round_expert(getattr(self, name))
+            setattr(self, name, nn.Parameter(weight.to(dtype), requires_grad=False))
+        self.weights_are_rounded = True
+
+    def drop_rounded(self) -> None:
+        """Free the rounded weights that inference keeps."""
         self._rounded.clear()
 
     def forward(self, x: Tensor, input_ids: Tensor, context: Context) -> Tensor:
-        """x [B, S, hidden], input_ids int64 [B, S] -> [B, S, hidden]."""
-        return self.mixture(self.route(x, input_ids), context)
+        logits, expert_ids, weights = self.route(x, input_ids, context)
+        if self.training:
+            self._record(logits, expert_ids, context)
+        if takes_few(x, self.w1):
+            shared = () if self.shared is None else self.shared.weights
+            experts = self.packed_experts() or self.stored_experts(context)
+            return few_tokens(x, expert_ids, weights, experts, shared, self.config.swiglu_limit)
+        out = self._run_experts(x.flatten(0, 1), expert_ids.flatten(0, 1), weights.flatten(0, 1), context).view(x.shape)
+        return out if self.shared is None else out + self.shared(x)
 
-    def route(self, x: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
-        """What each token gives on its own: x [B, S, hidden], the router's logits [B, S, E], the chosen experts
-        int64 [B, S, K], their weights [B, S, K] and, unless :meth:`mixture` computes it, the shared experts' output."""
+    def route(self, x: Tensor, input_ids: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Return router logits [B, S, E], chosen experts int64 [B, S, K] and their weights [B, S, K]."""
         c = self.config
-        fixed = self.tid2eid[input_ids] if self.hash_routed else self.imposed
+        fixed = self.tid2eid[input_ids] if self.hash_routed else context.forced_experts.get(self.layer)
         with in_float32(x):
             logits = linear(cast(x, torch.float32), cast(self.router.weight, torch.float32))
-            chosen, weights = route(logits, self.router_bias, c.experts_per_token, c.routed_scaling_factor, fixed)
-        routed = {"x": x, "logits": logits, "chosen": chosen, "weights": weights}
-        if self.shared is None or takes_few(x, self.w1):
-            return routed
-        return {**routed, "shared": self.shared(x)}
+            return logits, *route(logits, self.router_bias, c.experts_per_token, c.routed_scaling_factor, fixed)
 
-    def mixture(self, routed: dict[str, Tensor], context: Context) -> Tensor:
-        """The experts' weighted outputs, [B, S, hidden]. Padding takes part in no count and no loss."""
-        x, chosen = routed["x"], routed["chosen"]
-        if self.training:
-            counted = None if context.documents is None else context.documents.counted
-            with torch.no_grad():
-                real = chosen if counted is None else chosen[counted]
-                self.expert_load += torch.bincount(real.flatten(), minlength=self.config.num_experts)
-            if context.telemetry is not None and not self.hash_routed:
-                context.telemetry.chosen[self.layer] = chosen
-                context.telemetry.losses["balance"][self.layer] = sequence_balance(routed["logits"], chosen, counted)
-        if takes_few(x, self.w1) and not context.execution.batch_invariant:
-            shared = () if self.shared is None else self.shared.weights
-            limit = self.config.swiglu_limit
-            stacks = self.packed_experts() or self.stored_experts()
-            return few_tokens(x, chosen, routed["weights"], stacks, shared, limit)
-        run = self._by_tiles if context.execution.batch_invariant else self._by_experts
-        out = run(x.flatten(0, 1), chosen.flatten(0, 1), routed["weights"].flatten(0, 1)).view(x.shape)
-        if self.shared is None:
-            return out
-        return out + (routed["shared"] if "shared" in routed else self.shared(x))
+    def _record(self, logits: Tensor, expert_ids: Tensor, context: Context) -> None:
+        """Add load, choices and balance loss to the auxiliary outputs. Padding is not counted."""
+        if context.aux is None:
+            return
+        counted = None if context.documents is None else context.documents.counted
+        real = expert_ids if counted is None else expert_ids[counted]
+        context.aux.expert_load[self.layer] = torch.bincount(real.flatten(), minlength=self.config.num_experts)
+        if not self.hash_routed:
+            context.aux.expert_ids[self.layer] = expert_ids
+            context.aux.losses["balance"][self.layer] = sequence_balance(logits, expert_ids, counted)
 
-    def _by_experts(self, flat: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Each expert runs over its own tokens: [N, hidden] -> [N, hidden]."""
-        experts = self._each_expert()
+    def _run_experts(self, flat: Tensor, expert_ids: Tensor, weights: Tensor, context: Context) -> Tensor:
+        """Run each expert over its own tokens: flat [N, hidden] -> [N, hidden]."""
+        experts = self.each_expert(context)
         dtype = product_dtype(experts[0][0])
-        # Of few tokens an expert there are few shapes, and filling up would be most of the work.
-        fills_up = flat.device.type == "cpu" and flat.dtype != dtype and chosen.numel() >= _ROWS * len(experts)
-        to = by_expert(chosen, len(experts), _ROWS if fills_up else 1)
+        # With few tokens per expert there are few shapes, and padding would be most of the work.
+        pads = flat.device.type == "cpu" and flat.dtype != dtype and expert_ids.numel() >= _PAD_TO * len(experts)
+        to = by_expert(expert_ids, len(experts), _PAD_TO if pads else 1)
         rows = dispatch(flat, to, dtype).split(to.counts)
         gains = F.pad(weights.flatten(), (0, 1))[to.picks].unsqueeze(-1).split(to.counts)
-        outputs = [self._expert(own, gain, *expert) for expert, own, gain in zip(experts, rows, gains)]
+        outputs = [self.run_expert(own, gain, *expert) for expert, own, gain in zip(experts, rows, gains)]
         return combine(torch.cat(outputs), to, flat.dtype)
 
-    def _by_tiles(self, flat: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """The same in tiles of one shape: an expert runs over a whole tile as soon as one of its tokens chose it. To
-        the others it adds zeros, which change no bit."""
-        experts = self._each_expert()
-        outputs = []
-        for rows, picks, gains in zip(*(in_tiles(t) for t in (flat, chosen, weights))):
-            out = torch.zeros_like(rows)
-            for expert in picks.unique().tolist():
-                gain = (gains * (picks == expert)).sum(-1, keepdim=True)
-                out = out + self._expert(rows, gain, *experts[expert])
-            outputs.append(out)
-        return torch.cat(outputs)[: len(flat)]
-
-    def _each_expert(self) -> list[tuple[Tensor, ...]]:
-        """w1, w3 and w2 of every expert. Taken one by one, each would get a whole stack for its gradient, of zeros but
-        for itself."""
-        return list(zip(*(w.unbind() for w in self.stored_experts())))
-
-    def _expert(self, rows: Tensor, gain: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+    def run_expert(self, rows: Tensor, gain: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+        """Run one expert over rows [n, hidden] with weights ``gain`` [n, 1]."""
         return linear(swiglu(linear(rows, w1), linear(rows, w3), self.config.swiglu_limit, gain), w2)
 
-    def stored_experts(self) -> tuple[Tensor, ...]:
-        """The stacks w1, w3 and w2 as rounded for storage. Kept outside training: rounding took a quarter of a decode
-        step."""
+    def each_expert(self, context: Context) -> list[Experts]:
+        """Return w1, w3 and w2 of every expert. Unbinding gives each stack one gradient instead of one per expert."""
+        return list(zip(*(w.unbind() for w in self.stored_experts(context))))
+
+    def stored_experts(self, context: Context | None = None) -> Experts:
+        """Return the stacks w1, w3 and w2 as rounded for storage. Inference keeps them: rounding took a quarter of a
+        decode step."""
         stacks = (self.w1, self.w3, self.w2)
-        if self.rounded:
+        if self.weights_are_rounded:
             return stacks
         if not self._keeps():
-            return tuple(self.precision.round_expert(w, self.training) for w in stacks)
-        if not self.precision.qat:
-            return stacks
-        return self._kept("rounded", self.precision.round_expert)
+            aux = None if context is None else context.aux
+            return tuple(self.precision.round_expert(w, self.training, aux) for w in stacks)
+        return self._kept("rounded", self.precision.round_expert) if self.precision.qat else stacks
 
-    def packed_experts(self) -> tuple[Tensor, ...]:
-        """:meth:`stored_experts` as packed FP4 rows, uint8, an eighth of the bytes; empty where experts are not FP4 or
-        nothing is kept."""
+    def packed_experts(self) -> Experts:
+        """Return the stacks as packed FP4 rows, uint8, an eighth of the bytes; empty if experts are not FP4 or rounded
+        weights are not kept."""
         fits = self.config.hidden_size % FP4_BLOCK == 0 and self.config.expert_size % FP4_BLOCK == 0
         if not self.precision.qat or not fits or not self._keeps():
             return ()
         return self._kept("packed", self.precision.pack_expert)
 
     def _keeps(self) -> bool:
-        """Whether rounded weights are kept. Weights made in inference mode carry no version to tell a change by."""
-        return not (self.training or torch.is_grad_enabled() or self.w1.is_inference()) and self.keeps_rounded
+        """Return whether rounded weights are kept. Inference tensors have no version that would reveal a change."""
+        return not (self.training or torch.is_grad_enabled() or self.w1.is_inference()) and self.caches_rounded
 
-    def _kept(self, form: str, convert: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+    def _kept(self, form: str, convert: Callable[[Tensor], Tensor]) -> Experts:
         stacks = (self.w1, self.w3, self.w2)
         versions = tuple((w._version, w.data_ptr()) for w in stacks)
         if form not in self._rounded or self._rounded[form][0] != versions:
@@ -203,10 +173,10 @@ class MixtureOfExperts(nn.Module):
 
 
 def sequence_balance(logits: Tensor, chosen: Tensor, counted: Tensor | None = None) -> Tensor:
-    """Sequence-wise balance loss (V3 report 2.1.2): mean over sequences of sum_e f_e * P_e.
+    """Return the sequence-wise balance loss (V3 report 2.1.2): the mean over sequences of sum_e f_e * P_e.
 
-    logits [B, S, E] of the router; chosen int64 [B, S, K]; counted bool [B, S], False for padding. f_e is expert e's
-    load relative to an even share, P_e its mean normalized affinity. An even load gives 1.
+    Takes router logits [B, S, E], chosen int64 [B, S, K] and counted bool [B, S], False for padding. f_e is the load of
+    expert e relative to an even share, P_e its mean normalized affinity. An even load gives 1.
     """
     affinity = F.softplus(logits).sqrt()
     experts, k = affinity.shape[-1], chosen.shape[-1]
@@ -220,10 +190,10 @@ def sequence_balance(logits: Tensor, chosen: Tensor, counted: Tensor | None = No
 
 
 def hash_table(vocab_size: int, experts: int, per_token: int, layer: int) -> Tensor:
-    """Expert ids per token id, int64 [vocab_size, per_token], distinct within a row and even over experts.
+    """Return expert ids per token id, int64 [vocab_size, per_token], distinct within a row and even over experts.
 
-    The released rule is unpublished. Here: a seeded shuffle per row, so that neighbouring ids spread and two layers
-    differ; the first pick goes round robin over a shuffled vocabulary, so that no expert starves.
+    The released rule is unpublished. Here rows are shuffled with a seed, so that neighboring ids spread and layers
+    differ. The first pick goes round robin over a shuffled vocabulary, so that no expert starves.
     """
     generator = torch.Generator().manual_seed(0x5EED + layer)
     order = torch.rand(vocab_size, experts, generator=generator)

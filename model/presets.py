@@ -92,12 +92,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-LEAST_DEPTH, MOST_DEPTH = 4, 61
+MIN_DEPTH, MAX_DEPTH = 4, 61
 """The shallowest schedule with every kind of layer, and the depth of the largest release."""
 
 
 def depth_values(depth: int) -> dict[str, Any]:
-    """The fields of the family member with ``depth`` layers, for LEAST_DEPTH <= depth <= MOST_DEPTH.
+    """The fields of the family member with ``depth`` layers, for MIN_DEPTH <= depth <= MAX_DEPTH.
 
     Flash's proportions (report 4.2.1), because 43 layers must give Flash itself; Pro's, where they differ, in brackets:
 

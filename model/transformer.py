@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import get_args
 
 import torch
@@ -12,65 +11,49 @@ from torch import Tensor, nn
 from kernels import native
 from kernels.autocast import cast, in_float32
 from kernels.linear import linear
+from model.activation_checkpointing import checkpointed
+from model.batch_invariant import check_widths
 from model.block import Block
 from model.cache import Cache
 from model.config import ModelConfig
-from model.documents import PackedDocuments
 from model.errors import CacheError, ConfigError
-from model.execution import Execution
-from model.hyper_connections import HyperConnection, HyperHead
-from model.linear import Linear
-from model.mixers.base import AttentionMode, Context, Mixer
-from model.mixers.compressor import Compressor
-from model.mixers.sliding import SlidingWindowAttention
+from model.forward.aux_outputs import AuxOutputs
+from model.forward.context import AttentionMode, Context
+from model.forward.execution import Execution, in_tiles
+from model.forward.packing import PackedDocuments
+from model.layers.hyper_connections import HyperConnection, HyperHead
+from model.layers.linear import Linear
+from model.layers.norm import RMSNorm
+from model.layers.rope import RotaryFrequencies, Rotation
+from model.mixers.base import Mixer
 from model.moe import MixtureOfExperts
 from model.mtp import PredictAhead
-from model.norm import RMSNorm
-from model.precision import Precision
-from model.recompute import recomputed
-from model.rope import RotaryFrequencies, Rotation
-from model.telemetry import Telemetry
-
-KEPT = {"router", "compressor", "weights_proj", "head"}
-"""Parts whose matrices :meth:`Transformer.store_weights` leaves alone."""
-
 
 _PLACED_TOGETHER = 16 << 20
-"""Bytes of weights that are copied before their first memory is given back."""
-
-
-def check_ids(input_ids: Tensor) -> None:
-    """Raise ValueError unless ``input_ids`` is int64 or int32 [B, S] with at least one token."""
-    if input_ids.dim() != 2 or not input_ids.numel() or input_ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"input_ids: expected integers [B, S] with at least one token, "
-            f"found {input_ids.dtype} {list(input_ids.shape)}"
-        )
+"""Bytes of weights that are copied before their old memory is freed."""
 
 
 class Transformer(nn.Module):
-    """A DeepSeek-V4-style language model (or a baseline, by its layer schedule)."""
+    """A DeepSeek-V4-style language model, or a baseline, depending on its layer schedule.
+
+    Three properties reconfigure a network in place: :attr:`config`, :attr:`execution` and
+    :attr:`activation_checkpointing`.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
+        self._config = config
         self._execution = Execution()
-        self._recompute = False
+        self._activation_checkpointing = False
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, mixer, layer) for layer, mixer in enumerate(config.layers))
         self.hyper_head = HyperHead(config) if config.hyper_connections else None
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = Linear(config.hidden_size, config.vocab_size)
+        self.head = Linear(config.hidden_size, config.vocab_size, full_precision=True)
         self.mtp = nn.ModuleList(PredictAhead(config) for _ in range(config.mtp_layers))
-        rope = config.rope_head_dim
-        sliding = RotaryFrequencies(rope, config.rope_theta)
-        compressed = RotaryFrequencies(rope, config.compress_rope_theta, config)
-        self._frequencies = {
-            "sliding": sliding,
-            "csa": compressed,
-            "hca": compressed,
-            "gqa": RotaryFrequencies(config.head_dim, config.rope_theta),
-        }
+        families = {mixer.name: mixer.rotary(config) for mixer in config.block_mixers}
+        self._rotary = {name: family for name, family in families.items() if family is not None}
+        self._frequencies = {family: RotaryFrequencies(family) for family in self._rotary.values()}
         self.reset_parameters()
 
     def forward(
@@ -79,27 +62,71 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         positions: Tensor | None = None,
         attention: AttentionMode = "sparse",
-        telemetry: Telemetry | None = None,
+        aux: AuxOutputs | None = None,
         last_only: bool = False,
+        forced_experts: Mapping[int, Tensor] | None = None,
     ) -> Tensor:
-        """Next-token logits, float32 [B, S, vocab] ([B, 1, vocab] with ``last_only``), for input_ids int64 [B, S].
+        """Return next-token logits, float32 [B, S, vocab], for input_ids int64 [B, S].
 
-        With a cache the tokens follow those it holds and are appended to it, in pieces of any size; without, they are
-        whole sequences. ``attention="dense"`` is the curriculum's warm-up and works without a cache only.
+        Args:
+            cache: holds the tokens before these, which are appended to it, in pieces of any size. Without a cache the
+                tokens are whole sequences.
+            positions: int64 [B, S] packs several documents into a row, without a cache: each token's position in its
+                document, 0 at a start, -1 for padding. Nothing is pooled, attended to or counted across a start.
+            attention: ``dense`` is the curriculum's warm-up and works without a cache only.
+            aux: receives auxiliary losses, metrics and counts.
+            last_only: return the logits of the last token only, [B, 1, vocab].
+            forced_experts: int64 [B, S, K] by layer, experts to use instead of the router's choice.
 
-        ``positions`` int64 [B, S] packs several documents into a row, without a cache: each token's place in its own
-        document, 0 where one starts, -1 for padding. Nothing is pooled, attended to or counted across a start.
-
-        Raises CacheError, before anything is changed, when the tokens do not fit the cache; ValueError for arguments
-        that do not go together.
+        Raises CacheError, before anything is changed, if the tokens do not fit the cache; ValueError for arguments that
+        exclude each other.
         """
+        if cache is None and self.execution.batch_invariant and not self.training:
+            if positions is not None or aux is not None or attention != "sparse":
+                raise ValueError(
+                    "execution: batch-invariant mode has no packed documents, auxiliary outputs or dense attention"
+                )
+            cache = Cache(self.config, input_ids.shape[0], input_ids.shape[1], input_ids.device)
+        self._check_arguments(input_ids, cache, positions, attention, aux)
+        embedding = self._embed(input_ids)
+        if cache is not None:
+            cache.begin(*input_ids.shape)
+        context = self._context(input_ids, cache, positions, attention, aux, forced_experts)
+
+        streams = self._into_streams(embedding)
+        for layer, block in enumerate(self.layers):
+            layer_cache = cache.layers[layer] if cache is not None else None
+            streams = self._run_layer(block, context, streams, input_ids, context, layer_cache)
+
+        if cache is not None:
+            cache.advance()
+        if aux is not None and aux.predict_ahead:
+            aux.mtp_logits = self._predict_ahead(streams, embedding, input_ids, positions, context)
+        if last_only and streams.shape[1] > 1:
+            streams = streams[:, -1:]
+        return in_tiles(self._logits, streams) if context.batch_invariant else self._logits(streams)
+
+    def check_vocabulary(self, input_ids: Tensor) -> None:
+        """Raise ValueError if an id is outside the vocabulary."""
+        least, most = int(input_ids.min()), int(input_ids.max())
+        if least < 0 or most >= self.config.vocab_size:
+            raise ValueError(f"input_ids: {least} to {most} do not all lie in a vocabulary of {self.config.vocab_size}")
+
+    def _check_arguments(
+        self,
+        input_ids: Tensor,
+        cache: Cache | None,
+        positions: Tensor | None,
+        attention: AttentionMode,
+        aux: AuxOutputs | None,
+    ) -> None:
         if cache is not None:
             if cache.config is not self.config and cache.config != self.config:
                 raise CacheError("the cache was made for another model configuration")
             if attention != "sparse":
                 raise ValueError("attention: a cache serves sparse attention only")
-            if telemetry is not None and telemetry.predict_ahead:
-                raise ValueError("telemetry.predict_ahead: works on whole sequences, without a cache")
+            if aux is not None and aux.predict_ahead:
+                raise ValueError("aux.predict_ahead: works on whole sequences, without a cache")
             if positions is not None:
                 raise ValueError("positions: a cache takes the tokens as they follow, not packed documents")
         if attention not in get_args(AttentionMode):
@@ -109,49 +136,28 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"positions: expected integers {list(input_ids.shape)}, found {positions.dtype} {list(positions.shape)}"
             )
-        if cache is None and self.execution.batch_invariant and not self.training:
-            if positions is not None or telemetry is not None or attention != "sparse":
-                raise ValueError(
-                    "execution: batch-invariant mode knows no packed documents, telemetry or dense attention"
-                )
-            cache = Cache(self.config, input_ids.shape[0], input_ids.shape[1], input_ids.device)
-        try:  # before anything is changed
-            embedding = cast(self.embed(input_ids), torch.float32)
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        try:
+            return cast(self.embed(input_ids), torch.float32)
         except IndexError:
             self.check_vocabulary(input_ids)
             raise
-        if cache is not None:
-            cache.begin(*input_ids.shape)
-        context = self._context(input_ids, cache, positions, attention, telemetry)
 
-        streams = self.into_streams(embedding)
-        for layer, block in enumerate(self.layers):
-            kept = cache.layers[layer] if cache is not None else None
-            streams = self._through(block, block, context, streams, input_ids, context, kept)
-        if cache is not None:
-            cache.advance()
-        if telemetry is not None and telemetry.predict_ahead:
-            telemetry.mtp_logits = self._predict_ahead(streams, embedding, input_ids, positions, context)
-        if last_only and streams.shape[1] > 1:
-            streams = streams[:, -1:]
-        return context.execution.tokenwise(Transformer.leave_streams, self, streams)
-
-    def check_vocabulary(self, input_ids: Tensor) -> None:
-        """Raise ValueError for an id that is no token's."""
-        least, most = int(input_ids.min()), int(input_ids.max())
-        if least < 0 or most >= self.config.vocab_size:
-            raise ValueError(f"input_ids: {least} to {most} do not all lie in a vocabulary of {self.config.vocab_size}")
-
-    def into_streams(self, embedding: Tensor) -> Tensor:
-        """[B, S, hidden] -> [B, S, n, hidden], n equal residual streams (unchanged without hyper-connections)."""
+    def _into_streams(self, embedding: Tensor) -> Tensor:
+        """Copy [B, S, hidden] to n equal streams [B, S, n, hidden]; without hyper-connections return it unchanged."""
         if not self.config.hyper_connections:
             return embedding
-        # Copies, not views: a CPU's library takes a token's streams as a matrix that lies whole in memory.
+        # Copies, not views: the CPU library takes a token's streams as one contiguous matrix.
         return embedding.unsqueeze(2).repeat(1, 1, self.config.hc_mult, 1)
 
-    def leave_streams(self, streams: Tensor) -> Tensor:
-        """The last layer's streams to logits, float32 [B, S, vocab]."""
-        return self._logits(self.norm(self.hyper_head(streams) if self.hyper_head is not None else streams))
+    def _logits(self, streams: Tensor) -> Tensor:
+        """Return logits, float32 [B, S, vocab], for the last layer's streams."""
+        return self._project(self.norm(self.hyper_head(streams) if self.hyper_head is not None else streams))
+
+    def _project(self, x: Tensor) -> Tensor:
+        with in_float32(x):
+            return linear(x, cast(self.head.weight, torch.float32))
 
     def _context(
         self,
@@ -159,7 +165,8 @@ class Transformer(nn.Module):
         cache: Cache | None,
         positions: Tensor | None,
         attention: AttentionMode,
-        telemetry: Telemetry | None,
+        aux: AuxOutputs | None,
+        forced_experts: Mapping[int, Tensor] | None,
     ) -> Context:
         documents = PackedDocuments(positions) if positions is not None else None
         if documents is not None:
@@ -168,116 +175,69 @@ class Transformer(nn.Module):
             starts = cache.starts if cache is not None else torch.zeros(1, dtype=torch.int64, device=input_ids.device)
             places = starts.unsqueeze(-1) + torch.arange(input_ids.shape[1], device=input_ids.device)
         execution = Execution() if self.training else self.execution
-        rotation = execution.tokenwise(Transformer.rotation_at, self, places)
-        return Context(places, rotation, attention, telemetry, documents, execution)
+        rotation = in_tiles(self._rotations, places) if execution.batch_invariant else self._rotations(places)
+        return Context(places, rotation, attention, aux, documents, forced_experts or {}, execution)
 
-    def rotation_at(self, places: Tensor) -> dict[str, Rotation]:
-        """For positions int64 [B or 1, S], by mixer name."""
-        names = {*self.config.layers, *(["sliding"] if self.mtp else [])}
-        families = {self._frequencies[name] for name in names}
-        found = {family: family.at(places) for family in families}
-        return {name: found[self._frequencies[name]] for name in names}
-
-    def _logits(self, x: Tensor) -> Tensor:
-        with in_float32(x):
-            return linear(x, cast(self.head.weight, torch.float32))
+    def _rotations(self, positions: Tensor) -> dict[str, Rotation]:
+        """Return the rotations at positions int64 [B or 1, S] by mixer name."""
+        found = {family: frequencies.at(positions) for family, frequencies in self._frequencies.items()}
+        return {name: found[family] for name, family in self._rotary.items()}
 
     def _predict_ahead(
         self, streams: Tensor, embedding: Tensor, input_ids: Tensor, positions: Tensor | None, context: Context
     ) -> Tensor:
-        """Logits [B, S - 1, vocab]: at token t those of token t + 2. At a document's last token they mean nothing."""
+        """Return logits [B, S - 1, vocab] at token t of token t + 2. At a document's last token they are arbitrary."""
         if not self.mtp:
-            raise ValueError("telemetry.predict_ahead: the model has no module for it (mtp_layers is 0)")
+            raise ValueError("aux.predict_ahead: the model has no prediction module (mtp_layers is 0)")
         module = self.mtp[0]
         assert isinstance(module, PredictAhead)
         if input_ids.shape[1] < 2:
-            raise ValueError("telemetry.predict_ahead: needs whole sequences of at least 2 tokens")
+            raise ValueError("aux.predict_ahead: needs whole sequences of at least 2 tokens")
         kept = None if positions is None else positions[:, :-1]
-        context = self._context(input_ids[:, :-1], None, kept, context.attention, context.telemetry)
+        context = self._context(input_ids[:, :-1], None, kept, context.attention, context.aux, None)
         arguments = streams[:, :-1], embedding[:, 1:], input_ids[:, 1:], context
-        return self._logits(self._through(module, module.hidden, context, *arguments))
+        return self._project(self._run_layer(module.hidden, context, *arguments))
 
-    def _through(
-        self, layer: nn.Module, function: Callable[..., Tensor], context: Context, *arguments: object
-    ) -> Tensor:
-        if self.recompute and self.training and torch.is_grad_enabled():
-            return recomputed(layer, function, context.telemetry, *arguments)
-        return function(*arguments)
+    def _run_layer(self, layer: Callable[..., Tensor], context: Context, *arguments: object) -> Tensor:
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpointed(layer, context.aux, *arguments)
+        return layer(*arguments)
+
+    # --- weights
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw all weights afresh: normal with ``init_std``, norms one, sinks, biases and position biases zero.
+        """Initialize all weights: normal with ``init_std``; norms one; sinks, biases and position biases zero.
 
-        On the meta device, where a model has shapes only, there is nothing to draw.
+        On the meta device, where a model has shapes only, this does nothing.
         """
         if self.embed.weight.is_meta:
             return
-        for module in self.modules():
-            if isinstance(module, HyperConnection | HyperHead):
-                module.reset()
-            elif isinstance(module, RMSNorm):
-                module.weight.fill_(1.0)
-            elif isinstance(module, nn.Linear | nn.Embedding):
-                module.weight.normal_(std=self.config.init_std)
-            elif isinstance(module, MixtureOfExperts):
-                module.reset(self.config.init_std)
-            elif isinstance(module, Compressor):
-                module.ape.zero_()
-        for name, parameter in self.named_parameters():
-            last = name.rsplit(".", 2)
-            if last[-1] == "wo_a":
-                parameter.normal_(std=self.config.init_std)
-            elif last[-1] == "sink":
-                parameter.zero_()
-            if self.config.zero_init_output and (last[-2] in ("wo_b", "wo", "w2") or last[-1] == "w2"):
-                parameter.zero_()
-
-    @property
-    def recompute(self) -> bool:
-        """Whether the backward pass of training computes layers again instead of keeping what they made. Where it does
-        not, it still computes the residual streams between a layer's halves again."""
-        return self._recompute
-
-    @recompute.setter
-    def recompute(self, layers: bool) -> None:
-        self._recompute = layers
-        for block in self.modules():
-            if isinstance(block, Block):  # one thing at a time: what it spares, the layer would keep for it
-                block.recomputes_streams = not layers
-
-    @property
-    def execution(self) -> Execution:
-        """How forward passes outside training are computed. Set another one at any time; ConfigError where this
-        network's sizes or this machine do not allow it."""
-        return self._execution
-
-    @execution.setter
-    def execution(self, execution: Execution) -> None:
-        if not isinstance(execution, Execution):
-            raise ValueError(f"execution: expected an Execution, such as Execution(mode=...), found {execution!r}")
-        execution.check(self.config)
-        self._execution = execution
+        std = self.config.init_std
+        self.embed.weight.normal_(std=std)
+        modules = [module for module in self.modules() if hasattr(module, "init_weights")]
+        # Mixers come last: the order of random draws decides what a seed gives.
+        for module in sorted(modules, key=lambda module: isinstance(module, Mixer)):
+            module.init_weights(std)
+        if self.config.zero_init_output:
+            for block in (*self.layers, *self.mtp):
+                block.attn.zero_output()
+                block.ffn.zero_output()
 
     @torch.no_grad()
-    def store_weights(self, dtype: torch.dtype) -> None:
-        """Keep the matrices of attention and feed-forward in ``dtype``: BF16 halves them. For inference, and in place.
+    def cast_weights(self, dtype: torch.dtype) -> None:
+        """Cast the matrices of attention and feed-forward blocks to ``dtype``, in place, for inference. BF16 halves
+        them.
 
-        Experts that are rounded to FP4 lose nothing. Router, compressors, the indexer's head weights, the head,
-        hyper-connections, norms and embedding stay as they are: what they decide is worth its bytes.
+        Experts rounded to FP4 lose nothing. Routers, compressors, index head weights, the head, hyper-connections,
+        norms and the embedding keep their precision.
         """
         if not dtype.is_floating_point:
-            raise ValueError(f"store_weights: expected a floating-point type, found {dtype}")
+            raise ValueError(f"cast_weights: expected a floating-point type, found {dtype}")
         with torch.inference_mode(False):  # inference tensors could not be replaced later
-            for name, module in self.named_modules():
-                if isinstance(module, MixtureOfExperts):
-                    for stack in ("w1", "w3", "w2"):
-                        weight = module.precision.round_expert(getattr(module, stack))
-                        setattr(module, stack, nn.Parameter(weight.to(dtype), requires_grad=False))
-                    module.rounded = True
-                elif isinstance(module, SlidingWindowAttention):
-                    module.wo_a = nn.Parameter(module.wo_a.to(dtype), requires_grad=False)
-                elif isinstance(module, Linear) and KEPT.isdisjoint(name.split(".")):
-                    module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
+            for module in self.modules():
+                if module is not self and hasattr(module, "cast_weights"):
+                    module.cast_weights(dtype)
         self.place_weights()
 
     @torch.no_grad()
@@ -294,30 +254,50 @@ class Transformer(nn.Module):
                 placed.data = copy
             some = []
 
-    def adopt(self, config: ModelConfig) -> None:
-        """Go on with the same weights in another configuration, which differs in ``index_topk`` and ``qat`` alone.
+    # --- reconfiguration
 
-        Raises ConfigError for any other difference.
-        """
-        expected = self.config.replace(index_topk=config.index_topk, qat=config.qat)
-        if config != expected:
-            raise ConfigError("model: weights can go on with another index_topk or qat only")
-        for module in self.modules():
-            if isinstance(module, Transformer | Mixer | MixtureOfExperts):
-                module.config = config
-            if isinstance(module, Mixer | MixtureOfExperts):
-                module.precision = Precision(config)
-            if isinstance(module, MixtureOfExperts):
-                module.forget_rounded()
+    @property
+    def config(self) -> ModelConfig:
+        """The configuration. Setting another one continues with the same weights; ConfigError if it differs in more
+        than ``index_topk`` and ``qat``."""
+        return self._config
 
-    def rounded_tensors(self) -> dict[str, int]:
-        """How many tensors were rounded in training since the last call, by role: main, index, gqa, experts."""
-        counts: Counter[str] = Counter()
+    @config.setter
+    def config(self, config: ModelConfig) -> None:
+        if config != self.config.replace(index_topk=config.index_topk, qat=config.qat):
+            raise ConfigError("model: weights can continue with another index_topk or qat only")
+        self._config = config
         for module in self.modules():
-            if isinstance(module, Mixer | MixtureOfExperts):
-                counts += module.precision.rounded
-                module.precision.rounded.clear()
-        return dict(counts)
+            if hasattr(module, "set_config"):
+                module.set_config(config)
+
+    @property
+    def execution(self) -> Execution:
+        """Execution mode of forward passes outside training. Setting it raises ConfigError if the layers or widths of
+        the network do not allow the mode."""
+        return self._execution
+
+    @execution.setter
+    def execution(self, execution: Execution) -> None:
+        if not isinstance(execution, Execution):
+            raise ValueError(f"execution: expected an Execution, such as Execution(mode=...), found {execution!r}")
+        if execution.batch_invariant:
+            check_widths(self.config)
+        self._execution = execution
+
+    @property
+    def activation_checkpointing(self) -> bool:
+        """Whether the backward pass recomputes whole layers instead of keeping their activations. Otherwise it
+        recomputes the residual streams between a layer's halves only."""
+        return self._activation_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, layers: bool) -> None:
+        self._activation_checkpointing = layers
+        for block in (*self.layers, *self.mtp):
+            block.recompute_streams = not layers  # recomputing both would keep what one of them frees
+
+    # --- parts
 
     def moe_layers(self) -> list[MixtureOfExperts]:
         return [block.ffn for block in (*self.layers, *self.mtp) if isinstance(block.ffn, MixtureOfExperts)]
@@ -325,17 +305,23 @@ class Transformer(nn.Module):
     def indexer_parameters(self) -> list[nn.Parameter]:
         return [p for name, p in self.named_parameters() if ".indexer." in name]
 
-    def fused_rows(self) -> dict[str, tuple[int, ...]]:
-        """Parameters that hold several independent projections, one above the other, and the rows of each: the two
-        series of an overlapping compressor, and what enters, leaves and mixes the residual streams."""
+    def split_sizes(self) -> dict[str, tuple[int, ...]]:
+        """Return the parameters that stack several independent projections, and the rows of each projection. Muon
+        treats each as a matrix."""
         found: dict[str, tuple[int, ...]] = {}
         for name, module in self.named_modules():
-            if isinstance(module, Compressor) and module.overlap:
-                found |= {f"{name}.{part}.weight": (module.width, module.width) for part in ("wkv", "wgate")}
-            elif isinstance(module, HyperConnection):
-                n = self.config.hc_mult
-                found[f"{name}.fn"] = (n, n, n * n)
+            if isinstance(module, Mixer | HyperConnection):
+                found |= {f"{name}.{parameter}": rows for parameter, rows in module.split_sizes().items()}
         return found
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+
+def check_ids(input_ids: Tensor) -> None:
+    """Raise ValueError unless ``input_ids`` is int64 or int32 [B, S] with at least one token."""
+    if input_ids.dim() != 2 or not input_ids.numel() or input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"input_ids: expected integers [B, S] with at least one token, "
+            f"found {input_ids.dtype} {list(input_ids.shape)}"
+        )

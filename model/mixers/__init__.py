@@ -1,8 +1,8 @@
-"""Sequence mixers: one file each, one interface. A layer schedule is a list of the names registered here."""
+"""Sequence mixers, one file each behind :class:`model.mixers.base.Mixer`. A layer schedule lists names of this
+table."""
 
 from __future__ import annotations
 
-from model.config import ModelConfig
 from model.mixers.base import Mixer
 from model.mixers.csa import CompressedSparseAttention
 from model.mixers.gqa import GroupedQueryAttention
@@ -15,7 +15,3 @@ MIXERS: dict[str, type[Mixer]] = {
     "hca": HeavilyCompressedAttention,
     "gqa": GroupedQueryAttention,
 }
-
-
-def build_mixer(name: str, config: ModelConfig, layer: int) -> Mixer:
-    return MIXERS[name](config, layer)

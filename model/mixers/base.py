@@ -1,65 +1,134 @@
-"""What every sequence mixer gets and gives."""
+"""The interface of a sequence mixer: its declarations, and its three steps."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from model.config import ModelConfig
-from model.documents import PackedDocuments
-from model.execution import Execution
+from model.cache.parts import CachePart
+from model.errors import ConfigError
+from model.forward.context import Context
+from model.layers.rope import Rotary, Rotation
 from model.precision import Precision
-from model.rope import Rotation
-from model.telemetry import Telemetry
+from model.work import Work
 
 if TYPE_CHECKING:
-    from model.cache import LayerCache
+    from model.cache.layer_cache import LayerCache
+    from model.config import ModelConfig
 
-AttentionMode = Literal["dense", "sparse"]
 
+class StoredFormat(NamedTuple):
+    """A tensor role of one layer, its storage format, and its number of tensors per forward pass."""
 
-@dataclass(frozen=True)
-class Context:
-    """One forward call, seen from a layer."""
-
-    positions: Tensor
-    """int64 [B or 1, S]: every token's place in its sequence or document."""
-    rotation: dict[str, Rotation]
-    """For the tokens' positions, by mixer name."""
-    attention: AttentionMode = "sparse"
-    """dense lets csa layers attend to every visible entry; their indexers learn but do not choose."""
-    telemetry: Telemetry | None = None
-    documents: PackedDocuments | None = None
-    """Rows that hold several documents, which must not see one another."""
-    execution: Execution = field(default_factory=Execution)
+    role: str
+    format: str
+    tensors: int
 
 
 class Mixer(nn.Module):
-    """Mixes a layer's tokens, in three steps: what each token gives, what the tokens give each other, and what each
-    token makes of that. The first and the last treat every token on its own."""
+    """Mixes the tokens of a layer.
 
-    name: str
+    The class declares what the rest of the system asks of a mixer: configuration checks, rotary positions, cache parts,
+    formats and costs. It is registered in :data:`model.mixers.MIXERS`; nothing else refers to a mixer by name.
+
+    A forward pass has three steps. :meth:`project` and :meth:`output` treat every token alone, :meth:`mix` does not.
+    """
+
+    name: ClassVar[str]
+    """The mixer's name in ``model.layers``."""
+    options: ClassVar[Mapping[str, Any]] = {}
+    """Fields of ``model.mixer_options.<name>`` with their defaults."""
+    indexer_ratio_field: ClassVar[str | None] = None
+    """The configuration field with the tokens per entry that the mixer's indexer scores; None without an indexer."""
+    batch_invariant_widths: ClassVar[tuple[str, ...] | None] = None
+    """Configuration fields of the widths that products sum over; None if the mixer has no batch-invariant mode."""
+    one_key_value: ClassVar[bool] = False
+    """Whether each token has one vector that is key and value for all heads."""
+
+    # --- declarations
+
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        """Raise ConfigError if the configuration does not allow this mixer."""
+
+    @classmethod
+    def check_length(cls, config: ModelConfig, tokens: int) -> None:
+        """Raise ConfigError if sequences of ``tokens`` tokens would leave part of the mixer unused."""
+
+    @classmethod
+    def rotary(cls, config: ModelConfig) -> Rotary | None:
+        """Return the rotary family of the mixer's positions."""
+        return None
+
+    @classmethod
+    def cache_parts(cls, config: ModelConfig) -> dict[str, CachePart]:
+        """Return the parts of the layer's cache by attribute name."""
+        raise TypeError(f"{cls.__name__} defines no cache_parts")
+
+    @classmethod
+    def stored_formats(cls, config: ModelConfig) -> list[StoredFormat]:
+        """Return the tensor roles that the precision settings cover."""
+        return []
+
+    @classmethod
+    def work(cls, config: ModelConfig, tokens: int) -> list[Work]:
+        """Return the work of one layer for the ``tokens``-th token of a sequence. See :mod:`model.costs` for the
+        rule."""
+        raise TypeError(f"{cls.__name__} defines no work")
+
+    # --- the layer
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.config = config
         self.layer = layer
+        self.set_config(config)
+
+    def set_config(self, config: ModelConfig) -> None:
+        """Continue with another configuration of equal shapes."""
+        self.config = config
         self.precision = Precision(config)
 
-    def project(self, x: Tensor, rotation: Rotation, cached: bool) -> dict[str, Tensor]:
-        """x [B, S, hidden] to whatever :meth:`mix` needs, with or without a cache, by name: [B, S, ...] each."""
+    def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
+        """x [B, S, hidden] -> [B, S, hidden]. The output for a token depends on it and earlier tokens only.
+
+        Without a ``cache`` the tokens are whole sequences. With one they follow the tokens it holds, and their state is
+        appended.
+        """
+        rotation = context.rotation.get(self.name)
+        projected = self.project(x, rotation, context, cached=cache is not None)
+        return self.output(self.mix(projected, context, cache), rotation)
+
+    def project(self, x: Tensor, rotation: Rotation | None, context: Context, cached: bool) -> Any:
+        """Project x [B, S, hidden] to the inputs of :meth:`mix`, a tuple of tensors [B, S, ...]."""
         raise TypeError(f"{type(self).__name__} defines no project")
 
-    def mix(self, projected: dict[str, Tensor], context: Context, cache: LayerCache | None) -> Tensor:
-        """The attention proper: float32 [B, S, H, head_dim]. Token t's depends on tokens <= t only.
-
-        ``cache`` is this layer's part of a :class:`model.cache.Cache`, or None for a whole sequence from its start.
-        With a cache the past is read from it and the new tokens' state appended.
-        """
+    def mix(self, projected: Any, context: Context, cache: LayerCache | None) -> Tensor:
+        """Mix the tokens: float32 [B, S, ...]."""
         raise TypeError(f"{type(self).__name__} defines no mix")
 
-    def output(self, mixed: Tensor, rotation: Rotation) -> Tensor:
-        """[B, S, H, head_dim] -> [B, S, hidden]."""
+    def output(self, mixed: Tensor, rotation: Rotation | None) -> Tensor:
+        """Project the mixed tokens back to [B, S, hidden]."""
         raise TypeError(f"{type(self).__name__} defines no output")
+
+    def init_weights(self, std: float) -> None:
+        """Initialize the parameters that belong to no submodule with ``init_weights`` of its own."""
+
+    def zero_output(self) -> None:
+        """Zero the weights of the last projection."""
+        raise TypeError(f"{type(self).__name__} defines no zero_output")
+
+    def cast_weights(self, dtype: torch.dtype) -> None:
+        """Cast matrices that belong to no submodule to ``dtype``, for inference."""
+
+    def split_sizes(self) -> dict[str, tuple[int, ...]]:
+        """Return the parameters that stack several independent projections, and the rows of each projection."""
+        return {}
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError with ``message``, which begins with a field's name, unless ``condition`` holds."""
+    if not condition:
+        raise ConfigError("model." + message)

@@ -1,40 +1,99 @@
-"""What csa and hca layers have in common: the sliding window beside a history of compressed entries."""
+"""Attention to compressed entries beside the sliding window: the common part of csa and hca layers."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from model.cache_parts import Tail
-from model.config import ModelConfig
-from model.mixers.base import Context
+from model.cache.parts import CachePart, CompressorPart, GrowingPart
+from model.errors import ConfigError
+from model.forward.context import Context
+from model.layers.rope import Rotary, Rotation, Yarn
+from model.mixers.base import StoredFormat, require
 from model.mixers.compressor import Compressor
-from model.mixers.sliding import SlidingWindowAttention
-from model.rope import Rotation
+from model.mixers.sliding import History, SlidingWindowAttention
+from model.precision import main_layout
+from model.work import Work
+
+if TYPE_CHECKING:
+    from model.cache.ring import CompressorState
+    from model.config import ModelConfig
 
 
 class CompressedAttention(SlidingWindowAttention):
-    """Subclasses say whether blocks ``overlap`` and which entries a query attends to."""
+    """Subclasses set the ratio, whether blocks overlap, and the entries that a query attends to."""
 
-    overlap: bool
+    ratio_field: ClassVar[str]
+    """The configuration field with the tokens per entry."""
+    overlap: ClassVar[bool]
+
+    @classmethod
+    def ratio_of(cls, config: ModelConfig) -> int:
+        """Return the tokens per entry."""
+        return getattr(config, cls.ratio_field)
+
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        super().check(config)
+        ratio = cls.ratio_of(config)
+        require(ratio >= 2, f"{cls.ratio_field}: must be at least 2, found {ratio}")
+
+    @classmethod
+    def check_length(cls, config: ModelConfig, tokens: int) -> None:
+        ratio = cls.ratio_of(config)
+        if ratio > tokens:
+            raise ConfigError(
+                f"model.{cls.ratio_field}: {ratio} tokens per entry leave a {tokens}-token sequence without any entry"
+            )
+
+    @classmethod
+    def rotary(cls, config: ModelConfig) -> Rotary:
+        c = config
+        yarn = Yarn(c.yarn_factor, c.yarn_original_positions, c.yarn_beta_fast, c.yarn_beta_slow)
+        return Rotary(c.rope_head_dim, c.compress_rope_theta, yarn if c.yarn_factor > 1 else None)
+
+    @classmethod
+    def cache_parts(cls, config: ModelConfig) -> dict[str, CachePart]:
+        ratio = cls.ratio_of(config)
+        return {
+            **super().cache_parts(config),
+            "tail": CompressorPart(ratio, config.head_dim, cls.overlap),
+            "entries": GrowingPart(main_layout(config), ratio, cls.name),
+        }
+
+    @classmethod
+    def stored_formats(cls, config: ModelConfig) -> list[StoredFormat]:
+        return [stored._replace(tensors=2) for stored in super().stored_formats(config)]
+
+    @classmethod
+    def work(cls, config: ModelConfig, tokens: int) -> list[Work]:
+        rows = 2 * config.head_dim if cls.overlap else config.head_dim
+        compressor = Work("compressors", "linear", "bf16", 2.0 * 2 * config.hidden_size * rows)
+        return [*super().work(config, tokens), compressor]
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__(config, layer)
-        self.ratio = config.compress_ratio(self.name)
-        self.compressor = Compressor(config, config.head_dim, self.ratio, self.overlap)
+        self.ratio = self.ratio_of(config)
+        self.compressor = Compressor(config, config.head_dim, self.ratio, self.overlap, self.rotary(config))
 
-    def project_history(self, x: Tensor, latent: Tensor, rotation: Rotation) -> dict[str, Tensor]:
-        return {"rows": self.compressor.project(x)}
+    def project_history(self, x: Tensor, latent: Tensor, rotation: Rotation, context: Context) -> History:
+        return History(rows=self.compressor.project(x))
 
-    def pool(self, projected: dict[str, Tensor], context: Context, tail: Tail | None) -> Tensor:
-        """The entries that the new tokens complete, as stored: [B, n, head_dim]."""
+    def pool(self, history: History, context: Context, state: CompressorState | None) -> Tensor:
+        """Return the entries that the new tokens complete, as stored: [B, n, head_dim]."""
+        assert history.rows is not None
         return self.compressor.pool(
-            projected["rows"], context, tail, lambda x: self.precision.round_main(x, self.training)
+            history.rows, context, state, lambda x: self.precision.round_main(x, self.training, context.aux)
         )
+
+    def split_sizes(self) -> dict[str, tuple[int, ...]]:
+        return {f"compressor.{name}": rows for name, rows in self.compressor.split_sizes().items()}
 
 
 def visible_entries(context: Context, ratio: int) -> Tensor:
-    """How many entries, the first ones, each query may use: int64 [B or 1, S].
+    """Return how many entries, counted from the first, each query may use: int64 [B or 1, S].
 
     Token t (from 0) sees entry s iff s < (t + 1) // ratio: a block becomes visible to its own last token. The report's
     text can be read one token later; the released code, and so the released weights, do this.
@@ -43,7 +102,8 @@ def visible_entries(context: Context, ratio: int) -> Tensor:
 
 
 def entry_mask(context: Context, ratio: int, entries: Tensor) -> Tensor:
-    """Which of ``entries`` [B, T, c], pooled from ``ratio`` tokens each, the queries may use: bool [B or 1, S, T]."""
+    """Return which of ``entries`` [B, T, c], pooled from ``ratio`` tokens each, the queries may use: bool
+    [B or 1, S, T]."""
     if context.documents is not None:
         return context.documents.blocks(ratio).mask
     return torch.arange(entries.shape[1], device=entries.device) < visible_entries(context, ratio).unsqueeze(-1)

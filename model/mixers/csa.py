@@ -1,135 +1,167 @@
-"""Compressed Sparse Attention: fine entries, of which a lightning indexer picks the few to attend to (report 2.3)."""
+"""Compressed Sparse Attention: fine entries, of which an indexer selects a few for every query (report 2.3)."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.autocast import detached
 from kernels.index_topk import index_scores, index_topk, select_topk
-from kernels.projection import index_query
 from kernels.quantize import hadamard
 from kernels.sparse_attention import EntrySet
-from model.cache_parts import LayerCache, Tail
-from model.config import ModelConfig
-from model.linear import Linear
-from model.mixers.base import Context
+from model.cache.parts import CachePart, CompressorPart, GrowingPart
+from model.forward.aux_outputs import AuxOutputs
+from model.forward.context import Context
+from model.layers.rope import Rotation
+from model.mixers.base import StoredFormat, require
 from model.mixers.compressed import CompressedAttention, entry_mask, visible_entries
-from model.mixers.compressor import Compressor
-from model.rope import Rotation
-from model.telemetry import Telemetry
+from model.mixers.indexer import LightningIndexer, indexer_kl
+from model.mixers.sliding import History, Projected
+from model.precision import index_layout
+from model.work import Work
 
-
-class LightningIndexer(nn.Module):
-    """Scores entries for a query with small heads of its own (report eq. 13-17). Queries share the latent."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.heads, self.head_dim = config.index_heads, config.index_head_dim
-        self.wq_b = Linear(config.q_lora_rank, self.heads * self.head_dim)
-        self.weights_proj = Linear(config.hidden_size, self.heads)
-        self.compressor = Compressor(config, self.head_dim, config.csa_ratio, overlap=True)
-
-    def queries(self, x: Tensor, latent: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-        """Rotated queries [B, S, heads, head_dim] and scaled head weights [B, S, heads]."""
-        query = index_query(latent, self.wq_b.weight, *rotation, self.heads)
-        return query, self.weights_proj(x) * (self.head_dim * self.heads) ** -0.5
+if TYPE_CHECKING:
+    from model.cache.layer_cache import LayerCache
+    from model.cache.ring import CompressorState
+    from model.config import ModelConfig
 
 
 class CompressedSparseAttention(CompressedAttention):
     name = "csa"
+    ratio_field = "csa_ratio"
+    indexer_ratio_field = "csa_ratio"
     overlap = True
+    batch_invariant_widths = (*CompressedAttention.batch_invariant_widths, "index_head_dim")
+
+    # --- declarations
+
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        c = config
+        super().check(c)
+        require(
+            c.index_head_dim & (c.index_head_dim - 1) == 0,
+            f"index_head_dim: must be a power of two for the Hadamard rotation, found {c.index_head_dim}",
+        )
+        require(
+            c.rope_head_dim <= c.index_head_dim,
+            f"rope_head_dim: {c.rope_head_dim} is wider than index_head_dim {c.index_head_dim}",
+        )
+
+    @classmethod
+    def cache_parts(cls, config: ModelConfig) -> dict[str, CachePart]:
+        return {
+            **super().cache_parts(config),
+            "index": GrowingPart(index_layout(config), config.csa_ratio, "index"),
+            "index_tail": CompressorPart(config.csa_ratio, config.index_head_dim, cls.overlap),
+        }
+
+    @classmethod
+    def stored_formats(cls, config: ModelConfig) -> list[StoredFormat]:
+        index = StoredFormat("index queries and keys (after Hadamard)", config.index_format, 2)
+        return [*super().stored_formats(config), index]
+
+    @classmethod
+    def attended_entries(cls, config: ModelConfig, tokens: int) -> int:
+        return min(config.index_topk, tokens // config.csa_ratio)
+
+    @classmethod
+    def work(cls, config: ModelConfig, tokens: int) -> list[Work]:
+        c = config
+        heads = c.index_heads * c.index_head_dim
+        keys = c.hidden_size * (2 * 2 * c.index_head_dim + c.index_heads)
+        format = "bf16" if c.index_format == "fp32" else c.index_format
+        return [
+            *super().work(c, tokens),
+            Work("index queries", "linear", "fp8", 2.0 * c.q_lora_rank * heads),
+            Work("index keys and head weights", "linear", "bf16", 2.0 * keys),
+            Work("index scores", "index", format, 2.0 * heads * (tokens // c.csa_ratio)),
+        ]
+
+    # --- the layer
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__(config, layer)
-        self.indexer = LightningIndexer(config)
+        self.indexer = LightningIndexer(config, self.rotary(config))
 
-    def project_history(self, x: Tensor, latent: Tensor, rotation: Rotation) -> dict[str, Tensor]:
-        # The indexer learns from its own loss only, and the network from the language-model loss only: its inputs are
-        # detached here, and its choice is an integer.
+    def project_history(self, x: Tensor, latent: Tensor, rotation: Rotation, context: Context) -> History:
+        # The indexer learns from its own loss only and the network from the language-model loss only: the indexer's
+        # inputs are detached here, and its selection is an integer.
         detached_x = detached(x)
-        query, head_weights = self.indexer.queries(detached_x, detached(latent), rotation)
-        return {
-            **super().project_history(x, latent, rotation),
-            "index_query": self.precision.round_index(query, self.training),
-            "head_weights": head_weights,
-            "index_rows": self.indexer.compressor.project(detached_x),
-        }
-
-    def pool_index(self, projected: dict[str, Tensor], context: Context, tail: Tail | None) -> Tensor:
-        """The index keys that the new tokens complete, as stored: [B, n, index_head_dim]."""
-        return self.indexer.compressor.pool(
-            projected["index_rows"], context, tail, lambda x: self.precision.round_index(hadamard(x), self.training)
+        query, weights = self.indexer.queries(detached_x, detached(latent), rotation)
+        return History(
+            rows=self.compressor.project(x),
+            index_query=self.precision.round_index(query, self.training, context.aux),
+            index_weights=weights,
+            index_rows=self.indexer.compressor.project(detached_x),
         )
 
-    def attend(self, projected: dict[str, Tensor], context: Context) -> Tensor:
-        entries = self.pool(projected, context, None)
-        keys = self.pool_index(projected, context, None)
-        may_see = entry_mask(context, self.ratio, entries)
-        scores = index_scores(projected["index_query"], keys, projected["head_weights"], may_see)
-        mask = may_see if context.attention == "dense" else self._selected(scores, may_see)
+    def pool_index(self, history: History, context: Context, state: CompressorState | None) -> Tensor:
+        """Return the index keys that the new tokens complete, as stored: [B, n, index_head_dim]."""
+        assert history.index_rows is not None
+        return self.indexer.compressor.pool(
+            history.index_rows,
+            context,
+            state,
+            lambda x: self.precision.round_index(hadamard(x), self.training, context.aux),
+        )
+
+    def attend(self, projected: Projected, context: Context) -> Tensor:
+        history = projected.history
+        entries = self.pool(history, context, None)
+        keys = self.pool_index(history, context, None)
+        visible = entry_mask(context, self.ratio, entries)
+        scores = index_scores(history.index_query, keys, history.index_weights, visible)
+        mask = visible if context.attention == "dense" else self._selected(scores, visible)
         out, mass = self.core_attention(projected, entries, mask, context)
-        telemetry = context.telemetry
-        if telemetry is not None and mass is not None:
-            telemetry.losses["indexer_kl"][self.layer] = indexer_kl(mass, scores, mask)
-            if telemetry.measure_selection:
-                _, teacher = self.core_attention(projected, entries, may_see, context)
+        if context.aux is not None and mass is not None:
+            context.aux.losses["indexer_kl"][self.layer] = indexer_kl(mass, scores, mask)
+            if context.aux.measure_selection:
+                _, teacher = self.core_attention(projected, entries, visible, context)
                 assert teacher is not None
-                self._measure_selection(telemetry, teacher, scores, may_see)
+                self._measure_selection(context.aux, teacher, scores, visible)
         return out
 
-    def _selected(self, scores: Tensor, may_see: Tensor) -> Tensor:
-        """The indexer's choice as a mask, bool [B, S, T]."""
-        chosen = select_topk(scores.to(self.precision.score_dtype), may_see, self.config.index_topk)
+    def _selected(self, scores: Tensor, visible: Tensor) -> Tensor:
+        """Return the indexer's selection as a mask, bool [B, S, T]."""
+        chosen = select_topk(scores.to(self.precision.score_dtype), visible, self.config.index_topk)
         mask = torch.zeros(*scores.shape[:2], scores.shape[-1] + 1, dtype=torch.bool, device=scores.device)
-        # Unused places (-1) wrap around to the extra last column, which is cut off.
+        # Unused slots (-1) wrap around to the extra last column, which is cut off.
         return mask.scatter_(-1, chosen % mask.shape[-1], True)[..., :-1]
 
-    def select(self, projected: dict[str, Tensor], context: Context, cache: LayerCache) -> EntrySet:
-        cache.entries.append(self.pool(projected, context, cache.tail))
-        cache.index.append(self.pool_index(projected, context, cache.index_tail))
-        return self.choose(projected, context, cache)
-
-    def choose(self, projected: dict[str, Tensor], context: Context, cache: LayerCache) -> EntrySet:
-        """The indexer's choice for every token, from the keys in the cache."""
-        query = projected["index_query"]
-        if self.training:  # keys are read as stored, so the queries are rounded, too, whatever training does
+    def select(self, history: History, context: Context, cache: LayerCache) -> EntrySet:
+        cache.entries.append(self.pool(history, context, cache.tail))
+        cache.index.append(self.pool_index(history, context, cache.index_tail))
+        query = history.index_query
+        assert query is not None
+        if self.training:  # stored keys are rounded whatever training does, so the queries are too
             query = self.precision.round_index(query, training=False)
         chosen = index_topk(
             query,
             cache.index.pages,
             cache.index.layout,
-            projected["head_weights"],
+            history.index_weights,
             visible_entries(context, self.ratio),
             self.config.index_topk,
             self.precision.score_dtype,
-            context.execution.batch_invariant,
+            context.batch_invariant,
         )
         return EntrySet(cache.entries.pages, chosen=chosen)
 
-    def _measure_selection(self, telemetry: Telemetry, teacher: Tensor, scores: Tensor, may_see: Tensor) -> None:
-        """Share of the dense attention mass that the indexer's choice holds, over queries with a real choice."""
+    def _measure_selection(self, aux: AuxOutputs, teacher: Tensor, scores: Tensor, visible: Tensor) -> None:
+        """Measure the share of dense attention mass on selected entries, over queries that see more than k entries."""
         k = self.config.index_topk
-        crowded = (may_see.sum(-1) > k).expand(scores.shape[:2])
+        crowded = (visible.sum(-1) > k).expand(scores.shape[:2])
         if not crowded.any():
             return
-        held = (teacher * self._selected(scores, may_see))[crowded].sum(-1)
+        held = (teacher * self._selected(scores, visible))[crowded].sum(-1)
         best = teacher[crowded].topk(k, dim=-1).values.sum(-1)
         total = teacher[crowded].sum(-1)
-        telemetry.measures["recall_at_k"][self.layer] = (held / total).mean()
-        telemetry.measures["recall_at_k_of_best"][self.layer] = (held / best).mean()
+        aux.metrics["recall_at_k"][self.layer] = (held / total).mean()
+        aux.metrics["recall_at_k_of_best"][self.layer] = (held / best).mean()
 
-
-def indexer_kl(teacher: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
-    """KL(teacher || softmax(scores)) over the permitted entries, averaged over queries that have any.
-
-    teacher [B, S, T]: attention mass on entries out of the joint softmax with window and sink, summed over heads; it
-    is normalised here to the permitted entries (V3.2's rule, adapted to the joint softmax). scores [B, S, T] carry the
-    gradient; mask bool [B or 1, S, T].
-    """
-    has_any = mask.any(-1)
-    target = teacher / teacher.sum(-1, keepdim=True).clamp(min=1e-20)
-    log_choice = scores.masked_fill(~mask, float("-inf")).log_softmax(-1).masked_fill(~mask, 0.0)
-    divergence = (torch.xlogy(target, target) - target * log_choice).sum(-1)
-    counted = has_any.expand_as(divergence)
-    return divergence.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)
+    def split_sizes(self) -> dict[str, tuple[int, ...]]:
+        indexer = self.indexer.compressor.split_sizes()
+        return {**super().split_sizes(), **{f"indexer.compressor.{name}": rows for name, rows in indexer.items()}}

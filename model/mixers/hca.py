@@ -1,25 +1,36 @@
-"""Heavily Compressed Attention: every entry is far coarser than in csa, and all of them are attended (report 2.3)."""
+"""Heavily Compressed Attention: coarse entries, all of which are attended to (report 2.3)."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from kernels.sparse_attention import EntrySet
-from model.cache_parts import LayerCache
-from model.mixers.base import Context
+from model.forward.context import Context
 from model.mixers.compressed import CompressedAttention, entry_mask, visible_entries
+from model.mixers.sliding import History, Projected
+
+if TYPE_CHECKING:
+    from model.cache.layer_cache import LayerCache
+    from model.config import ModelConfig
 
 
 class HeavilyCompressedAttention(CompressedAttention):
     name = "hca"
+    ratio_field = "hca_ratio"
     overlap = False
 
-    def attend(self, projected: dict[str, Tensor], context: Context) -> Tensor:
-        entries = self.pool(projected, context, None)
+    @classmethod
+    def attended_entries(cls, config: ModelConfig, tokens: int) -> int:
+        return tokens // config.hca_ratio
+
+    def attend(self, projected: Projected, context: Context) -> Tensor:
+        entries = self.pool(projected.history, context, None)
         return self.core_attention(projected, entries, entry_mask(context, self.ratio, entries), context)[0]
 
-    def select(self, projected: dict[str, Tensor], context: Context, cache: LayerCache) -> EntrySet | None:
-        cache.entries.append(self.pool(projected, context, cache.tail))
+    def select(self, history: History, context: Context, cache: LayerCache) -> EntrySet | None:
+        cache.entries.append(self.pool(history, context, cache.tail))
         if not any(cache.entries.counts):
             return None
         return EntrySet(cache.entries.pages, visible=visible_entries(context, self.ratio))

@@ -8,18 +8,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import native
-from model.budget import (
+from model.cache import Cache
+from model.config import ModelConfig
+from model.costs import (
     FP8_EQUIVALENT,
+    ablations,
     cache_bytes,
     cache_bytes_per_token,
+    costs_of,
     count_parameters,
+    crossovers,
     decode_work,
     expert_weight_bytes,
+    gqa8_costs,
+    times,
+    v32_costs,
+    waterfall,
 )
-from model.cache import Cache
-from model.comparison import account_of, choices, gqa8_account, regimes, times, v32_account, waterfall
-from model.config import ModelConfig
-from model.muon import MuonAdamW, OptimizerConfig, rule_for
+from model.optim import MuonAdamW, OptimizerConfig, rule_for
 from model.transformer import Transformer
 from tests.model.networks import BF16, EXACT, FP32, build
 
@@ -51,15 +57,15 @@ def giga(account, *, kinds=None, formats=None):
 @pytest.mark.parametrize(("config", "per_token"), [(FLASH, 3514.25), (PRO, 5031.4375)])
 def test_cache_bytes_per_token_are_the_published_ones(config, per_token):
     assert sum(cache_bytes_per_token(config).values()) == per_token
-    assert account_of(config).bytes_per_token == per_token
-    assert v32_account().bytes_per_token == 61 * 788 == 48_068
-    assert gqa8_account(config).bytes_per_token == 4096 * config.num_layers
-    assert 0.0195 < per_token / gqa8_account(config).bytes_per_token < 0.0205
+    assert costs_of(config).bytes_per_token == per_token
+    assert v32_costs().bytes_per_token == 61 * 788 == 48_068
+    assert gqa8_costs(config).bytes_per_token == 4096 * config.num_layers
+    assert 0.0195 < per_token / gqa8_costs(config).bytes_per_token < 0.0205
 
 
 def test_cache_is_as_much_smaller_than_v32_as_published():
-    assert round(48_068 / account_of(FLASH).bytes_per_token, 1) == 13.7
-    assert 9.5 <= 48_068 / account_of(PRO).bytes_per_token < 9.6
+    assert round(48_068 / costs_of(FLASH).bytes_per_token, 1) == 13.7
+    assert 9.5 <= 48_068 / costs_of(PRO).bytes_per_token < 9.6
 
 
 @pytest.mark.parametrize("tokens", [128, 4096, MILLION])
@@ -74,9 +80,9 @@ def test_the_closed_form_is_the_real_cache(config, tokens):
 @pytest.mark.parametrize(
     ("account", "fp8", "bf16", "experts", "index", "core", "raw"),
     [
-        (account_of(FLASH), 8.8, 4.7, 13.0, 90.2, 23.6, 140),
-        (account_of(PRO), 37.2, 12.1, 48.4, 128.8, 76.7, 303),
-        (v32_account(), 70.8, 4.2, 0.0, 1048, 34.8, 1158),
+        (costs_of(FLASH), 8.8, 4.7, 13.0, 90.2, 23.6, 140),
+        (costs_of(PRO), 37.2, 12.1, 48.4, 128.8, 76.7, 303),
+        (v32_costs(), 70.8, 4.2, 0.0, 1048, 34.8, 1158),
     ],
     ids=["flash", "pro", "v3.2"],
 )
@@ -92,9 +98,9 @@ def test_decode_flops_are_those_of_the_recount(account, fp8, bf16, experts, inde
 
 def test_decode_flops_are_as_much_below_v32_as_published():
     assert FP8_EQUIVALENT == {"bf16": 2.0, "fp8": 1.0, "fp4 weights": 1.0, "fp4": 0.5}
-    v32 = v32_account().equivalent(MILLION)
-    assert v32 / account_of(FLASH).equivalent(MILLION) == pytest.approx(9.68, abs=0.01)
-    assert v32 / account_of(PRO).equivalent(MILLION) == pytest.approx(3.65, abs=0.01)
+    v32 = v32_costs().equivalent(MILLION)
+    assert v32 / costs_of(FLASH).equivalent(MILLION) == pytest.approx(9.68, abs=0.01)
+    assert v32 / costs_of(PRO).equivalent(MILLION) == pytest.approx(3.65, abs=0.01)
 
 
 @pytest.mark.parametrize("config", [FLASH, PRO, ModelConfig.from_preset("tiny"), ModelConfig.from_preset("small")])
@@ -164,7 +170,7 @@ def test_formats_follow_the_configuration():
     for fmt in ("bf16", "fp32"):
         assert formats(FLASH.replace(index_format=fmt))["index scores"] == "bf16"
     assert formats(FLASH.replace(qat=False))["routed experts"] == "fp8"
-    assert {w.format for w in gqa8_account(FLASH).work(MILLION)} == {"bf16"}
+    assert {w.format for w in gqa8_costs(FLASH).work(MILLION)} == {"bf16"}
 
 
 # --- parameters
@@ -201,22 +207,22 @@ def test_a_dense_baseline_is_all_active_but_its_embedding():
 def choices_of(config, muon=True):
     model = on_meta(config)
     moved = sum(p.numel() for n, p in model.named_parameters() if rule_for(n, p, "muon") == "muon")
-    return {choice.name: choice for choice in choices(config, count_parameters(model), moved, muon)}
+    return {choice.name: choice for choice in ablations(config, count_parameters(model), moved, muon)}
 
 
 def test_each_choice_taken_away():
-    found, own = choices_of(FLASH), account_of(FLASH)
+    found, own = choices_of(FLASH), costs_of(FLASH)
     assert all(choice.used for choice in found.values()) and len(found) == 5
-    sizes = {name: choice.account.bytes_per_token for name, choice in found.items()}
+    sizes = {name: choice.costs.bytes_per_token for name, choice in found.items()}
     assert sizes == {
         "hybrid attention": 43 * 4096,
         "precision per role": 6880.0,
         "Muon": 3514.25,
         "hyper-connections": 3514.25,
-        "FP4 quantisation-aware training": 3514.25,
+        "FP4 quantization-aware training": 3514.25,
     }
-    less = {name: own.flops(MILLION) - choice.account.flops(MILLION) for name, choice in found.items()}
-    assert less["Muon"] == less["FP4 quantisation-aware training"] == less["precision per role"] == 0
+    less = {name: own.flops(MILLION) - choice.costs.flops(MILLION) for name, choice in found.items()}
+    assert less["Muon"] == less["FP4 quantization-aware training"] == less["precision per role"] == 0
     assert less["hyper-connections"] == giga(own, kinds=["residual"]) * 1e9
     changes = {change.what: change for choice in found.values() for change in choice.changes}
     assert changes["residual stream"].with_choice == 4 * changes["residual stream"].without == 4 * 4096 * 4
@@ -242,7 +248,7 @@ def test_a_baseline_has_nothing_to_take_away():
     config = ModelConfig(layers=("gqa",) * 4, hyper_connections=False, qat=False)
     found = choices_of(config, muon=False).values()
     assert not any(choice.used or choice.changes for choice in found)
-    assert {choice.account.bytes_per_token for choice in found} == {2048.0}
+    assert {choice.costs.bytes_per_token for choice in found} == {2048.0}
     assert [step.name for step in waterfall(config, muon=False)] == ["GQA-8, BF16", "the model's own gqa layers"]
 
 
@@ -262,9 +268,9 @@ def test_a_packed_baseline_is_a_precision_per_role(fmt):
     config = ModelConfig.from_preset("tiny", layers=("gqa", "csa", "gqa"), gqa_format=fmt)
     choice = choices_of(config)["precision per role"]
     plain = sum(cache_bytes_per_token(config.replace(**BF16)).values())
-    assert choice.used and choice.account.bytes_per_token == plain
+    assert choice.used and choice.costs.bytes_per_token == plain
     # The hybrid taken away gives keys and values in BF16, whatever the model's own gqa layers have.
-    assert choices_of(config)["hybrid attention"].account.bytes_per_token == 3 * 4096
+    assert choices_of(config)["hybrid attention"].costs.bytes_per_token == 3 * 4096
     steps = {step.name: step for step in waterfall(config)}
     own = sum(cache_bytes_per_token(config).values())
     assert steps[f"gqa keys and values in {fmt.upper()}"].bytes_per_token == own
@@ -284,14 +290,14 @@ def test_a_model_of_windows_only_has_no_ratio():
     assert times(1.0, 0.0) is None
 
 
-# --- regimes
+# --- crossovers
 
 
 @pytest.mark.parametrize("name", ["tiny", "small", *RELEASES])
 def test_regimes_part_where_they_are_said_to(name):
     config = ModelConfig.from_preset(name)
-    own, page = account_of(config), config.page_tokens
-    found = {regime.key: regime for regime in regimes(config, (v32_account(), gqa8_account(config)))}
+    own, page = costs_of(config), config.page_tokens
+    found = {regime.key: regime for regime in crossovers(config, (v32_costs(), gqa8_costs(config)))}
 
     def cost(n, *kinds, weighted):
         return sum(w.equivalent if weighted else w.flops for w in own.work(n) if w.kind in kinds)
@@ -311,7 +317,7 @@ def test_regimes_part_where_they_are_said_to(name):
 
 
 def test_the_releases_regimes():
-    flash, pro = ({r.key: r for r in regimes(config)} for config in (FLASH, PRO))
+    flash, pro = ({r.key: r for r in crossovers(config)} for config in (FLASH, PRO))
     # "About 32K and 256K": Flash's raw FLOPs, at 31.75K and 224K.
     assert (flash["index"].tokens, flash["attention"].tokens) == (32_512, 229_376)
     assert (pro["index"].tokens, pro["attention"].tokens) == (170_112, 470_272)

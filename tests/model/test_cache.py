@@ -19,14 +19,14 @@ from networks import EXACT, FP32, SMALL, build
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from model.budget import cache_bytes_per_token, fixed_state_bytes
-from model.cache import COMPONENTS, Cache
-from model.cache_file import restore_cache, save_cache
+from model.cache import Cache
+from model.cache.file import restore_cache, save_cache
+from model.cache.pages import PagePool
 from model.config import ModelConfig
+from model.costs import cache_bytes_per_token, fixed_state_bytes
 from model.errors import CacheError
-from model.execution import Execution
+from model.forward.execution import Execution
 from model.generation import prefill
-from model.paging import PagePool
 
 NETWORKS = {
     "hybrid": {},
@@ -97,7 +97,7 @@ class CacheMachine(RuleBasedStateMachine):
         try:
             cache.truncate(target)
         except CacheError as error:
-            assert 0 < target < cache.written[0] - self.rewind, error  # what the rings were ever written to
+            assert 0 < target < cache.high_water_marks[0] - self.rewind, error  # what the rings were ever written to
             assert cache.length == length
         else:
             self.tokens[i] = self.tokens[i][:target]
@@ -172,7 +172,7 @@ def next_logits(model, cache, token=7):
 def test_a_rewind_cannot_be_used_twice():
     cache, _ = filled(MODELS["hybrid"], 60, rewind=5)
     cache.truncate(55)
-    with pytest.raises(CacheError, match=r"cannot truncate from 55 to 50 tokens.*reach back to 5[345] only"):
+    with pytest.raises(CacheError, match=r"cannot truncate from 55 to 50 tokens.*can resume at 5[345] or later only"):
         cache.truncate(50)
     next_logits(MODELS["hybrid"], cache)
     with pytest.raises(CacheError, match="cannot truncate from 56 to 50"):
@@ -339,7 +339,7 @@ def test_bytes_are_the_closed_form_and_follow_the_tokens(rewind, formats):
     cache.advance()
     for name, per_token in cache_bytes_per_token(config).items():
         assert cache.nbytes(name) == 4 * pool.page_tokens * per_token, name
-    assert cache.nbytes() == sum(map(cache.nbytes, COMPONENTS))
+    assert cache.nbytes() == sum(map(cache.nbytes, cache.components))
     cache.truncate(0)
     assert cache.nbytes("csa") == 0 and pool.free_pages == 8
 
@@ -385,7 +385,7 @@ def test_a_forgotten_cache_gives_its_memory_back_at_once():
         twin = cache.fork()
         del cache
         assert pool.free_pages == 2
-        forgotten = weakref.ref(twin.layers[1].window.ring.data)
+        forgotten = weakref.ref(twin.layers[1].window.data)
         del twin
         assert pool.free_pages == 4 and forgotten() is None
     finally:
@@ -452,7 +452,7 @@ def test_a_cache_keeps_no_graph_alive():
     caches = [Cache(model.config, 1, 32, pool=pool) for pool in [PagePool(model.config, pages=8)] * 2]
     for cache in caches:
         model(torch.tensor([[5, 6, 7]]), cache)
-    assert not any(ring.data.requires_grad for ring in caches[0]._rings())
+    assert not any(tensor.requires_grad for tensor in caches[0]._fixed_tensors())
     assert Cache.join(caches).lengths == [3, 3]
 
 

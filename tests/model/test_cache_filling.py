@@ -6,11 +6,12 @@ from networks import SMALL, build
 
 from kernels.cache_io import unpack
 from model.cache import Cache
-from model.cache_file import restore_cache, save_cache
-from model.cache_filling import fill_random
+from model.cache.file import restore_cache, save_cache
+from model.cache.pages import PagePool
+from model.cache.random_fill import fill_random
+from model.cache.ring import Ring
 from model.config import ModelConfig
 from model.errors import CacheError
-from model.paging import PagePool
 
 LAYERS = ("sliding", "csa", "hca", "gqa")
 
@@ -21,12 +22,11 @@ def test_every_row_is_that_of_a_normal_vector(tokens, formats):
     config = ModelConfig(**{**SMALL, "layers": LAYERS, **formats})
     cache = Cache(config, 3, 300)
     fill_random(cache, tokens)
-    assert cache.lengths == [tokens] * 3 == cache.written
+    assert cache.lengths == [tokens] * 3 == cache.high_water_marks
     for layer in cache.layers:
-        for part in vars(layer).values():
-            if hasattr(part, "ring"):
-                rows = part.ring.data
-                values = unpack(rows, part.layout) if rows.dtype == torch.uint8 else rows
+        for part in layer.parts.values():
+            if isinstance(part, Ring):
+                values = unpack(part.data, part.part.layout) if part.data.dtype == torch.uint8 else part.data
             else:
                 values = unpack(part.rows(), part.layout)
                 assert values.shape[1] == tokens // part.ratio
@@ -47,7 +47,7 @@ def test_rows_do_not_repeat_where_memory_allows():
 
 
 def test_a_piece_goes_round_where_it_is_short(monkeypatch):
-    monkeypatch.setattr("model.cache_filling._PIECE_BYTES", 1000)  # less than a page of gqa rows
+    monkeypatch.setattr("model.cache.random_fill._PIECE_BYTES", 1000)  # less than a page of gqa rows
     config = ModelConfig(**{**SMALL, "layers": LAYERS})
     cache = Cache(config, 2, 400)
     fill_random(cache, 400)

@@ -10,11 +10,11 @@ import kernels.index_topk.streamed as streamed
 import model.mixers.csa as csa
 from kernels import native
 from model.cache import Cache
-from model.cache_filling import fill_random
+from model.cache.pages import PagePool
+from model.cache.random_fill import fill_random
 from model.config import ModelConfig
 from model.errors import ConfigError
-from model.execution import TILE, Execution
-from model.paging import PagePool
+from model.forward.execution import TOKEN_TILE, Execution
 from model.transformer import Transformer
 
 NETWORKS = {
@@ -38,7 +38,7 @@ NETWORKS = {
 }
 MODELS = {name: build(**change) for name, change in NETWORKS.items()}
 MOST = 120
-PIECE = st.one_of(st.sampled_from([1, TILE - 1, TILE, TILE + 1, 2 * TILE]), st.integers(1, 50))
+PIECE = st.one_of(st.sampled_from([1, TOKEN_TILE - 1, TOKEN_TILE, TOKEN_TILE + 1, 2 * TOKEN_TILE]), st.integers(1, 50))
 
 
 def read(model, cache, ids, pieces):
@@ -303,7 +303,7 @@ def test_without_a_cache_the_bits_are_those_of_one(mode):
     with torch.inference_mode():
         assert torch.equal(model(ids), alone(model, ids, [7]))
         for refused in ({"attention": "dense"}, {"positions": torch.arange(50).expand(2, 50)}):
-            with pytest.raises(ValueError, match="batch-invariant mode knows no packed documents"):
+            with pytest.raises(ValueError, match="batch-invariant mode has no packed documents"):
                 model(ids, **refused)
 
 

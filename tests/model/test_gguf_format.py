@@ -12,7 +12,7 @@ from gguf.quants import dequantize
 from networks import build
 
 from model.errors import CheckpointError, ConfigError
-from model.gguf_format import export_gguf
+from model.gguf import export_gguf
 
 SHAPES = {"hca_ratio": 128, "index_head_dim": 64, "num_hash_layers": 1, "hidden_size": 64, "expert_size": 32}
 

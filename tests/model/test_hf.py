@@ -17,9 +17,9 @@ from model import checkpoint
 from model.config import CACHE_FORMATS, ModelConfig
 from model.errors import CheckpointError, ConfigError
 from model.hf import export_pretrained, import_pretrained, is_pretrained
-from model.hf_config import read_config, write_config
-from model.hf_names import BLOCK, MODEL, canonical
-from model.shards import INDEX
+from model.hf.config import read_config, write_config
+from model.hf.names import BLOCK, MODEL, canonical
+from model.hf.safetensors_folder import INDEX
 from model.tokenizer import ByteTokenizer, load_tokenizer
 
 transformers.utils.logging.disable_progress_bar()

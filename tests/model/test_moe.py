@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from kernels.swiglu import swiglu
 from model.config import ModelConfig
-from model.mixers.base import Context
+from model.forward.aux_outputs import AuxOutputs
+from model.forward.context import Context
 from model.moe import MixtureOfExperts, hash_table, sequence_balance
 
 CONTEXT = Context(torch.zeros(1, 1, dtype=torch.int64), {})
@@ -16,7 +19,7 @@ def build(layer=1, **overrides):
     for p in moe.parameters():
         torch.nn.init.normal_(p, std=0.5)
     with torch.no_grad():
-        moe.reset(0.5)
+        moe.init_weights(0.5)
     return moe
 
 
@@ -45,8 +48,9 @@ def test_hash_layers_route_by_token_id():
     assert load.min() > 0.9 * load.mean()
     assert not torch.equal(hash_table(258, 4, 2, 0), hash_table(258, 4, 2, 1))
     x, ids = torch.randn(1, 4, 16), torch.tensor([[7, 7, 8, 9]])
-    moe.train()(x, ids, CONTEXT)
-    assert moe.expert_load.tolist() == torch.bincount(table[ids].flatten(), minlength=4).tolist()
+    aux = AuxOutputs()
+    moe.train()(x, ids, replace(CONTEXT, aux=aux))
+    assert aux.expert_load[0].tolist() == torch.bincount(table[ids].flatten(), minlength=4).tolist()
 
 
 def test_balance_loss_is_one_when_even_and_more_when_not():
@@ -76,8 +80,8 @@ def test_gradients_are_those_of_every_expert_over_every_token():
     x, ids = torch.randn(2, 9, 16), torch.zeros(2, 9, dtype=torch.int64)
 
     def as_written(x):
-        routed = moe.route(x, ids)
-        gains = torch.zeros_like(routed["logits"]).scatter(-1, routed["chosen"], routed["weights"])
+        logits, chosen, weights = moe.route(x, ids, CONTEXT)
+        gains = torch.zeros_like(logits).scatter(-1, chosen, weights)
         inner = swiglu(*(torch.einsum("bsh,eih->bsei", x, w) for w in (moe.w1, moe.w3)), 10.0)
         return torch.einsum("bsei,ehi,bse->bsh", inner, moe.w2, gains)
 
@@ -97,7 +101,7 @@ def test_narrow_products_in_filled_up_rows_are_those_of_the_rows(qat, monkeypatc
     x, ids = torch.randn(2, 21, 32), torch.zeros(2, 21, dtype=torch.int64)
     results = []
     for rows in (1, 8):
-        monkeypatch.setattr("model.moe._ROWS", rows)
+        monkeypatch.setattr("model.moe._PAD_TO", rows)
         moe.zero_grad()
         leaf = x.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):

@@ -9,15 +9,15 @@ from kernels.rms_norm import rms_normalize
 from model import checkpoint
 from model.config import ModelConfig
 from model.errors import ConfigError
-from model.muon import MuonAdamW, OptimizerConfig
-from model.telemetry import Telemetry
+from model.forward.aux_outputs import AuxOutputs
+from model.optim import MuonAdamW, OptimizerConfig
 from model.transformer import Transformer
 
 
 def ahead(model, ids):
-    telemetry = Telemetry(predict_ahead=True)
-    logits = model(ids, telemetry=telemetry)
-    return logits, telemetry.mtp_logits
+    aux = AuxOutputs(predict_ahead=True)
+    logits = model(ids, aux=aux)
+    return logits, aux.mtp_logits
 
 
 def test_it_sees_up_to_the_next_token_and_no_further():
@@ -55,7 +55,7 @@ def test_its_input_is_the_sum_of_two_projections(hyper):
         streams = torch.randn(1, 7, 4, 32) if hyper else torch.randn(1, 7, 32)
         ids = torch.randint(0, 50, (1, 7))
         embedding = model.embed(ids)
-        context = model._context(ids, None, None, "sparse", None)
+        context = model._context(ids, None, None, "sparse", None, None)
         found = module.hidden(streams, embedding, ids, context)
         from_token = module.e_proj(rms_normalize(embedding, 1e-6) * module.enorm.weight)
         from_past = module.h_proj(rms_normalize(streams, 1e-6) * module.hnorm.weight)
@@ -111,7 +111,7 @@ def test_it_is_saved_and_loaded(tmp_path):
 
 def test_asking_in_vain_is_an_error():
     with pytest.raises(ValueError, match="mtp_layers is 0"):
-        build()(torch.zeros(1, 4, dtype=torch.int64), telemetry=Telemetry(predict_ahead=True))
+        build()(torch.zeros(1, 4, dtype=torch.int64), aux=AuxOutputs(predict_ahead=True))
     with pytest.raises(ConfigError, match=r"model\.mtp_layers: must be 0 or 1, found 2"):
         ModelConfig(mtp_layers=2)
 

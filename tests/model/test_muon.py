@@ -8,8 +8,8 @@ from torch import nn
 from kernels.newton_schulz import newton_schulz
 from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
-from model.muon import MuonAdamW, OptimizerConfig, rule_for
-from model.muon_reference import adamw_step, muon_step
+from model.optim import MuonAdamW, OptimizerConfig, rule_for
+from model.optim.reference import adamw_step, muon_step
 from model.transformer import Transformer
 
 
@@ -24,7 +24,7 @@ def test_the_rate_shown_for_the_indexers_is_that_of_their_matrices():
         ("muon", {"muon": 0.5, "adamw": 0.25, "indexer": 0.5}),
         ("adamw", {"adamw": 0.25, "indexer": 0.25}),
     ):
-        optimizer = MuonAdamW(model.named_parameters(), replace(config, rule=rule), model.fused_rows())
+        optimizer = MuonAdamW(model.named_parameters(), replace(config, rule=rule), model.split_sizes())
         assert optimizer.rates() == rates
 
 
@@ -55,10 +55,10 @@ def test_roles_get_the_published_rules():
 @pytest.mark.parametrize("batch", [1, 700, 1 << 22])
 def test_the_optimizer_is_its_readable_twin(batch, monkeypatch):
     """Every parameter of a network: experts, output groups and the parts of fused projections each alone."""
-    monkeypatch.setattr("model.muon._BATCH", batch)
+    monkeypatch.setattr("model.optim.muon_adamw._BATCH", batch)
     model = tiny()
     config = OptimizerConfig(learning_rate=0.02, adamw_learning_rate=0.01, eps=1e-8, ns_dtype="float32")
-    fused = model.fused_rows()
+    fused = model.split_sizes()
     optimizer = MuonAdamW(model.named_parameters(), config, fused)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     state = {name: [torch.zeros_like(w), torch.zeros_like(w)] for name, w in weights.items()}
@@ -86,7 +86,7 @@ def test_the_optimizer_is_its_readable_twin(batch, monkeypatch):
 
 @pytest.mark.parametrize(("fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
 def test_auto_is_the_faster_type_of_the_parameters_device(fast, dtype, monkeypatch):
-    monkeypatch.setattr("model.muon.multiplies_bf16_fast", lambda device: fast and device.type == "cpu")
+    monkeypatch.setattr("model.optim.config.multiplies_bf16_fast", lambda device: fast and device.type == "cpu")
     parameter = nn.Parameter(torch.randn(5, 7))
     assert MuonAdamW([("w", parameter)], OptimizerConfig()).config.ns_dtype == dtype
     assert MuonAdamW([("w", parameter)], OptimizerConfig(ns_dtype="float32")).config.ns_dtype == "float32"
@@ -99,7 +99,7 @@ def test_an_update_has_the_size_of_an_adamw_step():
 
 def test_fused_projections_are_told_apart():
     model = tiny()
-    fused, parameters = model.fused_rows(), dict(model.named_parameters())
+    fused, parameters = model.split_sizes(), dict(model.named_parameters())
     assert all(sum(rows) == parameters[name].shape[-2] for name, rows in fused.items())
     assert fused["layers.1.attn.compressor.wkv.weight"] == (16, 16)
     assert fused["layers.1.attn.indexer.compressor.wgate.weight"] == (16, 16)
@@ -114,7 +114,7 @@ def test_parts_too_small_for_muon_go_to_adamw():
     model = tiny(hc_mult=1)
     rules = {
         name: group["rule"]
-        for group in MuonAdamW(model.named_parameters(), OptimizerConfig(), model.fused_rows()).param_groups
+        for group in MuonAdamW(model.named_parameters(), OptimizerConfig(), model.split_sizes()).param_groups
         for name in group["names"]
     }
     assert rules["layers.0.attn_residual.fn"] == "adamw" and rules["layers.0.attn.wq_a.weight"] == "muon"

@@ -11,10 +11,9 @@ from tolerances import one_by_one
 from torch import nn
 
 from kernels.newton_schulz import newton_schulz
-from model import muon
-from model.muon import MuonAdamW, OptimizerConfig
-from model.muon_exchange import assign
-from model.sharding import is_sharded, local, span_of
+from model.distributed.dtensor import is_sharded, range_of, to_local
+from model.optim import MuonAdamW, OptimizerConfig, muon_adamw
+from model.optim.exchange import assign
 
 SHAPES = {
     "square": (16, 16),
@@ -58,7 +57,7 @@ def _rank(rank, world, folder):
         done.add_(len(matrices))
         return newton_schulz(matrices, *arguments)
 
-    muon.newton_schulz = one_by_one(counted)
+    muon_adamw.newton_schulz = one_by_one(counted)
     mesh = init_device_mesh("cpu", (world,))
 
     def place(tensor):
@@ -73,9 +72,11 @@ def _rank(rank, world, folder):
             state = optimizer.state_tensors()
             whole = {name: p.full_tensor().detach() for name, p in named.items()}
             for name, p in named.items():
-                span = span_of(p.shape[0], rank, world)
-                assert len(local(p)) == span.end - span.begin
-                assert all(value.shape == local(p).shape for key, value in state.items() if key == f"{name}/momentum")
+                span = range_of(p.shape[0], rank, world)
+                assert len(to_local(p)) == span.end - span.begin
+                assert all(
+                    value.shape == to_local(p).shape for key, value in state.items() if key == f"{name}/momentum"
+                )
         else:
             optimizer = optimized(named, config, True)
             whole = {name: p.detach() for name, p in named.items()}
@@ -97,7 +98,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ranks_that_divide_the_matrices_make_the_update_of_one(folder, monkeypatch, dtype):
     """To the last bit, as every matrix is orthogonalized alone: ranks batch them otherwise than one process does."""
-    monkeypatch.setattr(muon, "newton_schulz", one_by_one(newton_schulz))
+    monkeypatch.setattr(muon_adamw, "newton_schulz", one_by_one(newton_schulz))
     named = parameters()
     state = optimized(named, OptimizerConfig(ns_dtype=dtype)).state_tensors()
     for rank in range(WORLD):

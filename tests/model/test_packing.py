@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from networks import EXACT, build
 
-from model.documents import PackedDocuments
-from model.telemetry import Telemetry
+from model.forward.aux_outputs import AuxOutputs
+from model.forward.packing import PackedDocuments
 
 # Around the ratios (4 and 12) and the window (6), shorter than all of them, and one without a single whole block.
 LENGTHS = ((17, 1, 4, 29, 3), (3, 2, 1), (12, 11, 13), (40,), (1, 1, 24, 6, 7, 5))
@@ -31,16 +31,16 @@ def pack(rows, width, vocab=50, seed=0):
 def test_every_document_comes_out_as_if_alone(layers, attention):
     model = build(layers=layers, mtp_layers=1, **EXACT)
     documents, ids, positions = pack(LENGTHS, width=60)
-    packed = Telemetry(predict_ahead=True)
+    packed = AuxOutputs(predict_ahead=True)
     with torch.inference_mode():
-        logits = model(ids, positions=positions, attention=attention, telemetry=packed)
+        logits = model(ids, positions=positions, attention=attention, aux=packed)
         assert logits.isfinite().all()
         for row, parts in enumerate(documents):
             start = 0
             for part in parts:
                 end = start + len(part)
-                alone = Telemetry(predict_ahead=len(part) > 1)
-                expected = model(part[None], attention=attention, telemetry=alone)
+                alone = AuxOutputs(predict_ahead=len(part) > 1)
+                expected = model(part[None], attention=attention, aux=alone)
                 torch.testing.assert_close(logits[row : row + 1, start:end], expected, rtol=1e-4, atol=1e-5)
                 if len(part) > 1:
                     ahead = packed.mtp_logits[row : row + 1, start : end - 1]
@@ -57,18 +57,19 @@ def test_gradients_and_auxiliary_losses_are_those_of_the_documents_alone():
         model.zero_grad()
         return found
 
-    telemetry = Telemetry()
-    logits = model(ids, positions=positions, telemetry=telemetry)
+    aux = AuxOutputs()
+    logits = model(ids, positions=positions, aux=aux)
     counted = positions >= 0
     F.cross_entropy(logits[counted], ids[counted], reduction="sum").backward()
-    together, load = gradients(), [m.expert_load.clone() for m in model.moe_layers()]
-    kl = telemetry.losses["indexer_kl"][1].item()
-    for layer in model.moe_layers():
-        layer.expert_load.zero_()
+    together = gradients()
+    kl = aux.losses["indexer_kl"][1].item()
     divergence = queries = 0
+    loads = {layer: torch.zeros_like(load) for layer, load in aux.expert_load.items()}
     for part in (part for parts in documents for part in parts):
-        alone = Telemetry()
-        F.cross_entropy(model(part[None], telemetry=alone)[0], part, reduction="sum").backward()
+        alone = AuxOutputs()
+        F.cross_entropy(model(part[None], aux=alone)[0], part, reduction="sum").backward()
+        for layer, load in alone.expert_load.items():
+            loads[layer] += load
         n = max(0, len(part) - 3)  # queries that see an entry of 4 tokens
         if n:
             divergence += alone.losses["indexer_kl"][1].item() * n
@@ -79,8 +80,8 @@ def test_gradients_and_auxiliary_losses_are_those_of_the_documents_alone():
         torch.testing.assert_close(
             together[name], gradient, rtol=1e-3, atol=2e-4, msg=lambda m, name=name: f"{name}: {m}"
         )
-    for found, layer in zip(load, model.moe_layers()):
-        assert torch.equal(found, layer.expert_load)
+    assert len(loads) == len(model.layers)
+    assert all(torch.equal(load, aux.expert_load[layer]) for layer, load in loads.items())
     assert kl == pytest.approx(divergence / queries, rel=1e-4)
 
 
@@ -89,9 +90,9 @@ def test_padding_takes_part_in_no_loss():
     _, ids, positions = pack(((30, 11),), width=60)
     losses = []
     for padding in (0, 17):
-        telemetry = Telemetry()
-        model(torch.where(positions < 0, padding, ids), positions=positions, telemetry=telemetry)
-        losses.append([telemetry.loss("balance").item(), telemetry.loss("indexer_kl").item()])
+        aux = AuxOutputs()
+        model(torch.where(positions < 0, padding, ids), positions=positions, aux=aux)
+        losses.append([aux.loss("balance").item(), aux.loss("indexer_kl").item()])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # the padding's experts give products other shapes
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from model.checkpoint.rank_shards import Part, Parts, read
+from model.distributed.dtensor import RowRange, range_of
 from model.errors import CheckpointError
-from model.parts import Part, Parts, read
-from model.sharding import Span, span_of
 
 TENSORS = {
     "wide": torch.arange(35.0).view(7, 5),
@@ -22,7 +22,7 @@ SHARDED = ("wide", "flat", "stack")
 
 
 def rows_of(rank, world):
-    return {name: span_of(len(TENSORS[name]), rank, world) for name in SHARDED}
+    return {name: range_of(len(TENSORS[name]), rank, world) for name in SHARDED}
 
 
 def mine(spans):
@@ -52,10 +52,10 @@ def test_any_number_of_readers_find_their_rows(tmp_path, writers, readers):
 
 def test_rows_of_a_single_file(tmp_path):
     save_file(TENSORS, tmp_path / "model.safetensors")
-    found = read(tmp_path / "model.safetensors", None, {"wide": Span(2, 4, 7)}.get)
+    found = read(tmp_path / "model.safetensors", None, {"wide": RowRange(2, 4, 7)}.get)
     assert torch.equal(found["wide"], TENSORS["wide"][2:4]) and torch.equal(found["norm"], TENSORS["norm"])
     with pytest.raises(CheckpointError, match=r"'wide' has 7 rows, expected 9"):
-        read(tmp_path / "model.safetensors", None, {"wide": Span(2, 4, 9)}.get)
+        read(tmp_path / "model.safetensors", None, {"wide": RowRange(2, 4, 9)}.get)
 
 
 @pytest.mark.parametrize(

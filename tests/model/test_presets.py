@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
-from model.budget import cache_bytes_per_token, count_parameters
 from model.cache import Cache
 from model.config import ModelConfig
+from model.costs import cache_bytes_per_token, count_parameters
 from model.errors import ConfigError
-from model.presets import LEAST_DEPTH, MOST_DEPTH, PRESETS
+from model.presets import MAX_DEPTH, MIN_DEPTH, PRESETS
 from model.transformer import Transformer
 
 SHARED = {
@@ -94,7 +94,7 @@ def test_depth_43_is_flash():
     assert ModelConfig.from_dict({"depth": 43, "window": 64}) == ModelConfig.from_preset("v4-flash", window=64)
 
 
-DEPTHS = range(LEAST_DEPTH, MOST_DEPTH + 1)
+DEPTHS = range(MIN_DEPTH, MAX_DEPTH + 1)
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -138,7 +138,7 @@ def test_every_derived_number_can_be_overridden():
 
 def test_the_smallest_member_runs():
     torch.manual_seed(0)
-    model = Transformer(ModelConfig.from_depth(LEAST_DEPTH, vocab_size=64, num_experts=8)).eval()
+    model = Transformer(ModelConfig.from_depth(MIN_DEPTH, vocab_size=64, num_experts=8)).eval()
     ids = torch.randint(64, (1, 140))
     with torch.inference_mode():
         whole = model(ids)

@@ -7,18 +7,18 @@ from networks import build
 
 from kernels import hyper_connections
 from kernels.hyper_connections import recomputed
-from model.telemetry import Telemetry
+from model.forward.aux_outputs import AuxOutputs
 
 LAYERS = ("sliding", "csa", "hca")
 
 
 def objective(model, ids, positions, attention):
-    telemetry = Telemetry(predict_ahead=True)
+    aux = AuxOutputs(predict_ahead=True)
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model(ids[:, :-1], positions=positions, attention=attention, telemetry=telemetry)
+        logits = model(ids[:, :-1], positions=positions, attention=attention, aux=aux)
     loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-    ahead = F.cross_entropy(telemetry.mtp_logits.flatten(0, 1), ids[:, 2:].flatten())
-    return loss + ahead + telemetry.loss("indexer_kl") + telemetry.loss("balance")
+    ahead = F.cross_entropy(aux.mtp_logits.flatten(0, 1), ids[:, 2:].flatten())
+    return loss + ahead + aux.loss("indexer_kl") + aux.loss("balance"), aux
 
 
 @pytest.mark.parametrize("attention", ["sparse", "dense"])
@@ -28,11 +28,11 @@ def test_gradients_and_counts_are_those_of_a_kept_pass(attention):
     found = []
     for recompute in (False, True):
         model = build(layers=LAYERS, num_hash_layers=1, mtp_layers=1).train()
-        model.recompute = recompute
-        loss = objective(model, ids, positions, attention)
+        model.activation_checkpointing = recompute
+        loss, aux = objective(model, ids, positions, attention)
         loss.backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        found.append((loss, gradients, model.rounded_tensors(), [m.expert_load for m in model.moe_layers()]))
+        found.append((loss, gradients, aux.rounded, list(aux.expert_load.values())))
     (loss, kept, rounded, loads), (again, made, rounded_again, loads_again) = found
     assert torch.equal(loss, again) and kept.keys() == made.keys()
     for name in kept:
@@ -44,14 +44,14 @@ def test_gradients_and_counts_are_those_of_a_kept_pass(attention):
 def test_the_second_pass_reports_nothing():
     """What it reported would hold on to all that it makes, layer after layer, until the step is over."""
     model = build(layers=LAYERS).train()
-    model.recompute = True
+    model.activation_checkpointing = True
     ids = torch.randint(50, (2, 49), generator=torch.Generator().manual_seed(1))
-    telemetry = Telemetry()
-    logits = model(ids[:, :-1], telemetry=telemetry)
-    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()) + telemetry.loss("indexer_kl")
-    reported = [*telemetry.losses["indexer_kl"].values(), *telemetry.losses["balance"].values()]
+    aux = AuxOutputs()
+    logits = model(ids[:, :-1], aux=aux)
+    loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()) + aux.loss("indexer_kl")
+    reported = [*aux.losses["indexer_kl"].values(), *aux.losses["balance"].values()]
     loss.backward()
-    left = [*telemetry.losses["indexer_kl"].values(), *telemetry.losses["balance"].values()]
+    left = [*aux.losses["indexer_kl"].values(), *aux.losses["balance"].values()]
     assert reported and all(a is b for a, b in zip(left, reported, strict=True))
 
 
@@ -59,13 +59,13 @@ def test_the_second_pass_reports_nothing():
 def test_streams_between_a_layers_halves_are_computed_again(monkeypatch, recompute, products):
     """Products of a layer in the backward pass. Where the layer is made again, so are all its streams, once."""
     model = build(layers=LAYERS).train()
-    model.recompute = recompute
-    assert all(block.recomputes_streams != recompute for block in model.layers)  # what one keeps, the other would hold
+    model.activation_checkpointing = recompute
+    assert all(block.recompute_streams != recompute for block in model.layers)  # what one keeps, the other would hold
     logits = model(torch.randint(50, (1, 16)))
     made = []
     expand = hyper_connections.expand
     monkeypatch.setattr(recomputed.hyper_connections, "expand", lambda *given: made.append(given) or expand(*given))
-    monkeypatch.setattr("model.hyper_connections.expand", hyper_connections.expand)
+    monkeypatch.setattr("model.layers.hyper_connections.expand", hyper_connections.expand)
     logits.sum().backward()
     assert len(made) == products * len(LAYERS)
 
@@ -76,7 +76,7 @@ def test_only_the_layers_inputs_are_kept():
 
     def held(layers, recompute):
         model = build(layers=layers).train()
-        model.recompute = recompute
+        model.activation_checkpointing = recompute
         kept = {}
 
         def pack(x):

@@ -12,7 +12,7 @@ from transformers import DeepseekV4ForCausalLM, FineGrainedFP8Config
 from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
 from model.hf import export_pretrained, import_pretrained, tensor_bytes
-from model.shards import INDEX, list_tensors
+from model.hf.safetensors_folder import INDEX, list_tensors
 from model.transformer import Transformer
 
 transformers.utils.logging.disable_progress_bar()

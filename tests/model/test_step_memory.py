@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from kernels import native
 from model.cache import Cache
-from model.cache_filling import fill_random
-from model.execution import Execution
+from model.cache.random_fill import fill_random
+from model.forward.execution import Execution
 
 
 @pytest.fixture(autouse=True)

@@ -7,14 +7,15 @@ import torch
 from networks import BF16, EXACT, SMALL, build
 
 from kernels.cache_io import pack, unpack
-from model.budget import cache_bytes, cache_bytes_per_token, fixed_state_bytes
 from model.cache import Cache
 from model.config import CACHE_FORMATS, ModelConfig
+from model.costs import cache_bytes, cache_bytes_per_token, fixed_state_bytes
 from model.errors import CacheError, ConfigError
+from model.forward.aux_outputs import AuxOutputs
+from model.forward.context import Context
 from model.generation import prefill
-from model.mixers.base import Context
+from model.mixers.gqa import GroupedQueryAttention
 from model.precision import Precision
-from model.telemetry import Telemetry
 
 SCHEDULES = {
     "hybrid": ("sliding", "csa", "hca", "csa"),
@@ -104,27 +105,22 @@ def test_cached_values_are_the_training_forwards_bit_for_bit(mixer, formats):
     precision = model.layers[0].attn.precision
     seen = {"main": [], "index": [], "gqa": []}
 
-    def spied(role):
-        original = getattr(precision, f"round_{role}")
+    original = precision.round_to
 
-        def spy(x, training):
-            out = original(x, training)
-            seen[role].append(out.detach())
-            assert (out is x or torch.equal(out, x)) == (not changes(role)), role
-            return out
-
-        return spy
+    def spy(x, role, layout, training, aux=None):
+        out = original(x, role, layout, training, aux)
+        seen[role].append(out.detach())
+        assert (out is x or torch.equal(out, x)) == (not changes(role)), role
+        return out
 
     def changes(role):
         fields = {"main": ("kv_format", "rope_format"), "index": ("index_format",), "gqa": ("gqa_format",)}[role]
         return any(getattr(model.config, field) != "fp32" for field in fields)
 
-    for role in seen:
-        setattr(precision, f"round_{role}", spied(role))
+    precision.round_to = spy
     with torch.no_grad():
         model.train()(ids)
-        for role in seen:
-            delattr(precision, f"round_{role}")
+        del precision.round_to
         cache = Cache(model.config, 1, 80)
         model.eval()(ids, cache)
     layer = cache.layers[0]
@@ -136,7 +132,7 @@ def test_cached_values_are_the_training_forwards_bit_for_bit(mixer, formats):
         assert torch.equal(stored(layer.entries), seen["gqa"][0])
         return
     window = model.config.window
-    kept = unpack(layer.window.ring.read(cache.starts, window), layer.window.layout)
+    kept = unpack(layer.window.read(window), layer.window.part.layout)
     assert torch.equal(kept, seen["main"][0][:, -window:])
     if mixer != "sliding":
         assert torch.equal(stored(layer.entries), seen["main"][1])
@@ -149,11 +145,17 @@ def test_cached_values_are_the_training_forwards_bit_for_bit(mixer, formats):
 def test_every_layout_stores_what_training_rounds_to(body):
     for formats in itertools.product(FORMATS, ("bf16", "fp32"), FORMATS, FORMATS):
         sizes = {"head_dim": body + 8, "index_head_dim": 128, "layers": ("csa", "gqa")}
-        precision = Precision(ModelConfig(**{**SMALL, **sizes, **dict(zip(CACHE_FORMATS, formats))}))
+        config = ModelConfig(**{**SMALL, **sizes, **dict(zip(CACHE_FORMATS, formats))})
+        precision = Precision(config)
+        layouts = {
+            "main": precision.main_layout,
+            "index": precision.index_layout,
+            "gqa": GroupedQueryAttention.layout(config),
+        }
         for role in ("main", "index", "gqa"):
-            layout = getattr(precision, f"{role}_layout")
+            layout = layouts[role]
             x = torch.randn(3, layout.size) * torch.logspace(-3, 2, layout.size)  # neighbours that share no scale
-            rounded = getattr(precision, f"round_{role}")(x, training=True)
+            rounded = precision.round_to(x, role, layout, training=True)
             rows = pack(x, layout)
             assert rows.shape == (3, layout.nbytes)
             assert torch.equal(unpack(rows, layout), rounded), (formats, role)
@@ -173,15 +175,15 @@ def test_one_softmax_over_fewer_entries_than_topk_is_dense():
 def test_the_indexer_learns_from_its_own_loss_only():
     model = build().train()
     ids = torch.randint(0, 50, (2, 60))
-    telemetry = Telemetry()
-    logits = model(ids, attention="sparse", telemetry=telemetry)
+    aux = AuxOutputs()
+    logits = model(ids, attention="sparse", aux=aux)
     indexer = {n: p for n, p in model.named_parameters() if ".indexer." in n}
     others = {n: p for n, p in model.named_parameters() if ".indexer." not in n}
     logits.square().mean().backward(retain_graph=True)
     assert all(p.grad is None for p in indexer.values())
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in others.values())
     model.zero_grad()
-    telemetry.loss("indexer_kl").backward()
+    aux.loss("indexer_kl").backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in indexer.values())
     assert all(p.grad is None for p in others.values())
 
@@ -192,13 +194,13 @@ def test_the_indexer_can_fit_its_teacher():
     optimizer = torch.optim.AdamW(model.indexer_parameters(), lr=1e-2)
     losses = []
     for _ in range(60):
-        telemetry = Telemetry(measure_selection=True)
-        model(ids, attention="dense", telemetry=telemetry)
-        loss = telemetry.loss("indexer_kl")
+        aux = AuxOutputs(measure_selection=True)
+        model(ids, attention="dense", aux=aux)
+        loss = aux.loss("indexer_kl")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(telemetry.by_layer(("indexer_kl", "recall_at_k", "recall_at_k_of_best")))
+        losses.append(aux.by_layer(("indexer_kl", "recall_at_k", "recall_at_k_of_best")))
     assert losses[-1]["indexer_kl"] < 0.5 * losses[0]["indexer_kl"]
     assert losses[-1]["recall_at_k_of_best"] > losses[0]["recall_at_k_of_best"]
     assert all(0 <= m["recall_at_k"] <= m["recall_at_k_of_best"] <= 1 + 1e-6 for m in losses)
@@ -233,8 +235,9 @@ def test_cache_bytes_are_the_closed_form(tokens, layers, formats):
     page = config.page_tokens
     rounded = -(-tokens // page) * page
     assert cache.nbytes() == pytest.approx(3 * cache_bytes(config, rounded), rel=1e-12)
-    assert cache.nbytes("window") == 3 * fixed_state_bytes(config)["window"]
-    assert sum(cache.nbytes(c) for c in ("csa", "hca", "index", "gqa", "window", "tail")) == cache.nbytes()
+    for component, size in fixed_state_bytes(config).items():
+        assert cache.nbytes(component) == 3 * size
+    assert sum(map(cache.nbytes, cache.components)) == cache.nbytes()
 
 
 def test_released_bytes_per_token():
@@ -333,11 +336,11 @@ def test_bf16_weights_halve_the_matrices_and_leave_what_decides_alone():
     exact = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     experts = [m.stored_experts() for m in model.moe_layers()]
     ids = torch.randint(0, SMALL["vocab_size"], (1, 40))
-    with pytest.raises(ValueError, match=r"store_weights: expected a floating-point type, found torch\.int8"):
-        model.store_weights(torch.int8)
+    with pytest.raises(ValueError, match=r"cast_weights: expected a floating-point type, found torch\.int8"):
+        model.cast_weights(torch.int8)
     with torch.inference_mode():
         before = model(ids)
-        model.store_weights(torch.bfloat16)
+        model.cast_weights(torch.bfloat16)
         after = model(ids)
         cache = Cache(model.config, 1, 40)
         decoded = torch.cat([model(token, cache) for token in ids.split(1, dim=1)], dim=1)

@@ -1,0 +1,85 @@
+"""Batch-invariant execution of a layer: all sums run at one fixed shape (:class:`model.forward.execution.Execution`).
+
+Token-wise functions run in tiles of one size, attention token by token (:mod:`model.mixers.batch_invariant`), and an
+expert over a whole tile as soon as one of its tokens chose it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from model.errors import ConfigError
+from model.feed_forward import DenseFeedForward
+from model.forward.context import Context
+from model.forward.execution import in_tiles, split_tokens
+from model.moe import MixtureOfExperts
+
+if TYPE_CHECKING:
+    from model.block import Block
+    from model.cache.layer_cache import LayerCache
+    from model.config import ModelConfig
+
+
+def check_widths(config: ModelConfig) -> None:
+    """Raise ConfigError for layers or widths that have no batch-invariant mode."""
+    names = ["hidden_size", "expert_size" if config.ffn == "moe" else "ffn_size"]
+    for mixer in dict.fromkeys(config.mixers):
+        if mixer.batch_invariant_widths is None:
+            raise ConfigError(f"execution: layers of '{mixer.name}' have no batch-invariant mode")
+        names += mixer.batch_invariant_widths
+    for name in names:
+        if getattr(config, name) % 4:
+            # A CPU library sums some rows of a product in another order, only at widths that 4 does not divide.
+            raise ConfigError(
+                f"execution: batch-invariant needs widths that are multiples of 4, model.{name} is "
+                f"{getattr(config, name)}"
+            )
+
+
+def run_block(block: Block, streams: Tensor, input_ids: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
+    """Compute :meth:`model.block.Block.forward`, outside training."""
+    rotation = context.rotation.get(block.attn.name)
+
+    def before_mixing(streams: Tensor, rotation: Tensor) -> tuple:
+        x, mixing = block.attn_residual.enter(streams)
+        return mixing, block.attn.project(block.attn_norm(x), rotation, context, cache is not None)
+
+    def before_ffn(streams: Tensor, mixing: tuple, mixed: Tensor, rotation: Tensor) -> tuple:
+        between = block.attn_residual.leave(streams, mixing, block.attn.output(mixed, rotation))
+        x, mixing = block.ffn_residual.enter(between)
+        return between, mixing, block.ffn_norm(x)
+
+    mixing, projected = in_tiles(before_mixing, streams, rotation)
+    mixed = block.attn.mix(projected, context, cache)
+    streams, mixing, x = in_tiles(before_ffn, streams, mixing, mixed, rotation)
+    run = _run_dense if isinstance(block.ffn, DenseFeedForward) else _run_experts
+    out = run(block.ffn, x, input_ids, context)  # type: ignore[operator]
+    return in_tiles(block.ffn_residual.leave, streams, mixing, out)
+
+
+def _run_dense(ffn: DenseFeedForward, x: Tensor, input_ids: Tensor, context: Context) -> Tensor:
+    return in_tiles(ffn, x)
+
+
+def _run_experts(moe: MixtureOfExperts, x: Tensor, input_ids: Tensor, context: Context) -> Tensor:
+    """Run every expert over whole tiles. An expert adds zeros to tokens that did not choose it, which changes no
+    bit."""
+
+    def route(x: Tensor, input_ids: Tensor) -> tuple:
+        _, expert_ids, weights = moe.route(x, input_ids, context)
+        return expert_ids, weights, torch.zeros_like(x) if moe.shared is None else moe.shared(x)
+
+    expert_ids, weights, shared = in_tiles(route, x, input_ids)
+    experts = moe.each_expert(context)
+    outputs = []
+    for rows, picks, gains in zip(*(split_tokens(t.flatten(0, 1)) for t in (x, expert_ids, weights))):
+        out = torch.zeros_like(rows)
+        for expert in picks.unique().tolist():
+            gain = (gains * (picks == expert)).sum(-1, keepdim=True)
+            out = out + moe.run_expert(rows, gain, *experts[expert])
+        outputs.append(out)
+    routed = torch.cat(outputs)[: x.shape[0] * x.shape[1]].view(x.shape)
+    return routed if moe.shared is None else routed + shared

@@ -1,0 +1,249 @@
+"""The mixed-precision cache: packed compressed entries in pages, plus a fixed-size state per sequence.
+
+Growing parts hold one packed row per entry, in pages of a pool (:mod:`model.cache.pages`). The fixed state is, per
+layer, the sliding window (packed like entries) and, per compressor, the projected rows of the newest tokens: what
+unfinished blocks and overlaps still need. What is read back equals what training's fake quantisation produced, bit for
+bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from model.cache.layer_cache import FixedState, LayerCache
+from model.cache.pages import PagePool, PageTable
+from model.errors import CacheError
+
+if TYPE_CHECKING:
+    from model.config import ModelConfig
+
+
+class Cache:
+    """State of ``batch_size`` sequences, each of its own length, for :class:`model.transformer.Transformer`.
+
+    Without a ``pool`` room for ``max_tokens`` per sequence is allocated at once; with one, pages are taken from it as
+    tokens come, and :meth:`release` gives them back. ``rewind`` is how many of the newest tokens :meth:`truncate` can
+    always take back; it makes the fixed state that much longer.
+
+    Raises CacheError for sizes that cannot be, or beyond the model's positions.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        max_tokens: int,
+        device: str | torch.device = "cpu",
+        *,
+        pool: PagePool | None = None,
+        rewind: int = 0,
+    ):
+        if batch_size < 1 or max_tokens < 1 or rewind < 0:
+            raise CacheError(
+                "a cache needs at least 1 sequence, 1 token and a rewind of 0, "
+                f"asked for {batch_size}, {max_tokens} and {rewind}"
+            )
+        if max_tokens > config.max_positions:
+            raise CacheError(f"{max_tokens} tokens exceed the model's max_positions of {config.max_positions}")
+        if pool is not None and pool.config != config:
+            raise CacheError("the page pool was made for another model configuration")
+        self.config, self.max_tokens, self.rewind = config, max_tokens, rewind
+        reserved = 0 if pool is not None else -(-max_tokens // config.page_tokens)
+        self.pool = pool if pool is not None else PagePool(config, batch_size * reserved, device)
+        self.device = self.pool.device
+        self._table = PageTable(self.pool, batch_size, reserved)
+        self.high_water_marks = [0] * batch_size
+        """The most tokens each sequence ever held. Its rings hold the rows before that, up to their capacity."""
+        # The layers know the table and not the cache: a cycle would keep the memory of a forgotten cache for a while.
+        self.layers = [
+            LayerCache(mixer.cache_parts(config), layer, self._table, rewind)
+            for layer, mixer in enumerate(config.mixers)
+        ]
+
+    # --- lengths
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens held, of each sequence."""
+        return list(self._table.lengths)
+
+    @property
+    def length(self) -> int:
+        """Tokens held, where all sequences hold as many. Raises CacheError where they do not."""
+        if len(set(self._table.lengths)) > 1:
+            raise CacheError(f"the sequences have different lengths: {self.lengths}")
+        return self._table.lengths[0]
+
+    @property
+    def starts(self) -> Tensor:
+        """Positions of the next tokens: int64 [1] where all sequences are equally long, else [B]."""
+        return self._table.starts
+
+    # --- a step of the network
+
+    def begin(self, batch_size: int, tokens: int) -> None:
+        """Make room for ``tokens`` more tokens of each sequence. Raises CacheError, and changes nothing, when they do
+        not fit, the pool has too few pages, or an interrupted step has damaged the fixed state."""
+        self._check_lengths(batch_size, tokens)
+        self._table.begin(tokens)
+        self.high_water_marks = [max(mark, n + tokens) for mark, n in zip(self.high_water_marks, self._table.lengths)]
+
+    def check_room(self, batch_size: int, tokens: int) -> None:
+        """Raise CacheError unless [batch_size, tokens] more ids fit and the pool has the pages."""
+        self._check_lengths(batch_size, tokens)
+        self._table.check_room(tokens)
+
+    def _check_lengths(self, batch_size: int, tokens: int) -> None:
+        if batch_size != self.batch_size:
+            raise CacheError(f"the cache holds {self.batch_size} sequences, the input has {batch_size}")
+        for sequence, length in enumerate(self._table.lengths):
+            if length + tokens > self.max_tokens:
+                raise CacheError(
+                    f"{tokens} more tokens do not fit: the cache holds {length} of at most {self.max_tokens}"
+                )
+            if not self._can_resume_at(sequence, length):
+                raise CacheError(
+                    f"sequence {sequence} cannot go on from {length} tokens: a step was interrupted; truncate it to 0"
+                )
+
+    def advance(self) -> None:
+        """Count the tokens that every layer has appended since :meth:`begin`."""
+        self._table.advance()
+
+    # --- sizes
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names that :meth:`nbytes` reports separately."""
+        fixed = (state.part.component for layer in self.layers for state in layer.fixed())
+        return tuple(dict.fromkeys((*(part.component for part in self.pool.parts.values()), *fixed)))
+
+    def nbytes(self, component: str | None = None) -> int:
+        """Return the bytes of the real storages: of everything, or of one of :attr:`components`. A page held twice
+        counts once. Raises CacheError for an unknown component."""
+        if component is not None and component not in self.components:
+            raise CacheError(f"component '{component}' is not one of {', '.join(self.components)}")
+        pages = len({page for pages in self._table.pages for page in pages})
+        fixed = sum(
+            tensor.untyped_storage().nbytes()
+            for layer in self.layers
+            for state in layer.fixed()
+            if component in (None, state.part.component)
+            for tensor in state.tensors().values()
+        )
+        return pages * self.pool.page_bytes(component) + fixed
+
+    def bytes_per_token(self) -> float:
+        """All bytes of one sequence, fixed state included, over the tokens there is room for."""
+        return self.nbytes() / self.batch_size / self.max_tokens
+
+    # --- going back, forking, batching
+
+    def truncate(self, tokens: int | Sequence[int]) -> None:
+        """Go back to the first ``tokens`` tokens of every sequence (one number for all, or one for each).
+
+        Entries allow any length. Windows and compressor states keep only the newest tokens, and recurrent states exist
+        only where a call ended, so other lengths than 0 must be ones that they reach. Raises CacheError otherwise, and
+        changes nothing.
+        """
+        targets = [tokens] * self.batch_size if isinstance(tokens, int) else list(tokens)
+        if len(targets) != self.batch_size:
+            raise CacheError(f"truncate: {len(targets)} lengths were given for {self.batch_size} sequences")
+        for sequence, (target, length) in enumerate(zip(targets, self._table.lengths)):
+            if not 0 <= target <= length:
+                raise CacheError(f"cannot truncate to {target} tokens: the cache holds {length}")
+            if not self._can_resume_at(sequence, target):
+                least = next((n for n in range(target, length + 1) if self._can_resume_at(sequence, n)), 0)
+                raise CacheError(
+                    f"cannot truncate from {length} to {target} tokens: {self._limit(sequence, target)} can resume at "
+                    f"{least} or later only (a cache with a rewind of more than {self.rewind} keeps more)"
+                )
+        for sequence, target in enumerate(targets):
+            if target == 0:
+                self.high_water_marks[sequence] = 0
+            for state in self._fixed():
+                state.truncate(sequence, target)
+        self._table.truncate(targets)
+
+    def _can_resume_at(self, sequence: int, length: int) -> bool:
+        """Return whether the fixed state still holds all that tokens from position ``length`` on need."""
+        mark = self.high_water_marks[sequence]
+        return length == 0 or all(state.can_resume_at(sequence, length, mark) for state in self._fixed())
+
+    def _limit(self, sequence: int, length: int) -> str:
+        """Name the kinds of state that cannot resume at ``length``."""
+        mark = self.high_water_marks[sequence]
+        kinds = {"window": "the sliding windows", "tail": "the compressors' tails", "state": "the recurrent states"}
+        return " and ".join(
+            dict.fromkeys(
+                kinds[state.part.component]
+                for state in self._fixed()
+                if not state.can_resume_at(sequence, length, mark)
+            )
+        )
+
+    def release(self) -> None:
+        """Forget all tokens and give the pages back. A cache that nobody holds any more does so by itself."""
+        self._table.release()
+        self.high_water_marks = [0] * self.batch_size
+        for state in self._fixed():
+            for sequence in range(self.batch_size):
+                state.truncate(sequence, 0)
+
+    def fork(self) -> Cache:
+        """A second cache that goes on from here on its own. Pages are shared until one of the two writes to them."""
+        twin = self._like(self.batch_size)
+        self._table.fork_into(twin._table)
+        twin.high_water_marks = list(self.high_water_marks)
+        for ours, theirs in zip(self._fixed_tensors(), twin._fixed_tensors()):
+            theirs.copy_(ours)
+        return twin
+
+    @classmethod
+    def join(cls, caches: Iterable[Cache]) -> Cache:
+        """One cache of all sequences of ``caches``, which share a pool and are left empty."""
+        caches = list(caches)
+        if not caches or len({id(cache) for cache in caches}) < len(caches):
+            raise CacheError("joining takes at least one cache, and each only once")
+        first = caches[0]
+        for cache in caches:
+            if cache.pool is not first.pool or cache.rewind != first.rewind:
+                raise CacheError("only caches of one page pool and one rewind can be joined")
+        whole = first._like(sum(cache.batch_size for cache in caches))
+        whole.max_tokens = max(cache.max_tokens for cache in caches)
+        for joined, parts in zip(whole._fixed_tensors(), zip(*(cache._fixed_tensors() for cache in caches))):
+            torch.cat(parts, out=joined)
+        whole.high_water_marks = [mark for cache in caches for mark in cache.high_water_marks]
+        whole._table.adopt([(cache._table, i) for cache in caches for i in range(cache.batch_size)])
+        for cache in caches:
+            cache.high_water_marks = [0] * cache.batch_size
+        return whole
+
+    def split(self) -> list[Cache]:
+        """One cache for each sequence, in order; this one is left empty."""
+        parts = [self._like(1) for _ in range(self.batch_size)]
+        for sequence, part in enumerate(parts):
+            part.high_water_marks = [self.high_water_marks[sequence]]
+            for ours, theirs in zip(self._fixed_tensors(), part._fixed_tensors()):
+                theirs.copy_(ours[sequence : sequence + 1])
+            part._table.adopt([(self._table, sequence)])
+        self.high_water_marks = [0] * self.batch_size
+        return parts
+
+    def _like(self, batch_size: int) -> Cache:
+        """An empty cache of the same kind, without pages."""
+        return Cache(self.config, batch_size, self.max_tokens, pool=self.pool, rewind=self.rewind)
+
+    def _fixed(self) -> list[FixedState]:
+        return [state for layer in self.layers for state in layer.fixed()]
+
+    def _fixed_tensors(self) -> list[Tensor]:
+        return [tensor for state in self._fixed() for tensor in state.tensors().values()]

@@ -1,0 +1,73 @@
+"""Growing parts of a layer's cache: packed rows in pages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.cache_io import PagedRows, Pages, pack
+from model.cache.pages import PageTable
+
+
+class PagedEntries:
+    """A growing part: packed rows in the pages of every sequence."""
+
+    def __init__(self, table: PageTable, layer: int, name: str):
+        self.table, self.layer, self.name = table, layer, name
+        part = table.pool.parts[layer, name]
+        self.layout, self.ratio = part.layout, part.ratio
+        self.per_page = table.pool.page_tokens // part.ratio
+
+    @property
+    def _rows(self) -> Tensor:
+        return self.table.pool.rows(self.layer, self.name)
+
+    def append(self, x: Tensor) -> None:
+        """The new entries, float [B, n, size]: of each sequence as many as its new tokens complete."""
+        if not x.shape[1]:
+            return
+        packed = pack(x, self.layout)
+        per_page = self.per_page
+        places: list[int] = []
+        made: list[int] = []
+        for sequence, (pages, first, last) in enumerate(zip(self.table.pages, *self.table.entry_counts(self.ratio))):
+            places += [pages[i // per_page] * per_page + i % per_page for i in range(first, last)]
+            made += range(sequence * packed.shape[1], sequence * packed.shape[1] + last - first)
+        rows = packed.flatten(0, 1)
+        if len(made) < len(rows):
+            rows = rows[torch.tensor(made, device=rows.device)]
+        self._rows.index_copy_(0, torch.tensor(places, device=rows.device), rows)
+
+    @property
+    def counts(self) -> list[int]:
+        """How many entries each sequence has, the new ones included."""
+        return self.table.entry_counts(self.ratio)[1]
+
+    @property
+    def pages(self) -> Pages:
+        """The rows of all sequences where they lie."""
+        return Pages(self._rows, self.per_page, self.table.page_ids)
+
+    def rows(self) -> Tensor:
+        """All rows, the new ones included: uint8 [B, T, nbytes], T those of the sequence with the most. Beyond a
+        sequence's own they mean nothing."""
+        most = max(self.counts)
+        if len(self.counts) == 1:
+            pages = PagedRows(self._rows, self.per_page, self.table.pages[0], self.table.is_contiguous(0))
+            return pages.slice(0, most).unsqueeze(0)
+        last = torch.tensor(self.counts, device=self.table.pool.device).unsqueeze(-1) - 1
+        return self.pages.gather(torch.arange(most, device=self.table.pool.device).minimum(last).clamp(min=0))
+
+    def _places(self) -> Tensor:
+        """Rows of the pool that hold a single sequence's entries."""
+        (count,) = self.table.entry_counts(self.ratio)[0]
+        entries = torch.arange(count, device=self.table.pool.device)
+        return self.table.page_ids[0][entries // self.per_page] * self.per_page + entries % self.per_page
+
+    def saved(self) -> dict[str, Tensor]:
+        """Return the rows in use of a single sequence, uint8 [T, layout.nbytes], by name."""
+        return {"": self._rows[self._places()]}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Restore the tensors of :meth:`saved` for a sequence of the same length."""
+        self._rows[self._places()] = tensors[""]

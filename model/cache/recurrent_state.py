@@ -1,0 +1,65 @@
+"""Recurrent state of a layer: fixed size per sequence, kept at the ends of the newest calls."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.cache.pages import PageTable, zeros
+from model.cache.parts import RecurrentPart
+
+_NOWHERE = -1
+
+
+class RecurrentState:
+    """States [*shape] of every sequence at the ends of the newest ``rewind`` + 1 calls, [B, kept, *shape].
+
+    A sequence resumes only where a state was kept. Before the first token the state is zero.
+    """
+
+    def __init__(self, table: PageTable, part: RecurrentPart, rewind: int):
+        self.table, self.part = table, part
+        shape = (len(table.lengths), rewind + 1)
+        self.data = zeros((*shape, *part.shape), part.dtype, table.pool.device)
+        self.positions = zeros(shape, torch.int64, torch.device("cpu")) + _NOWHERE
+
+    def can_resume_at(self, sequence: int, length: int, high_water_mark: int) -> bool:
+        return bool((self.positions[sequence] == length).any())
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget states of more than ``length`` tokens."""
+        if length:
+            self.positions[sequence][self.positions[sequence] > length] = _NOWHERE
+        else:
+            self.positions[sequence] = _NOWHERE
+            self.data[sequence].zero_()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the storage by name, [B, ...] each."""
+        return {"": self.data, ".positions": self.positions}
+
+    def read(self) -> Tensor:
+        """Return the states before the new tokens: [B, *shape]. Raises IndexError where none was kept."""
+        rows = []
+        for sequence, length in enumerate(self.table.lengths):
+            if length:
+                rows.append(self.data[sequence, (self.positions[sequence] == length).nonzero()[0, 0]])
+            else:
+                rows.append(torch.zeros_like(self.data[sequence, 0]))
+        return torch.stack(rows)
+
+    def append(self, states: Tensor) -> None:
+        """Keep the states after the new tokens, [B, *shape], in place of the oldest ones. Detaches them."""
+        for sequence, (state, length) in enumerate(zip(states.detach(), self.table.new_lengths)):
+            oldest = int(self.positions[sequence].argmin())
+            self.data[sequence, oldest] = state
+            self.positions[sequence, oldest] = length
+
+    def saved(self) -> dict[str, Tensor]:
+        """Return a single sequence's states and positions by name."""
+        return {name: tensor[0] for name, tensor in self.tensors().items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Restore the tensors of :meth:`saved`."""
+        for name, tensor in self.tensors().items():
+            tensor[0] = tensors[name]

@@ -1,0 +1,160 @@
+"""Rings of the newest tokens' rows: the sliding window and the compressors' state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.autocast import detached
+from kernels.cache_io import write_ring
+from kernels.sparse_attention import TokenRows
+from model.cache.pages import PageTable, zeros
+from model.cache.parts import CompressorPart, WindowPart
+
+
+class Ring:
+    """The newest rows of every sequence, [B, capacity, width]: the row of position p is at p modulo the capacity."""
+
+    def __init__(self, table: PageTable, rows: int, width: int, dtype: torch.dtype):
+        self.table = table
+        self.data = zeros((len(table.lengths), rows, width), dtype, table.pool.device)
+
+    @property
+    def capacity(self) -> int:
+        return self.data.shape[1]
+
+    def first_needed(self, position: int) -> int:
+        """Return the position of the oldest row that a token at ``position`` needs."""
+        raise TypeError(f"{type(self).__name__} defines no first_needed")
+
+    def can_resume_at(self, sequence: int, length: int, high_water_mark: int) -> bool:
+        """Return whether tokens from position ``length`` on find all rows they need, after rows up to the
+        ``high_water_mark`` were written."""
+        return max(0, self.first_needed(length)) >= high_water_mark - self.capacity
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Go back to ``length`` tokens. Rows that a mask hides must be finite, so an empty sequence has zeros."""
+        if not length:
+            self.data[sequence].zero_()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the storage by name, [B, ...] each."""
+        return {"": self.data}
+
+    def read(self, count: int) -> Tensor:
+        """Return the ``count`` rows before the sequences' new tokens, [B, count, width]. Rows before a sequence's start
+        are arbitrary."""
+        lengths = self.table.lengths
+        if len(set(lengths)) > 1:
+            return self.data[self._places(lengths, count)]
+        pieces = [self.data[:, piece] for piece in self._slices(lengths[0], count)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+    def append(self, rows: Tensor) -> None:
+        """Write the new tokens' rows [B, S, width], or the last of them if there are more than fit. Detaches them."""
+        self.write(rows, self.table.new_lengths)
+
+    def write(self, rows: Tensor, ends: list[int]) -> None:
+        """Write rows [B, n, width] before positions ``ends``."""
+        if rows.shape[1] > self.capacity:
+            rows = rows[:, -self.capacity :]
+        write_ring(self.data, detached(rows), ends)
+
+    def saved(self) -> dict[str, Tensor]:
+        """Return the written rows of a single sequence, oldest first, by name."""
+        return {"": self.read(min(self.table.lengths[0], self.capacity))[0]}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Restore the tensors of :meth:`saved` for a sequence of the same length."""
+        self.write(tensors[""].unsqueeze(0), self.table.lengths)
+
+    def _slices(self, end: int, count: int) -> list[slice]:
+        """Return where the ``count`` rows before ``end`` lie: one slice, or two around the end of the ring."""
+        first = (end - count) % self.capacity if self.capacity else 0
+        if first + count <= self.capacity:
+            return [slice(first, first + count)]
+        return [slice(first, self.capacity), slice(0, first + count - self.capacity)]
+
+    def _places(self, ends: list[int], count: int) -> tuple[Tensor, Tensor]:
+        after = torch.tensor(ends, device=self.data.device).unsqueeze(-1)
+        places = (after - count + torch.arange(count, device=self.data.device)) % self.capacity
+        return torch.arange(len(ends), device=self.data.device).unsqueeze(-1), places
+
+
+class WindowCache(Ring):
+    """Packed key-values of the sliding window, uint8."""
+
+    def __init__(self, table: PageTable, part: WindowPart, rewind: int):
+        super().__init__(table, part.tokens + rewind, part.layout.nbytes, torch.uint8)
+        self.part = part
+
+    def first_needed(self, position: int) -> int:
+        return position - (self.part.tokens - 1)
+
+    def extend(self, new: Tensor) -> Tensor:
+        """Append the new tokens' rows, uint8 [B, S, nbytes], and return them behind the ``window - 1`` rows before:
+        uint8 [B, window - 1 + S, nbytes]. Rows before a sequence's start are arbitrary."""
+        rows = torch.cat((self.read(self.part.tokens - 1), new), dim=1)
+        self.append(new)
+        return rows
+
+    def attended(self, new: Tensor) -> TokenRows:
+        """Append the new tokens' rows, uint8 [B, S, nbytes], and return them with the ``window - 1`` rows before, in
+        place if the ring has room for both."""
+        first = self.table.starts
+        if self.capacity >= self.part.tokens - 1 + new.shape[1]:
+            self.append(new)
+            return TokenRows(self.data, first.new_zeros(1), first)
+        return TokenRows(self.extend(new), first - (self.part.tokens - 1), first)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Sequences whose new tokens complete the same number of blocks, starting at the same offset within a block."""
+
+    sequences: list[int]
+    past: int
+    """Number of kept rows before the new tokens' rows."""
+    has_previous: bool
+    """Whether the first block only precedes the first one to be pooled."""
+    first_entry: Tensor
+    """int64 [sequences]: index of the first new entry."""
+
+
+class CompressorState(Ring):
+    """Projected values and gates of the tokens in an unfinished block, and of the block before it where blocks overlap;
+    float32.
+
+    With ratio 4 and overlap, after 10 tokens::
+
+        positions   0 1 2 3 | 4 5 6 7 | 8 9
+        entries     0         1         (2 is pooled from 4..7 and 8..11 once token 11 arrives)
+        kept                  4 5 6 7   8 9
+    """
+
+    def __init__(self, table: PageTable, part: CompressorPart, rewind: int):
+        super().__init__(table, part.rows + rewind, part.row_width, torch.float32)
+        self.part = part
+
+    def first_needed(self, position: int) -> int:
+        ratio = self.part.ratio
+        return position // ratio * ratio - (ratio if self.part.overlap else 0)
+
+    def completions(self, tokens: int) -> Iterator[Completion]:
+        """Yield the sequences that complete blocks with ``tokens`` new tokens, grouped by their offset in a block."""
+        m = self.part.ratio
+        groups: dict[tuple[int, bool], list[int]] = {}
+        for sequence, start in enumerate(self.table.lengths):
+            if (start + tokens) // m > start // m:
+                groups.setdefault((start % m, self.part.overlap and start >= m), []).append(sequence)
+        for (offset, has_previous), sequences in groups.items():
+            starts = torch.tensor([self.table.lengths[s] for s in sequences], device=self.data.device)
+            yield Completion(sequences, offset + m * has_previous, has_previous, starts // m)
+
+    def read_group(self, group: Completion) -> Tensor:
+        """Return the kept rows of a group: float32 [sequences, past, width]."""
+        rows = self.read(group.past)
+        return rows if len(group.sequences) == len(rows) else rows[group.sequences]

@@ -1,0 +1,108 @@
+"""Crossovers: sequence lengths at which one cost overtakes another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from model.config import ModelConfig
+from model.costs.references import CostModel, costs_of
+from model.mixers.base import Mixer
+from model.mixers.csa import CompressedSparseAttention
+from model.mixers.hca import HeavilyCompressedAttention
+
+_FAR = 1 << 40
+"""Tokens beyond which a crossover counts as never."""
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """The sequence length from which on one cost stays at least another, in raw FLOPs and in FP8 equivalents.
+
+    None is beyond 2^40 tokens. ``key`` identifies the crossover, ``rule`` describes both costs.
+    """
+
+    key: str
+    name: str
+    tokens: int | None
+    tokens_equivalent: int | None
+    rule: str
+
+
+Cost = Callable[[int, bool], float]
+"""A cost at a sequence length, in raw (False) or weighted (True) FLOPs."""
+
+
+def crossovers(config: ModelConfig, references: tuple[CostModel, ...] = ()) -> tuple[Crossover, ...]:
+    """Return all crossovers that the model's layers allow, from closed forms, to the tokens of a cache page."""
+    own = costs_of(config)
+    found: list[Crossover] = []
+
+    def crossing(key: str, name: str, rule: str, rising: Cost, passed: Cost, step: int = config.page_tokens) -> None:
+        raw = _from_then_on(lambda n: rising(n, False) >= passed(n, False), step)
+        weighted = _from_then_on(lambda n: rising(n, True) >= passed(n, True), step)
+        found.append(Crossover(key, name, raw, weighted, rule))
+
+    if own.fixed and own.per_token:
+        rule = "packed entries against windows and tails, in bytes"
+        growing, fixed = own.bytes_per_token, float(sum(own.fixed.values()))
+        crossing("fixed", "growing cache passes the fixed state", rule, lambda n, _: growing * n, lambda *_: fixed, 1)
+    if config.indexer_ratio is not None:
+        first = (config.index_topk + 1) * config.indexer_ratio
+        found.append(
+            Crossover("topk", "csa begins to choose", first, first, "index_topk + 1 entries of csa_ratio tokens")
+        )
+        if HeavilyCompressedAttention in config.mixers:
+            coarse, fine = _part(own, HeavilyCompressedAttention), _part(own, CompressedSparseAttention)
+            crossing("hca", "core attention of hca passes that of csa", "both in the same format", coarse, fine)
+        rule = "scores of all csa layers against core attention of all layers"
+        crossing("index", "index scores pass core attention", rule, _kinds(own, "index"), _kinds(own, "core"))
+    rule = "index scores and core attention against all other work"
+    attention, others = ("index", "core"), ("linear", "residual")
+    crossing("attention", "attention passes everything else", rule, _kinds(own, *attention), _kinds(own, *others))
+    for other in references:
+        rule = f"{other.name}: index scores against core attention"
+        if any(work.kind == "index" for work in other.work(1)):
+            rising, passed = _kinds(other, "index"), _kinds(other, "core")
+            crossing(
+                f"{other.name}: index", f"index scores of {other.name} pass its core attention", rule, rising, passed
+            )
+        rule = f"whole decode step against that of {other.name}"
+        kinds = _kinds(other, *attention, *others), _kinds(own, *attention, *others)
+        crossing(f"{other.name}: decode", f"decoding is no dearer than with {other.name}", rule, *kinds)
+        rule = f"whole sequence, fixed state included, against that of {other.name}"
+        sizes = _cache(other), _cache(own)
+        crossing(f"{other.name}: cache", f"the cache is no larger than with {other.name}", rule, *sizes, 1)
+    return tuple(found)
+
+
+def _part(costs: CostModel, mixer: type[Mixer]) -> Cost:
+    part = f"core attention, {mixer.name}"
+    return lambda tokens, _: sum(work.flops for work in costs.work(tokens) if work.part == part)
+
+
+def _kinds(costs: CostModel, *kinds: str) -> Cost:
+    def cost(tokens: int, weighted: bool) -> float:
+        return sum(work.equivalent if weighted else work.flops for work in costs.work(tokens) if work.kind in kinds)
+
+    return cost
+
+
+def _cache(costs: CostModel) -> Cost:
+    return lambda tokens, _: costs.cache_bytes(tokens)
+
+
+def _from_then_on(holds: Callable[[int], bool], step: int) -> int | None:
+    """Return the least multiple of ``step`` from which on ``holds`` stays true, judged at powers of two and bisected
+    between two of them; 1 if it is true at all of them."""
+    powers = [1 << i for i in range(_FAR.bit_length()) if step << i <= _FAR]
+    last_without = max((i for i, n in enumerate(powers) if not holds(n * step)), default=-1)
+    if last_without == -1:
+        return 1
+    if last_without == len(powers) - 1:
+        return None
+    low, high = powers[last_without], powers[last_without + 1]
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle * step) else (middle, high)
+    return high * step

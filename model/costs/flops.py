@@ -1,0 +1,56 @@
+"""FLOPs of decoding one token, in closed form.
+
+One sequence decodes its n-th token with the number formats of the released kernels; the multi-token prediction module
+is idle. A multiply-add is two FLOPs. Matrix products count, and the mixing of residual streams. Norms, softmax,
+pooling, rotations, rounding and the sum over index heads do not.
+"""
+
+from __future__ import annotations
+
+from model.config import ModelConfig
+from model.work import Work
+
+_KINDS = ("linear", "index", "core", "residual")
+
+
+def decode_work(config: ModelConfig, tokens: int) -> list[Work]:
+    """Return the work of decoding the ``tokens``-th token of a sequence, summed over layers, parts without work left
+    out.
+
+    Visible entries follow the model's causality: the n-th token sees n // ratio of them, and csa attends to at most
+    ``index_topk`` (report eq. 13-23).
+    """
+    parts = [work for mixer in config.mixers for work in mixer.work(config, tokens)]
+    parts += _residual(config) + feed_forward_work(config)
+    parts.append(Work("head", "linear", "bf16", 2.0 * config.hidden_size * config.vocab_size))
+    total: dict[tuple, float] = {}
+    for work in sorted(parts, key=lambda work: _KINDS.index(work.kind)):
+        key = work.part, work.kind, work.format
+        total[key] = total.get(key, 0.0) + work.flops
+    return [Work(*key, flops) for key, flops in total.items() if flops]
+
+
+def _residual(c: ModelConfig) -> list[Work]:
+    if not c.hyper_connections:
+        return []
+    n, d, blocks = c.hc_mult, c.hidden_size, 2 * c.num_layers
+    weights = blocks * (2 * n + n * n) * n * d + n * n * d  # around every block, and once before the head
+    mixing = blocks * (n * n + 2 * n) * d + n * d
+    return [
+        Work("hyper-connections: weights", "residual", "bf16", 2.0 * weights),
+        Work("hyper-connections: mixing", "residual", "bf16", 2.0 * mixing),
+    ]
+
+
+def feed_forward_work(config: ModelConfig) -> list[Work]:
+    """Return the feed-forward part of :func:`decode_work`: router, shared and active routed experts, or the dense
+    block."""
+    c = config
+    if c.ffn == "dense":
+        return [Work("feed-forward", "linear", "fp8", 2.0 * c.num_layers * 3 * c.hidden_size * c.ffn_size)]
+    expert = 2.0 * c.num_layers * 3 * c.hidden_size * c.expert_size
+    return [
+        Work("router", "linear", "bf16", 2.0 * c.num_layers * c.num_experts * c.hidden_size),
+        Work("shared experts", "linear", "fp8", c.num_shared_experts * expert),
+        Work("routed experts", "linear", "fp4 weights" if c.qat else "fp8", c.experts_per_token * expert),
+    ]

@@ -1,0 +1,135 @@
+"""Costs of a network and of its references: DeepSeek-V3.2 and a BF16 model with grouped-query attention."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from model.config import CACHE_FORMATS, ModelConfig
+from model.costs.cache import cache_bytes_per_token, fixed_state_bytes
+from model.costs.flops import decode_work
+from model.work import Work
+
+FLOAT32_BYTES = 4
+GQA_HEADS, GQA_HEAD_DIM = 8, 128
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Costs of one network as functions of the sequence length. ``rule`` is the counting rule, for printing.
+
+    ``per_token`` and ``fixed`` are cache bytes of one sequence by component. ``work(n)`` is that of the n-th token.
+    """
+
+    name: str
+    rule: str
+    per_token: dict[str, float]
+    fixed: dict[str, int]
+    work: Callable[[int], list[Work]]
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Growing cache bytes per token."""
+        return sum(self.per_token.values())
+
+    def cache_bytes(self, tokens: int) -> float:
+        """Cache bytes of one sequence of ``tokens`` tokens, fixed state included."""
+        return self.bytes_per_token * tokens + sum(self.fixed.values())
+
+    def flops(self, tokens: int) -> float:
+        return sum(work.flops for work in self.work(tokens))
+
+    def equivalent(self, tokens: int) -> float:
+        """FP8 FLOPs of equal cost (:data:`model.work.FP8_EQUIVALENT`)."""
+        return sum(work.equivalent for work in self.work(tokens))
+
+
+def times(more: float, less: float) -> float | None:
+    """Return ``more / less``, or None if ``less`` is zero, like the growing cache of a model with windows only."""
+    return more / less if less else None
+
+
+def costs_of(config: ModelConfig, name: str = "model") -> CostModel:
+    return CostModel(
+        name,
+        "cache: packed entries with scales and padding, plus windows and the compressors' FP32 tails as fixed state; "
+        "FLOPs: the released number formats, multi-token module idle",
+        {part: size for part, size in cache_bytes_per_token(config).items() if size},
+        {part: size for part, size in fixed_state_bytes(config).items() if size},
+        lambda tokens: decode_work(config, tokens),
+    )
+
+
+def v32_costs() -> CostModel:
+    """DeepSeek-V3.2 as served in FP8: 61 layers of MLA under a lightning indexer (V3.2 report; shapes of V3).
+
+    Decoding absorbs the latent's up-projection into query and output (BF16). Core attention reads 576 dims per key and
+    sums 512, for 128 heads and at most 2,048 tokens. Per token and layer the cache holds 512 FP8 values, 4 FP32 scales
+    and 64 BF16 rotary dims (656 bytes), and an FP8 index key of 128 dims with an FP32 scale (132 bytes).
+    """
+    layers, dense, d, heads = 61, 3, 7168, 128
+    q_latent, kv_latent, rope, nope, value = 1536, 512, 64, 128, 128
+    index_heads, index_dim, topk = 64, 128, 2048
+    vocab, experts, expert_size, dense_size, active = 129_280, 256, 2048, 18_432, 8 + 1
+    sparse = layers - dense
+    projections = d * q_latent + q_latent * heads * (nope + rope) + d * (kv_latent + rope) + heads * value * d
+    absorbed = kv_latent * heads * (nope + value)
+    index_projections = q_latent * index_heads * index_dim + d * index_dim
+    linears = [
+        Work("attention projections", "linear", "fp8", 2.0 * layers * projections),
+        Work("absorbed latent projections", "linear", "bf16", 2.0 * layers * absorbed),
+        Work("index queries and keys", "linear", "fp8", 2.0 * layers * index_projections),
+        Work("index head weights", "linear", "bf16", 2.0 * layers * d * index_heads),
+        Work("router", "linear", "bf16", 2.0 * sparse * d * experts),
+        Work("dense feed-forward", "linear", "fp8", 2.0 * dense * 3 * d * dense_size),
+        Work("shared and routed experts", "linear", "fp8", 2.0 * sparse * active * 3 * d * expert_size),
+        Work("head", "linear", "bf16", 2.0 * d * vocab),
+    ]
+
+    def work(tokens: int) -> list[Work]:
+        core = 2.0 * layers * heads * (2 * kv_latent + rope) * min(tokens, topk)
+        return [
+            *linears,
+            Work("index scores", "index", "fp8", 2.0 * layers * index_heads * index_dim * tokens),
+            Work("core attention", "core", "bf16", core),
+        ]
+
+    main = kv_latent + 4 * FLOAT32_BYTES + 2 * rope
+    return CostModel(
+        "V3.2 (MLA + DSA, FP8)",
+        "61 layers at their published sizes; 656 bytes of latent, scales and rotary dims and 132 of FP8 index key per "
+        "token and layer; index products FP8, core attention and absorbed projections BF16",
+        {"main": float(layers * main), "index": float(layers * (index_dim + FLOAT32_BYTES))},
+        {},
+        work,
+    )
+
+
+def gqa8_costs(config: ModelConfig) -> CostModel:
+    """Grouped-query attention with 8 key-value heads of 128 dims, everything in BF16, at the model's depth.
+
+    It keeps the model's hidden width, query heads (a multiple of 8), feed-forward and head; residuals are plain.
+    """
+    standard = with_gqa8(config).replace(hyper_connections=False, qat=False)
+    costs = costs_of(standard)
+    return dataclasses.replace(
+        costs,
+        name="GQA-8 (BF16)",
+        rule=f"{config.num_layers} layers, {standard.num_heads} query and 8 key-value heads of 128: 4,096 bytes per "
+        "token and layer; the model's width, feed-forward and head, plain residuals; every product BF16",
+        work=lambda tokens: [dataclasses.replace(work, format="bf16") for work in costs.work(tokens)],
+    )
+
+
+def with_gqa8(config: ModelConfig) -> ModelConfig:
+    """Return the configuration with 8 key-value heads of 128 dims in BF16 in every layer."""
+    return config.replace(
+        layers=("gqa",) * config.num_layers,
+        **dict.fromkeys(CACHE_FORMATS, "bf16"),
+        num_heads=-(-config.num_heads // GQA_HEADS) * GQA_HEADS,
+        num_kv_heads=GQA_HEADS,
+        head_dim=GQA_HEAD_DIM,
+        rope_head_dim=min(config.rope_head_dim, GQA_HEAD_DIM // 2),
+        o_groups=1,
+    )

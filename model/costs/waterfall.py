@@ -1,0 +1,114 @@
+"""The waterfall: cache bytes per token from a BF16 baseline to a network, one change at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from model.cache.parts import GrowingPart
+from model.config import CACHE_FORMATS, ModelConfig
+from model.costs.cache import cache_bytes_per_token
+from model.costs.references import GQA_HEAD_DIM, GQA_HEADS, times
+from model.mixers.gqa import GroupedQueryAttention
+from model.precision import index_layout, main_layout
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of the waterfall: growing cache bytes per token after it, and the factor it divided them by."""
+
+    name: str
+    bytes_per_token: float
+    factor: float | None
+    rule: str
+
+
+def waterfall(config: ModelConfig, muon: bool = True) -> tuple[Step, ...]:
+    """Return the stages from GQA-8 in BF16 to ``config``, one change at a time. Their factors multiply to the ratio.
+
+    Each stage's bytes come from the stage's own entry sizes; the last stage's equal the cache's. Muon,
+    hyper-connections and quantization-aware training leave every entry unchanged: their factor is 1.
+    """
+    plain = config.replace(**dict.fromkeys(CACHE_FORMATS, "bf16"))
+    main, index = main_layout(plain).nbytes, index_layout(plain).nbytes
+    packed_main, packed_index = main_layout(config).nbytes, index_layout(config).nbytes
+    growing = {
+        mixer: [part for part in mixer.cache_parts(plain).values() if isinstance(part, GrowingPart)]
+        for mixer in config.mixers
+    }
+    one_key_value = [mixer for mixer in config.mixers if mixer.one_key_value]
+    standard = [mixer for mixer in config.mixers if not mixer.one_key_value]
+    compressed = Counter(mixer for mixer in one_key_value if growing[mixer])
+    shared, forgetting = len(one_key_value), len(one_key_value) - compressed.total()
+    kept = sum(part.layout.nbytes / part.ratio for mixer in standard for part in growing[mixer])
+    entries = sum(count / growing[mixer][0].ratio for mixer, count in compressed.items())
+    indexed = len(config.indexed_layers)
+    keys = indexed / config.indexer_ratio if config.indexer_ratio else 0.0
+    ratios = [f"{count} {mixer.name} at 1/{growing[mixer][0].ratio}" for mixer, count in compressed.items()]
+    stages: list[tuple[str, float, str]] = [
+        (
+            "GQA-8, BF16",
+            4.0 * GQA_HEADS * GQA_HEAD_DIM * config.num_layers,
+            f"{config.num_layers} layers x 2 x 8 heads x 128 dims x 2 bytes",
+        )
+    ]
+    if standard:
+        stages.append(
+            (
+                "the model's own gqa layers",
+                kept + shared * stages[0][1] / config.num_layers,
+                f"{len(standard)} layers x 2 x {config.num_kv_heads} heads x {config.head_dim} dims x 2 bytes",
+            )
+        )
+    if shared:
+        stages += [
+            (
+                "one head whose key is its value",
+                kept + shared * main,
+                f"{shared} layers x {config.head_dim} dims x 2 bytes, every token",
+            ),
+            (
+                "windows: sliding layers forget",
+                kept + (shared - forgetting) * main,
+                f"{forgetting} layers keep {config.window} tokens, which is fixed state",
+            ),
+            (
+                "compression: csa and hca",
+                kept + entries * main,
+                f"layers: {', '.join(ratios) or 'none'}",
+            ),
+            (
+                "index keys, BF16",
+                kept + entries * main + keys * index,
+                f"{indexed} layers x {config.index_head_dim} dims x 2 bytes at 1/{config.indexer_ratio}",
+            ),
+            (
+                f"entries in {_formats(config, 'kv_format', 'rope_format')}",
+                kept + entries * packed_main + keys * index,
+                f"{packed_main} bytes per entry of {config.head_dim} dims, scales and padding included",
+            ),
+            (
+                f"index keys in {_formats(config, 'index_format')}",
+                kept + entries * packed_main + keys * packed_index,
+                f"{packed_index} bytes per key of {config.index_head_dim} dims, scales included",
+            ),
+        ]
+    total = sum(cache_bytes_per_token(config).values())
+    if standard and config.gqa_format != "bf16":
+        rule = f"{GroupedQueryAttention.layout(config).nbytes} bytes per token and layer, scales included"
+        stages.append((f"gqa keys and values in {_formats(config, 'gqa_format')}", total, rule))
+    if muon:
+        stages.append(("Muon", total, "optimizer state only"))
+    if config.hyper_connections:
+        stages.append(("hyper-connections", total, "residual streams, parameters and FLOPs only"))
+    if config.qat:
+        rule = "experts' weights; permits FP4 index keys, which are counted above"
+        stages.append(("FP4 quantization-aware training", total, rule))
+    steps = [Step(stages[0][0], stages[0][1], None, stages[0][2])]
+    for name, size, rule in stages[1:]:
+        steps.append(Step(name, size, times(steps[-1].bytes_per_token, size), rule))
+    return tuple(steps)
+
+
+def _formats(config: ModelConfig, *roles: str) -> str:
+    return " and ".join(dict.fromkeys(getattr(config, role).upper() for role in roles))

@@ -1,0 +1,276 @@
+"""GGUF files that llama.cpp runs: architecture ``deepseek4``, written from a network of ours.
+
+Names, shapes and metadata are those that llama.cpp's loader asks for (src/models/deepseek4.cpp). The ``gguf`` package
+is needed to write a file, and only then.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.atomic_files import atomic_file
+from model.config import ModelConfig
+from model.errors import CheckpointError, ConfigError
+from model.precision import Precision
+from model.transformer import Transformer
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+ARCHITECTURE = "deepseek4"
+WeightType = Literal["f32", "f16", "q8_0"]
+
+_FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}
+"""``general.file_type``, llama.cpp's enum llama_ftype."""
+_SQRT_SOFTPLUS = 4
+"""``expert_gating_func``, llama.cpp's enum llama_expert_gating_func_type."""
+_LEAST_INDEX_DIMS = 64
+"""The smallest Hadamard matrix that llama.cpp makes for the index queries and keys."""
+_Q8_BLOCK = 32
+
+
+def _table(text: str) -> dict[str, tuple[str, bool]]:
+    """Parse lines of: our name, GGUF's name, and * where ``WeightType`` applies. A final dot stands for ``.weight``."""
+    found = {}
+    for line in text.strip().splitlines():
+        ours, theirs, *mark = line.split()
+        found[ours + "weight" * ours.endswith(".")] = theirs + "weight" * theirs.endswith("."), bool(mark)
+    return found
+
+
+# Without a mark: vectors, and the small matrices that decide about mixing and routing, which llama.cpp keeps in F32.
+_MODEL = _table("""
+    embed.            token_embd.               *
+    head.             output.                   *
+    norm.             output_norm.
+    hyper_head.fn     output_hc_fn.
+    hyper_head.base   output_hc_base.
+    hyper_head.scale  output_hc_scale.
+""")
+_BLOCK = _table("""
+    attn_norm.                      attn_norm.
+    ffn_norm.                       ffn_norm.
+    attn_residual.fn                hc_attn_fn.
+    attn_residual.base              hc_attn_base.
+    attn_residual.scale             hc_attn_scale.
+    ffn_residual.fn                 hc_ffn_fn.
+    ffn_residual.base               hc_ffn_base.
+    ffn_residual.scale              hc_ffn_scale.
+    attn.wq_a.                      attn_q_a.                   *
+    attn.q_norm.                    attn_q_a_norm.
+    attn.wq_b.                      attn_q_b.                   *
+    attn.wkv.                       attn_kv.                    *
+    attn.kv_norm.                   attn_kv_a_norm.
+    attn.sink                       attn_sinks.
+    attn.wo_a                       attn_output_a.              *
+    attn.wo_b.                      attn_output_b.              *
+    attn.compressor.wkv.            attn_compressor_kv.         *
+    attn.compressor.wgate.          attn_compressor_gate.       *
+    attn.compressor.ape             attn_compressor_ape.
+    attn.compressor.norm.           attn_compressor_norm.
+    attn.indexer.wq_b.              indexer.attn_q_b.           *
+    attn.indexer.weights_proj.      indexer.proj.               *
+    attn.indexer.compressor.wkv.    indexer_compressor_kv.      *
+    attn.indexer.compressor.wgate.  indexer_compressor_gate.    *
+    attn.indexer.compressor.ape     indexer_compressor_ape.
+    attn.indexer.compressor.norm.   indexer_compressor_norm.
+    ffn.router.                     ffn_gate_inp.
+    ffn.router_bias                 exp_probs_b.bias
+    ffn.tid2eid                     ffn_gate_tid2eid.
+    ffn.w1                          ffn_gate_exps.              *
+    ffn.w2                          ffn_down_exps.              *
+    ffn.w3                          ffn_up_exps.                *
+    ffn.shared.w1.                  ffn_gate_shexp.             *
+    ffn.shared.w2.                  ffn_down_shexp.             *
+    ffn.shared.w3.                  ffn_up_shexp.               *
+""")
+_EXPERT_STACK = re.compile(r"\.ffn\.w[123]$")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One tensor of the file: its name there, ours, its shape, and whether the weight type applies to it."""
+
+    name: str
+    ours: str
+    shape: tuple[int, ...]
+    typed: bool
+
+
+def export_gguf(model: Transformer, path: str | Path, weights: WeightType = "f32") -> None:
+    """Write ``path``, replacing what is there once the new file is complete.
+
+    ``weights`` is the type of the large matrices: ``q8_0`` stores blocks of 32 numbers with one scale, and a matrix
+    whose rows do not divide into blocks becomes F16. Norms, biases, routers and mixing weights are F32. With ``qat``
+    the routed experts are rounded to FP4 first, as the network uses them. The file holds the vocabulary's size but no
+    vocabulary, and no prediction module (``mtp.*``).
+
+    Raises ConfigError for a network that the architecture cannot hold, an unknown type or a missing ``gguf`` package,
+    CheckpointError for values that are not finite.
+    """
+    if weights not in get_args(WeightType):
+        raise ConfigError(f"weights: '{weights}' is not one of {', '.join(get_args(WeightType))}")
+    check_expressible(model.config)
+    try:
+        from gguf import GGMLQuantizationType, GGUFWriter, quant_shape_to_byte_shape
+        from gguf.quants import quantize
+    except ImportError as error:
+        raise ConfigError(
+            "GGUF files need the package 'gguf'; install it with pip install 'fiftyfold[gguf]'"
+        ) from error
+    path = Path(path)
+    state = model.state_dict()
+    found = list(_sources(model))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as scratch:
+        writer = GGUFWriter(scratch, ARCHITECTURE)
+        try:
+            _add_metadata(writer, model.config, weights)
+            types = {source.name: GGMLQuantizationType[_type_of(source, weights)] for source in found}
+            for source in found:
+                kind = types[source.name]
+                size = math.prod(quant_shape_to_byte_shape(source.shape, kind))
+                writer.add_tensor_info(source.name, source.shape, np.dtype(np.float32), size, kind)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for source in found:
+                values = _values(model, state[source.ours], source).numpy()
+                kind = types[source.name]
+                writer.write_tensor_data(values if kind == GGMLQuantizationType.I32 else quantize(values, kind))
+        finally:
+            writer.close()
+
+
+def check_expressible(config: ModelConfig) -> None:
+    """Raise ConfigError for a network that llama.cpp's ``deepseek4`` architecture cannot hold."""
+
+    def need(ok: bool, key: str, expected: str, found: Any) -> None:
+        if not ok:
+            raise ConfigError(f"model.{key}: llama.cpp's {ARCHITECTURE} needs {expected}, found {found}")
+
+    c = config
+    for name in c.layers:
+        need(name in ("sliding", "csa", "hca"), "layers", "only sliding, csa and hca layers", name)
+    need(c.hyper_connections, "hyper_connections", "true", c.hyper_connections)
+    need(c.hc_mult == 4, "hc_mult", "4", c.hc_mult)
+    need(c.ffn == "moe", "ffn", "'moe'", repr(c.ffn))
+    need(c.num_shared_experts >= 1, "num_shared_experts", "at least 1", c.num_shared_experts)
+    # It divides by zero where its cache of index keys is empty, and where that of hca entries is and has as wide keys.
+    need("csa" in c.layers, "layers", "at least one csa layer", "none")
+    need(c.csa_ratio == 4, "csa_ratio", "4", c.csa_ratio)
+    dims = c.index_head_dim
+    need(dims >= _LEAST_INDEX_DIMS, "index_head_dim", f"at least {_LEAST_INDEX_DIMS}", dims)
+    if "hca" not in c.layers:
+        need(dims != c.head_dim, "index_head_dim", "another number than head_dim where no layer is hca", dims)
+    else:
+        need(c.hca_ratio == 128, "hca_ratio", "128", c.hca_ratio)
+    if c.yarn_factor > 1:
+        for key, value in (("yarn_beta_fast", 32.0), ("yarn_beta_slow", 1.0)):
+            need(getattr(c, key) == value, key, f"{value:g}", getattr(c, key))
+
+
+def _add_metadata(writer: GGUFWriter, config: ModelConfig, weights: WeightType) -> None:
+    c = config
+    ratios = {"sliding": 0, "csa": c.csa_ratio, "hca": c.hca_ratio}
+    integers = {
+        "vocab_size": c.vocab_size,
+        "context_length": c.max_positions,
+        "embedding_length": c.hidden_size,
+        "embedding_length_out": c.hidden_size * c.hc_mult,
+        "block_count": c.num_layers,
+        "attention.head_count": c.num_heads,
+        "attention.head_count_kv": 1,
+        "attention.key_length": c.head_dim,
+        "attention.value_length": c.head_dim,
+        "attention.q_lora_rank": c.q_lora_rank,
+        "attention.output_group_count": c.o_groups,
+        "attention.output_lora_rank": c.o_lora_rank,
+        "attention.sliding_window": c.window,
+        "attention.indexer.head_count": c.index_heads,
+        "attention.indexer.key_length": c.index_head_dim,
+        "attention.indexer.top_k": c.index_topk,
+        "rope.dimension_count": c.rope_head_dim,
+        "hyper_connection.count": c.hc_mult,
+        "hyper_connection.sinkhorn_iterations": c.hc_sinkhorn_iters,
+        "hash_layer_count": c.num_hash_layers,
+        "expert_count": c.num_experts,
+        "expert_used_count": c.experts_per_token,
+        "expert_shared_count": c.num_shared_experts,
+        "expert_feed_forward_length": c.expert_size,
+        "expert_gating_func": _SQRT_SOFTPLUS,
+    }
+    floats = {
+        "attention.layer_norm_rms_epsilon": c.norm_eps,
+        "attention.compress_rope_freq_base": c.compress_rope_theta,
+        "rope.freq_base": c.rope_theta,
+        "hyper_connection.epsilon": c.hc_eps,
+        "expert_weights_scale": c.routed_scaling_factor,
+    }
+    scaling = "none"
+    if c.yarn_factor > 1:
+        scaling = "yarn"
+        integers["rope.scaling.original_context_length"] = c.yarn_original_positions
+        floats["rope.scaling.factor"] = c.yarn_factor
+    for key, number in integers.items():
+        writer.add_uint32(f"{ARCHITECTURE}.{key}", number)
+    for key, value in floats.items():
+        writer.add_float32(f"{ARCHITECTURE}.{key}", value)
+    writer.add_string(f"{ARCHITECTURE}.rope.scaling.type", scaling)
+    writer.add_bool(f"{ARCHITECTURE}.expert_weights_norm", True)
+    writer.add_array(f"{ARCHITECTURE}.attention.compress_ratios", [ratios[name] for name in c.layers])
+    for key in ("swiglu_clamp_exp", "swiglu_clamp_shexp"):
+        writer.add_array(f"{ARCHITECTURE}.{key}", [c.swiglu_limit] * c.num_layers)
+    writer.add_string("general.type", "model")
+    writer.add_uint32("general.file_type", _FILE_TYPES[weights])
+    writer.add_uint32("general.quantization_version", 2)
+    # llama.cpp knows pre-tokenizers by name and none for an arbitrary tokenizer.json: token ids are what goes in.
+    writer.add_string("tokenizer.ggml.model", "none")
+
+
+def _sources(model: Transformer) -> Iterator[_Source]:
+    state = model.state_dict()
+    for ours, tensor in state.items():
+        if ours.startswith("mtp."):
+            continue
+        prefix, table, leaf = "", _MODEL, ours
+        if match := re.fullmatch(r"layers\.(\d+)\.(.+)", ours):
+            prefix, table, leaf = f"blk.{match[1]}.", _BLOCK, match[2]
+        if leaf == "ffn.router_bias" and ours.replace("router_bias", "tid2eid") in state:
+            continue  # takes no part in a hash-routed layer, and has no place there
+        name, typed = table[leaf]
+        shape = tuple(tensor.shape)
+        if leaf == "attn.wo_a":  # one matrix per group here, one over the other there
+            shape = (shape[0] * shape[1], shape[2])
+        yield _Source(prefix + name, ours, shape, typed)
+
+
+def _type_of(source: _Source, weights: WeightType) -> str:
+    if source.ours.endswith(".tid2eid"):
+        return "I32"
+    if not source.typed:
+        return "F32"
+    return "F16" if weights == "q8_0" and source.shape[-1] % _Q8_BLOCK else weights.upper()
+
+
+@torch.no_grad()
+def _values(model: Transformer, tensor: Tensor, source: _Source) -> Tensor:
+    """Return a tensor as the file takes it, on the CPU: int32 for hash tables, float32 otherwise."""
+    tensor = tensor.detach().cpu().reshape(source.shape)
+    if not tensor.is_floating_point():
+        return tensor.int()
+    tensor = tensor.float()
+    if not tensor.isfinite().all():
+        raise CheckpointError(f"tensor '{source.ours}' holds values that are not finite")
+    if _EXPERT_STACK.search(source.ours):
+        tensor = Precision(model.config).round_expert(tensor)
+    return tensor.contiguous()

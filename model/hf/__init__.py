@@ -1,0 +1,311 @@
+"""DeepSeek-V4 checkpoints: folders that ``DeepseekV4ForCausalLM`` and DeepSeek's own code read and write.
+
+:func:`import_pretrained` reads three kinds of folder: with the names of transformers' modules, with those that it saves
+by default, and the released format (DeepSeek's names, FP8 and FP4 weights with their scales). :func:`export_pretrained`
+writes the first and the last. Nothing in a folder is executed or unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from model.atomic_files import atomic_folder
+from model.checkpoint import check_replaceable
+from model.config import CACHE_FORMATS
+from model.errors import CheckpointError, ConfigError
+from model.hf import release_format
+from model.hf.config import OWN_KEY, ExpertFormat, check_expressible, read_config, write_config
+from model.hf.names import Format, Layout, Source, canonical, layout_of, sources
+from model.hf.safetensors_folder import Stored, list_tensors, read_json, read_tensors, write_shards
+from model.precision import Precision
+from model.tokenizer import Tokenizer
+from model.transformer import Transformer
+
+CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
+
+
+def import_pretrained(folder: str | Path, device: str | torch.device = "cpu", **overrides: Any) -> Transformer:
+    """The network of a DeepSeek-V4 checkpoint folder, in float32 and eval mode.
+
+    ``overrides`` replace fields of ModelConfig. Unless they or a folder written here say otherwise, the network
+    computes as the folder's owner does: from unquantised weights in plain floats (every cache format ``fp32``,
+    ``qat=False``), from quantised ones with the mixed-precision cache (ModelConfig's own formats), and with ``qat`` on
+    where the experts are FP4, which rounds nothing that is not rounded already. A prediction module is built where the
+    folder holds its tensors (``mtp.*``, which transformers never saves); ``mtp_layers=0`` passes over them.
+
+    Names, shapes and dtypes of all tensors are checked before any is read, and they are read one at a time, so memory
+    stays near the network's own. Raises CheckpointError naming file and key or tensor, expected and found.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint folder")
+    content = read_json(folder / CONFIG)
+    config = read_config(folder / CONFIG, content, **overrides)
+    found = list_tensors(folder)
+    layout = layout_of(found)
+    real_name: dict[str, str] = {}
+    for real in found:
+        name = canonical(real)
+        if name in real_name:
+            raise CheckpointError(f"{folder}: tensors '{real_name[name]}' and '{real}' are two names for the same one")
+        real_name[name] = real
+    stored = {name: found[real] for name, real in real_name.items()}
+    if "mtp_layers" in overrides and not config.mtp_layers:
+        stored = {name: tensor for name, tensor in stored.items() if not name.startswith("mtp.")}
+    elif "mtp_layers" not in overrides and not any(name.startswith("mtp.") for name in stored):
+        config = config.replace(mtp_layers=0)
+
+    with torch.device("meta"):
+        model = Transformer(config)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    expected = {canonical(name): source for name, source in sources(config, shapes, layout).items()}
+    quantized = _check(folder, expected, stored, real_name)
+    if quantized and content.get("quantization_config") is None:
+        name = next(iter(quantized))
+        raise CheckpointError(
+            f"{folder / CONFIG}: key 'quantization_config' is missing, but tensor '{name}' is {stored[name].dtype}"
+        )
+    if OWN_KEY not in content:
+        policy: dict[str, Any] = {} if quantized else dict.fromkeys(CACHE_FORMATS, "fp32")
+        policy["qat"] = "fp4" in release_format.values()
+        config = config.replace(**{key: value for key, value in policy.items() if key not in overrides})
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to_empty(device=device)
+    for buffer in model.buffers():
+        buffer.zero_()
+    _fill(model, expected, quantized, {name: (real_name[name], stored[name]) for name in stored})
+    model.place_weights()
+    return model.eval()
+
+
+def export_pretrained(
+    model: Transformer,
+    folder: str | Path,
+    format: Layout = "transformers",
+    tokenizer: Tokenizer | None = None,
+    experts: ExpertFormat | None = None,
+    max_shard_bytes: int = 5 << 30,
+) -> None:
+    """Write ``folder``, replacing what is there once the new one is complete.
+
+    ``transformers``: float32 under the names of ``DeepseekV4ForCausalLM``'s modules, with ``qat`` the routed experts
+    rounded to FP4 as the network uses them; ``mtp.*`` beside them, which it passes over. ``released``: DeepSeek's names
+    and dtypes (attention, shared experts and prediction projections FP8, routed experts FP4 or FP8, mixing weights
+    FP32, the rest BF16); ``experts`` chooses theirs, by default what they were read from, else FP4 with ``qat`` and
+    FP8 without. A tensor that was read quantised and not changed since is written bit for bit. Both note
+    the cache's formats and ``qat`` under a key of their own, which :func:`import_pretrained` heeds; transformers
+    rounds no cache.
+
+    Raises ConfigError for a network that the format cannot express or an unknown format, CheckpointError for a value
+    that it cannot.
+    """
+    for name, value, known in (
+        ("format", format, get_args(Layout)),
+        ("experts", experts, (None, *get_args(ExpertFormat))),
+    ):
+        if value not in known:
+            raise ConfigError(f"{name}: '{value}' is not one of {', '.join(filter(None, known))}")
+    check_expressible(model.config, format)
+    check_replaceable(folder)
+    if experts is None:
+        buffers = [name for name, _ in model.named_buffers()]
+        read_as = [fmt for fmt in get_args(ExpertFormat) if any(name.endswith(f".w1_{fmt}_scale") for name in buffers)]
+        experts = read_as[0] if read_as else "fp4" if model.config.qat else "fp8"
+    writer, tensors = _writer(model, format, experts)
+    with atomic_folder(folder) as scratch:
+        write_shards(scratch, tensors.items(), writer.produce, max_shard_bytes)
+        ids = {
+            "bos_token_id": tokenizer.bos_id if tokenizer else None,
+            "eos_token_id": tokenizer.eos_id if tokenizer else None,
+        }
+        dtype = {"dtype": "float32"} if format == "transformers" else {}
+        for file, content in (
+            (CONFIG, write_config(model.config, format, experts, **ids, **dtype)),
+            (GENERATION_CONFIG, ids),
+        ):
+            (scratch / file).write_text(json.dumps(content, indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save(scratch)
+            (scratch / TOKENIZER_CONFIG).write_text(json.dumps(_tokenizer_config(tokenizer), indent=2) + "\n")
+
+
+def is_pretrained(folder: str | Path) -> bool:
+    """Whether the folder's ``config.json`` names a model type, as those of transformers and the release do."""
+    path = Path(folder) / CONFIG
+    return path.is_file() and "model_type" in read_json(path)
+
+
+def tensor_bytes(model: Transformer, format: Layout, experts: ExpertFormat = "fp4") -> dict[str, int]:
+    """Size in bytes of every tensor that :func:`export_pretrained` would write; the model may be on the meta device."""
+    return _writer(model, format, experts)[1]
+
+
+def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What transformers' AutoTokenizer needs beside ``tokenizer.json``."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": tokenizer.bos_token,
+        "eos_token": tokenizer.eos_token,
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def _check(
+    folder: Path, expected: dict[str, Source], stored: dict[str, Stored], real_name: dict[str, str]
+) -> dict[str, Format]:
+    """Raise CheckpointError unless names, shapes and dtypes fit; the quantised tensors and their formats."""
+    quantized: dict[str, Format] = {}
+    scales: dict[str, tuple[str, tuple[int, int]]] = {}
+    for name, source in expected.items():
+        if name not in stored:
+            raise CheckpointError(f"{folder}: tensor '{source.name}' is missing, expected shape {list(source.shape)}")
+        fmt = release_format.format_of(source, stored[name])
+        _check_shape(real_name[name], stored[name], release_format.weight_shape(source, fmt))
+        if fmt is not None:
+            quantized[name] = fmt
+            scale = release_format.scale_name(real_name[name])
+            scales[release_format.scale_name(name)] = scale, release_format.scale_shape(source, fmt)
+    for name, (real, shape) in scales.items():
+        if name not in stored:
+            raise CheckpointError(f"{folder}: tensor '{real}' is missing, expected shape {list(shape)}")
+        _check_shape(real, stored[name], shape)
+        if stored[name].dtype != "F8_E8M0":
+            raise CheckpointError(f"{stored[name].shard}: tensor '{real}' is {stored[name].dtype}, expected F8_E8M0")
+    for name in stored:
+        if name not in expected and name not in scales:
+            raise CheckpointError(f"{stored[name].shard}: tensor '{real_name[name]}' is not part of this model")
+    return quantized
+
+
+def _check_shape(name: str, stored: Stored, expected: tuple[int, ...]) -> None:
+    if stored.shape != tuple(expected):
+        raise CheckpointError(
+            f"{stored.shard}: tensor '{name}' has shape {list(stored.shape)}, expected {list(expected)}"
+        )
+
+
+@torch.no_grad()
+def _fill(
+    model: Transformer,
+    expected: dict[str, Source],
+    quantized: dict[str, Format],
+    stored: dict[str, tuple[str, Stored]],
+) -> None:
+    """Read the scales, which stay with the model, and then every weight. ``stored`` maps to the name on disk."""
+    weight_of = {release_format.scale_name(name): name for name in quantized}
+    for name, place, tensor in _read({name: stored[name] for name in weight_of}):
+        codes, weight = tensor.view(torch.uint8), weight_of[name]
+        if (codes == 255).any():
+            raise CheckpointError(f"{place.shard}: tensor '{name}' holds values that are not finite")
+        release_format.keep_scales(model, expected[weight], quantized[weight], codes.to(model.embed.weight.device))
+    for name, place, tensor in _read({name: stored[name] for name in expected}):
+        source = expected[name]
+        if name in quantized:
+            scales = release_format.kept_scales(model, source, quantized[name])
+            assert scales is not None
+            tensor = release_format.decode(tensor, scales, quantized[name])
+        _place(model, source, tensor, place.shard)
+
+
+def _read(stored: dict[str, tuple[str, Stored]]) -> Iterator[tuple[str, Stored, Tensor]]:
+    """Our name, place and content of each tensor, shard by shard."""
+    names = {real: name for name, (real, _) in stored.items()}
+    for real, tensor in read_tensors(dict(stored.values())):
+        yield names[real], stored[names[real]][1], tensor
+
+
+def _place(model: Transformer, source: Source, tensor: Tensor, shard: Path) -> None:
+    if source.stored == "int64":
+        experts = model.config.num_experts
+        if tensor.min() < 0 or tensor.max() >= experts:
+            raise CheckpointError(f"{shard}: tensor '{source.name}' names experts outside 0..{experts - 1}")
+    elif not _is_finite(tensor):
+        raise CheckpointError(f"{shard}: tensor '{source.name}' holds values that are not finite")
+    for part in source.parts:
+        path, _, leaf = part.ours.rpartition(".")
+        target = getattr(model.get_submodule(path), leaf)
+        if part.expert is not None:
+            target = target[part.expert]
+        rows = tensor if part.rows is None else tensor[..., part.rows[0] : part.rows[1], :]
+        target.copy_(rows.reshape(target.shape))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """By the extremes, which a NaN becomes too: ``isfinite`` makes several copies of a tensor."""
+    return all(extreme.isfinite() for extreme in tensor.aminmax())
+
+
+class _Plain:
+    """Tensors as transformers holds them, in float32. ``plan`` maps the names to write to where they come from."""
+
+    def __init__(self, model: Transformer, plan: dict[str, Source]):
+        self.model, self.plan, self.state = model, plan, model.state_dict()
+
+    def entries(self, source: Source) -> list[tuple[str, int]]:
+        """Name and size in bytes of the tensors that one source becomes."""
+        dtype = torch.int64 if source.stored == "int64" else torch.float32
+        return [(source.name, release_format.nbytes(source.shape, dtype))]
+
+    def produce(self, name: str) -> Tensor:
+        source = self.plan[name]
+        values = self.values(source)
+        return Precision(self.model.config).round_expert(values) if source.stored == "fp4" else values
+
+    def values(self, source: Source) -> Tensor:
+        """A source's tensor put together from ours: float32 (int64 for expert tables), on the CPU."""
+        found = []
+        for part in source.parts:
+            tensor = self.state[part.ours].detach()
+            found.append((tensor if part.expert is None else tensor[part.expert]).cpu())
+        whole = found[0].reshape(source.shape) if len(found) == 1 else torch.cat(found, dim=-2)
+        if whole.is_floating_point() and not _is_finite(whole):
+            raise CheckpointError(f"tensor '{source.name}' holds values that are not finite")
+        return whole if source.stored == "int64" else whole.float()
+
+
+def _writer(model: Transformer, format: Layout, experts: ExpertFormat) -> tuple[_Plain, dict[str, int]]:
+    plan = sources(model.config, {name: tensor.shape for name, tensor in model.state_dict().items()}, format)
+    writer = _Released(model, plan, experts) if format == "released" else _Plain(model, plan)
+    return writer, dict(entry for source in plan.values() for entry in writer.entries(source))
+
+
+class _Released(_Plain):
+    """Tensors as released: quantised weights with their scales, the rest in the dtypes of the release."""
+
+    def __init__(self, model: Transformer, plan: dict[str, Source], experts: ExpertFormat):
+        super().__init__(model, plan)
+        self.experts = experts
+        self.encoded: dict[str, Tensor] = {}
+
+    def format(self, source: Source) -> Format:
+        return self.experts if source.stored == "fp4" else source.stored
+
+    def entries(self, source: Source) -> list[tuple[str, int]]:
+        fmt = self.format(source)
+        shape = release_format.weight_shape(source, fmt)
+        found = [(source.name, release_format.nbytes(shape, release_format.STORED[fmt]))]
+        if fmt in ("fp8", "fp4"):
+            size = release_format.nbytes(release_format.scale_shape(source, fmt), torch.float8_e8m0fnu)
+            found.append((release_format.scale_name(source.name), size))
+        return found
+
+    def produce(self, name: str) -> Tensor:
+        if name in self.encoded:  # a scale: its weight has just been produced
+            return self.encoded.pop(name)
+        source = self.plan[name]
+        values, fmt = self.values(source), self.format(source)
+        if fmt not in ("fp8", "fp4"):
+            return values.to(release_format.STORED[fmt])
+        if source.stored == "fp4" and fmt == "fp8" and self.model.config.qat:
+            weight, scales = release_format.encode_fp4_as_fp8(self.model, source, values)
+        else:
+            weight, scales = release_format.encode(self.model, source, values, fmt)
+        self.encoded[release_format.scale_name(name)] = scales
+        return weight

@@ -1,0 +1,115 @@
+"""Residual streams around a block: manifold-constrained hyper-connections, or one plain residual."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from kernels.autocast import in_float32
+from kernels.hyper_connections import RecomputedStreams, backend_for, enter, expand, head
+
+if TYPE_CHECKING:
+    from model.config import ModelConfig
+
+Mixing = tuple[Any, ...]
+"""State of a residual between :meth:`HyperConnection.enter` and :meth:`HyperConnection.leave`: ``post`` and ``comb``;
+with gradients also the streams, and the handle that recomputes them. Outside training it holds tensors only."""
+
+
+class HyperConnection(nn.Module):
+    """Wraps one block F: streams X [B, S, n, d] -> ``combT X + post F(pre X)`` (report 2.2). All float32."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        n = config.hc_mult
+        self.fn = nn.Parameter(torch.empty(2 * n + n * n, n * config.hidden_size))
+        self.base = nn.Parameter(torch.zeros(2 * n + n * n))
+        self.scale = nn.Parameter(torch.full((3,), config.hc_alpha_init))
+
+    def init_weights(self, std: float) -> None:
+        n = self.config.hc_mult
+        nn.init.normal_(self.fn, std=std)
+        nn.init.constant_(self.scale, self.config.hc_alpha_init)
+        nn.init.zeros_(self.base)
+        if self.config.hc_comb_init == "identity":
+            with torch.no_grad():  # e^4 : 1, so about 0.95 of a stream stays in place
+                self.base[2 * n :].view(n, n).fill_diagonal_(4.0)
+
+    def split_sizes(self) -> dict[str, tuple[int, ...]]:
+        n = self.config.hc_mult
+        return {"fn": (n, n, n * n)}
+
+    def enter(self, streams: Tensor, recomputed: RecomputedStreams | None = None) -> tuple[Tensor, Mixing]:
+        """The block's input [B, S, d], and what :meth:`leave` needs. With ``recomputed``, which stands for the streams,
+        none of this saves them for the backward pass."""
+        c = self.config
+        with in_float32(streams), _not_saved(recomputed):
+            x, post, comb, entered = enter(
+                streams, self.fn, self.scale, self.base, c.hc_sinkhorn_iters, c.hc_eps, c.norm_eps
+            )
+        if not torch.is_grad_enabled():
+            return x, (post, comb)
+        return x, (post, comb, entered) if recomputed is None else (post, comb, entered, recomputed)
+
+    def leave(self, streams: Tensor, mixing: Mixing, output: Tensor) -> Tensor:
+        """The new streams from the old ones and the block's output [B, S, d]."""
+        post, comb, *recorded = mixing
+        entered = recorded[0] if recorded else streams
+        recomputed = recorded[1] if len(recorded) > 1 else None
+        with in_float32(streams), _not_saved(recomputed):
+            return expand(entered, comb, post, output)
+
+    def to_recompute(
+        self, expanded: Tensor, streams: Tensor, mixing: Mixing, output: Tensor
+    ) -> RecomputedStreams | None:
+        """What :meth:`leave` made of the other three, to be computed again in the backward pass; None where it is
+        saved."""
+        if not torch.is_grad_enabled() or backend_for(expanded) == "reference":
+            return None
+        post, comb = mixing[:2]
+        return RecomputedStreams(expanded, streams, comb, post, output)
+
+
+def _not_saved(recomputed: RecomputedStreams | None) -> AbstractContextManager:
+    return nullcontext() if recomputed is None else recomputed.not_saved()
+
+
+class HyperHead(nn.Module):
+    """Streams [B, S, n, d] -> [B, S, d] by learned per-token weights, before the final norm (report 2.2)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.fn = nn.Parameter(torch.empty(config.hc_mult, config.hc_mult * config.hidden_size))
+        self.base = nn.Parameter(torch.zeros(config.hc_mult))
+        self.scale = nn.Parameter(torch.full((1,), config.hc_alpha_init))
+
+    def init_weights(self, std: float) -> None:
+        nn.init.normal_(self.fn, std=std)
+        nn.init.constant_(self.scale, self.config.hc_alpha_init)
+        nn.init.zeros_(self.base)
+
+    def forward(self, streams: Tensor) -> Tensor:
+        with in_float32(streams):
+            return head(streams, self.fn, self.scale, self.base, self.config.hc_eps, self.config.norm_eps)
+
+
+class PlainResidual(nn.Module):
+    """``x + F(x)``: what the network uses with ``hyper_connections`` off."""
+
+    def enter(self, streams: Tensor, recomputed: RecomputedStreams | None = None) -> tuple[Tensor, Mixing]:
+        return streams, ()
+
+    def leave(self, streams: Tensor, mixing: Mixing, output: Tensor) -> Tensor:
+        return streams + output.float()
+
+    def to_recompute(self, expanded: Tensor, streams: Tensor, mixing: Mixing, output: Tensor) -> None:
+        return None
+
+
+def residual(config: ModelConfig) -> HyperConnection | PlainResidual:
+    return HyperConnection(config) if config.hyper_connections else PlainResidual()

@@ -1,0 +1,72 @@
+"""Rotary positions on the last dims of a vector: interleaved pairs (2k, 2k + 1), optionally stretched by YaRN."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.rotary import angles, rotate
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN's stretching of a rotary family (arXiv 2309.00071). The attention factor stays 1.0, as released."""
+
+    factor: float
+    original_positions: int
+    beta_fast: float
+    beta_slow: float
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """A rotary family: ``dim`` dims rotated with base ``theta``, stretched by ``yarn`` if given."""
+
+    dim: int
+    theta: float
+    yarn: Yarn | None = None
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines [B or 1, S, dim / 2] for the positions of S tokens."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def apply(self, x: Tensor, inverse: bool = False) -> Tensor:
+        """Rotate the last ``dim`` dims of x, [B, S, ..., n]; ``inverse`` rotates back. The other dims pass through."""
+        return rotate(x, self.cos, self.sin, inverse)
+
+
+class RotaryFrequencies:
+    """Angular frequencies of one rotary family, float64 [dim / 2], on the CPU even for a model on the meta device."""
+
+    def __init__(self, rotary: Rotary):
+        dim, theta = rotary.dim, rotary.theta
+        frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
+        if rotary.yarn is not None:
+            frequencies = _stretched(frequencies, rotary, rotary.yarn)
+        self.frequencies = frequencies
+
+    def at(self, positions: Tensor) -> Rotation:
+        """Return the rotation for positions int64 [B or 1, S], in float32."""
+        return Rotation(*angles(positions, self.frequencies))
+
+
+def _stretched(frequencies: Tensor, rotary: Rotary, yarn: Yarn) -> Tensor:
+    """Divide slow frequencies by YaRN's factor, keep fast ones, and interpolate linearly in between."""
+    dim = rotary.dim
+
+    def dim_of(turns: float) -> float:
+        """Return the fractional pair index that makes ``turns`` full turns over the original context."""
+        return dim * math.log(yarn.original_positions / (turns * 2 * math.pi)) / (2 * math.log(rotary.theta))
+
+    low = max(math.floor(dim_of(yarn.beta_fast)), 0)
+    high = min(math.ceil(dim_of(yarn.beta_slow)), dim - 1)
+    ramp = (torch.arange(dim // 2, dtype=torch.float64, device="cpu") - low) / max(high - low, 1e-3)
+    keep = 1 - ramp.clamp(0, 1)
+    return frequencies * keep + frequencies / yarn.factor * (1 - keep)

@@ -1,0 +1,68 @@
+"""Attention over a cache in batch-invariant mode: every token runs at one fixed shape, whatever runs beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from kernels.cache_io import EntryLayout, unpack
+from kernels.sparse_attention import INVARIANT_TILE, EntrySet, TiledAttention
+from model.forward.context import Context
+from model.forward.execution import TOKEN_TILE
+
+
+def invariant_attention(
+    query: Tensor,
+    window_rows: Tensor,
+    entries: EntrySet | None,
+    sink: Tensor,
+    layout: EntryLayout,
+    context: Context,
+) -> Tensor:
+    """Compute :func:`kernels.sparse_attention.paged_attention` for query [B, S, H, c]. window_rows uint8
+    [B, window - 1 + S, nbytes] are those of the tokens before the new ones, then of the new ones. Returns float32
+    [B, S, H, c]."""
+    window = window_rows.shape[1] - query.shape[1] + 1
+    windows = window_rows.unfold(1, window, 1).transpose(2, 3)  # [B, S, window, nbytes]
+    positions = context.positions.expand(len(query), -1)
+    age = torch.arange(window - 1, -1, -1, device=query.device)
+
+    def attend(query: Tensor, sequences: Tensor, queries: Tensor) -> Tensor:
+        attention = TiledAttention(query, sink)
+        exists = age <= positions[sequences, queries].unsqueeze(-1)
+        attention.add(unpack(windows[sequences, queries], layout), exists)
+        if entries is not None:
+            for rows, mask in entry_tiles(entries, sequences, queries):
+                attention.add(unpack(rows, layout), mask)
+        return attention.output()
+
+    return by_tokens(attend, query)
+
+
+def entry_tiles(entries: EntrySet, sequences: Tensor, queries: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield packed rows [N, E, nbytes] and masks [N, E] for N tokens, given by sequence and query index (int64 [N]
+    each), in pieces of a fixed size E."""
+    if entries.chosen is not None:
+        chosen = entries.chosen[sequences, queries]
+        yield entries.pages.gather_of(sequences, chosen.clamp(min=0)), chosen >= 0
+    if entries.visible is not None:
+        visible = entries.visible.expand(len(entries.pages.numbers), -1)
+        last = visible[:, -1:] - 1
+        for begin in range(0, int(visible.max()), INVARIANT_TILE):
+            places = torch.arange(begin, begin + INVARIANT_TILE, device=visible.device)
+            rows = entries.pages.gather(places.minimum(last).clamp(min=0))
+            yield rows[sequences], places < visible[sequences, queries].unsqueeze(-1)
+
+
+def by_tokens(attend: Callable[[Tensor, Tensor, Tensor], Tensor], query: Tensor) -> Tensor:
+    """Attend in tiles of :data:`TOKEN_TILE` tokens of any sequences. ``attend`` takes their queries [tile, H, c],
+    sequence indices and query indices (int64 [tile] each) and returns their outputs."""
+    B, S = query.shape[:2]
+    outputs = []
+    for begin in range(0, B * S, TOKEN_TILE):
+        tokens = torch.arange(begin, begin + TOKEN_TILE, device=query.device).clamp(max=B * S - 1)
+        sequences, queries = tokens // S, tokens % S
+        outputs.append(attend(query[sequences, queries], sequences, queries))
+    return torch.cat(outputs)[: B * S].view_as(query)
