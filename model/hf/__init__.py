@@ -73,7 +73,7 @@ def import_pretrained(folder: str | Path, device: str | torch.device = "cpu", **
         )
     if OWN_KEY not in content:
         policy: dict[str, Any] = {} if quantized else dict.fromkeys(CACHE_FORMATS, "fp32")
-        policy["qat"] = "fp4" in release_format.values()
+        policy["qat"] = "fp4" in quantized.values()
         config = config.replace(**{key: value for key, value in policy.items() if key not in overrides})
     with torch.device("meta"):
         model = Transformer(config)
