@@ -16,8 +16,8 @@ from model import checkpoint as checkpoints
 from model.errors import ConfigError
 from model.execution import Execution, Mode
 from model.tokenizer import load_tokenizer
+from serve.api.completions import create_app
 from serve.engine import Engine, Limits
-from serve.openai_api import create_app
 
 APPLICATION = "fiftyfold"
 

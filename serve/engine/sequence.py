@@ -12,8 +12,8 @@ from torch import Tensor
 from model.cache import Cache
 from model.errors import FiftyfoldError
 from model.tokenizer import Tokenizer
+from serve.engine.detokenizer import Detokenizer, StopStrings
 from serve.engine.sampler import TokenLogprob, sample, token_logprobs
-from serve.engine.text import Detokenizer, StopStrings
 
 FinishReason = Literal["stop", "length"]
 

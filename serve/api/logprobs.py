@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from model.tokenizer import Tokenizer
+from serve.api.schemas import Logprobs
 from serve.engine import TokenLogprob
-from serve.schemas import Logprobs
 
 BOS_TEXT = "<|bos|>"
 EOS_TEXT = "<|eos|>"

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.tokenizer import ByteTokenizer
-from serve.engine.text import Detokenizer, StopStrings
+from serve.engine.detokenizer import Detokenizer, StopStrings
 
 BYTES = ByteTokenizer()
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
+from serve.api.completions import create_app
 from serve.engine import Engine, Limits
-from serve.openai_api import create_app
 
 TEXT = "the other rain "
 

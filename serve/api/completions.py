@@ -15,11 +15,10 @@ from starlette.types import Receive, Scope, Send
 
 from model.errors import FiftyfoldError
 from model.tokenizer import Tokenizer
-from serve import http_errors
-from serve.engine import Delta, Engine, RequestError
-from serve.http_errors import ModelNotFoundError
-from serve.logprobs import BOS_TEXT, EOS_TEXT, TokenTexts
-from serve.schemas import (
+from serve.api import errors as http_errors
+from serve.api.errors import ModelNotFoundError
+from serve.api.logprobs import BOS_TEXT, EOS_TEXT, TokenTexts
+from serve.api.schemas import (
     Choice,
     Completion,
     CompletionRequest,
@@ -31,6 +30,7 @@ from serve.schemas import (
     TokenizeRequest,
     Usage,
 )
+from serve.engine import Delta, Engine, RequestError
 
 CLIENT_CLOSED_REQUEST = 499
 """For access logs only: nobody is there to read it."""
