@@ -1,4 +1,4 @@
-"""The deployed endpoint as its users meet it: Ray Serve in front, the openai client outside."""
+"""The deployed endpoint, from Ray Serve to the openai client."""
 
 import json
 import shlex
@@ -38,7 +38,7 @@ def free_port() -> int:
 
 
 def recipe_for(folder: Path, model_uri: str | Path, **serve) -> Recipe:
-    # The weights as they are, on every processor: answers are compared with those of the network.
+    # Keep the weights in float32 on every processor: completions are compared with the network's.
     serve = {"model_uri": str(model_uri), "port": free_port(), "cpus_per_replica": 0.5, "weights": "float32", **serve}
     return recipe_from_dict({"run": {"folder": str(folder)}, "serve": serve})
 
@@ -70,7 +70,7 @@ def wait_until_idle(deployment: Deployment, seconds: float = 10) -> None:
     assert unfinished == 0
 
 
-def test_models(deployment, client) -> None:
+def test_deployed_model_card(deployment, client) -> None:
     [card] = client.models.list().data
     assert card.id == deployment.model_name == "letters/final"
     assert card.cache_bytes_per_token > 0
@@ -78,7 +78,7 @@ def test_models(deployment, client) -> None:
     assert client.models.retrieve(card.id) == card
 
 
-def test_an_answer_is_the_models(deployment, client, endless_model, letters) -> None:
+def test_greedy_completion_equals_the_model(deployment, client, endless_model, letters) -> None:
     prompt = [letters.bos_id, *letters.encode("the other rain")]
     with torch.inference_mode():
         cache = Cache(endless_model.config, 1, 100)
@@ -95,7 +95,7 @@ def test_an_answer_is_the_models(deployment, client, endless_model, letters) -> 
     assert answer.fiftyfold["cache_nbytes"] == Cache(endless_model.config, 1, len(prompt) + 19).nbytes()
 
 
-def test_streams_arrive_piece_by_piece_and_equal_the_whole(deployment, client) -> None:
+def test_stream_is_incremental_and_equals_the_response(deployment, client) -> None:
     ask = dict(model=deployment.model_name, prompt="the other rain", max_tokens=60, seed=5, temperature=1)
     whole = client.completions.create(**ask)
     times, texts = [], []
@@ -105,11 +105,11 @@ def test_streams_arrive_piece_by_piece_and_equal_the_whole(deployment, client) -
     assert "".join(texts) == whole.choices[0].text
     assert chunk.usage == whole.usage
     assert len(texts) > 30
-    # Had the server collected the answer first, all chunks would come within the time of one token.
+    # If the server buffered the text, all chunks would arrive within the time of one token.
     assert times[-1] - times[0] > 0.1
 
 
-def test_many_clients_at_once_get_what_each_would_alone(deployment, client) -> None:
+def test_concurrent_clients_get_the_same_text_as_sequential_ones(deployment, client) -> None:
     def ask(seed: int) -> str:
         return (
             client.completions.create(model=deployment.model_name, prompt="in", max_tokens=20, seed=seed)
@@ -131,11 +131,11 @@ def test_many_clients_at_once_get_what_each_would_alone(deployment, client) -> N
     ("change", "error", "words"),
     [
         ({"model": "other"}, openai.NotFoundError, "is not served here"),
-        ({"prompt": [5] * 600}, openai.BadRequestError, "the model's context is 512"),
+        ({"prompt": [5] * 600}, openai.BadRequestError, "the model's context of 512"),
         ({"temperature": 9}, openai.BadRequestError, "temperature"),
         ({"logit_bias": {"1": 2}}, openai.BadRequestError, "not supported"),
-        ({"n": 9}, openai.BadRequestError, "the server takes 3"),
-        ({"prompt": "a" * 30_000}, openai.APIStatusError, "larger than the 20000 bytes"),
+        ({"n": 9}, openai.BadRequestError, "the server accepts at most 3"),
+        ({"prompt": "a" * 30_000}, openai.APIStatusError, "larger than the limit of 20000 bytes"),
     ],
 )
 def test_errors_reach_the_client(deployment, client, change, error, words) -> None:
@@ -147,39 +147,39 @@ LONG = {"prompt": "the", "max_tokens": 450, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
-def seconds_to_the_end(deployment) -> float:
-    """What the answer to ``LONG`` takes on this machine, beside whatever else it does."""
+def full_request_seconds(deployment) -> float:
+    """Time of the complete request ``LONG`` on this machine under its present load."""
     start = time.monotonic()
     httpx.post(f"{deployment.url}/v1/completions", json=LONG, timeout=120).raise_for_status()
     return time.monotonic() - start
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_a_client_that_hangs_up_frees_its_place(deployment, seconds_to_the_end, streamed) -> None:
+def test_a_disconnect_frees_capacity(deployment, full_request_seconds, streamed) -> None:
     body = LONG | {"stream": streamed}
     if streamed:
         with httpx.stream("POST", f"{deployment.url}/v1/completions", json=body) as response:
             next(response.iter_lines())
     else:
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{deployment.url}/v1/completions", json=body, timeout=seconds_to_the_end / 10)
-    gone = time.monotonic()
+            httpx.post(f"{deployment.url}/v1/completions", json=body, timeout=full_request_seconds / 10)
+    disconnected = time.monotonic()
     wait_until_idle(deployment)
-    took = time.monotonic() - gone
-    assert took < seconds_to_the_end / 2, took  # without the abort it decodes to the end
+    took = time.monotonic() - disconnected
+    assert took < full_request_seconds / 2, took  # without an abort, it would decode to the end
 
 
-def test_more_than_may_wait_is_told_so(deployment, client) -> None:
+def test_a_full_queue_answers_429(deployment, client) -> None:
     body = LONG | {"n": 3, "stream": True}
     with httpx.stream("POST", f"{deployment.url}/v1/completions", json=body) as response:
-        lines = response.iter_lines()  # held: an iterator that is collected closes the connection
+        lines = response.iter_lines()  # keep a reference: the connection closes with the iterator
         next(lines)
         with pytest.raises(openai.RateLimitError, match="busy with 3 of at most 3"):
             client.completions.create(model=deployment.model_name, prompt="a")
     wait_until_idle(deployment)
 
 
-def test_a_port_in_use_is_named_before_anything_starts(ray_cluster, saved) -> None:
+def test_a_port_in_use_is_refused_before_start(ray_cluster, saved) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -191,7 +191,7 @@ def test_a_port_in_use_is_named_before_anything_starts(ray_cluster, saved) -> No
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no"), RayActorError(), TimeoutError("not available after 60s")])
-def test_a_proxy_that_does_not_start_is_named(saved, monkeypatch, error) -> None:
+def test_a_proxy_that_fails_to_start_is_reported(saved, monkeypatch, error) -> None:
     def fail(**_) -> None:
         raise error
 
@@ -203,14 +203,14 @@ def test_a_proxy_that_does_not_start_is_named(saved, monkeypatch, error) -> None
         start(recipe_for(saved.parents[1], saved))
 
 
-def test_a_second_deployment_does_not_take_over_the_first(deployment, saved) -> None:
+def test_a_second_deployment_does_not_replace_the_first(deployment, saved) -> None:
     with pytest.raises(ConfigError, match="already runs Ray Serve"):
         start(recipe_for(saved.parents[1], saved))
     assert httpx.get(f"{deployment.url}/healthz").status_code == 200
 
 
 def test_lm_eval_scores_through_the_endpoint(deployment, endless_model, letters) -> None:
-    """lm-eval's own client, unchanged, gets the model's log-likelihoods."""
+    """lm-eval's unmodified client gets the model's log-likelihoods."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
@@ -230,7 +230,7 @@ def test_lm_eval_scores_through_the_endpoint(deployment, endless_model, letters)
     assert "a" not in text
 
 
-def test_a_registered_model_is_found_by_its_alias(tmp_path, saved) -> None:
+def test_a_registered_model_is_found_by_alias(tmp_path, saved) -> None:
     recipe = recipe_for(tmp_path, "models:/letters@champion")
     client = open_tracking(recipe).client
     client.create_registered_model("letters")
@@ -243,13 +243,13 @@ def test_a_registered_model_is_found_by_its_alias(tmp_path, saved) -> None:
         find_model(recipe_for(tmp_path, "models:/letters@other"))
 
 
-def test_more_replicas_than_the_cluster_can_hold(ray_cluster, saved) -> None:
-    # Ray Serve would wait for ever for the missing processors.
+def test_replicas_that_do_not_fit_the_cluster_are_refused(ray_cluster, saved) -> None:
+    # Ray Serve would wait forever for the missing CPUs.
     with pytest.raises(ConfigError, match=r"50 replicas of 0\.5 CPU need 25 CPU, the Ray cluster has \d+$"):
         start(recipe_for(saved.parents[1], saved, replicas=50))
 
 
-def test_build_names_a_setting_it_does_not_know() -> None:
+def test_build_names_invalid_args() -> None:
     with pytest.raises(ConfigError, match="serve args: prefil_chunk: Extra inputs"):
         build({"checkpoint": "x", "prefil_chunk": 5})
     with pytest.raises(ConfigError, match="serve args: checkpoint: Field required"):
@@ -258,7 +258,7 @@ def test_build_names_a_setting_it_does_not_know() -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_what_the_step_started(tmp_path, saved, number) -> None:
+def test_a_signal_stops_the_deployment(tmp_path, saved, number) -> None:
     recipe = recipe_for(tmp_path, saved)
     code = (
         "import json, sys; from pipelines.config import recipe_from_dict; from pipelines.deploy import run; "
@@ -280,10 +280,10 @@ def test_a_signal_stops_what_the_step_started(tmp_path, saved, number) -> None:
 
 
 @pytest.mark.parametrize(("fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
-def test_auto_keeps_weights_in_what_the_replica_multiplies_faster(saved, monkeypatch, fast, dtype) -> None:
+def test_auto_weights_use_the_faster_data_type(saved, monkeypatch, fast, dtype) -> None:
     stored = []
     monkeypatch.setattr(Transformer, "store_weights", lambda model, dtype: stored.append(dtype))
-    monkeypatch.setattr("serve.app.multiplies_bf16_fast", lambda device: fast)
+    monkeypatch.setattr("serve.engine.config.multiplies_bf16_fast", lambda device: fast)
     server_class = CompletionsServer.func_or_class.__mro__[1]  # Ray Serve's own initializer is a coroutine
     server = server_class({"checkpoint": str(saved)})
     assert stored == [getattr(torch, dtype)]
@@ -306,8 +306,8 @@ def test_missing_and_damaged_models(tmp_path, saved, endless_model, letters) -> 
         start(recipe_for(tmp_path, tmp_path / "damaged"))
 
 
-def test_events_on_the_wire(deployment) -> None:
-    """Byte for byte what a client without a library has to read."""
+def test_event_stream_bytes(deployment) -> None:
+    """The raw event stream, as a client without a library reads it."""
     body = {"prompt": "the", "max_tokens": 3, "temperature": 0, "stream": True}
     text = httpx.post(f"{deployment.url}/v1/completions", json=body).text
     lines = text.split("\n")

@@ -1,4 +1,4 @@
-"""The HTTP interface on a real engine: OpenAI's shapes, and every way to ask wrongly."""
+"""The HTTP API with a real engine: OpenAI's response format, and errors for invalid requests."""
 
 import asyncio
 import json
@@ -9,22 +9,25 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from serve.api.completions import create_app
-from serve.engine import Engine, Limits
+from serve.api.asgi import create_app
+from serve.engine import Engine, EngineConfig
 
 TEXT = "the other rain "
+MAX_BODY_BYTES = 20_000
 
 
 @pytest.fixture(scope="module")
 def client(endless_model, letters) -> Iterator[TestClient]:
-    engine = Engine(endless_model, letters, Limits(max_active=4, max_waiting=8, prefill_chunk=32))
-    with TestClient(create_app(engine, "letters", max_body_bytes=20_000), raise_server_exceptions=False) as client:
+    engine = Engine(
+        endless_model, letters, EngineConfig(max_active_requests=4, max_waiting_requests=8, prefill_chunk=32)
+    )
+    with TestClient(create_app(engine, "letters", MAX_BODY_BYTES), raise_server_exceptions=False) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def byte_client(byte_model, byte_tokenizer) -> Iterator[TestClient]:
-    with TestClient(create_app(Engine(byte_model, byte_tokenizer), "bytes")) as client:
+    with TestClient(create_app(Engine(byte_model, byte_tokenizer), "bytes", MAX_BODY_BYTES)) as client:
         yield client
 
 
@@ -45,7 +48,7 @@ def stream(client: TestClient, **body) -> list[dict]:
     return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
-def test_completion_shape(client, letters) -> None:
+def test_completion_fields(client, letters) -> None:
     answer = ask(client, prompt=TEXT, model="letters", user="someone")
     assert answer["id"].startswith("cmpl-")
     assert answer["object"] == "text_completion"
@@ -64,7 +67,7 @@ def test_prompt_forms(client, letters) -> None:
     tokens = letters.encode(TEXT)
     text = ask(client, prompt=TEXT)["choices"][0]["text"]
     assert ask(client, prompt=[TEXT])["choices"][0]["text"] == text
-    # Text gets BOS in front, token ids are used as they are.
+    # Text is encoded with BOS in front; token IDs are used unchanged.
     assert ask(client, prompt=[letters.bos_id, *tokens])["choices"][0]["text"] == text
     assert ask(client, prompt=tokens)["usage"]["prompt_tokens"] == len(tokens)
     answer = ask(client, prompt=[[letters.bos_id, *tokens], tokens[:3]])
@@ -80,7 +83,7 @@ def test_empty_prompts_start_from_bos(client, letters, prompt) -> None:
     assert answer["choices"][0]["text"] == ask(client, prompt=[letters.bos_id])["choices"][0]["text"]
 
 
-def test_no_prompt_at_all(client) -> None:
+def test_prompt_may_be_omitted(client) -> None:
     assert ask(client)["choices"] == ask(client, prompt="")["choices"]
 
 
@@ -106,7 +109,7 @@ def test_n_completions_per_prompt_in_order(client) -> None:
         {"prompt": TEXT, "max_tokens": 0, "echo": True, "logprobs": 1},
     ],
 )
-def test_a_stream_adds_up_to_the_whole(client, body) -> None:
+def test_stream_concatenates_to_the_response(client, body) -> None:
     whole = ask(client, **body)
     chunks = stream(client, **body)
     assert len({chunk["id"] for chunk in chunks}) == 1
@@ -123,9 +126,9 @@ def test_a_stream_adds_up_to_the_whole(client, body) -> None:
     assert [chunk.get("fiftyfold") for chunk in chunks] == [None] * (len(chunks) - 1) + [whole["fiftyfold"]]
 
 
-def test_stream_of_bytes_adds_up_to_the_whole(byte_client) -> None:
+def test_stream_of_bytes_concatenates_to_the_response(byte_client) -> None:
     body = {"prompt": "€", "max_tokens": 60, "temperature": 1.3}
-    # Random weights may end a text at once: take the first seed whose text does not.
+    # Random weights may generate EOS at once: use the seed with the longest text.
     lengths = {seed: ask(byte_client, **body, seed=seed)["usage"]["completion_tokens"] for seed in range(8)}
     body["seed"] = max(lengths, key=lambda seed: lengths[seed])
     chunks = stream(byte_client, **body)
@@ -153,7 +156,7 @@ def test_stop(client) -> None:
 
 @pytest.mark.parametrize("max_tokens", [0, 1])
 def test_echo_with_logprobs_scores_the_prompt(client, letters, endless_model, max_tokens) -> None:
-    """The request with which lm-eval's local-completions scores."""
+    """The request that lm-eval's local-completions sends to score text."""
     prompt = letters.encode(TEXT * 5)
     answer = ask(client, prompt=[prompt], echo=True, logprobs=1, max_tokens=max_tokens, temperature=0)
     choice = answer["choices"][0]
@@ -166,7 +169,7 @@ def test_echo_with_logprobs_scores_the_prompt(client, letters, endless_model, ma
         want = endless_model(torch.tensor([prompt]))[0].log_softmax(dim=-1)
     for i in range(1, len(prompt)):
         assert logprobs["token_logprobs"][i] == pytest.approx(want[i - 1, prompt[i]].item(), abs=1e-3)
-        # Exactly equal where the token is the most likely one: that is how lm-eval tells a greedy match.
+        # lm-eval detects a greedy match by exact equality with the largest alternative.
         greedy = logprobs["token_logprobs"][i] == max(logprobs["top_logprobs"][i].values())
         assert greedy == (want[i - 1].argmax().item() == prompt[i])
         offset = logprobs["text_offset"][i]
@@ -174,7 +177,7 @@ def test_echo_with_logprobs_scores_the_prompt(client, letters, endless_model, ma
         assert choice["text"][offset : offset + len(token)] == token
 
 
-def test_echo_of_text_shows_bos_as_a_token_but_not_as_text(client) -> None:
+def test_echo_lists_bos_as_a_token_but_not_in_the_text(client) -> None:
     choice = ask(client, prompt="the", echo=True, logprobs=1, max_tokens=0)["choices"][0]
     assert choice["text"] == "the"
     assert choice["logprobs"]["tokens"][0] == "<|bos|>"
@@ -182,7 +185,7 @@ def test_echo_of_text_shows_bos_as_a_token_but_not_as_text(client) -> None:
     assert choice["logprobs"]["token_logprobs"][1] < 0
 
 
-def test_logprobs_of_bytes_have_distinct_names(byte_client) -> None:
+def test_logprobs_of_bytes_have_distinct_strings(byte_client) -> None:
     choice = ask(byte_client, prompt="€ß", echo=True, logprobs=5, max_tokens=4)["choices"][0]
     assert choice["logprobs"]["tokens"][1:4] == [f"token_id:{byte + 2}" for byte in "€".encode()]
     assert all(len(top) in (5, 6) for top in choice["logprobs"]["top_logprobs"][1:])
@@ -197,7 +200,7 @@ def test_models(client, letters_model) -> None:
     assert client.get("/v1/models/letters").json() == card
 
 
-def test_the_schema_is_published(client) -> None:
+def test_openapi_schema(client) -> None:
     schema = client.get("/openapi.json").json()
     fields = schema["components"]["schemas"]["CompletionRequest"]["properties"]
     assert {"prompt", "max_tokens", "stream", "echo", "logprobs"} <= set(fields)
@@ -212,12 +215,12 @@ def test_healthz(client) -> None:
 def test_healthz_of_a_stopped_engine(letters_model, letters) -> None:
     engine = Engine(letters_model, letters)
     asyncio.run(engine.stop())
-    with TestClient(create_app(engine, "letters")) as client:
+    with TestClient(create_app(engine, "letters", MAX_BODY_BYTES)) as client:
         assert client.get("/healthz").status_code == 503
         assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 500
 
 
-def test_tokenizer_endpoints(client, letters) -> None:
+def test_tokenizer_routes(client, letters) -> None:
     info = client.get("/tokenizer_info").json()
     for name, token in (("bos_token", letters.bos_id), ("eos_token", letters.eos_id)):
         body = {"prompt": info[name], "add_special_tokens": False}
@@ -240,27 +243,27 @@ OK = {"prompt": "the"}
         ({"prompt": [[1], "a"]}, "prompt", "expected a string"),
         ({"prompt": {"text": "a"}}, "prompt", "expected a string"),
         ({"prompt": "\ud800"}, "prompt", "unpaired surrogate"),
-        ({"prompt": [1, 38]}, "prompt", "token id 38 is not in the vocabulary of 38"),
-        ({"prompt": [-1]}, "prompt", "token id -1"),
+        ({"prompt": [1, 38]}, "prompt", "token ID 38 is out of range for a vocabulary of 38"),
+        ({"prompt": [-1]}, "prompt", "token ID -1"),
         (OK | {"max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
         (OK | {"max_tokens": 1.5}, "max_tokens", "integer"),
         (OK | {"max_tokens": "5"}, "max_tokens", "integer"),
         (OK | {"max_tokens": True}, "max_tokens", "integer"),
-        (OK | {"max_tokens": 10**30}, "prompt", "the model's context is 512 tokens"),
+        (OK | {"max_tokens": 10**30}, "prompt", "the model's context of 512 tokens"),
         (OK | {"temperature": "hot"}, "temperature", "number"),
         (OK | {"temperature": 2.5}, "temperature", "less than or equal to 2"),
         (OK | {"temperature": -0.1}, "temperature", "greater than or equal to 0"),
         (OK | {"top_p": 1.1}, "top_p", "less than or equal to 1"),
         (OK | {"n": 0}, "n", "greater than or equal to 1"),
-        (OK | {"n": 13}, None, "asks for 13 completions, the server takes 12"),
+        (OK | {"n": 13}, None, "asks for 13 completions, but the server accepts at most 12"),
         (OK | {"seed": 2**63}, "seed", "less than"),
         (OK | {"stop": 5}, "stop", "expected a string or a list of strings"),
         (OK | {"stop": ""}, "stop", "empty stop string"),
-        (OK | {"stop": ["a"] * 17}, "stop", "at most 16"),
+        (OK | {"stop": ["a"] * 17}, "stop", "at most 16 stop strings, found 17"),
         (OK | {"logprobs": 6}, "logprobs", "less than or equal to 5"),
         (OK | {"logprobs": True}, "logprobs", "integer"),
         (OK | {"echo": "yes"}, "echo", "boolean"),
-        (OK | {"stream_options": {"include_usage": True}}, "stream_options", "only allowed together with stream"),
+        (OK | {"stream_options": {"include_usage": True}}, "stream_options", "allowed only if stream is true"),
         (OK | {"stream": True, "stream_options": {"x": 1}}, "stream_options", "stream_options.x: unknown field"),
         (OK | {"suffix": "end"}, "suffix", "not supported"),
         (OK | {"frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
@@ -272,7 +275,7 @@ OK = {"prompt": "the"}
         ("the", None, "must be a JSON object"),
     ],
 )
-def test_bad_values(client, body, param, words) -> None:
+def test_invalid_values(client, body, param, words) -> None:
     raw = json.dumps(body)
     response = client.post("/v1/completions", content=raw, headers={"content-type": "application/json"})
     assert response.status_code == 400, response.text
@@ -283,7 +286,7 @@ def test_bad_values(client, body, param, words) -> None:
     assert "\n" not in error["message"]
 
 
-def test_values_that_change_nothing_are_taken(client) -> None:
+def test_neutral_values_are_accepted(client) -> None:
     neutral = {"best_of": 1, "suffix": "", "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}}
     nulls = {
         "max_tokens": None,
@@ -319,17 +322,17 @@ def test_other_errors(client) -> None:
     response = client.post("/v1/completions", json={"prompt": "a", "model": "gpt"})
     assert response.status_code == 404
     assert response.json()["error"] == {
-        "message": "model: 'gpt' is not served here, 'letters' is",
+        "message": "model: 'gpt' is not served here, only 'letters' is",
         "type": "invalid_request_error",
         "param": "model",
         "code": "model_not_found",
     }
     assert client.get("/v1/models/gpt").json()["error"]["code"] == "model_not_found"
     response = client.get("/v1/nothing")
-    assert (response.status_code, response.json()["error"]["message"]) == (404, "there is nothing at GET /v1/nothing")
+    assert (response.status_code, response.json()["error"]["message"]) == (404, "no route for GET /v1/nothing")
     response = client.get("/v1/completions")
     assert response.status_code == 405
-    assert "does not take GET" in response.json()["error"]["message"]
+    assert "does not accept GET" in response.json()["error"]["message"]
     response = client.post("/detokenize", json={"tokens": [99]})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "tokens")
     response = client.post("/tokenize", json={})
@@ -342,24 +345,30 @@ def test_longer_than_the_context(client, streamed) -> None:
     assert response.status_code == 400
     error = response.json()["error"]
     assert error["code"] == "context_length_exceeded"
-    assert error["message"] == "prompt: 500 tokens and max_tokens 13 make 513, the model's context is 512 tokens"
+    assert error["message"] == (
+        "prompt: 500 tokens plus max_tokens 13 is 513, more than the model's context of 512 tokens"
+    )
 
 
 def test_body_too_large(client) -> None:
-    def pieces() -> Iterator[bytes]:  # no Content-Length: the server has to count
+    def pieces() -> Iterator[bytes]:  # without Content-Length, the server counts bytes
         for _ in range(30):
             yield b" " * 1000
 
     for content in (b" " * 20_001, pieces()):
         response = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
         assert response.status_code == 413
-        assert response.json()["error"]["message"] == "the body is larger than the 20000 bytes that are taken"
+        assert response.json()["error"]["message"] == "the request body is larger than the limit of 20000 bytes"
 
 
 def test_a_full_queue_and_a_timeout(endless_model, letters) -> None:
     async def main() -> None:
-        engine = Engine(endless_model, letters, Limits(max_active=1, max_waiting=1, timeout_seconds=0.5))
-        transport = httpx.ASGITransport(create_app(engine, "letters"))
+        engine = Engine(
+            endless_model,
+            letters,
+            EngineConfig(max_active_requests=1, max_waiting_requests=1, request_timeout_seconds=0.5),
+        )
+        transport = httpx.ASGITransport(create_app(engine, "letters", MAX_BODY_BYTES))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             body = {"prompt": "the", "max_tokens": 500, "temperature": 0}
             slow = [
@@ -372,7 +381,7 @@ def test_a_full_queue_and_a_timeout(endless_model, letters) -> None:
             assert refused.json()["error"]["code"] == "rate_limit_exceeded"
             late, late_stream = await asyncio.gather(*slow)
             assert (late.status_code, late.json()["error"]["code"]) == (504, "request_timeout")
-            # A stream has begun with status 200, so its error comes as an event.
+            # The stream has already sent status 200, so the error is an event.
             events = late_stream.text.strip().split("\n\n")
             assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "request_timeout"
             assert events[-1] == "data: [DONE]"
@@ -381,18 +390,18 @@ def test_a_full_queue_and_a_timeout(endless_model, letters) -> None:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_client_that_goes_ends_its_request(endless_model, letters, streamed) -> None:
+def test_a_disconnect_aborts_the_request(endless_model, letters, streamed) -> None:
     async def main() -> None:
         engine = Engine(endless_model, letters)
-        app = create_app(engine, "letters")
+        app = create_app(engine, "letters", MAX_BODY_BYTES)
         body = json.dumps({"prompt": "the", "max_tokens": 500, "temperature": 0, "stream": streamed}).encode()
-        gone = asyncio.Event()
+        disconnected = asyncio.Event()
         messages = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive() -> dict:
             if messages:
                 return messages.pop()
-            await gone.wait()
+            await disconnected.wait()
             return {"type": "http.disconnect"}
 
         sent = []
@@ -406,7 +415,7 @@ def test_a_client_that_goes_ends_its_request(endless_model, letters, streamed) -
         while not engine.unfinished:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.2)
-        gone.set()
+        disconnected.set()
         await asyncio.wait_for(answer, 5)
         for _ in range(100):
             if not engine.unfinished:
@@ -418,17 +427,17 @@ def test_a_client_that_goes_ends_its_request(endless_model, letters, streamed) -
     asyncio.run(main())
 
 
-def test_the_event_loop_is_free_while_the_model_works(endless_model, letters) -> None:
+def test_the_model_does_not_block_the_event_loop(endless_model, letters) -> None:
     async def main() -> None:
         engine = Engine(endless_model, letters)
         async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(create_app(engine, "m")), base_url="http://t"
+            transport=httpx.ASGITransport(create_app(engine, "letters", MAX_BODY_BYTES)), base_url="http://t"
         ) as client:
             ask = asyncio.ensure_future(client.post("/v1/completions", json={"prompt": [5] * 400, "max_tokens": 1}))
             turns = 0
             while not ask.done():
                 await asyncio.sleep(0)
-                turns += engine.unfinished  # counted during the one step that the request takes
+                turns += engine.unfinished  # the request takes a single step
             assert (await ask).status_code == 200
             assert turns > 50
 

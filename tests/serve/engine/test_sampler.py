@@ -19,7 +19,7 @@ def draws(
 LOGITS = torch.log(torch.tensor([0.1, 0.4, 0.2, 0.3]))
 
 
-def test_greedy_takes_the_most_likely() -> None:
+def test_greedy_returns_the_most_likely() -> None:
     assert draws(LOGITS, n=20, temperature=0) == [0, 20, 0, 0]
 
 
@@ -45,12 +45,12 @@ def test_top_k_keeps_the_k_most_likely(top_k: int, kept: set[int]) -> None:
 @pytest.mark.parametrize(
     ("top_p", "kept"), [(0.0, {1}), (0.39, {1}), (0.41, {1, 3}), (0.71, {1, 2, 3}), (0.99, {0, 1, 2, 3})]
 )
-def test_top_p_keeps_the_fewest_that_reach_it(top_p: float, kept: set[int]) -> None:
+def test_top_p_keeps_the_smallest_sufficient_set(top_p: float, kept: set[int]) -> None:
     assert {i for i, count in enumerate(draws(LOGITS, top_p=top_p)) if count} == kept
 
 
-def test_top_p_is_of_what_top_k_left() -> None:
-    # Of {0.4, 0.3} the first holds 4/7 = 0.571.
+def test_top_p_applies_after_top_k() -> None:
+    # top_k leaves {0.4, 0.3}; the first has a share of 4/7 = 0.571.
     assert {i for i, count in enumerate(draws(LOGITS, top_k=2, top_p=0.55)) if count} == {1}
     assert {i for i, count in enumerate(draws(LOGITS, top_k=2, top_p=0.59)) if count} == {1, 3}
 
@@ -60,7 +60,7 @@ def test_a_tiny_temperature_is_greedy_and_finite() -> None:
         assert draws(torch.tensor([3.0e4, -3.0e4, 2.9e4]), n=10, temperature=temperature) == [10, 0, 0]
 
 
-def test_logprobs_are_the_models_own() -> None:
+def test_logprobs_equal_log_softmax() -> None:
     logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
     want = logits.log_softmax(dim=-1)
     worst = logits.argmin(dim=-1).tolist()
