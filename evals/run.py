@@ -53,12 +53,7 @@ def evaluate(
     Raises ConfigError for unknown tasks and for settings that are vacuous (see :mod:`evals.tasks.generators`) or do
     not fit the model, CheckpointError for a folder that cannot be loaded, DataError for missing or damaged shards.
     """
-    for task in tasks:
-        if task not in TASKS:
-            raise ConfigError(f"evaluate.tasks: '{task}' is not one of {', '.join(TASKS)}")
-    for name, values in (("tasks", tasks), ("lengths", lengths), ("depths", depths)):
-        if not values or len(set(values)) < len(values):
-            raise ConfigError(f"evaluate.{name}: expected at least one and each once, found {list(values)}")
+    check_settings(tasks, lengths, depths)
     model = CheckpointLM(checkpoint_folder, device=device)
     common = {
         "checkpoint": str(checkpoint_folder),
@@ -85,6 +80,16 @@ def evaluate(
     if "mqar" in tasks:
         metrics["eval/recall"] = metrics[f"eval/mqar/{lengths[0]}/recall"]
     return metrics
+
+
+def check_settings(tasks: Sequence[str], lengths: Sequence[int], depths: Sequence[float]) -> None:
+    """Raise ConfigError, naming the argument, for unknown tasks and for empty or repeated values."""
+    for task in tasks:
+        if task not in TASKS:
+            raise ConfigError(f"tasks: '{task}' is not one of {', '.join(TASKS)}")
+    for name, values in (("tasks", tasks), ("lengths", lengths), ("depths", depths)):
+        if not values or len(set(values)) < len(values):
+            raise ConfigError(f"{name}: expected at least one value without duplicates, found {list(values)}")
 
 
 def _manager(metadata: dict[str, Any]) -> TaskManager:

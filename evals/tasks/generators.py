@@ -20,7 +20,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evals.retrieval import KEYS, MARKER, RESERVED, RetrievalDocument, mqar, needle
+from evals.documents.retrieval import KEYS, MARKER, RESERVED, RetrievalDocument, mqar, needle
 from model import checkpoint as checkpoints
 from model.config import ModelConfig
 from model.errors import ConfigError, DataError
