@@ -1,11 +1,11 @@
-"""Seeded generators of retrieval documents: facts planted in real text, asked for at the end.
+"""Seeded generators of retrieval documents: facts inserted into real text, with questions at the end.
 
-A fact is a marker, a key and a value, as in ``@K7``. The document ends with its questions, each the fact once more: a
-model that reads ``@K`` must answer ``7``. Every fact ends at least ``window`` tokens before the first question, outside
-the sliding window of the token that asks.
+A fact is a marker, a key, and a value, as in ``@K7``. The document ends with its questions, each of which repeats its
+fact: a model that reads ``@K`` must answer ``7``. Every fact ends at least ``window`` tokens before the first question,
+outside the sliding window of the token that asks.
 
-Keys, values and the marker are characters that callers keep out of the text around them (:data:`RESERVED`), so that
-recall is measured and not the parsing of one.
+Callers remove the characters of keys, values, and marker (:data:`RESERVED`) from the filler text, so that every
+occurrence belongs to a fact.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RESERVED = MARKER + KEYS + VALUES
 
 @dataclass(frozen=True)
 class RetrievalDocument:
-    """``tokens`` begin with BOS; ``answers`` are token spans [start, end), each the value of one question."""
+    """``tokens`` start with BOS. ``answers`` are token spans [start, end), one value per question."""
 
     tokens: list[int]
     answers: list[tuple[int, int]]
@@ -33,7 +33,7 @@ class RetrievalDocument:
 
 
 def reserved_ids(tokenizer: Tokenizer) -> list[int]:
-    """Token ids to keep out of fillers: those that write the :data:`RESERVED` characters one by one."""
+    """Return the token IDs of all :data:`RESERVED` characters, to be kept out of fillers."""
     return sorted({token for character in RESERVED for token in tokenizer.encode(character)})
 
 
@@ -46,15 +46,15 @@ def mqar(
     window: int,
     rounds: int = 1,
 ) -> RetrievalDocument:
-    """Multi-query associative recall: ``pairs`` facts at random places in ``filler``, all asked in random order.
+    """Return a multi-query associative recall document of exactly ``length`` tokens.
 
-    With several ``rounds`` all of them are asked again, each time in another order; a later question may then find its
-    answer in an earlier one. More rounds teach sooner, one round measures.
-    The document has exactly ``length`` tokens. ``filler`` is tokenised text, at least ``length`` tokens of it.
-    Raises ConfigError when the facts and their questions do not fit.
+    ``pairs`` facts at random positions in ``filler`` are all asked in random order. With several ``rounds``, all facts
+    are asked again in a new order each time; a later question can then find its answer in an earlier one. More rounds
+    speed up training; evaluation uses one. ``filler`` is tokenized text of at least ``length`` tokens. Raises
+    ConfigError if facts and questions do not fit.
     """
     if pairs > len(KEYS):
-        raise ConfigError(f"pairs: {pairs} facts need more than the {len(KEYS)} keys there are")
+        raise ConfigError(f"pairs: {pairs} facts need more than the {len(KEYS)} available keys")
     keys = rng.sample(KEYS, pairs)
     facts = [_Fact(key, rng.choice(VALUES), tokenizer) for key in keys]
     return _assemble(rng, tokenizer, filler, length, window, facts, rounds, depth=None, kind="mqar")
@@ -63,12 +63,13 @@ def mqar(
 def needle(
     rng: random.Random, tokenizer: Tokenizer, filler: list[int], length: int, depth: float, window: int
 ) -> RetrievalDocument:
-    """One fact at ``depth`` (0 = start of the text, 1 = the last place outside the window), asked at the end.
+    """Return a document of exactly ``length`` tokens with one fact at ``depth``, asked at the end.
 
-    The document has exactly ``length`` tokens. ``filler`` is tokenised text, at least ``length`` tokens of it.
+    ``depth`` is 0 at the start of the text and 1 at the last position outside the window. ``filler`` is tokenized text
+    of at least ``length`` tokens.
     """
     if not 0 <= depth <= 1:
-        raise ConfigError(f"depth: must lie between 0 and 1, found {depth}")
+        raise ConfigError(f"depth: expected a value between 0 and 1, found {depth}")
     facts = [_Fact(rng.choice(KEYS), rng.choice(VALUES), tokenizer)]
     return _assemble(rng, tokenizer, filler, length, window, facts, rounds=1, depth=depth, kind="needle")
 
@@ -93,21 +94,24 @@ def _assemble(
 ) -> RetrievalDocument:
     fact_tokens = sum(len(fact.tokens) for fact in facts)
     questions_start = length - rounds * fact_tokens
-    text_tokens = questions_start - 1 - fact_tokens  # BOS, and the planted facts
-    room = text_tokens - window  # text positions at which a fact may start
-    if room < 1:
+    text_tokens = questions_start - 1 - fact_tokens  # without BOS and the inserted facts
+    last_position = text_tokens - window  # of a fact in the text
+    if last_position < 1:
         raise ConfigError(
             f"length: {length} tokens are too few for {len(facts)} facts outside a window of {window} tokens"
             + (f", asked {rounds} times" if rounds > 1 else "")
         )
     if len(filler) < text_tokens:
-        raise ConfigError(f"filler: {len(filler)} tokens of text where {text_tokens} are needed")
-    places = [round(depth * room)] if depth is not None else sorted(rng.randrange(room + 1) for _ in facts)
+        raise ConfigError(f"filler: expected at least {text_tokens} tokens of text, found {len(filler)}")
+    if depth is not None:
+        positions = [round(depth * last_position)]
+    else:
+        positions = sorted(rng.randrange(last_position + 1) for _ in facts)
     tokens = [tokenizer.bos_id]
     cursor = 0
-    for fact, place in zip(facts, places):
-        tokens += filler[cursor:place] + fact.tokens
-        cursor = place
+    for fact, position in zip(facts, positions):
+        tokens += filler[cursor:position] + fact.tokens
+        cursor = position
     tokens += filler[cursor:text_tokens]
     answers = []
     for _ in range(rounds):
