@@ -42,7 +42,7 @@ def test_standard_error_counts_documents_not_questions():
 
 
 def test_evaluate_refuses_invalid_arguments(checkpoint, tmp_path):
-    with pytest.raises(ConfigError, match="^tasks: 'hellaswag' is not one of mqar, needle"):
+    with pytest.raises(ConfigError, match=r"^tasks: 'hellaswag' is not one of mqar, needle"):
         evaluate(checkpoint, ["mqar", "hellaswag"])
     with pytest.raises(ConfigError, match=r"^lengths: .* without duplicates"):
         evaluate(checkpoint, lengths=[256, 256])

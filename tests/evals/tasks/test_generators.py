@@ -21,7 +21,7 @@ from model.tokenizer import ByteTokenizer, load_tokenizer
 
 
 def check_questions(questions, tokenizer, length, window):
-    """Check that each question has a single fact, at least ``window`` tokens before it. Return the documents' lengths."""
+    """Check that each question has a single fact, at least ``window`` tokens before it; return lengths."""
     sizes = []
     for question in questions:
         context, answer = question["context"], question["answer"]
