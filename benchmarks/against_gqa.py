@@ -27,11 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.contenders import OURS_DEFAULT, OURS_FASTEST, PRECISIONS, Way, ours_at, ways
-from benchmarks.drawing import log_log
-from benchmarks.harness import Findings, benchmark, command_line, count, options_of
-from benchmarks.report import table
-from benchmarks.timing import Side, Timing, fastest, hopeless, in_turn, ratio, threads_of
+from benchmarks.lib.contenders import OURS_DEFAULT, OURS_FASTEST, PRECISIONS, Way, ours_at, ways
+from benchmarks.lib.drawing import log_log
+from benchmarks.lib.harness import Findings, benchmark, command_line, count, options_of
+from benchmarks.lib.report import table
+from benchmarks.lib.timing import Side, Timing, fastest, hopeless, in_turn, ratio, threads_of
 from model.cache import Cache
 from model.cache_filling import fill_random
 from model.config import ModelConfig

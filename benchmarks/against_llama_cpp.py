@@ -31,13 +31,13 @@ from typing import get_args
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.contenders import DEFAULT_CHUNK, DEFAULTS, PRECISIONS, Ours, ways
-from benchmarks.drawing import log_log
-from benchmarks.harness import Findings, benchmark, command_line, count, options_of
-from benchmarks.llama_cpp_side import CacheType, LlamaCpp, require
-from benchmarks.report import table
-from benchmarks.start_up import start_up
-from benchmarks.timing import Side, Timing, bandwidth, in_turn, ratio, threads_of
+from benchmarks.lib.contenders import DEFAULT_CHUNK, DEFAULTS, PRECISIONS, Ours, ways
+from benchmarks.lib.drawing import log_log
+from benchmarks.lib.harness import Findings, benchmark, command_line, count, options_of
+from benchmarks.lib.llama_cpp import CacheType, LlamaCpp, require
+from benchmarks.lib.report import table
+from benchmarks.lib.start_up import start_up
+from benchmarks.lib.timing import Side, Timing, bandwidth, in_turn, ratio, threads_of
 from model.cache import Cache
 from model.config import CACHE_FORMATS, ModelConfig
 from model.gguf_format import WeightType, export_gguf

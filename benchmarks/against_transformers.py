@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.contenders import (
+from benchmarks.lib.contenders import (
     DEFAULT_CHUNK,
     DEFAULTS,
     OURS_DEFAULT,
@@ -42,11 +42,11 @@ from benchmarks.contenders import (
     ways,
     write_weights,
 )
-from benchmarks.drawing import log_log
-from benchmarks.harness import Findings, benchmark, command_line, count, options_of
-from benchmarks.report import table
-from benchmarks.start_up import start_up
-from benchmarks.timing import (
+from benchmarks.lib.drawing import log_log
+from benchmarks.lib.harness import Findings, benchmark, command_line, count, options_of
+from benchmarks.lib.report import table
+from benchmarks.lib.start_up import start_up
+from benchmarks.lib.timing import (
     PeakMemory,
     Side,
     Timing,

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from benchmarks import report
-from benchmarks.harness import Findings, benchmark, command_line, count, options_of
-from benchmarks.timing import in_child
+from benchmarks.lib import report
+from benchmarks.lib.harness import Findings, benchmark, command_line, count, options_of
+from benchmarks.lib.timing import in_child
 from model.cache import COMPONENTS
 from model.comparison import gqa8_account, with_gqa8
 from model.config import ModelConfig

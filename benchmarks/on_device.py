@@ -16,8 +16,8 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.harness import Findings, benchmark, command_line, count, options_of
-from benchmarks.report import table
+from benchmarks.lib.harness import Findings, benchmark, command_line, count, options_of
+from benchmarks.lib.report import table
 from model.cache import Cache
 from model.cache_filling import fill_random
 from model.config import ModelConfig

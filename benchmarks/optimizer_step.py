@@ -16,9 +16,9 @@ import argparse
 import torch
 from torch import nn
 
-from benchmarks.harness import Findings, benchmark, command_line, count, options_of
-from benchmarks.report import table
-from benchmarks.timing import Side, in_turn, ratio, threads_of
+from benchmarks.lib.harness import Findings, benchmark, command_line, count, options_of
+from benchmarks.lib.report import table
+from benchmarks.lib.timing import Side, in_turn, ratio, threads_of
 from kernels.newton_schulz.gram import SEGMENTS, multiplications
 from model.config import ModelConfig
 from model.muon import MuonAdamW, OptimizerConfig

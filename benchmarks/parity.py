@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
-from benchmarks.harness import Findings, benchmark, command_line, options_of
+from benchmarks.lib.harness import Findings, benchmark, command_line, options_of
 from model.cache import Cache
 from model.hf import import_pretrained
 from model.hf_names import sources

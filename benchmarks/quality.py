@@ -32,8 +32,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.harness import Findings, benchmark, command_line, options_of
-from benchmarks.report import table
+from benchmarks.lib.harness import Findings, benchmark, command_line, options_of
+from benchmarks.lib.report import table
 from model.errors import ConfigError
 from model.files import atomic_folder
 from pipelines import compare, compute_dtype, prepare

@@ -13,10 +13,10 @@ from collections.abc import Iterable
 
 import torch
 
-from benchmarks.harness import Findings, benchmark, command_line, count, options_of
-from benchmarks.one_step import step
-from benchmarks.report import table
-from benchmarks.timing import Side, Timing, in_turn, ratio
+from benchmarks.lib.harness import Findings, benchmark, command_line, count, options_of
+from benchmarks.lib.report import table
+from benchmarks.lib.timing import Side, Timing, in_turn, ratio
+from benchmarks.lib.training import step
 from model.config import ModelConfig
 from model.muon import MuonAdamW, OptimizerConfig
 from model.transformer import Transformer

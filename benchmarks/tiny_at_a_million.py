@@ -27,11 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.contenders import DEFAULTS, OURS_DEFAULT, OURS_FASTEST, PRECISIONS, Way, ways
-from benchmarks.drawing import log_log
-from benchmarks.harness import Findings, benchmark, command_line, count, options_of
-from benchmarks.report import table
-from benchmarks.timing import PeakMemory, in_child, return_freed_memory
+from benchmarks.lib.contenders import DEFAULTS, OURS_DEFAULT, OURS_FASTEST, PRECISIONS, Way, ways
+from benchmarks.lib.drawing import log_log
+from benchmarks.lib.harness import Findings, benchmark, command_line, count, options_of
+from benchmarks.lib.report import table
+from benchmarks.lib.timing import PeakMemory, in_child, return_freed_memory
 from model import checkpoint
 from model.cache import Cache
 from model.errors import DataError, FiftyfoldError

@@ -20,9 +20,9 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.harness import Findings, benchmark, command_line, count, options_of
-from benchmarks.one_step import objective
-from benchmarks.report import table
+from benchmarks.lib.harness import Findings, benchmark, command_line, count, options_of
+from benchmarks.lib.report import table
+from benchmarks.lib.training import objective
 from model.budget import decode_work
 from model.config import ModelConfig
 from model.errors import FiftyfoldError

@@ -25,12 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.contenders import DEFAULTS, Theirs, write_weights
-from benchmarks.harness import Findings, benchmark, command_line, count, options_of
-from benchmarks.one_step import step
-from benchmarks.report import table
+from benchmarks.lib.contenders import DEFAULTS, Theirs, write_weights
+from benchmarks.lib.harness import Findings, benchmark, command_line, count, options_of
+from benchmarks.lib.report import table
+from benchmarks.lib.timing import PeakMemory, Side, Timing, in_child, ratio, threads_of
+from benchmarks.lib.training import step
 from benchmarks.step_parts import FULL, PLAIN_RESIDUALS, parts
-from benchmarks.timing import PeakMemory, Side, Timing, in_child, ratio, threads_of
 from model.config import ModelConfig
 from model.hf import import_pretrained
 from model.muon import MuonAdamW, OptimizerConfig

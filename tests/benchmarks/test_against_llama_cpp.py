@@ -4,9 +4,11 @@ import pytest
 import torch
 from gguf import GGUFReader
 
-from benchmarks import against_llama_cpp, llama_cpp_side, start_up
+from benchmarks import against_llama_cpp
 from benchmarks.against_llama_cpp import active_file_bytes, active_weight_bytes, attended_bytes, logit_difference
-from benchmarks.llama_cpp_side import LlamaCpp
+from benchmarks.lib import llama_cpp as llama_cpp_side
+from benchmarks.lib import start_up
+from benchmarks.lib.llama_cpp import LlamaCpp
 from model.cache import Cache
 from model.config import CACHE_FORMATS, ModelConfig
 from model.errors import FiftyfoldError

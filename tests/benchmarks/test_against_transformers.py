@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from benchmarks import against_transformers
-from benchmarks.contenders import Ours, Theirs, write_weights
-from benchmarks.report import BEGIN, END
+from benchmarks.lib.contenders import Ours, Theirs, write_weights
+from benchmarks.lib.report import BEGIN, END
 from model.config import ModelConfig
 from model.errors import FiftyfoldError
 

@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import on_device, training_on_device
-from benchmarks.one_step import objective
+from benchmarks.lib.training import objective
 from benchmarks.training_on_device import model_flops
 from model.config import ModelConfig
 from model.errors import FiftyfoldError

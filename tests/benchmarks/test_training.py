@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.contenders import Theirs, write_weights
+from benchmarks.lib.contenders import Theirs, write_weights
 from benchmarks.quality import tokens_to
 from benchmarks.training_step import NO_MORE, OURS, THEIRS, Way, measured, muon_and_others, our_step
 from model.config import ModelConfig

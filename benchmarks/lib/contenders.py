@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Timing, fastest, threads_of
+from benchmarks.lib.timing import Timing, fastest, threads_of
 from model.cache import Cache
 from model.cache_filling import fill_random
 from model.config import ModelConfig

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.machine import Machine, OtherLoad, surroundings
-from benchmarks.report import Page
+from benchmarks.lib.machine import Machine, OtherLoad, surroundings
+from benchmarks.lib.report import Page
 from model.errors import FiftyfoldError
 from model.files import atomic_file
 

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from benchmarks.timing import PeakMemory, Side, Timing, bandwidth, fastest, hopeless, in_child, in_turn, ratio
+from benchmarks.lib.timing import PeakMemory, Side, Timing, bandwidth, fastest, hopeless, in_child, in_turn, ratio
 
 
 def test_sides_run_in_turn_on_their_threads():

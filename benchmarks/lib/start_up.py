@@ -1,6 +1,6 @@
 """Time from the start of a process to its first token: imports, loading the weights, reading a prompt, one step.
 
-    python -m benchmarks.start_up ours FOLDER [--weights bfloat16] [--threads 2]
+    python -m benchmarks.lib.start_up ours FOLDER [--weights bfloat16] [--threads 2]
 
 is such a process. It reads 16 tokens and prints the next one. Benchmarks call :func:`start_up`, which times several.
 """
@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.timing import Timing
+from benchmarks.lib.timing import Timing
 from model.errors import FiftyfoldError
 
 PROMPT = list(range(2, 18))
@@ -50,7 +50,7 @@ def _transformers(options: argparse.Namespace) -> int:
 def _from_network(name: str, options: argparse.Namespace) -> int:
     import torch
 
-    from benchmarks import contenders
+    from benchmarks.lib import contenders
 
     torch.set_num_threads(options.threads)
     network = getattr(contenders, name)(options.folder, options.weights)
@@ -59,7 +59,7 @@ def _from_network(name: str, options: argparse.Namespace) -> int:
 
 
 def _llama_cpp(options: argparse.Namespace) -> int:
-    from benchmarks.llama_cpp_side import Context
+    from benchmarks.lib.llama_cpp import Context
 
     return int(Context(options.folder, 256).read(PROMPT, options.threads).argmax())
 

@@ -5,10 +5,10 @@ import socket
 import pytest
 import torch
 
-from benchmarks import harness, machine
-from benchmarks.harness import Findings, benchmark, command_line, options_of
-from benchmarks.machine import Machine, OtherLoad
-from benchmarks.report import BEGIN, END, Page, table
+from benchmarks.lib import harness, machine
+from benchmarks.lib.harness import Findings, benchmark, command_line, options_of
+from benchmarks.lib.machine import Machine, OtherLoad
+from benchmarks.lib.report import BEGIN, END, Page, table
 from model.errors import FiftyfoldError
 
 CPUINFO = """processor\t: 0
@@ -65,7 +65,7 @@ def test_a_run_replaces_the_section_of_its_machine_only(page, monkeypatch):
 
 
 def test_a_figure_is_named_after_the_machine(page, monkeypatch):
-    from benchmarks.drawing import log_log
+    from benchmarks.lib.drawing import log_log
 
     monkeypatch.setattr(harness.Machine, "here", lambda device: Machine("Some CPU (R)", ("AVX-512", "VNNI")))
     figure = log_log({"a": {1024: 1.0, 4096: 2.0}}, "ms", "title")
