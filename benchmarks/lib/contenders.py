@@ -1,6 +1,6 @@
-"""Load the same weights twice: our network, and transformers' ``DeepseekV4ForCausalLM``, each with a cache.
+"""Networks under test: ours and transformers' ``DeepseekV4ForCausalLM``, with equal weights and a cache each.
 
-``transformers`` is imported where its network is made: processes that run ours alone do without.
+``transformers`` is imported lazily, so that processes of our network do not load it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from benchmarks.lib.timing import Timing, fastest, threads_of
+from benchmarks.lib.timing import Timing, fastest, format_threads
 from model.cache import Cache
 from model.cache_filling import fill_random
 from model.config import ModelConfig
@@ -31,52 +31,52 @@ OURS_DEFAULT, OURS_FASTEST = "ours, defaults", "ours, fastest"
 
 
 @dataclass(frozen=True)
-class Way:
-    """Setting of a side: the precision of its weights, and its threads."""
+class Setting:
+    """Precision of the weights and number of threads."""
 
     precision: str
     threads: int
 
     def __str__(self) -> str:
-        return f"{self.precision}, {threads_of(self.threads)}"
+        return f"{self.precision}, {format_threads(self.threads)}"
 
 
-DEFAULTS = Way("float32", torch.get_num_threads())
-"""Setting of a user who chooses nothing."""
+DEFAULTS = Setting("float32", torch.get_num_threads())
+"""Our defaults."""
 DEFAULT_CHUNK = 512
-"""The pieces in which :func:`model.generation.prefill` reads by default."""
+"""Default chunk size of :func:`model.generation.prefill`."""
 
 
-def ways(threads: Iterable[int]) -> list[Way]:
-    """Every precision at every number of threads, and the defaults in any case."""
-    return list(dict.fromkeys([DEFAULTS, *itertools.starmap(Way, itertools.product(PRECISIONS, threads))]))
+def all_settings(threads: Iterable[int]) -> list[Setting]:
+    """Return the defaults and every combination of precision and thread count."""
+    return list(dict.fromkeys([DEFAULTS, *itertools.starmap(Setting, itertools.product(PRECISIONS, threads))]))
 
 
-def ours_at(times: Mapping[Way, Timing]) -> dict[str, Way]:
-    """The two ways that a table shows of ours: the defaults, and the fastest one."""
+def reported_settings(times: Mapping[Setting, Timing]) -> dict[str, Setting]:
+    """Return the two settings of our network that tables report: the defaults and the fastest."""
     return {OURS_DEFAULT: DEFAULTS, OURS_FASTEST: fastest(times)}
 
 
 class Network(Protocol):
-    """What the benchmarks ask of both."""
+    """Interface of the networks under test."""
 
-    def cache(self, tokens: int) -> Any:
-        """An empty cache of one sequence with room for ``tokens`` tokens."""
+    def new_cache(self, tokens: int) -> Any:
+        """Return an empty cache of one sequence of up to ``tokens`` tokens."""
 
     def fill(self, cache: Any, tokens: int) -> None:
-        """Put random entries for ``tokens`` tokens into an empty cache, as if they had been read."""
+        """Fill an empty cache with random entries for ``tokens`` tokens."""
 
-    def read(self, cache: Any, ids: Tensor, chunk: int) -> Tensor:
-        """Append ids int64 [1, S] to the cache, in pieces of ``chunk``; the last token's logits, float32 [1, vocab]."""
+    def prefill(self, cache: Any, ids: Tensor, chunk: int) -> Tensor:
+        """Append ids int64 [1, S] in chunks and return the last token's logits, float32 [1, vocab]."""
 
     def decode(self, cache: Any, ids: Tensor) -> None:
-        """Append ids int64 [1, S] one at a time."""
+        """Append ids int64 [1, S] one token at a time."""
 
 
-class Ours:
-    """A folder read by :func:`model.hf.import_pretrained`, its matrices stored in ``precision``.
+class OurNetwork:
+    """Our network, loaded with :func:`model.hf.import_pretrained`, with matrices stored in ``precision``.
 
-    Cache formats are those the folder notes; one that transformers saved notes none and is computed in plain floats.
+    The folder's config sets the cache formats; a folder saved by transformers has none and uses unrounded floats.
     """
 
     def __init__(self, folder: str | Path, precision: str = "float32"):
@@ -84,13 +84,13 @@ class Ours:
         if precision != "float32":
             self.model.store_weights(getattr(torch, precision))
 
-    def cache(self, tokens: int) -> Cache:
+    def new_cache(self, tokens: int) -> Cache:
         return Cache(self.model.config, 1, tokens)
 
     def fill(self, cache: Cache, tokens: int) -> None:
         fill_random(cache, tokens)
 
-    def read(self, cache: Cache, ids: Tensor, chunk: int) -> Tensor:
+    def prefill(self, cache: Cache, ids: Tensor, chunk: int) -> Tensor:
         return prefill(self.model, cache, ids, chunk)
 
     @torch.inference_mode()
@@ -99,11 +99,11 @@ class Ours:
             self.model(token, cache, last_only=True)
 
 
-class Theirs:
-    """A folder read by transformers in ``precision``, everything else at its defaults.
+class TransformersNetwork:
+    """Transformers' network in ``precision``, with defaults otherwise.
 
-    ``compiled`` runs torch.compile over the hyper-connections, whose many small operations are what it can fuse. (Over
-    the whole forward it took 247 s for the first decoded token and went on compiling for the next ones.)
+    ``compiled`` applies torch.compile to the hyper-connections, whose many small operations it can fuse. Compiling the
+    whole forward pass took 247 s for the first decoded token and recompiled for later ones.
     """
 
     def __init__(self, folder: str | Path, precision: str = "float32", compiled: bool = False):
@@ -118,14 +118,17 @@ class Theirs:
                 layer.attn_hc.compile()
                 layer.ffn_hc.compile()
 
-    def cache(self, tokens: int) -> DynamicCache:
+    def new_cache(self, tokens: int) -> DynamicCache:
         from transformers import DynamicCache
 
         return DynamicCache(config=self.model.config)
 
     def fill(self, cache: DynamicCache, tokens: int) -> None:
-        """Its layers keep the window, and by name ("compressor", "indexer") the entries so far, their count, the rows
-        of an unfinished block, and in csa layers the rows of the block before it."""
+        """Fill an empty cache with random entries for ``tokens`` tokens.
+
+        Layers hold the window and, keyed by "compressor" and "indexer", the entries, their count, the rows of an
+        incomplete block, and in csa layers the rows of the previous block.
+        """
         config = self.model.config
         generator = torch.Generator().manual_seed(0)
 
@@ -139,19 +142,19 @@ class Theirs:
             layer.cumulative_length = tokens
             for name in getattr(layer, "compressed_kv", ()):
                 width = config.index_head_dim if name == "indexer" else config.head_dim
-                entries, left = divmod(tokens, layer.compress_rate)
+                entries, remaining = divmod(tokens, layer.compress_rate)
                 layer.compressed_kv[name] = normal(1, entries, width)
                 layer.entry_count[name] = entries
                 overlap = hasattr(layer, "overlap_kv")
                 for rows in (layer.buffer_kv, layer.buffer_gate):
-                    rows[name] = normal(1, left, 2 * width if overlap else width)
+                    rows[name] = normal(1, remaining, 2 * width if overlap else width)
                 if overlap and entries:
                     layer.overlap_kv[name] = normal(1, layer.compress_rate, width)
-                    # A position bias, which stays float32, has been added to these.
+                    # Includes a position bias, which is float32.
                     layer.overlap_gate[name] = normal(1, layer.compress_rate, width).float()
 
     @torch.inference_mode()
-    def read(self, cache: DynamicCache, ids: Tensor, chunk: int) -> Tensor:
+    def prefill(self, cache: DynamicCache, ids: Tensor, chunk: int) -> Tensor:
         for piece in ids.split(chunk, dim=1):
             logits = self.model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return logits[:, -1].float()
@@ -163,11 +166,13 @@ class Theirs:
 
 
 def write_weights(config: ModelConfig, folder: Path) -> None:
-    """Random weights of a network in ``folder / "rounded"``, as :func:`model.hf.export_pretrained` writes them (routed
-    experts on FP4's values), and in ``folder / "plain"`` the same as transformers saves them, with no note of formats.
+    """Write random weights to ``folder / "rounded"`` and ``folder / "plain"``.
+
+    :func:`model.hf.export_pretrained` writes the former, with routed experts rounded to FP4. Transformers saves the
+    same weights to the latter, without our cache formats in the config.
     """
     torch.manual_seed(0)
     export_pretrained(Transformer(config.replace(zero_init_output=False)), folder / "rounded")
-    network = Theirs(folder / "rounded").model
-    delattr(network.config, OWN_KEY)  # which transformers would pass on
+    network = TransformersNetwork(folder / "rounded").model
+    delattr(network.config, OWN_KEY)  # transformers would save it again
     network.save_pretrained(folder / "plain")

@@ -1,4 +1,4 @@
-"""Publish what a benchmark found: Markdown tables, one section per machine between two markers of a page."""
+"""Markdown tables, and pages with one section per machine between two markers."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ _SECTION = re.compile(r"^<!-- machine: (.+) -->\n", re.MULTILINE)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 class Page:
-    """A Markdown file that keeps one section per machine. Raises FiftyfoldError for a file without the markers."""
+    """Markdown file with one section per machine. Raises FiftyfoldError for a file without the markers."""
 
     def __init__(self, path: Path):
         if not path.is_file():
-            raise FiftyfoldError(f"{path}: there is no such file to put the table into")
+            raise FiftyfoldError(f"{path}: no such file")
         self.path = path
-        self._parts()
+        self._split()
 
-    def _parts(self) -> tuple[str, str, str]:
-        """The text before, between and after the two markers."""
+    def _split(self) -> tuple[str, str, str]:
+        """Return the text before, between, and after the markers."""
         before, begin, rest = self.path.read_text().partition(f"{BEGIN}\n")
         between, end, after = rest.partition(END)
         if not begin or not end:
@@ -37,14 +37,14 @@ class Page:
         return before, between, after
 
     def sections(self) -> dict[str, str]:
-        """Contents of each machine's section, by the machine's title."""
-        _, *found = _SECTION.split(self._parts()[1])
-        return dict(zip(found[::2], found[1::2]))
+        """Return each machine's section by title."""
+        _, *fields = _SECTION.split(self._split()[1])
+        return dict(zip(fields[::2], fields[1::2]))
 
-    def put(self, machine: str, text: str) -> None:
-        """Replace the machine's section, or add it after those of the others."""
-        before, between, after = self._parts()
-        opening = _SECTION.split(between)[0]
+    def replace_section(self, machine: str, text: str) -> None:
+        """Replace the machine's section, or append it."""
+        before, between, after = self._split()
+        preamble = _SECTION.split(between)[0]
         sections = {**self.sections(), machine: text.rstrip("\n") + "\n"}
-        written = "".join(f"<!-- machine: {title} -->\n{content}" for title, content in sections.items())
-        write_text(self.path, f"{before}{BEGIN}\n{opening}{written}{END}{after}")
+        body = "".join(f"<!-- machine: {title} -->\n{content}" for title, content in sections.items())
+        write_text(self.path, f"{before}{BEGIN}\n{preamble}{body}{END}{after}")

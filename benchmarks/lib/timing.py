@@ -1,4 +1,4 @@
-"""Measure speed and memory: sides timed in turn, the peak memory of a process, the bandwidth of a stream."""
+"""Interleaved timing, peak memory of a process, and memory bandwidth."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ import torch
 
 K = TypeVar("K")
 T = TypeVar("T")
-_HOPELESS = 3.0
-"""Times slower than the fastest."""
+_TOO_SLOW = 3.0
+"""Slowdown relative to the fastest."""
 _STREAM_BYTES = 512 << 20
-"""More than any processor's caches hold."""
+"""Larger than any processor's caches."""
 
 
 @dataclass(frozen=True)
-class Side:
-    """One contender: ``run()`` does ``units`` units of work (tokens, say) on ``threads`` threads."""
+class Timer:
+    """Timer of ``run()``, which processes ``units`` units of work (such as tokens) on ``threads`` threads."""
 
     run: Callable[[], object]
     threads: int
     units: int = 1
 
     def seconds(self) -> float:
-        """Of one unit, in one run."""
+        """Run once and return the seconds per unit."""
         torch.set_num_threads(self.threads)
         started = time.perf_counter()
         self.run()
@@ -43,7 +43,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per unit, one number for every round."""
+    """Seconds per unit, one value per round."""
 
     rounds: list[float]
 
@@ -52,7 +52,7 @@ class Timing:
         return statistics.median(self.rounds)
 
     def milliseconds(self) -> str:
-        """The median, and in brackets the fastest and slowest round."""
+        """Format the median and the range in milliseconds."""
         low, middle, high = (1e3 * x for x in (min(self.rounds), self.median, max(self.rounds)))
         return f"{middle:.3g} ({low:.3g}-{high:.3g})"
 
@@ -67,78 +67,79 @@ class Timing:
         return f"{middle:,.0f} ({low:,.0f}-{high:,.0f})"
 
 
-def in_turn(sides: Mapping[K, Side], rounds: int) -> dict[K, Timing]:
-    """Time the sides a, b, a, b, ... so that whatever else the machine does meets all of them alike. A round before
-    the first is not counted."""
-    for side in sides.values():
-        side.seconds()
-    times: dict[K, list[float]] = {key: [] for key in sides}
+def time_interleaved(timers: Mapping[K, Timer], rounds: int) -> dict[K, Timing]:
+    """Run the timers as a, b, a, b, ..., so that background load affects all of them, after one warm-up round."""
+    for timer in timers.values():
+        timer.seconds()
+    times: dict[K, list[float]] = {key: [] for key in timers}
     for _ in range(rounds):
-        for key, side in sides.items():
-            times[key].append(side.seconds())
+        for key, timer in timers.items():
+            times[key].append(timer.seconds())
     return {key: Timing(seconds) for key, seconds in times.items()}
 
 
-def ratio(more: Timing, less: Timing) -> float:
-    """How many times ``less`` is faster: the median over rounds, each side's beside the other's of the same round."""
-    return statistics.median(a / b for a, b in zip(more.rounds, less.rounds, strict=True))
+def speedup(baseline: Timing, timing: Timing) -> float:
+    """Return the speedup over ``baseline``: the median of the ratios within each round."""
+    return statistics.median(a / b for a, b in zip(baseline.rounds, timing.rounds, strict=True))
 
 
 def fastest(times: Mapping[K, Timing]) -> K:
     return min(times, key=lambda key: times[key].median)
 
 
-def hopeless(times: Mapping[K, Timing]) -> set[K]:
-    """Ways whose fastest round is so far behind that they need not be timed again where the work is more."""
+def too_slow(times: Mapping[K, Timing]) -> set[K]:
+    """Return keys whose best round is over 3 times slower than the fastest, to be skipped in larger measurements."""
     best = {key: min(timing.rounds) for key, timing in times.items()}
-    return {key for key, seconds in best.items() if seconds > _HOPELESS * min(best.values())}
+    return {key for key, seconds in best.items() if seconds > _TOO_SLOW * min(best.values())}
 
 
-def bandwidth(threads: int, rounds: int = 5) -> float:
-    """Bytes per second that ``threads`` threads read from memory: the best round of a sum and of a matrix-vector
-    product over 512 MiB."""
+def memory_bandwidth(threads: int, rounds: int = 5) -> float:
+    """Return the read bandwidth of ``threads`` threads in bytes per second.
+
+    It is the best round of a sum and of a matrix-vector product over 512 MiB.
+    """
     rows = torch.ones(_STREAM_BYTES // 4 // 4096, 4096)
     vector = torch.ones(4096)
-    sides = {"sum": Side(rows.sum, threads), "product": Side(lambda: rows @ vector, threads)}
-    return _STREAM_BYTES / min(min(timing.rounds) for timing in in_turn(sides, rounds).values())
+    timers = {"sum": Timer(rows.sum, threads), "product": Timer(lambda: rows @ vector, threads)}
+    return _STREAM_BYTES / min(min(timing.rounds) for timing in time_interleaved(timers, rounds).values())
 
 
 # --- memory
 
 
-def return_freed_memory() -> None:
-    """Give back what is no longer used, so that it does not count as there already (glibc)."""
+def trim_memory() -> None:
+    """Return freed memory to the operating system (glibc), so that it does not count as resident."""
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @dataclass
 class PeakMemory:
-    """``with PeakMemory() as memory:`` -- resident bytes of this process at the start, and the most since (Linux)."""
+    """Context manager that measures this process's peak resident memory in bytes (Linux)."""
 
     before: int = field(init=False)
 
     def __enter__(self) -> PeakMemory:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+        Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
         resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
         self.before = resident_pages * os.sysconf("SC_PAGE_SIZE")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.extra = self.most() - self.before
+        self.extra = self.peak() - self.before
 
-    def most(self) -> int:
-        """The most bytes that were resident since the start."""
+    def peak(self) -> int:
+        """Return the peak resident bytes since the start."""
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
         assert found is not None
         return 1024 * int(found[1])
 
 
-def in_child(function: Callable[..., T], *arguments: Any) -> T:
-    """``function(*arguments)`` in a fresh process, whose memory is its own."""
+def run_in_subprocess(function: Callable[..., T], *arguments: Any) -> T:
+    """Return ``function(*arguments)``, evaluated in a new process with separate memory."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
-def threads_of(count: int) -> str:
+def format_threads(count: int) -> str:
     return f"{count} thread{'s' * (count > 1)}"

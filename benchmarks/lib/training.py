@@ -1,4 +1,4 @@
-"""One training step as the benchmarks time it. Needs nothing but torch."""
+"""Training step of the benchmarks. Requires only torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from model.telemetry import Telemetry
 from model.transformer import Transformer
 
 
-def objective(model: Transformer, ids: Tensor, autocast: bool = True, alone: bool = False) -> Tensor:
-    """All losses of a model in training on ids int64 [B, S + 1], a scalar, or the tokens' ``alone``; products in BF16
-    with ``autocast``."""
-    telemetry = None if alone else Telemetry()
+def training_loss(model: Transformer, ids: Tensor, autocast: bool = True, token_loss_only: bool = False) -> Tensor:
+    """Return the total training loss on ids int64 [B, S + 1], a scalar.
+
+    ``autocast`` computes in BF16. ``token_loss_only`` omits the auxiliary losses.
+    """
+    telemetry = None if token_loss_only else Telemetry()
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
         logits = model(ids[:, :-1], telemetry=telemetry)
     loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
@@ -24,9 +26,11 @@ def objective(model: Transformer, ids: Tensor, autocast: bool = True, alone: boo
     return loss
 
 
-def step(model: Transformer, optimizer: MuonAdamW, ids: Tensor, autocast: bool = True, alone: bool = False) -> None:
-    """One update for ids int64 [B, S + 1], by that objective."""
-    loss = objective(model, ids, autocast, alone)
+def training_step(
+    model: Transformer, optimizer: MuonAdamW, ids: Tensor, autocast: bool = True, token_loss_only: bool = False
+) -> None:
+    """Update the model once with :func:`training_loss` on ids int64 [B, S + 1]."""
+    loss = training_loss(model, ids, autocast, token_loss_only)
     model.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
