@@ -91,26 +91,28 @@ def largest_error(pairs: list[Pair]) -> float:
 
 def draw(pairs: list[Pair]) -> Figure:
     figure = Figure(figsize=(11, 4.6), layout="constrained")
-    parts, beside = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    components, comparison = figure.subplots(1, 2, width_ratios=(1.25, 1))
     positions = range(len(pairs))
     bottom = [0.0] * len(pairs)
     for part, color in COLORS.items():
         heights = [p.own.components.get(part, (0, 0))[0] / 1e9 for p in pairs]
         if any(heights):
-            parts.bar(positions, heights, 0.5, bottom, color=color, label=LABELS.get(part, part))
+            components.bar(positions, heights, 0.5, bottom, color=color, label=LABELS.get(part, part))
             bottom = [low + height for low, height in zip(bottom, heights)]
-    parts.plot(positions, [p.own.resident / 1e9 for p in pairs], "kD", markersize=6, label="resident memory, growth")
+    components.plot(
+        positions, [p.own.resident / 1e9 for p in pairs], "kD", markersize=6, label="resident memory, growth"
+    )
     for position, p in zip(positions, pairs):
-        parts.hlines(p.own.closed_form / 1e9, position - 0.36, position + 0.36, "black", "--", linewidth=1)
+        components.hlines(p.own.closed_form / 1e9, position - 0.36, position + 0.36, "black", "--", linewidth=1)
         text = f"{p.own.measured / 1e9:.2f} GB, resident {_error(p.own.resident, p.own)}"
-        parts.annotate(text, (position, p.own.measured / 1e9), (0, 9), textcoords="offset points", ha="center")
-    parts.plot([], [], "k--", linewidth=1, label="closed form")
-    parts.set_title(f"one sequence of {binary(pairs[0].own.tokens)} tokens, measured", fontsize=11)
-    parts.set_xlim(-0.6, len(pairs) - 0.4)
-    parts.legend(fontsize=8, loc="upper left")
+        components.annotate(text, (position, p.own.measured / 1e9), (0, 9), textcoords="offset points", ha="center")
+    components.plot([], [], "k--", linewidth=1, label="closed form")
+    components.set_title(f"one sequence of {binary(pairs[0].own.tokens)} tokens, measured", fontsize=11)
+    components.set_xlim(-0.6, len(pairs) - 0.4)
+    components.legend(fontsize=8, loc="upper left")
     for position, p in zip(positions, pairs):
-        beside.bar(position - 0.2, p.own.measured / 1e9, 0.36, color=COLORS["csa"], label="packed cache, measured")
-        beside.bar(
+        comparison.bar(position - 0.2, p.own.measured / 1e9, 0.36, color=COLORS["csa"], label="packed cache, measured")
+        comparison.bar(
             position + 0.2,
             p.gqa_bytes / 1e9,
             0.36,
@@ -121,13 +123,13 @@ def draw(pairs: list[Pair]) -> Figure:
         )
         for offset, size in ((-0.2, p.own.measured), (0.2, p.gqa_bytes)):
             text = f"{size / 1e9:.1f} GB" + (f"\n{p.reduction:.1f} times" if offset > 0 else "")
-            beside.annotate(
+            comparison.annotate(
                 text, (position + offset, size / 1e9), (0, 3), textcoords="offset points", ha="center", fontsize=9
             )
-    handles, labels = beside.get_legend_handles_labels()
-    beside.legend(handles[:2], labels[:2], fontsize=8, loc="upper left")
-    beside.set_title("beside grouped-query attention", fontsize=11)
-    for axes, room in ((parts, 1.75), (beside, 1.45)):
+    handles, labels = comparison.get_legend_handles_labels()
+    comparison.legend(handles[:2], labels[:2], fontsize=8, loc="upper left")
+    comparison.set_title("beside grouped-query attention", fontsize=11)
+    for axes, room in ((components, 1.75), (comparison, 1.45)):
         axes.set_xticks(positions, [p.name for p in pairs])
         axes.set_ylabel("GB")
         axes.set_ylim(0, axes.dataLim.y1 * room)

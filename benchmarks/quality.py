@@ -204,7 +204,7 @@ class Studies:
         section = recipe.compare.model_copy(update={"qat": tuple(pairs[True]), "plain": tuple(pairs[False])})
         scores = compare.run(recipe.model_copy(update={"compare": section}))
         rows = [[way.name, *(spread(scores[way.name][metric]) for metric in COMPARED)] for way in WAYS]
-        fp4, bf16 = (scores[way]["recall_at_k_of_best"] for way in ("with QAT, quantised", "with QAT, BF16 index keys"))
+        fp4, bf16 = (scores[way.name]["recall_at_k_of_best"] for way in WAYS if way.trained_with_qat)
         kept = [a / b for a, b in zip(fp4, bf16)]
         return (
             "### Quantization in the loop against after the fact\n\n"

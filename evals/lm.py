@@ -158,8 +158,8 @@ class CheckpointLM(TemplateLM):
                 raise ConfigError("generation_kwargs: do_sample is not supported; decoding is greedy")
             prompt = tuple(self.tok_encode(text))
             max_new_tokens = settings["max_gen_toks"]
-            what = f"a prompt of {len(prompt)} tokens and its continuation"
-            self._check_length(len(prompt) + max_new_tokens - 1, what)
+            description = f"a prompt of {len(prompt)} tokens and its continuation"
+            self._check_length(len(prompt) + max_new_tokens - 1, description)
             groups[max_new_tokens, tuple(settings["until"])][prompt].append(i)
 
         bar = _progress_bar(len(requests), "generate_until", disable_tqdm)
@@ -229,9 +229,9 @@ class CheckpointLM(TemplateLM):
     def _tensor(self, rows: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(rows, dtype=torch.int64, device=self._device)
 
-    def _check_length(self, tokens: int, what: str) -> None:
+    def _check_length(self, tokens: int, description: str) -> None:
         if tokens > self.max_length:
-            raise ConfigError(f"{what} need {tokens} positions, but the model's context has {self.max_length}")
+            raise ConfigError(f"{description} need {tokens} positions, but the model's context has {self.max_length}")
 
 
 def _prefix_chains(prompts: Iterable[Tokens]) -> list[list[Tokens]]:

@@ -47,7 +47,7 @@ def evaluate(
     * ``eval/<setting>/recall``: fraction of questions answered with the right value, from 0 to 1;
     * ``eval/<setting>/recall_stderr``: its standard error over documents, because questions of one document are not
       independent; absent for a single document;
-    * ``eval/<setting>/questions`` and ``eval/<setting>/documents``: their numbers;
+    * ``eval/<setting>/questions`` and ``eval/<setting>/documents``: the number of each;
     * ``eval/recall``: ``eval/mqar/<lengths[0]>/recall``, where the first length is by convention the training length;
       absent if ``tasks`` does not include mqar.
 
