@@ -1,19 +1,19 @@
-"""A V4-Flash-shaped pair of layers (csa and hca) against two layers of GQA-8 in BF16, decoding one sequence on a CPU.
+"""Decoding with a csa and an hca layer of V4-Flash's shape against two layers of GQA-8 in BF16, on a CPU.
 
     python -m benchmarks.against_gqa [--lengths 1024 ... 1048576] [--feed-forward] [--write docs/against-gqa.md]
 
 Ours is a :class:`model.transformer.Transformer` of the two layers with Flash's widths and a cache filled with random
 entries. GQA-8 has the same width, 64 query and 8 key-value heads of 128 dims (``model.comparison``), BF16 weights, and
-a preallocated BF16 store of keys and values, to which PyTorch's own attention is applied, or two batched products.
+preallocated BF16 keys and values. It uses PyTorch's attention or two batched products.
 
-Counted are norms, projections, index scores, selection and attention, of both layers; not counted: hyper-connections.
-Ours also embeds a token and has a head of 256 ids. A dense feed-forward of one dim stands where the experts are; with
-``--feed-forward`` it has the size of the active ones (6 routed and 1 shared), on both sides. Flash's 256 experts do not
-fit into a laptop's memory.
+The time includes norms, projections, index scores, selection, and attention of both layers, but no hyper-connections.
+Ours also includes the embedding and a head of 256 tokens. A dense feed-forward layer of one dim replaces the experts;
+with ``--feed-forward``, both networks get one with the size of the active experts (6 routed and 1 shared). Flash's 256
+experts do not fit into a laptop's memory.
 
-The sides run in turn: several ways to write grouped-query decoding in PyTorch, and ours in two precisions, at every
-thread count. Rows show theirs at its fastest, and at its fastest with ``scaled_dot_product_attention``, and ours with
-the defaults and at its fastest. Lengths ascend, and a way far behind at one is not timed at the next.
+Runs are interleaved: several implementations of grouped-query decoding in PyTorch, and ours in two precisions, at every
+thread count. Tables show the fastest GQA, the fastest with ``scaled_dot_product_attention``, and ours with the defaults
+and at its fastest. Lengths ascend; an implementation that is far slower at one length is skipped at the next.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.contenders import OURS_DEFAULT, OURS_FASTEST, PRECISIONS, Way, ours_at, ways
-from benchmarks.drawing import log_log
-from benchmarks.harness import Findings, benchmark, command_line, count, options_of
-from benchmarks.report import table
-from benchmarks.timing import Side, Timing, fastest, hopeless, in_turn, ratio, threads_of
+from benchmarks.lib.contenders import OURS_DEFAULT, OURS_FASTEST, PRECISIONS, Setting, all_settings, reported_settings
+from benchmarks.lib.drawing import log_log
+from benchmarks.lib.harness import Result, make_parser, positive_int, run_benchmark, run_main
+from benchmarks.lib.report import table
+from benchmarks.lib.timing import Timer, Timing, fastest, format_threads, speedup, time_interleaved, too_slow
 from model.cache import Cache
 from model.cache_filling import fill_random
 from model.config import ModelConfig
@@ -43,12 +43,12 @@ THEIRS, SDPA = "2 x GQA-8", "2 x GQA-8, SDPA"
 KV_HEADS, HEAD_DIM = 8, 128
 LENGTHS = [1 << n for n in range(10, 21)]
 _STORE_BYTES = 5 << 30
-"""Beyond it both layers read one store: as many bytes are moved, and no cache of the processor holds any of them."""
+"""Above this size, both layers share one store: the traffic is the same, and no processor cache holds it."""
 _VOCAB = 256
 
 
 def flash_pair(preset: str, feed_forward: int) -> ModelConfig:
-    """Widths of ``preset``, one csa and one hca layer, and little else."""
+    """Return a config with the widths of ``preset``, one csa layer, and one hca layer."""
     return ModelConfig.from_preset(
         preset,
         vocab_size=_VOCAB,
@@ -70,13 +70,13 @@ def sdpa_gqa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def sdpa_grouped(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """A group's query heads as the rows of one query: its keys are read once."""
+    """Treat a group's query heads as the rows of one query, which reads its keys once."""
     grouped = query.view(1, len(key), -1, query.shape[-1])
     return F.scaled_dot_product_attention(grouped, key[None], value[None]).view_as(query)
 
 
 def sdpa_expanded(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Keys and values of a group seen once for each query head, without copying them."""
+    """Expand keys and values to one view per query head, without copies."""
     shape = (len(key), len(query) // len(key), *key.shape[1:])
     key, value = (x.unsqueeze(1).expand(shape).flatten(0, 1)[None] for x in (key, value))
     return F.scaled_dot_product_attention(query[None, :, None], key, value).flatten(0, 2)
@@ -97,7 +97,7 @@ ATTENTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 class GroupedQueryLayer(nn.Module):
-    """Norm, projections, rotation, attention over a store, output projection, and a SwiGLU: one token at a time."""
+    """Single-token decoding layer: norm, projections, RoPE, attention over a store, output projection, SwiGLU."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -110,7 +110,7 @@ class GroupedQueryLayer(nn.Module):
         self.w2 = nn.Linear(config.ffn_size, hidden, bias=False)
 
     def forward(self, x: Tensor, rotation: Callable[[Tensor], Tensor], store: Tensor, attend: Callable) -> Tensor:
-        """x bfloat16 [hidden] -> [hidden]; store [2, kv heads, T, d] takes the token's key and value at its end."""
+        """Map x bfloat16 [hidden] to [hidden]. The token's key and value go to the end of store [2, kv heads, T, d]."""
         qkv = self.wqkv(self.norm(x)).view(-1, HEAD_DIM)
         query, key, value = qkv.split((len(qkv) - 2 * KV_HEADS, KV_HEADS, KV_HEADS))
         store[0, :, -1], store[1, :, -1] = rotation(key), value
@@ -120,7 +120,7 @@ class GroupedQueryLayer(nn.Module):
 
 
 class GroupedQueryPair:
-    """Two layers and their stores."""
+    """Two GQA layers."""
 
     def __init__(self, config: ModelConfig):
         self.layers = [GroupedQueryLayer(config).to(torch.bfloat16) for _ in range(2)]
@@ -128,7 +128,7 @@ class GroupedQueryPair:
 
     @staticmethod
     def stores(tokens: int) -> list[Tensor]:
-        """Bfloat16 [2, kv heads, tokens, d] for each layer, or one for both where two would be large."""
+        """Return a bfloat16 store [2, kv heads, tokens, d] per layer, shared by both if two would be too large."""
         shape = (2, KV_HEADS, tokens, HEAD_DIM)
         count = 1 if 2 * 2 * math.prod(shape) > _STORE_BYTES else 2
         stores = [torch.empty(shape, dtype=torch.bfloat16) for _ in range(count)]
@@ -151,7 +151,7 @@ class GroupedQueryPair:
 
 
 class Bench:
-    """Hold both pairs of layers and the options."""
+    """Both pairs of layers and the options."""
 
     def __init__(self, options: argparse.Namespace, feed_forward: int):
         self.options = options
@@ -160,72 +160,75 @@ class Bench:
         self.ours = {precision: Transformer(self.config).eval() for precision in PRECISIONS}
         self.ours["bfloat16"].store_weights(torch.bfloat16)
         self.theirs = GroupedQueryPair(self.config)
-        self._given_up: set[str] = set()
+        self._skipped: set[str] = set()
 
     def row(self, tokens: int) -> dict[str, tuple[str, Timing]]:
-        """Time both at ``tokens`` tokens: the fastest of theirs, with SDPA and of all, and ours at both its ways."""
-        ours, theirs = self._our_sides(tokens), self._their_sides(tokens)
-        times = in_turn({**ours, **theirs}, self.options.rounds)
-        of_theirs = {way: times[way] for way in theirs}
-        of_sdpa = {way: timing for way, timing in of_theirs.items() if way.startswith("SDPA")}
-        found = {SDPA: fastest(of_sdpa), THEIRS: fastest(of_theirs), **ours_at({way: times[way] for way in ours})}
-        self._given_up |= hopeless(of_theirs) - {found[SDPA]}
-        return {label: (str(way), times[way]) for label, way in found.items()}
+        """Time one length. Returns (setting, timing) of the fastest GQA, overall and with SDPA, and of ours."""
+        ours, theirs = self._our_timers(tokens), self._gqa_timers(tokens)
+        times = time_interleaved({**ours, **theirs}, self.options.rounds)
+        of_gqa = {name: times[name] for name in theirs}
+        of_sdpa = {name: timing for name, timing in of_gqa.items() if name.startswith("SDPA")}
+        found = {
+            SDPA: fastest(of_sdpa),
+            THEIRS: fastest(of_gqa),
+            **reported_settings({setting: times[setting] for setting in ours}),
+        }
+        self._skipped |= too_slow(of_gqa) - {found[SDPA]}
+        return {label: (str(key), times[key]) for label, key in found.items()}
 
-    def _our_sides(self, tokens: int) -> Mapping[Way, Side]:
-        repeat, timed = self.options.tokens, ways(self.options.threads)
-        start = tokens - repeat * len(timed) * (self.options.rounds + 1)  # all ways go on in one cache
+    def _our_timers(self, tokens: int) -> Mapping[Setting, Timer]:
+        repeat, settings = self.options.tokens, all_settings(self.options.threads)
+        start = tokens - repeat * len(settings) * (self.options.rounds + 1)  # all settings extend one cache
         if start < 1:
-            raise FiftyfoldError(f"--lengths: {tokens} tokens are fewer than the {tokens - start} to be decoded")
+            raise FiftyfoldError(f"--lengths: {tokens} tokens are fewer than the {tokens - start} tokens to decode")
         cache = Cache(self.config, 1, tokens)
         fill_random(cache, start)
         ids = torch.randint(_VOCAB, (1, repeat))
 
-        def side(model: Transformer, threads: int) -> Side:
+        def timer(model: Transformer, threads: int) -> Timer:
             @torch.inference_mode()
             def run() -> None:
                 for token in ids.split(1, dim=1):
                     model(token, cache, last_only=True)
 
-            return Side(run, threads, repeat)
+            return Timer(run, threads, repeat)
 
-        return {way: side(self.ours[way.precision], way.threads) for way in timed}
+        return {setting: timer(self.ours[setting.precision], setting.threads) for setting in settings}
 
-    def _their_sides(self, tokens: int) -> Mapping[str, Side]:
+    def _gqa_timers(self, tokens: int) -> Mapping[str, Timer]:
         stores = self.theirs.stores(tokens)
         x = torch.randn(self.config.hidden_size).bfloat16()
         repeat = self.options.tokens
 
-        def side(attend: Callable, threads: int) -> Side:
-            return Side(lambda: [self.theirs.decode(x, stores, attend) for _ in range(repeat)], threads, repeat)
+        def timer(attend: Callable, threads: int) -> Timer:
+            return Timer(lambda: [self.theirs.decode(x, stores, attend) for _ in range(repeat)], threads, repeat)
 
         return {
-            way: side(attend, count)
-            for (name, attend), count in itertools.product(ATTENTIONS.items(), self._thread_counts())
-            if (way := f"{name}, {threads_of(count)}") not in self._given_up
+            label: timer(attend, threads)
+            for (name, attend), threads in itertools.product(ATTENTIONS.items(), self._thread_counts())
+            if (label := f"{name}, {format_threads(threads)}") not in self._skipped
         }
 
     def _thread_counts(self) -> list[int]:
-        """Theirs get as many as ours."""
-        return list(dict.fromkeys(way.threads for way in ways(self.options.threads)))
+        return list(dict.fromkeys(setting.threads for setting in all_settings(self.options.threads)))
 
     def run(self) -> tuple[str, dict[str, dict[int, float]]]:
-        """The table, and milliseconds per token by side and length."""
+        """Return the table, and milliseconds per token by label and length."""
         rows = []
         lines: dict[str, dict[int, float]] = {}
         faster: dict[str, dict[int, float]] = {OURS_DEFAULT: {}, OURS_FASTEST: {}}
         for tokens in self.options.lengths:
             row = self.row(tokens)
-            moved = 2 * 2 * 2 * KV_HEADS * HEAD_DIM * tokens
-            for label, (way, timing) in row.items():
+            store_bytes = 2 * 2 * 2 * KV_HEADS * HEAD_DIM * tokens
+            for label, (setting, timing) in row.items():
                 lines.setdefault(label, {})[tokens] = 1e3 * timing.median
                 if label in faster:
-                    times = [ratio(row[name][1], timing) for name in (SDPA, THEIRS)]
+                    times = [speedup(row[name][1], timing) for name in (SDPA, THEIRS)]
                     faster[label][tokens] = times[1]
                     cells = ["", *(f"{each:.2f}" for each in times)]
                 else:
-                    cells = [f"{moved / timing.median / 1e9:.1f}", "", ""]
-                rows.append([f"{tokens:,}", label, timing.milliseconds(), way, *cells])
+                    cells = [f"{store_bytes / timing.median / 1e9:.1f}", "", ""]
+                rows.append([f"{tokens:,}", label, timing.milliseconds(), setting, *cells])
                 print(" | ".join(rows[-1]), flush=True)
         header = ["tokens", "side", "ms per token", "at", "GB/s of its store"]
         header += [f"times faster than {name}" for name in (SDPA, THEIRS)]
@@ -237,20 +240,20 @@ class Bench:
 
 
 def crossover(faster: Mapping[int, float]) -> float | None:
-    """The length from which on the ratio stays above 1, interpolated between logarithms; None where none is known."""
+    """Return the length above which the speedup stays over 1, interpolated logarithmically, or None."""
     points = sorted(faster.items())
     for (low, a), (high, b) in reversed(list(itertools.pairwise(points))):
         if a < 1 <= b:
-            share = -math.log(a) / (math.log(b) - math.log(a))
-            return low * (high / low) ** share
+            fraction = -math.log(a) / (math.log(b) - math.log(a))
+            return low * (high / low) ** fraction
     return None
 
 
-def measure(options: argparse.Namespace) -> Findings:
+def measure(options: argparse.Namespace) -> Result:
     full = ModelConfig.from_preset(options.preset)
     if full.num_heads % KV_HEADS:
         raise FiftyfoldError(
-            f"--preset {options.preset}: its {full.num_heads} query heads do not divide into {KV_HEADS} groups"
+            f"--preset {options.preset}: {full.num_heads} query heads cannot form {KV_HEADS} equal groups"
         )
     active = (full.experts_per_token + full.num_shared_experts) * full.expert_size
     parts: list[str] = []
@@ -261,18 +264,24 @@ def measure(options: argparse.Namespace) -> Findings:
         parts.append(f"### {suffix[0].upper()}{suffix[1:]}\n\n{text}")
         lines |= {f"{name}, {suffix}": line for name, line in drawn.items()}
     figure = log_log(lines, "ms per decoded token", f"decoding with two layers, widths of {options.preset}")
-    return Findings("\n".join(parts), figure, "Milliseconds per decoded token")
+    return Result("\n".join(parts), figure, "Milliseconds per decoded token")
 
 
 def main(arguments: list[str] | None = None) -> str:
-    parser = options_of(__doc__, threads=[1, 2])
+    parser = make_parser(__doc__, threads=[1, 2])
     parser.add_argument("--preset", default="v4-flash")
-    parser.add_argument("--lengths", type=count, nargs="+", default=LENGTHS)
-    parser.add_argument("--rounds", type=count, default=5)
-    parser.add_argument("--tokens", type=count, default=4, help="decoded in a round; 4 complete one csa block")
-    parser.add_argument("--feed-forward", action="store_true", help="also with the active experts' size (2.4 GB more)")
-    return benchmark(parser, measure, arguments)
+    parser.add_argument("--lengths", type=positive_int, nargs="+", default=LENGTHS)
+    parser.add_argument("--rounds", type=positive_int, default=5)
+    parser.add_argument(
+        "--tokens", type=positive_int, default=4, help="tokens decoded per round; 4 complete one csa block"
+    )
+    parser.add_argument(
+        "--feed-forward",
+        action="store_true",
+        help="also time a feed-forward layer of the active experts' size (2.4 GB more)",
+    )
+    return run_benchmark(parser, measure, arguments)
 
 
 if __name__ == "__main__":
-    command_line(main)
+    run_main(main)

@@ -1,20 +1,20 @@
-"""Our network against llama.cpp with the same weights on a CPU: decoding at depth, reading prompts, starting up.
+"""Inference against llama.cpp with the same weights, on a CPU: decoding at depth, prefill, and start-up.
 
     python -m benchmarks.against_llama_cpp [--parts decode prefill start-up] [--write docs/against-llama-cpp.md]
 
-llama.cpp runs the network as a GGUF file (``pipelines export --format gguf``) in a process of its own; it is found as
-the package ``llama_cpp`` (llama-cpp-python). It needs 64 index dims, so the preset gets as many. Its cache is of one
-type for all that it keeps (``--cache``), ours packed as configured.
+llama.cpp (package ``llama_cpp``, from llama-cpp-python) runs the network from a GGUF file (``pipelines export --format
+gguf``) in a separate process. It requires 64 index dims, so the preset is changed to match. Its cache has a single type
+(``--cache``); ours is packed as configured.
 
-* decode: milliseconds per token behind ``--depths`` tokens. llama.cpp has read them; our cache is filled with random
-  entries, which takes as long to decode from (docs/against-transformers.md).
-* prefill: tokens per second of reading a prompt from nothing, ours in pieces of each of ``--chunks``.
-* start-up: seconds from the start of a process to its first token.
+* decode: milliseconds per token after ``--depths`` tokens. llama.cpp prefills them; our cache is filled with random
+  entries, which decode at the same speed (docs/against-transformers.md).
+* prefill: tokens per second for a prompt, ours with each chunk size of ``--chunks``.
+* start-up: seconds from process start to the first token.
 
-All sides run in turn. A ratio compares sides of equal bytes per weight on as many threads, round by round: float32 with
-F32, bfloat16 with F16. Q8_0 is there for information. The floor is the time in which the memory delivers the bytes
-that a token must read, its active weights and the cache entries it attends to, at the bandwidth measured in the same
-run. A processor's caches can hold a part of them, so a side can be faster.
+Runs are interleaved. Ratios compare equal bytes per weight and equal thread counts within a round: float32 with F32,
+bfloat16 with F16. Q8_0 is shown for information. The floor is the time to read a token's active weights and attended
+cache entries at the memory bandwidth measured in the same run. Processor caches may hold part of these, so a contender
+can be faster than its floor.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from typing import get_args
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.contenders import DEFAULT_CHUNK, DEFAULTS, PRECISIONS, Ours, ways
-from benchmarks.drawing import log_log
-from benchmarks.harness import Findings, benchmark, command_line, count, options_of
-from benchmarks.llama_cpp_side import CacheType, LlamaCpp, require
-from benchmarks.report import table
-from benchmarks.start_up import start_up
-from benchmarks.timing import Side, Timing, bandwidth, in_turn, ratio, threads_of
+from benchmarks.lib.contenders import DEFAULT_CHUNK, DEFAULTS, PRECISIONS, OurNetwork, all_settings
+from benchmarks.lib.drawing import log_log
+from benchmarks.lib.harness import Result, make_parser, positive_int, run_benchmark, run_main
+from benchmarks.lib.llama_cpp import CacheType, LlamaCpp, require
+from benchmarks.lib.report import table
+from benchmarks.lib.start_up import start_up
+from benchmarks.lib.timing import Timer, Timing, format_threads, memory_bandwidth, speedup, time_interleaved
 from model.cache import Cache
 from model.config import CACHE_FORMATS, ModelConfig
 from model.gguf_format import WeightType, export_gguf
@@ -47,22 +47,22 @@ from model.precision import Precision
 from model.transformer import Transformer
 
 EQUAL_BYTES: dict[str, WeightType] = {"float32": "f32", "bfloat16": "f16"}
-"""The types with as many bytes per weight, ours and llama.cpp's."""
+"""Our precisions and llama.cpp's types with equal bytes per weight."""
 PARTS = ("decode", "prefill", "start-up")
-LEAST_INDEX_DIMS = 64
+MIN_INDEX_DIMS = 64
 COMPARED_TOKENS = 300
 _BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One side: ours in a precision, or llama.cpp with weights of a type."""
+    """Our network in one precision, or llama.cpp with one weight type."""
 
     name: str
     weights: str
     threads: int
     chunk: int = 0
-    """Tokens in a piece of a prompt; llama.cpp chooses its own size."""
+    """Prefill chunk size; 0 for llama.cpp, which has its own."""
 
     def __str__(self) -> str:
         return f"{self.name}, {self.weights}" + (f", pieces of {self.chunk:,}" if self.chunk else "")
@@ -72,7 +72,7 @@ OURS, THEIRS = "ours", "llama.cpp"
 
 
 class Bench:
-    """Both networks with equal weights, loaded once."""
+    """Both networks with equal weights."""
 
     def __init__(self, options: argparse.Namespace, folder: Path, stack: ExitStack):
         self.options, self.folder = options, folder
@@ -83,12 +83,13 @@ class Bench:
         for weights in options.types:
             export_gguf(model, self.file(weights), weights)
         del model
-        self.ours = {precision: Ours(folder / "ours", precision) for precision in PRECISIONS}
-        room = max([*options.depths, *options.prompts]) + self._decoded()
+        self.ours = {precision: OurNetwork(folder / "ours", precision) for precision in PRECISIONS}
+        capacity = max([*options.depths, *options.prompts]) + self._decoded_tokens()
         self.theirs = {
-            weights: stack.enter_context(LlamaCpp(self.file(weights), room, options.cache)) for weights in options.types
+            weights: stack.enter_context(LlamaCpp(self.file(weights), capacity, options.cache))
+            for weights in options.types
         }
-        self.bandwidth = {threads: bandwidth(threads) for threads in {DEFAULTS.threads, *options.threads}}
+        self.bandwidth = {threads: memory_bandwidth(threads) for threads in {DEFAULTS.threads, *options.threads}}
         self.generator = torch.Generator().manual_seed(0)
 
     def file(self, weights: str) -> Path:
@@ -97,39 +98,41 @@ class Bench:
     def ids(self, tokens: int) -> torch.Tensor:
         return torch.randint(self.config.vocab_size, (1, tokens), generator=self.generator)
 
-    def _decoded(self) -> int:
-        """Tokens that one cache takes beyond the depth, whichever side's: thread counts go on in the same one."""
+    def _decoded_tokens(self) -> int:
+        """Return the number of tokens decoded into one cache, which all thread counts share."""
         options = self.options
         return (options.rounds + 1) * options.tokens * len({DEFAULTS.threads, *options.threads})
 
     # --- decode
 
-    def decode_sides(self, depth: int) -> dict[Contender, Side]:
-        """One side for each precision or type at each number of threads, all behind ``depth`` tokens."""
+    def decode_timers(self, depth: int) -> dict[Contender, Timer]:
+        """Return timers for each precision or type at each thread count, after ``depth`` tokens."""
         tokens = self.options.tokens
         ids = self.ids(tokens)
-        caches = {precision: network.cache(depth + self._decoded()) for precision, network in self.ours.items()}
+        caches = {
+            precision: network.new_cache(depth + self._decoded_tokens()) for precision, network in self.ours.items()
+        }
         if depth:
             for precision, network in self.ours.items():
                 network.fill(caches[precision], depth)
-        sides = {}
-        for way in ways(self.options.threads):
-            network, cache = self.ours[way.precision], caches[way.precision]
+        timers = {}
+        for setting in all_settings(self.options.threads):
+            network, cache = self.ours[setting.precision], caches[setting.precision]
             run = partial(network.decode, cache, ids)
-            sides[Contender(OURS, way.precision, way.threads)] = Side(run, way.threads, tokens)
-        self._read_by_theirs(self.ids(depth)[0].tolist())
+            timers[Contender(OURS, setting.precision, setting.threads)] = Timer(run, setting.threads, tokens)
+        self._prefill_llama_cpp(self.ids(depth)[0].tolist())
         for weights, network in self.theirs.items():
             for threads in self._thread_counts():
                 run = partial(network.decode, ids[0].tolist(), threads)
-                sides[Contender(THEIRS, weights, threads)] = Side(run, threads, tokens)
-        return sides
+                timers[Contender(THEIRS, weights, threads)] = Timer(run, threads, tokens)
+        return timers
 
-    def _read_by_theirs(self, ids: list[int]) -> None:
-        """Have one of the contexts read the prompt and the others continue from it: their caches have one type."""
+    def _prefill_llama_cpp(self, ids: list[int]) -> None:
+        """Prefill one llama.cpp context and copy its state to the others, which have the same cache type."""
         first, *others = self.theirs.values()
         first.clear()
         if ids:
-            first.read(ids, max(self._thread_counts()))
+            first.prefill(ids, max(self._thread_counts()))
         for network in others:
             network.clear()
             if ids:
@@ -142,93 +145,97 @@ class Bench:
         rows: list[Sequence[str]] = []
         lines: dict[str, dict[int, float]] = {}
         for depth in self.options.depths:
-            times = in_turn(self.decode_sides(depth), self.options.rounds)
-            for side, timing in times.items():
-                floor = self.token_bytes(side, depth) / self.bandwidth[side.threads]
+            times = time_interleaved(self.decode_timers(depth), self.options.rounds)
+            for contender, timing in times.items():
+                floor = self.token_bytes(contender, depth) / self.bandwidth[contender.threads]
                 cells = [timing.milliseconds(), f"{1e3 * floor:.3g}", f"{timing.median / floor:.2g}"]
-                rows.append([*self._described(f"{depth:,}", side, times), *cells, _faster(side, times)])
+                rows.append([*self._row_start(f"{depth:,}", contender, times), *cells, _speedup(contender, times)])
                 print(" | ".join(rows[-1]), flush=True)
-                if depth and side.threads == DEFAULTS.threads:
-                    lines.setdefault(f"{side}, {threads_of(side.threads)}", {})[depth] = 1e3 * timing.median
+                if depth and contender.threads == DEFAULTS.threads:
+                    lines.setdefault(f"{contender}, {format_threads(contender.threads)}", {})[depth] = (
+                        1e3 * timing.median
+                    )
         header = ["tokens before", "side", "threads", "ms per token", "floor by bytes, ms", "times its floor"]
         text = f"### Decode\n\n{table([*header, 'times faster than llama.cpp, equal bytes'], rows)}"
         figure = log_log(lines, "ms per decoded token", f"decoding, preset '{self.options.preset}'") if lines else None
         return text, figure
 
-    def token_bytes(self, side: Contender, depth: int) -> float:
-        """Bytes that decoding one token behind ``depth`` others reads: active weights, and entries attended to."""
-        if side.name == OURS:
-            weights = active_weight_bytes(self.ours[side.weights].model)
+    def token_bytes(self, contender: Contender, depth: int) -> float:
+        """Return the bytes of active weights and attended entries that a token after ``depth`` others reads."""
+        if contender.name == OURS:
+            weights = active_weight_bytes(self.ours[contender.weights].model)
             return weights + attended_bytes(self.config, depth)
-        return active_file_bytes(self.file(side.weights), self.config) + attended_bytes(
+        return active_file_bytes(self.file(contender.weights), self.config) + attended_bytes(
             self.config, depth, _BYTES[self.options.cache]
         )
 
-    def _described(self, first: str, side: Contender, times: dict[Contender, Timing]) -> list[str]:
-        """A row's first cells. Of ours the defaults and the fastest are marked."""
-        default = Contender(OURS, DEFAULTS.precision, DEFAULTS.threads, DEFAULT_CHUNK if side.chunk else 0)
+    def _row_start(self, first: str, contender: Contender, times: dict[Contender, Timing]) -> list[str]:
+        """Return a row's first cells. Our defaults and our fastest setting are marked."""
+        default = Contender(OURS, DEFAULTS.precision, DEFAULTS.threads, DEFAULT_CHUNK if contender.chunk else 0)
         best = min((key for key in times if key.name == OURS), key=lambda key: times[key].median)
-        marks = [mark for mark, marked in (("defaults", default), ("fastest", best)) if side == marked]
-        return [first, str(side) + (f" ({', '.join(marks)})" if marks else ""), str(side.threads)]
+        marks = [mark for mark, marked in (("defaults", default), ("fastest", best)) if contender == marked]
+        return [first, str(contender) + (f" ({', '.join(marks)})" if marks else ""), str(contender.threads)]
 
     # --- prefill
 
-    def prefill_sides(self, ids: torch.Tensor) -> dict[Contender, Side]:
+    def prefill_timers(self, ids: torch.Tensor) -> dict[Contender, Timer]:
         tokens = ids.shape[1]
-        sides = {}
-        for way in ways(self.options.threads):
+        timers = {}
+        for setting in all_settings(self.options.threads):
             for chunk in self.options.chunks:
-                run = partial(self._read_by_ours, way.precision, ids, chunk)
-                sides[Contender(OURS, way.precision, way.threads, chunk)] = Side(run, way.threads, tokens)
+                run = partial(self._prefill_ours, setting.precision, ids, chunk)
+                timers[Contender(OURS, setting.precision, setting.threads, chunk)] = Timer(run, setting.threads, tokens)
         for weights in self.theirs:
             for threads in self._thread_counts():
-                run = partial(self._read_anew, weights, ids[0].tolist(), threads)
-                sides[Contender(THEIRS, weights, threads)] = Side(run, threads, tokens)
-        return sides
+                run = partial(self._prefill_theirs, weights, ids[0].tolist(), threads)
+                timers[Contender(THEIRS, weights, threads)] = Timer(run, threads, tokens)
+        return timers
 
-    def _read_by_ours(self, precision: str, ids: torch.Tensor, chunk: int) -> None:
+    def _prefill_ours(self, precision: str, ids: torch.Tensor, chunk: int) -> None:
         network = self.ours[precision]
-        network.read(network.cache(ids.shape[1]), ids, chunk)
+        network.prefill(network.new_cache(ids.shape[1]), ids, chunk)
 
-    def _read_anew(self, weights: str, ids: list[int], threads: int) -> None:
+    def _prefill_theirs(self, weights: str, ids: list[int], threads: int) -> None:
         self.theirs[weights].clear()
-        self.theirs[weights].read(ids, threads)
+        self.theirs[weights].prefill(ids, threads)
 
     def prefill(self) -> str:
         rows: list[Sequence[str]] = []
         for tokens in self.options.prompts:
-            times = in_turn(self.prefill_sides(self.ids(tokens)), self.options.prefill_rounds)
-            for side, timing in times.items():
-                rows.append([*self._described(f"{tokens:,}", side, times), timing.per_second(), _faster(side, times)])
+            times = time_interleaved(self.prefill_timers(self.ids(tokens)), self.options.prefill_rounds)
+            for contender, timing in times.items():
+                start = self._row_start(f"{tokens:,}", contender, times)
+                rows.append([*start, timing.per_second(), _speedup(contender, times)])
                 print(" | ".join(rows[-1]), flush=True)
         header = ["tokens", "side", "threads", "tokens per second", "times faster than llama.cpp, equal bytes"]
         return f"### Prefill\n\n{table(header, rows)}"
 
-    # --- what is around the figures
+    # --- context of the figures
 
     def agreement(self) -> str:
-        """Say how far the logits of both networks are apart, nothing rounded on our side."""
+        """Return a sentence on the logit difference, without rounding on our side."""
         exact = import_pretrained(self.folder / "ours", **dict.fromkeys(CACHE_FORMATS, "fp32"))
         weights = self.options.types[0]
         difference = logit_difference(exact, self.theirs[weights], self.ids(COMPARED_TOKENS)[0].tolist())
-        half, worst = float(difference.median()), float(difference.max())
+        median, largest = float(difference.median()), float(difference.max())
         return (
             f"Logits of {COMPARED_TOKENS} tokens, ours in float32 without any rounding, llama.cpp with {weights} "
-            f"weights and a cache of {self.options.cache}, differ by {half:.1e} of their standard deviation at half of "
-            f"the tokens and by {worst:.1e} at the worst, where nearly tied entries or experts are chosen differently."
+            f"weights and a cache of {self.options.cache}, differ by {median:.1e} of their standard deviation at half "
+            f"of the tokens and by {largest:.1e} at the worst, where nearly tied entries or experts are chosen "
+            "differently."
         )
 
-    def streams(self) -> str:
-        found = (f"{each / 1e9:.1f} GB/s with {threads_of(n)}" for n, each in sorted(self.bandwidth.items()))
-        return f"Memory bandwidth, reading: {', '.join(found)}."
+    def bandwidths(self) -> str:
+        parts = (f"{each / 1e9:.1f} GB/s with {format_threads(n)}" for n, each in sorted(self.bandwidth.items()))
+        return f"Memory bandwidth, reading: {', '.join(parts)}."
 
     def start_up(self) -> str:
         threads = DEFAULTS.threads
-        sides = [("ours, float32 (defaults)", "ours", self.folder / "ours", "float32")]
-        sides.append(("ours, bfloat16", "ours", self.folder / "ours", "bfloat16"))
-        sides += [(f"{THEIRS}, {weights}", THEIRS, self.file(weights), weights) for weights in self.options.types]
+        contenders = [("ours, float32 (defaults)", "ours", self.folder / "ours", "float32")]
+        contenders.append(("ours, bfloat16", "ours", self.folder / "ours", "bfloat16"))
+        contenders += [(f"{THEIRS}, {weights}", THEIRS, self.file(weights), weights) for weights in self.options.types]
         rows = []
-        for label, name, path, weights in sides:
+        for label, name, path, weights in contenders:
             timing = start_up(name, path, weights, threads)
             rows.append([label, timing.seconds()])
         note = "llama.cpp is started through Python, as its package offers it.\n"
@@ -236,19 +243,19 @@ class Bench:
 
 
 def for_llama_cpp(preset: str) -> ModelConfig:
-    """The preset with the index dims and the hca ratio that llama.cpp needs, without the prediction module."""
+    """Return the preset with the index dims and hca ratio that llama.cpp requires, without multi-token prediction."""
     config = ModelConfig.from_preset(preset)
-    return config.replace(index_head_dim=max(LEAST_INDEX_DIMS, config.index_head_dim), hca_ratio=128, mtp_layers=0)
+    return config.replace(index_head_dim=max(MIN_INDEX_DIMS, config.index_head_dim), hca_ratio=128, mtp_layers=0)
 
 
-def _faster(side: Contender, times: dict[Contender, Timing]) -> str:
-    """Speed of ours over llama.cpp's, with weights of as many bytes and on as many threads."""
-    theirs = Contender(THEIRS, EQUAL_BYTES.get(side.weights, ""), side.threads)
-    return f"{ratio(times[theirs], times[side]):.2f}" if side.name == OURS and theirs in times else ""
+def _speedup(contender: Contender, times: dict[Contender, Timing]) -> str:
+    """Return our speedup over llama.cpp with equal bytes per weight and threads, or an empty cell."""
+    theirs = Contender(THEIRS, EQUAL_BYTES.get(contender.weights, ""), contender.threads)
+    return f"{speedup(times[theirs], times[contender]):.2f}" if contender.name == OURS and theirs in times else ""
 
 
 def logit_difference(model: Transformer, theirs: LlamaCpp, ids: list[int]) -> torch.Tensor:
-    """The largest difference of each token's logits, over the standard deviation of all: float32 [tokens]."""
+    """Return each token's largest logit difference over the standard deviation of all logits, float32 [tokens]."""
     with torch.inference_mode():
         ours = model(torch.tensor([ids]), Cache(model.config, 1, len(ids)))[0]
     theirs.clear()
@@ -257,7 +264,7 @@ def logit_difference(model: Transformer, theirs: LlamaCpp, ids: list[int]) -> to
 
 
 def active_weight_bytes(model: Transformer) -> float:
-    """Bytes of the parameters that one token is multiplied with: all but the embedding and the experts not chosen."""
+    """Return the bytes of the parameters active per token: all but the embedding and unselected experts."""
     share = model.config.experts_per_token / model.config.num_experts
     return sum(
         p.numel() * p.element_size() * (share if p.dim() == 3 and ".ffn." in name else 1)
@@ -267,7 +274,7 @@ def active_weight_bytes(model: Transformer) -> float:
 
 
 def active_file_bytes(file: Path, config: ModelConfig) -> float:
-    """Bytes of a GGUF file's weights that one token reads."""
+    """Return the bytes of a GGUF file's weights that one token reads."""
     from gguf import GGUFReader
 
     share = config.experts_per_token / config.num_experts
@@ -278,54 +285,61 @@ def active_file_bytes(file: Path, config: ModelConfig) -> float:
     )
 
 
-def attended_bytes(config: ModelConfig, depth: int, number_bytes: float | None = None) -> float:
-    """Bytes of the cache that a token behind ``depth`` others reads: all index keys, the best ``index_topk`` csa
-    entries, all hca entries, the windows. Packed as ours, or with ``number_bytes`` for every number."""
+def attended_bytes(config: ModelConfig, depth: int, element_bytes: float | None = None) -> float:
+    """Return the cache bytes that a token after ``depth`` others reads.
+
+    These are all index keys, ``index_topk`` csa entries, all hca entries, and the windows, in our packed formats or
+    with ``element_bytes`` per element.
+    """
     main = Precision(config).main_layout
-    width = main.nbytes if number_bytes is None else config.head_dim * number_bytes
+    width = main.nbytes if element_bytes is None else config.head_dim * element_bytes
     total = 0.0
     for part in growing_parts(config).values():
         entries = depth // part.ratio
         if part.component == "csa":
             entries = min(entries, config.index_topk)
-        size = part.layout.nbytes if number_bytes is None else part.layout.size * number_bytes
+        size = part.layout.nbytes if element_bytes is None else part.layout.size * element_bytes
         total += entries * size
     return total + config.num_layers * min(depth, config.window) * width
 
 
-def measure(options: argparse.Namespace) -> Findings:
+def measure(options: argparse.Namespace) -> Result:
     require()
-    figure, found = None, []
+    figure, sections = None, []
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         bench = Bench(options, Path(folder), stack)
         about = (
             f"Preset '{options.preset}' with {bench.config.index_head_dim} index dims; llama.cpp's cache in "
-            f"{options.cache}. {bench.streams()} {bench.agreement()}\n"
+            f"{options.cache}. {bench.bandwidths()} {bench.agreement()}\n"
         )
         if "decode" in options.parts:
             text, figure = bench.decode()
-            found.append(text)
+            sections.append(text)
         if "prefill" in options.parts:
-            found.append(bench.prefill())
+            sections.append(bench.prefill())
         if "start-up" in options.parts:
-            found.append(bench.start_up())
-    return Findings("\n".join([about, *found]), figure, "Milliseconds per decoded token")
+            sections.append(bench.start_up())
+    return Result("\n".join([about, *sections]), figure, "Milliseconds per decoded token")
 
 
 def main(arguments: list[str] | None = None) -> str:
-    parser = options_of(__doc__, threads=[1, 2])
+    parser = make_parser(__doc__, threads=[1, 2])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--preset", default="small")
     parser.add_argument("--types", nargs="+", choices=get_args(WeightType), default=list(get_args(WeightType)))
     parser.add_argument("--cache", choices=get_args(CacheType), default="f16", help="type of llama.cpp's cache")
-    parser.add_argument("--depths", type=int, nargs="+", default=[0, 4096, 16_384, 65_536], help="of the decode part")
-    parser.add_argument("--tokens", type=count, default=16, help="decoded in a round")
-    parser.add_argument("--rounds", type=count, default=5, help="of the decode part")
-    parser.add_argument("--prompts", type=count, nargs="+", default=[2048, 8192, 16_384], help="of the prefill part")
-    parser.add_argument("--chunks", type=count, nargs="+", default=[DEFAULT_CHUNK, 2048], help="our pieces of a prompt")
-    parser.add_argument("--prefill-rounds", type=count, default=3)
-    return benchmark(parser, measure, arguments)
+    parser.add_argument("--depths", type=int, nargs="+", default=[0, 4096, 16_384, 65_536], help="for the decode part")
+    parser.add_argument("--tokens", type=positive_int, default=16, help="tokens decoded per round")
+    parser.add_argument("--rounds", type=positive_int, default=5, help="for the decode part")
+    parser.add_argument(
+        "--prompts", type=positive_int, nargs="+", default=[2048, 8192, 16_384], help="for the prefill part"
+    )
+    parser.add_argument(
+        "--chunks", type=positive_int, nargs="+", default=[DEFAULT_CHUNK, 2048], help="our prefill chunk sizes"
+    )
+    parser.add_argument("--prefill-rounds", type=positive_int, default=3)
+    return run_benchmark(parser, measure, arguments)
 
 
 if __name__ == "__main__":
-    command_line(main)
+    run_main(main)

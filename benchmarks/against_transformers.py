@@ -1,19 +1,17 @@
-"""Our network against transformers' ``DeepseekV4ForCausalLM`` with the same weights on a CPU.
+"""Inference against transformers' ``DeepseekV4ForCausalLM`` with the same weights, on a CPU.
 
     python -m benchmarks.against_transformers [--parts decode prefill ...] [--write docs/against-transformers.md]
 
-* decode: milliseconds per token up to each length. Caches are filled with random entries on both sides (reading a
-  million tokens takes transformers hours); at the first length both are also really filled by reading, the logits of
-  both networks compared in plain floats, and the two ways timed beside each other.
-* prefill: reading random tokens from nothing, in pieces; seconds, and memory beyond what was resident before, each
-  side in a process of its own.
-* growth: our prefill's time per token at the longer length over that at the shorter one.
+* decode: milliseconds per token at each length. Caches are filled with random entries (transformers would need hours to
+  prefill a million tokens). At the first length, caches are also prefilled, the logits of both networks are compared in
+  unrounded floats, and decoding from both kinds of caches is timed.
+* prefill: seconds to prefill random tokens in chunks, and additional resident memory, each network in its own process.
+* growth: our prefill time per token at the longer length relative to the shorter one.
+* start-up: seconds from process start to the first token.
 
-* start-up: seconds from the start of a process to its first token.
-
-Sides run in turn, at every precision and thread count. Rows show theirs at its fastest, and ours with the defaults and
-at its fastest; lengths ascend, and a way far behind at one is not timed at the next. A prefill runs once at what was
-fastest in a trial of its end (and of our piece sizes; transformers reads 1,024 tokens at a time).
+Runs are interleaved, at every precision and thread count. Tables show transformers at its fastest, and ours with the
+defaults and at its fastest. Lengths ascend; a setting that is far slower at one length is skipped at the next. Prefill
+runs once, with the setting and chunk size that were fastest for its last tokens (transformers uses chunks of 1,024).
 """
 
 from __future__ import annotations
@@ -28,34 +26,34 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks.contenders import (
+from benchmarks.lib.contenders import (
     DEFAULT_CHUNK,
     DEFAULTS,
     OURS_DEFAULT,
     OURS_FASTEST,
     PRECISIONS,
     Network,
-    Ours,
-    Theirs,
-    Way,
-    ours_at,
-    ways,
+    OurNetwork,
+    Setting,
+    TransformersNetwork,
+    all_settings,
+    reported_settings,
     write_weights,
 )
-from benchmarks.drawing import log_log
-from benchmarks.harness import Findings, benchmark, command_line, count, options_of
-from benchmarks.report import table
-from benchmarks.start_up import start_up
-from benchmarks.timing import (
+from benchmarks.lib.drawing import log_log
+from benchmarks.lib.harness import Result, make_parser, positive_int, run_benchmark, run_main
+from benchmarks.lib.report import table
+from benchmarks.lib.start_up import start_up
+from benchmarks.lib.timing import (
     PeakMemory,
-    Side,
+    Timer,
     Timing,
     fastest,
-    hopeless,
-    in_child,
-    in_turn,
-    ratio,
-    return_freed_memory,
+    run_in_subprocess,
+    speedup,
+    time_interleaved,
+    too_slow,
+    trim_memory,
 )
 from model.config import ModelConfig
 from model.errors import FiftyfoldError
@@ -64,31 +62,31 @@ THEIRS, COMPILED, OURS = "transformers", "transformers, compiled", "ours"
 PARTS = ("decode", "prefill", "growth", "start-up")
 THEIR_CHUNK, OUR_CHUNKS = 1024, (256, DEFAULT_CHUNK, 1024, 2048)
 TRIAL_TOKENS = 2048
-"""How much of a prefill, the end of it, a trial reads."""
+"""Number of last tokens of a prefill that a trial run times."""
 LENGTHS = [4096, 16_384, 32_768, 131_072, 1_048_576]
 
 
 @dataclass(frozen=True)
-class Reading:
-    """Setting in which one side reads a prompt."""
+class PrefillSetting:
+    """Setting and chunk size of a prefill."""
 
-    way: Way
+    setting: Setting
     chunk: int
 
     def __str__(self) -> str:
-        return f"{self.way}, pieces of {self.chunk:,}"
+        return f"{self.setting}, pieces of {self.chunk:,}"
 
 
-DEFAULT_READING = Reading(DEFAULTS, DEFAULT_CHUNK)
-MAKERS: dict[str, Callable[[Path, str], Network]] = {
-    THEIRS: Theirs,
-    COMPILED: lambda folder, precision: Theirs(folder, precision, compiled=True),
-    OURS: Ours,
+DEFAULT_PREFILL = PrefillSetting(DEFAULTS, DEFAULT_CHUNK)
+LOADERS: dict[str, Callable[[Path, str], Network]] = {
+    THEIRS: TransformersNetwork,
+    COMPILED: lambda folder, precision: TransformersNetwork(folder, precision, compiled=True),
+    OURS: OurNetwork,
 }
 
 
 class Bench:
-    """Hold the options, the weights' folder, and networks loaded once."""
+    """Options, the weights' folder, and a cache of loaded networks."""
 
     def __init__(self, options: argparse.Namespace, folder: Path):
         self.options, self.weights, self.plain = options, folder / "rounded", folder / "plain"
@@ -96,100 +94,104 @@ class Bench:
         self.config = ModelConfig.from_preset(options.preset)
         write_weights(self.config, folder)
         self._networks: dict[tuple[str, str], Network] = {}
-        self._given_up: set[tuple[str, Way]] = set()
+        self._skipped: set[tuple[str, Setting]] = set()
 
-    def network(self, name: str, way: Way) -> Network:
-        key = name, way.precision
+    def network(self, name: str, setting: Setting) -> Network:
+        key = name, setting.precision
         if key not in self._networks:
-            self._networks[key] = MAKERS[name](self.weights, way.precision)
+            self._networks[key] = LOADERS[name](self.weights, setting.precision)
         return self._networks[key]
 
     def ids(self, tokens: int) -> torch.Tensor:
         return torch.randint(0, self.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(tokens))
 
-    def ways(self) -> list[Way]:
-        return ways(self.options.threads)
+    def _settings(self) -> list[Setting]:
+        return all_settings(self.options.threads)
 
     # --- decode
 
-    def decode_row(self, length: int) -> dict[str, tuple[Way, Timing]]:
-        """Time decoding the last tokens before ``length``: theirs at its fastest, ours also with the defaults."""
+    def decode_row(self, length: int) -> dict[str, tuple[Setting, Timing]]:
+        """Time decoding the last tokens before ``length``. Returns (setting, timing) by label."""
         start = self._decode_start(length)
-        sides: dict[tuple[str, Way], Side] = {}
+        timers: dict[tuple[str, Setting], Timer] = {}
         for name, precision in itertools.product(self.names, PRECISIONS):
-            timed = [way for way in self.ways() if way.precision == precision and (name, way) not in self._given_up]
-            if not timed:
+            settings = [
+                setting
+                for setting in self._settings()
+                if setting.precision == precision and (name, setting) not in self._skipped
+            ]
+            if not settings:
                 continue
-            network = self.network(name, timed[0])
-            cache = network.cache(length)
+            network = self.network(name, settings[0])
+            cache = network.new_cache(length)
             network.fill(cache, start)
-            for way in timed:
-                sides[name, way] = self._decoding(network, cache, way.threads)
-        times = in_turn(sides, self.options.rounds)
-        row = {}
+            for setting in settings:
+                timers[name, setting] = self._decode_timer(network, cache, setting.threads)
+        times = time_interleaved(timers, self.options.rounds)
+        row: dict[str, tuple[Setting, Timing]] = {}
         for name in self.names:
-            own = {way: timing for (side, way), timing in times.items() if side == name}
-            self._given_up |= {(name, way) for way in hopeless(own) if (name, way) != (OURS, DEFAULTS)}
-            for label, way in (ours_at(own) if name == OURS else {name: fastest(own)}).items():
-                row[label] = (way, own[way])
+            own = {setting: timing for (network_name, setting), timing in times.items() if network_name == name}
+            self._skipped |= {(name, s) for s in too_slow(own) if (name, s) != (OURS, DEFAULTS)}
+            reported = reported_settings(own) if name == OURS else {name: fastest(own)}
+            row |= {label: (setting, own[setting]) for label, setting in reported.items()}
         return row
 
     def _decode_start(self, length: int) -> int:
-        """Where to begin so that no cache, which the thread counts share, passes ``length``."""
-        counts = {way.threads for way in self.ways()}
+        """Return the start position from which all thread counts, sharing a cache, decode up to ``length``."""
+        counts = {setting.threads for setting in self._settings()}
         start = length - len(counts) * (self.options.rounds + 1) * self.options.tokens
         if start < 1:
-            raise FiftyfoldError(f"--lengths: {length} tokens are fewer than the {length - start} to be decoded")
+            raise FiftyfoldError(f"--lengths: {length} tokens are fewer than the {length - start} tokens to decode")
         return start
 
-    def _decoding(self, network: Network, cache: object, threads: int) -> Side:
+    def _decode_timer(self, network: Network, cache: object, threads: int) -> Timer:
         ids = self.ids(self.options.tokens)
-        return Side(lambda: network.decode(cache, ids), threads, ids.shape[1])
+        return Timer(lambda: network.decode(cache, ids), threads, ids.shape[1])
 
-    def check_filling(self, length: int, row: dict[str, tuple[Way, Timing]]) -> str:
-        """Whether caches filled at random decode as fast as caches that were read into, and both networks agree."""
+    def check_filling(self, length: int, row: dict[str, tuple[Setting, Timing]]) -> str:
+        """Compare random caches with prefilled ones in speed, and both networks in their logits."""
         start = self._decode_start(length)
         ids = self.ids(length)
-        crowded = min(start, self.config.index_topk * self.config.csa_ratio)
-        sides = {}
+        all_selected = min(start, self.config.index_topk * self.config.csa_ratio)
+        timers = {}
         for name, label in ((THEIRS, THEIRS), (OURS, OURS_FASTEST)):
-            way, _ = row[label]
-            network = self.network(name, way)
-            filled, read = network.cache(length), network.cache(length)
+            setting, _ = row[label]
+            network = self.network(name, setting)
+            filled, read = network.new_cache(length), network.new_cache(length)
             network.fill(filled, start)
-            network.read(read, ids[:, :start], THEIR_CHUNK)
-            sides[f"{name}, filled"] = self._decoding(network, filled, way.threads)
-            sides[f"{name}, read"] = self._decoding(network, read, way.threads)
-        times = in_turn(sides, self.options.rounds)
+            network.prefill(read, ids[:, :start], THEIR_CHUNK)
+            timers[f"{name}, filled"] = self._decode_timer(network, filled, setting.threads)
+            timers[f"{name}, read"] = self._decode_timer(network, read, setting.threads)
+        times = time_interleaved(timers, self.options.rounds)
         rows = [
             (name, *(times[f"{name}, {how}"].milliseconds() for how in ("read", "filled")),
-             f"{ratio(times[f'{name}, filled'], times[f'{name}, read']):.2f}")
+             f"{speedup(times[f'{name}, filled'], times[f'{name}, read']):.2f}")
             for name in (THEIRS, OURS)
         ]  # fmt: skip
-        near, far = (f"{self._agreement(ids[:, :n]):.1e}" for n in (crowded, start))
+        near, far = (f"{self._logit_difference(ids[:, :n]):.1e}" for n in (all_selected, start))
         return (
             f"In plain floats the logits of both networks differ by at most {near} of their standard deviation after "
-            f"{crowded:,} tokens, when every entry is still chosen, and by at most {far} after {start:,}, where nearly "
-            "tied entries may be chosen differently. Decoding there:\n\n"
+            f"{all_selected:,} tokens, when every entry is still chosen, and by at most {far} after {start:,}, where "
+            "nearly tied entries may be chosen differently. Decoding there:\n\n"
             + table(["ms per token", "read", "filled", "filled / read"], rows)
         )
 
-    def _agreement(self, ids: torch.Tensor) -> float:
-        """The largest difference between both networks' logits over their standard deviation, in plain floats."""
-        found = []
-        for network in (Theirs(self.plain), Ours(self.plain)):
-            cache = network.cache(ids.shape[1])
-            found.append(network.read(cache, ids, THEIR_CHUNK))
-        return float((found[0] - found[1]).abs().max() / found[0].std())
+    def _logit_difference(self, ids: torch.Tensor) -> float:
+        """Return the largest logit difference relative to the standard deviation, in unrounded floats."""
+        theirs, ours = (
+            network.prefill(network.new_cache(ids.shape[1]), ids, THEIR_CHUNK)
+            for network in (TransformersNetwork(self.plain), OurNetwork(self.plain))
+        )
+        return float((theirs - ours).abs().max() / theirs.std())
 
     def decode(self) -> tuple[str, Figure]:
         rows, lines, check = [], {}, ""
         baselines = [name for name in self.names if name != OURS]
         for length in self.options.lengths:
             row = self.decode_row(length)
-            for label, (way, timing) in row.items():
-                faster = ["" if label in baselines else f"{ratio(row[name][1], timing):.2f}" for name in baselines]
-                rows.append([f"{length:,}", label, timing.milliseconds(), str(way), *faster])
+            for label, (setting, timing) in row.items():
+                speedups = ["" if label in baselines else f"{speedup(row[name][1], timing):.2f}" for name in baselines]
+                rows.append([f"{length:,}", label, timing.milliseconds(), str(setting), *speedups])
                 lines.setdefault(label, {})[length] = 1e3 * timing.median
                 print(" | ".join(rows[-1]), flush=True)
             if length == self.options.lengths[0]:
@@ -200,115 +202,123 @@ class Bench:
 
     # --- prefill
 
-    def best_prefill(self, name: str, tokens: int) -> Reading:
-        """The way that reads the end of a prefill fastest, in a trial."""
+    def best_prefill(self, name: str, tokens: int) -> PrefillSetting:
+        """Return the setting that is fastest for the last tokens of a prefill."""
         end = min(TRIAL_TOKENS, tokens // 2)
-        sides: dict[Reading, Side] = {}
+        timers: dict[PrefillSetting, Timer] = {}
         chunks = OUR_CHUNKS if name == OURS else (THEIR_CHUNK,)
-        for reading in itertools.starmap(Reading, itertools.product(self.ways(), chunks)):
+        for candidate in itertools.starmap(PrefillSetting, itertools.product(self._settings(), chunks)):
 
-            def read(reading: Reading = reading) -> None:
-                network = self.network(name, reading.way)
-                cache = network.cache(tokens)
+            def prefill_end(candidate: PrefillSetting = candidate) -> None:
+                network = self.network(name, candidate.setting)
+                cache = network.new_cache(tokens)
                 network.fill(cache, tokens - end)
-                network.read(cache, self.ids(end), reading.chunk)
+                network.prefill(cache, self.ids(end), candidate.chunk)
 
-            sides[reading] = Side(read, reading.way.threads)
-        return fastest(in_turn(sides, 1))
+            timers[candidate] = Timer(prefill_end, candidate.setting.threads)
+        return fastest(time_interleaved(timers, 1))
 
     def prefill(self) -> str:
         tokens, rounds = self.options.prefill, self.options.prefill_rounds
-        readings = {
+        settings = {
             THEIRS: (THEIRS, self.best_prefill(THEIRS, tokens)),
-            OURS_DEFAULT: (OURS, DEFAULT_READING),
+            OURS_DEFAULT: (OURS, DEFAULT_PREFILL),
             OURS_FASTEST: (OURS, self.best_prefill(OURS, tokens)),
         }
         self._networks.clear()
-        seconds: dict[str, list[float]] = {label: [] for label in readings}
-        extra: dict[str, list[int]] = {label: [] for label in readings}
+        seconds: dict[str, list[float]] = {label: [] for label in settings}
+        extra: dict[str, list[int]] = {label: [] for label in settings}
         for _ in range(rounds):
-            for label, (name, reading) in readings.items():
-                took, more = in_child(read_from_nothing, name, self.weights, reading, self.ids(tokens))
-                seconds[label] += took.rounds
-                extra[label].append(more)
+            for label, (name, setting) in settings.items():
+                timing, additional = run_in_subprocess(
+                    prefill_from_scratch, name, self.weights, setting, self.ids(tokens)
+                )
+                seconds[label] += timing.rounds
+                extra[label].append(additional)
         times = {label: Timing(each) for label, each in seconds.items()}
         rows = []
-        for label, (_, reading) in readings.items():
-            faster, smaller = ratio(times[THEIRS], times[label]), max(extra[THEIRS]) / max(extra[label])
-            better = ["", ""] if label == THEIRS else [f"{faster:.2f}", f"{smaller:.2f}"]
-            cells = [f"{times[label].median:.1f}", f"{max(extra[label]) / 2**20:,.0f}", str(reading)]
-            rows.append([label, *cells, *better])
+        for label, (_, setting) in settings.items():
+            faster, smaller = speedup(times[THEIRS], times[label]), max(extra[THEIRS]) / max(extra[label])
+            ratios = ["", ""] if label == THEIRS else [f"{faster:.2f}", f"{smaller:.2f}"]
+            cells = [f"{times[label].median:.1f}", f"{max(extra[label]) / 2**20:,.0f}", str(setting)]
+            rows.append([label, *cells, *ratios])
         header = ["side", "seconds", "peak extra memory, MiB", "at", "times faster", "times less memory"]
         return f"### Prefill of {tokens:,} tokens\n\n" + table(header, rows)
 
     def growth(self) -> str:
         short, long = self.options.growth
-        readings = {OURS_DEFAULT: DEFAULT_READING, OURS_FASTEST: self.best_prefill(OURS, long)}
+        settings = {OURS_DEFAULT: DEFAULT_PREFILL, OURS_FASTEST: self.best_prefill(OURS, long)}
         self._networks.clear()
         rows = []
-        for label, reading in readings.items():
+        for label, setting in settings.items():
             per_token = {}
             for tokens, rounds in ((short, 3), (long, 1)):
-                times, _ = in_child(read_from_nothing, OURS, self.weights, reading, self.ids(tokens), rounds)
+                times, _ = run_in_subprocess(
+                    prefill_from_scratch, OURS, self.weights, setting, self.ids(tokens), rounds
+                )
                 per_token[tokens] = Timing([seconds / tokens for seconds in times.rounds])
             grown = per_token[long].median / per_token[short].median
             cells = [timing.milliseconds() for timing in per_token.values()]
-            rows.append([label, str(reading), *cells, f"{grown:.2f}"])
+            rows.append([label, str(setting), *cells, f"{grown:.2f}"])
         header = ["side", "at", *(f"ms per token, {tokens:,} tokens" for tokens in (short, long)), "times more"]
         return "### Growth of the prefill's cost\n\n" + table(header, rows)
 
     def start_up(self) -> str:
-        """Start-up of both with equal defaults, and of ours with weights in BF16."""
-        bfloat16 = Way("bfloat16", DEFAULTS.threads)
+        """Time the start-up of both with our defaults, and of ours with BF16 weights."""
+        bfloat16 = Setting("bfloat16", DEFAULTS.threads)
         rows = []
-        for name, way in ((THEIRS, DEFAULTS), (OURS, DEFAULTS), (OURS, bfloat16)):
-            timing = start_up(name, self.weights, way.precision, way.threads)
-            rows.append([name, str(way), timing.seconds()])
+        for name, setting in ((THEIRS, DEFAULTS), (OURS, DEFAULTS), (OURS, bfloat16)):
+            timing = start_up(name, self.weights, setting.precision, setting.threads)
+            rows.append([name, str(setting), timing.seconds()])
         return f"### Start-up\n\n{table(['side', 'at', 'process start to first token, s'], rows)}"
 
 
-def read_from_nothing(
-    name: str, weights: Path, reading: Reading, ids: torch.Tensor, rounds: int = 1
+def prefill_from_scratch(
+    name: str, weights: Path, prefill_setting: PrefillSetting, ids: torch.Tensor, rounds: int = 1
 ) -> tuple[Timing, int]:
-    """Time reading ids [1, S] into an empty cache, and the bytes that it took at most beyond the loaded network."""
-    way, chunk = reading.way, reading.chunk
-    network = MAKERS[name](weights, way.precision)
-    torch.set_num_threads(way.threads)
-    # What is made once, at the first call, belongs to the network.
-    network.read(network.cache(chunk), ids[:, :chunk], chunk)
-    return_freed_memory()
-    side = Side(lambda: network.read(network.cache(ids.shape[1]), ids, chunk), way.threads)
+    """Prefill ids [1, S] into an empty cache. Returns the timing, and peak bytes beyond the loaded network."""
+    setting, chunk = prefill_setting.setting, prefill_setting.chunk
+    network = LOADERS[name](weights, setting.precision)
+    torch.set_num_threads(setting.threads)
+    # Warm up, so that memory allocated once counts as part of the network.
+    network.prefill(network.new_cache(chunk), ids[:, :chunk], chunk)
+    trim_memory()
+    timer = Timer(lambda: network.prefill(network.new_cache(ids.shape[1]), ids, chunk), setting.threads)
     with PeakMemory() as memory:
-        times = Timing([side.seconds() for _ in range(rounds)])
+        times = Timing([timer.seconds() for _ in range(rounds)])
     return times, memory.extra
 
 
-def measure(options: argparse.Namespace) -> Findings:
-    figure, found = None, []
+def measure(options: argparse.Namespace) -> Result:
+    figure, sections = None, []
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, Path(folder))
         for part in options.parts:
             if part == "decode":
                 text, figure = bench.decode()
-                found.append(text)
+                sections.append(text)
             else:
-                found.append(getattr(bench, part.replace("-", "_"))())
-    return Findings("\n".join(found), figure, "Milliseconds per decoded token")
+                sections.append(getattr(bench, part.replace("-", "_"))())
+    return Result("\n".join(sections), figure, "Milliseconds per decoded token")
 
 
 def main(arguments: list[str] | None = None) -> str:
-    parser = options_of(__doc__, threads=[1, 2])
+    parser = make_parser(__doc__, threads=[1, 2])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--preset", default="small")
-    parser.add_argument("--lengths", type=count, nargs="+", default=LENGTHS, help="of the decode part")
-    parser.add_argument("--prefill", type=count, default=32_768, help="tokens of the prefill part")
-    parser.add_argument("--growth", type=count, nargs=2, default=[4096, 65_536], help="two lengths of the growth part")
-    parser.add_argument("--rounds", type=count, default=5, help="of the decode part")
-    parser.add_argument("--tokens", type=count, default=8, help="decoded in a round; 4 complete one csa block")
-    parser.add_argument("--prefill-rounds", type=count, default=1)
-    parser.add_argument("--compile", action="store_true", help="a third side: its hyper-connections compiled")
-    return benchmark(parser, measure, arguments)
+    parser.add_argument("--lengths", type=positive_int, nargs="+", default=LENGTHS, help="for the decode part")
+    parser.add_argument("--prefill", type=positive_int, default=32_768, help="tokens for the prefill part")
+    parser.add_argument(
+        "--growth", type=positive_int, nargs=2, default=[4096, 65_536], help="two lengths for the growth part"
+    )
+    parser.add_argument("--rounds", type=positive_int, default=5, help="for the decode part")
+    parser.add_argument(
+        "--tokens", type=positive_int, default=8, help="tokens decoded per round; 4 complete one csa block"
+    )
+    parser.add_argument("--prefill-rounds", type=positive_int, default=1)
+    parser.add_argument("--compile", action="store_true", help="also time transformers with compiled hyper-connections")
+    return run_benchmark(parser, measure, arguments)
 
 
 if __name__ == "__main__":
-    command_line(main)
+    run_main(main)

@@ -1,10 +1,10 @@
-"""One network over the sequence's length on one device: reading a prompt, decoding, bytes. Needs nothing but torch.
+"""Prefill, decoding, and memory over the sequence length on one device. Requires only torch.
 
     python -m benchmarks.on_device [--device cuda] [--preset small] [--lengths 4096 ... 1048576]
 
-Caches are filled with random entries up to each length. Rows show the weights in float32, which is the default, and in
-bfloat16. Seconds are medians over rounds after a first one that is not counted; a GPU is waited for. Memory is the most
-that was allocated beyond the network, the cache included (GPUs only).
+Caches are filled with random entries up to each length. Rows show weights in float32, the default, and in bfloat16.
+Times are medians over rounds after a warm-up round, with GPU synchronization. Memory is the peak allocation beyond the
+network, including the cache (GPUs only).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.harness import Findings, benchmark, command_line, count, options_of
-from benchmarks.report import table
+from benchmarks.lib.harness import Result, make_parser, positive_int, run_benchmark, run_main
+from benchmarks.lib.report import table
 from model.cache import Cache
 from model.cache_filling import fill_random
 from model.config import ModelConfig
@@ -30,7 +30,7 @@ LENGTHS = [1 << power for power in range(12, 21, 2)]
 
 
 class Bench:
-    """Hold one network with its weights in one precision."""
+    """A network with weights in one precision."""
 
     def __init__(self, options: argparse.Namespace, weights: str):
         self.options, self.weights, self.device = options, weights, torch.device(options.device)
@@ -42,26 +42,26 @@ class Bench:
             self.model.store_weights(getattr(torch, weights))
 
     def row(self, length: int) -> list[str]:
-        """Time decoding and reading the last tokens before ``length``, and count bytes."""
+        """Time prefill and decoding of the last tokens before ``length``. Returns a table row."""
         options = self.options
-        least = (options.rounds + 1) * (options.tokens + options.prompt)
-        if length <= least:
-            raise FiftyfoldError(f"--lengths: {length} tokens are not more than the {least} to be read and decoded")
+        needed = (options.rounds + 1) * (options.tokens + options.prompt)
+        if length <= needed:
+            raise FiftyfoldError(f"--lengths: {length} tokens are not more than the {needed} tokens to read and decode")
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         cache = Cache(self.model.config, 1, length, self.device)
-        fill_random(cache, length - least)
-        vocabulary = self.model.config.vocab_size
-        ids = torch.randint(vocabulary, (1, max(options.prompt, options.tokens)), device=self.device)
+        fill_random(cache, length - needed)
+        vocab_size = self.model.config.vocab_size
+        ids = torch.randint(vocab_size, (1, max(options.prompt, options.tokens)), device=self.device)
 
         def decode() -> None:
             for token in ids[:, : options.tokens].split(1, dim=1):
                 self.model(token, cache, last_only=True)
 
         per_token = self._seconds(decode) / options.tokens
-        per_read = (
+        per_prefilled = (
             self._seconds(lambda: prefill(self.model, cache, ids[:, : options.prompt], options.chunk)) / options.prompt
         )
         peak = f"{(torch.cuda.max_memory_allocated() - before) / 2**20:,.0f}" if on_gpu else ""
@@ -69,7 +69,7 @@ class Bench:
             f"{length:,}",
             self.weights,
             f"{1e3 * per_token:.3g}",
-            f"{1e3 * per_read:.3g}",
+            f"{1e3 * per_prefilled:.3g}",
             f"{cache.nbytes() / 2**20:,.1f}",
             peak,
         ]
@@ -78,21 +78,21 @@ class Bench:
     def _seconds(self, run: Callable[[], object]) -> float:
         times = []
         for _ in range(self.options.rounds + 1):
-            self._wait()
+            self._synchronize()
             started = time.perf_counter()
             run()
-            self._wait()
+            self._synchronize()
             times.append(time.perf_counter() - started)
         return statistics.median(times[1:])
 
-    def _wait(self) -> None:
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
 
-def measure(options: argparse.Namespace) -> Findings:
+def measure(options: argparse.Namespace) -> Result:
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise FiftyfoldError("--device cuda: this machine has no GPU that torch can use")
+        raise FiftyfoldError("--device cuda: torch finds no GPU on this machine")
     torch.set_num_threads(options.threads)
     rows: list[list[str]] = []
     for weights in options.weights:
@@ -100,21 +100,21 @@ def measure(options: argparse.Namespace) -> Findings:
         rows += [bench.row(length) for length in options.lengths]
         del bench
     header = ["tokens", "weights", "decode, ms per token", "prompt, ms per token", "cache, MiB", "memory, MiB"]
-    return Findings(f"Preset '{options.preset}', pieces of {options.chunk:,} tokens.\n\n{table(header, rows)}")
+    return Result(f"Preset '{options.preset}', pieces of {options.chunk:,} tokens.\n\n{table(header, rows)}")
 
 
 def main(arguments: list[str] | None = None) -> str:
-    parser = options_of(__doc__, threads=torch.get_num_threads())
+    parser = make_parser(__doc__, threads=torch.get_num_threads())
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--preset", default="small")
-    parser.add_argument("--lengths", type=count, nargs="+", default=LENGTHS)
+    parser.add_argument("--lengths", type=positive_int, nargs="+", default=LENGTHS)
     parser.add_argument("--weights", choices=PRECISIONS, nargs="+", default=PRECISIONS)
-    parser.add_argument("--rounds", type=count, default=3)
-    parser.add_argument("--tokens", type=count, default=16, help="decoded in a round")
-    parser.add_argument("--prompt", type=count, default=512, help="tokens read in a round")
-    parser.add_argument("--chunk", type=count, default=512)
-    return benchmark(parser, measure, arguments)
+    parser.add_argument("--rounds", type=positive_int, default=3)
+    parser.add_argument("--tokens", type=positive_int, default=16, help="tokens decoded per round")
+    parser.add_argument("--prompt", type=positive_int, default=512, help="tokens prefilled per round")
+    parser.add_argument("--chunk", type=positive_int, default=512)
+    return run_benchmark(parser, measure, arguments)
 
 
 if __name__ == "__main__":
-    command_line(main)
+    run_main(main)

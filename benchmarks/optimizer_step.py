@@ -1,12 +1,12 @@
-"""The optimizer's step beside `torch.optim.Muon`: square matrices, and everything that Muon moves in a preset.
+"""Optimizer step against `torch.optim.Muon`: square matrices, and all of Muon's parameters in a preset.
 
     python -m benchmarks.optimizer_step [--preset small] [--sizes 256 ...] [--write docs/optimizer-step.md]
 
-Both make as many iterations with the same coefficients, in BF16; PyTorch's gets every expert as a parameter of its own,
-because it refuses stacks. Only Muon's part is timed on either side. The sides run in turn, at every thread count.
+Both use the same number of iterations and coefficients, in BF16. PyTorch's Muon accepts only 2-D parameters, so it gets
+each expert separately. Only Muon's parameters are timed. Runs are interleaved, at every thread count.
 
-Beside it, Muon's share of the time of a training step of half a million tokens: from the products that both take, and
-from times measured here, a sequence's forward and backward pass and one optimizer step.
+A second table gives Muon's share of a training step of half a million tokens: from the number of multiplications, and
+from the measured times of a sequence's forward and backward pass and of an optimizer step.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import argparse
 import torch
 from torch import nn
 
-from benchmarks.harness import Findings, benchmark, command_line, count, options_of
-from benchmarks.report import table
-from benchmarks.timing import Side, in_turn, ratio, threads_of
+from benchmarks.lib.harness import Result, make_parser, positive_int, run_benchmark, run_main
+from benchmarks.lib.report import table
+from benchmarks.lib.timing import Timer, format_threads, speedup, time_interleaved
 from kernels.newton_schulz.gram import SEGMENTS, multiplications
 from model.config import ModelConfig
 from model.muon import MuonAdamW, OptimizerConfig
@@ -30,7 +30,7 @@ BATCH_TOKENS = 500_000
 CONFIG = OptimizerConfig(ns_coefficients=(COEFFICIENTS,) * STEPS, ns_dtype="bfloat16")
 
 
-class Contest:
+class Comparison:
     """The same matrices in both optimizers."""
 
     def __init__(self, named: list[tuple[str, nn.Parameter]], fused: dict[str, tuple[int, ...]]):
@@ -48,25 +48,25 @@ class Contest:
                 for p in group["params"]:
                     p.grad = torch.randn_like(p)
 
-    def sides(self, threads: int) -> dict[str, Side]:
-        return {"torch": Side(self.theirs.step, threads), "ours": Side(self.ours.step, threads)}
+    def timers(self, threads: int) -> dict[str, Timer]:
+        return {"torch": Timer(self.theirs.step, threads), "ours": Timer(self.ours.step, threads)}
 
 
 def matrices(p: torch.Tensor, rows: tuple[int, ...] | None) -> list[torch.Tensor]:
-    """What Muon orthogonalises on its own in one parameter."""
+    """Return the matrices of a parameter that Muon orthogonalizes separately."""
     whole = p.detach().flatten(0, -3) if p.dim() > 2 else p.detach().unsqueeze(0)
     return [part for matrix in whole for part in matrix.split(rows or matrix.shape[0])]
 
 
-def row(name: str, contest: Contest, threads: int, rounds: int) -> list[str]:
-    times = in_turn(contest.sides(threads), rounds)
-    faster = ratio(times["torch"], times["ours"])
+def row(name: str, comparison: Comparison, threads: int, rounds: int) -> list[str]:
+    times = time_interleaved(comparison.timers(threads), rounds)
+    faster = speedup(times["torch"], times["ours"])
     cells = [name, str(threads), times["torch"].milliseconds(), times["ours"].milliseconds(), f"{faster:.2f}"]
     print(" | ".join(cells), flush=True)
     return cells
 
 
-def muon_part(model: Transformer) -> tuple[list[tuple[str, nn.Parameter]], dict[str, tuple[int, ...]]]:
+def muon_parameters(model: Transformer) -> tuple[list[tuple[str, nn.Parameter]], dict[str, tuple[int, ...]]]:
     fused = model.fused_rows()
     groups = MuonAdamW(model.named_parameters(), CONFIG, fused).param_groups
     names = {name for group in groups if group["rule"] == "muon" for name in group["names"]}
@@ -74,9 +74,9 @@ def muon_part(model: Transformer) -> tuple[list[tuple[str, nn.Parameter]], dict[
 
 
 def share(options: argparse.Namespace, model: Transformer) -> str:
-    """Muon's share of a step of :data:`BATCH_TOKENS`, by products and by the clock, as a Markdown table."""
-    named, fused = muon_part(model)
-    contest = Contest([(name, nn.Parameter(p.detach().clone())) for name, p in named], fused)
+    """Return Muon's share of a step of :data:`BATCH_TOKENS`, by multiplications and by time, as a Markdown table."""
+    named, fused = muon_parameters(model)
+    comparison = Comparison([(name, nn.Parameter(p.detach().clone())) for name, p in named], fused)
     ids = torch.randint(model.config.vocab_size, (1, options.tokens + 1))
 
     def forward_and_backward() -> None:
@@ -87,14 +87,14 @@ def share(options: argparse.Namespace, model: Transformer) -> str:
 
     model.train()
     threads = max(options.threads)
-    sides = {"sequence": Side(forward_and_backward, threads), "muon": contest.sides(threads)["ours"]}
-    times = in_turn(sides, options.rounds)
+    timers = {"sequence": Timer(forward_and_backward, threads), "muon": comparison.timers(threads)["ours"]}
+    times = time_interleaved(timers, options.rounds)
     per_token = times["sequence"].median / options.tokens
     segment = SEGMENTS[torch.bfloat16]
     products = sum(
         2 * multiplications(*sorted(m.shape), STEPS, segment) for name, p in named for m in matrices(p, fused.get(name))
     )
-    # Six for every active weight and token; attention is left out, so the share is an upper bound.
+    # 6 FLOPs per active weight and token; attention is not included, so the share is an upper bound.
     active = sum(
         p.numel() * (model.config.experts_per_token / model.config.num_experts if p.dim() == 3 and ".ffn." in n else 1)
         for n, p in model.named_parameters()
@@ -107,38 +107,40 @@ def share(options: argparse.Namespace, model: Transformer) -> str:
     heading = f"### Muon's share of a step of {BATCH_TOKENS:,} tokens, preset '{options.preset}'\n\n"
     note = (
         f"\nBy the clock: {times['sequence'].milliseconds()} ms for {options.tokens:,} tokens forward and backward in "
-        f"BF16 autocast, {times['muon'].milliseconds()} ms for Muon's step, {threads_of(threads)}.\n"
+        f"BF16 autocast, {times['muon'].milliseconds()} ms for Muon's step, {format_threads(threads)}.\n"
     )
     return heading + table(["by", "share"], rows) + note
 
 
-def measure(options: argparse.Namespace) -> Findings:
+def measure(options: argparse.Namespace) -> Result:
     torch.manual_seed(0)
     model = Transformer(ModelConfig.from_preset(options.preset))
     rows = []
     for size in options.sizes:
-        square = Contest([("w.weight", nn.Parameter(torch.randn(size, size)))], {})
+        square = Comparison([("w.weight", nn.Parameter(torch.randn(size, size)))], {})
         for threads in options.threads:
             rows.append(row(f"one {size} x {size}", square, threads, options.rounds))
-    named, fused = muon_part(model)
-    everything = Contest(named, fused)
-    numbers = sum(p.numel() for _, p in named)
-    name = f"all of '{options.preset}', {numbers / 1e6:.1f}M numbers"
+    named, fused = muon_parameters(model)
+    everything = Comparison(named, fused)
+    elements = sum(p.numel() for _, p in named)
+    name = f"all of '{options.preset}', {elements / 1e6:.1f}M numbers"
     for threads in options.threads:
         rows.append(row(name, everything, threads, options.rounds))
     del everything
     header = ["matrices", "threads", "torch.optim.Muon, ms", "ours, ms", "times faster"]
-    return Findings(f"{table(header, rows)}\n{share(options, model)}")
+    return Result(f"{table(header, rows)}\n{share(options, model)}")
 
 
 def main(arguments: list[str] | None = None) -> str:
-    parser = options_of(__doc__, threads=[1, 2])
+    parser = make_parser(__doc__, threads=[1, 2])
     parser.add_argument("--preset", default="small")
-    parser.add_argument("--sizes", type=count, nargs="+", default=[256, 512, 1024, 2048], help="of square matrices")
-    parser.add_argument("--rounds", type=count, default=5)
-    parser.add_argument("--tokens", type=count, default=512, help="of the sequence that a step's time is scaled from")
-    return benchmark(parser, measure, arguments)
+    parser.add_argument(
+        "--sizes", type=positive_int, nargs="+", default=[256, 512, 1024, 2048], help="sizes of square matrices"
+    )
+    parser.add_argument("--rounds", type=positive_int, default=5)
+    parser.add_argument("--tokens", type=positive_int, default=512, help="length of the timed sequence")
+    return run_benchmark(parser, measure, arguments)
 
 
 if __name__ == "__main__":
-    command_line(main)
+    run_main(main)

@@ -1,10 +1,11 @@
-"""The network against ``DeepseekV4ForCausalLM`` of transformers: configurations, and the worst difference in each.
+"""Numerical parity with transformers' ``DeepseekV4ForCausalLM``: the largest difference per configuration.
 
     python -m benchmarks.parity [--only NAME ...] [--write docs/parity.md]
 
-For every configuration transformers' model is drawn at random, saved by transformers and imported. Then, in float32 and
-without any rounding: whole sequences of each length 1..300; 300 single tokens from our cache; a prompt in two pieces,
-cut at every place; and the gradients of every parameter that transformers trains. The tests run a part of this.
+For every configuration, transformers initializes a random model and saves it, and we import it. These are compared in
+float32 without rounding: full sequences of each length from 1 to 300; 300 tokens decoded one by one from our cache; a
+prompt in two chunks, split at every position; and the gradients of all parameters that transformers trains. The tests
+run a part of this.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import transformers
 from torch import Tensor
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
-from benchmarks.harness import Findings, benchmark, command_line, options_of
+from benchmarks.lib.harness import Result, make_parser, run_benchmark, run_main
 from model.cache import Cache
 from model.hf import import_pretrained
 from model.hf_names import sources
@@ -115,7 +116,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Random scores can be closer than float32 tells apart: where entries are left out, a seed for which none are.
+# Random index scores can be tied in float32. Seeds for configurations with unselected entries avoid that.
 SEEDS = {
     "ratios 2 and 6": 38,
     "top-k 2": 2,
@@ -125,28 +126,28 @@ SEEDS = {
     "released proportions": 36,
 }
 MARGIN = 1e-4
-"""The least gap between chosen and left out scores for a comparison to mean something."""
+"""Minimum gap between selected and unselected scores for a valid comparison."""
 TOLERANCE = 1e-4
-"""On logits of unit scale, max abs."""
+"""Maximum absolute difference of logits of unit scale."""
 GRADIENT_TOLERANCE = 2e-3
-"""Relative to a parameter's largest gradient entry. The worst are single numbers (the scales of stream mixing), whose
-gradient is a sum over all tokens that nearly cancels."""
+"""Relative to a parameter's largest gradient entry. The largest differences are in scalars (the stream mixing scales),
+whose gradients are sums over all tokens that nearly cancel."""
 
 
 @dataclass
 class Pair:
-    """The same network twice, and what it is asked."""
+    """The same network in both implementations, with inputs and expected outputs."""
 
     oracle: DeepseekV4ForCausalLM
     ours: Transformer
     ids: Tensor
     """int64 [B, 300]."""
     logits: Tensor
-    """The oracle's, for the whole sequences."""
+    """Logits of the oracle for the full sequences."""
 
 
 def draw(configuration: dict[str, Any], seed: int = 0) -> DeepseekV4ForCausalLM:
-    """transformers' network with weights that give logits of unit scale, and no parameter at zero or one."""
+    """Return transformers' network with random weights, none at 0 or 1, that give logits of unit scale."""
     merged = {**BASE, **configuration}
     config = DeepseekV4Config(num_hidden_layers=len(merged["layer_types"]), **merged)
     config._attn_implementation = config._experts_implementation = "eager"
@@ -171,7 +172,7 @@ def draw(configuration: dict[str, Any], seed: int = 0) -> DeepseekV4ForCausalLM:
 
 
 def pair(name: str, batch: int = 1) -> Pair:
-    """Draw configuration ``name``, save it as transformers does by default, import it."""
+    """Initialize configuration ``name`` in transformers, save it with transformers' defaults, and import it."""
     oracle = draw(CONFIGURATIONS[name], SEEDS.get(name, 0))
     ids = torch.randint(0, VOCAB, (batch, TOKENS))
     with tempfile.TemporaryDirectory() as folder:
@@ -182,18 +183,18 @@ def pair(name: str, batch: int = 1) -> Pair:
     return Pair(oracle, ours, ids, logits)
 
 
-def worst(a: Tensor, b: Tensor) -> float:
-    """The largest absolute difference; NaN, which compares with nothing, counts as infinite."""
+def max_difference(a: Tensor, b: Tensor) -> float:
+    """Return the largest absolute difference; infinity for NaN."""
     difference = (a - b).abs()
     return float("inf") if difference.isnan().any() else float(difference.max())
 
 
 @torch.no_grad()
 def selection_margin(p: Pair) -> float:
-    """The smallest gap between the last entry chosen and the first one left out, over all queries with a choice.
+    """Return the smallest gap between the last selected and the first unselected entry over all queries.
 
-    Where it is below float32's noise, the two networks may choose differently and both be right: such a seed shows
-    nothing. Infinite where every entry is chosen.
+    Below float32's noise, both networks may select differently and be correct, so the seed is not usable. Infinite if
+    every entry is selected.
     """
     smallest = float("inf")
     for layer in p.oracle.model.layers:
@@ -216,9 +217,9 @@ def selection_margin(p: Pair) -> float:
 
 @torch.no_grad()
 def full_forward(p: Pair, lengths: list[int]) -> float:
-    """Whole sequences of the given lengths, each by both networks."""
+    """Compare full sequences of the given lengths."""
     return max(
-        worst(
+        max_difference(
             p.ours(p.ids[:, :n]),
             p.logits if n == TOKENS else p.oracle(p.ids[:, :n], use_cache=False).logits,
         )
@@ -228,28 +229,28 @@ def full_forward(p: Pair, lengths: list[int]) -> float:
 
 @torch.no_grad()
 def decode(p: Pair, tokens: int = TOKENS) -> float:
-    """One token at a time from our cache, against the oracle's whole sequence."""
+    """Compare decoding from our cache with the oracle's full forward pass."""
     cache = Cache(p.ours.config, p.ids.shape[0], tokens)
     steps = [p.ours(p.ids[:, t : t + 1], cache) for t in range(tokens)]
-    return worst(torch.cat(steps, dim=1), p.logits[:, :tokens])
+    return max_difference(torch.cat(steps, dim=1), p.logits[:, :tokens])
 
 
 @torch.no_grad()
 def chunked(p: Pair, length: int, cuts: range | None = None) -> float:
-    """A prompt of ``length`` tokens in two pieces, cut at every place, against the oracle's whole sequence."""
-    found = 0.0
+    """Compare prompts in two chunks, split at every position, with the oracle's full forward pass."""
+    largest = 0.0
     for cut in cuts or range(1, length):
         cache = Cache(p.ours.config, p.ids.shape[0], length)
-        pieces = [p.ours(p.ids[:, :cut], cache), p.ours(p.ids[:, cut:length], cache)]
-        found = max(found, worst(torch.cat(pieces, dim=1), p.logits[:, :length]))
-    return found
+        chunks = [p.ours(p.ids[:, :cut], cache), p.ours(p.ids[:, cut:length], cache)]
+        largest = max(largest, max_difference(torch.cat(chunks, dim=1), p.logits[:, :length]))
+    return largest
 
 
 def gradients(p: Pair, tokens: int) -> tuple[float, str, int]:
-    """The same next-token loss through both: the worst difference relative to a gradient's largest entry, the parameter
-    that has it, and how many parameters transformers trains.
+    """Compare the gradients of the next-token loss.
 
-    Raises AssertionError unless the parameters with a gradient are the same on both sides.
+    Returns the largest difference relative to a gradient's largest entry, the name of its parameter, and the number of
+    parameters that transformers trains. Raises AssertionError if a parameter has a gradient in one network only.
     """
     ids = p.ids[:, : tokens + 1]
     ours, oracle = p.ours.train(), p.oracle.train()
@@ -259,25 +260,25 @@ def gradients(p: Pair, tokens: int) -> tuple[float, str, int]:
     ours.eval(), oracle.eval()
     parameters = dict(ours.named_parameters())
     plan = sources(ours.config, {name: tensor.shape for name, tensor in ours.state_dict().items()}, "transformers")
-    found, where, count = 0.0, "", 0
+    largest, where, count = 0.0, "", 0
     for name, parameter in oracle.named_parameters():
         source = plan[name]
         grads = [parameters[part.ours].grad for part in source.parts]
         has = [g is not None and bool(g.any()) for g in grads]
         expected = parameter.grad is not None and bool(parameter.grad.any())
-        assert all(h is expected for h in has), f"{name}: a gradient on one side only"
+        assert all(h is expected for h in has), f"{name}: a gradient in one network only"
         if not expected:
             continue
         whole = grads[0].reshape(source.shape) if len(grads) == 1 else torch.cat(grads, dim=-2)
         count += 1
-        difference = worst(whole, parameter.grad) / float(parameter.grad.abs().max())
-        if difference > found:
-            found, where = difference, name
-    return found, where, count
+        difference = max_difference(whole, parameter.grad) / float(parameter.grad.abs().max())
+        if difference > largest:
+            largest, where = difference, name
+    return largest, where, count
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Everything, for one configuration."""
+    """Run all comparisons for one configuration."""
     p = pair(name)
     gradient, _, parameters = gradients(p, TOKENS - 1)
     return {
@@ -305,7 +306,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run(options: argparse.Namespace) -> Findings:
+def run(options: argparse.Namespace) -> Result:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     rows = []
@@ -313,14 +314,14 @@ def run(options: argparse.Namespace) -> Findings:
         started = time.monotonic()
         rows.append(measure(name))
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
-    return Findings(table(rows))
+    return Result(table(rows))
 
 
 def main(arguments: list[str] | None = None) -> str:
-    parser = options_of(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=list(CONFIGURATIONS), default=list(CONFIGURATIONS))
-    return benchmark(parser, run, arguments)
+    return run_benchmark(parser, run, arguments)
 
 
 if __name__ == "__main__":
-    command_line(main)
+    run_main(main)

@@ -1,18 +1,18 @@
-"""What the choices in training buy, each over several seeds: Muon, the curriculum, quantisation in the loop.
+"""Quality effects of Muon, the curriculum, and quantization-aware training, over several seeds.
 
     python -m benchmarks.quality [--config configs/study.yaml] [--studies muon curriculum qat] [--seeds 0 1 2]
         [--set run.folder=FOLDER ...] [--write docs/quality.md]
 
-* muon: Muon and AdamW for the same tokens, dense attention. Of as many rates each, the first seed finds the one of the
-  lowest final validation loss, with which all seeds run. Of each seed: after which share of the tokens Muon's
-  validation loss is AdamW's final one.
-* curriculum: the recipe's stages, and the same steps without the indexer's warm-up, and sparse from the start. Of all:
-  losses, recall, and how much of the attention's mass the selected entries hold.
-* qat: networks trained with and without quantisation, scored by `pipelines compare`; the former are the curriculum's.
+* muon: Muon and AdamW for equal tokens, with dense attention. The first seed selects each optimizer's learning rate, by
+  final validation loss, from equally many candidates. The result is the share of tokens after which Muon's validation
+  loss reaches AdamW's final loss, per seed.
+* curriculum: the recipe's stages, the same number of steps without indexer warm-up, and sparse from the start. The
+  results are losses, recall, and the attention mass of the selected entries.
+* qat: networks trained with and without quantization, scored by `pipelines compare`; the former are from curriculum.
 
-A seed draws the weights and the order of the data; the held-out rows are always the same. The plain trainer trains in
-this process, without Ray, every run is in MLflow (in `runs`, unless `run.folder` is another), and a finished one is not
-repeated. One process may work on muon while another works on curriculum and qat, which share runs.
+A seed determines the weights and the order of the data; validation rows are fixed. The plain trainer runs in this
+process, without Ray. Every run is logged to MLflow (in `run.folder`, by default `runs`), and finished runs are reused.
+Separate processes may run muon, and curriculum with qat, at the same time; the latter two share runs.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.harness import Findings, benchmark, command_line, options_of
-from benchmarks.report import table
+from benchmarks.lib.harness import Result, make_parser, run_benchmark, run_main
+from benchmarks.lib.report import table
 from model.errors import ConfigError
 from model.files import atomic_folder
 from pipelines import compare, compute_dtype, prepare
@@ -55,7 +55,7 @@ RATES = {"muon": (3.2e-2, 6.4e-2, 0.128), "adamw": (1e-3, 3e-3, 1e-2)}
 
 @dataclass
 class Curve:
-    """One run's held-out metrics: (tokens seen, metrics) in order."""
+    """Validation metrics of a run: (tokens seen, metrics) in order."""
 
     points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
 
@@ -67,7 +67,7 @@ class Curve:
 
 
 class Recorder:
-    """A reporter that keeps the held-out metrics and logs everything to an MLflow run."""
+    """Reporter that records validation metrics and logs all metrics to an MLflow run."""
 
     def __init__(self, tracked: TrackedRun, tokens_per_step: int):
         self.tracked, self.tokens_per_step, self.curve = tracked, tokens_per_step, Curve()
@@ -85,7 +85,7 @@ class Recorder:
 
 
 def trained(recipe: Recipe, name: str, seed: int, overrides: Mapping[str, Any]) -> tuple[Curve, Path]:
-    """The curve and the checkpoint of a run, trained unless it is there already."""
+    """Return the curve and checkpoint folder of a run, training it unless it exists."""
     recipe = with_overrides(recipe, {**overrides, "run.name": f"{name}-seed{seed}", "run.seed": seed})
     folder = recipe.final_checkpoint
     with claimed(recipe.run_folder, recipe, SETTINGS_OF_A_TRAINING, "run.name"):
@@ -97,7 +97,7 @@ def trained(recipe: Recipe, name: str, seed: int, overrides: Mapping[str, Any]) 
 
 def _train(recipe: Recipe, seed: int) -> None:
     started = time.monotonic()
-    # The order of the data, too: its folder was prepared with the recipe's own seed.
+    # Seed the order of the data too; the prepared folder depends on the recipe's own seed.
     trainer, recorder = _trainer(with_overrides(recipe, {"data.seed": seed}))
     with recorder.tracked, atomic_folder(recipe.final_checkpoint) as scratch:
         trainer.run()
@@ -116,8 +116,7 @@ def _trainer(recipe: Recipe) -> tuple[Trainer, Recorder]:
 
 
 def tokens_to(line: Sequence[tuple[int, float]], loss: float) -> float:
-    """How many tokens a falling line (tokens, loss) takes to ``loss``, between its points linearly; infinite where it
-    does not get there."""
+    """Return the tokens at which a (tokens, loss) line first reaches ``loss``, interpolated, or infinity."""
     for (before, high), (after, low) in itertools.pairwise(line):
         if low <= loss:
             return before if high <= loss else before + (after - before) * (high - loss) / (high - low)
@@ -136,8 +135,8 @@ class Studies:
     def muon(self) -> str:
         steps = sum(stage.steps or 0 for stage in self.recipe.train.stages if stage.attention != "sparse")
         stages = {"train.stages": [{"attention": "dense", "steps": steps}]}
-        best: dict[str, list[Curve]] = {}
-        swept = []
+        curves: dict[str, list[Curve]] = {}
+        sweep = []
         for rule, rates in RATES.items():
 
             def run(rate: float, seed: int, rule: str = rule) -> Curve:
@@ -146,11 +145,11 @@ class Studies:
                     changes["train.optimizer.adamw_learning_rate"] = rate
                 return trained(self.recipe, f"{rule}-{rate:g}", seed, {**stages, **changes})[0]
 
-            found = {rate: run(rate, self.seeds[0]).last(LOSS) for rate in rates}
-            rate = min(found, key=lambda rate: found[rate])
-            swept += [[rule, f"{r:g}", f"{loss:.4f}", "best" if r == rate else ""] for r, loss in found.items()]
-            best[f"{rule}, {rate:g}"] = [run(rate, seed) for seed in self.seeds]
-        (muon_name, muons), (adamw_name, adamws) = best.items()
+            losses = {rate: run(rate, self.seeds[0]).last(LOSS) for rate in rates}
+            rate = min(losses, key=lambda rate: losses[rate])
+            sweep += [[rule, f"{r:g}", f"{loss:.4f}", "best" if r == rate else ""] for r, loss in losses.items()]
+            curves[f"{rule}, {rate:g}"] = [run(rate, seed) for seed in self.seeds]
+        (muon_name, muons), (adamw_name, adamws) = curves.items()
         shares, rows = [], []
         for seed, muon, adamw in zip(self.seeds, muons, adamws):
             total = adamw.points[-1][0]
@@ -163,7 +162,7 @@ class Studies:
         header = ["seed", "AdamW's final loss", "Muon's", "share of the tokens after which Muon has AdamW's final loss"]
         return (
             f"### Muon against AdamW, {steps} dense steps\n\n"
-            + table(["rule", f"rate, seed {self.seeds[0]}", "final validation loss", ""], swept)
+            + table(["rule", f"rate, seed {self.seeds[0]}", "final validation loss", ""], sweep)
             + "\n"
             + table(header, rows)
         )
@@ -172,7 +171,7 @@ class Studies:
         steps = sum(stage.steps or 0 for stage in self.recipe.train.stages)
         stages = self.recipe.to_dict()["train"]["stages"]
         first, last = stages[0], stages[-1]
-        ways: dict[str, dict[str, Any]] = {
+        schedules: dict[str, dict[str, Any]] = {
             "dense, warm-up, sparse": {},
             "dense, sparse": {"train.stages": [first, {**last, "steps": steps - first["steps"]}]},
             "sparse from the start": {"train.stages": [{**last, "steps": steps}]},
@@ -185,10 +184,10 @@ class Studies:
             "queries that choose": "validation/choosing_share",
         }
         curves = {
-            way: [trained(self.recipe, _key(way), seed, changes)[0] for seed in self.seeds]
-            for way, changes in ways.items()
+            name: [trained(self.recipe, _key(name), seed, changes)[0] for seed in self.seeds]
+            for name, changes in schedules.items()
         }
-        rows = [[way, *(spread([c.last(m) for c in each]) for m in metrics.values())] for way, each in curves.items()]
+        rows = [[name, *(spread([c.last(m) for c in each]) for m in metrics.values())] for name, each in curves.items()]
         draw(self.right, curves, "validation/recall_at_k_of_best", "share of the best k's attention mass")
         return (
             f"### Curriculum, {steps} steps, k = {self.recipe.model.index_topk} of "
@@ -203,29 +202,29 @@ class Studies:
             pairs[qat] = [trained(self.recipe, _key(name), seed, changes)[1] for seed in self.seeds]
         recipe = with_overrides(self.recipe, {"run.name": "qat-compared"})
         section = recipe.compare.model_copy(update={"qat": tuple(pairs[True]), "plain": tuple(pairs[False])})
-        found = compare.run(recipe.model_copy(update={"compare": section}))
-        rows = [[way.name, *(spread(found[way.name][metric]) for metric in COMPARED)] for way in WAYS]
-        fp4, bf16 = (found[way]["recall_at_k_of_best"] for way in ("with QAT, quantised", "with QAT, BF16 index keys"))
+        scores = compare.run(recipe.model_copy(update={"compare": section}))
+        rows = [[way.name, *(spread(scores[way.name][metric]) for metric in COMPARED)] for way in WAYS]
+        fp4, bf16 = (scores[way.name]["recall_at_k_of_best"] for way in WAYS if way.trained_with_qat)
         kept = [a / b for a, b in zip(fp4, bf16)]
         return (
-            "### Quantisation in the loop against after the fact\n\n"
+            "### Quantization in the loop against after the fact\n\n"
             + table(["checkpoints", *COMPARED], rows)
             + f"\nAfter QAT, what is selected by FP4 index keys holds {spread(kept)} of what BF16 ones hold.\n"
         )
 
 
-def _key(way: str) -> str:
-    return way.replace(",", "").replace(" ", "-").lower()
+def _key(name: str) -> str:
+    return name.replace(",", "").replace(" ", "-").lower()
 
 
 def spread(values: Sequence[float], digits: int = 4) -> str:
-    """Mean, and in brackets the lowest and the highest."""
+    """Format the mean and the range."""
     low, high = min(values), max(values)
     return f"{statistics.fmean(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def draw(axes: Axes, curves: Mapping[str, Iterable[Curve]], metric: str, label: str) -> None:
-    """Each name's mean over its runs as a line, and their range as a band."""
+    """Plot the mean over the runs of each name, with the range as a band."""
     for (name, each), color in zip(curves.items(), ("#2c5f8a", "#c0392b", "#b07d2b")):
         lines = [curve.line(metric) for curve in each]
         tokens = [point[0] for point in lines[0]]
@@ -237,14 +236,14 @@ def draw(axes: Axes, curves: Mapping[str, Iterable[Curve]], metric: str, label: 
     axes.legend(fontsize=9)
 
 
-def measure(options: argparse.Namespace) -> Findings:
+def measure(options: argparse.Namespace) -> Result:
     if options.write and set(options.studies) != set(STUDIES):
-        raise ConfigError("--write: a page holds all studies; leave --studies out")
+        raise ConfigError("--write: a page contains all studies; omit --studies")
     torch.set_num_threads(options.threads)
     recipe = load_recipe([options.config], options.set)
     stages = recipe.train.stages
     if len(stages) < 2 or any(s.steps is None or s.sequence_length or s.batch_rows for s in stages):
-        raise ConfigError("train.stages: the studies vary several stages, given in steps, of one batch shape")
+        raise ConfigError("train.stages: expected at least two stages, given in steps, with the same batch shape")
     prepare.run(recipe)
     recipe = fit_to_data(recipe, read_manifest(recipe.data_folder))
     studies = Studies(recipe, options.seeds)
@@ -254,17 +253,17 @@ def measure(options: argparse.Namespace) -> Findings:
     with tracked:
         tracked.log_figure(studies.figure, "quality.png")
         tracked.log_dict({"tables": text}, "quality.json")
-    return Findings(text, studies.figure, "Validation loss of Muon and AdamW, and what the selected entries hold")
+    return Result(text, studies.figure, "Validation loss of Muon and AdamW, and what the selected entries hold")
 
 
 def main(arguments: list[str] | None = None) -> str:
-    parser = options_of(__doc__, threads=1)
+    parser = make_parser(__doc__, threads=1)
     parser.add_argument("--config", type=Path, default=RECIPE)
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=STUDIES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="over the recipe's settings")
-    return benchmark(parser, measure, arguments)
+    parser.add_argument("--set", nargs="+", default=[], metavar="key=value", help="overrides of the recipe")
+    return run_benchmark(parser, measure, arguments)
 
 
 if __name__ == "__main__":
-    command_line(main)
+    run_main(main)

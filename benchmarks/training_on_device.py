@@ -1,14 +1,14 @@
-"""Training on one device: tokens per second, memory, model FLOP utilisation, Muon's share. Needs nothing but torch.
+"""Training on one device: tokens per second, memory, MFU, and the optimizer's share. Requires only torch.
 
     python -m benchmarks.training_on_device [--device cuda] [--presets small base] [--rows 4] [--length 4096]
                                             [--peak-tflops 989] [--recompute]
 
-A batch's forward and backward pass in BF16 autocast, and the optimizer's step, timed apart; medians over rounds after a
-first one that is not counted; a GPU is waited for. Model FLOPs are those of the forward pass, by the closed form at the
-mean over all positions, and twice as many for the backward pass: layers that are recomputed count once, and the
-optimizer does not. Utilisation is of ``--peak-tflops``, the device's own for dense BF16 products. Muon's share is of a
-step of half a million tokens, as many such batches and one optimizer step. Memory is the most that was allocated,
-weights and optimizer included (GPUs only).
+Forward and backward pass in BF16 autocast are timed separately from the optimizer step. Times are medians over rounds
+after a warm-up round, with GPU synchronization. Model FLOPs are the closed form of the forward pass, averaged over
+positions, plus twice as many for the backward pass; recomputation and optimizer are not included. Utilization is
+relative to ``--peak-tflops``, the device's peak for dense BF16 products. The optimizer's share refers to a step of half
+a million tokens: as many batches and one optimizer step. Memory is the peak allocation, including weights and optimizer
+state (GPUs only).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.harness import Findings, benchmark, command_line, count, options_of
-from benchmarks.one_step import objective
-from benchmarks.report import table
+from benchmarks.lib.harness import Result, make_parser, positive_int, run_benchmark, run_main
+from benchmarks.lib.report import table
+from benchmarks.lib.training import training_loss
 from model.budget import decode_work
 from model.config import ModelConfig
 from model.errors import FiftyfoldError
@@ -30,16 +30,16 @@ from model.muon import MuonAdamW, OptimizerConfig
 from model.transformer import Transformer
 
 BATCH_TOKENS = 500_000
-HEADER = ["preset", "rows x tokens", "batch, ms", "tokens/s", "model TFLOP/s", "utilisation", "optimizer, ms"]
+HEADER = ["preset", "rows x tokens", "batch, ms", "tokens/s", "model TFLOP/s", "utilization", "optimizer, ms"]
 HEADER += [f"its share at {BATCH_TOKENS:,} tokens", "memory, GiB"]
 _POSITIONS = 256
-"""Of a sequence, that its mean work is taken from."""
+"""Number of positions over which FLOPs are averaged."""
 
 
 def model_flops(config: ModelConfig, length: int) -> float:
-    """Of forward and backward pass, per token of a sequence of ``length`` tokens, on average."""
-    places = [max(1, round((i + 0.5) * length / _POSITIONS)) for i in range(_POSITIONS)]
-    return 3 * statistics.fmean(sum(work.flops for work in decode_work(config, place)) for place in places)
+    """Return the mean FLOPs per token of forward and backward pass for sequences of ``length`` tokens."""
+    positions = [max(1, round((i + 0.5) * length / _POSITIONS)) for i in range(_POSITIONS)]
+    return 3 * statistics.fmean(sum(work.flops for work in decode_work(config, position)) for position in positions)
 
 
 def row(preset: str, options: argparse.Namespace) -> list[str]:
@@ -56,7 +56,7 @@ def row(preset: str, options: argparse.Namespace) -> list[str]:
     passes, updates = [], []
     for _ in range(options.rounds + 1):
         model.zero_grad(set_to_none=True)
-        passes.append(_seconds(lambda: objective(model, ids).backward(), on_gpu))
+        passes.append(_seconds(lambda: training_loss(model, ids).backward(), on_gpu))
         updates.append(_seconds(optimizer.step, on_gpu))
     batch, update = statistics.median(passes[1:]), statistics.median(updates[1:])
     tokens = options.rows * options.length
@@ -85,26 +85,26 @@ def _seconds(run: Callable[[], object], on_gpu: bool) -> float:
     return time.perf_counter() - started
 
 
-def measure(options: argparse.Namespace) -> Findings:
+def measure(options: argparse.Namespace) -> Result:
     if options.device == "cuda" and not torch.cuda.is_available():
-        raise FiftyfoldError("--device cuda: this machine has no GPU that torch can use")
+        raise FiftyfoldError("--device cuda: torch finds no GPU on this machine")
     torch.set_num_threads(options.threads)
     how = f"recomputed: {'yes' if options.recompute else 'no'}"
     rows = [row(preset, options) for preset in options.presets]
-    return Findings(f"BF16 autocast, {how}.\n\n{table(HEADER, rows)}")
+    return Result(f"BF16 autocast, {how}.\n\n{table(HEADER, rows)}")
 
 
 def main(arguments: list[str] | None = None) -> str:
-    parser = options_of(__doc__, threads=torch.get_num_threads())
+    parser = make_parser(__doc__, threads=torch.get_num_threads())
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--presets", nargs="+", default=["small", "base"])
-    parser.add_argument("--rows", type=count, default=4)
-    parser.add_argument("--length", type=count, default=4096)
-    parser.add_argument("--rounds", type=count, default=3)
-    parser.add_argument("--peak-tflops", type=float, help="of the device, for dense BF16 products")
-    parser.add_argument("--recompute", action="store_true", help="layers in the backward pass")
-    return benchmark(parser, measure, arguments)
+    parser.add_argument("--rows", type=positive_int, default=4)
+    parser.add_argument("--length", type=positive_int, default=4096)
+    parser.add_argument("--rounds", type=positive_int, default=3)
+    parser.add_argument("--peak-tflops", type=float, help="peak of the device for dense BF16 products")
+    parser.add_argument("--recompute", action="store_true", help="recompute layers in the backward pass")
+    return run_benchmark(parser, measure, arguments)
 
 
 if __name__ == "__main__":
-    command_line(main)
+    run_main(main)

@@ -1,7 +1,7 @@
-"""A checkpoint as a language model of lm-eval: every answer comes out of the compressed cache.
+"""lm-eval model that decodes a checkpoint from the compressed cache.
 
-Prompts are read into :class:`model.cache.Cache` in pieces. Prompts of equal length go through the network together,
-and a prompt that begins another one (the questions asked of one document) is read once for both.
+Prompts are prefilled into :class:`model.cache.Cache` in chunks. Prompts of equal length form a batch, and a prompt that
+is a prefix of another (as with several questions about one document) is prefilled once for both.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ Item = TypeVar("Item")
 
 
 class CheckpointLM(TemplateLM):
-    """lm-eval's ``LM`` around the checkpoint in a folder; decoding is greedy.
+    """lm-eval ``LM`` with greedy decoding, for the checkpoint in a folder.
 
-    ``chunk`` tokens of each prompt are read at a time; a batch holds as many prompts as stay within ``batch_tokens``
-    tokens, and at least one. Raises CheckpointError when the folder cannot be loaded.
+    Prefill processes ``prefill_chunk`` tokens of each prompt at a time. A batch holds at most ``batch_tokens`` tokens,
+    or a single prompt. Raises CheckpointError if the folder cannot be loaded.
     """
 
     def __init__(
         self,
         checkpoint: str | Path,
         device: str | torch.device = "cpu",
-        chunk: int = 512,
+        prefill_chunk: int = 512,
         batch_tokens: int = 16_384,
     ):
         super().__init__()
@@ -49,14 +49,14 @@ class CheckpointLM(TemplateLM):
         self._device = torch.device(device)
         self._model = checkpoints.load(self.checkpoint, device=self._device)
         self._tokenizer = load_tokenizer(self.checkpoint)
-        self._chunk = chunk
+        self._prefill_chunk = prefill_chunk
         self._batch_tokens = batch_tokens
 
-    # --- what lm-eval asks of a model
+    # --- interface of lm-eval's TemplateLM
 
     @property
     def max_length(self) -> int:
-        """Tokens that fit the model's context."""
+        """The model's context length in tokens."""
         return self._model.config.max_positions
 
     @property
@@ -65,7 +65,7 @@ class CheckpointLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """Documents begin with BOS in training, so an empty context is BOS too."""
+        """BOS, which starts every training document."""
         return self._tokenizer.bos_id
 
     @property
@@ -73,24 +73,27 @@ class CheckpointLM(TemplateLM):
         return str(self.checkpoint)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids, with BOS in front unless ``add_special_tokens`` is False."""
+        """Return token IDs, with BOS in front unless ``add_special_tokens`` is False."""
         ids = self._tokenizer.encode(string)
         return ids if add_special_tokens is False else [self._tokenizer.bos_id, *ids]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of whole texts in nats. What exceeds the context is scored in windows, each as long as
-        the context, in which every token is predicted once."""
+        """Return the log-likelihood of each text in nats.
+
+        Texts longer than the context are scored in context-sized windows that predict every token once.
+        """
         windows: list[tuple[tuple[str, str], list[int], list[int]]] = []
-        owners: list[int] = []
-        for owner, request in enumerate(requests):
+        window_requests: list[int] = []
+        for i, request in enumerate(requests):
             (text,) = request.args
             ids = self.tok_encode(text, add_special_tokens=False)
             for pair in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
                 windows.append((("", text), *make_disjoint_window(pair)))
-                owners.append(owner)
+                window_requests.append(i)
         totals = [0.0] * len(requests)
-        for owner, (log_likelihood, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)):
-            totals[owner] += log_likelihood
+        scores = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
+        for i, (log_likelihood, _) in zip(window_requests, scores):
+            totals[i] += log_likelihood
         for request, total in zip(requests, totals):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
@@ -102,31 +105,31 @@ class CheckpointLM(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood in nats, is it what greedy decoding writes) of each continuation after its context.
+        """Return (log-likelihood in nats, whether greedy decoding yields it) of each continuation after its context.
 
-        Raises ConfigError for a pair that does not fit the context: a truncated one would be scored on other terms.
+        Raises ConfigError for a pair longer than the model's context; truncation would change its score.
         """
-        # Keyed by what the network reads: contexts scored for several one-token continuations are read once.
-        wanted: dict[Tokens, list[tuple[int, int, list[int]]]] = defaultdict(list)
+        # Keyed by the network's input, so that a context with several one-token continuations is processed once.
+        targets: dict[Tokens, list[tuple[int, int, list[int]]]] = defaultdict(list)
         for i, (_, context, continuation) in enumerate(requests):
             inputs = (*context, *continuation)[:-1]
             self._check_length(len(inputs), "context and continuation")
-            wanted[inputs].append((i, len(context) - 1, continuation))
+            targets[inputs].append((i, len(context) - 1, continuation))
 
         totals = [0.0] * len(requests)
         greedy = [True] * len(requests)
-        bar = _bar(len(wanted), "loglikelihood", disable_tqdm)
-        for batch in self._batches(wanted, key=len, tokens=len):
+        bar = _progress_bar(len(targets), "loglikelihood", disable_tqdm)
+        for batch in self._batches(targets, key=len, tokens=len):
             ids = self._tensor(batch)
-            begin = min(first for inputs in batch for _, first, _ in wanted[inputs])
+            score_start = min(first for inputs in batch for _, first, _ in targets[inputs])
             cache = Cache(self._model.config, len(batch), ids.shape[1], device=self._device)
-            if begin > 0:
-                prefill(self._model, cache, ids[:, :begin], self._chunk)
-            for start in range(begin, ids.shape[1], self._chunk):
-                logits = self._model(ids[:, start : start + self._chunk], cache)
+            if score_start > 0:
+                prefill(self._model, cache, ids[:, :score_start], self._prefill_chunk)
+            for start in range(score_start, ids.shape[1], self._prefill_chunk):
+                logits = self._model(ids[:, start : start + self._prefill_chunk], cache)
                 end = start + logits.shape[1]
                 for row, inputs in enumerate(batch):
-                    for i, first, continuation in wanted[inputs]:
+                    for i, first, continuation in targets[inputs]:
                         low, high = max(first, start), min(first + len(continuation), end)
                         if low < high:
                             target = torch.tensor(continuation[low - first : high - first], device=self._device)
@@ -142,9 +145,9 @@ class CheckpointLM(TemplateLM):
 
     @torch.inference_mode()
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuations, cut before the first stop string or EOS, of at most ``max_gen_toks`` tokens.
+        """Return greedy continuations of at most ``max_gen_toks`` tokens, cut before the first stop string or EOS.
 
-        Raises ConfigError for a prompt that leaves no room for them, and for sampling.
+        Raises ConfigError if prompt and continuation exceed the context, and for sampling.
         """
         results = [""] * len(requests)
         groups: dict[tuple[int, tuple[str, ...]], dict[Tokens, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -152,19 +155,20 @@ class CheckpointLM(TemplateLM):
             text, arguments = request.args
             settings = normalize_gen_kwargs(arguments, default_max_gen_toks=256)
             if settings["do_sample"]:
-                raise ConfigError("generation_kwargs: do_sample is set, but checkpoints are evaluated greedily")
+                raise ConfigError("generation_kwargs: do_sample is not supported; decoding is greedy")
             prompt = tuple(self.tok_encode(text))
-            limit = settings["max_gen_toks"]
-            self._check_length(len(prompt) + limit - 1, f"a prompt of {len(prompt)} tokens and its answer")
-            groups[limit, tuple(settings["until"])][prompt].append(i)
+            max_new_tokens = settings["max_gen_toks"]
+            description = f"a prompt of {len(prompt)} tokens and its continuation"
+            self._check_length(len(prompt) + max_new_tokens - 1, description)
+            groups[max_new_tokens, tuple(settings["until"])][prompt].append(i)
 
-        bar = _bar(len(requests), "generate_until", disable_tqdm)
-        for (limit, until), owners in groups.items():
-            chains = _chains(owners)
-            for batch in self._batches(chains, key=_shape, tokens=lambda chain: len(chain[-1])):
-                for chain, texts in zip(batch, self._generate(batch, limit, until)):
+        bar = _progress_bar(len(requests), "generate_until", disable_tqdm)
+        for (max_new_tokens, until), indices in groups.items():
+            chains = _prefix_chains(indices)
+            for batch in self._batches(chains, key=_prompt_lengths, tokens=lambda chain: len(chain[-1])):
+                for chain, texts in zip(batch, self._generate(batch, max_new_tokens, until)):
                     for prompt, text in zip(chain, texts):
-                        for i in owners[prompt]:
+                        for i in indices[prompt]:
                             results[i] = text
                             self.cache_hook.add_partial("generate_until", requests[i].args, text)
                             bar.update()
@@ -173,39 +177,39 @@ class CheckpointLM(TemplateLM):
 
     # --- decoding
 
-    def _generate(self, chains: list[list[Tokens]], limit: int, until: Sequence[str]) -> list[list[str]]:
-        """The answers to chains of prompts whose lengths are alike: [chain][prompt] texts."""
-        answers: list[list[str]] = [[] for _ in chains]
-        cache = Cache(self._model.config, len(chains), len(chains[0][-1]) + limit - 1, device=self._device)
+    def _generate(self, chains: list[list[Tokens]], max_new_tokens: int, until: Sequence[str]) -> list[list[str]]:
+        """Continue chains of prompts with equal lengths per position. Returns texts [chain][prompt]."""
+        texts: list[list[str]] = [[] for _ in chains]
+        cache = Cache(self._model.config, len(chains), len(chains[0][-1]) + max_new_tokens - 1, device=self._device)
         for turn in range(len(chains[0])):
             rest = self._tensor([chain[turn][cache.length :] for chain in chains])
-            logits = prefill(self._model, cache, rest, self._chunk)
-            # The answer must not enter what the next prompt goes on from; one token is known without writing it.
-            answering = cache.fork() if limit > 1 and turn + 1 < len(chains[0]) else cache
-            for row, text in enumerate(self._answer(answering, logits, limit, until)):
-                answers[row].append(text)
-            if answering is not cache:
-                answering.release()  # before the next fork asks for as much
-        return answers
+            logits = prefill(self._model, cache, rest, self._prefill_chunk)
+            # Decode on a fork, so that the next prompt extends this one alone. A single token needs no cache.
+            fork = cache.fork() if max_new_tokens > 1 and turn + 1 < len(chains[0]) else cache
+            for row, text in enumerate(self._decode(fork, logits, max_new_tokens, until)):
+                texts[row].append(text)
+            if fork is not cache:
+                fork.release()  # before the next fork allocates as much
+        return texts
 
-    def _answer(self, cache: Cache, logits: Tensor, limit: int, until: Sequence[str]) -> list[str]:
-        """Go on greedily from ``logits`` [B, vocab]: B texts."""
+    def _decode(self, cache: Cache, logits: Tensor, max_new_tokens: int, until: Sequence[str]) -> list[str]:
+        """Decode greedily from ``logits`` [B, vocab]. Returns B texts."""
         ids: list[list[int]] = [[] for _ in range(len(logits))]
         texts: list[str | None] = [None] * len(logits)
-        for step in range(limit):
-            chosen = logits.argmax(dim=-1)
-            for row, token in enumerate(chosen.tolist()):
+        for step in range(max_new_tokens):
+            next_ids = logits.argmax(dim=-1)
+            for row, token in enumerate(next_ids.tolist()):
                 if texts[row] is not None:
                     continue
                 if token != self.eot_token_id:
                     ids[row].append(token)
                 text = self._tokenizer.decode(ids[row])
-                stops = [place for stop in until if stop and (place := text.find(stop)) >= 0]
-                if stops or token == self.eot_token_id or step + 1 == limit:
+                stops = [at for stop in until if stop and (at := text.find(stop)) >= 0]
+                if stops or token == self.eot_token_id or step + 1 == max_new_tokens:
                     texts[row] = text[: min(stops, default=None)]
             if all(text is not None for text in texts):
                 break
-            logits = self._model(chosen[:, None], cache)[:, -1]
+            logits = self._model(next_ids[:, None], cache)[:, -1]
         return [text or "" for text in texts]
 
     # --- batches
@@ -213,7 +217,7 @@ class CheckpointLM(TemplateLM):
     def _batches(
         self, items: Iterable[Item], key: Callable[[Item], Hashable], tokens: Callable[[Item], int]
     ) -> Iterator[list[Item]]:
-        """Groups of items with equal ``key``, each within ``batch_tokens``."""
+        """Yield batches of items with equal ``key``, each within ``batch_tokens`` tokens."""
         groups: dict[Hashable, list[Item]] = defaultdict(list)
         for item in items:
             groups[key(item)].append(item)
@@ -225,15 +229,15 @@ class CheckpointLM(TemplateLM):
     def _tensor(self, rows: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(rows, dtype=torch.int64, device=self._device)
 
-    def _check_length(self, tokens: int, what: str) -> None:
+    def _check_length(self, tokens: int, description: str) -> None:
         if tokens > self.max_length:
-            raise ConfigError(f"{what} need {tokens} positions, the model's context has {self.max_length}")
+            raise ConfigError(f"{description} need {tokens} positions, but the model's context has {self.max_length}")
 
 
-def _chains(prompts: Iterable[Tokens]) -> list[list[Tokens]]:
-    """Arrange prompts so that each begins the next one of its chain. Sorted, a prompt comes before its extensions."""
+def _prefix_chains(prompts: Iterable[Tokens]) -> list[list[Tokens]]:
+    """Arrange prompts in chains in which each prompt is a prefix of the next."""
     chains: list[list[Tokens]] = []
-    for prompt in sorted(prompts):
+    for prompt in sorted(prompts):  # a prompt sorts before its extensions
         if chains and prompt[: len(chains[-1][-1])] == chains[-1][-1]:
             chains[-1].append(prompt)
         else:
@@ -241,10 +245,10 @@ def _chains(prompts: Iterable[Tokens]) -> list[list[Tokens]]:
     return chains
 
 
-def _shape(chain: list[Tokens]) -> Tokens:
+def _prompt_lengths(chain: list[Tokens]) -> Tokens:
     return tuple(len(prompt) for prompt in chain)
 
 
-def _bar(total: int, title: str, disable: bool) -> tqdm:
-    """A progress bar on a terminal only; in a log file every refresh would be a line."""
+def _progress_bar(total: int, title: str, disable: bool) -> tqdm:
+    """Return a progress bar for terminals only; in a log file, every refresh would be a line."""
     return tqdm(total=total, desc=title, file=sys.__stderr__, disable=True if disable else None)

@@ -1,4 +1,4 @@
-"""Score a checkpoint on the retrieval tasks with lm-eval, offline, at several lengths and depths."""
+"""Offline evaluation of a checkpoint on the retrieval tasks with lm-eval."""
 
 from __future__ import annotations
 
@@ -35,30 +35,27 @@ def evaluate(
     pairs: int = 8,
     device: str | torch.device = "cpu",
 ) -> dict[str, float]:
-    """Recall of a checkpoint, decoded greedily from the compressed cache.
+    """Measure the recall of a checkpoint with greedy decoding from the compressed cache.
 
-    ``lengths`` are document lengths in tokens, ``depths`` needle places from 0 to 1, ``samples`` documents per
-    setting, ``pairs`` facts in an mqar document. Fillers are the validation texts of ``data_folder``, else the
-    standard library's source files. Equal arguments give equal documents.
+    ``lengths`` are document lengths in tokens, ``depths`` needle positions from 0 to 1, ``samples`` the number of
+    documents per setting, and ``pairs`` the number of facts in an mqar document. Fillers come from the validation
+    texts of ``data_folder`` or, without one, from the standard library's source files. The same arguments always
+    generate the same documents.
 
-    Returns, with ``setting`` one of ``mqar/<length>`` and ``needle/<length>/<depth>``:
+    Returns these metrics for each ``setting``, ``mqar/<length>`` or ``needle/<length>/<depth>``:
 
-    * ``eval/<setting>/recall``: share of asked values that the model writes next, from 0 to 1;
-    * ``eval/<setting>/recall_stderr``: its standard error over documents, whose questions are not independent;
-      absent for a single document;
-    * ``eval/<setting>/questions`` and ``eval/<setting>/documents``: how many were asked;
-    * ``eval/recall``: ``eval/mqar/<lengths[0]>/recall``, the recall at the first length, by convention the training
-      length; absent when ``tasks`` lacks mqar.
+    * ``eval/<setting>/recall``: fraction of questions answered with the right value, from 0 to 1;
+    * ``eval/<setting>/recall_stderr``: its standard error over documents, because questions of one document are not
+      independent; absent for a single document;
+    * ``eval/<setting>/questions`` and ``eval/<setting>/documents``: the number of each;
+    * ``eval/recall``: ``eval/mqar/<lengths[0]>/recall``, where the first length is by convention the training length;
+      absent if ``tasks`` does not include mqar.
 
-    Raises ConfigError for unknown tasks and for settings that are vacuous (see :mod:`evals.tasks.generators`) or do
-    not fit the model, CheckpointError for a folder that cannot be loaded, DataError for missing or damaged shards.
+    Raises ConfigError for unknown tasks and for settings that are vacuous (see :mod:`evals.tasks.generators`) or
+    exceed the model's context, CheckpointError if the folder cannot be loaded, and DataError for missing or damaged
+    shards.
     """
-    for task in tasks:
-        if task not in TASKS:
-            raise ConfigError(f"evaluate.tasks: '{task}' is not one of {', '.join(TASKS)}")
-    for name, values in (("tasks", tasks), ("lengths", lengths), ("depths", depths)):
-        if not values or len(set(values)) < len(values):
-            raise ConfigError(f"evaluate.{name}: expected at least one and each once, found {list(values)}")
+    check_settings(tasks, lengths, depths)
     model = CheckpointLM(checkpoint_folder, device=device)
     common = {
         "checkpoint": str(checkpoint_folder),
@@ -67,52 +64,62 @@ def evaluate(
         "seed": seed,
         "pairs": pairs,
     }
-    with _quiet_harness():
+    with _quiet_lm_eval():
         built = []
         for length in lengths:
             if "mqar" in tasks:
-                built.append(_task("mqar", f"mqar/{length}", {**common, "length": length}))
+                built.append(_load_task("mqar", f"mqar/{length}", {**common, "length": length}))
             if "needle" in tasks:
                 for depth in depths:
                     built.append(
-                        _task("needle", f"needle/{length}/{depth:g}", {**common, "length": length, "depth": depth})
+                        _load_task("needle", f"needle/{length}/{depth:g}", {**common, "length": length, "depth": depth})
                     )
-        # The standard error that lm-eval would compute takes the questions of one document for independent.
-        results = simple_evaluate(model, tasks=built, task_manager=_manager({}), bootstrap_iters=0)
+        # No bootstrap: lm-eval would treat the questions of one document as independent.
+        results = simple_evaluate(model, tasks=built, task_manager=_task_manager({}), bootstrap_iters=0)
     metrics: dict[str, float] = {}
-    for setting, answered in results["samples"].items():
-        metrics |= {f"eval/{setting}/{name}": value for name, value in _summary(answered).items()}
+    for setting, samples_of_setting in results["samples"].items():
+        metrics |= {f"eval/{setting}/{name}": value for name, value in _summarize(samples_of_setting).items()}
     if "mqar" in tasks:
         metrics["eval/recall"] = metrics[f"eval/mqar/{lengths[0]}/recall"]
     return metrics
 
 
-def _manager(metadata: dict[str, Any]) -> TaskManager:
+def check_settings(tasks: Sequence[str], lengths: Sequence[int], depths: Sequence[float]) -> None:
+    """Raise ConfigError, naming the argument, for unknown tasks and for empty or repeated values."""
+    for task in tasks:
+        if task not in TASKS:
+            raise ConfigError(f"tasks: '{task}' is not one of {', '.join(TASKS)}")
+    for name, values in (("tasks", tasks), ("lengths", lengths), ("depths", depths)):
+        if not values or len(set(values)) < len(values):
+            raise ConfigError(f"{name}: expected at least one value without duplicates, found {list(values)}")
+
+
+def _task_manager(metadata: dict[str, Any]) -> TaskManager:
     return TaskManager(include_path=str(TASK_FOLDER), include_defaults=False, metadata=metadata)
 
 
-def _task(name: str, setting: str, metadata: dict[str, Any]) -> Task:
-    """The task ``name`` with other metadata than its YAML's, under a name of its own."""
-    task = _manager(metadata).load([name])["tasks"][name]
+def _load_task(name: str, setting: str, metadata: dict[str, Any]) -> Task:
+    """Return the task ``name`` with ``metadata`` over its YAML's, renamed to ``setting``."""
+    task = _task_manager(metadata).load([name])["tasks"][name]
     task.set_config("task", setting)
     return task
 
 
-def _summary(answered: list[dict[str, Any]]) -> dict[str, float]:
+def _summarize(samples: list[dict[str, Any]]) -> dict[str, float]:
     by_document: dict[int, list[float]] = defaultdict(list)
-    for sample in answered:
+    for sample in samples:
         by_document[sample["doc"]["document"]].append(sample["recall"])
-    # Every document of a setting asks equally many questions, so the mean of means is the mean.
+    # All documents of a setting have the same number of questions, so the mean of means is the overall mean.
     recalls = [statistics.fmean(scores) for scores in by_document.values()]
     summary = {"recall": statistics.fmean(recalls)}
     if len(recalls) > 1:
         summary["recall_stderr"] = statistics.stdev(recalls) / math.sqrt(len(recalls))
-    return {**summary, "questions": float(len(answered)), "documents": float(len(recalls))}
+    return {**summary, "questions": float(len(samples)), "documents": float(len(recalls))}
 
 
 @contextlib.contextmanager
-def _quiet_harness() -> Iterator[None]:
-    """Without lm-eval's warning and progress bar per setting; logged errors, and the model's own bar, still show."""
+def _quiet_lm_eval() -> Iterator[None]:
+    """Suppress lm-eval's warnings and progress bars. Logged errors and the model's own progress bar are kept."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

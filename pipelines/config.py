@@ -21,8 +21,8 @@ from yaml import YAMLError
 
 from model.config import ModelConfig
 from model.errors import ConfigError
-from model.execution import Mode
 from model.muon import OptimizerConfig
+from serve.config import ServerConfig
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -272,26 +272,11 @@ class PromoteSection(Section):
     max_cache_bytes_per_token: Annotated[float, Field(gt=0)] | None = None
 
 
-class ServeSection(Section):
+class ServeSection(Section, ServerConfig):
     model_uri: str = "models:/fiftyfold@champion"
+    """``models:/<name>@<alias>``, ``models:/<name>/<version>``, or a checkpoint folder."""
     host: Literal["127.0.0.1", "localhost", "::1"] = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    replicas: Annotated[int, Field(ge=1)] = 1
-    cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
-    gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
-    threads_per_replica: Annotated[int, Field(ge=1)] = 1
-    execution: Mode = "auto"
-    """auto takes the fastest operators of the machine; batch-invariant gives a request the same bits whatever else is
-    asked and however its prompt is read."""
-    weights: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Data type of the matrices; auto is bfloat16 where a replica's machine multiplies it faster than float32."""
-    max_active_requests: Annotated[int, Field(ge=1)] = 16
-    """Requests decoded together; further ones wait."""
-    max_waiting_requests: Annotated[int, Field(ge=0)] = 64
-    """Requests that may wait; beyond that the answer is 429."""
-    prefill_chunk: Annotated[int, Field(ge=1)] = 512
-    max_body_bytes: Annotated[int, Field(ge=1024)] = 8_000_000
-    request_timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
 
 
 class DemoSection(Section):

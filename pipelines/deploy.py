@@ -33,6 +33,7 @@ from pipelines.config import Recipe, ServeSection
 from pipelines.promote import MODEL_URI, resolve
 from pipelines.tracking import open_tracking
 from serve.app import APPLICATION, build
+from serve.config import ServerConfig
 
 HEALTHY_WITHIN_SECONDS = 60.0
 
@@ -146,7 +147,7 @@ def find_model(recipe: Recipe) -> tuple[str, Path]:
 
 
 def _arguments(section: ServeSection, folder: Path, model_name: str) -> dict[str, Any]:
-    values = section.model_dump(exclude={"model_uri", "host", "port"})
+    values = section.model_dump(include=set(ServerConfig.model_fields))
     return {**values, "checkpoint": str(folder), "model_name": model_name}
 
 

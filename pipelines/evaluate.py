@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from evals.run import evaluate
+from evals.run import check_settings, evaluate
 from model import checkpoint as checkpoints
 from model.errors import CheckpointError, ConfigError
 from pipelines.config import Recipe
@@ -50,6 +50,10 @@ def run(recipe: Recipe) -> EvaluateResult:
     the checkpoint. Raises ConfigError, CheckpointError or DataError before anything is logged.
     """
     section = recipe.evaluate
+    try:
+        check_settings(section.tasks, section.lengths, section.depths)
+    except ConfigError as error:
+        raise ConfigError(f"evaluate.{error}") from None
     checkpoint = (section.checkpoint or recipe.final_checkpoint).absolute()
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint}: no checkpoint there; run the train step first")

@@ -33,7 +33,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evals import retrieval
+from evals.documents import retrieval
 from model.errors import ConfigError, DataError
 from model.tokenizer import FILE_NAME, ByteTokenizer, Tokenizer, load_tokenizer
 from pipelines.config import Recipe

@@ -15,7 +15,7 @@ import torch
 
 torch.set_num_threads(1)
 
-LONGEST = ("test_exact_resume", "test_train", "test_execution", "test_parity", "test_deploy", "test_sharded_training",
+LONGEST = ("test_exact_resume", "test_train", "test_execution", "test_parity", "test_app", "test_sharded_training",
            "test_trainer", "test_cache")  # fmt: skip
 """Files that take minutes. Begun first, none of them is still running when all others are done."""
 

@@ -1,4 +1,4 @@
-"""The manifests use entry points and settings that exist."""
+"""The manifests use existing entry points and settings."""
 
 import shlex
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_the_job_is_a_pipeline_step():
     assert step == "train" and recipe.run.folder.is_absolute()
 
 
-def test_the_service_is_the_application_that_deploy_runs():
+def test_the_service_runs_the_deploy_application():
     serve = yaml.safe_load(manifest("rayservice.yaml", "RayService")["spec"]["serveConfigV2"])
     (application,) = serve["applications"]
     assert application["import_path"] == "serve.app:build"

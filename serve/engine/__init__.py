@@ -1,5 +1,6 @@
-"""Continuous decoding of many requests in one process. Neither HTTP nor Ray here."""
+"""Continuous decoding of many requests in one process, without HTTP or Ray."""
 
+from serve.engine.config import EngineConfig
 from serve.engine.engine import Engine, Stream
 from serve.engine.errors import (
     EngineError,
@@ -9,14 +10,13 @@ from serve.engine.errors import (
     RequestTimeoutError,
 )
 from serve.engine.sampler import TokenLogprob
-from serve.engine.scheduler import Limits
 from serve.engine.sequence import Delta, SamplingParams
 
 __all__ = [
     "Delta",
     "Engine",
+    "EngineConfig",
     "EngineError",
-    "Limits",
     "QueueFullError",
     "RequestAbortedError",
     "RequestError",

@@ -1,4 +1,4 @@
-"""The engine: many completions at once in one process, offered to asyncio code."""
+"""Asynchronous engine that decodes many completions in one process."""
 
 from __future__ import annotations
 
@@ -7,41 +7,47 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import torch
+
+from model import checkpoint as checkpoints
 from model.cache import Cache
 from model.errors import FiftyfoldError
-from model.tokenizer import Tokenizer
+from model.execution import Execution
+from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
+from serve.engine.config import EngineConfig
 from serve.engine.errors import EngineError, QueueFullError, RequestAbortedError, RequestError
-from serve.engine.scheduler import Limits, Scheduler
+from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import Delta, SamplingParams, Sequence
 
 logger = logging.getLogger(__name__)
 
 
 class Stream:
-    """The completions of one request, as they come: an async iterator over (index, :class:`Delta`).
+    """Asynchronous iterator over the output of one request: pairs of a completion's index and a :class:`Delta`.
 
-    It ends when every completion has its final delta. Iterating raises the completion's error as soon as one fails.
+    Iteration ends after the final delta of every completion and raises the first error of any completion.
     """
 
     def __init__(self, sequences: list[Sequence]):
         self.sequences = sequences
         self._index = {id(sequence): index for index, sequence in enumerate(sequences)}
-        self._open = len(sequences)
+        self._unfinished = len(sequences)
         self._deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
 
     @property
     def finished(self) -> bool:
-        """Whether the delta last iterated was the request's last."""
-        return not self._open
+        """Whether the iterator has returned the request's last delta."""
+        return not self._unfinished
 
     def put(self, sequence: Sequence, delta: Delta) -> None:
-        """Called by the engine, on the event loop."""
+        """Append a delta. The engine calls this on the event loop."""
         self._deltas.put_nowait((self._index[id(sequence)], delta))
 
     def abort(self) -> None:
-        """Give the request up: its caches are freed when the step now running ends. Harmless after the end."""
+        """Abort the request. Its caches are freed after the current step. No-op for a finished request."""
         for sequence in self.sequences:
             sequence.aborted = True
 
@@ -49,62 +55,81 @@ class Stream:
         return self
 
     async def __anext__(self) -> tuple[int, Delta]:
-        if not self._open:
+        if not self._unfinished:
             raise StopAsyncIteration
         index, delta = await self._deltas.get()
         if delta.error is not None:
-            self._open = 0
+            self._unfinished = 0
             raise delta.error
         if delta.final:
-            self._open -= 1
+            self._unfinished -= 1
         return index, delta
 
 
 class Engine:
-    """Decodes with ``model`` (in eval mode) from packed caches, one per completion.
+    """Decode completions with ``model`` (in eval mode), each from a packed cache of its own.
 
-    All methods belong to one event loop. The model runs in a single worker thread, so the loop stays free; thread and
-    loop hand the scheduler to each other and never hold it together.
+    ``model`` is used as it is; :meth:`from_checkpoint` applies ``config.execution`` and ``config.weights``.
+
+    All methods must be called from one event loop. The model runs in a single worker thread, which leaves the loop
+    free. The scheduler belongs to the worker during a step and to the loop between steps.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, limits: Limits | None = None):
-        self.config = model.config
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, config: EngineConfig | None = None):
+        self.config = config or EngineConfig()
+        self.model_config = model.config
         self.tokenizer = tokenizer
-        self.limits = limits or Limits()
-        self._scheduler = Scheduler(model, tokenizer, self.limits)
+        self._scheduler = Scheduler(model, tokenizer, self.config)
         self._arrivals: list[Sequence] = []
         self._streams: dict[int, Stream] = {}
-        """By id of the unfinished sequence."""
+        """Keyed by the ``id`` of each unfinished sequence."""
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fiftyfold-engine")
         self._task: asyncio.Task[None] | None = None
         self._failure: Exception | None = None
         self._stopped = False
 
+    @classmethod
+    def from_checkpoint(
+        cls, folder: str | Path, config: EngineConfig | None = None, device: torch.device | str = "cpu"
+    ) -> Engine:
+        """Return an engine for the model and tokenizer of a checkpoint folder.
+
+        ``config.weights`` of the engine is the data type in use, never ``auto``. Raises CheckpointError for a damaged
+        folder and ConfigError for a missing tokenizer.
+        """
+        config = (config or EngineConfig()).resolve_weights(device)
+        model = checkpoints.load(folder, device=device)
+        model.execution = Execution(config.execution)
+        model.store_weights(getattr(torch, config.weights))
+        return cls(model, load_tokenizer(folder), config)
+
     @property
     def unfinished(self) -> int:
-        """Completions that are being worked on or wait."""
+        """Number of completions that are running or waiting."""
         return len(self._streams)
 
     def cache_bytes_per_token(self) -> float:
-        """Cache bytes per token of a full context, counted from the (unallocated) storages it would take."""
-        return Cache(self.config, 1, self.config.max_positions, device="meta").bytes_per_token()
+        """Return the cache bytes per token of a full context, summed over the storages (on the meta device)."""
+        return Cache(self.model_config, 1, self.model_config.max_positions, device="meta").bytes_per_token()
 
     def submit(self, requests: list[tuple[list[int], SamplingParams]]) -> Stream:
-        """Start the completions of (prompt token ids, parameters), all or none; an empty prompt starts from BOS.
+        """Submit completions of (prompt token IDs, parameters), all or none. An empty prompt starts from BOS.
 
-        Raises RequestError for a request that can never run, QueueFullError where there is no room at present, and
-        EngineError when the engine has stopped.
+        Raises RequestError for a request that can never run, QueueFullError if the queue is full, and EngineError if
+        the engine has stopped.
         """
         self.check_health()
-        capacity = self.limits.max_active + self.limits.max_waiting
+        capacity = self.config.max_active_requests + self.config.max_waiting_requests
         if len(requests) > capacity:
-            raise RequestError(f"the request asks for {len(requests)} completions, the server takes {capacity} at most")
+            raise RequestError(
+                f"the request asks for {len(requests)} completions, but the server accepts at most {capacity}"
+            )
         requests = [(prompt or [self.tokenizer.bos_id], params) for prompt, params in requests]
         for prompt, params in requests:
-            self._check(prompt, params)
+            self._validate(prompt, params)
         if self.unfinished + len(requests) > capacity:
             raise QueueFullError(f"the server is busy with {self.unfinished} of at most {capacity} completions")
-        deadline = time.monotonic() + self.limits.timeout_seconds
+        deadline = time.monotonic() + self.config.request_timeout_seconds
         stream = Stream([Sequence(prompt, params, self.tokenizer, deadline) for prompt, params in requests])
         for sequence in stream.sequences:
             self._streams[id(sequence)] = stream
@@ -114,14 +139,14 @@ class Engine:
         return stream
 
     def check_health(self) -> None:
-        """Raise EngineError when the engine cannot work any more."""
+        """Raise EngineError if the engine has failed or stopped."""
         if self._failure is not None:
             raise EngineError(f"the engine failed ({type(self._failure).__name__}: {self._failure})")
         if self._stopped:
-            raise EngineError("the server is stopping")
+            raise EngineError("the server is shutting down")
 
     async def stop(self) -> None:
-        """Abort what is under way and release the worker thread."""
+        """Abort all requests and shut down the worker thread."""
         self._stopped = True
         for stream in list(self._streams.values()):
             stream.abort()
@@ -129,25 +154,27 @@ class Engine:
             await self._task
         self._worker.shutdown()
 
-    def _check(self, prompt: list[int], params: SamplingParams) -> None:
+    def _validate(self, prompt: list[int], params: SamplingParams) -> None:
+        vocab_size, context = self.model_config.vocab_size, self.model_config.max_positions
         for token in (min(prompt), max(prompt)):
-            if not 0 <= token < self.config.vocab_size:
+            if not 0 <= token < vocab_size:
                 raise RequestError(
-                    f"prompt: token id {token} is not in the vocabulary of {self.config.vocab_size}", param="prompt"
+                    f"prompt: token ID {token} is out of range for a vocabulary of {vocab_size}", param="prompt"
                 )
-        if len(prompt) + params.max_tokens > self.config.max_positions:
+        total = len(prompt) + params.max_tokens
+        if total > context:
             raise RequestError(
-                f"prompt: {len(prompt)} tokens and max_tokens {params.max_tokens} make "
-                f"{len(prompt) + params.max_tokens}, the model's context is {self.config.max_positions} tokens",
+                f"prompt: {len(prompt)} tokens plus max_tokens {params.max_tokens} is {total}, more than the model's "
+                f"context of {context} tokens",
                 param="prompt",
                 code="context_length_exceeded",
             )
 
     async def _run(self) -> None:
-        """Step until nothing is left to do."""
+        """Step until no sequence is left."""
         loop = asyncio.get_running_loop()
         try:
-            while self._arrivals or self._scheduler.busy:
+            while self._arrivals or self._scheduler.has_unfinished:
                 arrivals, self._arrivals = self._arrivals, []
                 self._deliver(await loop.run_in_executor(self._worker, self._scheduler.step, arrivals))
         except Exception as error:
@@ -156,12 +183,12 @@ class Engine:
             self._fail_all(EngineError(f"the engine failed ({type(error).__name__})"))
         except asyncio.CancelledError:
             self._stopped = True
-            self._fail_all(RequestAbortedError("the server is stopping"))
+            self._fail_all(RequestAbortedError("the server is shutting down"))
             raise
 
     def _deliver(self, results: list[tuple[Sequence, Delta]]) -> None:
         for sequence, delta in results:
-            if delta == Delta():  # a prompt half read, or text held back
+            if delta == Delta():  # an unfinished prefill, or text held back
                 continue
             stream = self._streams[id(sequence)]
             stream.put(sequence, delta)

@@ -1,4 +1,4 @@
-"""What can go wrong with one request. Others are never affected."""
+"""Errors of a single request. Other requests are not affected."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from model.errors import FiftyfoldError
 
 
 class RequestError(FiftyfoldError):
-    """A request that this model cannot take. ``param`` names the field, ``code`` is for programs."""
+    """A request that this model cannot serve. ``param`` names the field; ``code`` is machine-readable."""
 
     def __init__(self, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
@@ -15,16 +15,16 @@ class RequestError(FiftyfoldError):
 
 
 class QueueFullError(FiftyfoldError):
-    """As many requests wait as may wait; the same request may succeed later."""
+    """The queue is full; the request may succeed later."""
 
 
 class RequestTimeoutError(FiftyfoldError):
-    """The request was not finished in the time a request may take."""
+    """The request did not finish within its time limit."""
 
 
 class RequestAbortedError(FiftyfoldError):
-    """The request was given up, by its client or by a server that stops."""
+    """The request was aborted, by its client or by a server shutting down."""
 
 
 class EngineError(FiftyfoldError):
-    """The model failed while it worked on this request."""
+    """The engine or its model failed."""

@@ -1,4 +1,4 @@
-"""One completion under way: a prompt, its cache, and the text it has produced."""
+"""State of one completion: its prompt, its cache, and the text produced so far."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from torch import Tensor
 from model.cache import Cache
 from model.errors import FiftyfoldError
 from model.tokenizer import Tokenizer
+from serve.engine.detokenizer import Detokenizer, StopStringFilter
 from serve.engine.sampler import TokenLogprob, sample, token_logprobs
-from serve.engine.text import Detokenizer, StopStrings
 
 FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How to continue a prompt. The values are trusted: the HTTP schema checks them."""
+    """Sampling parameters of one completion. The HTTP schema validates the values."""
 
     max_tokens: int = 16
-    """Tokens to produce at most; 0 only reads the prompt."""
+    """Maximum number of tokens to generate; 0 only prefills the prompt."""
     temperature: float = 1.0
-    """0 takes the most likely token each time."""
+    """0 selects the most likely token."""
     top_p: float = 1.0
     top_k: int = 0
     """0 keeps the whole vocabulary."""
     seed: int | None = None
-    """The same seed gives the same text, whatever else the server is doing; None draws afresh each time."""
+    """A seed makes the text reproducible, regardless of concurrent requests; None uses a random seed."""
     stop: tuple[str, ...] = ()
-    """The text ends before the first of these."""
+    """The text ends before the first of these strings."""
     logprobs: int | None = None
-    """How many alternatives to report per token; None reports nothing, 0 the chosen token alone."""
+    """Number of alternatives to report per token; 0 reports the sampled token alone, None reports nothing."""
     prompt_logprobs: bool = False
-    """Report the prompt's tokens too."""
+    """Report the prompt's tokens as well."""
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What one engine step added to a completion."""
+    """Output that one engine step added to a completion."""
 
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
-    """``stop``: end-of-sequence token or stop string. ``length``: max_tokens. None: more follows."""
+    """``stop``: end-of-sequence token or stop string. ``length``: max_tokens reached. None: not finished."""
     error: FiftyfoldError | None = None
-    """The completion ended without a result."""
+    """Reason why the completion failed, if it did."""
 
     @property
     def final(self) -> bool:
@@ -62,25 +62,25 @@ class Sequence:
         self.prompt = list(prompt)
         self.params = params
         self.deadline = deadline
-        """On the clock of :func:`time.monotonic`, seconds."""
+        """Seconds on the clock of :func:`time.monotonic`."""
         self.aborted = False
-        """Set from any thread; the worker drops the sequence, and with it the cache, when it next sees it."""
+        """May be set from any thread; the worker then drops the sequence and its cache in the next step."""
         self.cache: Cache | None = None
         self.cache_nbytes = 0
-        """Bytes of this sequence's cache, kept after the cache itself is gone."""
+        """Bytes of the cache, kept after the cache is freed."""
         self.prefilled = 0
-        """Tokens of the prompt that the cache holds."""
+        """Prompt tokens in the cache."""
         self.prompt_logprobs: list[TokenLogprob] = []
         self.completion_tokens = 0
         self.last_token = -1
         self._eos_id = tokenizer.eos_id
-        self._prompt_text = Detokenizer(tokenizer)
-        self._prompt_offset = 0
-        self._text = Detokenizer(tokenizer, context=self.prompt)
-        self._stop = StopStrings(params.stop)
-        self._offset = 0
-        self._emitted = 0
-        self._unsent: list[TokenLogprob] = []
+        self._prompt_detokenizer = Detokenizer(tokenizer)
+        self._prompt_chars = 0
+        self._detokenizer = Detokenizer(tokenizer, context=self.prompt)
+        self._stop_filter = StopStringFilter(params.stop)
+        self._decoded_chars = 0
+        self._emitted_chars = 0
+        self._pending_logprobs: list[TokenLogprob] = []
         self._generator = torch.Generator()
         if params.seed is None:
             self._generator.seed()
@@ -88,27 +88,27 @@ class Sequence:
             self._generator.manual_seed(params.seed)
 
     @property
-    def cache_tokens(self) -> int:
-        """Tokens the cache must have room for. The last token produced is never fed back."""
+    def max_cached_tokens(self) -> int:
+        """Tokens that the cache must hold. The last generated token is never fed back."""
         return len(self.prompt) + max(0, self.params.max_tokens - 1)
 
     @property
     def prefill_done(self) -> bool:
         return self.prefilled == len(self.prompt)
 
-    def note_prompt(self, logits: Tensor) -> None:
-        """Note what logits [n, vocab] of n prompt tokens say of the tokens after them. They come in order."""
+    def add_prompt_logprobs(self, logits: Tensor) -> None:
+        """Record the log-probabilities of the tokens that follow the next n prompt tokens, given logits [n, vocab]."""
         start = max(0, len(self.prompt_logprobs) - 1)
         following = self.prompt[start + 1 : start + 1 + logits.shape[0]]
         records = token_logprobs(logits[: len(following)], following, self.params.logprobs or 0)
         if not self.prompt_logprobs:
             records.insert(0, TokenLogprob(self.prompt[0], None))
         for record in records:
-            self.prompt_logprobs.append(replace(record, offset=self._prompt_offset))
-            self._prompt_offset += len(self._prompt_text.push(record.token_id))
+            self.prompt_logprobs.append(replace(record, text_offset=self._prompt_chars))
+            self._prompt_chars += len(self._prompt_detokenizer.push(record.token_id))
 
     def advance(self, logits: Tensor) -> Delta:
-        """Choose the next token from logits [vocab] and say what it adds."""
+        """Sample the next token from logits [vocab] and return its output."""
         p = self.params
         if p.max_tokens == 0:
             return Delta(finish_reason="length")
@@ -117,34 +117,34 @@ class Sequence:
         self.completion_tokens += 1
         if p.logprobs is not None:
             [record] = token_logprobs(logits[None], [token], p.logprobs)
-            self._unsent.append(replace(record, offset=self._offset))
+            self._pending_logprobs.append(replace(record, text_offset=self._decoded_chars))
         if token == self._eos_id:
             return self._finish("", "stop")
-        piece = self._text.push(token)
-        self._offset += len(piece)
-        text, stopped = self._stop.push(piece)
+        piece = self._detokenizer.push(token)
+        self._decoded_chars += len(piece)
+        text, stopped = self._stop_filter.push(piece)
         if stopped:
-            return self._cut(text)
+            return self._stop(text)
         if self.completion_tokens == p.max_tokens:
             return self._finish(text, "length")
-        self._emitted += len(text)
-        return Delta(text, self._take_logprobs())
+        self._emitted_chars += len(text)
+        return Delta(text, self._pop_logprobs())
 
     def _finish(self, text: str, reason: FinishReason) -> Delta:
-        """End with everything that was held back, unless that completes a stop string."""
-        more, stopped = self._stop.push(self._text.flush())
+        """End with all text held back, unless it completes a stop string."""
+        more, stopped = self._stop_filter.push(self._detokenizer.flush())
         if stopped:
-            return self._cut(text + more)
-        logprobs, self._unsent = tuple(self._unsent), []
-        return Delta(text + more + self._stop.flush(), logprobs, reason)
+            return self._stop(text + more)
+        logprobs, self._pending_logprobs = tuple(self._pending_logprobs), []
+        return Delta(text + more + self._stop_filter.flush(), logprobs, reason)
 
-    def _cut(self, text: str) -> Delta:
-        """End before a stop string; tokens that belong to it are not reported."""
-        self._emitted += len(text)
-        return Delta(text, self._take_logprobs(), "stop")
+    def _stop(self, text: str) -> Delta:
+        """End before a stop string. Tokens of the stop string are not reported."""
+        self._emitted_chars += len(text)
+        return Delta(text, self._pop_logprobs(), "stop")
 
-    def _take_logprobs(self) -> tuple[TokenLogprob, ...]:
-        """The tokens whose text has begun to be sent."""
-        ready = [record for record in self._unsent if record.offset < self._emitted]
-        self._unsent = self._unsent[len(ready) :]
+    def _pop_logprobs(self) -> tuple[TokenLogprob, ...]:
+        """Remove and return the log-probabilities of tokens whose text has been emitted, at least in part."""
+        ready = [record for record in self._pending_logprobs if record.text_offset < self._emitted_chars]
+        self._pending_logprobs = self._pending_logprobs[len(ready) :]
         return tuple(ready)

@@ -1,4 +1,4 @@
-"""The ways of grouped-query decoding agree, and the script's rows and crossover are what was measured."""
+"""Implementations of grouped-query decoding, the crossover, and the script."""
 
 import pytest
 import torch
@@ -9,14 +9,14 @@ from benchmarks.against_gqa import ATTENTIONS, GroupedQueryPair, crossover, flas
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_every_way_is_grouped_query_attention(name):
+def test_implementations_equal_grouped_query_attention(name):
     query, key, value = torch.randn(64, 128), torch.randn(8, 40, 128), torch.randn(8, 40, 128)
     expanded = [x.repeat_interleave(8, dim=0) for x in (key, value)]
     expected = F.scaled_dot_product_attention(query.unsqueeze(1), *expanded).squeeze(1)
     torch.testing.assert_close(ATTENTIONS[name](query, key, value), expected)
 
 
-def test_the_stores_hold_keys_of_the_newest_token_and_random_ones():
+def test_decoding_writes_the_last_position_only():
     pair = GroupedQueryPair(flash_pair("small", 1))
     stores = pair.stores(64)
     before = [store.clone() for store in stores]
@@ -27,13 +27,13 @@ def test_the_stores_hold_keys_of_the_newest_token_and_random_ones():
         assert not torch.equal(store[:, :, -1], old[:, :, -1])
 
 
-def test_crossover_is_interpolated_between_logarithms():
+def test_crossover_is_interpolated_logarithmically():
     assert crossover({1024: 0.5, 4096: 2.0}) == pytest.approx(2048)
     assert crossover({1024: 2.0, 4096: 0.5, 16_384: 2.0}) == pytest.approx(8192)
     assert crossover({1024: 2.0, 4096: 3.0}) is None
 
 
-def test_the_whole_script():
+def test_script():
     text = against_gqa.main(
         [
             "--preset",

@@ -1,11 +1,11 @@
-"""Both sides of the comparison hold the same: the same weights, and caches of the same shape whether read or filled."""
+"""Comparison with transformers: equal weights, equal shapes of random and prefilled caches, and the script."""
 
 import pytest
 import torch
 
 from benchmarks import against_transformers
-from benchmarks.contenders import Ours, Theirs, write_weights
-from benchmarks.report import BEGIN, END
+from benchmarks.lib.contenders import OurNetwork, TransformersNetwork, write_weights
+from benchmarks.lib.report import BEGIN, END
 from model.config import ModelConfig
 from model.errors import FiftyfoldError
 
@@ -13,13 +13,13 @@ from model.errors import FiftyfoldError
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
-    # Every entry is chosen: with few index heads many scores tie at zero, and the two choose differently among them.
+    # Select every entry: with few index heads, many scores are tied at zero and would be selected differently.
     write_weights(ModelConfig.from_preset("tiny", index_topk=64), folder)
     return folder
 
 
 def shapes(cache):
-    """Everything that transformers' cache layers hold, with tensors as shape and dtype."""
+    """Return the contents of transformers' cache layers, with tensors replaced by shape and dtype."""
 
     def plain(value):
         if isinstance(value, torch.Tensor):
@@ -34,11 +34,11 @@ OTHERS = [pytest.param(tokens, marks=pytest.mark.long) for tokens in (15, 17, 63
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tokens", [9, 16, 64, 131, *OTHERS])
-def test_a_filled_cache_of_theirs_is_like_one_that_was_read_into(weights, tokens, precision):
-    theirs = Theirs(weights / "rounded", precision)
-    filled, read = theirs.cache(tokens), theirs.cache(tokens)
+def test_a_random_cache_of_transformers_has_the_shapes_of_a_prefilled_one(weights, tokens, precision):
+    theirs = TransformersNetwork(weights / "rounded", precision)
+    filled, read = theirs.new_cache(tokens), theirs.new_cache(tokens)
     theirs.fill(filled, tokens)
-    theirs.read(read, torch.randint(0, 258, (1, tokens)), 32)
+    theirs.prefill(read, torch.randint(0, 258, (1, tokens)), 32)
     assert shapes(filled) == shapes(read)
     theirs.decode(filled, torch.randint(0, 258, (1, 70)))
     theirs.decode(read, torch.randint(0, 258, (1, 70)))
@@ -46,16 +46,16 @@ def test_a_filled_cache_of_theirs_is_like_one_that_was_read_into(weights, tokens
 
 
 def test_both_networks_have_the_same_weights(weights):
-    for side in (Ours, Theirs):
+    for side in (OurNetwork, TransformersNetwork):
         rounded, plain = (side(weights / folder).model.state_dict() for folder in ("rounded", "plain"))
         assert all(torch.equal(rounded[name], plain[name]) for name in rounded)
     ids = torch.randint(0, 258, (1, 200))
     logits = []
-    for network in (Ours(weights / "plain"), Theirs(weights / "plain")):
-        cache = network.cache(200)
-        network.read(cache, ids[:, :150], 64)
+    for network in (OurNetwork(weights / "plain"), TransformersNetwork(weights / "plain")):
+        cache = network.new_cache(200)
+        network.prefill(cache, ids[:, :150], 64)
         network.decode(cache, ids[:, 150:199])
-        logits.append(network.read(cache, ids[:, 199:], 64))
+        logits.append(network.prefill(cache, ids[:, 199:], 64))
     assert (logits[0] - logits[1]).abs().max() < 1e-4 * logits[1].std()
 
 
@@ -70,7 +70,7 @@ def test_decode(tmp_path):
         assert part in text
 
 
-@pytest.mark.long  # four processes, each of which loads PyTorch and transformers
+@pytest.mark.long  # four processes that load PyTorch and transformers
 def test_prefill_and_growth():
     small = "--preset tiny --threads 1 --parts prefill growth --prefill 256 --growth 128 256"
     text = against_transformers.main(small.split())
@@ -79,14 +79,14 @@ def test_prefill_and_growth():
 
 
 @pytest.mark.long  # ten processes
-def test_start_up_is_from_the_process_to_its_first_token():
+def test_start_up_includes_imports():
     text = against_transformers.main(["--preset", "tiny", "--threads", "1", "--parts", "start-up"])
     seconds = [
         float(line.split("|")[3].split()[0]) for line in text.splitlines() if line.startswith(("| ours", "| tr"))
     ]
-    assert len(seconds) == 3 and min(seconds) > 0.2  # torch alone takes as long to import
+    assert len(seconds) == 3 and min(seconds) > 0.2  # importing torch alone takes as long
 
 
-def test_more_tokens_to_decode_than_the_length_are_refused():
+def test_lengths_below_the_decoded_tokens_are_refused():
     with pytest.raises(FiftyfoldError, match="20 tokens are fewer than the 96"):
         against_transformers.main(["--preset", "tiny", "--lengths", "20", "--parts", "decode"])

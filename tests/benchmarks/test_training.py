@@ -1,17 +1,17 @@
-"""The benchmarks of training: what they compare, and that they run."""
+"""Training benchmarks: equal work in both networks, and timed steps."""
 
 import math
 
 import pytest
 import torch
 
-from benchmarks.contenders import Theirs, write_weights
+from benchmarks.lib.contenders import TransformersNetwork, write_weights
 from benchmarks.quality import tokens_to
-from benchmarks.training_step import NO_MORE, OURS, THEIRS, Way, measured, muon_and_others, our_step
+from benchmarks.training_step import EQUAL_WORK, OURS, THEIRS, Contender, measure_step, our_step, split_parameters
 from model.config import ModelConfig
 
 
-def test_tokens_to_a_loss_are_read_off_the_line():
+def test_tokens_to_a_loss_are_interpolated():
     line = [(0, 3.0), (10, 1.0), (20, 1.5), (30, 0.5)]
     assert [tokens_to(line, loss) for loss in (3.5, 2.0, 1.0, 0.75)] == [0, 5, 10, 27.5]
     assert math.isinf(tokens_to(line, 0.4))
@@ -24,9 +24,9 @@ def weights(tmp_path_factory):
     return folder / "rounded"
 
 
-def test_the_baseline_leaves_to_adamw_what_ours_does(weights):
-    model = Theirs(weights).model
-    stacks, matrices, others = muon_and_others(model)
+def test_both_optimizers_use_adamw_for_the_same_parameters(weights):
+    model = TransformersNetwork(weights).model
+    stacks, matrices, others = split_parameters(model)
     names = {p: name for name, p in model.named_parameters()}
     ends = {names[p].removesuffix(".weight").rpartition(".")[2] for p in others if p.dim() > 1}
     assert ends == {"embed_tokens", "lm_head", "position_bias", "hc_fn"}
@@ -35,20 +35,20 @@ def test_the_baseline_leaves_to_adamw_what_ours_does(weights):
     assert len(stacks) + len(matrices) + len(others) == len(names) and all(m.dim() == 2 for m in matrices)
 
 
-def test_a_side_does_no_more_than_the_baseline(weights):
+def test_the_equal_work_variant_has_no_auxiliary_work(weights):
     ids = torch.randint(0, 258, (1, 65))
     trained, rounded = {}, {}
-    for side in (OURS, NO_MORE):
-        model, do = our_step(weights, ids, Way(side, True, 1))
-        do()
-        trained[side] = any(p.grad is not None for p in model.indexer_parameters())
-        rounded[side] = sum(model.rounded_tensors().values())
-    assert trained == {OURS: True, NO_MORE: False} and rounded[OURS] > 0 == rounded[NO_MORE]
+    for name in (OURS, EQUAL_WORK):
+        model, step = our_step(weights, ids, Contender(name, True, 1))
+        step()
+        trained[name] = any(p.grad is not None for p in model.indexer_parameters())
+        rounded[name] = sum(model.rounded_tensors().values())
+    assert trained == {OURS: True, EQUAL_WORK: False} and rounded[OURS] > 0 == rounded[EQUAL_WORK]
 
 
-@pytest.mark.parametrize("side", [THEIRS, OURS, NO_MORE])
-def test_a_step_is_timed(weights, side):
+@pytest.mark.parametrize("name", [THEIRS, OURS, EQUAL_WORK])
+def test_a_step_is_timed(weights, name):
     threads = torch.get_num_threads()
-    seconds, memory = measured(weights, Way(side, True, 1), 64, 1)
+    seconds, memory = measure_step(weights, Contender(name, True, 1), 64, 1)
     torch.set_num_threads(threads)
     assert seconds > 0 and memory > 1e8

@@ -1,4 +1,4 @@
-"""The lm-eval model: what it scores and writes through the cache is what the full forward pass says."""
+"""The lm-eval model: scores and text from the cache equal those of the full forward pass."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-from evals.lm import CheckpointLM, _chains
+from evals.lm import CheckpointLM, _prefix_chains
 from model import checkpoint as checkpoints
 from model.config import CACHE_FORMATS, ModelConfig
 from model.errors import CheckpointError, ConfigError
@@ -19,9 +19,9 @@ CONFIG = ModelConfig(
     max_positions=96,
     hca_ratio=16,
     index_topk=4,
-    init_std=0.15,  # at 0.02 every token is about equally likely, and a wrong position would hardly show
+    init_std=0.15,  # at 0.02 the distribution is almost uniform and would hide a wrong position
     qat=False,
-    **dict.fromkeys(CACHE_FORMATS, "fp32"),  # nothing is rounded: pieces of any length give the whole's scores
+    **dict.fromkeys(CACHE_FORMATS, "fp32"),  # without rounding, scores do not depend on the chunks
 )
 TEXT = "def recall(doc, results):\n    return {'recall': float(results[0] == doc['value'])}\n"
 
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     model = Transformer(CONFIG)
     with torch.no_grad():
         model.head.weight[:34] = model.head.weight[129:] = (
-            0.0  # writes printable ASCII, so that texts tell tokens apart
+            0.0  # generates printable ASCII, so that different tokens give different texts
         )
     checkpoints.save(model, folder, ByteTokenizer())
     return folder
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def lm(folder):
-    return CheckpointLM(folder, chunk=7)  # divides neither ratio, nor the window, nor the texts
+    return CheckpointLM(folder, prefill_chunk=7)  # divides neither the ratios, the window, nor the texts
 
 
 def requests(kind, arguments):
@@ -50,7 +50,7 @@ def requests(kind, arguments):
 
 
 def full_scores(lm, ids):
-    """Log-softmax of a whole sequence, without a cache: [S, vocab]."""
+    """Return log-probabilities [S, vocab] of a sequence, computed without a cache."""
     with torch.inference_mode():
         return lm._model(torch.tensor([ids]))[0].log_softmax(-1)
 
@@ -79,7 +79,7 @@ def test_greedy_flag_is_set_for_the_greedy_continuation(lm):
     scored = lm._loglikelihood_tokens([(("", ""), ids, [token]) for token in best], disable_tqdm=True)
     assert [greedy for _, greedy in scored] == [True, False]
 
-    # One wrong token in front of twelve greedy ones, more than a chunk: the whole is not greedy.
+    # One wrong token before twelve greedy ones, which exceed a chunk: the continuation is not greedy.
     wrong = [*ids, best[1]]
     for _ in range(12):
         wrong.append(full_scores(lm, wrong)[-1].argmax().item())
@@ -97,7 +97,7 @@ def test_generation_equals_the_argmax_loop(lm):
         assert text == ByteTokenizer().decode(ids[-12:]), prompt
 
 
-def test_prompts_that_begin_one_another_are_read_once_and_answered_alike(lm):
+def test_shared_prefixes_are_prefilled_once(lm):
     prompts = [TEXT[:n] for n in (40, 44, 45, 60)] + [TEXT[10 : 10 + n] for n in (40, 44, 45, 60)] + [TEXT[:40]]
     arguments = [(prompt, {"until": [], "max_gen_toks": 5}) for prompt in prompts]
     together = lm.generate_until(requests("generate_until", arguments), disable_tqdm=True)
@@ -112,12 +112,12 @@ def test_prompts_that_begin_one_another_are_read_once_and_answered_alike(lm):
     assert sum(read) == 2 * (60 + 1)  # two chains, BOS in each
 
 
-def test_chains():
+def test_prefix_chains():
     prompts = [(1, 2), (1,), (3, 4), (1, 2, 5), (1, 3)]
-    assert _chains(prompts) == [[(1,), (1, 2), (1, 2, 5)], [(1, 3)], [(3, 4)]]
+    assert _prefix_chains(prompts) == [[(1,), (1, 2), (1, 2, 5)], [(1, 3)], [(3, 4)]]
 
 
-def test_stop_string_and_end_of_text(lm):
+def test_stop_strings_and_eos(lm):
     def generate(**arguments):
         one = requests("generate_until", [(TEXT[:40], {"max_gen_toks": 12, **arguments})])
         return lm.generate_until(one, disable_tqdm=True)[0]
@@ -128,7 +128,7 @@ def test_stop_string_and_end_of_text(lm):
     place = whole.index(letters[0])
     assert generate(until=[letters[0]]) == whole[:place]
     assert generate(until=letters[0]) == whole[:place]
-    # Two stop strings that end together: the one that begins first counts.
+    # Of two stop strings that end at the same position, the one that starts first counts.
     assert generate(until=[letters[0], whole[place - 1 : place + 1]]) == whole[: place - 1]
     assert generate(until=["never this"]) == whole
     lm._tokenizer.eos_id = lm.tok_encode(letters[0])[-1]
@@ -146,7 +146,7 @@ def test_rolling_scores_every_token_once_within_the_context(lm):
 
     ids = lm.tok_encode(long)
     size, total = CONFIG.max_positions, 0.0
-    for start in range(1, len(ids), size):  # each window predicts ids[start:end] and sees `size` tokens before its end
+    for start in range(1, len(ids), size):  # a window predicts ids[start:end] from the `size` tokens before end - 1
         end = min(start + size, len(ids))
         window = ids[max(0, end - 1 - size) : end]
         scores = full_scores(lm, window[:-1])[-(end - start) :]
@@ -154,13 +154,13 @@ def test_rolling_scores_every_token_once_within_the_context(lm):
     assert long_score == pytest.approx(total, rel=1e-6)
 
 
-def test_what_exceeds_the_context_is_refused_not_cut(lm):
-    fits = "x" * (CONFIG.max_positions - 1)  # and BOS
+def test_sequences_longer_than_the_context_are_refused(lm):
+    fits = "x" * (CONFIG.max_positions - 1)  # one position is left for BOS
     lm.loglikelihood(requests("loglikelihood", [(fits, "y")]), disable_tqdm=True)
     lm.generate_until(requests("generate_until", [(fits, {"max_gen_toks": 1})]), disable_tqdm=True)
-    with pytest.raises(ConfigError, match="need 97 positions, the model's context has 96"):
+    with pytest.raises(ConfigError, match="need 97 positions, but the model's context has 96"):
         lm.loglikelihood(requests("loglikelihood", [(fits, "yz")]), disable_tqdm=True)
-    with pytest.raises(ConfigError, match="need 97 positions, the model's context has 96"):
+    with pytest.raises(ConfigError, match="need 97 positions, but the model's context has 96"):
         lm.generate_until(requests("generate_until", [(fits, {"max_gen_toks": 2})]), disable_tqdm=True)
 
 

@@ -10,13 +10,13 @@ from model.config import ModelConfig
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
 
-# Weights this wide give a random model sharp opinions, so that its greedy text is varied and ties do not occur.
-VARIED = {"init_std": 0.3, "zero_init_output": False, "max_positions": 512}
+# Large weights give a random model a peaked distribution: greedy text varies, and ties do not occur.
+LARGE_WEIGHTS = {"init_std": 0.3, "zero_init_output": False, "max_positions": 512}
 
 
 def random_model(vocab_size: int, seed: int = 0, **changes) -> Transformer:
     torch.manual_seed(seed)
-    return Transformer(ModelConfig.from_preset("tiny", vocab_size=vocab_size, **VARIED, **changes)).eval()
+    return Transformer(ModelConfig.from_preset("tiny", vocab_size=vocab_size, **LARGE_WEIGHTS, **changes)).eval()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -39,7 +39,7 @@ def byte_model() -> Transformer:
 
 @pytest.fixture(scope="session")
 def letters(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A Hugging Face tokenizer of 38 tokens, all printable, some of two letters."""
+    """A Hugging Face tokenizer with 38 printable tokens, some of two letters."""
     pieces = ["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "th", "he", "in", "er", "an", "re", "on", "at", "en"]
     merges = [tuple(piece) for piece in pieces[29:]]
     backend = Backend(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
@@ -53,7 +53,7 @@ def letters(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def byte_fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """As Llama's: words begin with a visible space that decoding strips at the start, unknown characters are bytes."""
+    """A tokenizer like Llama's: "▁" marks spaces, decoding strips the first one, unknown characters become bytes."""
     pieces = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghij"]
     backend = Backend(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -73,7 +73,7 @@ def letters_model(letters: Tokenizer) -> Transformer:
 
 @pytest.fixture(scope="session")
 def endless_model(letters: Tokenizer) -> Transformer:
-    """Never ends a text by itself: in a model with opinions a logit of zero is as good as never the largest."""
+    """A model that never generates EOS: its distribution is peaked, and the EOS logit is zero."""
     model = random_model(letters.vocab_size, seed=1)
     with torch.no_grad():
         model.head.weight[letters.eos_id] = 0.0

@@ -1,0 +1,1 @@
+"""Shared parts of the benchmarks: command line, timing, reports, and the networks under test."""

@@ -1,0 +1,1 @@
+"""Generated evaluation and training documents, and the filler text they are made of."""

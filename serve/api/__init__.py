@@ -1,0 +1,1 @@
+"""HTTP interface: OpenAI's completions, models, health, and tokenization."""

@@ -1,0 +1,52 @@
+"""Tokens as strings, and log-probabilities in OpenAI's format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from model.tokenizer import Tokenizer
+from serve.api.schemas import Logprobs
+from serve.engine import TokenLogprob
+
+BOS_TEXT = "<|bos|>"
+EOS_TEXT = "<|eos|>"
+
+
+class TokenFormatter:
+    """Format single tokens as strings."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._special = {tokenizer.bos_id: BOS_TEXT, tokenizer.eos_id: EOS_TEXT}
+
+    def token_string(self, token_id: int) -> str:
+        """Return the token's text, or ``token_id:N`` if it has none of its own (a byte within a character)."""
+        if token_id in self._special:
+            return self._special[token_id]
+        text = self._tokenizer.decode([token_id])
+        return text if text and "\N{REPLACEMENT CHARACTER}" not in text else f"token_id:{token_id}"
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token IDs of ``text``. The name of a special token, given alone, encodes to that token."""
+        for token_id, name in self._special.items():
+            if text == name:
+                return [token_id]
+        return self._tokenizer.encode(text)
+
+    def logprobs(self, records: Iterable[TokenLogprob], offset: int = 0) -> Logprobs:
+        """Convert ``records`` to four parallel lists, with text offsets increased by ``offset``."""
+        records = list(records)
+        return Logprobs(
+            tokens=[self.token_string(record.token_id) for record in records],
+            token_logprobs=[record.logprob for record in records],
+            top_logprobs=[self._top(record) if record.logprob is not None else None for record in records],
+            text_offset=[offset + record.text_offset for record in records],
+        )
+
+    def _top(self, record: TokenLogprob) -> dict[str, float]:
+        """Return {token string: logprob}. A duplicate string is replaced by ``token_id:N``."""
+        top: dict[str, float] = {}
+        for token_id, logprob in record.top:
+            text = self.token_string(token_id)
+            top[f"token_id:{token_id}" if text in top else text] = logprob
+        return top

@@ -1,0 +1,46 @@
+"""Tokenizer routes, which lm-eval's ``local-completions`` uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+
+from serve.api.logprobs import BOS_TEXT, EOS_TEXT
+from serve.api.schemas import DetokenizeRequest, TokenizeRequest
+from serve.api.served_model import ServedModel
+from serve.engine import RequestError
+
+
+def add_routes(app: FastAPI, served: ServedModel) -> None:
+    engine = served.engine
+    tokenizer = engine.tokenizer
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        """Return names and IDs of the special tokens. ``/tokenize`` maps a name, sent alone, to its token."""
+        return {
+            "bos_token": BOS_TEXT if tokenizer.bos_id != tokenizer.eos_id else EOS_TEXT,
+            "eos_token": EOS_TEXT,
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id,
+            "vocab_size": tokenizer.vocab_size,
+        }
+
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        served.check_name(body.model)
+        tokens = served.token_formatter.encode(body.prompt)
+        if body.add_special_tokens:
+            tokens = [tokenizer.bos_id, *tokens]
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": engine.model_config.max_positions}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        served.check_name(body.model)
+        for token in body.tokens:
+            if not 0 <= token < tokenizer.vocab_size:
+                raise RequestError(
+                    f"tokens: token ID {token} is out of range for a vocabulary of {tokenizer.vocab_size}", "tokens"
+                )
+        return {"prompt": tokenizer.decode(body.tokens)}

@@ -1,0 +1,37 @@
+"""Settings of an engine."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from kernels.cpu import multiplies_bf16_fast
+from model.execution import Mode
+
+
+class EngineConfig(BaseModel):
+    """How an engine computes, and how much work it accepts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    execution: Mode = "auto"
+    """``auto`` uses the fastest operators of the machine. ``batch-invariant`` returns the same bits for a request
+    regardless of concurrent requests and of how its prompt is chunked (:class:`model.execution.Execution`)."""
+    weights: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Data type of the weight matrices. ``auto`` is bfloat16 if the device multiplies it faster than float32."""
+    max_active_requests: Annotated[int, Field(ge=1)] = 16
+    """Completions that hold a cache and are decoded together; further ones wait."""
+    max_waiting_requests: Annotated[int, Field(ge=0)] = 64
+    """Completions that may wait; the server answers 429 to further ones."""
+    prefill_chunk: Annotated[int, Field(ge=1)] = 512
+    """Prompt tokens read in one step."""
+    request_timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
+    """Time from submission to the last token, including the time spent waiting."""
+
+    def resolve_weights(self, device: torch.device | str) -> EngineConfig:
+        """Return a copy in which ``weights`` names the data type to use on ``device``."""
+        if self.weights != "auto":
+            return self
+        return self.model_copy(update={"weights": "bfloat16" if multiplies_bf16_fast(device) else "float32"})

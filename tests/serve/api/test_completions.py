@@ -1,0 +1,251 @@
+"""The completions route with a real engine, in OpenAI's response format."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import torch
+from fastapi.testclient import TestClient
+
+from serve.api.asgi import create_app
+from serve.engine import Engine
+
+TEXT = "the other rain "
+
+
+@pytest.fixture(scope="module")
+def byte_client(byte_model, byte_tokenizer) -> Iterator[TestClient]:
+    with TestClient(create_app(Engine(byte_model, byte_tokenizer), "bytes", max_body_bytes=20_000)) as client:
+        yield client
+
+
+def ask(client: TestClient, **body) -> dict:
+    response = client.post("/v1/completions", json={"max_tokens": 12, "seed": 3, **body})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def stream(client: TestClient, **body) -> list[dict]:
+    response = client.post("/v1/completions", json={"max_tokens": 12, "seed": 3, "stream": True, **body})
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = response.text.split("\n\n")
+    assert events.pop() == ""
+    assert events.pop() == "data: [DONE]"
+    assert all(event.startswith("data: {") for event in events)
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+def test_completion_fields(client, letters) -> None:
+    answer = ask(client, prompt=TEXT, model="letters", user="someone")
+    assert answer["id"].startswith("cmpl-")
+    assert answer["object"] == "text_completion"
+    assert answer["model"] == "letters"
+    assert isinstance(answer["created"], int)
+    [choice] = answer["choices"]
+    assert set(choice) == {"index", "text", "logprobs", "finish_reason"}
+    assert (choice["index"], choice["logprobs"]) == (0, None)
+    prompt_tokens = 1 + len(letters.encode(TEXT))
+    assert answer["usage"]["prompt_tokens"] == prompt_tokens
+    assert answer["usage"]["total_tokens"] == prompt_tokens + answer["usage"]["completion_tokens"]
+    assert answer["fiftyfold"]["cache_nbytes"] > 0
+
+
+def test_prompt_forms(client, letters) -> None:
+    tokens = letters.encode(TEXT)
+    text = ask(client, prompt=TEXT)["choices"][0]["text"]
+    assert ask(client, prompt=[TEXT])["choices"][0]["text"] == text
+    # Text is encoded with BOS in front; token IDs are used unchanged.
+    assert ask(client, prompt=[letters.bos_id, *tokens])["choices"][0]["text"] == text
+    assert ask(client, prompt=tokens)["usage"]["prompt_tokens"] == len(tokens)
+    answer = ask(client, prompt=[[letters.bos_id, *tokens], tokens[:3]])
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    assert answer["choices"][0]["text"] == text
+    assert answer["usage"]["prompt_tokens"] == 1 + len(tokens) + 3
+
+
+@pytest.mark.parametrize("prompt", ["", [], [[]], [""], None])
+def test_empty_prompts_start_from_bos(client, letters, prompt) -> None:
+    answer = ask(client, prompt=prompt)
+    assert answer["usage"]["prompt_tokens"] == 1
+    assert answer["choices"][0]["text"] == ask(client, prompt=[letters.bos_id])["choices"][0]["text"]
+
+
+def test_prompt_may_be_omitted(client) -> None:
+    assert ask(client)["choices"] == ask(client, prompt="")["choices"]
+
+
+def test_n_completions_per_prompt_in_order(client) -> None:
+    answer = ask(client, prompt=[TEXT, "in"], n=2, seed=5)
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    texts = [choice["text"] for choice in answer["choices"]]
+    assert texts[0] == ask(client, prompt=TEXT, seed=5)["choices"][0]["text"]
+    assert texts[1] == ask(client, prompt=TEXT, seed=6)["choices"][0]["text"]
+    assert texts[3] == ask(client, prompt="in", seed=6)["choices"][0]["text"]
+    assert len(set(texts)) == 4
+    single = ask(client, prompt=TEXT)["fiftyfold"]["cache_nbytes"]
+    assert answer["fiftyfold"]["cache_nbytes"] > 3 * single
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": TEXT},
+        {"prompt": [TEXT, "an"], "n": 2, "max_tokens": 5},
+        {"prompt": TEXT, "echo": True, "logprobs": 2},
+        {"prompt": "", "logprobs": 0, "temperature": 0},
+        {"prompt": TEXT, "max_tokens": 0, "echo": True, "logprobs": 1},
+    ],
+)
+def test_stream_concatenates_to_the_response(client, body) -> None:
+    whole = ask(client, **body)
+    chunks = stream(client, **body)
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    for choice in whole["choices"]:
+        parts = [c for chunk in chunks for c in chunk["choices"] if c["index"] == choice["index"]]
+        assert "".join(part["text"] for part in parts) == choice["text"]
+        assert [part["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + [choice["finish_reason"]]
+        if choice["logprobs"] is None:
+            assert all(part["logprobs"] is None for part in parts)
+        else:
+            for key, values in choice["logprobs"].items():
+                assert [value for part in parts for value in part["logprobs"][key]] == values
+    assert not any("usage" in chunk for chunk in chunks)
+    assert [chunk.get("fiftyfold") for chunk in chunks] == [None] * (len(chunks) - 1) + [whole["fiftyfold"]]
+
+
+def test_stream_of_bytes_concatenates_to_the_response(byte_client) -> None:
+    body = {"prompt": "€", "max_tokens": 60, "temperature": 1.3}
+    # Random weights may generate EOS at once: use the seed with the longest text.
+    lengths = {seed: ask(byte_client, **body, seed=seed)["usage"]["completion_tokens"] for seed in range(8)}
+    body["seed"] = max(lengths, key=lambda seed: lengths[seed])
+    chunks = stream(byte_client, **body)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == ask(byte_client, **body)["choices"][0]["text"]
+    assert len(chunks) > 10
+
+
+def test_usage_in_a_stream(client) -> None:
+    chunks = stream(client, prompt=TEXT, stream_options={"include_usage": True})
+    whole = ask(client, prompt=TEXT)
+    assert all(chunk["usage"] is None for chunk in chunks[:-1])
+    assert chunks[-1]["choices"] == []
+    assert chunks[-1]["usage"] == whole["usage"]
+    assert chunks[-1]["fiftyfold"] == whole["fiftyfold"]
+
+
+def test_stop(client) -> None:
+    whole = ask(client, prompt=TEXT, temperature=0)["choices"][0]["text"]
+    stop = whole[5:8]
+    for value in (stop, ["!", stop]):
+        answer = ask(client, prompt=TEXT, temperature=0, stop=value)["choices"][0]
+        assert answer["text"] == whole[: whole.index(stop)]
+        assert answer["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_echo_with_logprobs_scores_the_prompt(client, letters, endless_model, max_tokens) -> None:
+    """The request that lm-eval's local-completions sends to score text."""
+    prompt = letters.encode(TEXT * 5)
+    answer = ask(client, prompt=[prompt], echo=True, logprobs=1, max_tokens=max_tokens, temperature=0)
+    choice = answer["choices"][0]
+    logprobs = choice["logprobs"]
+    assert choice["text"].startswith(TEXT * 5)
+    assert {len(values) for values in logprobs.values()} == {len(prompt) + max_tokens}
+    assert logprobs["token_logprobs"][0] is None
+    assert logprobs["top_logprobs"][0] is None
+    with torch.inference_mode():
+        want = endless_model(torch.tensor([prompt]))[0].log_softmax(dim=-1)
+    for i in range(1, len(prompt)):
+        assert logprobs["token_logprobs"][i] == pytest.approx(want[i - 1, prompt[i]].item(), abs=1e-3)
+        # lm-eval detects a greedy match by exact equality with the largest alternative.
+        greedy = logprobs["token_logprobs"][i] == max(logprobs["top_logprobs"][i].values())
+        assert greedy == (want[i - 1].argmax().item() == prompt[i])
+        offset = logprobs["text_offset"][i]
+        token = logprobs["tokens"][i]
+        assert choice["text"][offset : offset + len(token)] == token
+
+
+def test_echo_lists_bos_as_a_token_but_not_in_the_text(client) -> None:
+    choice = ask(client, prompt="the", echo=True, logprobs=1, max_tokens=0)["choices"][0]
+    assert choice["text"] == "the"
+    assert choice["logprobs"]["tokens"][0] == "<|bos|>"
+    assert choice["logprobs"]["token_logprobs"][0] is None
+    assert choice["logprobs"]["token_logprobs"][1] < 0
+
+
+def test_logprobs_of_bytes_have_distinct_strings(byte_client) -> None:
+    choice = ask(byte_client, prompt="€ß", echo=True, logprobs=5, max_tokens=4)["choices"][0]
+    assert choice["logprobs"]["tokens"][1:4] == [f"token_id:{byte + 2}" for byte in "€".encode()]
+    assert all(len(top) in (5, 6) for top in choice["logprobs"]["top_logprobs"][1:])
+
+
+def test_neutral_values_are_accepted(client) -> None:
+    neutral = {"best_of": 1, "suffix": "", "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}}
+    nulls = {
+        "max_tokens": None,
+        "temperature": None,
+        "top_p": None,
+        "n": None,
+        "stop": None,
+        "echo": None,
+        "stream": None,
+    }
+    assert ask(client, prompt="the", **neutral)["choices"] == ask(client, prompt="the")["choices"]
+    assert ask(client, prompt="the", **nulls)["choices"] == ask(client, prompt="the", max_tokens=16)["choices"]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_disconnect_aborts_the_request(endless_model, letters, streamed) -> None:
+    async def main() -> None:
+        engine = Engine(endless_model, letters)
+        app = create_app(engine, "letters", max_body_bytes=20_000)
+        body = json.dumps({"prompt": "the", "max_tokens": 500, "temperature": 0, "stream": streamed}).encode()
+        disconnected = asyncio.Event()
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> dict:
+            if messages:
+                return messages.pop()
+            await disconnected.wait()
+            return {"type": "http.disconnect"}
+
+        sent = []
+
+        async def send(message: dict) -> None:
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
+        answer = asyncio.ensure_future(app(scope, receive, send))
+        while not engine.unfinished:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        disconnected.set()
+        await asyncio.wait_for(answer, 5)
+        for _ in range(100):
+            if not engine.unfinished:
+                break
+            await asyncio.sleep(0.01)
+        assert engine.unfinished == 0
+        assert b"[DONE]" not in b"".join(message.get("body", b"") for message in sent)
+
+    asyncio.run(main())
+
+
+def test_the_model_does_not_block_the_event_loop(endless_model, letters) -> None:
+    async def main() -> None:
+        engine = Engine(endless_model, letters)
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(create_app(engine, "letters", max_body_bytes=20_000)), base_url="http://t"
+        ) as client:
+            ask = asyncio.ensure_future(client.post("/v1/completions", json={"prompt": [5] * 400, "max_tokens": 1}))
+            turns = 0
+            while not ask.done():
+                await asyncio.sleep(0)
+                turns += engine.unfinished  # the request takes a single step
+            assert (await ask).status_code == 200
+            assert turns > 50
+
+    asyncio.run(main())

@@ -1,0 +1,154 @@
+"""Error responses for invalid requests, full queues, and timeouts."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from serve.api.asgi import create_app
+from serve.engine import Engine, EngineConfig
+
+OK = {"prompt": "the"}
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({"prompt": 5}, "prompt", "expected a string, a list of strings"),
+        ({"prompt": ["a", 1]}, "prompt", "expected a string"),
+        ({"prompt": [1.5]}, "prompt", "expected a string"),
+        ({"prompt": [True]}, "prompt", "expected a string"),
+        ({"prompt": [[1], "a"]}, "prompt", "expected a string"),
+        ({"prompt": {"text": "a"}}, "prompt", "expected a string"),
+        ({"prompt": "\ud800"}, "prompt", "unpaired surrogate"),
+        ({"prompt": [1, 38]}, "prompt", "token ID 38 is out of range for a vocabulary of 38"),
+        ({"prompt": [-1]}, "prompt", "token ID -1"),
+        (OK | {"max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
+        (OK | {"max_tokens": 1.5}, "max_tokens", "integer"),
+        (OK | {"max_tokens": "5"}, "max_tokens", "integer"),
+        (OK | {"max_tokens": True}, "max_tokens", "integer"),
+        (OK | {"max_tokens": 10**30}, "prompt", "the model's context of 512 tokens"),
+        (OK | {"temperature": "hot"}, "temperature", "number"),
+        (OK | {"temperature": 2.5}, "temperature", "less than or equal to 2"),
+        (OK | {"temperature": -0.1}, "temperature", "greater than or equal to 0"),
+        (OK | {"top_p": 1.1}, "top_p", "less than or equal to 1"),
+        (OK | {"n": 0}, "n", "greater than or equal to 1"),
+        (OK | {"n": 13}, None, "asks for 13 completions, but the server accepts at most 12"),
+        (OK | {"seed": 2**63}, "seed", "less than"),
+        (OK | {"stop": 5}, "stop", "expected a string or a list of strings"),
+        (OK | {"stop": ""}, "stop", "empty stop string"),
+        (OK | {"stop": ["a"] * 17}, "stop", "at most 16 stop strings, found 17"),
+        (OK | {"logprobs": 6}, "logprobs", "less than or equal to 5"),
+        (OK | {"logprobs": True}, "logprobs", "integer"),
+        (OK | {"echo": "yes"}, "echo", "boolean"),
+        (OK | {"stream_options": {"include_usage": True}}, "stream_options", "allowed only if stream is true"),
+        (OK | {"stream": True, "stream_options": {"x": 1}}, "stream_options", "stream_options.x: unknown field"),
+        (OK | {"suffix": "end"}, "suffix", "not supported"),
+        (OK | {"frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
+        (OK | {"presence_penalty": 0.5}, "presence_penalty", "not supported"),
+        (OK | {"logit_bias": {"5": 1.0}}, "logit_bias", "not supported"),
+        (OK | {"best_of": 3}, "best_of", "not supported"),
+        (OK | {"max_token": 5}, "max_token", "unknown field"),
+        ([OK], None, "must be a JSON object"),
+        ("the", None, "must be a JSON object"),
+    ],
+)
+def test_invalid_values(client, body, param, words) -> None:
+    raw = json.dumps(body)
+    response = client.post("/v1/completions", content=raw, headers={"content-type": "application/json"})
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert words in error["message"]
+    assert "\n" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("content", "headers", "words"),
+    [
+        (b'{"prompt": "a",', {"content-type": "application/json"}, "not valid JSON"),
+        (b"", {"content-type": "application/json"}, "must be a JSON object"),
+        (b'{"prompt": "a"}', {"content-type": "text/plain"}, "Content-Type: application/json"),
+        (b'{"prompt": "\xff"}', {"content-type": "application/json"}, "body"),
+        (b'{"prompt": "a", "temperature": NaN}', {"content-type": "application/json"}, "temperature"),
+        (b"[" * 19_000, {"content-type": "application/json"}, "body"),
+    ],
+)
+def test_malformed_bodies(client, content, headers, words) -> None:
+    response = client.post("/v1/completions", content=content, headers=headers)
+    assert response.status_code == 400, response.text
+    assert words in response.json()["error"]["message"]
+
+
+def test_other_errors(client) -> None:
+    response = client.post("/v1/completions", json={"prompt": "a", "model": "gpt"})
+    assert response.status_code == 404
+    assert response.json()["error"] == {
+        "message": "model: 'gpt' is not served here, only 'letters' is",
+        "type": "invalid_request_error",
+        "param": "model",
+        "code": "model_not_found",
+    }
+    assert client.get("/v1/models/gpt").json()["error"]["code"] == "model_not_found"
+    response = client.get("/v1/nothing")
+    assert (response.status_code, response.json()["error"]["message"]) == (404, "no route for GET /v1/nothing")
+    response = client.get("/v1/completions")
+    assert response.status_code == 405
+    assert "does not accept GET" in response.json()["error"]["message"]
+    response = client.post("/detokenize", json={"tokens": [99]})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "tokens")
+    response = client.post("/tokenize", json={})
+    assert (response.status_code, response.json()["error"]["message"]) == (400, "prompt: missing")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_longer_than_the_context(client, streamed) -> None:
+    response = client.post("/v1/completions", json={"prompt": [5] * 500, "max_tokens": 13, "stream": streamed})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert error["message"] == (
+        "prompt: 500 tokens plus max_tokens 13 is 513, more than the model's context of 512 tokens"
+    )
+
+
+def test_body_too_large(client) -> None:
+    def pieces() -> Iterator[bytes]:  # without Content-Length, the server counts bytes
+        for _ in range(30):
+            yield b" " * 1000
+
+    for content in (b" " * 20_001, pieces()):
+        response = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+        assert response.status_code == 413
+        assert response.json()["error"]["message"] == "the request body is larger than the limit of 20000 bytes"
+
+
+def test_a_full_queue_and_a_timeout(endless_model, letters) -> None:
+    async def main() -> None:
+        engine = Engine(
+            endless_model,
+            letters,
+            EngineConfig(max_active_requests=1, max_waiting_requests=1, request_timeout_seconds=0.5),
+        )
+        transport = httpx.ASGITransport(create_app(engine, "letters", max_body_bytes=20_000))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            body = {"prompt": "the", "max_tokens": 500, "temperature": 0}
+            slow = [
+                asyncio.ensure_future(client.post("/v1/completions", json=b)) for b in (body, body | {"stream": True})
+            ]
+            while engine.unfinished < 2:
+                await asyncio.sleep(0.01)
+            refused = await client.post("/v1/completions", json=body)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+            assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+            late, late_stream = await asyncio.gather(*slow)
+            assert (late.status_code, late.json()["error"]["code"]) == (504, "request_timeout")
+            # The stream has already sent status 200, so the error is an event.
+            events = late_stream.text.strip().split("\n\n")
+            assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "request_timeout"
+            assert events[-1] == "data: [DONE]"
+
+    asyncio.run(main())

@@ -1,0 +1,91 @@
+"""Incremental detokenization equals decoding all tokens at once."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model.tokenizer import ByteTokenizer
+from serve.engine.detokenizer import Detokenizer, StopStringFilter
+
+BYTES = ByteTokenizer()
+
+
+def pieces_of(ids: list[int], context: list[int] | None = None) -> list[str]:
+    detokenizer = Detokenizer(BYTES, context or [])
+    return [detokenizer.push(token) for token in ids] + [detokenizer.flush()]
+
+
+@given(st.text(max_size=40))
+def test_no_incomplete_characters(text: str) -> None:
+    pieces = pieces_of(BYTES.encode(text))
+    assert "".join(pieces) == text
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+@given(st.lists(st.integers(0, 257), max_size=60))
+def test_any_bytes_equal_decoding_at_once(ids: list[int]) -> None:
+    assert "".join(pieces_of(ids)) == BYTES.decode(ids)
+
+
+@given(st.text(max_size=12), st.text(max_size=12))
+def test_context_is_not_repeated(prompt: str, completion: str) -> None:
+    assert "".join(pieces_of(BYTES.encode(completion), BYTES.encode(prompt))) == completion
+
+
+def test_a_character_is_emitted_with_its_last_byte() -> None:
+    assert pieces_of(BYTES.encode("a€b")) == ["a", "", "", "€", "b", ""]
+
+
+def test_invalid_bytes_do_not_hold_text_back_forever() -> None:
+    assert "".join(pieces_of([257] * 10)[:-1]) == "\ufffd" * 7
+
+
+def test_a_tokenizer_that_joins_neighbors(letters) -> None:
+    text = "the rain in the east then other"
+    detokenizer = Detokenizer(letters)
+    assert "".join(detokenizer.push(token) for token in letters.encode(text)) + detokenizer.flush() == text
+
+
+@settings(max_examples=60)
+@given(prompt=st.text("ab cd€", min_size=1, max_size=15), completion=st.text("ab €日𝄞", max_size=25))
+def test_a_tokenizer_with_stripped_first_space_and_byte_fallback(byte_fallback, prompt, completion) -> None:
+    before = byte_fallback.encode(prompt)
+    tokens = byte_fallback.encode(prompt + completion)[len(before) :]
+    detokenizer = Detokenizer(byte_fallback, context=before)
+    pieces = [detokenizer.push(token) for token in tokens]
+    assert "".join(pieces) + detokenizer.flush() == completion
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def filter_stops(pieces: list[str], stops: list[str]) -> tuple[list[str], bool]:
+    stop_filter = StopStringFilter(stops)
+    out = []
+    for piece in pieces:
+        text, stopped = stop_filter.push(piece)
+        out.append(text)
+        if stopped:
+            return out, True
+    return [*out, stop_filter.flush()], False
+
+
+@settings(max_examples=300)
+@given(st.lists(st.text("ab", max_size=3), max_size=12), st.text("ab", min_size=1, max_size=4))
+def test_a_stop_string_across_any_pieces(pieces: list[str], stop: str) -> None:
+    text = "".join(pieces)
+    out, stopped = filter_stops(pieces, [stop])
+    assert stopped == (stop in text)
+    assert "".join(out) == text.split(stop)[0]
+
+
+@given(st.text("abc", max_size=20), st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=3))
+def test_several_stop_strings_are_never_emitted(text: str, stops: list[str]) -> None:
+    out, stopped = filter_stops(list(text), stops)
+    assert stopped == any(stop in text for stop in stops)
+    assert not any(stop in "".join(out) for stop in stops)
+
+
+@pytest.mark.parametrize(("pieces", "sent"), [("xEN", ["x", "", ""]), ("xEy", ["x", "", "Ey"])])
+def test_only_a_possible_stop_string_is_held_back(pieces: str, sent: list[str]) -> None:
+    stop_filter = StopStringFilter(["END"])
+    assert [stop_filter.push(piece)[0] for piece in pieces] == sent

@@ -1,0 +1,317 @@
+"""The deployed endpoint, from Ray Serve to the openai client."""
+
+import json
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from ray.exceptions import RayActorError
+
+from model import checkpoint
+from model.cache import Cache
+from model.errors import CheckpointError, ConfigError, FiftyfoldError
+from model.generation import prefill
+from model.transformer import Transformer
+from pipelines import deploy
+from pipelines.config import Recipe, recipe_from_dict
+from pipelines.deploy import Deployment, find_model, start
+from pipelines.tracking import open_tracking
+from serve.app import CompletionsServer, build
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def recipe_for(folder: Path, model_uri: str | Path, **serve) -> Recipe:
+    # Keep the weights in float32 on every processor: completions are compared with the network's.
+    serve = {"model_uri": str(model_uri), "port": free_port(), "cpus_per_replica": 0.5, "weights": "float32", **serve}
+    return recipe_from_dict({"run": {"folder": str(folder)}, "serve": serve})
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, endless_model, letters) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "letters" / "final"
+    checkpoint.save(endless_model, folder, letters)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def deployment(ray_cluster, saved) -> Iterator[Deployment]:
+    limits = {"max_active_requests": 2, "max_waiting_requests": 1, "max_body_bytes": 20_000, "prefill_chunk": 32}
+    with start(recipe_for(saved.parents[1], saved, **limits)) as deployment:
+        yield deployment
+
+
+@pytest.fixture(scope="module")
+def client(deployment) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{deployment.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def wait_until_idle(deployment: Deployment, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while (unfinished := httpx.get(f"{deployment.url}/healthz").json()["unfinished"]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert unfinished == 0
+
+
+def test_deployed_model_card(deployment, client) -> None:
+    [card] = client.models.list().data
+    assert card.id == deployment.model_name == "letters/final"
+    assert card.cache_bytes_per_token > 0
+    assert deployment.weights == "float32"
+    assert client.models.retrieve(card.id) == card
+
+
+def test_greedy_completion_equals_the_model(deployment, client, endless_model, letters) -> None:
+    prompt = [letters.bos_id, *letters.encode("the other rain")]
+    with torch.inference_mode():
+        cache = Cache(endless_model.config, 1, 100)
+        token = prefill(endless_model, cache, torch.tensor([prompt]), chunk=32).argmax(-1)
+        want = [int(token)]
+        for _ in range(19):
+            token = endless_model(token[None], cache)[:, -1].argmax(-1)
+            want.append(int(token))
+    answer = client.completions.create(
+        model=deployment.model_name, prompt="the other rain", max_tokens=20, temperature=0
+    )
+    assert answer.choices[0].text == letters.decode(want)
+    assert answer.usage.completion_tokens == 20
+    assert answer.fiftyfold["cache_nbytes"] == Cache(endless_model.config, 1, len(prompt) + 19).nbytes()
+
+
+def test_stream_is_incremental_and_equals_the_response(deployment, client) -> None:
+    ask = dict(model=deployment.model_name, prompt="the other rain", max_tokens=60, seed=5, temperature=1)
+    whole = client.completions.create(**ask)
+    times, texts = [], []
+    for chunk in client.completions.create(**ask, stream=True, stream_options={"include_usage": True}):
+        times.append(time.monotonic())
+        texts += [choice.text for choice in chunk.choices]
+    assert "".join(texts) == whole.choices[0].text
+    assert chunk.usage == whole.usage
+    assert len(texts) > 30
+    # If the server buffered the text, all chunks would arrive within the time of one token.
+    assert times[-1] - times[0] > 0.1
+
+
+def test_concurrent_clients_get_the_same_text_as_sequential_ones(deployment, client) -> None:
+    def ask(seed: int) -> str:
+        return (
+            client.completions.create(model=deployment.model_name, prompt="in", max_tokens=20, seed=seed)
+            .choices[0]
+            .text
+        )
+
+    alone = {seed: ask(seed) for seed in range(3)}
+    together: dict[int, str] = {}
+    threads = [threading.Thread(target=lambda s=seed: together.update({s: ask(s)})) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"model": "other"}, openai.NotFoundError, "is not served here"),
+        ({"prompt": [5] * 600}, openai.BadRequestError, "the model's context of 512"),
+        ({"temperature": 9}, openai.BadRequestError, "temperature"),
+        ({"logit_bias": {"1": 2}}, openai.BadRequestError, "not supported"),
+        ({"n": 9}, openai.BadRequestError, "the server accepts at most 3"),
+        ({"prompt": "a" * 30_000}, openai.APIStatusError, "larger than the limit of 20000 bytes"),
+    ],
+)
+def test_errors_reach_the_client(deployment, client, change, error, words) -> None:
+    with pytest.raises(error, match=words):
+        client.completions.create(**{"model": deployment.model_name, "prompt": "a", **change})
+
+
+LONG = {"prompt": "the", "max_tokens": 450, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def full_request_seconds(deployment) -> float:
+    """Time of the complete request ``LONG`` on this machine under its present load."""
+    start = time.monotonic()
+    httpx.post(f"{deployment.url}/v1/completions", json=LONG, timeout=120).raise_for_status()
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_disconnect_frees_capacity(deployment, full_request_seconds, streamed) -> None:
+    body = LONG | {"stream": streamed}
+    if streamed:
+        with httpx.stream("POST", f"{deployment.url}/v1/completions", json=body) as response:
+            next(response.iter_lines())
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{deployment.url}/v1/completions", json=body, timeout=full_request_seconds / 10)
+    disconnected = time.monotonic()
+    wait_until_idle(deployment)
+    took = time.monotonic() - disconnected
+    assert took < full_request_seconds / 2, took  # without an abort, it would decode to the end
+
+
+def test_a_full_queue_answers_429(deployment, client) -> None:
+    body = LONG | {"n": 3, "stream": True}
+    with httpx.stream("POST", f"{deployment.url}/v1/completions", json=body) as response:
+        lines = response.iter_lines()  # keep a reference: the connection closes with the iterator
+        next(lines)
+        with pytest.raises(openai.RateLimitError, match="busy with 3 of at most 3"):
+            client.completions.create(model=deployment.model_name, prompt="a")
+    wait_until_idle(deployment)
+
+
+def test_a_port_in_use_is_refused_before_start(ray_cluster, saved) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            ConfigError, match=rf"^serve.port: cannot listen on 127.0.0.1:{port} \(Address already in use\)$"
+        ):
+            start(recipe_for(saved.parents[1], saved, port=port))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), RayActorError(), TimeoutError("not available after 60s")])
+def test_a_proxy_that_fails_to_start_is_reported(saved, monkeypatch, error) -> None:
+    def fail(**_) -> None:
+        raise error
+
+    monkeypatch.setattr(deploy, "ray_session", lambda **_: nullcontext())
+    monkeypatch.setattr(deploy, "_check_cluster", lambda section: None)
+    monkeypatch.setattr(deploy.ray_serve, "start", fail)
+    monkeypatch.setattr(deploy.ray_serve, "shutdown", lambda: None)
+    with pytest.raises(FiftyfoldError, match=r"^serve: Ray Serve could not start \(.+\)$"):
+        start(recipe_for(saved.parents[1], saved))
+
+
+def test_a_second_deployment_does_not_replace_the_first(deployment, saved) -> None:
+    with pytest.raises(ConfigError, match="already runs Ray Serve"):
+        start(recipe_for(saved.parents[1], saved))
+    assert httpx.get(f"{deployment.url}/healthz").status_code == 200
+
+
+def test_lm_eval_scores_through_the_endpoint(deployment, endless_model, letters) -> None:
+    """lm-eval's unmodified client gets the model's log-likelihoods."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    lm = LocalCompletionsAPI(
+        base_url=f"{deployment.url}/v1/completions", model=deployment.model_name, max_length=512, num_concurrent=2
+    )
+    pairs = [("the other", " rain"), ("in", "the end"), ("on and on", " at")]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    for (context, continuation), (logprob, greedy) in zip(pairs, lm.loglikelihood(requests)):
+        before, after = letters.encode(context), letters.encode(continuation)
+        with torch.inference_mode():
+            want = endless_model(torch.tensor([before + after]))[0].log_softmax(-1)[len(before) - 1 : -1]
+        token_logprobs = want.gather(1, torch.tensor(after)[:, None])
+        assert logprob == pytest.approx(token_logprobs.sum().item(), abs=1e-2)
+        assert greedy == (want.argmax(-1).tolist() == after)
+    [text] = lm.generate_until([Instance("generate_until", {}, ("the", {"until": ["a"], "max_gen_toks": 8}), 0)])
+    assert "a" not in text
+
+
+def test_a_registered_model_is_found_by_alias(tmp_path, saved) -> None:
+    recipe = recipe_for(tmp_path, "models:/letters@champion")
+    client = open_tracking(recipe).client
+    client.create_registered_model("letters")
+    version = client.create_model_version("letters", saved.as_uri())
+    client.set_registered_model_alias("letters", "champion", version.version)
+    name, folder = find_model(recipe)
+    assert name == "letters"
+    assert checkpoint.load_config(folder) == checkpoint.load_config(saved)
+    with pytest.raises(ConfigError, match="models:/letters@other"):
+        find_model(recipe_for(tmp_path, "models:/letters@other"))
+
+
+def test_replicas_that_do_not_fit_the_cluster_are_refused(ray_cluster, saved) -> None:
+    # Ray Serve would wait forever for the missing CPUs.
+    with pytest.raises(ConfigError, match=r"50 replicas of 0\.5 CPU need 25 CPU, the Ray cluster has \d+$"):
+        start(recipe_for(saved.parents[1], saved, replicas=50))
+
+
+def test_build_names_invalid_args() -> None:
+    with pytest.raises(ConfigError, match="serve args: prefil_chunk: Extra inputs"):
+        build({"checkpoint": "x", "prefil_chunk": 5})
+    with pytest.raises(ConfigError, match="serve args: checkpoint: Field required"):
+        build({})
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_the_deployment(tmp_path, saved, number) -> None:
+    recipe = recipe_for(tmp_path, saved)
+    code = (
+        "import json, sys; from pipelines.config import recipe_from_dict; from pipelines.deploy import run; "
+        "print(run(recipe_from_dict(json.loads(sys.argv[1]))))"
+    )
+    command = [sys.executable, "-c", code, json.dumps(recipe.to_dict())]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        lines = [process.stdout.readline(), process.stdout.readline()]
+        curl = shlex.split(lines[1])
+        answer = json.loads(subprocess.run([*curl, "-s"], capture_output=True, check=True, text=True).stdout)
+        assert answer["object"] == "text_completion"
+        process.send_signal(number)
+        rest = process.stdout.read()
+        assert process.wait(60) == 0, rest
+    assert lines[0].startswith(f"serving {saved} as 'letters/final' at http://127.0.0.1:{recipe.serve.port}/v1")
+    assert [line.split("(")[0] for line in rest.splitlines()] == ["stopping", "DeployResult"]
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", recipe.serve.port)) != 0
+
+
+@pytest.mark.parametrize(("fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_weights_use_the_faster_data_type(saved, monkeypatch, fast, dtype) -> None:
+    stored = []
+    monkeypatch.setattr(Transformer, "store_weights", lambda model, dtype: stored.append(dtype))
+    monkeypatch.setattr("serve.engine.config.multiplies_bf16_fast", lambda device: fast)
+    server_class = CompletionsServer.func_or_class.__mro__[1]  # Ray Serve's own initializer is a coroutine
+    server = server_class({"checkpoint": str(saved)})
+    assert stored == [getattr(torch, dtype)]
+    with TestClient(server.__serve_build_asgi_app__()) as client:
+        assert client.get("/healthz").json()["weights"] == dtype
+
+
+def test_missing_and_damaged_models(tmp_path, saved, endless_model, letters) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere: no such checkpoint folder"):
+        start(recipe_for(tmp_path, tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="models:/fiftyfold@champion"):
+        start(recipe_for(tmp_path, "models:/fiftyfold@champion"))
+    checkpoint.save(endless_model, tmp_path / "no-tokenizer")
+    with pytest.raises(ConfigError, match=r"tokenizer .*no-tokenizer"):
+        start(recipe_for(tmp_path, tmp_path / "no-tokenizer"))
+    checkpoint.save(endless_model, tmp_path / "damaged", letters)
+    weights = tmp_path / "damaged" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"damaged.*model.safetensors"):
+        start(recipe_for(tmp_path, tmp_path / "damaged"))
+
+
+def test_event_stream_bytes(deployment) -> None:
+    """The raw event stream, as a client without a library reads it."""
+    body = {"prompt": "the", "max_tokens": 3, "temperature": 0, "stream": True}
+    text = httpx.post(f"{deployment.url}/v1/completions", json=body).text
+    lines = text.split("\n")
+    assert lines[-3:] == ["data: [DONE]", "", ""]
+    for data, blank in zip(lines[:-3:2], lines[1:-3:2]):
+        assert blank == ""
+        assert json.loads(data.removeprefix("data: "))["object"] == "text_completion"
