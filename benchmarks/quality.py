@@ -36,15 +36,16 @@ from benchmarks.harness import Findings, benchmark, command_line, options_of
 from benchmarks.report import table
 from model.errors import ConfigError
 from model.files import atomic_folder
-from pipelines import compare, compute_dtype, prepare
-from pipelines.compare import METRICS as COMPARED
-from pipelines.compare import WAYS
-from pipelines.config import Recipe, load_recipe, with_overrides
-from pipelines.data import read_manifest
-from pipelines.prepared import fit_to_data
-from pipelines.run_folder import SETTINGS_OF_A_TRAINING, claimed
-from pipelines.tracking import TrackedRun, open_tracking
-from pipelines.trainer import Trainer, build_trainer, folder_batches
+from pipelines.data.check import fit_to_data
+from pipelines.data.packing import read_manifest
+from pipelines.recipe.schema import Recipe, load_recipe, with_overrides
+from pipelines.steps import compare, prepare
+from pipelines.steps.compare import METRICS as COMPARED
+from pipelines.steps.compare import WAYS
+from pipelines.tracking.mlflow_store import TrackedRun, open_tracking
+from pipelines.tracking.run_folder import SETTINGS_OF_A_TRAINING, claimed
+from pipelines.training import compute_dtype
+from pipelines.training.trainer import Trainer, build_trainer, folder_batches
 
 RECIPE = Path(__file__).parents[1] / "configs/study.yaml"
 STUDIES = ("muon", "curriculum", "qat")

@@ -40,9 +40,9 @@ from model.generation import prefill
 from model.paging import PagePool
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
-from pipelines import prepare
-from pipelines.config import load_recipe
-from pipelines.trainer import build_trainer, folder_batches
+from pipelines.recipe.schema import load_recipe
+from pipelines.steps import prepare
+from pipelines.training.trainer import build_trainer, folder_batches
 
 LENGTHS = [1 << n for n in range(10, 21, 2)]
 DECODED, SHORT = 64, 1024

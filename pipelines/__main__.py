@@ -8,7 +8,7 @@ import signal
 import sys
 
 from model.errors import ConfigError, FiftyfoldError
-from pipelines.interrupts import on_sigterm
+from pipelines.ray_runtime.signals import on_sigterm
 
 STEPS = {
     "demo": "the whole loop with one recipe: prepare, sweep, train, baseline, evaluate, promote, deploy, ask",
@@ -56,7 +56,7 @@ def own_options(arguments: list[str]) -> tuple[argparse.Namespace | None, list[s
         description=STEPS[step],
         allow_abbrev=False,
     )
-    importlib.import_module(f"pipelines.{step}").add_options(parser)
+    importlib.import_module(f"pipelines.steps.{step}").add_options(parser)
     options, rest = parser.parse_known_args(arguments[1:])
     return options, [step, *rest]
 
@@ -82,9 +82,9 @@ def main(arguments: list[str]) -> int:
         _check_imports()
         options, arguments = own_options(arguments)
         step, files, overrides, print_config = parse(arguments)
-        from pipelines.config import load_recipe
+        from pipelines.recipe.schema import load_recipe
 
-        module = importlib.import_module(f"pipelines.{step}") if options is not None else None
+        module = importlib.import_module(f"pipelines.steps.{step}") if options is not None else None
         recipe = load_recipe(files, overrides) if module is None else module.load(options, files, overrides)
         if print_config:
             import yaml
@@ -94,7 +94,7 @@ def main(arguments: list[str]) -> int:
         if module is not None:
             module.run(recipe, options)
         else:
-            importlib.import_module(f"pipelines.{step}").run(recipe)
+            importlib.import_module(f"pipelines.steps.{step}").run(recipe)
     except FiftyfoldError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from pipelines.__main__ import parse
-from pipelines.config import load_recipe
+from pipelines.recipe.schema import load_recipe
 from serve.app import ServeArgs
 
 CLUSTER = Path(__file__).parents[1] / "cluster"

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import prepare
-from pipelines.config import Recipe, recipe_from_dict
+from pipelines.recipe.schema import Recipe, recipe_from_dict
+from pipelines.steps import prepare
 
 MODEL = {
     "hidden_size": 32,

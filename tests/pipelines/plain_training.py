@@ -8,9 +8,9 @@ import pyarrow as pa
 import torch
 from safetensors.torch import save_file
 
-from pipelines.config import recipe_from_dict
-from pipelines.data import SHARD_SCHEMA, batches, cut_rows
-from pipelines.trainer import build_trainer, folder_batches
+from pipelines.data.packing import SHARD_SCHEMA, batches, cut_rows
+from pipelines.recipe.schema import recipe_from_dict
+from pipelines.training.trainer import build_trainer, folder_batches
 
 
 class Record:

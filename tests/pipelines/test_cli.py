@@ -10,10 +10,10 @@ from mlflow.exceptions import MlflowException
 
 from model.config import ModelConfig
 from pipelines import __main__ as cli
-from pipelines import prepare
-from pipelines.config import load_recipe, over
-from pipelines.curriculum import total_steps
-from pipelines.train import describe
+from pipelines.recipe.schema import load_recipe, over
+from pipelines.steps import prepare
+from pipelines.steps.train import describe
+from pipelines.training.curriculum import total_steps
 
 RECIPES = ["configs/tiny.yaml"]
 

@@ -17,16 +17,16 @@ import psutil
 import pytest
 
 from model.errors import CheckpointError
-from pipelines import train
 from pipelines.__main__ import INTERRUPTED
-from pipelines.checkpoint_list import LIST
-from pipelines.config import with_overrides
-from pipelines.data import read_manifest
-from pipelines.prepared import fit_to_data
-from pipelines.run_folder import RUN
-from pipelines.tracking import TrackedRun, open_tracking
-from pipelines.train import RAY_RUN
-from pipelines.trainer import build_trainer
+from pipelines.data.check import fit_to_data
+from pipelines.data.packing import read_manifest
+from pipelines.ray_runtime.checkpoint_index import LIST
+from pipelines.recipe.schema import with_overrides
+from pipelines.steps import train
+from pipelines.steps.train import RAY_RUN
+from pipelines.tracking.mlflow_store import TrackedRun, open_tracking
+from pipelines.tracking.run_folder import RUN
+from pipelines.training.trainer import build_trainer
 
 STAGES = [
     {"attention": "dense", "steps": 10, "qat": False},
@@ -119,7 +119,7 @@ def test_a_checkpoint_is_there_once_all_before_it_is_recorded(straight):
 
 ENDED = """
 import os, signal, time
-from pipelines.cluster import ray_session
+from pipelines.ray_runtime.session import ray_session
 with ray_session():
     for ctrl_c in (signal.default_int_handler, signal.SIG_IGN):  # in the foreground, and in a script's background
         signal.signal(signal.SIGINT, ctrl_c)
@@ -255,7 +255,7 @@ def test_a_killed_run_goes_on_without_a_trace(prepared, ray_cluster, straight, t
 SLOWLY = """
 import sys, time
 from pipelines import __main__ as cli
-from pipelines.tracking import TrackedRun
+from pipelines.tracking.mlflow_store import TrackedRun
 log = TrackedRun.log_metrics
 def slow(*arguments):
     time.sleep(1.0)

@@ -20,9 +20,9 @@ import torch
 
 from model.muon import MuonAdamW
 from model.transformer import Transformer
-from pipelines import prepare
-from pipelines.config import load_recipe, with_overrides
-from pipelines.trainer import build_trainer, folder_batches
+from pipelines.recipe.schema import load_recipe, with_overrides
+from pipelines.steps import prepare
+from pipelines.training.trainer import build_trainer, folder_batches
 
 FILE = Path(__file__).parent / "golden" / "tiny.json"
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"

@@ -15,10 +15,10 @@ from test_exact_resume import history, noted, processes_below, wait_for_checkpoi
 
 from model import checkpoint
 from model.errors import CheckpointError, FiftyfoldError
-from pipelines import train
-from pipelines.config import with_overrides
-from pipelines.evaluate import weights_digest
-from pipelines.snapshot import OPTIMIZER
+from pipelines.recipe.schema import with_overrides
+from pipelines.steps import train
+from pipelines.steps.evaluate import weights_digest
+from pipelines.training.train_state import OPTIMIZER
 
 STAGES = [
     {"attention": "dense", "steps": 1, "qat": False},

@@ -12,8 +12,8 @@ import json, sys
 from pathlib import Path
 for name in ("ray", "mlflow", "lm_eval", "transformers", "matplotlib", "psutil", "rich", "httpx"):
     sys.modules[name] = None  # so that importing it fails
-from pipelines.config import recipe_from_dict
-from pipelines.trainer import build_trainer, folder_batches
+from pipelines.recipe.schema import recipe_from_dict
+from pipelines.training.trainer import build_trainer, folder_batches
 
 class Terminal:
     def log(self, step, metrics):
