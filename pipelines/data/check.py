@@ -1,4 +1,4 @@
-"""A recipe and the data folder that it names: prepared with its settings, or refused."""
+"""Checks that a recipe matches the data folder it names."""
 
 from __future__ import annotations
 
@@ -6,41 +6,44 @@ import tempfile
 from pathlib import Path
 
 from model.errors import ConfigError, DataError
-from model.tokenizer import FILE_NAME, load_tokenizer
-from pipelines.data.packing import Manifest, file_sha256
+from model.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
+from pipelines.data.manifest import Manifest, file_sha256
 from pipelines.recipe.schema import Recipe
 
 
-def fit_to_data(recipe: Recipe, manifest: Manifest) -> Recipe:
-    """The recipe with the vocabulary of its prepared data.
+def check_prepared(recipe: Recipe, manifest: Manifest) -> Recipe:
+    """Return ``recipe`` with the vocabulary size of its prepared data.
 
-    Raises ConfigError naming the first setting that they were not prepared with, DataError where the tokenizer's file
-    is not theirs.
+    Raises ConfigError naming the first setting that differs from those of the data, and DataError if the tokenizer
+    file in the folder is missing or damaged.
     """
-    folder, found = recipe.data_folder, manifest.settings
+    folder, prepared = recipe.data_folder, manifest.settings
     file = folder / FILE_NAME
-    if not file.is_file() or file_sha256(file) != found["tokenizer_sha256"]:
+    if not file.is_file() or file_sha256(file) != prepared["tokenizer_sha256"]:
         raise DataError(f"{file}: missing or damaged; delete the folder and prepare it again")
     for key, value in recipe.data.content().items():
-        if value != found.get(key):
+        if value != prepared.get(key):
             raise ConfigError(
-                f"data.{key}: {value}, but {folder} was prepared with {found.get(key)}; prepare under another data.name"
+                f"data.{key}: {value}, but {folder} was prepared with {prepared.get(key)}; prepare under another "
+                "data.name"
             )
-    if recipe.data.tokenizer != manifest.tokenizer and _sha256(recipe.data.tokenizer) != found["tokenizer_sha256"]:
+    if recipe.data.tokenizer != manifest.tokenizer:
+        digest = tokenizer_sha256(load_tokenizer(recipe.data.tokenizer))
+        if digest != prepared["tokenizer_sha256"]:
+            raise ConfigError(
+                f"data.tokenizer: {recipe.data.tokenizer}, but {folder} was prepared with {manifest.tokenizer}; "
+                "prepare under another data.name"
+            )
+    if recipe.model.window > prepared["window"]:
         raise ConfigError(
-            f"data.tokenizer: {recipe.data.tokenizer}, but {folder} was prepared with {manifest.tokenizer}; prepare "
-            "under another data.name"
-        )
-    if recipe.model.window > found["window"]:
-        raise ConfigError(
-            f"model.window: {recipe.model.window} is wider than the {found['window']} tokens that facts in {folder} "
-            "keep away from their questions; prepare under another data.name"
+            f"model.window: {recipe.model.window} is wider than the {prepared['window']} tokens by which facts in "
+            f"{folder} precede their questions; prepare under another data.name"
         )
     return recipe.model_copy(update={"model": recipe.model.replace(vocab_size=manifest.vocab_size)})
 
 
-def _sha256(tokenizer: str) -> str:
-    """Of the file that ``prepare`` leaves with the shards."""
+def tokenizer_sha256(tokenizer: Tokenizer) -> str:
+    """Return the SHA-256 of the file in which a data folder stores ``tokenizer``."""
     with tempfile.TemporaryDirectory() as folder:
-        load_tokenizer(tokenizer).save(folder)
+        tokenizer.save(folder)
         return file_sha256(Path(folder) / FILE_NAME)

@@ -1,7 +1,8 @@
-"""Ray Train's list of a run's checkpoints, from which the run goes on.
+"""Ray Train's index of a run's checkpoints, from which the run resumes.
 
-Ray writes it in place: a process killed meanwhile, or a full disk, would leave a part of it, and a run that cannot go
-on. So a whole list is copied aside before each checkpoint. A checkpoint that only the lost one named is trained again.
+Ray writes the index in place, so a killed process or a full disk leaves a truncated one and a run that cannot resume.
+The index is therefore backed up before each checkpoint. The step of a checkpoint missing from the backup is trained
+again.
 """
 
 from __future__ import annotations
@@ -13,46 +14,48 @@ from typing import Any
 
 from model.files import write_text
 
-LIST = "checkpoint_manager_snapshot.json"
-_PATIENCE = 10.0
-"""Seconds."""
-_COPY = f"{LIST}.before"
+INDEX = "checkpoint_manager_snapshot.json"
+_TIMEOUT_SECONDS = 10.0
+_BACKUP = f"{INDEX}.before"
 
 
-def keep_copy(folder: Path, last: str | None) -> None:
-    """Copy the list in ``folder`` aside, if there is a whole one, once it has ``last``, the checkpoint reported before.
+def back_up(folder: Path, last: str | None) -> None:
+    """Back up the index in ``folder``, if it is complete, once it lists ``last``, the checkpoint reported before.
 
-    Ray writes it some time after a report; a copy that is two checkpoints behind may name deleted ones only. Where it
-    does not come within some seconds, the copy is of what there is. Raises OSError.
+    Ray writes the index some time after a report, and a backup two checkpoints behind may list deleted ones only. If
+    ``last`` does not appear within a timeout, the index is backed up as it is. Raises OSError.
     """
-    deadline = time.monotonic() + _PATIENCE
-    state = _read(folder / LIST)
-    while last is not None and last not in json.dumps(state) and time.monotonic() < deadline:
+    deadline = time.monotonic() + _TIMEOUT_SECONDS
+    index = _read(folder / INDEX)
+    while last is not None and last not in json.dumps(index) and time.monotonic() < deadline:
         time.sleep(0.05)
-        state = _read(folder / LIST)
-    if state is not None:
-        write_text(folder / _COPY, json.dumps(state))
+        index = _read(folder / INDEX)
+    if index is not None:
+        write_text(folder / _BACKUP, json.dumps(index))
 
 
-def restore(folder: Path) -> int | None:
-    """Put the list, or its copy where it is not whole, in order: as far as its checkpoints are still there. Returns how
-    many they are (of none, the run begins anew), or None where nothing was wrong."""
-    path = folder / LIST
+def repair(folder: Path) -> int | None:
+    """Repair the index: fall back to the backup if it is truncated, and drop entries whose folder is gone.
+
+    Return the number of checkpoints kept, or None if nothing needed repair. Without any, the index is deleted and the
+    run starts over.
+    """
+    path = folder / INDEX
     if not path.exists():
         return None
-    whole = _read(path)
-    state = whole or _read(folder / _COPY) or {"checkpoint_results": [], "checkpoint_report_indices": []}
-    known = list(zip(state["checkpoint_results"], state["checkpoint_report_indices"]))
-    left = [(result, index) for result, index in known if (folder / result["checkpoint_dir_name"]).exists()]
-    if whole is not None and len(left) == len(known):
+    intact = _read(path)
+    index = intact or _read(folder / _BACKUP) or {"checkpoint_results": [], "checkpoint_report_indices": []}
+    listed = list(zip(index["checkpoint_results"], index["checkpoint_report_indices"]))
+    kept = [(result, number) for result, number in listed if (folder / result["checkpoint_dir_name"]).exists()]
+    if intact is not None and len(kept) == len(listed):
         return None
-    if left:
-        results, indices = map(list, zip(*left))
-        state |= {"checkpoint_results": results, "checkpoint_report_indices": indices}
-        write_text(path, json.dumps(state | {"latest_checkpoint_result": results[-1]}))
+    if kept:
+        results, numbers = map(list, zip(*kept))
+        index |= {"checkpoint_results": results, "checkpoint_report_indices": numbers}
+        write_text(path, json.dumps(index | {"latest_checkpoint_result": results[-1]}))
     else:
         path.unlink()
-    return len(left)
+    return len(kept)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

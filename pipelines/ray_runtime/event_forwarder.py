@@ -1,4 +1,9 @@
-"""The driver's side of a training's news: out of the mailbox, into MLflow and onto the terminal."""
+"""Forwarding of a training's events, on the driver, to MLflow and the terminal.
+
+Two processes take part. Rank 0 puts events into the queue; the driver's thread drains it, logs each event and
+acknowledges it. Before a checkpoint counts as written, rank 0 waits for the acknowledgment of its metrics. A run that
+resumes from the checkpoint thus never has to repeat them.
+"""
 
 from __future__ import annotations
 
@@ -7,132 +12,117 @@ import json
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 
-import pipelines.ray_runtime.session  # noqa: F401  (sets Ray's environment before ray is imported)
-
-# isort: split
 import ray
 
 from model.files import write_text
-from pipelines.ray_runtime.event_queue import Mailbox
+from pipelines.ray_runtime.event_queue import EventQueue, TrainEvent
 from pipelines.reports.terminal import TrainingProgress
 from pipelines.tracking.mlflow_store import TrackedRun
 
 WALL_SECONDS = "train/wall_seconds"
-"""How long a run has trained, in all its processes, each from its beginning to its last report."""
-PAUSES = (0.5, 1.0, 2.0, 4.0, 8.0)
-"""Seconds before MLflow is asked once more to take what it refused."""
+"""Training time of a run over all its processes, each from its start to its last report."""
+RETRY_DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""Seconds to wait before each retry of a request that MLflow failed."""
 
 
-@dataclass(frozen=True)
-class News:
-    """What rank 0 tells the driver: metrics of a step, or in a sentence what happened at it."""
+class EventForwarder:
+    """Context manager that forwards events while it is open, and closes the queue once it is empty.
 
-    step: int
-    metrics: dict[str, float]
-    reported: bool = False
-    event: str | None = None
-    tags: dict[str, str] = field(default_factory=dict)
-    """Tags of the MLflow run."""
-
-
-class Listener:
-    """Context manager that carries news while it is open, and closes the mailbox once that is empty.
-
-    What MLflow does not take, asked again for a while, must not end a training, nor be lost: it stays in the file
-    ``unsent``, a line each, which the next listener sends before anything else.
+    An unreachable MLflow must neither end a training nor lose its metrics: after all retries, events go to the file
+    ``unsent``, one per line, which the next forwarder sends first.
     """
 
-    def __init__(self, mailbox: Mailbox, tracked: TrackedRun, progress: TrainingProgress, unsent: Path):
-        self.refusal: Exception | None = None
-        """Why MLflow did not take something that it was offered."""
+    def __init__(self, queue: EventQueue, tracked: TrackedRun, progress: TrainingProgress, unsent: Path):
+        self.error: Exception | None = None
+        """Last error of MLflow after all retries."""
         self.kept = True
-        """Whether all that it did not take is in the file."""
-        self._mailbox, self._tracked, self._progress, self._unsent = mailbox, tracked, progress, unsent
-        self._earlier, self._started = 0.0, 0.0
+        """Whether all unsent events are in the file."""
+        self._queue, self._tracked, self._progress, self._unsent = queue, tracked, progress, unsent
+        self._earlier_seconds, self._started = 0.0, 0.0
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread = threading.Thread(target=self._forward, daemon=True)
 
-    def __enter__(self) -> Listener:
-        self._earlier, self._started = self._tracked.metrics().get(WALL_SECONDS, 0.0), time.monotonic()
-        self._send_what_was_left()
+    def __enter__(self) -> EventForwarder:
+        self._earlier_seconds, self._started = self._tracked.metrics().get(WALL_SECONDS, 0.0), time.monotonic()
+        self._send_unsent()
         self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         self._done.set()
         self._thread.join()
-        self._mailbox.close()
+        self._queue.close()
 
-    def _listen(self) -> None:
+    def _forward(self) -> None:
         while True:
             ending = self._done.is_set()
             try:
-                taken = self._mailbox.take(0.2)
-                for news in (News(**item) for item in taken):
-                    self._hear(news)
-                if taken:
-                    self._mailbox.acknowledge(len(taken))
+                events = self._queue.drain(0.2)
+                for event in events:
+                    self._handle(event)
+                if events:
+                    self._queue.acknowledge(len(events))
             except ray.exceptions.RayError:
-                return  # the cluster went away; the training's own error says why
-            if ending and not taken:
+                return  # the cluster is gone; the training's own error tells why
+            if ending and not events:
                 return
 
-    def _hear(self, news: News) -> None:
-        if news.reported:
-            news.metrics[WALL_SECONDS] = self._earlier + time.monotonic() - self._started
-        if not self._sent(news):
+    def _handle(self, event: TrainEvent) -> None:
+        if event.reported:
+            event.metrics[WALL_SECONDS] = self._earlier_seconds + time.monotonic() - self._started
+        if not self._send(event):
             try:
                 self._unsent.parent.mkdir(parents=True, exist_ok=True)
                 with self._unsent.open("a") as file:
-                    file.write(_line(news))
-            except OSError:  # a full disk
+                    file.write(_to_line(event))
+            except OSError:  # e.g. a full disk
                 self.kept = False
         with contextlib.suppress(OSError):  # a closed terminal
-            if news.event is not None:
-                self._progress.tell(news.step, news.event)
+            if event.event is not None:
+                self._progress.print_event(event.step, event.event)
             else:
-                self._progress.update(news.step, news.metrics, news.reported)
+                self._progress.update(event.step, event.metrics, event.reported)
 
-    def _send_what_was_left(self) -> None:
+    def _send_unsent(self) -> None:
         if not self._unsent.exists():
             return
-        kept: list[News] = []
+        events: list[TrainEvent] = []
         for line in self._unsent.read_text().splitlines():
-            with contextlib.suppress(ValueError, TypeError):  # an empty or a half line: a killed process, a full disk
-                kept.append(News(**json.loads(line)))
-        while kept and self._sent(kept[0]):
-            kept.pop(0)
-        if kept:
-            write_text(self._unsent, "".join(map(_line, kept)))
+            with contextlib.suppress(ValueError, TypeError):  # an empty line, or one torn by a kill or a full disk
+                events.append(TrainEvent(**json.loads(line)))
+        while events and self._send(events[0]):
+            events.pop(0)
+        if events:
+            write_text(self._unsent, "".join(map(_to_line, events)))
         else:
             self._unsent.unlink()
 
-    def _sent(self, news: News) -> bool:
-        refusal = refused(news, self._tracked, () if self.refusal else PAUSES)  # what is gone holds nobody up twice
-        self.refusal = refusal or self.refusal
-        return refusal is None
+    def _send(self, event: TrainEvent) -> bool:
+        error = try_log(event, self._tracked, () if self.error else RETRY_DELAYS)  # retries only for the first failure
+        self.error = error or self.error
+        return error is None
 
 
-def _line(news: News) -> str:
-    return "\n" + json.dumps(asdict(news))  # after what may be half a line
+def _to_line(event: TrainEvent) -> str:
+    return "\n" + json.dumps(asdict(event))  # the line before may be torn
 
 
-def refused(news: News, tracked: TrackedRun, pauses: Iterable[float] = PAUSES) -> Exception | None:
-    """Tell MLflow, again after each of the pauses (seconds) where it takes nothing. Returns why not in the end."""
-    refusal = None
-    for pause in (0.0, *pauses):
-        time.sleep(pause)
+def try_log(event: TrainEvent, tracked: TrackedRun, delays: Iterable[float] = RETRY_DELAYS) -> Exception | None:
+    """Log an event to MLflow, with a retry after each delay in seconds. Return the last error, or None on success."""
+    error = None
+    for delay in (0.0, *delays):
+        time.sleep(delay)
         try:
-            tracked.log_metrics(news.metrics, news.step)
-            if news.tags:
-                tracked.set_tags(news.tags)
-            if news.event is not None:
-                tracked.tell(news.step, news.event)
+            tracked.log_metrics(event.metrics, event.step)
+            if event.tags:
+                tracked.set_tags(event.tags)
+            if event.event is not None:
+                tracked.log_event(event.step, event.event)
             return None
-        except Exception as error:  # MLflow lets the errors of its store's drivers through
-            refusal = error
-    return refusal
+        except Exception as failure:  # MLflow lets the errors of its store's drivers through
+            error = failure
+    return error

@@ -1,4 +1,4 @@
-"""The Ray cluster a step runs on: the one that RAY_ADDRESS names, else one of its own that ends with it."""
+"""The Ray cluster of a step: the one at RAY_ADDRESS, or a local one that ends with the step."""
 
 from __future__ import annotations
 
@@ -7,18 +7,6 @@ import math
 import os
 import signal
 import threading
-
-# Before ray is imported anywhere: no usage reports, and no token file in the user's home for a private cluster.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-if "RAY_ADDRESS" not in os.environ:
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-# A worker's report waits until Train's controller has looked; every 2 s by default, which is longer than small steps.
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-# Serve kills an HTTP proxy that takes longer to start, 5 s by default: on a busy machine importing it takes longer.
-os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's own panels; the sweep prints its trials itself
-
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -27,27 +15,30 @@ import psutil
 import ray
 
 from model.errors import ConfigError, FiftyfoldError
-from pipelines.ray_runtime.signals import on_sigterm
+from pipelines.ray_runtime.signals import handle_sigterm
 
 OBJECT_STORE_BYTES = 400 * 2**20
 MIN_LOGICAL_CPUS = 6
-"""Logical CPUs of a local cluster, however few cores there are: beside its workers a step reads data and runs Train's,
-Tune's or Serve's own processes, which mostly wait."""
+"""Minimum logical CPUs of a local cluster, whatever the number of cores. Besides its workers a step needs tasks that
+read data and processes of Train, Tune or Serve, which mostly wait."""
 
 
 @contextmanager
 def ray_session(num_cpus: float = 0) -> Iterator[None]:
-    """Run the block on a Ray cluster; shuts down only what it started. Nested use shares the outer session.
+    """Run the block on a Ray cluster, and shut it down afterwards if it was started here. Nested sessions share one.
 
-    ``num_cpus`` is what the step needs of a local cluster, in logical CPUs; it is ignored when joining one. SIGTERM
-    ends the block as Ctrl-C does.
+    SIGTERM ends the block like Ctrl-C.
+
+    Args:
+        num_cpus: Logical CPUs that the step needs of a local cluster; ignored when joining one.
     """
     if ray.is_initialized():
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
     handler = signal.getsignal(signal.SIGTERM)
-    # Workers import the rooms from the checkout; a joined cluster gets them from the job's working directory.
+    # Workers of a local cluster import this project from the checkout, those of a joined one from the job's working
+    # directory.
     if address:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -56,8 +47,8 @@ def ray_session(num_cpus: float = 0) -> Iterator[None]:
     else:
         _start_local(math.ceil(max(num_cpus, MIN_LOGICAL_CPUS)))
     in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread:  # Ray's own handler, set by now, aborts: runs would be left as running
-        signal.signal(signal.SIGTERM, on_sigterm)
+    if in_main_thread:  # Ray has installed a handler that aborts, which would leave MLflow runs marked as running
+        signal.signal(signal.SIGTERM, handle_sigterm)
     try:
         yield
     finally:
@@ -67,15 +58,15 @@ def ray_session(num_cpus: float = 0) -> Iterator[None]:
 
 
 def _start_local(num_cpus: int) -> None:
-    """Start a local cluster, at the second attempt if need be: a busy machine may miss Ray's fixed start-up timeouts.
+    """Start a local cluster, in two attempts: a busy machine may miss Ray's fixed startup timeouts.
 
-    Raises FiftyfoldError if neither attempt succeeds.
+    Raises FiftyfoldError if both fail.
     """
     options: dict[str, Any] = {
         "address": "local",  # never a stale cluster that some file still names
         "num_cpus": num_cpus,
         "object_store_memory": OBJECT_STORE_BYTES,
-        "include_dashboard": True,  # Train's controller and Serve ask its agent for state
+        "include_dashboard": True,  # Train's controller and Serve query its agent
         "dashboard_host": "127.0.0.1",
         "log_to_driver": False,
         "logging_level": logging.ERROR,
@@ -92,7 +83,7 @@ def _start_local(num_cpus: int) -> None:
 
 
 def _init_or_clean_up(options: dict[str, Any]) -> None:
-    """``ray.init``; where it fails, kill the processes it has started, of which ``ray.shutdown`` does not know."""
+    """Call ``ray.init``. If it fails, kill the processes it has started, which ``ray.shutdown`` does not know of."""
     before = psutil.Process().children(recursive=True)
     try:
         ray.init(**options)
@@ -107,13 +98,13 @@ def _init_or_clean_up(options: dict[str, Any]) -> None:
 
 
 def local_cpus() -> int:
-    """Logical CPUs that this machine is good for."""
+    """Return the number of logical CPUs to give a local cluster on this machine."""
     return max(MIN_LOGICAL_CPUS, os.cpu_count() or 1)
 
 
-def need(key: str, cpus: float, gpus: float = 0) -> None:
-    """Raise ConfigError naming ``key`` unless the cluster has that much; Ray would wait for it without end."""
-    there = ray.cluster_resources()
+def require_resources(key: str, cpus: float, gpus: float = 0) -> None:
+    """Raise ConfigError naming ``key`` if the cluster has fewer resources; Ray would wait for them forever."""
+    available = ray.cluster_resources()
     for kind, needed in (("CPU", cpus), ("GPU", gpus)):
-        if needed > there.get(kind, 0):
-            raise ConfigError(f"{key}: needs {needed:g} {kind}, the Ray cluster has {there.get(kind, 0):g}")
+        if needed > available.get(kind, 0):
+            raise ConfigError(f"{key}: needs {needed:g} {kind}, the Ray cluster has {available.get(kind, 0):g}")

@@ -1,10 +1,10 @@
-"""SIGTERM, answered as Ctrl-C is: what is open is closed, and the run is kept as stopped."""
+"""SIGTERM handled like Ctrl-C: contexts are closed and the MLflow run is marked KILLED."""
 
 import signal
 
 
-def on_sigterm(*_: object) -> None:
-    """A handler for it."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a script's shell starts what it puts in the background
+def handle_sigterm(*_: object) -> None:
+    """Raise KeyboardInterrupt, through the SIGINT handler if there is one."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # set by a shell for background processes
         raise KeyboardInterrupt
-    signal.raise_signal(signal.SIGINT)  # Ray Train may have a handler of its own
+    signal.raise_signal(signal.SIGINT)  # Ray Train may have installed its own handler

@@ -1,4 +1,4 @@
-"""A cache's bytes as they are: allocated, filled, and seen from outside as the process's resident memory."""
+"""Measured bytes of an allocated and filled cache, and the growth of the process's resident memory."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from model.errors import CacheError
 BYTES_PER_TOKEN = "cache/bytes_per_token"
 MEASURED_TOKENS = 65_536
 MEASUREMENT_RULE = (
-    "bytes of a cache allocated and filled with random entries; components: of the storages, in whole pages; resident "
-    "memory: by how much the process's grew over both, against the closed form of the whole cache"
+    "bytes of a cache allocated and filled with random entries; components: bytes of the storages, in whole pages; "
+    "resident memory: growth of the process's memory, against the closed form of the total cache"
 )
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Bytes of one sequence's cache at ``tokens`` tokens. ``components`` maps a name to (measured, closed form)."""
+    """Bytes of one sequence's cache at ``tokens`` tokens."""
 
     tokens: int
     components: dict[str, tuple[int, float]]
+    """(measured, closed form) by name."""
     resident: int
     """Growth of the process's resident memory."""
 
@@ -41,16 +42,16 @@ class Measurement:
         return sum(expected for _, expected in self.components.values())
 
     def rows(self) -> list[list[str]]:
-        """Name, closed form, measured (bytes) and their difference, of every component and of the whole."""
-        whole = {"total": self.measured, "resident memory": self.resident}
-        pairs = self.components | {name: (measured, self.closed_form) for name, measured in whole.items()}
+        """Return name, closed form, measured bytes and their difference for every component and the total."""
+        totals = {"total": self.measured, "resident memory": self.resident}
+        pairs = self.components | {name: (measured, self.closed_form) for name, measured in totals.items()}
         return [
             [name, f"{expected:,.0f}", f"{measured:,}", f"{measured / expected - 1:+.2%}"]
             for name, (measured, expected) in pairs.items()
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
+        """Return plain values for JSON."""
         components = {
             name: {"measured": measured, "closed_form": expected}
             for name, (measured, expected) in self.components.items()
@@ -66,10 +67,9 @@ class Measurement:
 
 
 def measure_cache(config: ModelConfig, tokens: int) -> Measurement:
-    """Allocate and fill the cache of one sequence of ``tokens`` tokens.
+    """Allocate and fill the cache of one sequence of ``tokens`` tokens, and measure it.
 
-    Raises CacheError, before anything is allocated, where the machine has too little memory available, or for a
-    length that the model does not allow.
+    Raises CacheError, before anything is allocated, if memory is short or the model does not allow the length.
     """
     needed = Cache(config, 1, tokens, device="meta").nbytes()
     available = psutil.virtual_memory().available
@@ -78,7 +78,7 @@ def measure_cache(config: ModelConfig, tokens: int) -> Measurement:
             f"a cache of {tokens:,} tokens takes {needed:,} bytes, and filling it up to {SPARE_BYTES:,} more, "
             f"but {available:,} bytes of memory are available"
         )
-    fill_random(Cache(config, 1, 1), 1)  # loads the library's code, which would count otherwise
+    fill_random(Cache(config, 1, 1), 1)  # warm up: code loaded by the first use would count otherwise
     before = _resident()
     cache = Cache(config, 1, tokens)
     fill_random(cache, tokens)
@@ -89,7 +89,7 @@ def measure_cache(config: ModelConfig, tokens: int) -> Measurement:
 
 
 def _resident() -> int:
-    """Resident bytes of this process, without what the C library keeps for later allocations (where it is glibc)."""
+    """Return the resident bytes of this process, after glibc has returned its free memory."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -98,6 +98,6 @@ def _resident() -> int:
 
 
 def measured_cache(config: ModelConfig) -> dict[str, float]:
-    """Metrics of one sequence's cache, from storages allocated for MEASURED_TOKENS tokens (or the model's maximum)."""
+    """Return metrics of one sequence's cache, allocated for MEASURED_TOKENS tokens or the model's maximum."""
     cache = Cache(config, 1, min(MEASURED_TOKENS, config.max_positions))
     return {BYTES_PER_TOKEN: cache.bytes_per_token(), "cache/measured_tokens": float(cache.max_tokens)}

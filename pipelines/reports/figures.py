@@ -1,4 +1,4 @@
-"""Figures of the pipeline steps, drawn with matplotlib's object interface: no window, no global state."""
+"""Figures of the sweep and budget steps, drawn with matplotlib's object interface: no window, no global state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ _WINNER, _TRIAL, _LINE = "#c0392b", "#2c5f8a", "#9aa7b1"
 
 
 def pareto_front(points: Sequence[tuple[float, float]], higher: bool) -> set[int]:
-    """Indices of the points (cost, score) that no other point beats in both; ``higher`` scores are better."""
+    """Return the indices of the points (cost, score) on the Pareto front.
+
+    Args:
+        higher: Whether higher scores are better.
+    """
     sign = 1 if higher else -1
     return {
         i
@@ -33,23 +37,28 @@ def pareto_figure(
     winner: int,
     budget: float | None,
 ) -> Figure:
-    """Recall and validation loss against cache bytes per token; rows (bytes, recall, loss, steps).
+    """Draw recall and validation loss against cache bytes per token.
 
-    Points carry numbers that a list beside them explains: settings with nearly equal caches would overlap as labels.
+    Points are numbered and listed beside the panels, since labels of nearly equal caches would overlap.
+
+    Args:
+        trials: Rows (bytes, recall, loss, steps).
+        winner: Index of the winner.
+        budget: Maximum bytes per token, if any.
     """
     figure = Figure(figsize=(12, 4.4), layout="constrained")
     panels = figure.subplots(1, 3, width_ratios=(1, 1, 0.62))
-    most = max(steps for *_, steps in trials)
-    for axes, place, title, higher in (
+    max_steps = max(steps for *_, steps in trials)
+    for axes, column, title, higher in (
         (panels[0], 1, "recall of key-value pairs", True),
         (panels[1], 2, "validation loss", False),
     ):
-        points = [(row[0], row[place]) for row in trials]
+        points = [(row[0], row[column]) for row in trials]
         line = sorted(points[i] for i in pareto_front(points, higher))
         axes.plot(*zip(*line), color=_LINE, linewidth=1.2, label="Pareto front", zorder=1)
         for i, (x, y) in enumerate(points):
             color = _WINNER if i == winner else _TRIAL
-            face = color if trials[i][3] == most else "white"
+            face = color if trials[i][3] == max_steps else "white"
             axes.scatter(x, y, s=210, edgecolor=color, facecolor=face, zorder=2 + i)
             ink = "white" if face == color else color
             axes.annotate(str(i + 1), (x, y), ha="center", va="center", fontsize=8, color=ink, zorder=2 + i)
@@ -61,13 +70,13 @@ def pareto_figure(
         axes.legend(fontsize=8, loc="lower right" if higher else "upper right")
     panels[2].axis("off")
     listed = [
-        f"{i + 1}  {label}" + (f"  ({trials[i][3]} steps)" if trials[i][3] < most else "")
+        f"{i + 1}  {label}" + (f"  ({trials[i][3]} steps)" if trials[i][3] < max_steps else "")
         for i, label in enumerate(labels)
     ]
     for i, text in enumerate(listed):
         color = _WINNER if i == winner else "#333333"
         panels[2].text(0, 0.95 - 0.075 * i, text, fontsize=8.5, color=color, transform=panels[2].transAxes)
-    panels[2].set_title("trials (winner red, hollow: stopped early)", fontsize=9, loc="left")
+    panels[2].set_title("trials (red: winner, hollow: stopped early)", fontsize=9, loc="left")
     return figure
 
 
@@ -83,9 +92,12 @@ def budget_figure(
     crossings: Mapping[str, Regime],
     config: ModelConfig,
 ) -> Figure:
-    """Cache bytes and decode FLOPs over the sequence's length, beside references, and the model's FLOPs by part.
+    """Draw cache bytes and decode FLOPs against sequence length beside references, and the model's FLOPs by part.
 
-    Dots stand where the closed forms cross (``crossings``, by key), which is computed, not drawn by hand.
+    Dots mark where the closed forms cross.
+
+    Args:
+        crossings: Computed crossover lengths by key.
     """
     figure = Figure(figsize=(15, 5.4), layout="constrained")
     cache, total, parts = figure.subplots(1, 3)
@@ -100,7 +112,7 @@ def budget_figure(
         fixed = sum(own.fixed.values())
         cache.axhline(fixed, color=_TRIAL, linestyle=":", linewidth=1.2, label=f"{own.name}: windows and tails")
     cache.set(title="cache of one sequence, fixed state included", ylabel="bytes")
-    total.set(title="decoding one token, all work", ylabel="FLOPs (FP8 equivalents)")
+    total.set(title="decoding one token, all operations", ylabel="FLOPs (FP8 equivalents)")
 
     def work(n: int, *kinds: str) -> float:
         return sum(part.flops for part in own.work(n) if part.kind in kinds)
@@ -122,7 +134,7 @@ def budget_figure(
     parts.set(title="decoding one token: the model's parts", ylabel="FLOPs (raw)")
 
     def mark(axes: Axes, tokens: int | None, height: Callable[[int], float], color: str, label: str = "") -> None:
-        """A dot, and a line down to its length."""
+        """Mark a crossover with a dot and a vertical line."""
         if tokens is None or not lengths[0] <= tokens <= lengths[-1]:
             return
         axes.vlines(tokens, 0, height(tokens), color="black", linewidth=0.7, alpha=0.6)
@@ -139,15 +151,18 @@ def budget_figure(
             zorder=6,
         )
 
-    place = {key: crossing.tokens for key, crossing in crossings.items()}
-    mark(cache, place.get("fixed"), lambda n: own.bytes_per_token * n, "black")
+    crossover = {key: crossing.tokens for key, crossing in crossings.items()}
+    mark(cache, crossover.get("fixed"), lambda n: own.bytes_per_token * n, "black")
     mark(
-        parts, place.get("hca"), lambda n: sum(w.flops for w in own.work(n) if w.part == "core attention, csa"), "black"
+        parts,
+        crossover.get("hca"),
+        lambda n: sum(w.flops for w in own.work(n) if w.part == "core attention, csa"),
+        "black",
     )
-    mark(parts, place.get("index"), lambda n: work(n, "core"), "black")
-    mark(parts, place.get("attention"), lambda n: work(n, "linear", "residual"), "black")
-    mostly = crossings["attention"].tokens_equivalent if "attention" in crossings else None
-    mark(total, mostly, own.equivalent, "black", f"{own.name}: from here on mostly attention and index")
+    mark(parts, crossover.get("index"), lambda n: work(n, "core"), "black")
+    mark(parts, crossover.get("attention"), lambda n: work(n, "linear", "residual"), "black")
+    dominant = crossings["attention"].tokens_equivalent if "attention" in crossings else None
+    mark(total, dominant, own.equivalent, "black", f"{own.name}: attention and index dominate from here")
     for axes in (cache, total, parts):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -159,12 +174,12 @@ def budget_figure(
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8, loc="upper left")
         low, high = axes.get_ylim()
-        axes.set_ylim(low / (high / low) ** 0.05, high * (high / low) ** 0.22)  # room for the labels and the legend
+        axes.set_ylim(low / (high / low) ** 0.05, high * (high / low) ** 0.22)  # room for labels and legend
         if config.max_positions < lengths[-1]:
             axes.axvspan(config.max_positions, lengths[-1], color=_LINE, alpha=0.18, linewidth=0)
     figure.supxlabel(
-        "Dots: lengths at which the closed forms cross. Grey: beyond the model's positions, where formulas are only "
-        f"extrapolated. {WEIGHTING[0].upper()}{WEIGHTING[1:]}.",
+        "Dots: lengths at which the closed forms cross. Gray: extrapolation beyond the model's maximum positions. "
+        f"{WEIGHTING[0].upper()}{WEIGHTING[1:]}.",
         fontsize=8,
         wrap=True,
     )
@@ -172,7 +187,7 @@ def budget_figure(
 
 
 def binary(tokens: float) -> str:
-    """Tokens in powers of 1,024: 4K, 1M, 31.8K."""
+    """Format a token count in powers of 1,024: 4K, 1M, 31.8K."""
     for unit, scale in (("M", 1 << 20), ("K", 1 << 10)):
         if tokens >= scale:
             return f"{tokens / scale:.1f}".removesuffix(".0") + unit

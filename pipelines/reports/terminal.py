@@ -1,4 +1,4 @@
-"""What a person sees while a model trains: one live line on a terminal, a line per report elsewhere."""
+"""Terminal output: training progress and tables."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ console = Console()
 
 
 class TrainingProgress:
-    """Context manager; feed it the metrics of :class:`pipelines.training.trainer.Reporter`."""
+    """Context manager that shows a live progress bar on a terminal, and prints a line per report elsewhere."""
 
     def __init__(self, name: str, total_steps: int, quiet: bool = False):
         self.name, self.total, self.quiet = name, total_steps, quiet
-        self._shown: dict[str, float] = {}
+        self._metrics: dict[str, float] = {}
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._started: tuple[float, int] | None = None
@@ -27,11 +27,11 @@ class TrainingProgress:
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=20),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[numbers]}"),
+                TextColumn("{task.fields[metrics]}"),
                 TimeRemainingColumn(),
                 console=console,
             )
-            self._task = self._bar.add_task(name, total=total_steps, numbers="starting workers")
+            self._task = self._bar.add_task(name, total=total_steps, metrics="starting workers")
 
     def __enter__(self) -> TrainingProgress:
         if self._bar is not None:
@@ -43,32 +43,32 @@ class TrainingProgress:
             self._bar.stop()
 
     def update(self, step: int, metrics: dict[str, float], reported: bool) -> None:
-        """``reported`` marks a validation or checkpoint, which gets a line of its own where lines are printed."""
-        self._shown.update(metrics)
+        """Show metrics. ``reported`` marks a validation or checkpoint, for which a line is printed."""
+        self._metrics.update(metrics)
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=step, numbers=self._numbers())
+            self._bar.update(self._task, completed=step, metrics=self._format_metrics())
         elif reported and not self.quiet:
-            print(f"{self.name}: step {step}/{self.total} {self._numbers()} {self._time_left(step)}", flush=True)
+            line = f"{self.name}: step {step}/{self.total} {self._format_metrics()} {self._format_time_left(step)}"
+            print(line, flush=True)
 
-    def tell(self, step: int, what: str) -> None:
-        """A line that stays."""
+    def print_event(self, step: int, message: str) -> None:
+        """Print a line that stays."""
         if not self.quiet:
-            print(f"{self.name}: step {step}: {what}", flush=True)
+            print(f"{self.name}: step {step}: {message}", flush=True)
 
-    def _numbers(self) -> str:
-        shown = self._shown
+    def _format_metrics(self) -> str:
         parts = []
-        for label, key, form in (
+        for label, key, spec in (
             ("loss", "train/loss", ".3f"),
             ("recall", "validation/recall", ".1%"),
             ("tokens/s", "train/tokens_per_second", ",.0f"),
         ):
-            value = shown.get(key)
+            value = self._metrics.get(key)
             if value is not None and value == value:
-                parts.append(f"{label} {value:{form}}")
+                parts.append(f"{label} {value:{spec}}")
         return "  ".join(parts)
 
-    def _time_left(self, step: int) -> str:
+    def _format_time_left(self, step: int) -> str:
         now = time.monotonic()
         if self._started is None:
             self._started = (now, step)
@@ -78,7 +78,7 @@ class TrainingProgress:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table as wide as it needs, also where the output is a file."""
+    """Print a table at its natural width, also where the output is a file."""
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)

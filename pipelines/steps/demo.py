@@ -15,16 +15,17 @@ from model.budget import cache_bytes_per_token
 from model.errors import FiftyfoldError
 from model.tokenizer import load_tokenizer
 from pipelines.ray_runtime.session import local_cpus, ray_session
-from pipelines.recipe.schema import Recipe, over, with_overrides
+from pipelines.recipe.loading import overlay, with_overrides
+from pipelines.recipe.schema import Recipe
 from pipelines.reports.cache_measurement import measured_cache
 from pipelines.reports.terminal import print_table
-from pipelines.steps import deploy, evaluate, prepare, promote, sweep, train
+from pipelines.steps import Step, deploy, evaluate, prepare, promote, sweep, train
 from pipelines.tracking.mlflow_store import open_tracking, ui_command
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """One model's row of the final table."""
+    """One model's column of the final table."""
 
     name: str
     recipe: Recipe
@@ -34,32 +35,35 @@ class Contestant:
 
 
 def run(recipe: Recipe) -> None:
-    """Prepare, train, sweep, evaluate, promote, deploy and ask; ends with the table of hybrid against baseline."""
-    baseline = over(recipe, recipe.demo.baseline)
+    """Prepare, train, sweep, evaluate, promote, deploy and ask; print a table of hybrid against baseline.
+
+    Raises FiftyfoldError if the champion's recall is below ``demo.least_recall``.
+    """
+    baseline = overlay(recipe, recipe.demo.baseline)
     started = time.monotonic()
-    deploy.check_port(recipe.serve.host, recipe.serve.port)  # ten minutes later would be a bad time to learn it
+    deploy.check_port(recipe.serve.host, recipe.serve.port)  # fails now rather than after the training
     clock: dict[str, float] = {}
     with ray_session(num_cpus=local_cpus() + 1):
-        with _step(clock, "prepare"):
+        with _timed(clock, "prepare"):
             prepare.run(recipe)
-        with _step(clock, "train the hybrid"):
+        with _timed(clock, "train the hybrid"):
             hybrid = train.run(recipe)
-        with _step(clock, "train the baseline"):
+        with _timed(clock, "train the baseline"):
             standard = train.run(baseline)
-        with _step(clock, "sweep"):
+        with _timed(clock, "sweep"):
             swept = sweep.run(with_overrides(recipe, {"train.init_from": str(hybrid.checkpoint)}))
-        with _step(clock, "evaluate"):
-            places = {"hybrid": hybrid.checkpoint, "baseline": standard.checkpoint, "winner": swept.checkpoint}
+        with _timed(clock, "evaluate"):
+            checkpoints = {"hybrid": hybrid.checkpoint, "baseline": standard.checkpoint, "winner": swept.checkpoint}
             scores = {
-                name: evaluate.run(with_overrides(recipe, {"evaluate.checkpoint": str(place)})).metrics
-                for name, place in places.items()
+                name: evaluate.run(with_overrides(recipe, {"evaluate.checkpoint": str(folder)})).metrics
+                for name, folder in checkpoints.items()
             }
-        with _step(clock, "promote"):
+        with _timed(clock, "promote"):
             promoted = promote.run(recipe)
-        with _step(clock, "deploy"):
+        with _timed(clock, "deploy"):
             deployment = deploy.start(recipe)
         with deployment:
-            with _step(clock, "ask"):
+            with _timed(clock, "ask"):
                 right = _ask(recipe, deployment)
             contestants = [
                 Contestant("hybrid", recipe, {**hybrid.metrics, **scores["hybrid"]}, hybrid.muon_share, hybrid.seconds),
@@ -84,14 +88,14 @@ def run(recipe: Recipe) -> None:
                     ),
                 )
             winner = promoted.winner.checkpoint
-            recall = next(scores[name]["eval/recall"] for name, place in places.items() if place == winner)
-            _report(contestants, clock, time.monotonic() - started)
+            recall = next(scores[name]["eval/recall"] for name, folder in checkpoints.items() if folder == winner)
+            _print_tables(contestants, clock, time.monotonic() - started)
             print(f"champion: {promoted.model_uri} version {promoted.version}, run '{promoted.winner.name}'")
-            print(f"asked over HTTP: {right} of {recipe.demo.questions} held-out recall questions right")
+            print(f"asked over HTTP: {right} of {recipe.demo.questions} held-out recall questions answered correctly")
             print(f"MLflow: {ui_command(open_tracking(recipe).uri)}, then http://127.0.0.1:5000")
             if recall < recipe.demo.least_recall:
                 raise FiftyfoldError(
-                    f"demo.least_recall: the champion answers {recall:.1%}, less than {recipe.demo.least_recall:.0%}"
+                    f"demo.least_recall: the champion's recall is {recall:.1%}, below {recipe.demo.least_recall:.0%}"
                 )
             if recipe.demo.keep_serving:
                 print(f"endpoint: {deployment.url}/v1 (Ctrl-C stops)", flush=True)
@@ -101,17 +105,17 @@ def run(recipe: Recipe) -> None:
 
 
 def _ask(recipe: Recipe, deployment: deploy.Deployment) -> int:
-    """Ask held-out recall questions over HTTP, show the first; returns how many answers were right."""
+    """Ask held-out recall questions over HTTP and print the first; return the number of correct answers."""
     tokenizer = load_tokenizer(deployment.checkpoint)
     questions = mqar_questions(
         length=recipe.data.sequence_length,
         pairs=recipe.data.pairs,
         samples=recipe.demo.questions,
-        seed=recipe.evaluate.seed + 1,  # other documents than those of the evaluation
+        seed=recipe.evaluate.seed + 1,  # documents that the evaluation has not used
         checkpoint=str(deployment.checkpoint),
         data=str(recipe.data_folder),
     )["test"]
-    asked = [questions[i] for i in range(0, len(questions), recipe.data.pairs)]  # one question of every document
+    asked = [questions[i] for i in range(0, len(questions), recipe.data.pairs)]  # one question per document
     right = 0
     for number, question in enumerate(asked):
         context, value = question["context"], question["answer"]
@@ -126,21 +130,21 @@ def _ask(recipe: Recipe, deployment: deploy.Deployment) -> int:
             fact = context[-2:] + value
             distance = len(tokenizer.encode(context[context.index(fact) + len(fact) :]))
             window = checkpoint.load_config(deployment.checkpoint).window
-            print(f"prompt: {content['usage']['prompt_tokens']} tokens that end in ...{context[-50:]!r}")
+            print(f"prompt: {content['usage']['prompt_tokens']} tokens ending in ...{context[-50:]!r}")
             print(f"  the fact {fact!r} ends {distance} tokens before the end; the sliding window is {window} tokens")
             size = content["fiftyfold"]["cache_nbytes"]
             print(f"  answer {answer!r}, expected {value!r}, from a cache of {size:,} bytes")
     return right
 
 
-def _report(contestants: list[Contestant], clock: dict[str, float], total: float) -> None:
-    """The final tables: model against model, and where the time went."""
+def _print_tables(contestants: list[Contestant], clock: dict[str, float], total: float) -> None:
+    """Print the final tables: the models side by side, and the time of each step."""
 
     def row(label: str, value: Callable[[Contestant], str]) -> list[str]:
         return [label, *(value(c) for c in contestants)]
 
-    def metric(name: str, form: str = ".3f") -> Callable[[Contestant], str]:
-        return lambda c: format(c.metrics[name], form) if name in c.metrics else "-"
+    def metric(name: str, spec: str = ".3f") -> Callable[[Contestant], str]:
+        return lambda c: format(c.metrics[name], spec) if name in c.metrics else "-"
 
     length = contestants[0].recipe.evaluate.lengths[0]
     measured = {c.name: measured_cache(c.recipe.model) for c in contestants}
@@ -157,7 +161,7 @@ def _report(contestants: list[Contestant], clock: dict[str, float], total: float
             lambda c: f"{measured[c.name]['cache/bytes_per_token']:.1f}",
         ),
         row(
-            "cache, times smaller than the baseline",
+            "cache size reduction against the baseline",
             lambda c: f"{baseline / measured[c.name]['cache/bytes_per_token']:.1f}",
         ),
         row("Muon / AdamW share of parameters", lambda c: f"{c.muon_share:.0%} / {1 - c.muon_share:.0%}"),
@@ -168,8 +172,11 @@ def _report(contestants: list[Contestant], clock: dict[str, float], total: float
 
 
 @contextmanager
-def _step(clock: dict[str, float], name: str) -> Iterator[None]:
+def _timed(clock: dict[str, float], name: str) -> Iterator[None]:
     print(f"\n== {name}", flush=True)
     started = time.monotonic()
     yield
     clock[name] = time.monotonic() - started
+
+
+STEP = Step(run)

@@ -1,4 +1,4 @@
-"""The deploy step: a registered model, or a checkpoint folder, answering HTTP requests under Ray Serve."""
+"""Serve a registered model, or a checkpoint folder, over HTTP on Ray Serve."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from pipelines.ray_runtime.session import ray_session  # isort: skip  (sets what Ray reads when it is imported)
-
 import httpx
 import ray
 from ray import serve as ray_serve
@@ -29,28 +27,30 @@ from model import checkpoint as checkpoints
 from model.errors import ConfigError, FiftyfoldError
 from model.execution import Execution
 from model.tokenizer import load_tokenizer
+from pipelines.ray_runtime.session import ray_session
 from pipelines.recipe.schema import Recipe, ServeSection
-from pipelines.steps.promote import MODEL_URI, resolve
+from pipelines.steps import Step
 from pipelines.tracking.mlflow_store import open_tracking
+from pipelines.tracking.registry import MODEL_URI, download
 from serve.app import APPLICATION, build
 
-HEALTHY_WITHIN_SECONDS = 60.0
+HEALTH_TIMEOUT_SECONDS = 60.0
 
 
 @dataclass
 class Deployment:
-    """A model that is being served. ``stop`` it, or use it as a context manager."""
+    """A model being served, until :meth:`stop` is called or the context manager exits."""
 
     url: str
-    """Base address, without a slash at the end."""
+    """Base address without a trailing slash."""
     model_name: str
     checkpoint: Path
     weights: str
-    """Data type of the matrices, as a replica reports it."""
+    """Data type of the matrices, as reported by a replica."""
     _started: ExitStack = field(repr=False)
 
     def stop(self) -> None:
-        """Stop serving, and the Ray cluster where it was started for this. A second call does nothing."""
+        """Stop serving, and shut the Ray cluster down if it was started here. Later calls do nothing."""
         with redirect_stdout(_WithoutShutdownNotice(sys.stdout)):
             self._started.close()
 
@@ -63,7 +63,7 @@ class Deployment:
 
 @dataclass(frozen=True)
 class DeployResult:
-    """What was served, after it has been stopped."""
+    """A deployment that has been stopped."""
 
     url: str
     model_name: str
@@ -71,7 +71,7 @@ class DeployResult:
 
 
 def run(recipe: Recipe) -> DeployResult:
-    """Serve ``serve.model_uri`` until SIGINT or SIGTERM. Raises what :func:`start` raises."""
+    """Serve ``serve.model_uri`` until SIGINT or SIGTERM. Raises the errors of :func:`start`."""
     with start(recipe) as deployment:
         _print_endpoint(deployment, recipe.serve)
         wait_for_signal()
@@ -80,16 +80,17 @@ def run(recipe: Recipe) -> DeployResult:
 
 
 def start(recipe: Recipe) -> Deployment:
-    """Serve ``serve.model_uri`` on ``serve.host:serve.port`` and return once it answers.
+    """Serve ``serve.model_uri`` on ``serve.host:serve.port`` and return once it is healthy.
 
     ``serve.model_uri`` is ``models:/<name>@<alias>``, ``models:/<name>/<version>`` or a checkpoint folder. Joins the
-    Ray cluster that RAY_ADDRESS names, else starts one that ends with the deployment. Raises, with nothing left
-    running, ConfigError for a model that does not exist, a port in use or too small a cluster, and CheckpointError
-    for a damaged checkpoint.
+    Ray cluster at RAY_ADDRESS, or starts one that ends with the deployment.
+
+    Raises ConfigError for a model that does not exist, a port in use or too small a cluster, and CheckpointError for a
+    damaged checkpoint. Nothing is left running then.
     """
     section = recipe.serve
     model_name, folder = find_model(recipe)
-    # Read once here, so that damage is told in one sentence instead of by replicas that keep restarting.
+    # Load once here: damage is then reported in one sentence, not by replicas that keep restarting.
     checkpoints.load(folder).execution = Execution(section.execution)
     load_tokenizer(folder)
     check_port(section.host, section.port)
@@ -108,7 +109,7 @@ def start(recipe: Recipe) -> Deployment:
             )
             application = build(_arguments(section, folder, model_name))
             ray_serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
-        except (RuntimeError, TimeoutError, RayError) as error:  # a replica or a proxy that does not come up
+        except (RuntimeError, TimeoutError, RayError) as error:  # a replica or a proxy failed to start
             raise FiftyfoldError(f"serve: Ray Serve could not start ({_last_line(error)})") from error
         host = f"[{section.host}]" if ":" in section.host else section.host
         url = f"http://{host}:{section.port}"
@@ -128,7 +129,7 @@ def wait_for_signal() -> None:
 
 
 def find_model(recipe: Recipe) -> tuple[str, Path]:
-    """(the name clients use, the checkpoint folder) of ``serve.model_uri``."""
+    """Return the name that clients use and the checkpoint folder of ``serve.model_uri``."""
     uri = recipe.serve.model_uri
     if not uri.startswith("models:/"):
         folder = Path(uri).absolute()
@@ -137,11 +138,11 @@ def find_model(recipe: Recipe) -> tuple[str, Path]:
     tracking = open_tracking(recipe)
     destination = None
     if tracking.uri.startswith("http"):
-        # The replicas may run on other machines: where the runs are, they can read; a temporary folder they cannot.
-        served = recipe.run.folder / "served"
-        served.mkdir(parents=True, exist_ok=True)
-        destination = Path(tempfile.mkdtemp(dir=served))
-    folder = resolve(tracking, uri, destination)
+        # Replicas may run on other machines, which can read the runs' folder but not a temporary one here.
+        target = recipe.run.folder / "served"
+        target.mkdir(parents=True, exist_ok=True)
+        destination = Path(tempfile.mkdtemp(dir=target))
+    folder = download(tracking, uri, destination)
     return match["name"] if match else APPLICATION, folder
 
 
@@ -151,10 +152,10 @@ def _arguments(section: ServeSection, folder: Path, model_name: str) -> dict[str
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise ConfigError unless a server could listen there."""
+    """Raise ConfigError unless a server can listen on the port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: a port just left is free
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # like servers, ignore connections in TIME_WAIT
         try:
             probe.bind((host, port))
         except OSError as error:
@@ -162,25 +163,25 @@ def check_port(host: str, port: int) -> None:
 
 
 def _check_cluster(section: ServeSection) -> None:
-    """Raise ConfigError where Ray Serve would wait for ever, or serve in place of somebody else's application."""
+    """Raise ConfigError if Ray Serve would wait forever for resources, or replace another application."""
     resources = ray.cluster_resources()
     for kind, each in (("CPU", section.cpus_per_replica), ("GPU", section.gpus_per_replica)):
-        there, needed = resources.get(kind, 0), section.replicas * each
-        if needed > there:
+        available, needed = resources.get(kind, 0), section.replicas * each
+        if needed > available:
             raise ConfigError(
                 f"serve.replicas: {section.replicas} replicas of {each:g} {kind} need {needed:g} {kind}, "
-                f"the Ray cluster has {there:g}"
+                f"the Ray cluster has {available:g}"
             )
     if ray_serve.status().proxies:
         raise ConfigError(
             "serve: the Ray cluster already runs Ray Serve; add the application there with `serve deploy` and "
-            "import_path serve.app:build, or stop what is served"
+            "import_path serve.app:build, or stop the running application"
         )
 
 
 def _wait_until_healthy(url: str) -> dict[str, Any]:
-    """Return what ``/healthz`` answers once it is healthy."""
-    deadline = time.monotonic() + HEALTHY_WITHIN_SECONDS
+    """Return the response of ``/healthz`` once it is healthy."""
+    deadline = time.monotonic() + HEALTH_TIMEOUT_SECONDS
     answer = "no answer"
     while time.monotonic() < deadline:
         try:
@@ -191,18 +192,18 @@ def _wait_until_healthy(url: str) -> dict[str, Any]:
         except httpx.HTTPError as error:
             answer = str(error)
         time.sleep(0.1)
-    raise FiftyfoldError(f"serve: {url}/healthz was not healthy within {HEALTHY_WITHIN_SECONDS:g} seconds ({answer})")
+    raise FiftyfoldError(f"serve: {url}/healthz was not healthy within {HEALTH_TIMEOUT_SECONDS:g} seconds ({answer})")
 
 
 def _print_endpoint(deployment: Deployment, section: ServeSection) -> None:
     body = json.dumps({"model": deployment.model_name, "prompt": "def ", "max_tokens": 32})
     print(f"serving {deployment.checkpoint} as '{deployment.model_name}' at {deployment.url}/v1 (Ctrl-C stops)")
-    print(f"  computed {section.execution}, weights in {deployment.weights}")
+    print(f"  execution {section.execution}, weights in {deployment.weights}")
     print(f"  curl {deployment.url}/v1/completions -H 'Content-Type: application/json' -d '{body}'", flush=True)
 
 
 class _WithoutShutdownNotice(io.TextIOBase):
-    """Passes everything on but Ray's report that Serve's controller, told to end, ended while being told."""
+    """Forwards output except Ray's error about the shutdown call that Serve's controller does not survive."""
 
     def __init__(self, out: TextIO):
         self._out = out
@@ -222,3 +223,6 @@ class _WithoutShutdownNotice(io.TextIOBase):
 
 def _last_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+
+
+STEP = Step(run)

@@ -1,110 +1,127 @@
-"""Convert a checkpoint: from a folder of ours, of transformers or of the release, to another of them or to GGUF."""
+"""Convert a checkpoint between our format, transformers and the released format, or to GGUF."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from model import checkpoint
 from model.config import CACHE_FORMATS
 from model.errors import ConfigError
 from model.gguf_format import WeightType, export_gguf
 from model.hf import export_pretrained, import_pretrained, is_pretrained
+from model.hf_config import ExpertFormat
 from model.tokenizer import FILE_NAME as TOKENIZER_FILE
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
-from pipelines.recipe.schema import Recipe, load_recipe
+from pipelines.recipe.loading import load_recipe
+from pipelines.recipe.schema import Recipe
+from pipelines.steps import Step
 
 GGUF = "gguf"
 FORMATS = ("fiftyfold", "transformers", "released", GGUF)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the step."""
     parser.add_argument(
         "--from",
         dest="source",
         metavar="FOLDER",
         type=Path,
-        help="a checkpoint of ours, of DeepseekV4ForCausalLM or as released; without it, the run's final one",
+        help="a checkpoint in our format, of DeepseekV4ForCausalLM or as released; default: the run's final checkpoint",
     )
     parser.add_argument(
-        "--to", metavar="PATH", type=Path, help="the folder to write (a file for gguf), which must not exist"
+        "--to", dest="target", metavar="PATH", type=Path, help="folder to write (file for gguf); must not exist"
     )
-    parser.add_argument("--format", help=f"{', '.join(FORMATS)}; default transformers", default="transformers")
+    parser.add_argument(
+        "--format", dest="target_format", help=f"{', '.join(FORMATS)}; default transformers", default="transformers"
+    )
     parser.add_argument(
         "--experts",
         choices=("fp4", "fp8"),
-        help="number format of the routed experts in the released format; default FP4 for models trained with qat",
+        help="format of the routed experts in the released format; default fp4 for models trained with qat",
     )
-    parser.add_argument("--type", choices=get_args(WeightType), help="of the large matrices in GGUF; default f32")
     parser.add_argument(
-        "--tokenizer", metavar="FILE", help="'byte' or a tokenizer.json, for a checkpoint that comes without one"
+        "--type", dest="weight_type", choices=get_args(WeightType), help="of the large matrices in GGUF; default f32"
     )
+    parser.add_argument("--tokenizer", metavar="FILE", help="'byte' or a tokenizer.json, for a checkpoint without one")
 
 
 def load(options: argparse.Namespace, files: Sequence[str], overrides: Sequence[str]) -> Recipe:
-    """The recipe, whose run is exported when ``--from`` names nothing else. Raises ConfigError."""
+    """Return the recipe, whose run is exported unless ``--from`` is given. Raises ConfigError."""
     for item in overrides:
         if item.startswith(("model.", "train.", "data.")):
             key = item.partition("=")[0]
-            raise ConfigError(f"command line: --{key} would change nothing: an export keeps the network as it is")
+            raise ConfigError(f"command line: --{key} would change nothing: an export does not alter the network")
     return load_recipe(files, overrides)
 
 
-def run(recipe: Recipe, options: argparse.Namespace) -> Path:
-    """Write ``--to`` and return it. Raises ConfigError or CheckpointError; nothing is left half-written."""
-    source: Path = options.source or recipe.final_checkpoint
-    target: Path | None = options.to
+def run(
+    recipe: Recipe,
+    source: Path | None,
+    target: Path | None,
+    target_format: Any,
+    experts: ExpertFormat | None,
+    weight_type: WeightType | None,
+    tokenizer: str | None,
+) -> Path:
+    """Write ``target`` and return it. Raises ConfigError or CheckpointError; no partial output is left behind."""
+    source = source or recipe.final_checkpoint
     if target is None:
-        raise ConfigError("--to: names nothing to write")
-    if options.format not in FORMATS:
-        raise ConfigError(f"--format: '{options.format}' is not one of {', '.join(FORMATS)}")
+        raise ConfigError("--to: is missing")
+    if target_format not in FORMATS:
+        raise ConfigError(f"--format: '{target_format}' is not one of {', '.join(FORMATS)}")
     if target.exists():
-        raise ConfigError(f"--to: {target} exists already")
-    for name in ("experts", "tokenizer") if options.format == GGUF else ("type",):
-        if getattr(options, name) is not None:
-            raise ConfigError(f"--{name}: changes nothing in format '{options.format}'")
+        raise ConfigError(f"--to: {target} already exists")
+    unused = {"experts": experts, "tokenizer": tokenizer} if target_format == GGUF else {"type": weight_type}
+    for name, value in unused.items():
+        if value is not None:
+            raise ConfigError(f"--{name}: changes nothing in format '{target_format}'")
     model = import_pretrained(source) if is_pretrained(source) else checkpoint.load(source)
-    if options.format == GGUF:
-        return _export_gguf(model, target, options.type or "f32")
-    tokenizer = _tokenizer(source, options.tokenizer)
-    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+    if target_format == GGUF:
+        return _export_gguf(model, target, weight_type or "f32")
+    loaded = _load_tokenizer(source, tokenizer)
+    if loaded is not None and loaded.vocab_size > model.config.vocab_size:
         raise ConfigError(
-            f"tokenizer: knows {tokenizer.vocab_size} tokens, the model of {source} has {model.config.vocab_size}"
+            f"tokenizer: has {loaded.vocab_size} tokens, the model of {source} has {model.config.vocab_size}"
         )
-    if options.format == "fiftyfold":
-        checkpoint.save(model, target, tokenizer)
+    if target_format == "fiftyfold":
+        checkpoint.save(model, target, loaded)
     else:
-        export_pretrained(model, target, options.format, tokenizer, options.experts)
-    print(f"wrote {target} ({options.format}, {model.num_parameters():,} parameters)")
-    if options.format == "transformers":
-        _tell_of_rounding("transformers", model)
-    if tokenizer is None:
-        print("without a tokenizer: the source has none, and --tokenizer names none")
+        export_pretrained(model, target, target_format, loaded, experts)
+    print(f"wrote {target} ({target_format}, {model.num_parameters():,} parameters)")
+    if target_format == "transformers":
+        _print_precision_note("transformers", model)
+    if loaded is None:
+        print("without a tokenizer: the source has none, and --tokenizer is not given")
     return target
 
 
 def _export_gguf(model: Transformer, target: Path, weights: WeightType) -> Path:
     export_gguf(model, target, weights)
     print(f"wrote {target} (gguf {weights}, {model.num_parameters():,} parameters)")
-    _tell_of_rounding("llama.cpp", model)
-    print("without a vocabulary: llama.cpp takes and gives token ids")
+    _print_precision_note("llama.cpp", model)
+    print("without a vocabulary: llama.cpp reads and writes token ids")
     if model.config.mtp_layers:
         print("without the multi-token prediction module, which decoding does not use")
     return target
 
 
-def _tell_of_rounding(reader: str, model: Transformer) -> None:
-    """Say that ``reader`` rounds no cache entries where this network does."""
-    rounded = {name: fmt for name in CACHE_FORMATS if (fmt := getattr(model.config, name)) != "fp32"}
-    if rounded:
-        here = ", ".join(f"{name} {fmt}" for name, fmt in rounded.items())
-        print(f"{reader} keeps its cache in floats: logits differ a little from those here ({here})")
+def _print_precision_note(reader: str, model: Transformer) -> None:
+    """Print that ``reader`` does not quantize cache entries, if this network does."""
+    quantized = {name: fmt for name in CACHE_FORMATS if (fmt := getattr(model.config, name)) != "fp32"}
+    if quantized:
+        here = ", ".join(f"{name} {fmt}" for name, fmt in quantized.items())
+        print(f"{reader} keeps its cache in floats: its logits differ slightly from those here ({here})")
 
 
-def _tokenizer(source: Path, named: str | None) -> Tokenizer | None:
-    if named is not None:
-        return load_tokenizer(named)
+def _load_tokenizer(source: Path, name: str | None) -> Tokenizer | None:
+    if name is not None:
+        return load_tokenizer(name)
     return load_tokenizer(source) if (source / TOKENIZER_FILE).is_file() else None
+
+
+STEP = Step(run, add_options, load)

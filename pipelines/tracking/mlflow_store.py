@@ -1,8 +1,8 @@
-"""Where runs are recorded: MLflow, spoken to through a client with an explicit URI.
+"""Access to the MLflow tracking store through a client with an explicit URI.
 
-By default an SQLite file ``<run.folder>/mlflow.db`` with artifacts in ``<run.folder>/mlartifacts``; ``tracking.uri``
-names another database or a tracking server. MLflow's fluent functions are not used: they keep the URI, the experiment
-and the active run in process-wide state and environment variables, which Ray workers would inherit.
+The default store is an SQLite file ``<run.folder>/mlflow.db`` with artifacts in ``<run.folder>/mlartifacts``;
+``tracking.uri`` names another database or a tracking server. MLflow's fluent functions are avoided: they keep the URI,
+the experiment and the active run in process-wide state and environment variables, which Ray workers would inherit.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import fcntl
 import json
 import logging
 import math
-import os
 import socket
 import subprocess
 import time
@@ -22,12 +21,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote, unquote, urlsplit
-
-os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"  # read when mlflow is imported
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # two bars for every small local copy
-# A server that is gone: MLflow would ask it seven times more, for minutes, and wait two minutes for each answer.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 import yaml
 from mlflow import MlflowClient
@@ -52,14 +45,14 @@ SERVER_SCHEMES = ("http", "https", "databricks")
 DATABASE_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql")
 CONNECT_SECONDS = 5.0
 
-# A fresh database is announced in two lines on the terminal; only warnings are news.
+# Both announce a fresh database on the terminal.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 @dataclass(frozen=True)
 class Tracking:
-    """An open tracking store and the experiment that runs go to."""
+    """An open tracking store and the experiment that holds the runs."""
 
     uri: str
     experiment_id: str
@@ -74,12 +67,12 @@ class Tracking:
         parent_run_id: str | None = None,
         run_id: str | None = None,
     ) -> TrackedRun:
-        """Begin a run, or go on with the run ``run_id``.
+        """Start a run, or resume the run ``run_id``. Raises ConfigError if ``run_id`` does not exist.
 
-        A new run gets the whole recipe as parameters with dotted keys (long values cut to MLflow's limit) and as the
-        artifact ``config.yaml``, and the tags ``kind``, ``git.commit`` and ``git.dirty`` ("unknown" outside git).
-        Parameters cannot change in MLflow: going on with a run whose recipe has changed replaces ``config.yaml`` and
-        lists the changed keys in the tag ``resumed.changed``. Raises ConfigError when ``run_id`` does not exist.
+        A new run stores the recipe as parameters with dotted keys, with long values cut to MLflow's limit, and as the
+        artifact ``config.yaml``. Its tags are ``kind``, ``git.commit`` and ``git.dirty`` ("unknown" outside git).
+        MLflow's parameters are immutable: resuming with a changed recipe replaces ``config.yaml`` and lists the changed
+        keys in the tag ``resumed.changed``.
         """
         params = _params(recipe)
         if run_id is not None:
@@ -100,16 +93,16 @@ class Tracking:
             created = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
             run = TrackedRun(self.uri, created.info.run_id, self.experiment_id, self.client)
             entries = [Param(key, value) for key, value in params.items()]
-            for batch in _batches(entries, MAX_PARAMS_TAGS_PER_BATCH):
+            for batch in _slices(entries, MAX_PARAMS_TAGS_PER_BATCH):
                 self.client.log_batch(run.run_id, params=batch)
         self.client.log_text(run.run_id, yaml.safe_dump(recipe.to_dict(), sort_keys=False), "config.yaml")
         return run
 
 
 class TrackedRun:
-    """One MLflow run. As a context manager it finishes the run: FAILED after an exception, KILLED after Ctrl-C.
+    """One MLflow run. As a context manager it ends the run: FAILED after an exception, KILLED after Ctrl-C.
 
-    To log from another process, send the strings ``uri`` and ``run_id`` and :func:`attach` there.
+    To log from another process, send the strings ``uri`` and ``run_id`` and call :func:`attach` there.
     """
 
     def __init__(self, uri: str, run_id: str, experiment_id: str, client: MlflowClient):
@@ -117,13 +110,13 @@ class TrackedRun:
         self.run_id = run_id
         self.experiment_id = experiment_id
         self._client = client
-        self._not_finite: set[str] = set()
+        self._nonfinite: set[str] = set()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Store numbers at ``step`` (0 when None).
+        """Log metrics at ``step`` (0 if None).
 
-        NaN and infinities are left out, because MLflow stores an infinity as 1.8e308, which ruins every chart. The
-        first one of each metric is printed and kept in the tag ``not_finite.<metric>``.
+        NaN and infinities are dropped: MLflow stores an infinity as 1.8e308, which ruins every chart. The first one of
+        each metric is printed and kept in the tag ``not_finite.<metric>``.
         """
         now = time.time_ns() // 1_000_000
         finite = []
@@ -131,61 +124,62 @@ class TrackedRun:
             value = float(value)
             if math.isfinite(value):
                 finite.append(Metric(key, value, now, step or 0))
-            elif key not in self._not_finite:
-                self._not_finite.add(key)
+            elif key not in self._nonfinite:
+                self._nonfinite.add(key)
                 note = f"{value} at step {step or 0}"
-                print(f"metric {key} is {note}; MLflow does not get it", flush=True)
+                print(f"metric {key} is {note}; not logged to MLflow", flush=True)
                 self.set_tags({f"not_finite.{key}": note})
-        for batch in _batches(finite, MAX_METRICS_PER_BATCH):
+        for batch in _slices(finite, MAX_METRICS_PER_BATCH):
             self._client.log_batch(self.run_id, metrics=batch)
 
-    def tell(self, step: int, what: str) -> None:
-        """Keep a sentence about ``step`` in the tag ``event.<step>``, after those that are there."""
+    def log_event(self, step: int, message: str) -> None:
+        """Append a message about ``step`` to the tag ``event.<step>``."""
         key = f"event.{step:06d}"
-        told = self._client.get_run(self.run_id).data.tags.get(key)
-        if told is None or what not in told:  # a resumed run says some again
-            self.set_tags({key: what if told is None else f"{told}; {what}"})
+        logged = self._client.get_run(self.run_id).data.tags.get(key)
+        if logged is None or message not in logged:  # a resumed run repeats events
+            self.set_tags({key: message if logged is None else f"{logged}; {message}"})
 
     def metrics(self) -> dict[str, float]:
-        """The last value of every metric."""
+        """Return the last value of every metric."""
         return dict(self._client.get_run(self.run_id).data.metrics)
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
-        """Copy a local file, or a folder's content, into the artifacts (below ``folder``)."""
+        """Copy a local file, or the content of a folder, to the artifacts, under ``folder`` if given."""
         if Path(path).is_dir():
             self._client.log_artifacts(self.run_id, str(path), folder)
         else:
             self._client.log_artifact(self.run_id, str(path), folder)
 
     def log_dict(self, content: Mapping[str, Any], file: str) -> None:
-        """Store a mapping as ``file`` (.json, .yaml or .yml)."""
+        """Store a mapping as the artifact ``file`` (.json, .yaml or .yml)."""
         self._client.log_dict(self.run_id, dict(content), file)
 
     def log_figure(self, figure: Figure, file: str) -> None:
-        """Store a matplotlib figure as ``file`` (.png, .svg, .pdf)."""
+        """Store a matplotlib figure as the artifact ``file`` (.png, .svg, .pdf)."""
         self._client.log_figure(self.run_id, figure, file)
 
     def log_table(self, columns: Mapping[str, Sequence[Any]], file: str) -> None:
-        """Store a table as ``file`` (.json), which the UI shows as one. An earlier table of that name is replaced."""
+        """Store a table as the artifact ``file`` (.json), which the UI shows as a table. Replaces an earlier one."""
         parent = file.rpartition("/")[0] or None
         if file in {info.path for info in self._client.list_artifacts(self.run_id, parent)}:
-            # MLflow's own function would append the rows to those of the earlier evaluation.
+            # MLflow's log_table would append to the earlier rows.
             rows = [list(row) for row in zip(*columns.values(), strict=True)]
             self._client.log_text(self.run_id, json.dumps({"columns": list(columns), "data": rows}), file)
         else:
             self._client.log_table(self.run_id, {key: list(values) for key, values in columns.items()}, file)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags; MLflow cuts long values."""
+        """Set tags. MLflow truncates long values."""
         entries = [RunTag(key, str(value)) for key, value in tags.items()]
-        for batch in _batches(entries, MAX_PARAMS_TAGS_PER_BATCH):
+        for batch in _slices(entries, MAX_PARAMS_TAGS_PER_BATCH):
             self._client.log_batch(self.run_id, tags=batch)
 
     def finish(self, status: RunStatus = "FINISHED") -> None:
+        """End the run."""
         self._client.set_terminated(self.run_id, status)
 
     def url_hint(self) -> str:
-        """Where to look at this run: its address on the tracking server, or how to open the UI and go there."""
+        """Return the run's address on the tracking server, or how to open it in the UI."""
         page = f"/#/experiments/{self.experiment_id}/runs/{self.run_id}"
         if urlsplit(self.uri).scheme in ("http", "https"):
             return self.uri.rstrip("/") + page
@@ -195,20 +189,23 @@ class TrackedRun:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        # Ray Tune ends a trial that its scheduler stops with SystemExit(0).
+        # Ray Tune raises SystemExit(0) in a trial that its scheduler stops.
         if kind is None or (isinstance(error, SystemExit) and not error.code):
             self.finish()
             return
         try:
             self.finish("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
-        except Exception as refusal:  # the block's own error says more
-            print(f"run {self.run_id}: left as running, for MLflow does not answer ({first_line(refusal)})", flush=True)
+        except Exception as failure:  # the block's own error is more important
+            print(
+                f"run {self.run_id}: left as running, because MLflow does not answer ({first_line(failure)})",
+                flush=True,
+            )
 
 
 def open_tracking(recipe: Recipe) -> Tracking:
-    """Open the tracking store of ``recipe``, creating its database and its experiment on first use.
+    """Open the tracking store of ``recipe``; create its database and experiment on first use.
 
-    Any number of processes may do so at once. Raises ConfigError naming a URI that cannot be opened.
+    Safe to call from several processes at once. Raises ConfigError naming a URI that cannot be opened.
     """
     folder = recipe.run.folder.absolute()
     uri = recipe.tracking.uri
@@ -219,35 +216,35 @@ def open_tracking(recipe: Recipe) -> Tracking:
             raise ConfigError(f"run.folder: cannot create {folder}: {error.strerror}") from error
         uri = f"sqlite:///{quote(str(folder / 'mlflow.db'))}"
     elif uri.startswith("sqlite:///"):
-        # Workers run in folders of their own, so the URI that travels to them names an absolute path.
+        # Workers run in their own folders, so a URI sent to them must hold an absolute path.
         uri = f"sqlite:///{quote(str(_sqlite_path(uri).absolute()))}"
     client = _connect(uri)
-    with _locked(uri):
+    with _lock(uri):
         return Tracking(uri, _experiment(client, uri, recipe.tracking.experiment, folder), client)
 
 
 def attach(uri: str, run_id: str) -> TrackedRun:
-    """A run that exists already, e.g. from a Ray worker. Raises ConfigError when it does not."""
+    """Return an existing run, e.g. in a Ray worker. Raises ConfigError if there is none."""
     client = _connect(uri)
     try:
         info = client.get_run(run_id).info
     except MlflowException as error:
-        raise ConfigError(f"run {run_id}: not found in {_shown(uri)} ({first_line(error)})") from error
+        raise ConfigError(f"run {run_id}: not found in {_without_password(uri)} ({first_line(error)})") from error
     if info.lifecycle_stage != "active":
-        raise ConfigError(f"run {run_id}: was deleted from {_shown(uri)}")
+        raise ConfigError(f"run {run_id}: was deleted from {_without_password(uri)}")
     return TrackedRun(uri, run_id, info.experiment_id, client)
 
 
 def ui_command(uri: str) -> str:
-    """What opens the MLflow UI of a store that no server serves."""
+    """Return the command that opens the MLflow UI of a store without a server."""
     if not uri.startswith("sqlite:///"):
-        return f"mlflow server --backend-store-uri {_shown(uri)}"
+        return f"mlflow server --backend-store-uri {_without_password(uri)}"
     folder = _sqlite_path(uri).parent
     return "make ui" if folder == Path("runs").absolute() else f"make ui RUNS={folder}"
 
 
 def git_tags() -> dict[str, str]:
-    """``git.commit`` and ``git.dirty`` of this checkout, both "unknown" where it is none (e.g. in a submitted job)."""
+    """Return ``git.commit`` and ``git.dirty`` of this checkout, "unknown" outside of one, e.g. in a submitted job."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
@@ -255,7 +252,7 @@ def git_tags() -> dict[str, str]:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
 
     try:
-        # A copy that merely lies inside somebody else's repository must not get that repository's commit.
+        # A copy inside another repository must not get that repository's commit.
         if Path(git("rev-parse", "--show-toplevel")).resolve() == root:
             dirty = "true" if git("status", "--porcelain") else "false"
             return {"git.commit": git("rev-parse", "HEAD"), "git.dirty": dirty}
@@ -268,29 +265,29 @@ def git_tags() -> dict[str, str]:
 
 
 def _connect(uri: str) -> MlflowClient:
-    """A client, after the checks that keep a wrong URI from ending in minutes of silent retries."""
+    """Open a client. The URI is checked first, since MLflow retries a wrong one silently for minutes."""
     parts = urlsplit(uri)
     scheme = parts.scheme.partition("+")[0]  # postgresql+psycopg names a driver
     if scheme not in SERVER_SCHEMES + DATABASE_SCHEMES:
         known = ", ".join(f"{name}://" for name in SERVER_SCHEMES + DATABASE_SCHEMES)
-        raise ConfigError(f"tracking.uri: '{_shown(uri)}' does not begin with one of {known}")
+        raise ConfigError(f"tracking.uri: '{_without_password(uri)}' does not begin with one of {known}")
     if scheme in ("http", "https"):
         port = parts.port or (443 if scheme == "https" else 80)
         try:
             socket.create_connection((parts.hostname or "", port), CONNECT_SECONDS).close()
         except OSError as error:
             reason = error.strerror or error
-            raise ConfigError(f"tracking.uri: nothing answers at {_shown(uri)} ({reason})") from error
+            raise ConfigError(f"tracking.uri: nothing answers at {_without_password(uri)} ({reason})") from error
     try:
         if scheme != "sqlite":
             return MlflowClient(uri, uri)
         _check_sqlite(uri)
-        with _locked(uri):  # two processes that migrate one fresh database fail
+        with _lock(uri):  # concurrent migrations of a fresh database fail
             return MlflowClient(uri, uri)
     except ConfigError:
         raise
     except Exception as error:  # MLflow lets SQLAlchemy's and the drivers' errors through
-        raise ConfigError(f"tracking.uri: cannot open {_shown(uri)} ({first_line(error)})") from error
+        raise ConfigError(f"tracking.uri: cannot open {_without_password(uri)} ({first_line(error)})") from error
 
 
 def _sqlite_path(uri: str) -> Path:
@@ -315,8 +312,8 @@ def _check_sqlite(uri: str) -> None:
 
 
 @contextmanager
-def _locked(uri: str) -> Iterator[None]:
-    """Hold the file lock of an SQLite store; other stores look after themselves."""
+def _lock(uri: str) -> Iterator[None]:
+    """Hold the file lock of an SQLite store. Other stores handle concurrency themselves."""
     if not uri.startswith("sqlite:"):
         yield
         return
@@ -327,11 +324,11 @@ def _locked(uri: str) -> Iterator[None]:
 
 
 def _experiment(client: MlflowClient, uri: str, name: str, folder: Path) -> str:
-    """The id of the experiment ``name``, created when it does not exist."""
+    """Return the id of the experiment ``name``; create it if it does not exist."""
     try:
         found = client.get_experiment_by_name(name)
         if found is None:
-            # A server knows where its artifacts belong; a bare database would put them under the current folder.
+            # A server has its own artifact location; a bare database would use the current folder.
             local = urlsplit(uri).scheme not in SERVER_SCHEMES
             try:
                 location = (folder / "mlartifacts").as_uri() if local else None
@@ -339,7 +336,7 @@ def _experiment(client: MlflowClient, uri: str, name: str, folder: Path) -> str:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-                found = client.get_experiment_by_name(name)  # another process was faster
+                found = client.get_experiment_by_name(name)  # another process created it first
     except MlflowException as error:
         raise ConfigError(f"tracking.experiment: cannot open '{name}' ({first_line(error)})") from error
     if found is None or found.lifecycle_stage != "active":
@@ -347,11 +344,11 @@ def _experiment(client: MlflowClient, uri: str, name: str, folder: Path) -> str:
     return found.experiment_id
 
 
-# --- small things
+# --- helpers
 
 
 def _params(recipe: Recipe) -> dict[str, str]:
-    """The recipe as MLflow parameters: dotted keys, text values."""
+    """Return the recipe as MLflow parameters: dotted keys, text values."""
 
     def walk(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
         if isinstance(value, dict) and value:
@@ -362,21 +359,21 @@ def _params(recipe: Recipe) -> dict[str, str]:
                 yield from walk(f"{prefix}.{i}", item)
         else:
             text = value if isinstance(value, str) else json.dumps(value)
-            yield prefix, text[:MAX_PARAM_VAL_LENGTH]  # MLflow's own cut would look like a change on resuming
+            yield prefix, text[:MAX_PARAM_VAL_LENGTH]  # truncated by MLflow, a value would look changed when resuming
 
     return dict(walk("", recipe.to_dict()))
 
 
-def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
+def _slices(items: list[Any], size: int) -> Iterator[list[Any]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
 
-def _shown(uri: str) -> str:
-    """The URI without a password."""
+def _without_password(uri: str) -> str:
     parts = urlsplit(uri)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

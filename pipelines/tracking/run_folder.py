@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, with which settings it was begun, and which MLflow run belongs to it."""
+"""The folder of a run: its lock, the settings it was started with, and the MLflow run it belongs to."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from model.errors import ConfigError
 from model.files import write_text
-from pipelines.data.packing import MANIFEST_NAME
+from pipelines.data.manifest import MANIFEST_NAME
 from pipelines.recipe.schema import Recipe
-from pipelines.tracking.mlflow_store import TrackedRun
+from pipelines.tracking.mlflow_store import TrackedRun, attach
 
-RECIPE, RUN, LOCK = "recipe.json", "run.json", "lock"
-SETTINGS_OF_A_TRAINING = ("data", "model", "train")
-"""Sections that a resumed training must not change."""
+RECIPE_FILE, RUN_FILE, LOCK_FILE = "recipe.json", "run.json", "lock"
+TRAINING_SECTIONS = ("data", "model", "train")
+"""Recipe sections that a resumed training must not change."""
 _MAY_CHANGE = {
     f"train.{name}"
     for name in (
@@ -26,37 +26,75 @@ _MAY_CHANGE = {
         *("log_every", "keep_checkpoints", "recompute"),
     )
 }
-"""How the work is shared out, and what is kept of it. Another number of workers deals out an epoch's rows anew."""
+"""Settings of parallelism and logging. A different number of workers distributes an epoch's rows anew."""
+
+
+class RunReference(NamedTuple):
+    """The content of ``run.json``."""
+
+    run_id: str
+    tracking_uri: str
 
 
 @contextmanager
-def claimed(folder: Path, recipe: Recipe, sections: tuple[str, ...], what: str) -> Iterator[str | None]:
-    """Have a run folder for this recipe throughout the block. ``what`` names the key of its name.
+def lock_run_folder(folder: Path, recipe: Recipe, sections: tuple[str, ...], key: str) -> Iterator[str | None]:
+    """Hold an exclusive lock on a run folder, and check that the recipe matches the one it was started with.
 
-    Yields the MLflow run to go on with, None for a new one. Raises ConfigError where another process has the folder, or
-    where it was begun with another seed or other settings in ``sections``.
+    Yield the id of the MLflow run to resume, or None. Raises ConfigError if another process holds the folder, or if it
+    was started with another seed or other settings in ``sections``.
+
+    Args:
+        key: The recipe key that names the folder, for error messages.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
+    with (folder / LOCK_FILE).open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however that ends
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however it ends
         except BlockingIOError:
             raise ConfigError(
-                f"{what}: another process works on '{folder.name}'; wait for it, or choose another {what}"
+                f"{key}: another process works on '{folder.name}'; wait for it, or choose another {key}"
             ) from None
-        _check_settings(folder, recipe, sections, what)
-        yield _mlflow_run(folder)
+        _check_settings(folder, recipe, sections, key)
+        try:
+            reference = read_run_file(folder)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; delete the run folder to begin again") from error
+        yield None if reference is None else reference.run_id
+
+
+def read_run_file(folder: Path) -> RunReference | None:
+    """Return the MLflow run of a run folder, or None without ``run.json``. Raises ConfigError if it is damaged."""
+    path = folder / RUN_FILE
+    try:
+        content = json.loads(path.read_text())
+        return RunReference(content["run_id"], content["tracking_uri"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: expected JSON with run_id and tracking_uri ({error})") from error
 
 
 def write_run_file(folder: Path, tracked: TrackedRun) -> None:
-    """Leave word in a run folder of the MLflow run that belongs to it."""
+    """Store the MLflow run of a run folder in ``run.json``."""
     content = {"run_id": tracked.run_id, "tracking_uri": tracked.uri}
-    write_text(folder / RUN, json.dumps(content) + "\n")
+    write_text(folder / RUN_FILE, json.dumps(content) + "\n")
+
+
+def run_of_checkpoint(checkpoint: Path) -> TrackedRun:
+    """Return the MLflow run that trained a checkpoint, from ``run.json`` next to its folder. Raises ConfigError."""
+    folder = checkpoint.parent
+    try:
+        reference = read_run_file(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder / RUN_FILE}: {error.strerror}, so the run of {checkpoint} is unknown") from error
+    if reference is None:
+        raise ConfigError(f"{folder / RUN_FILE}: No such file or directory, so the run of {checkpoint} is unknown")
+    return attach(reference.tracking_uri, reference.run_id)
 
 
 def write_settings(folder: Path, recipe: Recipe, sections: tuple[str, ...]) -> None:
-    """Bind a run folder to this recipe's ``sections``, seed and data."""
-    write_text(folder / RECIPE, json.dumps(_settings(recipe, sections), indent=2) + "\n")
+    """Bind a run folder to the recipe's ``sections``, seed and data."""
+    write_text(folder / RECIPE_FILE, json.dumps(_settings(recipe, sections), indent=2) + "\n")
 
 
 def _settings(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, Any]:
@@ -66,34 +104,25 @@ def _settings(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, Any]:
     return settings
 
 
-def _check_settings(folder: Path, recipe: Recipe, sections: tuple[str, ...], what: str) -> None:
-    path = folder / RECIPE
+def _check_settings(folder: Path, recipe: Recipe, sections: tuple[str, ...], key: str) -> None:
+    path = folder / RECIPE_FILE
     if not path.exists():
         write_settings(folder, recipe, sections)
         return
     try:
         earlier = json.loads(path.read_text())
     except ValueError as error:
-        raise ConfigError(f"{path}: damaged ({error}); delete the run folder or choose another {what}") from error
-    differing = _flat(earlier).items() ^ _flat(_settings(recipe, sections)).items()
-    changed = sorted({key for key, _ in differing} - _MAY_CHANGE)
+        raise ConfigError(f"{path}: damaged ({error}); delete the run folder or choose another {key}") from error
+    differing = _flatten(earlier).items() ^ _flatten(_settings(recipe, sections)).items()
+    changed = sorted({name for name, _ in differing} - _MAY_CHANGE)
     if changed:
         raise ConfigError(
-            f"{what}: '{folder.name}' was begun with another {', '.join(changed)}; choose another {what}, or delete "
-            f"{folder} to begin again"
+            f"{key}: '{folder.name}' was started with another {', '.join(changed)}; choose another {key}, or delete "
+            f"{folder} to start over"
         )
 
 
-def _mlflow_run(folder: Path) -> str | None:
-    try:
-        return json.loads((folder / RUN).read_text())["run_id"]
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{folder / RUN}: damaged ({error}); delete the run folder to begin again") from error
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
     if isinstance(value, dict):
-        return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}.{key}".strip(".")).items()}
+        return {k: v for key, item in value.items() for k, v in _flatten(item, f"{prefix}.{key}".strip(".")).items()}
     return {prefix: json.dumps(value)}

@@ -1,17 +1,17 @@
-"""Anticipatory routing (report 4.2.3): experts are chosen by weights some updates older than those that then run.
+"""Anticipatory routing (report 4.2.3): experts selected by router weights a few updates older than the other weights.
 
-A spike feeds itself where an update moves the router and the experts that it chooses at once. So after one, and for a
-bounded number of updates, a batch is read ``lag`` updates before its turn and routed with the weights of that moment;
-when its turn comes, they say which experts run, and the weights of that later moment all else: how much each of the
-chosen counts, what they compute, the balance loss. No older weights are kept, only choices.
+A loss spike feeds itself when one update moves both the router and the experts it selects. After a rollback, and for a
+bounded number of updates, each batch is therefore routed ``lag`` updates before it is trained on. At its turn the
+stored expert ids are used; gate weights, expert outputs and the balance loss come from the current weights. Only expert
+ids are stored, never older weights.
 
-Published is this much, and that it begins with a short roll-back. Ours to decide:
+The report publishes this scheme and that it starts with a short rollback. Our choices beyond it:
 
-* It begins with every roll-back of :mod:`pipelines.training.loss_spikes`, also where no loss leapt but a gradient was not finite.
-* There are no weights older than those rolled back to. These route the first ``lag + 1`` batches, so that the age of
-  the choices grows from 0 to ``lag``. A roll-back meanwhile begins anew.
-* It ends after ``steps`` updates, or with the stage: the next one's batches and attention are others.
-* The selection bias that evens out the experts' load is the router's, and as old. It goes on moving with the load.
+* It starts with every rollback (:mod:`pipelines.training.loss_spikes`), also one for a non-finite gradient.
+* No weights older than the restored ones exist, so they route the first ``lag + 1`` batches: the age of the expert ids
+  grows from 0 to ``lag``. Another rollback starts over.
+* It ends after ``steps`` updates, or with the stage, since batches and attention mode change there.
+* The load-balancing bias is part of the router and equally old. It keeps adapting to the load.
 """
 
 from __future__ import annotations
@@ -24,72 +24,83 @@ import torch
 from torch import Tensor
 
 from model.errors import CheckpointError
-from pipelines.data.packing import Batch, TrainBatches
+from pipelines.data.batches import Batch, TrainBatches
 from pipelines.recipe.schema import AnticipatorySection
 from pipelines.training.collectives import gather_over_ranks, rank, world_size
 
-Choices = dict[int, Tensor]
-"""int64 [B, S, K] by layer: this rank's experts for a batch."""
+ExpertIds = dict[int, Tensor]
+"""This rank's selected experts for a batch, by layer: int64 [B, S, K]."""
 TENSORS = "anticipated/"
+"""Prefix of the tensor names in a checkpoint."""
 
 
 class AnticipatoryRouting:
-    """The choices made ahead for the coming batches, while any are."""
+    """Queue of expert ids for the coming batches."""
 
     def __init__(self, settings: AnticipatorySection | None):
         self.settings = settings
-        self.left = 0
-        """Updates still to come with older choices."""
-        self._made: deque[tuple[int, Choices]] = deque()
-        """For the next batches in turn: the updates that the weights had seen, and what they chose."""
+        self.remaining = 0
+        """Updates left with older router weights."""
+        self._queue: deque[tuple[int, ExpertIds]] = deque()
+        """For each coming batch, in order: the step at which it was routed, and its expert ids."""
 
-    def begin(self) -> None:
-        """The run was rolled back."""
-        self._made.clear()
-        self.left = self.settings.steps if self.settings is not None else 0
+    def start(self) -> None:
+        """Start after a rollback. Does nothing where the recipe does not ask for anticipatory routing."""
+        self._queue.clear()
+        self.remaining = self.settings.steps if self.settings is not None else 0
 
-    def end(self) -> None:
-        self._made.clear()
-        self.left = 0
+    def stop(self) -> None:
+        """Stop at the end of a stage."""
+        self._queue.clear()
+        self.remaining = 0
 
     def next(
-        self, step: int, until: int, batches: TrainBatches, choose: Callable[[Batch], Choices]
-    ) -> tuple[int, Choices]:
-        """The age in updates and the choices for the next batch. ``choose`` routes a batch with the present weights,
-        which have seen ``step`` updates; the stage ends after ``until``."""
+        self, step: int, end: int, batches: TrainBatches, route: Callable[[Batch], ExpertIds]
+    ) -> tuple[int, ExpertIds]:
+        """Return the age in updates and the expert ids of the next batch.
+
+        Args:
+            step: Updates made so far.
+            end: Step at which the stage ends.
+            batches: Source of the coming batches, which are peeked at.
+            route: Selects experts for a batch with the current weights.
+        """
         assert self.settings is not None
-        wanted = min(self.settings.lag + 1, self.left, until - step)
-        for batch in batches.ahead(wanted)[len(self._made) :]:
-            self._made.append((step, choose(batch)))
-        self.left -= 1
-        made, choices = self._made.popleft()
-        return step - made, choices
+        wanted = min(self.settings.lag + 1, self.remaining, end - step)
+        for batch in batches.peek(wanted)[len(self._queue) :]:
+            self._queue.append((step, route(batch)))
+        self.remaining -= 1
+        routed_at, expert_ids = self._queue.popleft()
+        return step - routed_at, expert_ids
 
     # --- checkpoints
 
     def state(self) -> dict[str, Any]:
-        return {"left": self.left, "made": [made for made, _ in self._made]}
+        """Return the state without tensors, as plain values."""
+        return {"left": self.remaining, "made": [routed_at for routed_at, _ in self._queue]}
 
     def tensors(self) -> dict[str, Tensor]:
-        """All ranks' choices, int32 [world, B, S, K], by number and layer. Every rank must take part."""
+        """Return the expert ids of all ranks, int32 [world, B, S, K], by batch and layer. Every rank must call it."""
         return {
-            f"{TENSORS}{number}/{layer}": gather_over_ranks(chosen.int())
-            for number, (_, choices) in enumerate(self._made)
-            for layer, chosen in choices.items()
+            f"{TENSORS}{i}/{layer}": gather_over_ranks(ids.int())
+            for i, (_, expert_ids) in enumerate(self._queue)
+            for layer, ids in expert_ids.items()
         }
 
     def load(self, state: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
-        """Inverse of :meth:`state` and :meth:`tensors`. Where the world's size is another, so are every rank's batches:
-        they are routed anew. Raises CheckpointError."""
-        self._made.clear()
+        """Restore :meth:`state` and :meth:`tensors`. Raises CheckpointError for anything else.
+
+        A different world size gives every rank different batches, which are then routed again.
+        """
+        self._queue.clear()
         try:
-            self.left = int(state["left"])
-            choices: list[Choices] = [{} for _ in state["made"]]
-            for name, every in tensors.items():
-                if name.startswith(TENSORS) and len(every) == world_size():
-                    number, layer = map(int, name.removeprefix(TENSORS).split("/"))
-                    choices[number][layer] = every[rank()].to(device, torch.int64)
+            self.remaining = int(state["left"])
+            queue: list[ExpertIds] = [{} for _ in state["made"]]
+            for name, gathered in tensors.items():
+                if name.startswith(TENSORS) and len(gathered) == world_size():
+                    i, layer = map(int, name.removeprefix(TENSORS).split("/"))
+                    queue[i][layer] = gathered[rank()].to(device, torch.int64)
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise CheckpointError(f"anticipatory routing: not a state of it ({error!r})") from error
-        if all(choices):
-            self._made.extend(zip(map(int, state["made"]), choices))
+            raise CheckpointError(f"anticipatory routing: not a valid state ({error!r})") from error
+        if all(queue):
+            self._queue.extend(zip(map(int, state["made"]), queue))

@@ -1,4 +1,4 @@
-"""A moment of a training, as it is kept in memory and in a checkpoint's folder."""
+"""The state of a training at one step, in memory and in a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ RANDOM = "random/"
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """In memory of its own: it can be written while training goes on. Under sharding, one rank's share of it."""
+class TrainState:
+    """A copy of the state, which can be written while training continues. Under sharding, one rank's share of it."""
 
     state: dict[str, Any]
-    """Plain values."""
+    """Plain values, for JSON."""
     model: dict[str, Tensor]
     config: ModelConfig
     tensors: dict[str, Tensor]
-    """Of the optimizer and the random generators."""
+    """State of the optimizer and the random number generators."""
     tokenizer: Tokenizer
     spans: dict[str, Span]
-    """The rows that are here of the parameters that are sharded."""
+    """This rank's rows of each sharded parameter."""
     part: Part | None
-    """None where nothing is sharded."""
-    dtypes: compute_dtype.Choice
+    """None without sharding."""
+    dtypes: compute_dtype.Dtypes
 
     def write(self, folder: Path) -> None:
-        """The model's checkpoint plus what resuming needs, or this rank's share of them, into an existing folder."""
+        """Write the model's checkpoint and the state to resume from, or this rank's share, into an existing folder."""
         if self.part is None:
             checkpoint.write(self.model, self.config, folder, self.tokenizer)
             save_file(self.tensors, folder / OPTIMIZER)
         else:
-            span_of = span_in(self.spans)
+            span_of = span_lookup(self.spans)
             checkpoint.write_part(self.model, span_of, self.part, self.config, folder, self.tokenizer)
             self.part.write(folder / OPTIMIZER, self.tensors, span_of)
         if self.part is None or self.part.number == 0:
@@ -54,26 +54,26 @@ class Snapshot:
             compute_dtype.write(folder, self.dtypes)
 
 
-def span_in(spans: Mapping[str, Span]) -> SpanOf:
-    """The rows of a parameter, which are also those of the optimizer's ``<parameter>/<slot>``."""
+def span_lookup(spans: Mapping[str, Span]) -> SpanOf:
+    """Return a function from the name of a parameter, or of its optimizer state ``<parameter>/<slot>``, to its span."""
     return lambda name: spans.get(name.partition("/")[0])
 
 
-def copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous, and never the same memory."""
+def copy_to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous CPU copies that share no memory with ``tensors``."""
     return {name: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for name, t in tensors.items()}
 
 
-def not_finite(tensors: dict[str, Tensor]) -> str | None:
-    """The name of the first tensor with a NaN or an infinity in it."""
+def find_nonfinite(tensors: dict[str, Tensor]) -> str | None:
+    """Return the name of the first tensor with a NaN or an infinity, or None."""
     return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
-# --- random numbers
+# --- random number generators
 
 
 def random_state() -> dict[str, Tensor]:
-    """The states of torch's generators, uint8, ready for safetensors."""
+    """Return the states of torch's generators as uint8 tensors."""
     states = {f"{RANDOM}cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states[f"{RANDOM}cuda"] = torch.cuda.get_rng_state()
@@ -81,7 +81,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(tensors: dict[str, Tensor]) -> None:
-    """Inverse of :func:`random_state`; other tensors are left alone."""
+    """Restore the generators from :func:`random_state`; other tensors are ignored."""
     if f"{RANDOM}cpu" in tensors:
         torch.set_rng_state(tensors[f"{RANDOM}cpu"])
     if f"{RANDOM}cuda" in tensors and torch.cuda.is_available():

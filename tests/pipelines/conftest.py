@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.recipe.schema import Recipe, recipe_from_dict
+from pipelines.recipe.loading import recipe_from_dict
+from pipelines.recipe.schema import Recipe
 from pipelines.steps import prepare
 
 MODEL = {

@@ -8,22 +8,24 @@ import pyarrow as pa
 import torch
 from safetensors.torch import save_file
 
-from pipelines.data.packing import SHARD_SCHEMA, batches, cut_rows
-from pipelines.recipe.schema import recipe_from_dict
-from pipelines.training.trainer import build_trainer, folder_batches
+from pipelines.data.batches import stack_rows
+from pipelines.data.packing import cut_rows
+from pipelines.data.shards import SHARD_SCHEMA
+from pipelines.recipe.loading import recipe_from_dict
+from pipelines.training.build import build_trainer, folder_batches
 
 
 class Record:
     """A reporter that remembers, and writes checkpoints into numbered folders of ``keep``."""
 
     def __init__(self, keep=None):
-        self.keep, self.logged, self.told, self.reported = keep, [], [], []
+        self.keep, self.logged, self.events, self.reported = keep, [], [], []
 
     def log(self, step, metrics):
         self.logged.append((step, metrics))
 
-    def tell(self, step, what):
-        self.told.append((step, what))
+    def log_event(self, step, message):
+        self.events.append((step, message))
 
     def report(self, step, metrics, write):
         self.reported.append((step, metrics))
@@ -50,8 +52,8 @@ class Share:
     def __next__(self):
         return self._mine(next(self.whole))
 
-    def ahead(self, count):
-        return [self._mine(batch) for batch in self.whole.ahead(count)]
+    def peek(self, count):
+        return [self._mine(batch) for batch in self.whole.peek(count)]
 
     def _mine(self, batch):
         return {k: v[self.rows] for k, v in batch.items()}
@@ -91,7 +93,7 @@ def packed_and_alone(length):
     for packing in (True, False):
         rows = cut_rows(table, length, packing)
         count = len(rows["tokens"])
-        yield next(batches(({k: v[i] for k, v in rows.items()} for i in range(count)), count))
+        yield next(stack_rows(({k: v[i] for k, v in rows.items()} for i in range(count)), count))
 
 
 def with_short_rows(batch):
@@ -105,6 +107,6 @@ def gradients_on_rank(rank, world, recipe, folder):
     _, alone = packed_and_alone(recipe["data"]["sequence_length"])
     for name, rows in (("alone", alone), ("short", with_short_rows(alone))):
         trainer = trainer_for(recipe_from_dict(recipe), Record(), rank, world)
-        trainer._update({key: values[rank::world] for key, values in rows.items()}, trainer.stage)
+        trainer.train_step({key: values[rank::world] for key, values in rows.items()}, trainer.stage)
         if rank == 0:
             save_file({n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}, folder / name)

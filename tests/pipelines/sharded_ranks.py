@@ -9,7 +9,7 @@ from tolerances import one_by_one
 from kernels.newton_schulz import newton_schulz
 from model import muon
 from model.sharding import is_sharded, local
-from pipelines.recipe.schema import recipe_from_dict, with_overrides
+from pipelines.recipe.loading import recipe_from_dict, with_overrides
 
 AT = "2"
 """The step of the checkpoint that others go on from: a warm-up's, after which everything learns again."""

@@ -18,15 +18,15 @@ import pytest
 
 from model.errors import CheckpointError
 from pipelines.__main__ import INTERRUPTED
-from pipelines.data.check import fit_to_data
-from pipelines.data.packing import read_manifest
-from pipelines.ray_runtime.checkpoint_index import LIST
-from pipelines.recipe.schema import with_overrides
+from pipelines.data.check import check_prepared
+from pipelines.data.manifest import read_manifest
+from pipelines.ray_runtime.checkpoint_index import INDEX
+from pipelines.ray_runtime.fit import RAY_RUN
+from pipelines.recipe.loading import with_overrides
 from pipelines.steps import train
-from pipelines.steps.train import RAY_RUN
 from pipelines.tracking.mlflow_store import TrackedRun, open_tracking
-from pipelines.tracking.run_folder import RUN
-from pipelines.training.trainer import build_trainer
+from pipelines.tracking.run_folder import RUN_FILE
+from pipelines.training.build import build_trainer
 
 STAGES = [
     {"attention": "dense", "steps": 10, "qat": False},
@@ -45,7 +45,7 @@ def recipe_named(prepared, name, sharding="none"):
 
 
 def run_id(recipe):
-    return json.loads((recipe.run_folder / RUN).read_text())["run_id"]
+    return json.loads((recipe.run_folder / RUN_FILE).read_text())["run_id"]
 
 
 def history(recipe):
@@ -151,7 +151,7 @@ def processes_below(pid, name):
 
 def noted(recipe):
     """Steps of the checkpoints that a run would go on from."""
-    path = recipe.run_folder / RAY_RUN / LIST
+    path = recipe.run_folder / RAY_RUN / INDEX
     return {int(n) for n in re.findall(r"step_(\d{6})", path.read_text())} if path.exists() else set()
 
 
@@ -200,7 +200,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_names_it(prepared, ray_cluste
     assert 2 <= step < int(failed) and max(noted(recipe)) == step
     assert open_tracking(recipe).client.get_run(run_id(recipe)).info.status == "FAILED"
     (folder,) = recipe.run_folder.glob(f"train/**/{last}")
-    trainer = build_trainer(fit_to_data(recipe, read_manifest(recipe.data_folder)), None, None)
+    trainer = build_trainer(check_prepared(recipe, read_manifest(recipe.data_folder)), None, None)
     trainer.load_checkpoint(folder)
     assert trainer.step == step
 
@@ -245,10 +245,10 @@ def test_a_killed_run_goes_on_without_a_trace(prepared, ray_cluster, straight, t
                 assert driver.poll() is None, "it ended before it could be killed"
                 VICTIMS[victim](driver, recipe)
     if starts[-1] == ["driver"]:  # killed in the middle of a write
-        checkpoints = recipe.run_folder / RAY_RUN / LIST
+        checkpoints = recipe.run_folder / RAY_RUN / INDEX
         os.truncate(checkpoints, checkpoints.stat().st_size // 2)
     train.run(recipe)
-    assert ("half written" in capsys.readouterr().out) == (starts[-1] == ["driver"])
+    assert ("repaired the checkpoint index" in capsys.readouterr().out) == (starts[-1] == ["driver"])
     check(recipe, straight)
 
 

@@ -20,9 +20,9 @@ import torch
 
 from model.muon import MuonAdamW
 from model.transformer import Transformer
-from pipelines.recipe.schema import load_recipe, with_overrides
+from pipelines.recipe.loading import load_recipe, with_overrides
 from pipelines.steps import prepare
-from pipelines.training.trainer import build_trainer, folder_batches
+from pipelines.training.build import build_trainer, folder_batches
 
 FILE = Path(__file__).parent / "golden" / "tiny.json"
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
@@ -58,8 +58,8 @@ class _Losses:
             if name in metrics:  # a warm-up has no next token but one to predict
                 self.steps[name].append(metrics[name])
 
-    def tell(self, step, what):
-        raise AssertionError(what)
+    def log_event(self, step, message):
+        raise AssertionError(message)
 
     def report(self, step, metrics, write):
         pass

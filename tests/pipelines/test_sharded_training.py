@@ -15,9 +15,9 @@ from test_exact_resume import history, noted, processes_below, wait_for_checkpoi
 
 from model import checkpoint
 from model.errors import CheckpointError, FiftyfoldError
-from pipelines.recipe.schema import with_overrides
+from pipelines.recipe.loading import with_overrides
 from pipelines.steps import train
-from pipelines.steps.evaluate import weights_digest
+from pipelines.tracking.registry import weights_digest
 from pipelines.training.train_state import OPTIMIZER
 
 STAGES = [

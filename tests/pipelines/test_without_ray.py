@@ -12,14 +12,15 @@ import json, sys
 from pathlib import Path
 for name in ("ray", "mlflow", "lm_eval", "transformers", "matplotlib", "psutil", "rich", "httpx"):
     sys.modules[name] = None  # so that importing it fails
-from pipelines.recipe.schema import recipe_from_dict
-from pipelines.training.trainer import build_trainer, folder_batches
+from pipelines.recipe.loading import recipe_from_dict
+from pipelines.training.build import build_trainer
+from pipelines.training.build import folder_batches
 
 class Terminal:
     def log(self, step, metrics):
         print(step, metrics["train/loss"])
-    def tell(self, step, what):
-        print(what)
+    def log_event(self, step, message):
+        print(message)
     def report(self, step, metrics, write):
         if step == 6:
             write(Path(sys.argv[2]))

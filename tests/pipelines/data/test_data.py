@@ -15,19 +15,13 @@ from hypothesis import strategies as st
 
 from model.errors import DataError
 from model.tokenizer import ByteTokenizer
-from pipelines.data.packing import (
-    SHARD_SCHEMA,
-    TargetKind,
-    batches,
-    count_rows,
-    cut_rows,
-    file_sha256,
-    local_rows,
-    read_manifest,
-    train_batches,
-    train_dataset,
-)
-from pipelines.recipe.schema import recipe_from_dict
+from pipelines.data.batches import stack_rows, train_batches
+from pipelines.data.local_reader import local_rows
+from pipelines.data.manifest import file_sha256, read_manifest
+from pipelines.data.packing import TargetKind, count_rows, cut_rows
+from pipelines.data.ray_dataset import train_dataset
+from pipelines.data.shards import SHARD_SCHEMA
+from pipelines.recipe.loading import recipe_from_dict
 from pipelines.steps import prepare
 
 LENGTH = 128
@@ -257,14 +251,14 @@ def test_local_rows_select_limit_and_shuffle(folder):
 
 def test_batches_stack_rows(folder):
     rows = list(local_rows(folder, "validation", LENGTH, limit=10))
-    made = list(batches(rows, 4))
+    made = list(stack_rows(rows, 4))
     assert [len(batch["tokens"]) for batch in made] == [4, 4, 2]
     assert made[0]["tokens"].dtype == made[0]["positions"].dtype == torch.int64
     assert made[0]["target_kind"].dtype == torch.uint8
     assert made[0]["tokens"].shape == (4, LENGTH + 1)
     assert made[0]["target_kind"].shape == made[0]["positions"].shape == (4, LENGTH)
     assert [row for batch in made for row in rows_of(batch)] == as_bytes(rows)
-    assert len(list(batches(rows, 4, drop_last=True))) == 2
+    assert len(list(stack_rows(rows, 4, drop_last=True))) == 2
 
 
 def test_an_epoch_holds_each_row_once_and_the_next_is_shuffled_anew(folder):
@@ -400,7 +394,7 @@ def _no_manifest(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (_cut_short, "damaged token shard .* bytes where the manifest says"),
+        (_cut_short, "damaged token shard .* bytes, the manifest says"),
         (_remove, "No such file"),
         (_break_json, "damaged manifest"),
         (_change_manifest(format=99), "has format 99, this version reads format 2"),
@@ -452,10 +446,10 @@ def test_a_shard_that_is_no_parquet_is_named(copy):
 @pytest.mark.parametrize(
     ("tokens", "type", "named"),
     [
-        ([1, 2, None], pa.int32(), "damaged token shard .not all its tokens are numbers from 0 to"),
-        ([1, 2, -1], pa.int32(), "damaged token shard .not all its tokens are numbers from 0 to"),
-        ([1, 2, 10**6], pa.int32(), "damaged token shard .not all its tokens are numbers from 0 to"),
-        ([1, 2, float("nan")], pa.float64(), "not a token shard .its column 'tokens' is not of type list"),
+        ([1, 2, None], pa.int32(), "damaged token shard .token ids outside 0 to"),
+        ([1, 2, -1], pa.int32(), "damaged token shard .token ids outside 0 to"),
+        ([1, 2, 10**6], pa.int32(), "damaged token shard .token ids outside 0 to"),
+        ([1, 2, float("nan")], pa.float64(), "not a token shard .column 'tokens' is not of type list"),
     ],
 )
 def test_a_shard_of_other_things_than_tokens_is_named(copy, tokens, type, named):

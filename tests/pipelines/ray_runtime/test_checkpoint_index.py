@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from pipelines.ray_runtime.checkpoint_index import LIST, keep_copy, restore
+from pipelines.ray_runtime.checkpoint_index import INDEX, back_up, repair
 
 
 def listed(*steps):
@@ -19,58 +19,58 @@ def listed(*steps):
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / LIST).write_text(json.dumps(listed(4, 8)))
-    keep_copy(tmp_path, "step_8")
+    (tmp_path / INDEX).write_text(json.dumps(listed(4, 8)))
+    back_up(tmp_path, "step_8")
     for step in (4, 8):
         (tmp_path / f"step_{step}").mkdir()
     return tmp_path
 
 
 def cut(folder):
-    (folder / LIST).write_text(json.dumps(listed(8, 12))[:50])
+    (folder / INDEX).write_text(json.dumps(listed(8, 12))[:50])
 
 
 def test_a_whole_list_stays(folder):
     (folder / "step_12").mkdir()
-    (folder / LIST).write_text(json.dumps(listed(8, 12)))
-    assert restore(folder) is None
-    assert json.loads((folder / LIST).read_text()) == listed(8, 12)
+    (folder / INDEX).write_text(json.dumps(listed(8, 12)))
+    assert repair(folder) is None
+    assert json.loads((folder / INDEX).read_text()) == listed(8, 12)
 
 
 def test_of_half_a_list_the_one_before_is_back(folder):
     cut(folder)
-    keep_copy(folder, None)  # which is no whole list, and so no copy
-    assert restore(folder) == 2
-    assert json.loads((folder / LIST).read_text()) == listed(4, 8)
+    back_up(folder, None)  # which is no whole list, and so no copy
+    assert repair(folder) == 2
+    assert json.loads((folder / INDEX).read_text()) == listed(4, 8)
 
 
 def test_a_copy_waits_for_the_checkpoint_before_it(folder):
     (folder / "step_12").mkdir()
-    late = threading.Timer(0.3, lambda: (folder / LIST).write_text(json.dumps(listed(8, 12))))
+    late = threading.Timer(0.3, lambda: (folder / INDEX).write_text(json.dumps(listed(8, 12))))
     late.start()
-    keep_copy(folder, "step_12")
+    back_up(folder, "step_12")
     late.join()
-    (folder / LIST).write_text("half")
-    assert restore(folder) == 2
-    assert json.loads((folder / LIST).read_text()) == listed(8, 12)
+    (folder / INDEX).write_text("half")
+    assert repair(folder) == 2
+    assert json.loads((folder / INDEX).read_text()) == listed(8, 12)
 
 
 def test_checkpoints_that_are_gone_are_left_out(folder):
     cut(folder)
     (folder / "step_8").rmdir()
-    assert restore(folder) == 1
-    assert json.loads((folder / LIST).read_text()) == listed(4)
+    assert repair(folder) == 1
+    assert json.loads((folder / INDEX).read_text()) == listed(4)
 
 
 def test_a_damaged_checkpoint_may_be_deleted(folder):
     (folder / "step_8").rmdir()
-    assert restore(folder) == 1
-    assert json.loads((folder / LIST).read_text()) == listed(4)
+    assert repair(folder) == 1
+    assert json.loads((folder / INDEX).read_text()) == listed(4)
 
 
 def test_without_any_checkpoint_the_run_begins_anew(folder):
     cut(folder)
     for step in (4, 8):
         (folder / f"step_{step}").rmdir()
-    assert restore(folder) == 0 and not (folder / LIST).exists()
-    assert restore(folder) is None
+    assert repair(folder) == 0 and not (folder / INDEX).exists()
+    assert repair(folder) is None

@@ -10,9 +10,9 @@ import yaml
 
 from pipelines import __main__ as cli
 from pipelines.ray_runtime.session import ray_session
-from pipelines.recipe.schema import with_overrides
+from pipelines.recipe.loading import with_overrides
 from pipelines.tracking.mlflow_store import open_tracking
-from pipelines.tracking.run_folder import RUN
+from pipelines.tracking.run_folder import RUN_FILE
 
 TIMED_OUT = "The current node timed out during startup."
 
@@ -57,5 +57,5 @@ def test_a_step_whose_cluster_does_not_start_ends_with_one_sentence(prepared, st
     assert cli.main(["train", "--config", str(tmp_path / "recipe.yaml")]) == cli.USER_ERROR
     assert capsys.readouterr().err == f"error: Ray: no local cluster started in two attempts ({TIMED_OUT})\n"
     assert [p.is_running() for p in processes] == [False, False]
-    run_id = yaml.safe_load((recipe.run_folder / RUN).read_text())["run_id"]
+    run_id = yaml.safe_load((recipe.run_folder / RUN_FILE).read_text())["run_id"]
     assert open_tracking(recipe).client.get_run(run_id).info.status == "FAILED"

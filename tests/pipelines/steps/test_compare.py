@@ -8,11 +8,11 @@ import pytest
 from model import checkpoint
 from model.errors import ConfigError
 from model.transformer import Transformer
-from pipelines.recipe.schema import with_overrides
+from pipelines.recipe.loading import with_overrides
 from pipelines.steps import compare
 from pipelines.tracking.mlflow_store import open_tracking
 from pipelines.training import compute_dtype
-from pipelines.training.trainer import build_trainer, folder_batches
+from pipelines.training.build import build_trainer, folder_batches
 
 
 class Keep:
@@ -64,7 +64,7 @@ def test_pairs_are_scored_in_four_ways(pairs, capsys):
     logged = run.data.metrics
     assert logged["compare/with_QAT_quantised/text_loss"] == statistics.fmean(with_qat["text_loss"])
     assert logged["compare/with_QAT_quantised/text_loss_spread"] == statistics.stdev(with_qat["text_loss"])
-    assert "without QAT, quantised after" in capsys.readouterr().out
+    assert "without QAT, quantized after" in capsys.readouterr().out
 
 
 def test_what_is_no_pair_is_refused(pairs):

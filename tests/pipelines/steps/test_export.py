@@ -120,14 +120,14 @@ def test_a_file_for_llama_cpp(tmp_path, capsys):
     for part in ("(gguf q8_0, ", "llama.cpp keeps its cache in floats", "without a vocabulary", "without the multi-"):
         assert part in printed
     assert export(tmp_path / "ours", target, "--format", "gguf") == 2
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--from", "OURS"], "--to: names nothing to write"),
-        (["--from", "OURS", "--to", "OURS"], "exists already"),
+        (["--from", "OURS"], "--to: is missing"),
+        (["--from", "OURS", "--to", "OURS"], "already exists"),
         (["--from", "OURS", "--to", "new", "--format", "onnx"], "'onnx' is not one of fiftyfold"),
         (["--from", "OURS", "--to", "new", "--format", "gguf", "--experts", "fp4"], "--experts: changes nothing in"),
         (["--from", "OURS", "--to", "new", "--type", "f16"], "--type: changes nothing in format 'transformers'"),

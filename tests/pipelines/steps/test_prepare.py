@@ -12,9 +12,15 @@ import pytest
 
 from model.errors import ConfigError, DataError
 from model.tokenizer import ByteTokenizer, load_tokenizer
-from pipelines.data.check import fit_to_data
-from pipelines.data.packing import SHARD_SCHEMA, TargetKind, local_rows, read_manifest
-from pipelines.recipe.schema import Recipe, recipe_from_dict, with_overrides
+from pipelines.data.check import check_prepared
+from pipelines.data.local_reader import local_rows
+from pipelines.data.manifest import read_manifest
+from pipelines.data.packing import TargetKind
+from pipelines.data.shard_writer import PIECE_ROWS
+from pipelines.data.shards import SHARD_SCHEMA
+from pipelines.data.tokenization import encode
+from pipelines.recipe.loading import recipe_from_dict, with_overrides
+from pipelines.recipe.schema import Recipe
 from pipelines.steps import prepare
 
 LENGTH = 128
@@ -209,7 +215,7 @@ def test_shards_close_at_shard_tokens_and_row_groups_are_small(tmp_path, monkeyp
     corpus = write_corpus(tmp_path / "in", texts(100))
     result = prepare.run(recipe(tmp_path, corpus, shard_tokens=20_000))
     *full, _ = result.manifest.splits["train"].shards
-    piece = prepare.PIECE_ROWS * LENGTH + 2
+    piece = PIECE_ROWS * LENGTH + 2
     assert all(20_000 - LENGTH <= shard.tokens <= 20_000 + 2 * piece for shard in full)
     file = pq.ParquetFile(result.folder / full[0].file)
     groups = [file.read_row_group(i)["tokens"].to_pylist() for i in range(file.num_row_groups)]
@@ -286,12 +292,12 @@ def test_a_hugging_face_tokenizer(tmp_path):
     whole = damaged.read_text()
     damaged.write_text(whole + "\n")
     with pytest.raises(DataError, match=r"tokenizer\.json: missing or damaged"):
-        fit_to_data(prepared, result.manifest)
+        check_prepared(prepared, result.manifest)
     damaged.write_text(whole)
     there = with_overrides(prepared, {"data.tokenizer": str(result.folder)})
-    assert fit_to_data(there, result.manifest).model.vocab_size == result.manifest.vocab_size
+    assert check_prepared(there, result.manifest).model.vocab_size == result.manifest.vocab_size
     with pytest.raises(ConfigError, match=r"data\.tokenizer: byte, but .* was prepared with .*tokenizer\.json"):
-        fit_to_data(with_overrides(prepared, {"data.tokenizer": "byte"}), result.manifest)
+        check_prepared(with_overrides(prepared, {"data.tokenizer": "byte"}), result.manifest)
     tokenizer = load_tokenizer(result.folder)
     assert result.manifest.vocab_size == tokenizer.vocab_size == backend.get_vocab_size()
     row = next(row for row in stored(result, "train") if row["kind"] == "text" and row["piece"] == 0)
@@ -302,13 +308,13 @@ def test_a_hugging_face_tokenizer(tmp_path):
 
 def test_bytes_take_the_tokenizer_s_own_ids():
     text = "any tëxt\0\x7f€😀"
-    assert prepare._encode(TOKENIZER, text).tolist() == TOKENIZER.encode(text)
+    assert encode(TOKENIZER, text).tolist() == TOKENIZER.encode(text)
 
 
 MEMORY_PROBE = """
 import resource, sys
 from pipelines.steps import prepare
-from pipelines.recipe.schema import recipe_from_dict
+from pipelines.recipe.loading import recipe_from_dict
 settings = {"sources": sys.argv[2:], "shard_tokens": 500_000, "retrieval_share": 0.01}
 prepare.run(recipe_from_dict({"run": {"folder": sys.argv[1]}, "data": settings}))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
@@ -465,7 +471,7 @@ def _dangling_link(folder: Path) -> Path:
     ("write", "named"),
     [
         (lambda folder: folder / "none/*.txt", r"none/\*.txt' matches no file$"),
-        (lambda folder: folder, r"matches no file; a folder is named with .*/\*\*/\*.txt"),
+        (lambda folder: folder, r"matches no file; for the files of a folder write .*/\*\*/\*.txt"),
         (_file("in.csv", "a,b"), r"in.csv: unsupported suffix '.csv'; sources are .txt"),
         (_file("in.txt", ""), "no text in 1 files"),
         (_file("in.txt", b"\xff\xfe\x00"), "in.txt: is not text"),

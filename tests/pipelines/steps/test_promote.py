@@ -22,9 +22,11 @@ from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
 from model.tokenizer import ByteTokenizer, load_tokenizer
 from model.transformer import Transformer
-from pipelines.recipe.schema import Recipe, recipe_from_dict, with_overrides
+from pipelines.recipe.loading import recipe_from_dict, with_overrides
+from pipelines.recipe.schema import Recipe
 from pipelines.steps import evaluate, promote
 from pipelines.tracking.mlflow_store import open_tracking
+from pipelines.tracking.registry import WEIGHTS_TAG, download, weights_digest
 
 MODEL = ModelConfig(hidden_size=32, layers=("sliding", "csa", "hca"), max_positions=512)
 
@@ -78,7 +80,7 @@ def train(
             run.set_tags({"checkpoint": str(mine.final_checkpoint)})
         if score is not None:
             run.log_metrics({"eval/recall": score})
-            run.set_tags({evaluate.WEIGHTS_TAG: evaluate.weights_digest(mine.final_checkpoint)})
+            run.set_tags({WEIGHTS_TAG: weights_digest(mine.final_checkpoint)})
         if cache is not None:
             run.log_metrics({"cache/bytes_per_token": cache}, step=100)
     return run
@@ -132,7 +134,7 @@ def test_what_was_registered_is_the_checkpoint_itself(recipe):
     source = result.winner.checkpoint
     tracking = open_tracking(recipe)
     for uri in (result.model_uri, f"models:/{recipe.promote.registered_name}/1"):
-        folder = promote.resolve(tracking, uri)
+        folder = download(tracking, uri)
         assert folder != source
         assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
         for path in source.iterdir():
@@ -152,8 +154,8 @@ def test_promoting_again_makes_a_version_and_moves_the_alias(recipe):
     assert champion(recipe).run_id == second.run_id
     assert versions(recipe) == ["1", "2"]
     tracking = open_tracking(recipe)
-    old = promote.resolve(tracking, f"models:/{recipe.promote.registered_name}/1")
-    new = promote.resolve(tracking, result.model_uri)
+    old = download(tracking, f"models:/{recipe.promote.registered_name}/1")
+    new = download(tracking, result.model_uri)
     assert (old / "model.safetensors").read_bytes() != (new / "model.safetensors").read_bytes()
 
 
@@ -267,7 +269,7 @@ def test_interrupted_copy_registers_nothing(recipe, store):
 )
 def test_unknown_model_is_named(recipe, uri, message):
     with pytest.raises(ConfigError, match=message):
-        promote.resolve(open_tracking(recipe), uri)
+        download(open_tracking(recipe), uri)
 
 
 def test_evaluate_scores_the_run_of_the_checkpoint(recipe, store, capsys):
@@ -351,7 +353,7 @@ def test_the_same_against_a_tracking_server(tmp_path):
         evaluate.run(named(recipe, "b"))
         result = promote.run(recipe)
         assert result.winner.run_id == run.run_id
-        folder = promote.resolve(open_tracking(recipe), result.model_uri, tmp_path / "served" / "deep")
+        folder = download(open_tracking(recipe), result.model_uri, tmp_path / "served" / "deep")
         assert folder.is_relative_to(tmp_path / "served")
         assert checkpoints.load(folder).config == MODEL
         assert run.url_hint() == f"{uri}/#/experiments/{run.experiment_id}/runs/{run.run_id}"

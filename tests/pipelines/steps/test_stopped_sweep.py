@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.recipe.schema import with_overrides
+from pipelines.recipe.loading import with_overrides
 from pipelines.steps import sweep
 from pipelines.tracking.mlflow_store import open_tracking
 

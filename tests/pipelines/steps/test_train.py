@@ -9,14 +9,17 @@ import torch
 
 from model import checkpoint
 from model.errors import CheckpointError, ConfigError, FiftyfoldError
-from pipelines.data.check import fit_to_data
-from pipelines.data.packing import read_manifest
-from pipelines.ray_runtime.checkpoint_index import LIST
-from pipelines.recipe.schema import over, recipe_from_dict, with_overrides
+from pipelines.data.check import check_prepared
+from pipelines.data.manifest import read_manifest
+from pipelines.ray_runtime.checkpoint_index import INDEX
+from pipelines.ray_runtime.fit import RAY_RUN
+from pipelines.recipe.loading import overlay, recipe_from_dict, with_overrides
 from pipelines.reports.cache_measurement import BYTES_PER_TOKEN
 from pipelines.steps import evaluate, promote, sweep, train
+from pipelines.steps.sweep import Trial, choose_winner
 from pipelines.tracking.mlflow_store import open_tracking
-from pipelines.tracking.run_folder import LOCK
+from pipelines.tracking.registry import download
+from pipelines.tracking.run_folder import LOCK_FILE
 from pipelines.training import compute_dtype
 from pipelines.training.curriculum import total_steps
 
@@ -71,7 +74,7 @@ def test_a_run_goes_on_with_its_own_data_only(trained):
     content = manifest.read_text()
     manifest.write_text(content + "\n")
     try:
-        with pytest.raises(ConfigError, match=r"'trained' was begun with another data\.manifest"):
+        with pytest.raises(ConfigError, match=r"'trained' was started with another data\.manifest"):
             train.run(recipe)
     finally:
         manifest.write_text(content)
@@ -80,7 +83,7 @@ def test_a_run_goes_on_with_its_own_data_only(trained):
 @pytest.mark.parametrize(("setting", "value"), [("model.window", 6), ("run.seed", 1)])
 def test_a_changed_recipe_needs_a_name_of_its_own(trained, setting, value):
     recipe, _ = trained
-    with pytest.raises(ConfigError, match=f"'trained' was begun with another {re.escape(setting)}"):
+    with pytest.raises(ConfigError, match=f"'trained' was started with another {re.escape(setting)}"):
         train.run(with_overrides(recipe, {setting: value}))
 
 
@@ -89,8 +92,8 @@ def test_only_a_run_that_has_not_begun_needs_its_first_weights(prepared, ray_clu
     with pytest.raises(CheckpointError, match="first"):
         train.run(recipe)
     assert not recipe.run_folder.exists()  # a corrected path may have the name
-    (recipe.run_folder / train.RAY_RUN).mkdir(parents=True)
-    (recipe.run_folder / train.RAY_RUN / LIST).touch()
+    (recipe.run_folder / RAY_RUN).mkdir(parents=True)
+    (recipe.run_folder / RAY_RUN / INDEX).touch()
 
     def begin(*_):
         raise InterruptedError
@@ -102,7 +105,7 @@ def test_only_a_run_that_has_not_begun_needs_its_first_weights(prepared, ray_clu
 
 def test_a_run_is_one_process_s_at_a_time(trained):
     recipe, _ = trained
-    with (recipe.run_folder / LOCK).open() as other:
+    with (recipe.run_folder / LOCK_FILE).open() as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match=r"run\.name: another process works on 'trained'"):
             train.run(recipe)
@@ -141,7 +144,7 @@ def test_a_sweep_nests_its_trials_and_keeps_the_best_within_the_budget(swept):
     assert {a.path for a in client.list_artifacts(result.run_id)} >= {"pareto.png", "trials.json", "winner.yaml"}
     config = checkpoint.load_config(result.checkpoint)
     assert config.csa_ratio == result.winner.settings["model.csa_ratio"]
-    assert over(recipe, result.overrides).model.csa_ratio == config.csa_ratio
+    assert overlay(recipe, result.overrides).model.csa_ratio == config.csa_ratio
 
 
 def test_a_finished_sweep_resumes_to_the_same_winner(swept):
@@ -158,7 +161,7 @@ def test_a_finished_sweep_resumes_to_the_same_winner(swept):
 
 def test_other_settings_do_not_go_on_from_the_winner(swept):
     recipe, _ = swept
-    with pytest.raises(ConfigError, match="'ratios-winner' was begun with another"):
+    with pytest.raises(ConfigError, match="'ratios-winner' was started with another"):
         train.run(with_overrides(recipe, {"run.name": "ratios-winner"}))
 
 
@@ -167,7 +170,7 @@ def test_scores_promote_the_winner(swept):
     evaluate.run(with_overrides(recipe, {"evaluate.checkpoint": str(result.checkpoint)}))
     promoted = promote.run(recipe)
     assert promoted.winner.checkpoint == result.checkpoint
-    folder = promote.resolve(open_tracking(recipe), "models:/fiftyfold@champion")
+    folder = download(open_tracking(recipe), "models:/fiftyfold@champion")
     assert checkpoint.load_config(folder) == checkpoint.load_config(result.checkpoint)
 
 
@@ -199,7 +202,7 @@ def test_a_trial_may_have_train_workers_of_its_own(trained, tmp_path, monkeypatc
     assert compute_dtype.read(result.checkpoint) == there
     model = checkpoint.load(result.checkpoint)
     assert (model.config.index_topk, model.config.qat) == (2, False)
-    assert over(recipe, result.overrides).train.grad_clip == 0.5
+    assert overlay(recipe, result.overrides).train.grad_clip == 0.5
 
 
 def test_settings_that_the_data_or_the_cluster_cannot_serve_are_refused(prepared, ray_cluster):
@@ -211,7 +214,7 @@ def test_settings_that_the_data_or_the_cluster_cannot_serve_are_refused(prepared
         ("sources", "", r"\[\]"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=rf"data\.{key}: {here}, but .* was prepared with {there}"):
-            fit_to_data(with_overrides(prepared, {f"data.{key}": [] if key == "sources" else here}), manifest)
+            check_prepared(with_overrides(prepared, {f"data.{key}": [] if key == "sources" else here}), manifest)
     with pytest.raises(ConfigError, match=r"train\.workers: needs 9 CPU, the Ray cluster has 6"):
         train.run(with_overrides(prepared, {"run.name": "many", "train.workers": 8}))
 
@@ -219,14 +222,14 @@ def test_settings_that_the_data_or_the_cluster_cannot_serve_are_refused(prepared
 def test_a_tie_goes_to_the_smaller_cache_and_nan_never_wins():
     recipe = recipe_from_dict({"sweep": {"metric": "validation/loss", "max_cache_bytes_per_token": 50}})
     trials = [
-        sweep.Trial({"n": i}, {"validation/loss": loss, BYTES_PER_TOKEN: cache}, str(i), 1)
+        Trial({"n": i}, {"validation/loss": loss, BYTES_PER_TOKEN: cache}, str(i), 1)
         for i, (loss, cache) in enumerate([(float("nan"), 1), (2.0, 40), (2.0, 30), (1.0, 60), (3.0, 10)])
     ]
-    assert sweep.choose(trials, recipe) is trials[2]
+    assert choose_winner(trials, recipe) is trials[2]
     with pytest.raises(ConfigError, match="no trial fits 50 bytes; the smallest takes 60"):
-        sweep.choose([trials[3]], recipe)
+        choose_winner([trials[3]], recipe)
     with pytest.raises(ConfigError, match="trials report no 'validation/loss'"):
-        sweep.choose([sweep.Trial({}, {BYTES_PER_TOKEN: 1.0}, "x", 1)], recipe)
+        choose_winner([Trial({}, {BYTES_PER_TOKEN: 1.0}, "x", 1)], recipe)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +241,7 @@ def test_a_tie_goes_to_the_smaller_cache_and_nan_never_wins():
         ({"sweep.space": {"model.topk": [2]}}, "model.topk: unknown key"),
         (
             {"sweep.space": {"model.index_topk": [2]}, "train.stages": [{"steps": 2, "index_topk": 3}]},
-            r"'model\.index_topk' changes nothing, because train\.stages\.0 sets index_topk for itself",
+            r"'model\.index_topk' changes nothing, because train\.stages\.0 sets index_topk itself",
         ),
         (
             {"sweep.space": {"model.index_topk": [2]}, "train.workers": 2},
@@ -246,7 +249,7 @@ def test_a_tie_goes_to_the_smaller_cache_and_nan_never_wins():
         ),
         ({"sweep.space": {"model.qat": [True, 1.5]}}, r"model\.qat: .*1\.5"),
         ({"sweep.space": {"model.index_topk": [2, 2]}}, "'model.index_topk' has a value twice"),
-        ({"sweep.space": {"run.name": ["a", "b"]}}, "'run.name' changes nothing of a trial"),
+        ({"sweep.space": {"run.name": ["a", "b"]}}, "'run.name' changes nothing in a trial"),
         ({"sweep.space": {"train.checkpoint_every": [2, 3]}}, "'train.checkpoint_every' changes nothing"),
         ({"sweep.space": {"train.stages.0.steps": [2, 3]}}, "'train.stages.0.steps' names an item of a list"),
         (
@@ -286,7 +289,7 @@ def test_an_end_that_would_come_again_is_the_end(prepared, ray_cluster):
          "train.checkpoint_every": 100, "train.stability": {"action": "stop", "spike": 1e-3, "window": 4},
          "train.max_failures": 1, "train.optimizer.learning_rate": 1.0},
     )  # fmt: skip
-    with pytest.raises(FiftyfoldError, match=r"step \d+: the loss leapt .*, and train\.stability\.action is stop"):
+    with pytest.raises(FiftyfoldError, match=r"step \d+: the loss spiked .*, and train\.stability\.action is stop"):
         train.run(recipe)
     run_id = json.loads((recipe.run_folder / "run.json").read_text())["run_id"]
     steps = [p.step for p in open_tracking(recipe).client.get_metric_history(run_id, "train/loss")]

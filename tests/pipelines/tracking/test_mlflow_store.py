@@ -15,7 +15,8 @@ import mlflow
 import pytest
 
 from model.errors import ConfigError
-from pipelines.recipe.schema import Recipe, load_recipe, recipe_from_dict
+from pipelines.recipe.loading import load_recipe, recipe_from_dict
+from pipelines.recipe.schema import Recipe
 from pipelines.tracking.mlflow_store import attach, git_tags, open_tracking
 
 ROOT = Path(__file__).parents[3]

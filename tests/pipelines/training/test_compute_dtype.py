@@ -10,10 +10,10 @@ from plain_training import Record, trainer_for
 from model import muon
 from model.errors import CheckpointError
 from model.transformer import Transformer
-from pipelines.recipe.schema import recipe_from_dict, with_overrides
+from pipelines.recipe.loading import recipe_from_dict, with_overrides
 from pipelines.training import compute_dtype
+from pipelines.training.build import build_trainer, folder_batches
 from pipelines.training.compute_dtype import BF16, FLOAT32
-from pipelines.training.trainer import build_trainer, folder_batches
 
 AUTO = dict.fromkeys(BF16, "auto")
 MACHINES = [(True, BF16, torch.bfloat16), (False, FLOAT32, torch.float32)]
@@ -59,9 +59,9 @@ def test_a_machine_chooses_what_it_multiplies_faster(auto, tmp_path, monkeypatch
     record = Record(tmp_path)
     trainer = trainer_for(auto, record)
     trainer.run()
-    assert compute_dtype.of(trainer.recipe) == choice == compute_dtype.read(tmp_path / "6")
+    assert compute_dtype.settings_of(trainer.recipe) == choice == compute_dtype.read(tmp_path / "6")
     assert computed == {("network", dtype), ("optimizer", dtype)}
-    ((step, told),) = record.told
+    ((step, told),) = record.events
     assert step == 0 and told == (
         f"train.autocast is {choice['train.autocast']}, train.optimizer.ns_dtype is "
         f"{choice['train.optimizer.ns_dtype']} (auto: BF16 products are {'' if fast else 'not '}faster here)"
@@ -85,7 +85,7 @@ def test_a_run_that_goes_on_elsewhere_keeps_its_choice(auto, tmp_path, monkeypat
     for name, tensor in resumed.model.state_dict().items():
         assert torch.equal(tensor, unbroken.model.state_dict()[name]), name
     assert compute_dtype.read(tmp_path / "resumed" / "6") == choice
-    ((step, told),) = record.told
+    ((step, told),) = record.events
     assert step == 2 and "(auto: kept from the checkpoint)" in told and ("emulated" in told) == fast
 
 
@@ -97,13 +97,13 @@ def test_emulated_bf16_is_told(prepared, monkeypatch):
         trainer = trainer_for(recipe, record)
         assert trainer.recipe.train.autocast == "bfloat16" and trainer.recipe.train.optimizer.ns_dtype == "float32"
         emulated = (0, "BF16 products are emulated on this processor, several times slower than float32")
-        assert record.told == ([] if fast else [emulated])
+        assert record.events == ([] if fast else [emulated])
 
 
 def test_shards_travel_in_the_type_that_was_chosen(auto, monkeypatch):
     recipe = with_overrides(auto, {"train.workers": 2, "train.sharding": "fsdp", "model.qat": False})
     gathered = []
-    monkeypatch.setattr("pipelines.training.trainer.shard", lambda model, device, dtype: gathered.append(dtype))
+    monkeypatch.setattr("pipelines.training.build.shard", lambda model, device, dtype: gathered.append(dtype))
     for fast, _, _ in MACHINES:
         machine(monkeypatch, fast)
         trainer_for(recipe, Record(), rank=0, world=2)
@@ -113,7 +113,7 @@ def test_shards_travel_in_the_type_that_was_chosen(auto, monkeypatch):
 def two_kinds_of_machines(rank, world, recipe, folder):
     compute_dtype.multiplies_bf16_fast = lambda device: rank == 0
     trainer = trainer_for(recipe_from_dict(recipe), Record(), rank, world)
-    (folder / f"{rank}.json").write_text(json.dumps(compute_dtype.of(trainer.recipe)))
+    (folder / f"{rank}.json").write_text(json.dumps(compute_dtype.settings_of(trainer.recipe)))
 
 
 def test_all_ranks_have_rank_0s_choice(auto, tmp_path):

@@ -14,11 +14,14 @@ from model.config import CACHE_FORMATS
 from model.errors import CheckpointError, ConfigError, DataError, FiftyfoldError
 from model.moe import MixtureOfExperts
 from model.telemetry import Telemetry
-from pipelines.data.packing import TargetKind, local_rows, read_manifest
-from pipelines.recipe.schema import with_overrides
-from pipelines.training.curriculum import check_data, curriculum
-from pipelines.training.loss_spikes import Stability
-from pipelines.training.trainer import build_trainer, folder_batches
+from pipelines.data.local_reader import local_rows
+from pipelines.data.manifest import read_manifest
+from pipelines.data.packing import TargetKind
+from pipelines.recipe.loading import with_overrides
+from pipelines.training.build import build_trainer, folder_batches
+from pipelines.training.curriculum import check_fills_batch, curriculum
+from pipelines.training.loss_spikes import SpikeDetector
+from pipelines.training.schedule import learning_rate_scale, mtp_loss_weight
 from pipelines.training.validation import NAMES, count_answers
 
 EXACT = {**{f"model.{name}": "fp32" for name in CACHE_FORMATS}, "model.qat": False}
@@ -77,7 +80,7 @@ def test_packed_documents_train_as_each_alone(prepared, attention):
     packed, alone = packed_and_alone(recipe.data.sequence_length)
     assert len(packed["tokens"]) < len(alone["tokens"]) / 2
     trainers = [trainer_for(recipe, Record()) for _ in range(2)]
-    one, two = (t._update(batch, t.stage) for t, batch in zip(trainers, (packed, alone)))
+    one, two = (t.train_step(batch, t.stage) for t, batch in zip(trainers, (packed, alone)))
     for name in ("train/loss", "train/mtp_loss"):
         torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=0)
     for (name, p), q in zip(trainers[0].model.named_parameters(), trainers[1].model.parameters()):
@@ -109,10 +112,10 @@ def test_the_mtp_loss_weighs_less_once_the_learning_rate_falls(prepared):
     for step in range(10):
         trainer = trainer_for(recipe, Record())
         trainer.step = step
-        weights.append(trainer._mtp_weight())
-        rates.append(trainer._rate_scale())
+        weights.append(mtp_loss_weight(recipe.train, step, trainer.total_steps))
+        rates.append(learning_rate_scale(recipe.train, step, trainer.total_steps))
         if step in (6, 7):
-            trainer._update(next(packed_and_alone(recipe.data.sequence_length)), trainer.stage)
+            trainer.train_step(next(packed_and_alone(recipe.data.sequence_length)), trainer.stage)
             gradients.append(trainer.model.mtp[0].e_proj.weight.grad)
     assert weights == [0.3] * 7 + [0.1] * 3
     assert [rate < 1 for rate in rates] == [weight == 0.1 for weight in weights]
@@ -125,7 +128,7 @@ def test_documents_too_short_for_an_entry_are_no_reason_to_stop(prepared):
     trainer = trainer_for(recipe, Record())
     _, alone = packed_and_alone(recipe.data.sequence_length)
     alone["positions"][:] = torch.arange(alone["positions"].shape[1]) % 3
-    measured = trainer._update(alone, trainer.stage)
+    measured = trainer.train_step(alone, trainer.stage)
     assert measured["train/indexer_kl"] == 0
 
 
@@ -209,7 +212,7 @@ def test_a_damaged_training_state_is_named(prepared, tmp_path):
     for damaged, message in (
         ({}, r"trainer\.json: not a training state"),
         ({**state, "best": ["low"]}, r"trainer\.json: not a training state"),
-        ({**state, "stability": {}}, "stability: not a state of it"),
+        ({**state, "stability": {}}, "stability: not a valid state"),
     ):
         path.write_text(json.dumps(damaged))
         with pytest.raises(CheckpointError, match=message):
@@ -228,7 +231,7 @@ def test_two_ranks_make_the_gradient_of_one(prepared, tmp_path):
     _, alone = packed_and_alone(recipe.data.sequence_length)  # ranks get documents of different lengths
     for name, rows in (("alone", alone), ("short", with_short_rows(alone))):
         single = trainer_for(recipe, Record())
-        single._update(rows, single.stage)
+        single.train_step(rows, single.stage)
         double = load_file(tmp_path / name)
         for parameter, p in single.model.named_parameters():
             torch.testing.assert_close(
@@ -242,7 +245,7 @@ def test_accumulated_parts_make_the_update_of_the_whole(prepared):
     )
     _, alone = packed_and_alone(recipe.data.sequence_length)  # documents, and so parts, of different lengths
     trainers = [trainer_for(with_overrides(recipe, {"train.accumulation_steps": n}), Record()) for n in (1, 4)]
-    whole, parts = (t._update(alone, t.stage) for t in trainers)
+    whole, parts = (t.train_step(alone, t.stage) for t in trainers)
     for name in ("train/loss", "train/mtp_loss", "train/indexer_kl", "train/balance", "train/grad_norm"):
         torch.testing.assert_close(parts[name], whole[name], rtol=1e-5, atol=0)
     for (name, p), q in zip(trainers[0].model.named_parameters(), trainers[1].model.parameters()):
@@ -255,7 +258,7 @@ def test_accumulated_parts_make_the_update_of_the_whole(prepared):
 def test_a_stage_is_what_it_says(prepared):
     trainer = trainer_for(with_overrides(prepared, {"train.stages": CHANGING}), Record())
     seen, rates = [], []
-    update = trainer._update
+    update = trainer.train_step
 
     def watched(batch, stage):
         config = trainer.model.config
@@ -265,7 +268,7 @@ def test_a_stage_is_what_it_says(prepared):
         assert bool(sum(v for k, v in measured.items() if k.startswith("train/rounded/"))) == config.qat
         return measured
 
-    trainer._update = watched
+    trainer.train_step = watched
     trainer.run()
     assert seen == [
         (12, 48, False, 4, "dense"),
@@ -282,7 +285,7 @@ def test_a_stage_is_what_it_says(prepared):
 def test_what_is_rounded_is_counted(prepared):
     trainer = trainer_for(with_overrides(prepared, {"train.stages": [{"attention": "sparse", "steps": 1}]}), Record())
     _, alone = packed_and_alone(96)
-    measured = trainer._update(alone, trainer.stage)
+    measured = trainer.train_step(alone, trainer.stage)
     # Windows of three layers and entries of two; queries and keys of one indexer; three stacks in each of three layers.
     counts = {k.rpartition("/")[2]: v for k, v in measured.items() if k.startswith("train/rounded/")}
     assert counts == {"main": 5, "index": 2, "experts": 9}
@@ -315,7 +318,7 @@ def test_every_stage_reports_what_it_reached_and_keeps_it(prepared, tmp_path):
 
 def broken_at(trainer, steps):
     """Make the gradients of these updates, counted from 1, not finite."""
-    update, made = trainer._update, []
+    update, made = trainer.train_step, []
 
     def sometimes(batch, stage):
         made.append(None)
@@ -328,7 +331,7 @@ def broken_at(trainer, steps):
             if hook is not None:
                 hook.remove()
 
-    trainer._update = sometimes
+    trainer.train_step = sometimes
     return made
 
 
@@ -370,7 +373,7 @@ def test_no_checkpoint_holds_a_number_that_is_not_finite(prepared, tmp_path, whe
             (weight if where == "weights" else trainer.optimizer.state[weight]["momentum"])[0, 0] = math.inf
 
     trainer.optimizer.step = breaks
-    with pytest.raises(FiftyfoldError, match=r"step 4: 'layers\.1\.attn\.wkv\.weight.*' holds numbers that are not"):
+    with pytest.raises(FiftyfoldError, match=r"step 4: 'layers\.1\.attn\.wkv\.weight.*' holds non-finite values"):
         trainer.run()
     assert [path.name for path in tmp_path.iterdir()] == ["2"]
     second = trainer_for(recipe, Record())
@@ -388,7 +391,7 @@ def test_a_checkpoint_that_is_not_finite_is_refused(prepared, tmp_path, file, ke
     tensors[key].view(-1)[3] = math.nan
     save_file(tensors, tmp_path / "2" / file)
     trainer = trainer_for(prepared, Record())
-    with pytest.raises(CheckpointError, match=f"{file}: tensor '{key}' holds values that are not finite"):
+    with pytest.raises(CheckpointError, match=f"{file}: tensor '{key}' holds non-finite values"):
         trainer.load_checkpoint(tmp_path / "2")
 
 
@@ -421,18 +424,18 @@ def test_rolling_back_forgets_a_best_that_is_undone(prepared):
 
 def test_a_leaping_loss_is_noticed(prepared):
     settings = prepared.train.stability.model_copy(update={"window": 8, "spike": 1.0})
-    watch = Stability(settings)
+    watch = SpikeDetector(settings)
     losses = [5.0, 4.9, 4.8, 4.7, 4.6]
-    assert not any(watch.objects(step, loss, 1.0) for step, loss in enumerate(losses))
-    assert watch.objects(6, 5.9, 1.0) and not watch.objects(7, 5.7, 1.0)
-    again = Stability(settings)
+    assert not any(watch.reason_to_skip(step, loss, 1.0) for step, loss in enumerate(losses))
+    assert watch.reason_to_skip(6, 5.9, 1.0) and not watch.reason_to_skip(7, 5.7, 1.0)
+    again = SpikeDetector(settings)
     again.load(json.loads(json.dumps(watch.state())))
-    assert again.interventions == 1 and again.objects(8, 6.0, 1.0)
-    watch.forget()
-    assert not watch.objects(8, 9.0, 1.0)
-    stops = Stability(settings.model_copy(update={"action": "stop"}))
+    assert again.interventions == 1 and again.reason_to_skip(8, 6.0, 1.0)
+    watch.reset()
+    assert not watch.reason_to_skip(8, 9.0, 1.0)
+    stops = SpikeDetector(settings.model_copy(update={"action": "stop"}))
     with pytest.raises(FiftyfoldError, match="step 1: the gradient is not finite"):
-        stops.objects(1, 3.0, math.inf)
+        stops.reason_to_skip(1, 3.0, math.inf)
 
 
 # --- anticipatory routing
@@ -450,7 +453,7 @@ def watched_choices(trainer):
     """For every pass with an update, (updates made before, the next batch's tokens, what experts it ran by layer), and
     (updates made, weights) after every update or roll-back."""
     ran, weights = [], {0: copy.deepcopy(trainer.model)}
-    update, mixture = trainer._update, MixtureOfExperts.mixture
+    update, mixture = trainer.train_step, MixtureOfExperts.mixture
 
     def watched(batch, stage):
         chosen = {}
@@ -468,7 +471,7 @@ def watched_choices(trainer):
         weights[trainer.step] = copy.deepcopy(trainer.model)
         return measured
 
-    trainer._update = watched
+    trainer.train_step = watched
     return ran, weights
 
 
@@ -503,9 +506,9 @@ def test_after_a_roll_back_older_weights_choose_the_experts_for_a_while(prepared
         assert agreement(chosen, found) > 0.98, step  # the whole batch at once rounds otherwise than its two parts
         if source < step:  # and another choice than the present weights'
             assert agreement(chosen, chosen_by(weights[step], batch, mode)) < 0.9, step
-    ((step, what),) = record.told
+    ((step, what),) = record.events
     assert step == 6 and what.startswith("the gradient is not finite")
-    assert what.endswith("back to step 4, 6 updates with experts chosen 2 ahead (intervention 1 of 3)")
+    assert what.endswith("rolled back to step 4, 6 updates with experts routed 2 ahead (intervention 1 of 3)")
 
 
 @pytest.mark.parametrize("after", [4, 6, 8, 12])
@@ -546,7 +549,7 @@ def test_choices_made_ahead_end_with_their_stage(prepared):
 
 def test_routing_ahead_needs_a_roll_back_and_a_router(prepared):
     ahead = {"lag": 2, "steps": 6}
-    with pytest.raises(ConfigError, match=r"train\.stability: anticipatory_routing follows a roll-back"):
+    with pytest.raises(ConfigError, match=r"train\.stability: anticipatory_routing requires action: roll_back"):
         with_overrides(prepared, {"train.stability.anticipatory_routing": ahead})
     for changes in ({"model.ffn": "dense"}, {"model.num_hash_layers": 3}):
         recipe = with_overrides(
@@ -577,7 +580,7 @@ def test_routers_move_towards_an_even_load(prepared):
         ({"train.stages": [{"steps": 1, "sequence_length": 16}]}, "not below the 4 entries of a 16-token sequence"),
         (
             {"model.layers": ["sliding"], "train.stages": [{"attention": "dense", "steps": 1, "index_topk": 3}]},
-            r"train.stages.0.index_topk: 3 was asked for, but model.layers has no csa layer",
+            r"train.stages.0.index_topk: 3 is set, but model.layers has no csa layer",
         ),
         ({"model.hca_ratio": 128}, "128 tokens per entry leave a 96-token sequence without any entry"),
         ({"train.indexer_loss_weight": 0}, "leaves the indexer untrained"),
@@ -585,7 +588,7 @@ def test_routers_move_towards_an_even_load(prepared):
         ({"model.layers": ["sliding"]}, "no csa layer to warm up"),
         (
             {**EXACT, "model.qat": True, "model.ffn": "dense"},
-            r"train.stages.0: quantisation-aware training was asked for, but it touches no tensor",
+            r"train.stages.0: quantization-aware training is on, but quantizes no tensor",
         ),
     ],
 )
@@ -623,11 +626,11 @@ def test_data_that_fill_no_batch_are_refused_before_any_compute(prepared):
     there = sum(1 for _ in local_rows(prepared.data_folder, "train", 96))
     stages = [{"steps": 1, "batch_rows": rows} for rows in (there, there + 1)]
     enough, too_many = curriculum(with_overrides(prepared, {"train.stages": stages}))
-    check_data((enough,), prepared.data_folder, manifest)
+    check_fills_batch((enough,), prepared.data_folder, manifest)
     with pytest.raises(
-        DataError, match=rf"do not fill one batch of train\.stages\.1, {there + 1} rows of 96, but {there}$"
+        DataError, match=rf"fill {there} rows of 96, fewer than the {there + 1} of one batch of train\.stages\.1$"
     ):
-        check_data((enough, too_many), prepared.data_folder, manifest)
+        check_fills_batch((enough, too_many), prepared.data_folder, manifest)
 
 
 def test_a_short_stage_reads_no_cut_retrieval_document(prepared):
