@@ -59,8 +59,8 @@ def run(recipe: Recipe) -> PromoteResult:
     for stored in _trained_runs(tracking):
         try:
             eligible.append(_to_candidate(stored, section))
-        except _IneligibleError as reason:
-            refused[f"{stored.info.run_name} ({stored.info.run_id[:8]})"] = str(reason)
+        except _IneligibleError as error:
+            refused[f"{stored.info.run_name} ({stored.info.run_id[:8]})"] = str(error)
     if not eligible:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise ConfigError(
