@@ -142,7 +142,7 @@ class Trainer:
         broken = find_nonfinite({**model, **tensors})
         if broken is not None:
             raise FiftyfoldError(
-                f"step {self.step}: '{broken}' holds non-finite values; checkpoints before it are good"
+                f"step {self.step}: '{broken}' holds values that are not finite; checkpoints before it are good"
             )
         part = Part(rank(), Parts(world_size(), f"{shared_random_id(self.device):x}")) if self.sharded else None
         dtypes = compute_dtype.settings_of(self.recipe)
@@ -162,7 +162,7 @@ class Trainer:
         tensors = checkpoint.read_tensors(folder, OPTIMIZER, span_lookup(self._spans))
         broken = find_nonfinite(tensors)
         if broken is not None:
-            raise CheckpointError(f"{folder / OPTIMIZER}: tensor '{broken}' holds non-finite values")
+            raise CheckpointError(f"{folder / OPTIMIZER}: tensor '{broken}' holds values that are not finite")
         self._load_tensors(tensors)
         self.spikes.load(spikes)
         self.anticipatory.load(anticipatory, tensors, self.device)

@@ -1,4 +1,4 @@
-"""The command line: one clear sentence and a non-zero status for every mistake."""
+"""The command line: one sentence and a non-zero status for every user error."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ def test_the_shipped_recipes_are_valid_and_alike_where_they_must_be():
     assert print_plan(baseline) == 0
 
 
-def test_what_a_later_stage_rounds_is_in_the_table(capsys):
+def test_the_precision_table_covers_later_stages(capsys):
     stages = "train.stages=[{attention: dense, steps: 2, qat: false}, {steps: 2, qat: true}]"
     print_plan(load_recipe(RECIPES, [stages, "model.qat=false"]))
     row = next(line for line in capsys.readouterr().out.splitlines() if "routed expert weights" in line)
@@ -63,14 +63,14 @@ def test_what_a_later_stage_rounds_is_in_the_table(capsys):
         (["--run.folder", "/dev/null/x"], "error: /dev/null/x/data/stdlib/manifest.json: Not a directory"),
     ],
 )
-def test_mistakes_are_named(arguments, message, capsys):
+def test_user_errors_are_one_sentence(arguments, message, capsys):
     assert cli.main(["train", *arguments]) == cli.USER_ERROR
     captured = capsys.readouterr()
     assert message in captured.err
     assert len(captured.err.strip().splitlines()) == 1
 
 
-def test_a_sweep_s_space_takes_the_place_of_another():
+def test_a_later_sweep_space_replaces_an_earlier_one():
     given = ["sweep.space={model.csa_ratio: [2, 4]}"], ["sweep.space.model.csa_ratio=[2, 4]"]
     assert [load_recipe(RECIPES, key).sweep.space for key in given] == [{"model.csa_ratio": [2, 4]}] * 2
     both = load_recipe(RECIPES, ["sweep.space.model.csa_ratio=[2, 4]", "sweep.space.model.qat=[true]"])
@@ -84,7 +84,7 @@ def test_a_file_that_does_not_fit_is_named(tmp_path, capsys):
     assert "odd.yaml: does not fit the files before it" in capsys.readouterr().err
 
 
-def test_a_store_that_goes_away_is_named(monkeypatch, capsys):
+def test_an_mlflow_error_is_one_sentence(monkeypatch, capsys):
     def run(recipe):
         raise MlflowException("the server\nis gone")
 
@@ -95,7 +95,7 @@ def test_a_store_that_goes_away_is_named(monkeypatch, capsys):
 
 def test_sigterm_ends_a_step_as_ctrl_c_does_from_its_start(tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    os.mkfifo(recipe)  # reading it takes for ever
+    os.mkfifo(recipe)  # opening it for reading blocks
     step = subprocess.Popen(
         [sys.executable, "-m", "pipelines", "train", "--config", str(recipe)], stderr=subprocess.PIPE, text=True
     )
@@ -103,7 +103,7 @@ def test_sigterm_ends_a_step_as_ctrl_c_does_from_its_start(tmp_path):
     while time.monotonic() < deadline:
         try:
             held = os.open(recipe, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:  # nobody reads it yet
+        except OSError:  # no reader yet
             time.sleep(0.02)
         else:
             break
@@ -121,7 +121,7 @@ def test_malformed_yaml_is_named(content, tmp_path, capsys):
     assert len(err.splitlines()) == 1 and ("bad.yaml" in err or "model: expected a mapping" in err)
 
 
-def test_a_later_starting_point_of_the_model_takes_the_place_of_an_earlier_one():
+def test_a_later_preset_or_depth_replaces_an_earlier_one():
     by_depth = load_recipe(RECIPES, ["model.depth=6", "model.window=8"])
     assert by_depth.model == ModelConfig.from_depth(6, window=8)
     assert load_recipe(RECIPES, ["model.preset=small"]).model == ModelConfig.from_preset("small")

@@ -1,4 +1,4 @@
-"""The training loop runs where there is neither Ray nor MLflow, as on a machine with little but torch and a GPU."""
+"""The training loop runs without Ray and MLflow, as on a GPU machine with little more than torch."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ ALONE = """
 import json, sys
 from pathlib import Path
 for name in ("ray", "mlflow", "lm_eval", "transformers", "matplotlib", "psutil", "rich", "httpx"):
-    sys.modules[name] = None  # so that importing it fails
+    sys.modules[name] = None  # makes the import fail
 from pipelines.recipe.loading import recipe_from_dict
 from pipelines.training.build import build_trainer
 from pipelines.training.build import folder_batches

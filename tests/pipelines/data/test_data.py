@@ -29,7 +29,7 @@ LENGTH = 128
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A prepared corpus of several train shards; read only."""
+    """A prepared corpus of several train shards. Read only."""
     root = tmp_path_factory.mktemp("data")
     lines = [json.dumps({"text": f"record {i} holds this sentence. " * (5 + i % 60)}) for i in range(300)]
     (root / "in.jsonl").write_text("\n".join(lines))
@@ -68,7 +68,7 @@ def first_shard(folder: Path) -> Path:
 
 
 def table(documents: list[tuple[str, list[int], list[tuple[int, int]]]]) -> pa.Table:
-    """Documents of (kind, tokens, answer spans), in two chunks with an offset, as a reader may meet them."""
+    """Documents of (kind, tokens, answer spans) as a table of two chunks with an offset."""
     rows = [
         {
             "document_id": str(i),
@@ -86,12 +86,12 @@ def table(documents: list[tuple[str, list[int], list[tuple[int, int]]]]) -> pa.T
 
 
 def fitting(documents, length):
-    """Without the retrieval documents that would be cut."""
+    """Drop retrieval documents that would be cut."""
     return [item for item in documents if item[0] == "text" or len(item[1]) <= length + 1]
 
 
 def plain_pieces(documents, length):
-    """The slow twin of cutting: pieces of (kind, tokens, kind of every token), token by token."""
+    """Reference splitting, token by token: segments of (kind, tokens, kind of every token)."""
     for kind, tokens, spans in fitting(documents, length):
         answer = [any(begin <= i < end for begin, end in spans) for i in range(len(tokens))]
         kinds = [TargetKind.TEXT if kind == "text" else 2 if a else 3 for a in answer]
@@ -100,7 +100,7 @@ def plain_pieces(documents, length):
 
 
 def plain_rows(documents, length):
-    """Rows without packing: one piece and padding."""
+    """Reference rows without packing: one segment and padding."""
     for _, tokens, kinds in plain_pieces(documents, length):
         pad = length + 1 - len(tokens)
         positions = [*range(len(tokens)), *[-1] * pad][:length]
@@ -108,17 +108,17 @@ def plain_rows(documents, length):
 
 
 def segments(row):
-    """The documents in a row, as (tokens, kinds of their targets), read from its positions alone."""
+    """Return the segments of a row, as (tokens, kinds of their targets), from its positions alone."""
     tokens, kinds, positions = (row[name].tolist() for name in ("tokens", "target_kind", "positions"))
     starts = [i for i, position in enumerate(positions) if position == 0]
     used = positions.index(-1) if -1 in positions else len(positions)
     assert starts[0] == 0 and positions[used:] == [-1] * (len(positions) - used)
     for start, end in zip(starts, [*starts[1:], used]):
         assert positions[start:end] == list(range(end - start))
-        if end == len(positions) and kinds[-1]:  # a document that reaches the row's end has its last token as a target
+        if end == len(positions) and kinds[-1]:  # a segment that reaches the row's end predicts its last token
             yield tuple(tokens[start:]), tuple(kinds[start:])
         else:
-            assert kinds[end - 1] == TargetKind.PADDING  # what follows is another document's, or nothing
+            assert kinds[end - 1] == TargetKind.PADDING  # followed by another document or padding
             yield tuple(tokens[start:end]), tuple(kinds[start : end - 1])
     assert not any(kinds[used:]) and not any(tokens[used + 1 :])
 
@@ -138,7 +138,7 @@ def document(draw):
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(document(), max_size=8), st.integers(8, 40))
-def test_rows_without_packing_are_those_of_the_slow_twin(documents, length):
+def test_rows_without_packing_equal_the_reference(documents, length):
     rows = cut_rows(table(documents), length, packing=False)
     expected = list(plain_rows(documents, length))
     assert [rows[name].dtype for name in ("tokens", "target_kind", "positions")] == [np.int32, np.uint8, np.int32]
@@ -151,29 +151,29 @@ def test_rows_without_packing_are_those_of_the_slow_twin(documents, length):
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(document(), max_size=24), st.integers(8, 40))
-def test_packed_rows_hold_every_piece_once_and_no_two_rows_could_be_one(documents, length):
+def test_packed_rows_hold_every_segment_once_and_no_two_rows_fit_into_one(documents, length):
     pieces = list(plain_pieces(documents, length))
     rows = single(cut_rows(table(documents), length))
     found = [list(segments(row)) for row in rows]
     assert Counter(segment for row in found for segment in row) == Counter((t, k) for _, t, k in pieces)
     group = {0: "text", 1: "retrieval"}
     for row in found:
-        assert len({group[TargetKind.TEXT not in kinds] for _, kinds in row}) == 1  # documents of one kind
+        assert len({group[TargetKind.TEXT not in kinds] for _, kinds in row}) == 1  # one kind per row
     for kind in ("text", "mqar", "needle"):
         of_kind = [item for item in fitting(documents, length) if item[0] == kind]
         alone = single(cut_rows(table(of_kind), length))
         assert len(alone) == count_rows([len(tokens) for _, tokens, _ in of_kind], length)
-        assert not Counter(as_bytes(alone)) - Counter(as_bytes(rows))  # the same rows among the others
+        assert not Counter(as_bytes(alone)) - Counter(as_bytes(rows))  # equal rows among the others
         sizes = sorted(sum(len(tokens) for tokens, _ in segments(row)) for row in alone)
         assert len(sizes) < 2 or sizes[0] + sizes[1] > length + 1
 
 
-def test_pieces_go_where_they_leave_the_least_room():
+def test_segments_go_where_they_leave_the_least_room():
     sizes = (3, 6, 7, 5, 5)
     documents = [("text", list(range(100 * i, 100 * i + size)), []) for i, size in enumerate(sizes, 1)]
     rows = cut_rows(table(documents), 9)
     assert rows["tokens"].tolist() == [
-        [*range(100, 103), *range(300, 307)],  # rows come in the order of their first document
+        [*range(100, 103), *range(300, 307)],  # ordered by first document
         [*range(200, 206), 0, 0, 0, 0],
         [*range(400, 405), *range(500, 505)],
     ]
@@ -277,7 +277,7 @@ def test_an_epoch_holds_each_row_once_and_the_next_is_shuffled_anew(folder):
 
 
 def resumes(open_stream, steps: int, stops: tuple[int, ...]) -> None:
-    """Stopping after any of ``stops`` steps and going on from the stored position changes nothing."""
+    """Check that resuming from the stored position after any of ``stops`` steps changes nothing."""
     stream = open_stream(0, 0)
     expected, positions = [], [(0, 0)]
     for _ in range(steps):
@@ -314,7 +314,7 @@ def test_ray_reads_the_same_rows_shard_by_shard(folder, ray_cluster):
     found = [row for batch in columns for row in split_rows(batch)]
     expected = as_bytes(local_rows(folder, "train", LENGTH))
     assert Counter(found) == Counter(expected)
-    assert found != expected  # the shards' order is drawn from the seed
+    assert found != expected  # the seed shuffles the shards
     size = len(cut_rows(pq.read_table(first_shard(folder)), LENGTH)["tokens"])
     start = found.index(expected[0])
     assert found[start : start + size] == expected[:size]
@@ -423,7 +423,7 @@ def test_a_flipped_bit_is_named(copy):
     content = bytearray(path.read_bytes())
     content[tokens.data_page_offset + tokens.total_compressed_size // 2] ^= 0x10
     path.write_bytes(content)
-    read_manifest(copy)  # the size is right
+    read_manifest(copy)  # the size is unchanged
     for read in (
         lambda: read_manifest(copy, verify=True),
         lambda: train_dataset(copy, LENGTH),
@@ -453,7 +453,7 @@ def test_a_shard_that_is_no_parquet_is_named(copy):
     ],
 )
 def test_a_shard_of_other_things_than_tokens_is_named(copy, tokens, type, named):
-    """Also where the manifest describes it, as that of shards of someone's own making may."""
+    """Also with a consistent manifest, as custom-made shards may have."""
     path = first_shard(copy)
     documents = pq.read_table(path)
     column = pa.array([tokens, *documents["tokens"].to_pylist()[1:]], pa.list_(type))

@@ -1,4 +1,4 @@
-"""What is left of Ray Train's list of checkpoints when its writing was cut short."""
+"""Repair of Ray Train's checkpoint index after a torn write."""
 
 import json
 import threading
@@ -26,25 +26,25 @@ def folder(tmp_path):
     return tmp_path
 
 
-def cut(folder):
+def truncate(folder):
     (folder / INDEX).write_text(json.dumps(listed(8, 12))[:50])
 
 
-def test_a_whole_list_stays(folder):
+def test_an_intact_index_is_kept(folder):
     (folder / "step_12").mkdir()
     (folder / INDEX).write_text(json.dumps(listed(8, 12)))
     assert repair(folder) is None
     assert json.loads((folder / INDEX).read_text()) == listed(8, 12)
 
 
-def test_of_half_a_list_the_one_before_is_back(folder):
-    cut(folder)
-    back_up(folder, None)  # which is no whole list, and so no copy
+def test_a_truncated_index_falls_back_to_the_backup(folder):
+    truncate(folder)
+    back_up(folder, None)  # truncated, so not backed up
     assert repair(folder) == 2
     assert json.loads((folder / INDEX).read_text()) == listed(4, 8)
 
 
-def test_a_copy_waits_for_the_checkpoint_before_it(folder):
+def test_a_backup_waits_for_the_previous_checkpoint(folder):
     (folder / "step_12").mkdir()
     late = threading.Timer(0.3, lambda: (folder / INDEX).write_text(json.dumps(listed(8, 12))))
     late.start()
@@ -55,8 +55,8 @@ def test_a_copy_waits_for_the_checkpoint_before_it(folder):
     assert json.loads((folder / INDEX).read_text()) == listed(8, 12)
 
 
-def test_checkpoints_that_are_gone_are_left_out(folder):
-    cut(folder)
+def test_deleted_checkpoints_are_dropped(folder):
+    truncate(folder)
     (folder / "step_8").rmdir()
     assert repair(folder) == 1
     assert json.loads((folder / INDEX).read_text()) == listed(4)
@@ -68,8 +68,8 @@ def test_a_damaged_checkpoint_may_be_deleted(folder):
     assert json.loads((folder / INDEX).read_text()) == listed(4)
 
 
-def test_without_any_checkpoint_the_run_begins_anew(folder):
-    cut(folder)
+def test_without_any_checkpoint_the_run_starts_over(folder):
+    truncate(folder)
     for step in (4, 8):
         (folder / f"step_{step}").rmdir()
     assert repair(folder) == 0 and not (folder / INDEX).exists()

@@ -1,4 +1,4 @@
-"""A local Ray cluster that does not start is tried once more, and then named."""
+"""Starting a local Ray cluster: a second attempt, then an error."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ TIMED_OUT = "The current node timed out during startup."
 
 @pytest.fixture
 def started(monkeypatch):
-    """Stand-ins for Ray's processes, one for every attempt to start it, of which those before the ``n``-th fail."""
+    """Replace ``ray.init`` with a stand-in that starts a process and fails before the ``n``-th attempt."""
     processes = []
 
     def fail_until(n):
@@ -43,7 +43,7 @@ def started(monkeypatch):
             process.wait()
 
 
-def test_a_second_attempt_follows_a_failed_one_and_what_that_left(started, capsys):
+def test_a_second_attempt_kills_the_processes_of_the_first(started, capsys):
     processes = started(2)
     with ray_session():
         assert [p.is_running() for p in processes] == [False, True]

@@ -1,4 +1,4 @@
-"""Measured caches: the budget step's option, and the benchmark at a small size."""
+"""Cache measurement: the budget step's option, and the benchmark at a small size."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ from pipelines.reports.cache_measurement import measure_cache
 @pytest.mark.parametrize("formats", [{}, {"kv_format": "bf16", "index_format": "fp8"}])
 def test_storages_are_the_closed_form_and_resident_memory_follows(formats):
     tokens = 1 << 18
-    # In a process of its own: this one's other threads allocate too.
+    # In its own process, since other threads of this one allocate too.
     command = [sys.executable, "-m", "pipelines", "budget", "--model", "small", "--context", str(tokens)]
     overrides = [text for key, value in formats.items() for text in (f"--model.{key}", value)]
     output = subprocess.run([*command, *overrides, "--measure", "--json"], check=True, capture_output=True).stdout

@@ -1,4 +1,4 @@
-"""The budget step from its command line: numbers, figure, and one sentence for every mistake."""
+"""The budget step from the command line: figures, tables, and one sentence for every user error."""
 
 import json
 
@@ -81,7 +81,7 @@ def test_tables_name_their_rules(capsys):
     printed = capsys.readouterr().out
     for text in ("3,514.25", "13.68", "9.68", "50.12", "284,332,230,231", "FP4 index products x0.5", "4,096 bytes per"):
         assert text in printed, text
-    assert "…" not in printed  # nothing is cut off
+    assert "…" not in printed  # nothing is truncated
 
 
 @pytest.mark.parametrize("model", ["v4-flash", "tiny"])
@@ -125,7 +125,7 @@ def test_a_model_without_a_growing_cache_is_no_error(capsys, tmp_path):
         (["stray"], "command line: 'stray' is neither an option nor --section.key value"),
     ],
 )
-def test_mistakes_are_named(arguments, message, capsys):
+def test_budget_user_errors_are_one_sentence(arguments, message, capsys):
     assert cli.main(["budget", *arguments]) == cli.USER_ERROR
     captured = capsys.readouterr()
     assert message in captured.err and not captured.out

@@ -1,4 +1,4 @@
-"""`pipelines compare` on checkpoints that were really trained."""
+"""The compare step on trained checkpoints."""
 
 import shutil
 import statistics
@@ -16,7 +16,7 @@ from pipelines.training.build import build_trainer, folder_batches
 
 
 class Keep:
-    """A reporter that writes the last checkpoint."""
+    """Reporter that writes the last checkpoint."""
 
     def __init__(self, folder):
         self.folder = folder

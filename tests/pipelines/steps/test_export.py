@@ -1,4 +1,4 @@
-"""The export step: there and back between the three kinds of checkpoint folder."""
+"""The export step: round trips between the three checkpoint formats."""
 
 import json
 import re
@@ -18,11 +18,11 @@ from pipelines.__main__ import main
 @pytest.fixture()
 def ours(tmp_path):
     torch.manual_seed(0)
-    # As many entries are chosen as 60 tokens give: scores that tie at zero would be chosen from differently elsewhere.
+    # Select all entries of 60 tokens: ties at zero would be broken differently elsewhere.
     model = Transformer(ModelConfig(mtp_layers=1, index_topk=15)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):  # ones would hide a norm that is lost
+            if name.endswith("norm.weight"):  # ones would hide a lost norm
                 parameter.uniform_(0.5, 1.5)
     checkpoint.save(model, tmp_path / "ours", ByteTokenizer())
     return tmp_path / "ours"
@@ -42,7 +42,7 @@ def close(a, b):
     torch.testing.assert_close(logits(a), logits(b), rtol=1e-4, atol=1e-5)
 
 
-def test_there_and_back_keeps_the_network(ours, tmp_path, capsys):
+def test_a_round_trip_keeps_the_network(ours, tmp_path, capsys):
     assert export(ours, tmp_path / "hf") == 0
     assert "transformers keeps its cache in floats" in capsys.readouterr().out
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == "deepseek_v4"
@@ -51,7 +51,7 @@ def test_there_and_back_keeps_the_network(ours, tmp_path, capsys):
     close(ours, tmp_path / "back")
     before, after = checkpoint.load(ours).state_dict(), checkpoint.load(tmp_path / "back").state_dict()
     assert before.keys() == after.keys()
-    for name, tensor in before.items():  # experts are written as rounded, which is how the network uses them
+    for name, tensor in before.items():  # experts are written as the network uses them, quantized
         assert torch.equal(tensor, after[name]) or re.search(r"ffn\.w[123]$", name), name
     assert isinstance(load_tokenizer(tmp_path / "back"), ByteTokenizer)
 
@@ -79,7 +79,7 @@ def test_how_the_network_rounds_is_not_lost(tmp_path, format, qat, precision):
     assert export(tmp_path / "there", tmp_path / "back", "--format", "fiftyfold") == 0
     config = checkpoint.load_config(tmp_path / "back")
     assert config == model.config
-    if format == "released":  # FP4 only where the network was trained for it
+    if format == "released":  # FP4 only for networks trained with it
         w1, again = model.layers[1].ffn.w1, checkpoint.load(tmp_path / "back").layers[1].ffn.w1
         assert ((w1 - again).abs().max() / w1.abs().max() < 0.08) == (not qat)
 
@@ -99,7 +99,7 @@ def test_transformers_reads_model_and_tokenizer(ours, tmp_path):
         exact = import_pretrained(tmp_path / "hf", **dict.fromkeys(CACHE_FORMATS, "fp32"))(ids)
         torch.testing.assert_close(theirs(ids).logits, exact, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(exact, again(ids), atol=1e-4)
-    # What transformers makes of it when it saves: other names for three norms, and no prediction module.
+    # Saved by transformers: other names for three norms, and no prediction module.
     theirs.save_pretrained(tmp_path / "theirs")
     assert export(tmp_path / "theirs", tmp_path / "home", "--format", "fiftyfold") == 0
     home = checkpoint.load(tmp_path / "home")

@@ -12,6 +12,7 @@ import pytest
 
 from model.errors import ConfigError, DataError
 from model.tokenizer import ByteTokenizer, load_tokenizer
+from pipelines.data import shard_writer, sources
 from pipelines.data.check import check_prepared
 from pipelines.data.local_reader import local_rows
 from pipelines.data.manifest import read_manifest
@@ -40,8 +41,8 @@ def recipe(folder: Path, *sources: object, **data: object) -> Recipe:
 
 
 def texts(count: int, words: int = 150) -> list[str]:
-    """Every document repeats a word of its own, so that a slice of its text tells where it comes from."""
-    letters = str.maketrans("0123456789", "abcdefghij")  # digits are kept out of fillers
+    """Documents that each repeat a word of their own, which identifies slices of their text."""
+    letters = str.maketrans("0123456789", "abcdefghij")  # fillers hold no digits
     return [f"word{i:05d} ".translate(letters) * words for i in range(count)]
 
 
@@ -64,7 +65,7 @@ def stored(result: prepare.PrepareResult, split: str) -> list[dict]:
 
 
 def documents(rows: list[dict]) -> dict[str, str]:
-    """Texts by document id, put together from their pieces."""
+    """Return texts by document id, joined from their pieces."""
     found: dict[str, list[tuple[int, list[int]]]] = {}
     for row in rows:
         if row["kind"] == "text":
@@ -82,7 +83,7 @@ def hashes(result: prepare.PrepareResult) -> list[str]:
     return [shard.sha256 for split in result.manifest.splits.values() for shard in split.shards]
 
 
-# --- what the shards hold
+# --- shard content
 
 
 def test_same_settings_give_the_same_bytes(tmp_path):
@@ -123,7 +124,7 @@ def test_chunks_join_to_the_same_document(tmp_path, monkeypatch):
     content = [*texts(20), "".join(f"line {i} é\n" for i in range(500))]
     corpus = write_corpus(tmp_path / "in", content)
     whole = prepare.run(recipe(tmp_path / "a", corpus))
-    monkeypatch.setattr(prepare, "CHUNK_CHARACTERS", 7)
+    monkeypatch.setattr(sources, "CHUNK_CHARACTERS", 7)
     assert hashes(prepare.run(recipe(tmp_path / "b", corpus))) == hashes(whole)
 
 
@@ -211,7 +212,7 @@ def test_every_shard_draws_on_the_whole_corpus(tmp_path):
 
 
 def test_shards_close_at_shard_tokens_and_row_groups_are_small(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "ROW_GROUP_TOKENS", 4096)
+    monkeypatch.setattr(shard_writer, "ROW_GROUP_TOKENS", 4096)
     corpus = write_corpus(tmp_path / "in", texts(100))
     result = prepare.run(recipe(tmp_path, corpus, shard_tokens=20_000))
     *full, _ = result.manifest.splits["train"].shards
@@ -322,7 +323,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
 def test_memory_does_not_grow_with_the_input(tmp_path):
-    """24 MB in one .jsonl and one 12 MB .txt, against 3 MB: held in memory, they would be 144 MB of tokens."""
+    """24 MB in a .jsonl and a .txt file against 3 MB. In memory they would be 144 MB of tokens."""
 
     def peak_megabytes(name: str, megabytes: int) -> int:
         rng = random.Random(0)
@@ -440,7 +441,7 @@ def test_another_folder_is_never_overwritten(tmp_path, change, named):
     assert [path.name for path in made.data_folder.parent.iterdir()] == [made.data_folder.name]
 
 
-# --- a person's mistakes
+# --- user errors
 
 GOOD_LINES = [json.dumps({"text": text}) for text in texts(60)]
 
@@ -488,7 +489,7 @@ def _dangling_link(folder: Path) -> Path:
         (_parquet(text=[1, 2]), "in.parquet: column 'text' holds int64, not text"),
     ],
 )
-def test_mistakes_are_named_and_leave_nothing_behind(tmp_path, write, named):
+def test_user_errors_are_named_and_leave_nothing_behind(tmp_path, write, named):
     made = recipe(tmp_path, write(tmp_path), shard_tokens=10_000)
     with pytest.raises(DataError, match=named) as caught:
         prepare.run(made)

@@ -1,4 +1,4 @@
-"""Evaluate and promote: scores go to the right run, only a sound checkpoint within the budget gets the alias."""
+"""The evaluate and promote steps: only an intact checkpoint within the budget is promoted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MODEL = ModelConfig(hidden_size=32, layers=("sliding", "csa", "hca"), max_positi
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Path:
-    """One database for all tests of this file, with an experiment and a registered model for each."""
+    """A database for all tests of this file, with an experiment and a registered model per test."""
     return tmp_path_factory.mktemp("runs")
 
 
@@ -68,7 +68,7 @@ def train(
     kind: str = "train",
     kept: bool = True,
 ):
-    """What a training leaves behind, without the training: a finished run, run.json and the final checkpoint."""
+    """Write the results of a training: a finished run, run.json and the final checkpoint."""
     mine = named(recipe, name)
     tracking = open_tracking(mine)
     with tracking.start_run(name, kind=kind, recipe=mine) as run:
@@ -100,7 +100,7 @@ def test_the_best_within_the_budget_wins(recipe, capsys):
     winner = train(recipe, "good", 0.9, 200, seed=2)
     train(recipe, "large", 0.99, 400, seed=3)
     train(recipe, "unscored", None, 100)
-    train(recipe, "trial", 1.0, 10, kind="trial", kept=False)  # a sweep keeps its winner's checkpoint only
+    train(recipe, "trial", 1.0, 10, kind="trial", kept=False)  # a sweep keeps only its winner's checkpoint
 
     result = promote.run(with_budget(recipe, 300))
     assert result.winner.run_id == winner.run_id
@@ -139,7 +139,7 @@ def test_what_was_registered_is_the_checkpoint_itself(recipe):
         assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
         for path in source.iterdir():
             assert (folder / path.name).read_bytes() == path.read_bytes()
-    shutil.rmtree(source)  # the registered copy stands on its own
+    shutil.rmtree(source)  # the registered copy is independent
     assert checkpoints.load(folder).config == MODEL
     assert load_tokenizer(folder).vocab_size == 258
 
@@ -184,7 +184,7 @@ def test_nobody_eligible_lists_every_reason(recipe):
     train(recipe, "gone", 0.9, 100)
     shutil.rmtree(named(recipe, "gone").final_checkpoint)
     train(recipe, "again", 0.9, 100)
-    later = train(recipe, "again", None, 100)  # replaces the files that the score of the first belongs to
+    later = train(recipe, "again", None, 100)  # replaces the scored files
 
     with pytest.raises(ConfigError) as caught:
         promote.run(with_budget(recipe, 300))
@@ -224,13 +224,13 @@ def test_damaged_checkpoint_leaves_the_registry_unchanged(recipe, damage):
     assert champion(recipe).run_id == first.run_id
     tracking = open_tracking(recipe)
     assert len(tracking.client.search_logged_models([tracking.experiment_id])) == len(before)
-    shutil.rmtree(weights.parent)  # the next damage starts from a sound best run
+    shutil.rmtree(weights.parent)  # the next damage starts from an intact best run
 
 
 def test_weights_that_were_not_evaluated_are_not_promoted(recipe):
     train(recipe, "weak", 0.4, 100)
     train(recipe, "longer", 0.9, 100)
-    torch.manual_seed(1)  # trained on, in the same run, after it was evaluated
+    torch.manual_seed(1)  # trained further in the same run after its evaluation
     checkpoints.save(Transformer(MODEL), named(recipe, "longer").final_checkpoint, ByteTokenizer())
     with pytest.raises(
         CheckpointError, match=r"of run longer .* was measured on other weights than .* evaluate it again"
@@ -239,7 +239,7 @@ def test_weights_that_were_not_evaluated_are_not_promoted(recipe):
     assert versions(recipe) == []
     evaluate.run(named(recipe, "longer"))
     tracking = open_tracking(recipe)
-    # Now its low score is that of its weights, and the weak run is the best.
+    # Its low score now belongs to its weights, and the weak run is the best.
     assert promote.run(recipe).winner.name == "weak"
     assert promote.run(with_budget(recipe, 1000, mode="min")).winner.name == "longer"
     assert len(tracking.client.search_logged_models([tracking.experiment_id])) == 2
@@ -295,7 +295,7 @@ def test_evaluate_scores_the_run_of_the_checkpoint(recipe, store, capsys):
     assert "fillers come from the standard library" in printed
     assert open_tracking(recipe).client.get_run(run.run_id).info.status == "FINISHED"
 
-    # The same checkpoint named by its path, from another run's recipe.
+    # The checkpoint given by its path, in another run's recipe.
     section = recipe.evaluate.model_copy(update={"checkpoint": result.checkpoint, "lengths": (128,)})
     again = evaluate.run(recipe.model_copy(update={"evaluate": section}))
     assert again.run_id == run.run_id
@@ -325,7 +325,7 @@ def test_evaluate_without_a_checkpoint_or_its_run(recipe):
 
 @pytest.mark.long
 def test_the_same_against_a_tracking_server(tmp_path):
-    """Artifacts travel over HTTP here, so nothing may rely on reading the store's files."""
+    """Artifacts are sent over HTTP, so nothing may rely on reading the store's files."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

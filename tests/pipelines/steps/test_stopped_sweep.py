@@ -1,4 +1,4 @@
-"""A sweep that is killed goes on where it was."""
+"""A killed sweep resumes where it stopped."""
 
 import os
 import signal
@@ -51,4 +51,4 @@ def test_a_killed_sweep_resumes(prepared, tmp_path):
     assert len(nested) == 3 and {run.info.status for run in nested} == {"FINISHED"}
     (done,) = (run for run in nested if run.data.params["model.index_topk"] == "2")
     steps = [point.step for point in client.get_metric_history(done.info.run_id, "train/loss")]
-    assert len(steps) == len(set(steps))  # it was not trained again
+    assert len(steps) == len(set(steps))  # not trained again

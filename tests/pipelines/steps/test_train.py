@@ -1,4 +1,4 @@
-"""`pipelines train` and `sweep` on a real Ray cluster and a real tracking store."""
+"""The train and sweep steps on a real Ray cluster and a real tracking store."""
 
 import fcntl
 import json
@@ -91,7 +91,7 @@ def test_only_a_run_that_has_not_begun_needs_its_first_weights(prepared, ray_clu
     recipe = with_overrides(prepared, {"run.name": "tuned", "train.init_from": str(tmp_path / "first")})
     with pytest.raises(CheckpointError, match="first"):
         train.run(recipe)
-    assert not recipe.run_folder.exists()  # a corrected path may have the name
+    assert not recipe.run_folder.exists()  # the name stays free for a corrected recipe
     (recipe.run_folder / RAY_RUN).mkdir(parents=True)
     (recipe.run_folder / RAY_RUN / INDEX).touch()
 
@@ -150,7 +150,7 @@ def test_a_sweep_nests_its_trials_and_keeps_the_best_within_the_budget(swept):
 def test_a_finished_sweep_resumes_to_the_same_winner(swept):
     recipe, result = swept
     first, aside = recipe.train.init_from, recipe.train.init_from.with_name("aside")
-    first.rename(aside)  # no trial is left to begin from it
+    first.rename(aside)  # no trial is left that needs it
     try:
         again = sweep.run(recipe)
     finally:
@@ -175,7 +175,7 @@ def test_scores_promote_the_winner(swept):
 
 
 def test_a_trial_may_have_train_workers_of_its_own(trained, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # trials work elsewhere, and must find the same store
+    monkeypatch.chdir(tmp_path)  # trials run in other folders, and must find this store
     recipe = with_overrides(trained[0], {"tracking.uri": "sqlite:///other.db"})
     recipe = with_overrides(
         recipe,
@@ -190,7 +190,7 @@ def test_a_trial_may_have_train_workers_of_its_own(trained, tmp_path, monkeypatc
             }
         },
     )  # fmt: skip
-    # As if it had begun on another kind of machine.
+    # As if the sweep had begun on another kind of machine.
     here = compute_dtype.choose("cpu")
     there = compute_dtype.FLOAT32 if here == compute_dtype.BF16 else compute_dtype.BF16
     recipe.sweep_folder.mkdir(parents=True)
@@ -281,11 +281,11 @@ def test_a_trial_that_cannot_begin_is_refused_before_any_begins(trained):
 
 
 @pytest.mark.long
-def test_an_end_that_would_come_again_is_the_end(prepared, ray_cluster):
-    """At such a rate any loss leaps: the worker is started again, and trains nothing."""
+def test_a_deterministic_failure_is_not_retried(prepared, ray_cluster):
+    """The learning rate makes the loss spike. The restarted worker must not train."""
     recipe = with_overrides(
         prepared,
-        {"run.name": "leaps", "train.stages": [{"attention": "dense", "steps": 30}], "train.validate_every": 100,
+        {"run.name": "spikes", "train.stages": [{"attention": "dense", "steps": 30}], "train.validate_every": 100,
          "train.checkpoint_every": 100, "train.stability": {"action": "stop", "spike": 1e-3, "window": 4},
          "train.max_failures": 1, "train.optimizer.learning_rate": 1.0},
     )  # fmt: skip
@@ -301,7 +301,7 @@ def test_run_file_is_json(trained):
     assert json.loads((recipe.run_folder / "run.json").read_text())["run_id"] == result.run_id
 
 
-def test_a_run_killed_before_its_last_word_only_says_it(trained):
+def test_a_run_killed_after_its_last_step_only_finishes(trained):
     recipe, result = trained
     tracking = open_tracking(recipe)
     before = (result.checkpoint / "model.safetensors").read_bytes()
@@ -309,6 +309,6 @@ def test_a_run_killed_before_its_last_word_only_says_it(trained):
     again = train.run(recipe)
     assert (again.checkpoint / "model.safetensors").read_bytes() == before
     assert again.metrics["validation/loss"] == pytest.approx(result.metrics["validation/loss"])
-    # The only one that is kept is there to go on from again.
+    # The only checkpoint is still there to resume from.
     assert (recipe.run_folder / "train" / "step_000006" / "trainer.json").is_file()
     assert tracking.client.get_run(result.run_id).info.status == "FINISHED"

@@ -1,4 +1,4 @@
-"""Tracking: one store per run folder, safe to open from many processes, nothing kept in process-wide state."""
+"""The MLflow store: one per run folder, safe to open from many processes, without process-wide state."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def recipe_in(folder: Path, **sections) -> Recipe:
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> Path:
-    """One run folder for the tests that need no fresh database, which takes a second to make."""
+    """A run folder shared by tests that need no fresh database, which takes a second to create."""
     return tmp_path_factory.mktemp("runs")
 
 
@@ -59,12 +59,12 @@ def test_run_records_recipe_tags_and_metrics(store):
     )
     assert [(r.info.run_id, r.info.status) for r in nested] == [(child.run_id, "KILLED")]
 
-    # The artifact is a recipe again, and lies in the run folder.
+    # The artifact is a valid recipe and is stored in the run folder.
     assert load_recipe([store / "mlartifacts" / run.run_id / "artifacts" / "config.yaml"], []) == recipe
 
 
 def test_default_recipe_has_no_parameter_lost(store):
-    """More than the 100 parameters that MLflow takes at once; a value longer than it takes is cut."""
+    """The recipe has more than MLflow's 100 parameters per request. Values beyond its limit are truncated."""
     recipe = recipe_in(store, data={"sources": ["x" * 7000]})
     tracking = open_tracking(recipe)
     run_id = tracking.start_run("a", kind="train", recipe=recipe).run_id
@@ -161,7 +161,7 @@ def test_telemetry_is_off():
         "from mlflow.telemetry import get_telemetry_client\n"
         "assert get_telemetry_client() is None"
     )
-    # MLflow also keeps quiet under pytest and in CI, so their variables must not reach this process.
+    # MLflow disables telemetry under pytest and in CI, so their variables must not reach this process.
     clean = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean, check=True, timeout=60)
 
@@ -174,9 +174,9 @@ def open_at_once(barrier, results, recipe):
 
 
 def test_first_use_from_four_processes_at_once(tmp_path):
-    """MLflow's migration of a fresh database fails when two processes run it; the lock lets one go first."""
+    """Concurrent migrations of a fresh database fail in MLflow, so a lock serializes them."""
     recipe = recipe_in(tmp_path)
-    context = multiprocessing.get_context("fork")  # the imports are done: all four start within milliseconds
+    context = multiprocessing.get_context("fork")  # imports are inherited, so all four start within milliseconds
     barrier, results = context.Barrier(4), context.Queue()
     processes = [context.Process(target=open_at_once, args=(barrier, results, recipe)) for _ in range(4)]
     for process in processes:

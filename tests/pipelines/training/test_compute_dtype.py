@@ -1,4 +1,4 @@
-"""Data types that the recipe leaves to the machine: chosen on rank 0, told, stored, and kept wherever a run goes on."""
+"""Data types for ``auto``: chosen on rank 0, reported, stored, and kept by resumed runs."""
 
 import json
 
@@ -31,7 +31,7 @@ def machine(monkeypatch, fast):
 
 @pytest.fixture
 def computed(monkeypatch):
-    """The data types that training computes in, of the network's products and of the optimizer's."""
+    """Record the data types of the network's and the optimizer's matrix products in training."""
     seen, forward, newton_schulz = set(), Transformer.forward, muon.newton_schulz
 
     def watched(self, tokens, **options):
@@ -54,7 +54,7 @@ def losses(record):
 
 
 @pytest.mark.parametrize(("fast", "choice", "dtype"), MACHINES, ids=IDS)
-def test_a_machine_chooses_what_it_multiplies_faster(auto, tmp_path, monkeypatch, computed, fast, choice, dtype):
+def test_a_machine_chooses_its_faster_type(auto, tmp_path, monkeypatch, computed, fast, choice, dtype):
     machine(monkeypatch, fast)
     record = Record(tmp_path)
     trainer = trainer_for(auto, record)
@@ -69,8 +69,8 @@ def test_a_machine_chooses_what_it_multiplies_faster(auto, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(("fast", "choice", "dtype"), MACHINES, ids=IDS)
-def test_a_run_that_goes_on_elsewhere_keeps_its_choice(auto, tmp_path, monkeypatch, computed, fast, choice, dtype):
-    """Bit for bit, for either choice, on a machine that would choose otherwise."""
+def test_a_run_resumed_elsewhere_keeps_its_choice(auto, tmp_path, monkeypatch, computed, fast, choice, dtype):
+    """Bit-exactly, for either choice, on a machine that would choose the other."""
     machine(monkeypatch, fast)
     straight = Record(tmp_path / "straight")
     unbroken = trainer_for(auto, straight)
@@ -89,7 +89,7 @@ def test_a_run_that_goes_on_elsewhere_keeps_its_choice(auto, tmp_path, monkeypat
     assert step == 2 and "(auto: kept from the checkpoint)" in told and ("emulated" in told) == fast
 
 
-def test_emulated_bf16_is_told(prepared, monkeypatch):
+def test_emulated_bf16_is_reported(prepared, monkeypatch):
     recipe = with_overrides(prepared, {"train.autocast": "bfloat16"})
     for fast in (True, False):
         machine(monkeypatch, fast)
@@ -100,7 +100,7 @@ def test_emulated_bf16_is_told(prepared, monkeypatch):
         assert record.events == ([] if fast else [emulated])
 
 
-def test_shards_travel_in_the_type_that_was_chosen(auto, monkeypatch):
+def test_fsdp_gathers_in_the_chosen_type(auto, monkeypatch):
     recipe = with_overrides(auto, {"train.workers": 2, "train.sharding": "fsdp", "model.qat": False})
     gathered = []
     monkeypatch.setattr("pipelines.training.build.shard", lambda model, device, dtype: gathered.append(dtype))
@@ -123,7 +123,7 @@ def test_all_ranks_have_rank_0s_choice(auto, tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", json.dumps({**BF16, "train.autocast": "int8"})])
-def test_a_checkpoint_that_does_not_say_is_refused(auto, tmp_path, content):
+def test_a_checkpoint_without_valid_dtypes_is_refused(auto, tmp_path, content):
     if content is not None:
         (tmp_path / compute_dtype.FILE).write_text(content)
     with pytest.raises(CheckpointError, match=compute_dtype.FILE):
