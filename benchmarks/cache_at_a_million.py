@@ -22,8 +22,8 @@ from model.comparison import gqa8_account, with_gqa8
 from model.config import ModelConfig
 from model.errors import FiftyfoldError
 from model.presets import PRESETS
-from pipelines.cache_measurement import Measurement, measure_cache
-from pipelines.figures import binary
+from pipelines.reports.cache_measurement import Measurement, measure_cache
+from pipelines.reports.figures import binary
 
 COLORS = {
     "csa": "#2c5f8a",

@@ -36,15 +36,18 @@ from benchmarks.lib.harness import Result, make_parser, run_benchmark, run_main
 from benchmarks.lib.report import table
 from model.errors import ConfigError
 from model.files import atomic_folder
-from pipelines import compare, compute_dtype, prepare
-from pipelines.compare import METRICS as COMPARED
-from pipelines.compare import WAYS
-from pipelines.config import Recipe, load_recipe, with_overrides
-from pipelines.data import read_manifest
-from pipelines.prepared import fit_to_data
-from pipelines.run_folder import SETTINGS_OF_A_TRAINING, claimed
-from pipelines.tracking import TrackedRun, open_tracking
-from pipelines.trainer import Trainer, build_trainer, folder_batches
+from pipelines.data.check import check_prepared
+from pipelines.data.manifest import read_manifest
+from pipelines.recipe.loading import load_recipe, with_overrides
+from pipelines.recipe.schema import Recipe
+from pipelines.steps import compare, prepare
+from pipelines.steps.compare import METRICS as COMPARED
+from pipelines.steps.compare import VARIANTS
+from pipelines.tracking.mlflow_store import TrackedRun, open_tracking
+from pipelines.tracking.run_folder import TRAINING_SECTIONS, lock_run_folder
+from pipelines.training import compute_dtype
+from pipelines.training.build import build_trainer, folder_batches
+from pipelines.training.trainer import Trainer
 
 RECIPE = Path(__file__).parents[1] / "configs/study.yaml"
 STUDIES = ("muon", "curriculum", "qat")
@@ -75,8 +78,8 @@ class Recorder:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.tracked.log_metrics(metrics, step)
 
-    def tell(self, step: int, what: str) -> None:
-        self.tracked.tell(step, what)
+    def log_event(self, step: int, message: str) -> None:
+        self.tracked.log_event(step, message)
 
     def report(self, step: int, metrics: dict[str, float], write: Callable[[Path], None] | None) -> None:
         self.tracked.log_metrics(metrics, step)
@@ -88,7 +91,7 @@ def trained(recipe: Recipe, name: str, seed: int, overrides: Mapping[str, Any]) 
     """Return the curve and checkpoint folder of a run, training it unless it exists."""
     recipe = with_overrides(recipe, {**overrides, "run.name": f"{name}-seed{seed}", "run.seed": seed})
     folder = recipe.final_checkpoint
-    with claimed(recipe.run_folder, recipe, SETTINGS_OF_A_TRAINING, "run.name"):
+    with lock_run_folder(recipe.run_folder, recipe, TRAINING_SECTIONS, "run.name"):
         if not folder.exists():
             _train(recipe, seed)
     points = json.loads((folder / CURVE).read_text())
@@ -111,7 +114,7 @@ def _trainer(recipe: Recipe) -> tuple[Trainer, Recorder]:
     tracked = open_tracking(recipe).start_run(recipe.run.name, kind="train", recipe=recipe)
     recorder = Recorder(tracked, recipe.train.batch_rows * recipe.data.sequence_length)
     trainer = build_trainer(recipe, folder_batches(recipe), recorder)
-    tracked.set_tags(compute_dtype.of(trainer.recipe))
+    tracked.set_tags(compute_dtype.settings_of(trainer.recipe))
     return trainer, recorder
 
 
@@ -203,8 +206,9 @@ class Studies:
         recipe = with_overrides(self.recipe, {"run.name": "qat-compared"})
         section = recipe.compare.model_copy(update={"qat": tuple(pairs[True]), "plain": tuple(pairs[False])})
         scores = compare.run(recipe.model_copy(update={"compare": section}))
-        rows = [[way.name, *(spread(scores[way.name][metric]) for metric in COMPARED)] for way in WAYS]
-        fp4, bf16 = (scores[way.name]["recall_at_k_of_best"] for way in WAYS if way.trained_with_qat)
+        rows = [[v.name, *(spread(scores[v.name][metric]) for metric in COMPARED)] for v in VARIANTS]
+        names = ("with QAT, quantized", "with QAT, BF16 index keys")
+        fp4, bf16 = (scores[name]["recall_at_k_of_best"] for name in names)
         kept = [a / b for a, b in zip(fp4, bf16)]
         return (
             "### Quantization in the loop against after the fact\n\n"
@@ -245,7 +249,7 @@ def measure(options: argparse.Namespace) -> Result:
     if len(stages) < 2 or any(s.steps is None or s.sequence_length or s.batch_rows for s in stages):
         raise ConfigError("train.stages: expected at least two stages, given in steps, with the same batch shape")
     prepare.run(recipe)
-    recipe = fit_to_data(recipe, read_manifest(recipe.data_folder))
+    recipe = check_prepared(recipe, read_manifest(recipe.data_folder))
     studies = Studies(recipe, options.seeds)
     text = "\n".join(getattr(studies, name)() for name in options.studies)
     text = f"Seeds {', '.join(map(str, options.seeds))}; mean and range over them.\n\n{text}"

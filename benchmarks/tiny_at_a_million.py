@@ -40,9 +40,9 @@ from model.generation import prefill
 from model.paging import PagePool
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
-from pipelines import prepare
-from pipelines.config import load_recipe
-from pipelines.trainer import build_trainer, folder_batches
+from pipelines.recipe.loading import load_recipe
+from pipelines.steps import prepare
+from pipelines.training.build import build_trainer, folder_batches
 
 LENGTHS = [1 << n for n in range(10, 21, 2)]
 DECODED, SHORT = 64, 1024
@@ -58,8 +58,8 @@ class Silent:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         pass
 
-    def tell(self, step: int, what: str) -> None:
-        print(f"step {step}: {what}")
+    def log_event(self, step: int, message: str) -> None:
+        print(f"step {step}: {message}")
 
     def report(self, step: int, metrics: dict[str, float], write: Callable[[Path], None] | None) -> None:
         pass

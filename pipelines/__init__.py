@@ -1,0 +1,22 @@
+"""Pipeline steps on Ray and MLflow, run as ``python -m pipelines <step>``.
+
+Ray and MLflow read the variables below when they are imported, so they are set here, before any module imports either.
+"""
+
+import os
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+if "RAY_ADDRESS" not in os.environ:
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # no token file in the user's home for a private cluster
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+# ray.train.report blocks until the controller polls. Its default interval of 2 s is longer than a small step.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+# Serve kills an HTTP proxy that is not ready in 5 s by default; importing it on a busy machine takes longer.
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # disable Tune's own panels: the sweep step prints its trials
+
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # two bars for every small local copy
+# By default MLflow retries an unreachable server seven times and waits two minutes for each answer.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")

@@ -6,30 +6,50 @@ import argparse
 import importlib
 import signal
 import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from model.errors import ConfigError, FiftyfoldError
-from pipelines.interrupts import on_sigterm
+from pipelines.ray_runtime.signals import handle_sigterm
+
+if TYPE_CHECKING:
+    from pipelines.steps import Step
 
 STEPS = {
     "demo": "the whole loop with one recipe: prepare, sweep, train, baseline, evaluate, promote, deploy, ask",
-    "prepare": "text to Parquet token shards, with retrieval documents mixed in",
+    "prepare": "tokenize text into Parquet shards, with retrieval documents mixed in",
     "train": "train one model under Ray Train",
     "sweep": "search cache settings with Ray Tune",
     "evaluate": "score a checkpoint on long-context tasks with lm-eval",
-    "compare": "what quantisation in the training loop buys over quantising after the fact",
+    "compare": "quantization-aware training against post-training quantization",
     "promote": "register the best evaluated run as a model version",
-    "deploy": "answer OpenAI-style HTTP requests with a registered model on Ray Serve",
-    "export": "carry a checkpoint over to or from transformers and the released format (export --help)",
+    "deploy": "serve a registered model over an OpenAI-style HTTP API on Ray Serve",
+    "export": "convert a checkpoint to or from transformers, the released format or GGUF (export --help)",
     "budget": "cache bytes, FLOPs and parameters of a model beside its references (budget --help)",
 }
-OWN_OPTIONS = {"budget", "export"}
-"""Steps with options of their own. Their module defines ``add_options(parser)``, ``load(options, files, overrides)``,
-which reads the recipe, and ``run(recipe, options)``."""
+"""Summary of each step. ``pipelines/steps/<name>.py`` defines it."""
 USER_ERROR, INTERRUPTED = 2, 130
 
 
-def parse(arguments: list[str]) -> tuple[str, list[str], list[str], bool]:
-    """(step, config files, ``key=value`` overrides, whether to print the recipe and stop)."""
+class Invocation(NamedTuple):
+    """A parsed command line."""
+
+    step: str
+    files: list[str]
+    overrides: list[str]
+    """``key=value`` pairs."""
+    print_config: bool
+    """Print the merged recipe and stop."""
+    options: argparse.Namespace
+    """The step's own options."""
+
+
+def load_step(name: str) -> Step:
+    """Import the step ``name``."""
+    return importlib.import_module(f"pipelines.steps.{name}").STEP
+
+
+def parse(arguments: list[str]) -> Invocation:
+    """Parse a command line. Options of a step's own are known where the step comes first."""
     parser = argparse.ArgumentParser(
         prog="python -m pipelines",
         usage="%(prog)s <step> --config FILE [--config FILE] [--section.key value ...]",
@@ -39,31 +59,19 @@ def parse(arguments: list[str]) -> tuple[str, list[str], list[str], bool]:
         allow_abbrev=False,
     )
     parser.add_argument("step", choices=STEPS, metavar="step")
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="a recipe; later ones win")
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="a recipe; later files win")
     parser.add_argument("--print-config", action="store_true", help="print the merged recipe and stop")
+    if arguments and arguments[0] in STEPS:
+        load_step(arguments[0]).add_options(parser)
     known, rest = parser.parse_known_args(arguments)
-    return known.step, known.config, _overrides(rest), known.print_config
+    options: dict[str, Any] = vars(known)
+    step, files, print_config = (options.pop(name) for name in ("step", "config", "print_config"))
+    return Invocation(step, files, _parse_overrides(rest), print_config, argparse.Namespace(**options))
 
 
-def own_options(arguments: list[str]) -> tuple[argparse.Namespace | None, list[str]]:
-    """The options that the step declares for itself, and the arguments that are left; None where it has none."""
-    if not arguments or arguments[0] not in OWN_OPTIONS:
-        return None, arguments
-    step = arguments[0]
-    parser = argparse.ArgumentParser(
-        prog=f"python -m pipelines {step}",
-        usage="%(prog)s [options] [--config FILE] [--section.key value ...]",
-        description=STEPS[step],
-        allow_abbrev=False,
-    )
-    importlib.import_module(f"pipelines.{step}").add_options(parser)
-    options, rest = parser.parse_known_args(arguments[1:])
-    return options, [step, *rest]
-
-
-def _overrides(rest: list[str]) -> list[str]:
+def _parse_overrides(arguments: list[str]) -> list[str]:
     pairs = []
-    items = iter(rest)
+    items = iter(arguments)
     for item in items:
         if not item.startswith("--") or "." not in item:
             raise ConfigError(f"command line: '{item}' is neither an option nor --section.key value")
@@ -78,28 +86,24 @@ def _overrides(rest: list[str]) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
+    """Run a step; return the exit status."""
+    name = "command line"
     try:
         _check_imports()
-        options, arguments = own_options(arguments)
-        step, files, overrides, print_config = parse(arguments)
-        from pipelines.config import load_recipe
-
-        module = importlib.import_module(f"pipelines.{step}") if options is not None else None
-        recipe = load_recipe(files, overrides) if module is None else module.load(options, files, overrides)
+        name, files, overrides, print_config, options = parse(arguments)
+        step = load_step(name)
+        recipe = step.load(options, files, overrides)
         if print_config:
             import yaml
 
             print(yaml.safe_dump(recipe.to_dict(), sort_keys=False), end="")
             return 0
-        if module is not None:
-            module.run(recipe, options)
-        else:
-            importlib.import_module(f"pipelines.{step}").run(recipe)
+        step.run(recipe, **vars(options))
     except FiftyfoldError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     except OSError as error:
-        print(f"error: {error.filename or step}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {error.filename or name}: {error.strerror or error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -114,7 +118,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _check_imports() -> None:
-    """Another distribution named ``kernels`` in the same environment would shadow ours, or be shadowed by it."""
+    """Raise ConfigError if another distribution named ``kernels`` is installed: one would shadow the other."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -123,10 +127,10 @@ def _check_imports() -> None:
         return
     raise ConfigError(
         "the Python package 'kernels' is installed in this environment and shares its name with a folder "
-        "of this project: uninstall it, or use an environment of its own"
+        "of this project: uninstall it or use a separate environment"
     )
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, on_sigterm)
+    signal.signal(signal.SIGTERM, handle_sigterm)
     sys.exit(main(sys.argv[1:]))

@@ -35,7 +35,7 @@ def seed():
 def ray_cluster():
     """A local Ray cluster with 4 logical CPUs."""
     from model.errors import FiftyfoldError
-    from pipelines.cluster import ray_session
+    from pipelines.ray_runtime.session import ray_session
 
     with ExitStack() as session:
         try:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from pipelines.__main__ import parse
-from pipelines.config import load_recipe
+from pipelines.recipe.loading import load_recipe
 from serve.app import ServeArgs
 
 CLUSTER = Path(__file__).parents[1] / "cluster"
@@ -20,7 +20,7 @@ def manifest(name, kind):
 def test_the_job_is_a_pipeline_step():
     command = shlex.split(manifest("rayjob.yaml", "RayJob")["spec"]["entrypoint"])
     assert command[:3] == ["python", "-m", "pipelines"]
-    step, files, overrides, _ = parse(command[3:])
+    step, files, overrides, *_ = parse(command[3:])
     recipe = load_recipe([CLUSTER.parent / file for file in files], overrides)
     assert step == "train" and recipe.run.folder.is_absolute()
 

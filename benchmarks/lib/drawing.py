@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from pipelines.figures import binary
+from pipelines.reports.figures import binary
 
 COLORS = ("#7f8c8d", "#2c5f8a", "#c0392b", "#b07d2b", "#4f7f52", "#6c4f8a", "#2f8f8f", "#8a5f4f")
 _MIN_LABEL_DISTANCE = 0.12

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import prepare
-from pipelines.config import Recipe, recipe_from_dict
+from pipelines.recipe.loading import recipe_from_dict
+from pipelines.recipe.schema import Recipe
+from pipelines.steps import prepare
 
 MODEL = {
     "hidden_size": 32,
@@ -38,7 +39,7 @@ TRAIN = {
     "validate_every": 3,
     "validation_rows": 16,
     "checkpoint_every": 2,
-    # The same on every processor: what auto chooses is tested where it is the subject.
+    # Equal on every processor; test_compute_dtype tests auto.
     "autocast": "none",
     "optimizer": {"ns_dtype": "float32"},
 }
@@ -46,7 +47,7 @@ TRAIN = {
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory) -> Recipe:
-    """A recipe whose data is prepared. Tests that write runs must take a run.name of their own."""
+    """A recipe with prepared data. Tests that write runs need a run.name of their own."""
     root: Path = tmp_path_factory.mktemp("runs")
     source = root / "in"
     source.mkdir()

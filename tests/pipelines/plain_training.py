@@ -1,6 +1,6 @@
-"""Trainings in plain torch processes, and those of single ranks.
+"""Trainings in plain PyTorch processes, whole or as single ranks.
 
-A rank imports this module and what it imports, so that it stays without Ray, MLflow and the tests themselves.
+Ranks import this module, so it must import neither Ray, MLflow nor tests.
 """
 
 import numpy as np
@@ -8,22 +8,28 @@ import pyarrow as pa
 import torch
 from safetensors.torch import save_file
 
-from pipelines.config import recipe_from_dict
-from pipelines.data import SHARD_SCHEMA, batches, cut_rows
-from pipelines.trainer import build_trainer, folder_batches
+from model.config import CACHE_FORMATS
+from pipelines.data.batches import stack_rows
+from pipelines.data.packing import cut_rows
+from pipelines.data.shards import SHARD_SCHEMA
+from pipelines.recipe.loading import recipe_from_dict
+from pipelines.training.build import build_trainer, folder_batches
+
+EXACT = {**{f"model.{name}": "fp32" for name in CACHE_FORMATS}, "model.qat": False}
+"""No quantization anywhere."""
 
 
 class Record:
-    """A reporter that remembers, and writes checkpoints into numbered folders of ``keep``."""
+    """Reporter that records everything, and writes checkpoints to ``keep/<step>``."""
 
     def __init__(self, keep=None):
-        self.keep, self.logged, self.told, self.reported = keep, [], [], []
+        self.keep, self.logged, self.events, self.reported = keep, [], [], []
 
     def log(self, step, metrics):
         self.logged.append((step, metrics))
 
-    def tell(self, step, what):
-        self.told.append((step, what))
+    def log_event(self, step, message):
+        self.events.append((step, message))
 
     def report(self, step, metrics, write):
         self.reported.append((step, metrics))
@@ -50,8 +56,8 @@ class Share:
     def __next__(self):
         return self._mine(next(self.whole))
 
-    def ahead(self, count):
-        return [self._mine(batch) for batch in self.whole.ahead(count)]
+    def peek(self, count):
+        return [self._mine(batch) for batch in self.whole.peek(count)]
 
     def _mine(self, batch):
         return {k: v[self.rows] for k, v in batch.items()}
@@ -73,7 +79,7 @@ def timeless(logged):
 
 
 def packed_and_alone(length):
-    """The same documents as a batch of packed rows and as a batch with a row for each."""
+    """Yield documents as a batch of packed rows, then as a batch with a row per document."""
     rng = np.random.default_rng(0)
     documents = [
         {
@@ -91,7 +97,7 @@ def packed_and_alone(length):
     for packing in (True, False):
         rows = cut_rows(table, length, packing)
         count = len(rows["tokens"])
-        yield next(batches(({k: v[i] for k, v in rows.items()} for i in range(count)), count))
+        yield next(stack_rows(({k: v[i] for k, v in rows.items()} for i in range(count)), count))
 
 
 def with_short_rows(batch):
@@ -101,10 +107,29 @@ def with_short_rows(batch):
 
 
 def gradients_on_rank(rank, world, recipe, folder):
-    """Write the first update's gradients, of documents of any lengths and with every second row's too short."""
+    """Write the gradients of the first update, for documents of any length and with every second row too short."""
     _, alone = packed_and_alone(recipe["data"]["sequence_length"])
     for name, rows in (("alone", alone), ("short", with_short_rows(alone))):
         trainer = trainer_for(recipe_from_dict(recipe), Record(), rank, world)
-        trainer._update({key: values[rank::world] for key, values in rows.items()}, trainer.stage)
+        trainer.train_step({key: values[rank::world] for key, values in rows.items()}, trainer.stage)
         if rank == 0:
             save_file({n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}, folder / name)
+
+
+def broken_at(trainer, steps):
+    """Make the gradients of these updates, counted from 1, non-finite."""
+    update, made = trainer.train_step, []
+
+    def sometimes(batch, stage):
+        made.append(None)
+        hook = None
+        if len(made) in steps:
+            hook = trainer.model.layers[0].attn.wkv.weight.register_hook(lambda grad: grad * float("nan"))
+        try:
+            return update(batch, stage)
+        finally:
+            if hook is not None:
+                hook.remove()
+
+    trainer.train_step = sometimes
+    return made

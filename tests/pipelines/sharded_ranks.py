@@ -1,4 +1,4 @@
-"""What single ranks of the sharded trainings do. They import this module: it stays without Ray and MLflow."""
+"""Single ranks of the sharded trainings. They import this module, so it must not import Ray or MLflow."""
 
 import json
 
@@ -9,20 +9,20 @@ from tolerances import one_by_one
 from kernels.newton_schulz import newton_schulz
 from model import muon
 from model.sharding import is_sharded, local
-from pipelines.config import recipe_from_dict, with_overrides
+from pipelines.recipe.loading import recipe_from_dict, with_overrides
 
 AT = "2"
-"""The step of the checkpoint that others go on from: a warm-up's, after which everything learns again."""
+"""Step of the checkpoint that other runs resume from: within a warm-up, before everything is trained again."""
 SHARDED = {"train.sharding": "fsdp"}
 PLAIN = {"train.accumulation_steps": 1, "train.grad_clip": 1e6}
-"""Where gradients are summed in one order only, and nothing depends on the last bit of their norm."""
+"""Settings with a fixed order of gradient sums and without gradient clipping."""
 NARROW = {**PLAIN, "train.autocast": "bfloat16", "model.qat": False}
 ROLLED_BACK = {
     **PLAIN, "train.stages": [{"attention": "sparse", "steps": 2}, {"attention": "indexer_warmup", "steps": 2}],
     "train.stability.action": "roll_back", "train.stability.anticipatory_routing": {"lag": 1, "steps": 2},
     "train.checkpoint_every": 4, "train.recompute": True,
 }  # fmt: skip
-"""From a warm-up, whose passes have no backward one through the layers, to weights that are others."""
+"""A rollback from a warm-up, whose passes have no backward pass through the layers, to other weights."""
 BOTH_WAYS = {"clipped": {}, "plain": PLAIN, "narrow": NARROW, "rolled-back": ROLLED_BACK}
 
 
@@ -30,11 +30,11 @@ def trained(recipe, folder, rank=0, world=1, source=None):
     record = Record(folder)
     trainer = trainer_for(recipe, record, rank, world)
     if source is not None:
-        torch.rand(3)  # the generator is elsewhere
+        torch.rand(3)  # move the generator
         trainer.load_checkpoint(source)
         (folder / "loaded").mkdir(parents=True, exist_ok=True)
         trainer.snapshot().write(folder / "loaded")
-    if recipe.train.stability.action == "roll_back":  # once, from step 3 to the start
+    if recipe.train.stability.action == "roll_back":  # one rollback, from step 3 to the start
         watch = trainer.stability
         watch._trouble = lambda *_: "a leap" if trainer.step == 3 and not watch.interventions else None
     trainer.run()
@@ -44,7 +44,7 @@ def trained(recipe, folder, rank=0, world=1, source=None):
 
 
 def two_ranks(rank, world, recipe, folder):
-    muon.newton_schulz = one_by_one(newton_schulz)  # an expert stack's shards are other batches than its replicas
+    muon.newton_schulz = one_by_one(newton_schulz)  # batches of sharded expert stacks differ from replicated ones
     recipe = with_overrides(recipe_from_dict(recipe), {"train.workers": world})
     for name, changes in BOTH_WAYS.items():
         whole = trained(with_overrides(recipe, changes), folder / f"{name}-replicas", rank, world)
@@ -60,5 +60,5 @@ def two_ranks(rank, world, recipe, folder):
 def three_ranks(rank, world, recipe, folder):
     recipe = with_overrides(recipe_from_dict(recipe), {"train.workers": world, **SHARDED})
     model = trained(recipe, folder / "three-from-two", rank, world, folder / "clipped-shards" / AT)
-    if rank == world - 1:  # more ranks than some parameters have rows, so that the last one holds nothing of them
+    if rank == world - 1:  # some parameters have fewer rows than ranks, so the last rank holds none of them
         assert any(len(local(p)) == 0 for p in model.parameters())

@@ -1,4 +1,4 @@
-"""The command line: one clear sentence and a non-zero status for every mistake."""
+"""The command line: one sentence and a non-zero status for every user error."""
 
 import os
 import subprocess
@@ -10,28 +10,28 @@ from mlflow.exceptions import MlflowException
 
 from model.config import ModelConfig
 from pipelines import __main__ as cli
-from pipelines import prepare
-from pipelines.config import load_recipe, over
-from pipelines.curriculum import total_steps
-from pipelines.train import describe
+from pipelines.recipe.loading import load_recipe, overlay
+from pipelines.steps import Step, prepare
+from pipelines.steps.train import print_plan
+from pipelines.training.curriculum import total_steps
 
 RECIPES = ["configs/tiny.yaml"]
 
 
 def test_the_shipped_recipes_are_valid_and_alike_where_they_must_be():
     hybrid = load_recipe(RECIPES)
-    baseline = over(hybrid, "configs/baseline.yaml")
+    baseline = overlay(hybrid, "configs/baseline.yaml")
     assert total_steps(baseline) == total_steps(hybrid)
     assert baseline.model.hidden_size == hybrid.model.hidden_size
     assert baseline.model.num_layers == hybrid.model.num_layers
     assert baseline.data == hybrid.data
-    assert describe(hybrid) > 0.8
-    assert describe(baseline) == 0
+    assert print_plan(hybrid) > 0.8
+    assert print_plan(baseline) == 0
 
 
-def test_what_a_later_stage_rounds_is_in_the_table(capsys):
+def test_the_precision_table_covers_later_stages(capsys):
     stages = "train.stages=[{attention: dense, steps: 2, qat: false}, {steps: 2, qat: true}]"
-    describe(load_recipe(RECIPES, [stages, "model.qat=false"]))
+    print_plan(load_recipe(RECIPES, [stages, "model.qat=false"]))
     row = next(line for line in capsys.readouterr().out.splitlines() if "routed expert weights" in line)
     assert "fp4" in row and "yes" in row
 
@@ -46,7 +46,7 @@ def test_what_a_later_stage_rounds_is_in_the_table(capsys):
         (["--train.stages", "[{step: 3}]"], "error: train.stages.0.step: unknown key; did you mean 'steps'?"),
         (["--train.stages", "[{steps: 0}]"], "stages.0.steps: Input should be greater than or equal to 1, found 0\n"),
         (["--train.stages", "[]"], "error: train.stages: Tuple should have at least 1 item"),
-        (["--train.sharding", "fsdp"], "fsdp divides the network among workers, and there is only one\n"),
+        (["--train.sharding", "fsdp"], "sharding: fsdp needs several workers, but workers is 1\n"),
         (["--config", "configs/tiny.yaml", "--train.stages", "{steps: 3}"], "error: train.stages: cannot be set to"),
         (["--train.stages", "[steps: 3"], "error: train.stages: cannot be set to '[steps: 3'"),
         (["--train.batch_rows", "0"], "error: train.batch_rows: Input should be greater than or equal to 1, found 0"),
@@ -55,7 +55,7 @@ def test_what_a_later_stage_rounds_is_in_the_table(capsys):
         (["--train.optimizer.ns_dtype", "half"], "ns_dtype: Input should be 'auto', 'float32' or 'bfloat16', found"),
         (["--model.preset", "huge"], "error: model.preset: unknown preset 'huge'"),
         (["--model.preset", "small", "--model.depth", "12"], "error: model.depth: 12 and model.preset 'small' are two"),
-        (["--run.name", "data"], "error: run.name: run.folder keeps other things in 'data', found 'data'"),
+        (["--run.name", "data"], "error: run.name: 'data' is a reserved folder of run.folder, found 'data'"),
         (["--run.name", "../x"], "error: run.name: String should match pattern"),
         (["--serve.host", "0.0.0.0"], "error: serve.host: Input should be '127.0.0.1'"),
         (["--train.workers"], "error: command line: --train.workers has no value"),
@@ -63,14 +63,14 @@ def test_what_a_later_stage_rounds_is_in_the_table(capsys):
         (["--run.folder", "/dev/null/x"], "error: /dev/null/x/data/stdlib/manifest.json: Not a directory"),
     ],
 )
-def test_mistakes_are_named(arguments, message, capsys):
+def test_user_errors_are_one_sentence(arguments, message, capsys):
     assert cli.main(["train", *arguments]) == cli.USER_ERROR
     captured = capsys.readouterr()
     assert message in captured.err
     assert len(captured.err.strip().splitlines()) == 1
 
 
-def test_a_sweep_s_space_takes_the_place_of_another():
+def test_a_later_sweep_space_replaces_an_earlier_one():
     given = ["sweep.space={model.csa_ratio: [2, 4]}"], ["sweep.space.model.csa_ratio=[2, 4]"]
     assert [load_recipe(RECIPES, key).sweep.space for key in given] == [{"model.csa_ratio": [2, 4]}] * 2
     both = load_recipe(RECIPES, ["sweep.space.model.csa_ratio=[2, 4]", "sweep.space.model.qat=[true]"])
@@ -81,21 +81,21 @@ def test_a_sweep_s_space_takes_the_place_of_another():
 def test_a_file_that_does_not_fit_is_named(tmp_path, capsys):
     (tmp_path / "odd.yaml").write_text("train: {stages: {steps: 2}}\n")
     assert cli.main(["train", *("--config", RECIPES[0]), "--config", str(tmp_path / "odd.yaml")]) == cli.USER_ERROR
-    assert "odd.yaml: does not fit what came before" in capsys.readouterr().err
+    assert "odd.yaml: does not fit the files before it" in capsys.readouterr().err
 
 
-def test_a_store_that_goes_away_is_named(monkeypatch, capsys):
+def test_an_mlflow_error_is_one_sentence(monkeypatch, capsys):
     def run(recipe):
         raise MlflowException("the server\nis gone")
 
-    monkeypatch.setattr(prepare, "run", run)
+    monkeypatch.setattr(prepare, "STEP", Step(run))
     assert cli.main(["prepare"]) == cli.USER_ERROR
     assert capsys.readouterr().err == "error: MLflow: the server is gone\n"
 
 
 def test_sigterm_ends_a_step_as_ctrl_c_does_from_its_start(tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    os.mkfifo(recipe)  # reading it takes for ever
+    os.mkfifo(recipe)  # opening it for reading blocks
     step = subprocess.Popen(
         [sys.executable, "-m", "pipelines", "train", "--config", str(recipe)], stderr=subprocess.PIPE, text=True
     )
@@ -103,7 +103,7 @@ def test_sigterm_ends_a_step_as_ctrl_c_does_from_its_start(tmp_path):
     while time.monotonic() < deadline:
         try:
             held = os.open(recipe, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:  # nobody reads it yet
+        except OSError:  # no reader yet
             time.sleep(0.02)
         else:
             break
@@ -121,7 +121,7 @@ def test_malformed_yaml_is_named(content, tmp_path, capsys):
     assert len(err.splitlines()) == 1 and ("bad.yaml" in err or "model: expected a mapping" in err)
 
 
-def test_a_later_starting_point_of_the_model_takes_the_place_of_an_earlier_one():
+def test_a_later_preset_or_depth_replaces_an_earlier_one():
     by_depth = load_recipe(RECIPES, ["model.depth=6", "model.window=8"])
     assert by_depth.model == ModelConfig.from_depth(6, window=8)
     assert load_recipe(RECIPES, ["model.preset=small"]).model == ModelConfig.from_preset("small")

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and started again is the run that was never killed, bit for bit."""
+"""A run killed at any moment and restarted is bit-exactly equal to one never killed."""
 
 import hashlib
 import itertools
@@ -17,16 +17,16 @@ import psutil
 import pytest
 
 from model.errors import CheckpointError
-from pipelines import train
 from pipelines.__main__ import INTERRUPTED
-from pipelines.checkpoint_list import LIST
-from pipelines.config import with_overrides
-from pipelines.data import read_manifest
-from pipelines.prepared import fit_to_data
-from pipelines.run_folder import RUN
-from pipelines.tracking import TrackedRun, open_tracking
-from pipelines.train import RAY_RUN
-from pipelines.trainer import build_trainer
+from pipelines.data.check import check_prepared
+from pipelines.data.manifest import read_manifest
+from pipelines.ray_runtime.checkpoint_index import INDEX
+from pipelines.ray_runtime.fit import RAY_RUN
+from pipelines.recipe.loading import with_overrides
+from pipelines.steps import train
+from pipelines.tracking.mlflow_store import TrackedRun, open_tracking
+from pipelines.tracking.run_folder import RUN_FILE
+from pipelines.training.build import build_trainer
 
 STAGES = [
     {"attention": "dense", "steps": 10, "qat": False},
@@ -45,17 +45,17 @@ def recipe_named(prepared, name, sharding="none"):
 
 
 def run_id(recipe):
-    return json.loads((recipe.run_folder / RUN).read_text())["run_id"]
+    return json.loads((recipe.run_folder / RUN_FILE).read_text())["run_id"]
 
 
 def history(recipe):
-    """(step, loss) as logged, in order."""
+    """Return (step, loss) as logged, in order."""
     points = open_tracking(recipe).client.get_metric_history(run_id(recipe), "train/loss")
     return [(point.step, point.value) for point in sorted(points, key=lambda p: (p.timestamp, p.step))]
 
 
 def outcome(recipe):
-    """Every loss that a run ever logged, by step, and the hash of its final weights."""
+    """Return all logged losses of a run by step, and the hash of its final weights."""
     losses = {}
     for step, loss in history(recipe):
         losses.setdefault(step, set()).add(loss)
@@ -79,7 +79,7 @@ def straight_shards(prepared, ray_cluster):
 
 @contextmanager
 def slow_tracking():
-    """Steps reach MLflow late; yields those that have."""
+    """Delay logging to MLflow; yield the list of logged steps."""
     recorded, log = [], TrackedRun.log_metrics
 
     def slow(self, metrics, step=None):
@@ -95,12 +95,12 @@ def slow_tracking():
 
 @contextmanager
 def watching(recipe, recorded):
-    """Yields (a noted checkpoint's step, the last step recorded when it was first seen) for each."""
+    """Yield {step of a checkpoint in the index: last step logged when it appeared}."""
     seen, done = {}, threading.Event()
 
     def watch():
         while not done.wait(0.01):
-            for step in noted(recipe) - set(seen):
+            for step in indexed_steps(recipe) - set(seen):
                 seen[step] = recorded[-1]
 
     watcher = threading.Thread(target=watch)
@@ -112,16 +112,16 @@ def watching(recipe, recorded):
         watcher.join()
 
 
-def test_a_checkpoint_is_there_once_all_before_it_is_recorded(straight):
+def test_a_checkpoint_is_indexed_only_after_earlier_metrics_are_logged(straight):
     early = straight[2]
     assert len(early) >= 3 and all(recorded >= step for step, recorded in early.items()), early
 
 
 ENDED = """
 import os, signal, time
-from pipelines.cluster import ray_session
+from pipelines.ray_runtime.session import ray_session
 with ray_session():
-    for ctrl_c in (signal.default_int_handler, signal.SIG_IGN):  # in the foreground, and in a script's background
+    for ctrl_c in (signal.default_int_handler, signal.SIG_IGN):  # in the foreground, and in the background of a script
         signal.signal(signal.SIGINT, ctrl_c)
         try:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -131,14 +131,14 @@ with ray_session():
 """
 
 
-def test_sigterm_is_answered_as_ctrl_c():
-    """In a process of its own: libraries that other tests use leave handlers of theirs."""
+def test_sigterm_acts_like_ctrl_c():
+    """In its own process, since libraries used by other tests leave signal handlers installed."""
     ended = subprocess.run([sys.executable, "-c", ENDED], timeout=120, capture_output=True, text=True)
     assert ended.returncode == 0 and ended.stdout.split() == ["interrupted"] * 2, ended
 
 
 def processes_below(pid, name):
-    """Descendants of a process whose command line holds ``name``."""
+    """Return the descendants of a process with ``name`` in their command line."""
     found = []
     for process in psutil.Process(pid).children(recursive=True):
         try:
@@ -149,17 +149,17 @@ def processes_below(pid, name):
     return found
 
 
-def noted(recipe):
-    """Steps of the checkpoints that a run would go on from."""
-    path = recipe.run_folder / RAY_RUN / LIST
+def indexed_steps(recipe):
+    """Return the steps of the checkpoints in a run's index."""
+    path = recipe.run_folder / RAY_RUN / INDEX
     return {int(n) for n in re.findall(r"step_(\d{6})", path.read_text())} if path.exists() else set()
 
 
 def wait_for_checkpoint(recipe, step, process=None):
-    """Until a checkpoint of ``step`` or later is noted as written."""
+    """Wait until the index lists a checkpoint of ``step`` or later."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and (process is None or process.poll() is None):
-        if max(noted(recipe), default=0) >= step:
+        if max(indexed_steps(recipe), default=0) >= step:
             return
         time.sleep(0.02)
     raise AssertionError(f"no checkpoint of step {step} was written")
@@ -172,12 +172,12 @@ def check(recipe, straight):
     assert weights == straight[1]
     steps = [step for step, _ in history(recipe)]
     begins = [later for earlier, later in itertools.pairwise(steps) if later <= earlier]
-    # It went on from checkpoints: every fourth step, and where a stage ended.
+    # It resumed from checkpoints: every fourth step, and the end of a stage.
     assert steps.count(1) == 1 and all(step % 4 == 1 or step in (11, 15) for step in begins)
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_names_it(prepared, ray_cluster):
-    """The disk is full once two checkpoints are written: no worker may write a larger file than a letter."""
+    """Simulate a full disk after two checkpoints by limiting the workers' file size."""
     recipe = with_overrides(
         prepared,
         {"run.name": "full-disk", "train.max_failures": 0, "train.checkpoint_every": 1,
@@ -197,17 +197,17 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_names_it(prepared, ray_cluste
     message = r"checkpoint of step (\d+): cannot be written \(.*File too large.*\); the last one written is (step_\d+)"
     failed, last = re.fullmatch(message, str(caught.value)).groups()
     step = int(last.removeprefix("step_"))
-    assert 2 <= step < int(failed) and max(noted(recipe)) == step
+    assert 2 <= step < int(failed) and max(indexed_steps(recipe)) == step
     assert open_tracking(recipe).client.get_run(run_id(recipe)).info.status == "FAILED"
     (folder,) = recipe.run_folder.glob(f"train/**/{last}")
-    trainer = build_trainer(fit_to_data(recipe, read_manifest(recipe.data_folder)), None, None)
+    trainer = build_trainer(check_prepared(recipe, read_manifest(recipe.data_folder)), None, None)
     trainer.load_checkpoint(folder)
     assert trainer.step == step
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("sharding", "unbroken"), [("none", "straight"), ("fsdp", "straight_shards")])
-def test_a_killed_worker_leaves_no_trace(prepared, ray_cluster, request, sharding, unbroken):
+def test_a_killed_worker_is_replaced_bit_exactly(prepared, ray_cluster, request, sharding, unbroken):
     recipe = recipe_named(prepared, f"worker-killed-{sharding}", sharding)
     expected = request.getfixturevalue(unbroken)
     killed = []
@@ -227,35 +227,35 @@ def test_a_killed_worker_leaves_no_trace(prepared, ray_cluster, request, shardin
     check(recipe, expected)
 
 
-@pytest.mark.timeout(900)  # three starts of Ray and of its workers
+@pytest.mark.timeout(900)  # starts Ray and its workers three times
 @pytest.mark.parametrize(
     "starts", [[["worker", "raylet"], ["driver"]], pytest.param([["asked to end"]], marks=pytest.mark.long)]
 )
-def test_a_killed_run_goes_on_without_a_trace(prepared, ray_cluster, straight, tmp_path, capsys, starts):
-    """Started in a process of its own as often as it dies, killed at random steps."""
+def test_a_killed_run_resumes_bit_exactly(prepared, ray_cluster, straight, tmp_path, capsys, starts):
+    """Start a run in its own process, kill it at random steps, and restart it."""
     recipe = recipe_named(prepared, starts[0][0].replace(" ", "-"))
     config = tmp_path / "recipe.json"
     config.write_text(json.dumps(recipe.to_dict()))
     for victims in starts:
         with begun(config, slowly="asked to end" not in victims) as driver:
             for victim in victims:
-                step = max(noted(recipe), default=0) + random.choice((4, 8))
+                step = max(indexed_steps(recipe), default=0) + random.choice((4, 8))
                 wait_for_checkpoint(recipe, step, driver)
                 time.sleep(random.random() / 4)
                 assert driver.poll() is None, "it ended before it could be killed"
                 VICTIMS[victim](driver, recipe)
-    if starts[-1] == ["driver"]:  # killed in the middle of a write
-        checkpoints = recipe.run_folder / RAY_RUN / LIST
+    if starts[-1] == ["driver"]:  # as if killed during a write
+        checkpoints = recipe.run_folder / RAY_RUN / INDEX
         os.truncate(checkpoints, checkpoints.stat().st_size // 2)
     train.run(recipe)
-    assert ("half written" in capsys.readouterr().out) == (starts[-1] == ["driver"])
+    assert ("repaired the checkpoint index" in capsys.readouterr().out) == (starts[-1] == ["driver"])
     check(recipe, straight)
 
 
 SLOWLY = """
 import sys, time
 from pipelines import __main__ as cli
-from pipelines.tracking import TrackedRun
+from pipelines.tracking.mlflow_store import TrackedRun
 log = TrackedRun.log_metrics
 def slow(*arguments):
     time.sleep(1.0)
@@ -263,13 +263,13 @@ def slow(*arguments):
 TrackedRun.log_metrics = slow
 sys.exit(cli.main(sys.argv[1:]))
 """
-"""A run whose checkpoints wait for its metrics, as they do, and for long: workers live on for seconds after their
-raylet, for more on a busy machine, and must not come to the run's end."""
+"""A run whose checkpoints wait long for slow metrics. Workers outlive their raylet by seconds, or longer on a busy
+machine, and must not reach the end of the run."""
 
 
 @contextmanager
 def begun(config, slowly):
-    """A run that starts or goes on, alone in a session of processes, of which the block leaves none."""
+    """Start or resume a run in a process session of its own; kill the whole session afterwards."""
     command = [sys.executable, *(("-c", SLOWLY) if slowly else ("-m", "pipelines")), "train", "--config", str(config)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     driver = subprocess.Popen(command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL)

@@ -1,9 +1,8 @@
-"""The losses of a shortened tiny recipe, step by step, against those on file.
+"""The losses of a shortened tiny recipe, step by step, against golden values.
 
-A change that is meant to leave training alone leaves them alone. One that is meant to change it writes them anew with
-``make golden`` and says in its commit by how much they moved, which the command prints. The tolerances are measured
-there too: how far the losses go apart when the weights are disturbed after every step by as much as the rounding of
-another CPU does.
+A change that must not alter training leaves them unchanged. A change that is meant to alter it regenerates them with
+``make golden``, which prints by how much they moved, for the commit message. The command also measures the tolerances:
+how far the losses diverge when weights are perturbed after every step by the rounding error of another CPU.
 """
 
 import hashlib
@@ -20,9 +19,9 @@ import torch
 
 from model.muon import MuonAdamW
 from model.transformer import Transformer
-from pipelines import prepare
-from pipelines.config import load_recipe, with_overrides
-from pipelines.trainer import build_trainer, folder_batches
+from pipelines.recipe.loading import load_recipe, with_overrides
+from pipelines.steps import prepare
+from pipelines.training.build import build_trainer, folder_batches
 
 FILE = Path(__file__).parent / "golden" / "tiny.json"
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
@@ -34,19 +33,19 @@ STAGES = [
 ]
 CHANGES = {
     "data.max_text_bytes": None, "data.validation_share": 0.2, "data.retrieval_validation_documents": 16,
-    "data.retrieval_lengths": [112, 256], "data.pairs": 3, "data.rounds": 2,  # several documents in a row
+    "data.retrieval_lengths": [112, 256], "data.pairs": 3, "data.rounds": 2,  # several documents per row
     "train.workers": 1, "train.batch_rows": 4, "train.stages": STAGES, "train.warmup_steps": 3,
     "train.validation_rows": 4, "train.log_every": 1, "train.validate_every": 100,
-    # Not auto, for the file has to hold on every processor; and not bfloat16, in which processors differ by more than a
-    # bug may in a few steps.
+    # Not auto, so that the values hold on every processor; and not bfloat16, in which processors differ by more than a
+    # bug does within a few steps.
     "train.autocast": "none", "train.optimizer.ns_dtype": "float32",
-    # What has no weight in the recipe, or next to none, is watched over as well.
+    # Also cover losses with little or no weight in the recipe.
     "model.mtp_layers": 1, "train.context_loss_weight": 0.5, "train.balance_loss_weight": 0.1,
     "train.router_bias_speed": 0.05,
 }  # fmt: skip
-"""What makes the recipe short, and the losses tell of all that a bug may be in."""
-DISTURBANCE, DRAWS, MARGIN = 2**-16, 4, 4
-"""How much the weights are disturbed, relatively; how often; and the tolerance as a multiple of what that does."""
+"""Changes that shorten the recipe and make the losses cover all of the training loop."""
+PERTURBATION, DRAWS, MARGIN = 2**-16, 4, 4
+"""Relative perturbation of the weights, number of draws, and tolerance as a multiple of the divergence."""
 
 
 class _Losses:
@@ -55,22 +54,22 @@ class _Losses:
 
     def log(self, step, metrics):
         for name in METRICS:
-            if name in metrics:  # a warm-up has no next token but one to predict
+            if name in metrics:  # a warm-up has no multi-token loss
                 self.steps[name].append(metrics[name])
 
-    def tell(self, step, what):
-        raise AssertionError(what)
+    def log_event(self, step, message):
+        raise AssertionError(message)
 
     def report(self, step, metrics, write):
         pass
 
 
 def prepared_tiny(folder):
-    """The shortened recipe, its text prepared: sentences that are the same on every machine."""
+    """Return the shortened recipe with prepared text, equal on every machine."""
     draw = random.Random(0)
     words = [f"{first}{rest}" for first in ("r", "st", "l", "g") for rest in ("iver", "one", "amp", "arden")]
     texts = [" ".join(words[int(draw.random() * len(words))] for _ in range(10 * i)) for i in range(2, 26)]
-    # One file: several are read in an order that depends on their paths.
+    # One file, since the order of several depends on their paths.
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     recipe = load_recipe([TINY], [f"data.sources=[{folder}/text.jsonl]", f"run.folder={folder}"])
     recipe = with_overrides(recipe, CHANGES)
@@ -79,7 +78,7 @@ def prepared_tiny(folder):
 
 
 def trained(recipe, disturbed=None):
-    """The losses of a run by step, and a hash of the first batch that each of its stages reads."""
+    """Return the losses of a run by step, and a hash of the first batch of each stage."""
     torch.set_num_threads(1)
     read, open_folder, losses = hashlib.sha256(), folder_batches(recipe), _Losses()
 
@@ -96,7 +95,7 @@ def trained(recipe, disturbed=None):
         @torch.no_grad()
         def disturb(optimizer, arguments, more):
             for p in trainer.model.parameters():
-                p.mul_(1 + DISTURBANCE * torch.randn(p.shape, generator=noise))
+                p.mul_(1 + PERTURBATION * torch.randn(p.shape, generator=noise))
 
         trainer.optimizer.register_step_post_hook(disturb)
     trainer.run()
@@ -104,7 +103,7 @@ def trained(recipe, disturbed=None):
 
 
 def apart(one, two):
-    """Relative differences, by metric and step."""
+    """Return relative differences by metric and step."""
     return {
         name: [abs(a - b) / abs(b) for a, b in zip(one["losses"][name], values, strict=True)]
         for name, values in two["losses"].items()
@@ -112,7 +111,7 @@ def apart(one, two):
 
 
 def beyond(found, golden):
-    """Where losses are not those on file: (relative difference, tolerance) of the first such step, by metric."""
+    """Return (relative difference, tolerance) of the first step out of tolerance, by metric."""
     off = {}
     for name, differences in apart(found, golden).items():
         for far, allowed in zip(differences, golden["tolerance"][name], strict=True):
@@ -121,7 +120,7 @@ def beyond(found, golden):
     return off
 
 
-def test_losses_are_those_on_file(tmp_path):
+def test_losses_match_the_golden_values(tmp_path):
     golden = json.loads(FILE.read_text())
     found = trained(prepared_tiny(tmp_path))
     assert found["data"] == golden["data"], "another text is read, so the losses cannot be compared"
@@ -137,7 +136,7 @@ def nesterov_off(patch):
     def heavy_ball(self, batch, *others):
         for _, gradient, momentum in batch:
             momentum.mul_(self.config.momentum).add_(gradient)
-        # Of a momentum that was 0 before, Nesterov's is a multiple, which the orthogonalisation does not see.
+        # With zero initial momentum, Nesterov's is a multiple, which orthogonalization cancels.
         step(self, [(weight, momentum, torch.zeros_like(momentum)) for weight, _, momentum in batch], *others)
 
     patch.setattr(MuonAdamW, "_muon_batch", heavy_ball)
@@ -166,7 +165,7 @@ def documents_unmasked(patch):
     ids=lambda bug: bug.__name__ if callable(bug) else next(iter(bug)),
 )  # fmt: skip
 def test_a_bug_shows(tmp_path, monkeypatch, bug):
-    """Also a setting that the loop does not obey."""
+    """Also if the loop ignores a setting."""
     recipe = prepared_tiny(tmp_path)
     if callable(bug):
         bug(monkeypatch)
@@ -182,15 +181,15 @@ def regenerate():
         disturbed = [apart(trained(recipe, seed), golden) for seed in range(DRAWS)]
     golden["tolerance"] = {}
     for name in METRICS:
-        # What is apart at one step is so at later ones.
+        # Divergence persists in later steps.
         farthest = itertools.accumulate((max(at) for at in zip(*(far[name] for far in disturbed))), max)
-        golden["tolerance"][name] = [float(f"{MARGIN * max(far, DISTURBANCE):.1e}") for far in farthest]
+        golden["tolerance"][name] = [float(f"{MARGIN * max(far, PERTURBATION):.1e}") for far in farthest]
     golden["torch"] = torch.__version__
     if FILE.exists():
         moved = apart(golden, json.loads(FILE.read_text()))
         print("moved, relatively, by at most", {name: f"{max(differences):.1e}" for name, differences in moved.items()})
     text = json.dumps(golden, indent=1)
-    # A metric a line.
+    # One metric per line.
     FILE.write_text(re.sub(r"\n {3,}", " ", text).replace("[ ", "[").replace("\n  ]", "]") + "\n")
 
 

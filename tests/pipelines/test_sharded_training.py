@@ -1,4 +1,4 @@
-"""A training sharded over ranks, beside the same one with replicas and the same one in a single process."""
+"""Sharded training against replicated and single-process training."""
 
 import json
 import os
@@ -15,10 +15,10 @@ from test_exact_resume import history, noted, processes_below, wait_for_checkpoi
 
 from model import checkpoint
 from model.errors import CheckpointError, FiftyfoldError
-from pipelines import train
-from pipelines.config import with_overrides
-from pipelines.evaluate import weights_digest
-from pipelines.snapshot import OPTIMIZER
+from pipelines.recipe.loading import with_overrides
+from pipelines.steps import train
+from pipelines.tracking.registry import weights_digest
+from pipelines.training.train_state import OPTIMIZER
 
 STAGES = [
     {"attention": "dense", "steps": 1, "qat": False},
@@ -46,8 +46,8 @@ def folder(recipe, tmp_path_factory):
     return folder
 
 
-def told(folder):
-    """(logged, reported), each {step: metrics}."""
+def records(folder):
+    """Return (logged, reported), each {step: metrics}."""
     return [dict(map(tuple, part)) for part in json.loads((folder / "record.json").read_text())]
 
 
@@ -63,7 +63,7 @@ def assert_equal(found, expected):
 
 @pytest.mark.parametrize("changes", ["plain", "rolled-back"])
 def test_shards_train_as_replicas_do_to_the_last_bit(folder, changes):
-    shards, replicas = told(folder / f"{changes}-shards"), told(folder / f"{changes}-replicas")
+    shards, replicas = records(folder / f"{changes}-shards"), records(folder / f"{changes}-replicas")
     for metrics, others in zip(shards[0].values(), replicas[0].values()):
         assert metrics.pop("train/grad_norm") == pytest.approx(others.pop("train/grad_norm"), rel=1e-5)
     assert shards == replicas and set(shards[0]) == {1, 2, 3, 4}
@@ -72,17 +72,17 @@ def test_shards_train_as_replicas_do_to_the_last_bit(folder, changes):
 
 @pytest.mark.parametrize(("changes", "tolerance"), [("clipped", 1e-3), ("narrow", 1e-2)])
 def test_clipped_and_narrow_shards_train_as_replicas_do(folder, changes, tolerance):
-    for step, metrics in told(folder / f"{changes}-shards")[0].items():
-        expected = told(folder / f"{changes}-replicas")[0][step]
+    for step, metrics in records(folder / f"{changes}-shards")[0].items():
+        expected = records(folder / f"{changes}-replicas")[0][step]
         assert set(metrics) == set(expected)
         for name, value in metrics.items():
-            # The indexer learns at a rate of its own, and its loss is small: a last bit of the sums moves it furthest.
+            # The indexer's loss is small, so the last bit of a sum moves its weights most.
             bound = 3e-3 if name.endswith("indexer_kl") and changes == "clipped" else tolerance
             assert value == pytest.approx(expected[name], rel=bound), (step, name)
 
 
 def test_a_sharded_run_resumes_to_the_last_bit(folder):
-    for found, expected in zip(told(folder / "resumed"), told(folder / "clipped-shards")):
+    for found, expected in zip(records(folder / "resumed"), records(folder / "clipped-shards")):
         assert found == {step: metrics for step, metrics in expected.items() if step > int(AT)}
     assert_equal(weights(folder / "resumed" / "4"), weights(folder / "clipped-shards" / "4"))
 
@@ -103,8 +103,8 @@ def test_a_checkpoint_is_the_same_on_any_number_of_ranks(folder, name, source):
     for file in (checkpoint.WEIGHTS, OPTIMIZER):
         found, expected = (checkpoint.read_tensors(f, file) for f in (folder / name / "loaded", folder / source / AT))
         assert_equal(found, expected)
-    for step, metrics in told(folder / name)[0].items():
-        assert metrics["train/loss"] == pytest.approx(told(folder / source)[0][step]["train/loss"], rel=1e-3)
+    for step, metrics in records(folder / name)[0].items():
+        assert metrics["train/loss"] == pytest.approx(records(folder / source)[0][step]["train/loss"], rel=1e-3)
 
 
 def other_writing(folder, part):

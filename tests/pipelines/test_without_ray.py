@@ -1,4 +1,4 @@
-"""The training loop runs where there is neither Ray nor MLflow, as on a machine with little but torch and a GPU."""
+"""The training loop runs without Ray and MLflow, as on a GPU machine with little more than torch."""
 
 import json
 import subprocess
@@ -11,15 +11,16 @@ ALONE = """
 import json, sys
 from pathlib import Path
 for name in ("ray", "mlflow", "lm_eval", "transformers", "matplotlib", "psutil", "rich", "httpx"):
-    sys.modules[name] = None  # so that importing it fails
-from pipelines.config import recipe_from_dict
-from pipelines.trainer import build_trainer, folder_batches
+    sys.modules[name] = None  # makes the import fail
+from pipelines.recipe.loading import recipe_from_dict
+from pipelines.training.build import build_trainer
+from pipelines.training.build import folder_batches
 
 class Terminal:
     def log(self, step, metrics):
         print(step, metrics["train/loss"])
-    def tell(self, step, what):
-        print(what)
+    def log_event(self, step, message):
+        print(message)
     def report(self, step, metrics, write):
         if step == 6:
             write(Path(sys.argv[2]))

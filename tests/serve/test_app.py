@@ -24,10 +24,11 @@ from model.cache import Cache
 from model.errors import CheckpointError, ConfigError, FiftyfoldError
 from model.generation import prefill
 from model.transformer import Transformer
-from pipelines import deploy
-from pipelines.config import Recipe, recipe_from_dict
-from pipelines.deploy import Deployment, find_model, start
-from pipelines.tracking import open_tracking
+from pipelines.recipe.loading import recipe_from_dict
+from pipelines.recipe.schema import Recipe
+from pipelines.steps import deploy
+from pipelines.steps.deploy import Deployment, find_model, start
+from pipelines.tracking.mlflow_store import open_tracking
 from serve.app import CompletionsServer, build
 
 
@@ -261,8 +262,8 @@ def test_build_names_invalid_args() -> None:
 def test_a_signal_stops_the_deployment(tmp_path, saved, number) -> None:
     recipe = recipe_for(tmp_path, saved)
     code = (
-        "import json, sys; from pipelines.config import recipe_from_dict; from pipelines.deploy import run; "
-        "print(run(recipe_from_dict(json.loads(sys.argv[1]))))"
+        "import json, sys; from pipelines.recipe.loading import recipe_from_dict; "
+        "from pipelines.steps.deploy import run; print(run(recipe_from_dict(json.loads(sys.argv[1]))))"
     )
     command = [sys.executable, "-c", code, json.dumps(recipe.to_dict())]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:

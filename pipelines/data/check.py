@@ -1,0 +1,49 @@
+"""Checks that a recipe matches the data folder it names."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from model.errors import ConfigError, DataError
+from model.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
+from pipelines.data.manifest import Manifest, file_sha256
+from pipelines.recipe.schema import Recipe
+
+
+def check_prepared(recipe: Recipe, manifest: Manifest) -> Recipe:
+    """Return ``recipe`` with the vocabulary size of its prepared data.
+
+    Raises ConfigError naming the first setting that differs from those of the data, and DataError if the tokenizer
+    file in the folder is missing or damaged.
+    """
+    folder, prepared = recipe.data_folder, manifest.settings
+    file = folder / FILE_NAME
+    if not file.is_file() or file_sha256(file) != prepared["tokenizer_sha256"]:
+        raise DataError(f"{file}: missing or damaged; delete the folder and prepare it again")
+    for key, value in recipe.data.content().items():
+        if value != prepared.get(key):
+            raise ConfigError(
+                f"data.{key}: {value}, but {folder} was prepared with {prepared.get(key)}; prepare under another "
+                "data.name"
+            )
+    if recipe.data.tokenizer != manifest.tokenizer:
+        digest = tokenizer_sha256(load_tokenizer(recipe.data.tokenizer))
+        if digest != prepared["tokenizer_sha256"]:
+            raise ConfigError(
+                f"data.tokenizer: {recipe.data.tokenizer}, but {folder} was prepared with {manifest.tokenizer}; "
+                "prepare under another data.name"
+            )
+    if recipe.model.window > prepared["window"]:
+        raise ConfigError(
+            f"model.window: {recipe.model.window} is wider than the {prepared['window']} tokens by which facts in "
+            f"{folder} precede their questions; prepare under another data.name"
+        )
+    return recipe.model_copy(update={"model": recipe.model.replace(vocab_size=manifest.vocab_size)})
+
+
+def tokenizer_sha256(tokenizer: Tokenizer) -> str:
+    """Return the SHA-256 of the file in which a data folder stores ``tokenizer``."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        return file_sha256(Path(folder) / FILE_NAME)

@@ -1,0 +1,116 @@
+"""The manifest of a data folder, and the checks that the folder matches it.
+
+A data folder holds ``manifest.json``, ``tokenizer.json`` and token shards ``{train,validation}/*.parquet``
+(:mod:`pipelines.data.shards`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict
+
+from model.errors import DataError
+
+Split = Literal["train", "validation"]
+Kind = Literal["text", "mqar", "needle"]
+
+SPLITS: tuple[Split, ...] = ("train", "validation")
+KINDS: tuple[Kind, ...] = ("text", "mqar", "needle")
+FORMAT_VERSION = 2
+MANIFEST_NAME = "manifest.json"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Shard(_Record):
+    file: str
+    """Relative to the data folder."""
+    bytes: int
+    sha256: str
+    documents: int
+    tokens: int
+
+
+class SplitManifest(_Record):
+    text_bytes: int
+    """UTF-8 bytes of source text."""
+    documents: dict[Kind, int]
+    rows: dict[Kind, int]
+    """Training rows at the manifest's ``sequence_length``."""
+    tokens: dict[Kind, int]
+    targets: dict[Kind, int]
+    """Predicted tokens: all but the first of every document or piece."""
+    shards: tuple[Shard, ...]
+
+
+class Manifest(_Record):
+    """The content of ``manifest.json``."""
+
+    format: int
+    settings: dict[str, Any]
+    """All settings that determine the shards' content."""
+    tokenizer: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    sequence_length: int
+    packing: bool
+    """Whether a row may hold several short documents."""
+    splits: dict[Split, SplitManifest]
+
+
+class _FormatVersion(BaseModel):
+    """The part of a manifest that all versions share."""
+
+    format: int
+
+
+def read_manifest(folder: str | Path, verify: bool = False) -> Manifest:
+    """Read the manifest of a data folder and check that every shard exists and has its size.
+
+    ``verify`` also checks their SHA-256. Raises DataError naming the missing or damaged file.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST_NAME
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; run the prepare step first") from error
+    try:
+        version = _FormatVersion.model_validate_json(content).format
+        if version != FORMAT_VERSION:
+            raise DataError(f"{path}: has format {version}, this version reads format {FORMAT_VERSION}")
+        manifest = Manifest.model_validate_json(content)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{path}: damaged manifest ({f'{key}: ' if key else ''}{first['msg']})") from error
+    for split in SPLITS:
+        if split not in manifest.splits:
+            raise DataError(f"{path}: damaged manifest (no '{split}' split)")
+        for shard in manifest.splits[split].shards:
+            _check_shard(folder / shard.file, shard, verify)
+    return manifest
+
+
+def _check_shard(path: Path, shard: Shard, verify: bool) -> None:
+    try:
+        size = path.stat().st_size
+        if size != shard.bytes:
+            raise DataError(f"{path}: damaged token shard (has {size} bytes, the manifest says {shard.bytes})")
+        if verify and file_sha256(path) != shard.sha256:
+            raise DataError(f"{path}: damaged token shard (its SHA-256 differs from the manifest)")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from error
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

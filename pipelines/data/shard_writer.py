@@ -1,0 +1,178 @@
+"""Writing of token shards, each with its share of retrieval documents.
+
+Documents become shards in a stream: memory holds one shard. A document goes to train or validation by the hash of its
+text, whatever its name or order; exact duplicates are kept and land in the same split. Long documents are stored as
+pieces of :data:`PIECE_ROWS` training rows, which mixes shards well without a global shuffle. Pieces are numbered and
+carry their document's id; each begins with BOS, and only the last ends with EOS.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from evals.documents import retrieval
+from model.errors import DataError
+from model.tokenizer import Tokenizer
+from pipelines.data.manifest import KINDS, SPLITS, Kind, Shard, Split, SplitManifest, file_sha256
+from pipelines.data.packing import count_rows
+from pipelines.data.retrieval_rows import RetrievalGenerator, StoredDocument
+from pipelines.data.shards import SHARD_SCHEMA
+from pipelines.data.sources import SourceFile, read_documents
+from pipelines.data.tokenization import encode_pieces, fingerprint, truncate
+from pipelines.recipe.schema import Recipe
+
+PIECE_ROWS = 8
+ROW_GROUP_TOKENS = 262_144
+
+
+def write_splits(
+    recipe: Recipe, tokenizer: Tokenizer, files: list[SourceFile], folder: Path
+) -> dict[Split, SplitManifest]:
+    """Write the shards of all splits into ``folder``. Raises DataError for unreadable or too little text."""
+    data = recipe.data
+    writers = {split: _SplitWriter(recipe, tokenizer, folder, split) for split in SPLITS}
+    text_bytes = 0
+    for document in read_documents(files, data.text_field):
+        left = None if data.max_text_bytes is None else data.max_text_bytes - text_bytes
+        digest, size = fingerprint(truncate(document.open(), left))
+        if size:
+            split: Split = "validation" if int.from_bytes(digest[:8]) < data.validation_share * 2**64 else "train"
+            chunks = truncate(document.open(), left)
+            pieces = encode_pieces(tokenizer, chunks, PIECE_ROWS * data.sequence_length)
+            writers[split].add(digest.hex()[:32], document.source, pieces, size)
+            text_bytes += size
+        if left is not None and size > left - 4:  # the limit may fall within a character of up to 4 bytes
+            break
+    if not text_bytes:
+        raise DataError(f"data.sources: no text in {len(files)} files")
+    return {split: writer.finish() for split, writer in writers.items()}
+
+
+class _SplitWriter:
+    """Collects the text of a shard, plants retrieval documents in it, shuffles both and writes them."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer, folder: Path, split: Split):
+        data = recipe.data
+        self._folder, self._split = folder, split
+        self._sequence_length, self._packing = data.sequence_length, data.packing
+        self._shard_tokens = data.shard_tokens
+        # Fillers must hold neither special tokens nor the characters that facts are written with.
+        self._reserved_ids = [tokenizer.bos_id, tokenizer.eos_id, *retrieval.reserved_ids(tokenizer)]
+        self._retrieval = RetrievalGenerator(recipe, tokenizer, split)
+        self._rng = np.random.default_rng([data.seed, SPLITS.index(split)])
+        share = data.retrieval_share
+        # With a share of 1 no text row is kept, and each is replaced by one retrieval document.
+        self._keep_text = split == "validation" or share < 1
+        self._retrieval_per_row = 0.0 if split == "validation" else share / (1 - share) if share < 1 else 1.0
+        self._retrieval_due = float(data.retrieval_validation_documents) if split == "validation" else 0.0
+        self._text: list[StoredDocument] = []
+        self._pending_tokens = 0.0
+        self._filler = np.empty(0, dtype=np.int32)
+        self._text_bytes = 0
+        self._documents: Counter[Kind] = Counter()
+        self._rows: Counter[Kind] = Counter()
+        self._tokens: Counter[Kind] = Counter()
+        self._targets: Counter[Kind] = Counter()
+        self._shards: list[Shard] = []
+        (folder / split).mkdir()
+
+    def add(self, document_id: str, source: str, pieces: Iterable[np.ndarray], text_bytes: int) -> None:
+        """Add a text document of ``pieces``, int32 [tokens] each; write shards as they fill."""
+        self._documents["text"] += 1
+        self._text_bytes += text_bytes
+        for piece, tokens in enumerate(pieces):
+            self._text.append(StoredDocument(document_id, piece, source, "text", tokens, []))
+            # An estimate that assumes full rows: the row count of the text is known once it is packed.
+            rows = (len(tokens) - 1) / self._sequence_length
+            retrieval_documents = self._retrieval_per_row * (rows if self._packing else math.ceil(rows))
+            self._pending_tokens += len(tokens) * self._keep_text + retrieval_documents * self._sequence_length
+            if self._pending_tokens >= self._shard_tokens:
+                self._close_shard()
+
+    def finish(self) -> SplitManifest:
+        """Write the last shard. Raises DataError if the split has no rows, or no text for its retrieval documents."""
+        if self._text:
+            self._close_shard()
+        rows = self._rows["text"] if self._keep_text else self._rows.total()
+        if not rows or self._retrieval_due >= 1:
+            raise DataError(
+                f"data.sources: too little text for {self._split} ({self._documents['text']} documents with "
+                f"{self._text_bytes} bytes in total, for rows of {self._sequence_length} tokens); add documents or "
+                "change data.validation_share (a document is a whole file, a .jsonl record or a .parquet row)"
+            )
+        return SplitManifest(
+            text_bytes=self._text_bytes,
+            documents={kind: self._documents[kind] for kind in KINDS},
+            rows={kind: self._rows[kind] for kind in KINDS},
+            tokens={kind: self._tokens[kind] for kind in KINDS},
+            targets={kind: self._targets[kind] for kind in KINDS},
+            shards=tuple(self._shards),
+        )
+
+    def _close_shard(self) -> None:
+        stored = list(self._text) if self._keep_text else []
+        self._retrieval_due += self._retrieval_per_row * self._count_rows(len(piece.tokens) for piece in self._text)
+        text = np.concatenate([piece.tokens for piece in self._text])
+        text = text[~np.isin(text, self._reserved_ids)]
+        if len(text) >= self._sequence_length:
+            self._filler = text
+        if len(self._filler):
+            while self._retrieval_due >= 1:
+                stored.append(self._retrieval.generate(self._filler))
+                self._retrieval_due -= 1
+        self._text, self._pending_tokens = [], 0.0
+        if stored:
+            self._write([stored[i] for i in self._rng.permutation(len(stored))])
+
+    def _count_rows(self, lengths: Iterable[int]) -> int:
+        return count_rows(np.fromiter(lengths, dtype=np.int64), self._sequence_length, self._packing)
+
+    def _write(self, stored: list[StoredDocument]) -> None:
+        name = f"{self._split}/{len(self._shards):05d}.parquet"
+        path = self._folder / name
+        lengths = np.array([len(item.tokens) for item in stored])
+        group = np.cumsum(lengths) // ROW_GROUP_TOKENS
+        edges = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(stored)]
+        with pq.ParquetWriter(path, SHARD_SCHEMA, compression="zstd", write_page_checksum=True) as writer:
+            for start, end in itertools.pairwise(edges):
+                writer.write_table(_to_table(stored[start:end]))
+        kinds = np.array([item.kind for item in stored])
+        for kind in KINDS:
+            of_kind = lengths[kinds == kind]
+            self._rows[kind] += self._count_rows(of_kind)
+            self._tokens[kind] += int(of_kind.sum())
+            self._targets[kind] += int(of_kind.sum()) - len(of_kind)
+            if kind != "text":
+                self._documents[kind] += len(of_kind)
+        self._shards.append(
+            Shard(
+                file=name,
+                bytes=path.stat().st_size,
+                sha256=file_sha256(path),
+                documents=len(stored),
+                tokens=int(lengths.sum()),
+            )
+        )
+
+
+def _to_table(stored: list[StoredDocument]) -> pa.Table:
+    offsets = np.cumsum([0, *(len(item.tokens) for item in stored)], dtype=np.int32)
+    tokens = pa.ListArray.from_arrays(offsets, pa.array(np.concatenate([item.tokens for item in stored])))
+    columns = [
+        pa.array([item.document_id for item in stored]),
+        pa.array([item.piece for item in stored], type=pa.int32()),
+        pa.array([item.source for item in stored]),
+        pa.array([item.kind for item in stored]),
+        tokens,
+        pa.array([[start for start, _ in item.answers] for item in stored], type=pa.list_(pa.int32())),
+        pa.array([[end for _, end in item.answers] for item in stored], type=pa.list_(pa.int32())),
+    ]
+    return pa.Table.from_arrays(columns, schema=SHARD_SCHEMA)

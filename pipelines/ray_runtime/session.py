@@ -1,0 +1,110 @@
+"""The Ray cluster of a step: the one at RAY_ADDRESS, or a local one that ends with the step."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import psutil
+import ray
+
+from model.errors import ConfigError, FiftyfoldError
+from pipelines.ray_runtime.signals import handle_sigterm
+
+OBJECT_STORE_BYTES = 400 * 2**20
+MIN_LOGICAL_CPUS = 6
+"""Minimum logical CPUs of a local cluster, whatever the number of cores. Besides its workers a step needs tasks that
+read data and processes of Train, Tune or Serve, which mostly wait."""
+
+
+@contextmanager
+def ray_session(num_cpus: float = 0) -> Iterator[None]:
+    """Run the block on a Ray cluster, and shut it down afterwards if it was started here. Nested sessions share one.
+
+    SIGTERM ends the block like Ctrl-C.
+
+    Args:
+        num_cpus: Logical CPUs that the step needs of a local cluster; ignored when joining one.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    handler = signal.getsignal(signal.SIGTERM)
+    # Workers of a local cluster import this project from the checkout, those of a joined one from the job's working
+    # directory.
+    if address:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise FiftyfoldError(f"RAY_ADDRESS: cannot join the Ray cluster at {address} ({error})") from error
+    else:
+        _start_local(math.ceil(max(num_cpus, MIN_LOGICAL_CPUS)))
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread:  # Ray has installed a handler that aborts, which would leave MLflow runs marked as running
+        signal.signal(signal.SIGTERM, handle_sigterm)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, handler)
+
+
+def _start_local(num_cpus: int) -> None:
+    """Start a local cluster, in two attempts: a busy machine may miss Ray's fixed startup timeouts.
+
+    Raises FiftyfoldError if both fail.
+    """
+    options: dict[str, Any] = {
+        "address": "local",  # never a stale cluster that some file still names
+        "num_cpus": num_cpus,
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "include_dashboard": True,  # Train's controller and Serve query its agent
+        "dashboard_host": "127.0.0.1",
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join((os.getcwd(), os.environ.get("PYTHONPATH", "")))}},
+    }
+    for last_attempt in (False, True):
+        try:
+            return _init_or_clean_up(options)
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            if last_attempt:
+                raise FiftyfoldError(f"Ray: no local cluster started in two attempts ({reason})") from error
+            print(f"Ray did not start ({reason}); trying once more")
+
+
+def _init_or_clean_up(options: dict[str, Any]) -> None:
+    """Call ``ray.init``. If it fails, kill the processes it has started, which ``ray.shutdown`` does not know of."""
+    before = psutil.Process().children(recursive=True)
+    try:
+        ray.init(**options)
+    except Exception:
+        ray.shutdown()
+        started = [p for p in psutil.Process().children(recursive=True) if p not in before]
+        for process in started:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(started, timeout=10)
+        raise
+
+
+def local_cpus() -> int:
+    """Return the number of logical CPUs to give a local cluster on this machine."""
+    return max(MIN_LOGICAL_CPUS, os.cpu_count() or 1)
+
+
+def require_resources(key: str, cpus: float, gpus: float = 0) -> None:
+    """Raise ConfigError naming ``key`` if the cluster has fewer resources; Ray would wait for them forever."""
+    available = ray.cluster_resources()
+    for kind, needed in (("CPU", cpus), ("GPU", gpus)):
+        if needed > available.get(kind, 0):
+            raise ConfigError(f"{key}: needs {needed:g} {kind}, the Ray cluster has {available.get(kind, 0):g}")

@@ -1,0 +1,338 @@
+"""The recipe schema: every number that a run depends on, with its type, bounds and default.
+
+:mod:`pipelines.recipe.loading` reads recipes from YAML files and the command line.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator, model_validator
+
+from model.config import ModelConfig
+from model.errors import ConfigError
+from model.muon import OptimizerConfig
+from serve.config import ServerConfig
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _check_setting(value: Any) -> Any:
+    if not isinstance(value, bool | int | float | str):
+        raise ValueError("a sweep tries numbers, words, true and false")
+    return value
+
+
+def _flatten_space(space: Any, prefix: str = "") -> Any:
+    """Flatten nested mappings, as from ``--sweep.space.model.csa_ratio '[4, 8]'``, to dotted keys."""
+    if not isinstance(space, dict):
+        return {prefix: space} if prefix else space
+    return {
+        key: value
+        for name, inner in space.items()
+        for key, value in _flatten_space(inner, f"{prefix}.{name}".strip(".")).items()
+    }
+
+
+Setting = Annotated[bool | int | float | str, BeforeValidator(_check_setting)]
+"""A value of a recipe key that a sweep can try."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class RunSection(Section):
+    """Location of a run: ``<folder>/<name>`` for its own files, ``<folder>`` for data and tracking."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "hybrid"
+    folder: Path = Path("runs")
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+
+    @field_validator("name")
+    @classmethod
+    def _check_not_reserved(cls, name: str) -> str:
+        if name in ("data", "sweeps", "mlartifacts"):
+            raise ValueError(f"'{name}' is a reserved folder of run.folder")
+        return name
+
+
+class DataSection(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "stdlib"
+    sources: tuple[str, ...] = ()
+    """Globs of .txt, .md, .py, .jsonl and .parquet files. Empty: the standard library of the running Python."""
+    text_field: str = "text"
+    """Text field of .jsonl records and text column of .parquet files."""
+    tokenizer: str = "byte"
+    """``byte``, or the path of a Hugging Face ``tokenizer.json``."""
+    sequence_length: Annotated[int, Field(ge=8)] = 256
+    packing: bool = True
+    """Pack several short documents into a row, masked from one another. False: one document and padding per row."""
+    max_text_bytes: Annotated[int, Field(ge=1)] | None = None
+    """Maximum bytes of source text to read. None reads everything."""
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of documents held out for validation, chosen by a hash of their content."""
+    retrieval_share: Share = 0.5
+    """Share of training rows that are generated retrieval documents."""
+    needle_share: Share = 0.25
+    """Share of retrieval documents with one needle in text; the others hold many key-value pairs."""
+    pairs: Annotated[int, Field(ge=1)] = 8
+    """Key-value pairs of a recall document. Training documents draw their number from 2 up to this."""
+    rounds: Annotated[int, Field(ge=1)] = 1
+    """Maximum number of times a training document asks for all its pairs, drawn from 1 up to this. More answers per
+    step teach recall sooner. Validation documents ask once."""
+    retrieval_lengths: tuple[Annotated[int, Field(ge=8)], ...] = ()
+    """Lengths in tokens of generated training documents, drawn uniformly. Empty: ``sequence_length``. Stages with
+    shorter sequences skip documents that do not fit."""
+    retrieval_validation_documents: Annotated[int, Field(ge=1)] = 512
+    shard_tokens: Annotated[int, Field(ge=1024)] = 4_000_000
+    """Tokens after which a shard is closed. Readers hold one shard in memory and pack rows within it."""
+    seed: int = 1234
+
+    def content(self) -> dict[str, Any]:
+        """Return the settings that determine the shards' content, as plain JSON values.
+
+        The tokenizer is left out: its file, not its path, determines the content.
+        """
+        return self.model_dump(mode="json", exclude={"name", "tokenizer"})
+
+
+class StageSection(Section):
+    """One stage of the curriculum. Settings left out default to those of the recipe."""
+
+    attention: Literal["dense", "indexer_warmup", "sparse"] = "sparse"
+    """dense: csa layers attend to every visible entry. indexer_warmup: dense attention, and only the indexer is
+    trained. sparse: csa layers attend to the entries that the indexer selects."""
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps of the stage."""
+    tokens: Annotated[int, Field(ge=1)] | None = None
+    """Token budget of the stage, instead of ``steps``; rounded down to whole steps."""
+    sequence_length: Annotated[int, Field(ge=8)] | None = None
+    batch_rows: Annotated[int, Field(ge=1)] | None = None
+    index_topk: Annotated[int, Field(ge=1)] | None = None
+    qat: bool | None = None
+    """Train with fake-quantized cache formats and FP4 experts (``model.qat``)."""
+    learning_rate_scale: Annotated[float, Field(gt=0)] = 1.0
+    indexer_learning_rate: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _check_one_length(self) -> StageSection:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("a stage has either steps or tokens")
+        return self
+
+
+class AnticipatorySection(Section):
+    """Expert selection with older router weights after a rollback
+    (:mod:`pipelines.training.anticipatory_routing`)."""
+
+    lag: Annotated[int, Field(ge=1)] = 8
+    """Age of the router weights in updates."""
+    steps: Annotated[int, Field(ge=1)] = 200
+    """Updates with older router weights after a rollback. Each costs an additional forward pass."""
+
+
+class StabilitySection(Section):
+    """Response to a non-finite gradient or a loss spike."""
+
+    action: Literal["skip", "roll_back", "stop"] = "skip"
+    """skip: drop the batch. roll_back: restore weights and optimizer from the last checkpoint, kept in memory, and
+    continue with the next batch. stop: end the run."""
+    spike: Annotated[float, Field(gt=0)] | None = 2.0
+    """Spike threshold in nats per token above the median of the stage's last ``window`` losses; applies once half a
+    window has been seen. None checks only for non-finite values."""
+    window: Annotated[int, Field(ge=4)] = 32
+    max_interventions: Annotated[int, Field(ge=0)] = 3
+    """Interventions after which the next one ends the run."""
+    anticipatory_routing: AnticipatorySection | None = None
+    """None disables anticipatory routing."""
+
+    @model_validator(mode="after")
+    def _check_rolls_back(self) -> StabilitySection:
+        if self.anticipatory_routing is not None and self.action != "roll_back":
+            raise ValueError("anticipatory_routing requires action: roll_back")
+        return self
+
+
+class TrainSection(Section):
+    workers: Annotated[int, Field(ge=1)] = 1
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
+    threads_per_worker: Annotated[int, Field(ge=1)] = 1
+    use_gpu: bool = False
+    max_failures: Annotated[int, Field(ge=0)] = 2
+    """Restarts of the workers by Ray Train from the last checkpoint."""
+    init_from: Path | None = None
+    """Checkpoint folder to initialize weights from. Position biases of a compressor whose ratio differs start at zero;
+    all other shapes must match."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """Parallelism across workers. none: each worker holds the whole network. fsdp: matrices and their optimizer state
+    are sharded and gathered layer by layer; in BF16 under BF16 autocast, unless a stage rounds experts to FP4, which
+    needs float32."""
+    batch_rows: Annotated[int, Field(ge=1)] = 32
+    """Sequences per optimizer step, summed over the workers."""
+    accumulation_steps: Annotated[int, Field(ge=1)] = 1
+    """Microbatches of equal size per optimizer step."""
+    stages: Annotated[tuple[StageSection, ...], Field(min_length=1)] = (StageSection(steps=100),)
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    final_lr_share: Share = 0.1
+    """Final learning rate as a share of its peak. It falls along a cosine over the last ``decay_share`` of all
+    steps."""
+    decay_share: Share = 0.4
+    grad_clip: Annotated[float, Field(gt=0)] = 1.0
+    indexer_loss_weight: Annotated[float, Field(ge=0)] = 1.0
+    balance_loss_weight: Annotated[float, Field(ge=0)] = 1e-4
+    router_bias_speed: Annotated[float, Field(ge=0)] = 1e-3
+    mtp_loss_weight: Annotated[float, Field(ge=0)] = 0.3
+    """Weight of the multi-token prediction loss, for models with ``mtp_layers`` (report 4.2.2)."""
+    mtp_decay_loss_weight: Annotated[float, Field(ge=0)] = 0.1
+    """Weight of the multi-token prediction loss during learning rate decay."""
+    answer_loss_weight: Annotated[float, Field(gt=0)] = 1.0
+    """Loss weight of an answer token, relative to a text token."""
+    context_loss_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Loss weight of the other tokens of a retrieval document. 0 trains on their answers only."""
+    autocast: Literal["auto", "none", "bfloat16"] = "auto"
+    """Data type of matrix products; state, norms and softmaxes stay in float32. auto: bfloat16 where rank 0's machine
+    multiplies it faster than float32, else none. Resumed runs keep the choice (``compute_dtype.json`` in their
+    checkpoints), and the trials of a sweep share one. ``optimizer.ns_dtype`` works likewise."""
+    recompute: bool = False
+    """Recompute activations within each layer in the backward pass: less memory, about a third more work, identical
+    gradients."""
+    log_every: Annotated[int, Field(ge=1)] = 5
+    validate_every: Annotated[int, Field(ge=1)] = 50
+    """Steps between validations. A stage always ends with a validation and a checkpoint."""
+    validation_rows: Annotated[int, Field(ge=1)] = 128
+    """Rows of each kind (text, key-value recall, needle) per validation."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 50
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    optimizer: OptimizerConfig = OptimizerConfig()
+    stability: StabilitySection = StabilitySection()
+
+    @model_validator(mode="after")
+    def _check_sharding(self) -> TrainSection:
+        if self.sharding == "fsdp" and self.workers == 1:
+            raise ValueError("sharding: fsdp needs several workers, but workers is 1")
+        return self
+
+
+class SweepSection(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "sweep"
+    space: Annotated[dict[str, list[Setting]], BeforeValidator(_flatten_space)] = Field(default_factory=dict)
+    """Dotted recipe keys and the values to try, e.g. ``model.csa_ratio: [4, 8]``. The space of a later file replaces
+    that of an earlier one."""
+    trials: Annotated[int, Field(ge=1)] | None = None
+    """Number of random combinations to try. None tries the whole grid."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Dotted recipe keys to change in every trial, e.g. for a shorter curriculum."""
+    in_process: bool = True
+    """Train in the trial's own process. False gives each trial Ray Train workers of its own."""
+    max_concurrent: Annotated[int, Field(ge=1)] = 2
+    grace_validations: Annotated[int, Field(ge=1)] = 1
+    """Validations before ASHA may stop a trial."""
+    reduction_factor: Annotated[int, Field(ge=2)] = 2
+    metric: str = "validation/loss"
+    mode: Literal["min", "max"] = "min"
+    max_cache_bytes_per_token: Annotated[float, Field(gt=0)] | None = None
+    """Cache budget of the winner. None sets no budget."""
+
+
+class EvaluateSection(Section):
+    checkpoint: Path | None = None
+    """Checkpoint folder. None: the final checkpoint of ``run.name``."""
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("mqar", "needle")
+    lengths: Annotated[tuple[Annotated[int, Field(ge=32)], ...], Field(min_length=1)] = (256,)
+    """Document lengths in tokens."""
+    depths: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.1, 0.5, 0.9)
+    """Needle positions, as a share of the distance from the start of the document to the last allowed position."""
+    samples: Annotated[int, Field(ge=1)] = 64
+    """Documents per task, length and depth."""
+    seed: int = 4321
+
+
+class CompareSection(Section):
+    qat: tuple[Path, ...] = ()
+    """Checkpoint folders of networks trained with ``model.qat``."""
+    plain: tuple[Path, ...] = ()
+    """Checkpoint folders of the same networks trained without, in the same order. Several pairs give a spread."""
+
+
+class PromoteSection(Section):
+    registered_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "fiftyfold"
+    alias: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")] = "champion"
+    metric: str = "eval/recall"
+    mode: Literal["min", "max"] = "max"
+    """Whether the best run has the lowest or the highest ``metric``."""
+    max_cache_bytes_per_token: Annotated[float, Field(gt=0)] | None = None
+
+
+class ServeSection(Section, ServerConfig):
+    model_uri: str = "models:/fiftyfold@champion"
+    """``models:/<name>@<alias>``, ``models:/<name>/<version>``, or a checkpoint folder."""
+    host: Literal["127.0.0.1", "localhost", "::1"] = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+
+
+class DemoSection(Section):
+    baseline: Path = Path("configs/baseline.yaml")
+    """Recipe file that turns the demo's recipe into the baseline."""
+    keep_serving: bool = False
+    """Keep serving after the final table, until Ctrl-C."""
+    questions: Annotated[int, Field(ge=1)] = 8
+    """Number of recall questions to ask over HTTP. The first is printed."""
+    least_recall: Share = 0.9
+    """Minimum recall of the champion at the training length; the demo fails below it."""
+
+
+class TrackingSection(Section):
+    uri: str | None = None
+    """MLflow tracking URI. None: an SQLite file in ``run.folder``."""
+    experiment: str = "fiftyfold"
+
+
+def _parse_model_config(value: Any) -> ModelConfig:
+    if isinstance(value, ModelConfig):
+        return value
+    if not isinstance(value, dict):
+        raise ConfigError(f"model: expected a mapping, found {value!r}")
+    return ModelConfig.from_dict(value)
+
+
+class Recipe(Section):
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    model: Annotated[ModelConfig, BeforeValidator(_parse_model_config), PlainSerializer(ModelConfig.to_dict)] = (
+        ModelConfig()
+    )
+    train: TrainSection = TrainSection()
+    sweep: SweepSection = SweepSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    compare: CompareSection = CompareSection()
+    promote: PromoteSection = PromoteSection()
+    serve: ServeSection = ServeSection()
+    demo: DemoSection = DemoSection()
+    tracking: TrackingSection = TrackingSection()
+
+    # ModelConfig is a plain dataclass (model/ depends on torch alone), which pydantic must not revalidate.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), arbitrary_types_allowed=True, revalidate_instances="never"
+    )
+
+    @property
+    def run_folder(self) -> Path:
+        return self.run.folder / self.run.name
+
+    @property
+    def data_folder(self) -> Path:
+        return self.run.folder / "data" / self.data.name
+
+    @property
+    def sweep_folder(self) -> Path:
+        return self.run.folder / "sweeps" / self.sweep.name
+
+    @property
+    def final_checkpoint(self) -> Path:
+        return self.run_folder / "final"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON and for :func:`pipelines.recipe.loading.recipe_from_dict`."""
+        return self.model_dump(mode="json")

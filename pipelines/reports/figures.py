@@ -1,0 +1,194 @@
+"""Figures of the sweep and budget steps, drawn with matplotlib's object interface: no window, no global state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from model.budget import WEIGHTING
+from model.comparison import Account, Regime
+from model.config import ModelConfig
+
+_WINNER, _TRIAL, _LINE = "#c0392b", "#2c5f8a", "#9aa7b1"
+
+
+def pareto_front(points: Sequence[tuple[float, float]], higher: bool) -> set[int]:
+    """Return the indices of the points (cost, score) on the Pareto front.
+
+    Args:
+        higher: Whether higher scores are better.
+    """
+    sign = 1 if higher else -1
+    return {
+        i
+        for i, (cost, score) in enumerate(points)
+        if not any(
+            (c <= cost and sign * s >= sign * score) and (c < cost or sign * s > sign * score) for c, s in points
+        )
+    }
+
+
+def pareto_figure(
+    trials: Sequence[tuple[float, float, float, int]],
+    labels: Sequence[str],
+    winner: int,
+    budget: float | None,
+) -> Figure:
+    """Draw recall and validation loss against cache bytes per token.
+
+    Points are numbered and listed beside the panels, since labels of nearly equal caches would overlap.
+
+    Args:
+        trials: Rows (bytes, recall, loss, steps).
+        winner: Index of the winner.
+        budget: Maximum bytes per token, if any.
+    """
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    panels = figure.subplots(1, 3, width_ratios=(1, 1, 0.62))
+    max_steps = max(steps for *_, steps in trials)
+    for axes, column, title, higher in (
+        (panels[0], 1, "recall of key-value pairs", True),
+        (panels[1], 2, "validation loss", False),
+    ):
+        points = [(row[0], row[column]) for row in trials]
+        line = sorted(points[i] for i in pareto_front(points, higher))
+        axes.plot(*zip(*line), color=_LINE, linewidth=1.2, label="Pareto front", zorder=1)
+        for i, (x, y) in enumerate(points):
+            color = _WINNER if i == winner else _TRIAL
+            face = color if trials[i][3] == max_steps else "white"
+            axes.scatter(x, y, s=210, edgecolor=color, facecolor=face, zorder=2 + i)
+            ink = "white" if face == color else color
+            axes.annotate(str(i + 1), (x, y), ha="center", va="center", fontsize=8, color=ink, zorder=2 + i)
+        if budget is not None:
+            axes.axvline(budget, color=_LINE, linestyle="--", linewidth=1, label=f"budget {budget:g} B")
+        axes.set(xlabel="cache bytes per token (measured)", title=title)
+        axes.margins(0.15)
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8, loc="lower right" if higher else "upper right")
+    panels[2].axis("off")
+    listed = [
+        f"{i + 1}  {label}" + (f"  ({trials[i][3]} steps)" if trials[i][3] < max_steps else "")
+        for i, label in enumerate(labels)
+    ]
+    for i, text in enumerate(listed):
+        color = _WINNER if i == winner else "#333333"
+        panels[2].text(0, 0.95 - 0.075 * i, text, fontsize=8.5, color=color, transform=panels[2].transAxes)
+    panels[2].set_title("trials (red: winner, hollow: stopped early)", fontsize=9, loc="left")
+    return figure
+
+
+FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
+_REFERENCES = ("#c0392b", "#7f8c8d")
+_PARTS = {"index": "#2c5f8a", "core": "#c0392b", "rest": "#7f8c8d", "attention": "#222222"}
+
+
+def budget_figure(
+    lengths: Sequence[int],
+    own: Account,
+    references: Sequence[Account],
+    crossings: Mapping[str, Regime],
+    config: ModelConfig,
+) -> Figure:
+    """Draw cache bytes and decode FLOPs against sequence length beside references, and the model's FLOPs by part.
+
+    Dots mark where the closed forms cross.
+
+    Args:
+        crossings: Computed crossover lengths by key.
+    """
+    figure = Figure(figsize=(15, 5.4), layout="constrained")
+    cache, total, parts = figure.subplots(1, 3)
+    colors = (_TRIAL, *_REFERENCES)
+    for account, color in zip((own, *references), colors):
+        width = 2.2 if account is own else 1.5
+        cache.plot(lengths, [account.cache_bytes(n) for n in lengths], color=color, linewidth=width, label=account.name)
+        total.plot(lengths, [account.equivalent(n) for n in lengths], color=color, linewidth=width, label=account.name)
+    if own.fixed:
+        entries = [own.bytes_per_token * n for n in lengths]
+        cache.plot(lengths, entries, color=_TRIAL, linestyle="--", linewidth=1.1, label=f"{own.name}: growing entries")
+        fixed = sum(own.fixed.values())
+        cache.axhline(fixed, color=_TRIAL, linestyle=":", linewidth=1.2, label=f"{own.name}: windows and tails")
+    cache.set(title="cache of one sequence, fixed state included", ylabel="bytes")
+    total.set(title="decoding one token, all operations", ylabel="FLOPs (FP8 equivalents)")
+
+    def work(n: int, *kinds: str) -> float:
+        return sum(part.flops for part in own.work(n) if part.kind in kinds)
+
+    lines = (
+        ("index scores", "index", "-", ("index",)),
+        ("core attention", "core", "-", ("core",)),
+        ("index scores and core attention", "attention", "--", ("index", "core")),
+        ("everything else", "rest", "-", ("linear", "residual")),
+    )
+    for label, key, style, kinds in lines:
+        values = [work(n, *kinds) for n in lengths]
+        if any(values):
+            parts.plot(lengths, values, color=_PARTS[key], linestyle=style, linewidth=1.6, label=label)
+    for part, style in (("core attention, csa", ":"), ("core attention, hca", "-.")):
+        values = [sum(w.flops for w in own.work(n) if w.part == part) for n in lengths]
+        if all(values):
+            parts.plot(lengths, values, color=_PARTS["core"], linestyle=style, linewidth=1.1, label=part)
+    parts.set(title="decoding one token: the model's parts", ylabel="FLOPs (raw)")
+
+    def mark(axes: Axes, tokens: int | None, height: Callable[[int], float], color: str, label: str = "") -> None:
+        """Mark a crossover with a dot and a vertical line."""
+        if tokens is None or not lengths[0] <= tokens <= lengths[-1]:
+            return
+        axes.vlines(tokens, 0, height(tokens), color="black", linewidth=0.7, alpha=0.6)
+        axes.plot(tokens, height(tokens), "o", color=color, markersize=5, zorder=5, label=label or None)
+        axes.text(
+            tokens,
+            0.015,
+            f" {binary(tokens)}",
+            transform=axes.get_xaxis_transform(),
+            rotation=90,
+            fontsize=9,
+            ha="left",
+            va="bottom",
+            zorder=6,
+        )
+
+    crossover = {key: crossing.tokens for key, crossing in crossings.items()}
+    mark(cache, crossover.get("fixed"), lambda n: own.bytes_per_token * n, "black")
+    mark(
+        parts,
+        crossover.get("hca"),
+        lambda n: sum(w.flops for w in own.work(n) if w.part == "core attention, csa"),
+        "black",
+    )
+    mark(parts, crossover.get("index"), lambda n: work(n, "core"), "black")
+    mark(parts, crossover.get("attention"), lambda n: work(n, "linear", "residual"), "black")
+    dominant = crossings["attention"].tokens_equivalent if "attention" in crossings else None
+    mark(total, dominant, own.equivalent, "black", f"{own.name}: attention and index dominate from here")
+    for axes in (cache, total, parts):
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlim(lengths[0], lengths[-1])
+        axes.set_xticks([n for n in (1 << i for i in range(0, 64, 2)) if lengths[0] <= n <= lengths[-1]])
+        axes.xaxis.set_major_formatter(lambda n, _: binary(n))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("tokens in the sequence")
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8, loc="upper left")
+        low, high = axes.get_ylim()
+        axes.set_ylim(low / (high / low) ** 0.05, high * (high / low) ** 0.22)  # room for labels and legend
+        if config.max_positions < lengths[-1]:
+            axes.axvspan(config.max_positions, lengths[-1], color=_LINE, alpha=0.18, linewidth=0)
+    figure.supxlabel(
+        "Dots: lengths at which the closed forms cross. Gray: extrapolation beyond the model's maximum positions. "
+        f"{WEIGHTING[0].upper()}{WEIGHTING[1:]}.",
+        fontsize=8,
+        wrap=True,
+    )
+    return figure
+
+
+def binary(tokens: float) -> str:
+    """Format a token count in powers of 1,024: 4K, 1M, 31.8K."""
+    for unit, scale in (("M", 1 << 20), ("K", 1 << 10)):
+        if tokens >= scale:
+            return f"{tokens / scale:.1f}".removesuffix(".0") + unit
+    return f"{tokens:.0f}"

@@ -1,0 +1,34 @@
+"""The steps of ``python -m pipelines``, one module each.
+
+The module of a step defines ``STEP``; ``pipelines/__main__.py`` lists its name and summary.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.recipe.loading import load_recipe
+from pipelines.recipe.schema import Recipe
+
+
+def _no_options(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def _load_files(options: argparse.Namespace, files: Sequence[str], overrides: Sequence[str]) -> Recipe:
+    return load_recipe(files, overrides)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the command line."""
+
+    run: Callable[..., Any]
+    """``run(recipe, **options)`` with the options that ``add_options`` declares."""
+    add_options: Callable[[argparse.ArgumentParser], None] = _no_options
+    """Declare command-line options of the step's own."""
+    load: Callable[[argparse.Namespace, Sequence[str], Sequence[str]], Recipe] = _load_files
+    """``load(options, files, overrides)`` returns the recipe to run."""

@@ -1,0 +1,176 @@
+"""Print a model's cache bytes, FLOPs and parameters, beside its references and without each of the five choices."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from model.checkpoint import load_config
+from model.config import ModelConfig
+from model.errors import ConfigError
+from model.files import atomic_file
+from model.hf import CONFIG, is_pretrained
+from model.hf_config import read_config
+from model.presets import PRESETS
+from model.shards import read_json
+from pipelines.recipe.loading import load_recipe, with_overrides
+from pipelines.recipe.schema import Recipe
+from pipelines.reports.budget import Budget, budget_of
+from pipelines.reports.budget_tables import print_budget
+from pipelines.reports.cache_measurement import measure_cache
+from pipelines.reports.figures import FIGURE_SUFFIXES, budget_figure
+from pipelines.steps import Step
+
+CURVE_TOKENS = (1 << 10, 1 << 22)
+"""First and last sequence length of the curves."""
+_POINTS_PER_DOUBLING = 8
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the step."""
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help=f"{', '.join(PRESETS)}, depth:N, a recipe file or a checkpoint folder; default: the recipe's model",
+    )
+    parser.add_argument("--context", metavar="N", help="tokens in the sequence; default: the model's maximum")
+    parser.add_argument(
+        "--measure", action="store_true", help="allocate and fill a cache of that length and measure its bytes"
+    )
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument(
+        "--figure", metavar="FILE", type=Path, help=f"draw the curves to FILE ({', '.join(FIGURE_SUFFIXES)})"
+    )
+
+
+def load(options: argparse.Namespace, files: Sequence[str], overrides: Sequence[str]) -> Recipe:
+    """Return the recipe with the model: that of ``--model`` or of the files, with overrides.
+
+    Raises ConfigError or CheckpointError.
+    """
+    if options.model is None:
+        return load_recipe(files, overrides)
+    if Path(options.model).is_file() and not files and _is_recipe(options.model):
+        return load_recipe([options.model], overrides)
+    if files:
+        raise ConfigError("--model: names a model beside --config, which already names one; give one of the two")
+    changes = {}
+    for item in overrides:
+        key, _, value = item.partition("=")
+        try:
+            changes[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"command line: {key}: '{value}' is not a valid value") from None
+    if {"model.preset", "model.depth"} & set(changes):
+        raise ConfigError(f"command line: --model {options.model} is already a starting point, give no second one")
+    recipe = load_recipe([]).model_copy(update={"model": find_model(options.model)})
+    return with_overrides(recipe, changes)
+
+
+def _is_recipe(path: str) -> bool:
+    """Return whether a YAML file holds a recipe's sections rather than the fields of a model."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return False  # find_model raises a better error
+    return isinstance(content, dict) and isinstance(content.get("model"), dict)
+
+
+def find_model(name: str) -> ModelConfig:
+    """Return the configuration named by a preset, ``depth:N``, a YAML file or a checkpoint folder."""
+    if name in PRESETS:
+        return ModelConfig.from_preset(name)
+    if name.startswith("depth:"):
+        depth = name.removeprefix("depth:")
+        return ModelConfig.from_depth(int(depth) if depth.isdecimal() else depth)  # type: ignore[arg-type]
+    if Path(name).is_dir():
+        return (
+            read_config(Path(name) / CONFIG, read_json(Path(name) / CONFIG))
+            if is_pretrained(name)
+            else load_config(name)
+        )
+    if Path(name).is_file():
+        return ModelConfig.from_yaml(name)
+    raise ConfigError(
+        f"--model: '{name}' is no preset ({', '.join(PRESETS)}), no depth:N, no recipe file and no checkpoint folder"
+    )
+
+
+def run(
+    recipe: Recipe, model: str | None, context: str | None, measure: bool, as_json: bool, figure: Path | None
+) -> Budget:
+    """Print the budget as tables or JSON; measure a cache and draw a figure if asked to.
+
+    Raises ConfigError, or CacheError for a cache too large to measure.
+    """
+    config = recipe.model
+    tokens = _parse_context(context, config)
+    if figure is not None:
+        _check_figure(figure)
+    name = Path(model).name if model else recipe.run.name
+    budget = budget_of(config, tokens, name, muon=recipe.train.optimizer.rule == "muon")
+    if measure:
+        budget = dataclasses.replace(budget, measurement=measure_cache(config, tokens))
+    if figure is not None:
+        write_figure(budget, figure)
+    if as_json:
+        print(json.dumps(budget.to_dict(), indent=2))
+    else:
+        print_budget(budget)
+        if figure is not None:
+            print(f"figure: {figure}")
+    return budget
+
+
+def _parse_context(text: str | None, config: ModelConfig) -> int:
+    if text is None:
+        return config.max_positions
+    try:
+        tokens = int(text)
+    except ValueError:
+        raise ConfigError(f"--context: expected a whole number of tokens, found '{text}'") from None
+    if tokens < 1:
+        raise ConfigError(f"--context: must be at least 1 token, found {tokens}")
+    if tokens > config.max_positions:
+        raise ConfigError(f"--context: {tokens} tokens exceed the model's max_positions of {config.max_positions}")
+    return tokens
+
+
+def _check_figure(path: Path) -> None:
+    """Raise ConfigError for a path that cannot be written, before anything is computed."""
+    if path.suffix not in FIGURE_SUFFIXES:
+        raise ConfigError(f"--figure: {path}: expected a name that ends in {', '.join(FIGURE_SUFFIXES)}")
+    if path.is_dir():
+        raise ConfigError(f"--figure: {path}: is a folder")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--figure: {path}: no such folder as {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"--figure: {path}: {path.parent} cannot be written to")
+
+
+# --- figure
+
+
+def write_figure(budget: Budget, path: Path) -> None:
+    """Draw the curves to ``path`` atomically."""
+    figure = budget_figure(
+        _lengths(), budget.own, budget.references, {regime.key: regime for regime in budget.regimes}, budget.config
+    )
+    with atomic_file(path) as scratch:
+        figure.savefig(scratch, dpi=130, format=path.suffix[1:])
+
+
+def _lengths() -> list[int]:
+    first, last = CURVE_TOKENS
+    points = int(math.log2(last // first)) * _POINTS_PER_DOUBLING
+    return [round(first * 2 ** (i / _POINTS_PER_DOUBLING)) for i in range(points + 1)]
+
+
+STEP = Step(run, add_options, load)

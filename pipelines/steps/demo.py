@@ -1,0 +1,182 @@
+"""The whole loop in one command: ``make demo``, or ``python -m pipelines demo --config configs/tiny.yaml``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx
+
+from evals.tasks.generators import mqar_questions
+from model import checkpoint
+from model.budget import cache_bytes_per_token
+from model.errors import FiftyfoldError
+from model.tokenizer import load_tokenizer
+from pipelines.ray_runtime.session import local_cpus, ray_session
+from pipelines.recipe.loading import overlay, with_overrides
+from pipelines.recipe.schema import Recipe
+from pipelines.reports.cache_measurement import measured_cache
+from pipelines.reports.terminal import print_table
+from pipelines.steps import Step, deploy, evaluate, prepare, promote, sweep, train
+from pipelines.tracking.mlflow_store import open_tracking, ui_command
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One model's column of the final table."""
+
+    name: str
+    recipe: Recipe
+    metrics: dict[str, float]
+    muon_share: float
+    seconds: float
+
+
+def run(recipe: Recipe) -> None:
+    """Prepare, train, sweep, evaluate, promote, deploy and ask; print a table of hybrid against baseline.
+
+    Raises FiftyfoldError if the champion's recall is below ``demo.least_recall``.
+    """
+    baseline = overlay(recipe, recipe.demo.baseline)
+    started = time.monotonic()
+    deploy.check_port(recipe.serve.host, recipe.serve.port)  # fails now rather than after the training
+    clock: dict[str, float] = {}
+    with ray_session(num_cpus=local_cpus() + 1):
+        with _timed(clock, "prepare"):
+            prepare.run(recipe)
+        with _timed(clock, "train the hybrid"):
+            hybrid = train.run(recipe)
+        with _timed(clock, "train the baseline"):
+            standard = train.run(baseline)
+        with _timed(clock, "sweep"):
+            swept = sweep.run(with_overrides(recipe, {"train.init_from": str(hybrid.checkpoint)}))
+        with _timed(clock, "evaluate"):
+            checkpoints = {"hybrid": hybrid.checkpoint, "baseline": standard.checkpoint, "winner": swept.checkpoint}
+            scores = {
+                name: evaluate.run(with_overrides(recipe, {"evaluate.checkpoint": str(folder)})).metrics
+                for name, folder in checkpoints.items()
+            }
+        with _timed(clock, "promote"):
+            promoted = promote.run(recipe)
+        with _timed(clock, "deploy"):
+            deployment = deploy.start(recipe)
+        with deployment:
+            with _timed(clock, "ask"):
+                right = _ask(recipe, deployment)
+            contestants = [
+                Contestant("hybrid", recipe, {**hybrid.metrics, **scores["hybrid"]}, hybrid.muon_share, hybrid.seconds),
+                Contestant(
+                    "baseline",
+                    baseline,
+                    {**standard.metrics, **scores["baseline"]},
+                    standard.muon_share,
+                    standard.seconds,
+                ),
+            ]
+            if promoted.winner.checkpoint == swept.checkpoint:
+                model = checkpoint.load_config(swept.checkpoint)
+                contestants.insert(
+                    0,
+                    Contestant(
+                        "champion",
+                        recipe.model_copy(update={"model": model}),
+                        {**swept.winner.metrics, **scores["winner"]},
+                        hybrid.muon_share,
+                        hybrid.seconds + swept.seconds,
+                    ),
+                )
+            winner = promoted.winner.checkpoint
+            recall = next(scores[name]["eval/recall"] for name, folder in checkpoints.items() if folder == winner)
+            _print_tables(contestants, clock, time.monotonic() - started)
+            print(f"champion: {promoted.model_uri} version {promoted.version}, run '{promoted.winner.name}'")
+            print(f"asked over HTTP: {right} of {recipe.demo.questions} held-out recall questions answered correctly")
+            print(f"MLflow: {ui_command(open_tracking(recipe).uri)}, then http://127.0.0.1:5000")
+            if recall < recipe.demo.least_recall:
+                raise FiftyfoldError(
+                    f"demo.least_recall: the champion's recall is {recall:.1%}, below {recipe.demo.least_recall:.0%}"
+                )
+            if recipe.demo.keep_serving:
+                print(f"endpoint: {deployment.url}/v1 (Ctrl-C stops)", flush=True)
+                deploy.wait_for_signal()
+            else:
+                print(f"endpoint: {deployment.url}/v1, stopped; to serve again: python -m pipelines deploy")
+
+
+def _ask(recipe: Recipe, deployment: deploy.Deployment) -> int:
+    """Ask held-out recall questions over HTTP and print the first; return the number of correct answers."""
+    tokenizer = load_tokenizer(deployment.checkpoint)
+    questions = mqar_questions(
+        length=recipe.data.sequence_length,
+        pairs=recipe.data.pairs,
+        samples=recipe.demo.questions,
+        seed=recipe.evaluate.seed + 1,  # documents that the evaluation has not used
+        checkpoint=str(deployment.checkpoint),
+        data=str(recipe.data_folder),
+    )["test"]
+    asked = [questions[i] for i in range(0, len(questions), recipe.data.pairs)]  # one question per document
+    right = 0
+    for number, question in enumerate(asked):
+        context, value = question["context"], question["answer"]
+        body = {"model": deployment.model_name, "prompt": context, "max_tokens": 1, "temperature": 0}
+        response = httpx.post(f"{deployment.url}/v1/completions", json=body, timeout=60, trust_env=False)
+        if not response.is_success:
+            raise FiftyfoldError(f"{deployment.url}: status {response.status_code}: {response.text}")
+        content = response.json()
+        answer = content["choices"][0]["text"]
+        right += answer == value
+        if number == 0:
+            fact = context[-2:] + value
+            distance = len(tokenizer.encode(context[context.index(fact) + len(fact) :]))
+            window = checkpoint.load_config(deployment.checkpoint).window
+            print(f"prompt: {content['usage']['prompt_tokens']} tokens ending in ...{context[-50:]!r}")
+            print(f"  the fact {fact!r} ends {distance} tokens before the end; the sliding window is {window} tokens")
+            size = content["fiftyfold"]["cache_nbytes"]
+            print(f"  answer {answer!r}, expected {value!r}, from a cache of {size:,} bytes")
+    return right
+
+
+def _print_tables(contestants: list[Contestant], clock: dict[str, float], total: float) -> None:
+    """Print the final tables: the models side by side, and the time of each step."""
+
+    def row(label: str, value: Callable[[Contestant], str]) -> list[str]:
+        return [label, *(value(c) for c in contestants)]
+
+    def metric(name: str, spec: str = ".3f") -> Callable[[Contestant], str]:
+        return lambda c: format(c.metrics[name], spec) if name in c.metrics else "-"
+
+    length = contestants[0].recipe.evaluate.lengths[0]
+    measured = {c.name: measured_cache(c.recipe.model) for c in contestants}
+    tokens = int(measured[contestants[0].name]["cache/measured_tokens"])
+    baseline = measured[contestants[-1].name]["cache/bytes_per_token"]
+    rows = [
+        row("validation loss, text (nats per token)", metric("validation/text_loss")),
+        row(f"recall, {length} tokens (lm-eval)", metric("eval/recall", ".1%")),
+        row(
+            "cache bytes per token, closed form", lambda c: f"{sum(cache_bytes_per_token(c.recipe.model).values()):.1f}"
+        ),
+        row(
+            f"cache bytes per token, measured at {tokens:,}",
+            lambda c: f"{measured[c.name]['cache/bytes_per_token']:.1f}",
+        ),
+        row(
+            "cache size reduction against the baseline",
+            lambda c: f"{baseline / measured[c.name]['cache/bytes_per_token']:.1f}",
+        ),
+        row("Muon / AdamW share of parameters", lambda c: f"{c.muon_share:.0%} / {1 - c.muon_share:.0%}"),
+        row("training time (s)", lambda c: f"{c.seconds:.0f}"),
+    ]
+    print_table("demo", ["", *(c.name for c in contestants)], rows)
+    print_table("time", ["step", "seconds"], [[n, f"{s:.0f}"] for n, s in clock.items()] + [["total", f"{total:.0f}"]])
+
+
+@contextmanager
+def _timed(clock: dict[str, float], name: str) -> Iterator[None]:
+    print(f"\n== {name}", flush=True)
+    started = time.monotonic()
+    yield
+    clock[name] = time.monotonic() - started
+
+
+STEP = Step(run)

@@ -1,0 +1,92 @@
+"""Score a checkpoint with lm-eval and log the scores to the run that trained it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from evals.run import check_settings, evaluate
+from model.errors import CheckpointError, ConfigError
+from pipelines.recipe.schema import Recipe
+from pipelines.reports.recall import Score, recall_figure, scores_from_metrics
+from pipelines.reports.terminal import print_table
+from pipelines.steps import Step
+from pipelines.tracking.registry import WEIGHTS_TAG, weights_digest
+from pipelines.tracking.run_folder import run_of_checkpoint
+
+TABLE_FILE = "evaluation/recall.json"
+FIGURE_FILE = "evaluation/recall.png"
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    run_id: str
+    checkpoint: Path
+    metrics: dict[str, float]
+
+
+def run(recipe: Recipe) -> EvaluateResult:
+    """Evaluate ``evaluate.checkpoint``, or the final checkpoint of ``run.name``.
+
+    Metrics (see :func:`evals.run.evaluate`), a table and a figure go to the MLflow run named in ``run.json`` next to
+    the checkpoint. Raises ConfigError, CheckpointError or DataError before anything is logged.
+    """
+    section = recipe.evaluate
+    try:
+        check_settings(section.tasks, section.lengths, section.depths)
+    except ConfigError as error:
+        raise ConfigError(f"evaluate.{error}") from None
+    checkpoint = (section.checkpoint or recipe.final_checkpoint).absolute()
+    if not checkpoint.is_dir():
+        raise CheckpointError(f"{checkpoint}: no checkpoint there; run the train step first")
+    tracked = run_of_checkpoint(checkpoint)
+    if recipe.train.use_gpu and not torch.cuda.is_available():
+        raise ConfigError("train.use_gpu: no CUDA device here; pass --train.use_gpu false to evaluate on the CPU")
+    digest = weights_digest(checkpoint)
+    data_folder: Path | None = recipe.data_folder
+    if not recipe.data_folder.is_dir():
+        print(f"no prepared data in {recipe.data_folder}: fillers come from the standard library", flush=True)
+        data_folder = None
+    metrics = evaluate(
+        checkpoint,
+        section.tasks,
+        section.lengths,
+        section.depths,
+        section.samples,
+        section.seed,
+        data_folder,
+        recipe.data.pairs,
+        device="cuda" if recipe.train.use_gpu else "cpu",
+    )
+    scores = scores_from_metrics(metrics)
+    tracked.log_metrics(metrics)
+    tracked.set_tags({WEIGHTS_TAG: digest})
+    tracked.log_table(
+        {
+            "task": [score.task for score in scores],
+            "length": [score.length for score in scores],
+            "depth": [score.depth for score in scores],
+            "recall": [score.recall for score in scores],
+            "standard error": [score.stderr for score in scores],
+            "questions": [score.questions for score in scores],
+        },
+        TABLE_FILE,
+    )
+    tracked.log_figure(recall_figure(scores), FIGURE_FILE)
+    _print_scores(scores, str(checkpoint))
+    print(f"scores: {tracked.url_hint()}", flush=True)
+    return EvaluateResult(tracked.run_id, checkpoint, metrics)
+
+
+def _print_scores(scores: list[Score], title: str) -> None:
+    rows = []
+    for score in scores:
+        spread = "" if score.stderr is None else f" ± {score.stderr:.3f}"
+        depth = "" if score.depth is None else f"{score.depth:g}"
+        rows.append([score.task, str(score.length), depth, f"{score.recall:.3f}{spread}", str(score.questions)])
+    print_table(title, ["task", "length", "depth", "recall", "questions"], rows)
+
+
+STEP = Step(run)

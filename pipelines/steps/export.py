@@ -1,0 +1,127 @@
+"""Convert a checkpoint between our format, transformers and the released format, or to GGUF."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from model import checkpoint
+from model.config import CACHE_FORMATS
+from model.errors import ConfigError
+from model.gguf_format import WeightType, export_gguf
+from model.hf import export_pretrained, import_pretrained, is_pretrained
+from model.hf_config import ExpertFormat
+from model.tokenizer import FILE_NAME as TOKENIZER_FILE
+from model.tokenizer import Tokenizer, load_tokenizer
+from model.transformer import Transformer
+from pipelines.recipe.loading import load_recipe
+from pipelines.recipe.schema import Recipe
+from pipelines.steps import Step
+
+GGUF = "gguf"
+FORMATS = ("fiftyfold", "transformers", "released", GGUF)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the step."""
+    parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="FOLDER",
+        type=Path,
+        help="a checkpoint in our format, of DeepseekV4ForCausalLM or as released; default: the run's final checkpoint",
+    )
+    parser.add_argument(
+        "--to", dest="target", metavar="PATH", type=Path, help="folder to write (file for gguf); must not exist"
+    )
+    parser.add_argument(
+        "--format", dest="target_format", help=f"{', '.join(FORMATS)}; default transformers", default="transformers"
+    )
+    parser.add_argument(
+        "--experts",
+        choices=("fp4", "fp8"),
+        help="format of the routed experts in the released format; default fp4 for models trained with qat",
+    )
+    parser.add_argument(
+        "--type", dest="weight_type", choices=get_args(WeightType), help="of the large matrices in GGUF; default f32"
+    )
+    parser.add_argument("--tokenizer", metavar="FILE", help="'byte' or a tokenizer.json, for a checkpoint without one")
+
+
+def load(options: argparse.Namespace, files: Sequence[str], overrides: Sequence[str]) -> Recipe:
+    """Return the recipe, whose run is exported unless ``--from`` is given. Raises ConfigError."""
+    for item in overrides:
+        if item.startswith(("model.", "train.", "data.")):
+            key = item.partition("=")[0]
+            raise ConfigError(f"command line: --{key} would change nothing: an export does not alter the network")
+    return load_recipe(files, overrides)
+
+
+def run(
+    recipe: Recipe,
+    source: Path | None,
+    target: Path | None,
+    target_format: Any,
+    experts: ExpertFormat | None,
+    weight_type: WeightType | None,
+    tokenizer: str | None,
+) -> Path:
+    """Write ``target`` and return it. Raises ConfigError or CheckpointError; no partial output is left behind."""
+    source = source or recipe.final_checkpoint
+    if target is None:
+        raise ConfigError("--to: is missing")
+    if target_format not in FORMATS:
+        raise ConfigError(f"--format: '{target_format}' is not one of {', '.join(FORMATS)}")
+    if target.exists():
+        raise ConfigError(f"--to: {target} already exists")
+    unused = {"experts": experts, "tokenizer": tokenizer} if target_format == GGUF else {"type": weight_type}
+    for name, value in unused.items():
+        if value is not None:
+            raise ConfigError(f"--{name}: changes nothing in format '{target_format}'")
+    model = import_pretrained(source) if is_pretrained(source) else checkpoint.load(source)
+    if target_format == GGUF:
+        return _export_gguf(model, target, weight_type or "f32")
+    loaded = _load_tokenizer(source, tokenizer)
+    if loaded is not None and loaded.vocab_size > model.config.vocab_size:
+        raise ConfigError(
+            f"tokenizer: has {loaded.vocab_size} tokens, the model of {source} has {model.config.vocab_size}"
+        )
+    if target_format == "fiftyfold":
+        checkpoint.save(model, target, loaded)
+    else:
+        export_pretrained(model, target, target_format, loaded, experts)
+    print(f"wrote {target} ({target_format}, {model.num_parameters():,} parameters)")
+    if target_format == "transformers":
+        _print_precision_note("transformers", model)
+    if loaded is None:
+        print("without a tokenizer: the source has none, and --tokenizer is not given")
+    return target
+
+
+def _export_gguf(model: Transformer, target: Path, weights: WeightType) -> Path:
+    export_gguf(model, target, weights)
+    print(f"wrote {target} (gguf {weights}, {model.num_parameters():,} parameters)")
+    _print_precision_note("llama.cpp", model)
+    print("without a vocabulary: llama.cpp reads and writes token ids")
+    if model.config.mtp_layers:
+        print("without the multi-token prediction module, which decoding does not use")
+    return target
+
+
+def _print_precision_note(reader: str, model: Transformer) -> None:
+    """Print that ``reader`` does not quantize cache entries, if this network does."""
+    quantized = {name: fmt for name in CACHE_FORMATS if (fmt := getattr(model.config, name)) != "fp32"}
+    if quantized:
+        here = ", ".join(f"{name} {fmt}" for name, fmt in quantized.items())
+        print(f"{reader} keeps its cache in floats: its logits differ slightly from those here ({here})")
+
+
+def _load_tokenizer(source: Path, name: str | None) -> Tokenizer | None:
+    if name is not None:
+        return load_tokenizer(name)
+    return load_tokenizer(source) if (source / TOKENIZER_FILE).is_file() else None
+
+
+STEP = Step(run, add_options, load)

@@ -1,0 +1,127 @@
+"""Tokenize text into Parquet shards, with generated retrieval documents mixed in.
+
+Equal input and settings give equal bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.errors import DataError
+from model.files import atomic_folder
+from model.tokenizer import Tokenizer, load_tokenizer
+from pipelines.data.check import tokenizer_sha256
+from pipelines.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, read_manifest
+from pipelines.data.retrieval_rows import RetrievalGenerator
+from pipelines.data.shard_writer import write_splits
+from pipelines.data.sources import SourceFile, find_files
+from pipelines.recipe.schema import Recipe
+from pipelines.steps import Step
+
+
+@dataclass(frozen=True)
+class PrepareResult:
+    folder: Path
+    manifest: Manifest
+    reused: bool
+    """Whether the folder already existed, complete and prepared with equal settings."""
+
+
+def run(recipe: Recipe) -> PrepareResult:
+    """Write ``recipe.data_folder``, or reuse it if it was prepared with equal settings.
+
+    Raises DataError or ConfigError; existing files are untouched then, and no partial folder is left behind.
+    """
+    data, folder = recipe.data, recipe.data_folder
+    tokenizer = load_tokenizer(data.tokenizer)
+    files = find_files(data.sources, data.seed)
+    RetrievalGenerator(recipe, tokenizer, "train").check()
+    settings = _settings(recipe, files, tokenizer)
+    try:
+        if _holds_files(folder):
+            result = PrepareResult(folder, _read_existing(folder, settings), reused=True)
+        else:
+            result = PrepareResult(folder, _write(recipe, files, tokenizer, settings), reused=False)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    _print_summary(result)
+    return result
+
+
+def _holds_files(folder: Path) -> bool:
+    return folder.exists() and any(folder.iterdir())
+
+
+def _write(recipe: Recipe, files: list[SourceFile], tokenizer: Tokenizer, settings: dict[str, object]) -> Manifest:
+    data, folder = recipe.data, recipe.data_folder
+    with atomic_folder(folder) as scratch:
+        tokenizer.save(scratch)
+        manifest = Manifest(
+            format=FORMAT_VERSION,
+            settings=settings,
+            tokenizer=data.tokenizer,
+            vocab_size=tokenizer.vocab_size,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+            sequence_length=data.sequence_length,
+            packing=data.packing,
+            splits=write_splits(recipe, tokenizer, files, scratch),
+        )
+        (scratch / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n")
+        if _holds_files(folder):
+            raise DataError(f"{folder}: was written by another process in the meantime; run the prepare step again")
+    return manifest
+
+
+def _settings(recipe: Recipe, files: list[SourceFile], tokenizer: Tokenizer) -> dict[str, object]:
+    """Return all settings that determine the shards' content as plain JSON values; sources by name and size."""
+    sizes = hashlib.sha256()
+    for file in files:
+        sizes.update(f"{file.name}\0{file.bytes}\n".encode())
+    return {
+        **recipe.data.content(),
+        "window": recipe.model.window,
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "files": len(files),
+        "files_sha256": sizes.hexdigest(),
+    }
+
+
+def _read_existing(folder: Path, settings: dict[str, object]) -> Manifest:
+    """Return the manifest of an existing folder. Raises DataError unless it is intact and has ``settings``."""
+    advice = "choose another data.name or delete the folder"
+    if not (folder / MANIFEST_NAME).exists():
+        raise DataError(f"{folder}: exists and holds no {MANIFEST_NAME}; {advice}")
+    try:
+        manifest = read_manifest(folder, verify=True)
+    except DataError as error:
+        raise DataError(f"{error}; {advice}") from error
+    found = manifest.settings
+    changed = [key for key in {**settings, **found} if settings.get(key) != found.get(key)]
+    if changed == ["files_sha256"]:
+        raise DataError(f"{folder}: was prepared when the source files had other sizes; {advice}")
+    if changed:
+        listed = ", ".join(
+            f"{key} {found.get(key)!r} there and {settings.get(key)!r} here" for key in changed if key != "files_sha256"
+        )
+        raise DataError(f"{folder}: was prepared with other settings ({listed}); {advice}")
+    return manifest
+
+
+def _print_summary(result: PrepareResult) -> None:
+    print(f"{'Reusing' if result.reused else 'Wrote'} token shards in {result.folder}")
+    for split, part in result.manifest.splits.items():
+        length = result.manifest.sequence_length
+        rows = ", ".join(
+            f"{count:,} {kind}" + (f" ({part.targets[kind] / (count * length):.1%} full)" if count else "")
+            for kind, count in part.rows.items()
+        )
+        print(
+            f"  {split}: {part.documents['text']:,} documents ({part.text_bytes / 1e6:.1f} MB of text), "
+            f"rows of {length} tokens: {rows}, in {len(part.shards)} shards"
+        )
+
+
+STEP = Step(run)

@@ -1,0 +1,110 @@
+"""Train one model under Ray Train: ``python -m pipelines train --config configs/tiny.yaml``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model.muon import MuonAdamW
+from model.precision import Precision
+from model.transformer import Transformer
+from pipelines.data.check import check_prepared
+from pipelines.data.manifest import read_manifest
+from pipelines.ray_runtime.event_forwarder import WALL_SECONDS
+from pipelines.ray_runtime.fit import finalize, fit, has_begun
+from pipelines.ray_runtime.session import local_cpus, ray_session
+from pipelines.recipe.schema import Recipe
+from pipelines.reports.cache_measurement import measured_cache
+from pipelines.reports.terminal import TrainingProgress, print_table
+from pipelines.steps import Step
+from pipelines.tracking.mlflow_store import Tracking, attach, open_tracking
+from pipelines.tracking.run_folder import TRAINING_SECTIONS, lock_run_folder, write_run_file
+from pipelines.training.build import check_init_from
+from pipelines.training.curriculum import check_fills_batch, curriculum, total_steps
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    run_id: str
+    checkpoint: Path
+    metrics: dict[str, float]
+    muon_share: float
+    """Share of the parameters that Muon updates."""
+    seconds: float
+
+
+def run(recipe: Recipe) -> TrainResult:
+    """Train ``run.name`` to its last step and write ``final/``, resuming from its last checkpoint if there is one.
+
+    Raises ConfigError or DataError before any compute. If training fails, the MLflow run ends FAILED.
+    """
+    manifest = read_manifest(recipe.data_folder, verify=True)
+    recipe = check_prepared(recipe, manifest)
+    check_fills_batch(curriculum(recipe), recipe.data_folder, manifest)
+    if not recipe.final_checkpoint.exists() and not has_begun(recipe.run_folder):
+        initialized = check_init_from(recipe)
+        if initialized is not None:
+            names = ", ".join(initialized) or "nothing"
+            print(f"{recipe.run.name}: starts from {recipe.train.init_from}; newly initialized: {names}")
+    tracking = open_tracking(recipe)
+    with lock_run_folder(recipe.run_folder, recipe, TRAINING_SECTIONS, "run.name") as known_run:
+        return _run(recipe, tracking, known_run)
+
+
+def _run(recipe: Recipe, tracking: Tracking, known_run: str | None) -> TrainResult:
+    folder = recipe.run_folder
+    muon_share = print_plan(recipe)
+    if known_run is not None and recipe.final_checkpoint.exists():
+        finished = attach(tracking.uri, known_run)
+        if tracking.client.get_run(known_run).info.status == "FINISHED":
+            print(f"{recipe.run.name}: already trained, checkpoint {recipe.final_checkpoint}")
+            metrics = finished.metrics()
+            return TrainResult(known_run, recipe.final_checkpoint, metrics, muon_share, metrics.get(WALL_SECONDS, 0.0))
+    tracked = tracking.start_run(recipe.run.name, kind="train", recipe=recipe, run_id=known_run)
+    write_run_file(folder, tracked)
+    # At most what this machine is good for: fit() refuses a recipe that needs more.
+    cpus = min(recipe.train.workers * recipe.train.cpus_per_worker, local_cpus()) + 1
+    with tracked, ray_session(num_cpus=cpus):
+        tracked.log_metrics({**measured_cache(recipe.model), "optimizer/muon_share": muon_share})
+        tracked.set_tags({"parameters": str(_count_parameters(recipe))})
+        progress = TrainingProgress(recipe.run.name, total_steps(recipe))
+        metrics, last = fit(recipe, tracked, progress, folder)
+        finalize(last, recipe.final_checkpoint)
+        metrics = {**tracked.metrics(), **metrics}
+        tracked.set_tags({"checkpoint": str(recipe.final_checkpoint)})
+    print(f"{recipe.run.name}: checkpoint {recipe.final_checkpoint}")
+    print(f"{recipe.run.name}: MLflow run {tracked.run_id} ({tracked.url_hint()})")
+    return TrainResult(tracked.run_id, recipe.final_checkpoint, metrics, muon_share, metrics[WALL_SECONDS])
+
+
+def print_plan(recipe: Recipe) -> float:
+    """Print the optimizer table, the stages and the precision table; return Muon's share of the parameters."""
+    with torch.device("meta"):
+        model = Transformer(recipe.model)
+    optimizer = MuonAdamW(model.named_parameters(), recipe.train.optimizer, model.fused_rows())
+    rows = [
+        [role, rule, shape, f"{elements:,}", f"{rate:g}"] for role, rule, shape, elements, rate in optimizer.table()
+    ]
+    columns = ["parameter", "rule", "tensors", "elements", "peak learning rate"]
+    print_table(f"{recipe.run.name}: optimizer", columns, rows)
+    stages = curriculum(recipe)
+    config = recipe.model.replace(qat=any(stage.model.qat for stage in stages))
+    precision = Precision(config).table(config)
+    for stage in stages:
+        print(f"{recipe.run.name}: stage {stage.index + 1}: {stage}")
+    print_table(
+        f"{recipe.run.name}: precision",
+        ["tensor", "format", "quantized in training", "tensors"],
+        [[role, fmt, loop, str(count)] for role, fmt, loop, count in precision],
+    )
+    return optimizer.muon_share()
+
+
+def _count_parameters(recipe: Recipe) -> int:
+    with torch.device("meta"):
+        return Transformer(recipe.model).num_parameters()
+
+
+STEP = Step(run)

@@ -1,0 +1,131 @@
+"""The MLflow model registry: checkpoint folders as versions of a registered model.
+
+A version is the checkpoint folder itself (safetensors and JSON) as an MLflow logged model: no pickle, and no Python
+model to execute on loading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlflow.artifacts
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.utils.file_utils import local_file_uri_to_path
+from mlflow.utils.uri import is_local_uri
+
+from model import checkpoint as checkpoints
+from model.config import ModelConfig
+from model.errors import CheckpointError, ConfigError
+from pipelines.recipe.schema import PromoteSection
+from pipelines.tracking.mlflow_store import Tracking
+
+MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
+WEIGHTS_TAG = "eval.weights_sha256"
+"""Tag of a run with the digest of the weights that its ``eval/`` metrics belong to."""
+
+
+def weights_digest(checkpoint: Path) -> str:
+    """Return the SHA-256 of a checkpoint's stored weights. Raises CheckpointError if they cannot be read."""
+    digest = hashlib.sha256()
+    for path in checkpoints.weight_files(checkpoint):
+        try:
+            with path.open("rb") as file:
+                hashlib.file_digest(file, lambda: digest)
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def download(tracking: Tracking, model_uri: str, destination: Path | None = None) -> Path:
+    """Return the checkpoint folder of ``models:/<name>@<alias>`` or ``models:/<name>/<version>``.
+
+    Artifacts of a server are downloaded into ``destination``, or a new temporary folder if it is None. Local artifacts
+    are used in place, so the folder must not be written to. Raises ConfigError if there is no such version.
+    """
+    match = MODEL_URI.fullmatch(model_uri)
+    if match is None:
+        raise ConfigError(
+            f"serve.model_uri: '{model_uri}' is neither models:/<name>@<alias> nor models:/<name>/<version>"
+        )
+    name, alias, number = match["name"], match["alias"], match["version"]
+    client = tracking.client
+    try:
+        version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+        # download_artifacts(model_uri) would look the name up in the process-wide registry instead of this one.
+        source = client.get_model_version_download_uri(name, version.version)
+        folder = mlflow.artifacts.download_artifacts(
+            artifact_uri=source, dst_path=None if destination is None else str(destination), tracking_uri=tracking.uri
+        )
+    except (MlflowException, OSError) as error:
+        raise ConfigError(f"serve.model_uri: cannot get {model_uri} ({error}); run the promote step first") from error
+    return Path(folder)
+
+
+def register(
+    tracking: Tracking,
+    section: PromoteSection,
+    run_id: str,
+    checkpoint: Path,
+    config: ModelConfig,
+    metrics: Mapping[str, float],
+    description: str,
+) -> ModelVersion:
+    """Register a checkpoint as a new version and move the alias to it. Raises CheckpointError.
+
+    Args:
+        run_id: The MLflow run that trained the checkpoint.
+        config: The checkpoint's configuration, stored as parameters.
+        metrics: Metrics to store with the version.
+    """
+    client, name = tracking.client, section.registered_name
+    try:
+        logged = client.create_logged_model(
+            tracking.experiment_id,
+            name=name,
+            source_run_id=run_id,
+            params={key: str(value) for key, value in config.to_dict().items()},
+            model_type="fiftyfold checkpoint",
+        )
+        try:
+            client.log_model_artifacts(logged.model_id, str(checkpoint))
+            client.finalize_logged_model(logged.model_id, "READY")
+        except BaseException:
+            client.finalize_logged_model(logged.model_id, "FAILED")
+            client.delete_logged_model(logged.model_id)
+            if is_local_uri(logged.artifact_location):  # the deletion leaves the files behind
+                shutil.rmtree(local_file_uri_to_path(logged.artifact_location), ignore_errors=True)
+            raise
+        for key, value in metrics.items():
+            client.log_metric(run_id, key, value, model_id=logged.model_id)
+        _create_registered_model(client, name)
+        version = client.create_model_version(
+            name,
+            # "models:/<id>" would be looked up in the process-wide store instead of this one.
+            source=logged.artifact_location,
+            run_id=run_id,
+            model_id=logged.model_id,
+            tags={key: f"{value:g}" for key, value in metrics.items()},
+            description=description,
+        )
+        # The UI links a logged model to its version by this tag, which the client sets only with a server.
+        link = json.dumps([{"name": name, "version": str(version.version)}])
+        client.set_logged_model_tags(logged.model_id, {"mlflow.modelVersions": link})
+        client.set_registered_model_alias(name, section.alias, version.version)
+    except (MlflowException, OSError) as error:
+        raise CheckpointError(f"promote: could not register {checkpoint} as {name}: {error}") from error
+    return version
+
+
+def _create_registered_model(client: MlflowClient, name: str) -> None:
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise

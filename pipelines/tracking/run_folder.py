@@ -1,0 +1,128 @@
+"""The folder of a run: its lock, the settings it was started with, and the MLflow run it belongs to."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from model.errors import ConfigError
+from model.files import write_text
+from pipelines.data.manifest import MANIFEST_NAME
+from pipelines.recipe.schema import Recipe
+from pipelines.tracking.mlflow_store import TrackedRun, attach
+
+RECIPE_FILE, RUN_FILE, LOCK_FILE = "recipe.json", "run.json", "lock"
+TRAINING_SECTIONS = ("data", "model", "train")
+"""Recipe sections that a resumed training must not change."""
+_MAY_CHANGE = {
+    f"train.{name}"
+    for name in (
+        *("workers", "sharding", "cpus_per_worker", "threads_per_worker", "use_gpu", "max_failures"),
+        *("log_every", "keep_checkpoints", "recompute"),
+    )
+}
+"""Settings of parallelism and logging. A different number of workers distributes an epoch's rows anew."""
+
+
+class RunReference(NamedTuple):
+    """The content of ``run.json``."""
+
+    run_id: str
+    tracking_uri: str
+
+
+@contextmanager
+def lock_run_folder(folder: Path, recipe: Recipe, sections: tuple[str, ...], key: str) -> Iterator[str | None]:
+    """Hold an exclusive lock on a run folder, and check that the recipe matches the one it was started with.
+
+    Yield the id of the MLflow run to resume, or None. Raises ConfigError if another process holds the folder, or if it
+    was started with another seed or other settings in ``sections``.
+
+    Args:
+        key: The recipe key that names the folder, for error messages.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however it ends
+        except BlockingIOError:
+            raise ConfigError(
+                f"{key}: another process works on '{folder.name}'; wait for it, or choose another {key}"
+            ) from None
+        _check_settings(folder, recipe, sections, key)
+        try:
+            reference = read_run_file(folder)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; delete the run folder to begin again") from error
+        yield None if reference is None else reference.run_id
+
+
+def read_run_file(folder: Path) -> RunReference | None:
+    """Return the MLflow run of a run folder, or None without ``run.json``. Raises ConfigError if it is damaged."""
+    path = folder / RUN_FILE
+    try:
+        content = json.loads(path.read_text())
+        return RunReference(content["run_id"], content["tracking_uri"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: expected JSON with run_id and tracking_uri ({error})") from error
+
+
+def write_run_file(folder: Path, tracked: TrackedRun) -> None:
+    """Store the MLflow run of a run folder in ``run.json``."""
+    content = {"run_id": tracked.run_id, "tracking_uri": tracked.uri}
+    write_text(folder / RUN_FILE, json.dumps(content) + "\n")
+
+
+def run_of_checkpoint(checkpoint: Path) -> TrackedRun:
+    """Return the MLflow run that trained a checkpoint, from ``run.json`` next to its folder. Raises ConfigError."""
+    folder = checkpoint.parent
+    try:
+        reference = read_run_file(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder / RUN_FILE}: {error.strerror}, so the run of {checkpoint} is unknown") from error
+    if reference is None:
+        raise ConfigError(f"{folder / RUN_FILE}: No such file or directory, so the run of {checkpoint} is unknown")
+    return attach(reference.tracking_uri, reference.run_id)
+
+
+def write_settings(folder: Path, recipe: Recipe, sections: tuple[str, ...]) -> None:
+    """Bind a run folder to the recipe's ``sections``, seed and data."""
+    write_text(folder / RECIPE_FILE, json.dumps(_settings(recipe, sections), indent=2) + "\n")
+
+
+def _settings(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, Any]:
+    settings = {name: value for name, value in recipe.to_dict().items() if name in sections}
+    settings["run"] = {"seed": recipe.run.seed}
+    settings["data"]["manifest"] = sha256((recipe.data_folder / MANIFEST_NAME).read_bytes()).hexdigest()
+    return settings
+
+
+def _check_settings(folder: Path, recipe: Recipe, sections: tuple[str, ...], key: str) -> None:
+    path = folder / RECIPE_FILE
+    if not path.exists():
+        write_settings(folder, recipe, sections)
+        return
+    try:
+        earlier = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path}: damaged ({error}); delete the run folder or choose another {key}") from error
+    differing = _flatten(earlier).items() ^ _flatten(_settings(recipe, sections)).items()
+    changed = sorted({name for name, _ in differing} - _MAY_CHANGE)
+    if changed:
+        raise ConfigError(
+            f"{key}: '{folder.name}' was started with another {', '.join(changed)}; choose another {key}, or delete "
+            f"{folder} to start over"
+        )
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in _flatten(item, f"{prefix}.{key}".strip(".")).items()}
+    return {prefix: json.dumps(value)}

@@ -1,0 +1,104 @@
+"""The training objective: weighted sum of language modeling, indexer, load-balancing and multi-token losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.telemetry import Telemetry
+from pipelines.data.batches import Batch
+from pipelines.data.packing import TargetKind
+from pipelines.recipe.schema import TrainSection
+from pipelines.training.collectives import sum_over_ranks, world_size
+from pipelines.training.curriculum import Stage
+from pipelines.training.validation import continues_document
+
+
+@dataclass(frozen=True)
+class Denominators:
+    """Denominators of the mean losses of one batch, over all ranks. Scalars, except ``rows``."""
+
+    rows: int
+    """Rows of this rank."""
+    weight: Tensor
+    """Sum of the target weights."""
+    mtp_weight: Tensor
+    """Sum of the weights of multi-token targets."""
+    scored: Tensor
+    """Tokens with at least one compressed entry for the indexer to score."""
+
+
+def denominators(weights: Tensor, positions: Tensor, csa_ratio: int) -> Denominators:
+    """Sum over all ranks. ``weights`` float32 [B, S], ``positions`` int64 [B, S]. Every rank must call it."""
+    mtp_weights = weights[:, 1:] * continues_document(positions)
+    scored = (positions >= csa_ratio - 1).float()
+    sums = sum_over_ranks(torch.stack([weights.sum(), mtp_weights.sum(), scored.sum()])).clamp(min=1.0)
+    return Denominators(len(weights), *sums.unbind())
+
+
+def combine_losses(
+    batch: Batch,
+    weights: Tensor,
+    totals: Denominators,
+    logits: Tensor,
+    telemetry: Telemetry,
+    stage: Stage,
+    train: TrainSection,
+    mtp_loss_weight: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the scalar to differentiate for a microbatch, and its detached losses by metric name.
+
+    Gradients summed over microbatches and averaged over ranks are those of the whole batch's mean losses. Losses
+    summed over microbatches and averaged over ranks are these means.
+
+    Args:
+        weights: Weight of each target, float32 [B, S].
+        totals: Denominators of the whole batch.
+        logits: float32 [B, S, V].
+        telemetry: Auxiliary outputs of the forward pass.
+    """
+    tokens, positions = batch["tokens"], batch["positions"]
+    losses = {"train/loss": weighted_loss(logits, tokens[:, 1:], weights, totals.weight)}
+    objective = losses["train/loss"] if not stage.warms_up else logits.new_zeros(())
+    if "csa" in stage.model.layers:
+        # A mean over tokens with an entry to score. Their number differs between ranks; a rank that holds only short
+        # documents has no divergence to report, but must still take part in the sum.
+        scored = (positions >= stage.model.csa_ratio - 1).sum()
+        kl = telemetry.loss("indexer_kl")
+        kl = scored * world_size() / totals.scored * kl if kl is not None else logits.new_zeros(())
+        losses["train/indexer_kl"] = kl
+        objective = objective + train.indexer_loss_weight * kl
+    balance = telemetry.loss("balance")
+    if balance is not None:
+        losses["train/balance"] = balance * len(tokens) / totals.rows
+        if not stage.warms_up:
+            objective = objective + train.balance_loss_weight * losses["train/balance"]
+    if telemetry.mtp_logits is not None:
+        mtp_weights = weights[:, 1:] * continues_document(positions)
+        losses["train/mtp_loss"] = weighted_loss(telemetry.mtp_logits, tokens[:, 2:], mtp_weights, totals.mtp_weight)
+        objective = objective + mtp_loss_weight * losses["train/mtp_loss"]
+    return objective, {name: loss.detach() for name, loss in losses.items()}
+
+
+def target_weights(kinds: Tensor, answer: float, context: float) -> Tensor:
+    """Return the loss weight of each target as float32, for ``kinds`` uint8 [B, L] of
+    :class:`pipelines.data.packing.TargetKind`."""
+    weights = (kinds != TargetKind.PADDING).float()
+    weights = torch.where(kinds == TargetKind.ANSWER, answer, weights)
+    return torch.where(kinds == TargetKind.CONTEXT, context, weights)
+
+
+def weighted_loss(logits: Tensor, targets: Tensor, weights: Tensor, total: Tensor) -> Tensor:
+    """Return the weighted cross entropy, scaled so that its average over ranks is the mean over the whole batch.
+
+    Args:
+        logits: float32 [B, S, V].
+        targets: int64 [B, S].
+        weights: float32 [B, S].
+        total: Weight of the whole batch on all ranks.
+    """
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(weights)
+    return (losses * weights).sum() / total * world_size()

@@ -1,0 +1,147 @@
+"""Held-out metrics of a network in training."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.mixers.base import AttentionMode
+from model.sharding import is_sharded, settle
+from model.telemetry import Telemetry
+from model.transformer import Transformer
+from pipelines.data.batches import Batch, stack_rows
+from pipelines.data.local_reader import local_rows
+from pipelines.data.manifest import KINDS, read_manifest
+from pipelines.data.packing import TargetKind
+from pipelines.recipe.schema import Recipe
+from pipelines.training.collectives import max_over_ranks, sum_over_ranks
+
+NAMES = (
+    *("loss", "text_loss", "answer_loss", "recall", "needle_answer_loss", "needle_recall", "mtp_loss"),
+    *("indexer_kl", "recall_at_k", "recall_at_k_of_best", "choosing_share"),
+)
+"""Metrics of :func:`validate`, without the prefix ``validation/``."""
+_COUNTS = ("loss", "tokens", "mtp_loss", "mtp_tokens", "right", "answers", "queries", "choosing")
+_SELECTION = ("indexer_kl", "recall_at_k", "recall_at_k_of_best")
+
+
+def held_out_batches(recipe: Recipe, rank: int = 0, world: int = 1) -> dict[str, list[Batch]]:
+    """Return this rank's share of ``train.validation_rows`` held-out rows of each kind, in batches by kind."""
+    folder, train = recipe.data_folder, recipe.train
+    size = max(1, train.batch_rows // world)
+    found: dict[str, list[Batch]] = {}
+    for kind in KINDS:
+        rows = local_rows(folder, "validation", recipe.data.sequence_length, [kind], train.validation_rows)
+        if read_manifest(folder).splits["validation"].rows.get(kind):
+            found[kind] = list(stack_rows(list(rows)[rank::world], size))
+    return found
+
+
+@torch.no_grad()
+def validate(model: Transformer, batches: dict[str, list[Batch]], attention: AttentionMode) -> dict[str, float]:
+    """Return held-out metrics over all ranks' ``batches`` by kind ("text", "mqar", "needle").
+
+    * ``validation/text_loss``: mean loss of text tokens.
+    * ``validation/recall``, ``validation/needle_recall``: share of key-value or needle answers whose every token is
+      the most likely one, teacher-forced.
+    * ``validation/loss``: mean loss of text and answer tokens, with equal weight for each kind of document;
+      ``validation/mtp_loss`` likewise for multi-token prediction.
+    * ``validation/choosing_share``: share of queries with more entries than ``index_topk``. Where it is 0, nothing is
+      selected.
+
+    Indexer and selection metrics are measured on key-value documents, or on the first kind if there are none. They are
+    means over csa layers, and over the batches that have them, and are repeated per layer (``.../layer_2``).
+    """
+    settle(model)
+    selection_kind = "mqar" if "mqar" in batches else next(iter(batches))
+    training = model.training
+    model.eval()
+    config, metrics, losses, mtp_losses = model.config, {}, [], []
+    for name, of_kind in batches.items():
+        sums = _sum_metrics(model, of_kind, TargetKind.TEXT if name == "text" else TargetKind.ANSWER, attention)
+        losses.append(sums["loss"] / max(1, sums["tokens"]))
+        mtp_losses.append(sums["mtp_loss"] / max(1, sums["mtp_tokens"]))
+        if name == "text":
+            metrics["validation/text_loss"] = losses[-1]
+        else:
+            prefix = "" if name == "mqar" else f"{name}_"
+            metrics[f"validation/{prefix}answer_loss"] = losses[-1]
+            metrics[f"validation/{prefix}recall"] = sums["right"] / max(1, sums["answers"])
+        if name == selection_kind:
+            for key in _selection_keys(model):
+                if sums[f"{key} batches"]:
+                    metrics[f"validation/{key}"] = sums[key] / sums[f"{key} batches"]
+            if "csa" in config.layers:
+                metrics["validation/choosing_share"] = sums["choosing"] / max(1, sums["queries"])
+    for layer in model.moe_layers():
+        layer.forget_rounded()  # the weights are about to change
+    metrics["validation/loss"] = sum(losses) / len(losses)
+    if config.mtp_layers:
+        metrics["validation/mtp_loss"] = sum(mtp_losses) / len(mtp_losses)
+    model.train(training)
+    return metrics
+
+
+def _selection_keys(model: Transformer) -> list[str]:
+    layers = [layer for layer, name in enumerate(model.config.layers) if name == "csa"]
+    return [key for name in _SELECTION for key in (name, *(f"{name}/layer_{layer}" for layer in layers))]
+
+
+def _sum_metrics(
+    model: Transformer, batches: list[Batch], target_kind: TargetKind, attention: AttentionMode
+) -> dict[str, float]:
+    """Return numerators and denominators of one kind's metrics, summed over its batches and all ranks."""
+    device, config = model.embed.weight.device, model.config
+    # Sums over ranks are matched by index, so every rank needs all keys, even without batches.
+    selection = _selection_keys(model)
+    sums = dict.fromkeys((*_COUNTS, *selection, *(f"{key} batches" for key in selection)), 0.0)
+    # FSDP gathers layers collectively, so a rank with fewer batches must run as many forward passes.
+    missing = max_over_ranks(len(batches), device) - len(batches) if any(map(is_sharded, model.parameters())) else 0
+    for _ in range(missing):
+        telemetry = Telemetry(predict_ahead=bool(config.mtp_layers))
+        model(torch.zeros((1, 2), dtype=torch.int64, device=device), attention=attention, telemetry=telemetry)
+    for batch in batches:
+        telemetry = Telemetry(measure_selection=True, predict_ahead=bool(config.mtp_layers))
+        tokens, kinds, positions = (batch[name].to(device) for name in ("tokens", "target_kind", "positions"))
+        logits = model(tokens[:, :-1], positions=positions, attention=attention, telemetry=telemetry)
+        counted = kinds == target_kind
+        loss = F.cross_entropy(logits[counted], tokens[:, 1:][counted], reduction="sum")
+        found = {"loss": float(loss), "tokens": int(counted.sum())}
+        if telemetry.mtp_logits is not None:
+            mtp_counted = counted[:, 1:] & continues_document(positions)
+            loss = F.cross_entropy(telemetry.mtp_logits[mtp_counted], tokens[:, 2:][mtp_counted], reduction="sum")
+            found |= {"mtp_loss": float(loss), "mtp_tokens": int(mtp_counted.sum())}
+        if target_kind == TargetKind.ANSWER:
+            found["right"], found["answers"] = count_answers(logits.argmax(-1) == tokens[:, 1:], counted)
+        for key, value in telemetry.by_layer(_SELECTION).items():
+            found |= {key: value, f"{key} batches": 1}
+        found["queries"] = int((positions >= 0).sum())
+        found["choosing"] = int(((positions + 1) // config.csa_ratio > config.index_topk).sum())
+        for key, value in found.items():
+            sums[key] += value
+    total = sum_over_ranks(torch.tensor(list(sums.values()), dtype=torch.float64, device=device)).tolist()
+    return dict(zip(sums, total))
+
+
+def continues_document(positions: Tensor) -> Tensor:
+    """Return whether each token after a row's first continues the document of the token before: bool [B, S - 1].
+
+    ``positions`` int64 [B, S]. Only there does the target of multi-token prediction belong to the same document.
+    """
+    return positions[:, 1:] > 0
+
+
+def count_answers(right: Tensor, answer: Tensor) -> tuple[int, int]:
+    """Return (answers right in every token, answers). An answer is a run of adjacent answer tokens.
+
+    Args:
+        right: Whether each prediction is right, bool [B, L].
+        answer: Whether each token belongs to an answer, bool [B, L].
+    """
+    starts = answer & ~F.pad(answer, (1, 0))[:, :-1]
+    run = starts.flatten().cumsum(0)[answer.flatten()] - 1
+    total = int(starts.sum())
+    wrong = torch.zeros(total, dtype=torch.int64, device=run.device)
+    wrong.index_add_(0, run, (~right).flatten()[answer.flatten()].long())
+    return int((wrong == 0).sum()), total

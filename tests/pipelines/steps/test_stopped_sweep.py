@@ -1,0 +1,54 @@
+"""A killed sweep resumes where it stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.recipe.loading import with_overrides
+from pipelines.steps import sweep
+from pipelines.tracking.mlflow_store import open_tracking
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_a_killed_sweep_resumes(prepared, tmp_path):
+    recipe = with_overrides(
+        prepared,
+        {
+            "sweep": {
+                "name": "killed-sweep",
+                "space": {"model.index_topk": [2, 3, 4]},
+                "max_concurrent": 1,
+                "overrides": {"train.stages": [{"attention": "sparse", "steps": 6}], "train.validate_every": 3},
+            }
+        },
+    )
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe.to_dict()))
+    command = [sys.executable, "-m", "pipelines", "sweep", "--config", str(file)]
+    process = subprocess.Popen(
+        command, cwd=Path(__file__).parents[3], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    for line in process.stdout:
+        if "trial 1/3" in line:
+            break
+    time.sleep(2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+    result = sweep.run(recipe)
+    assert len(result.trials) == 3
+    assert {t.steps for t in result.trials} <= {3, 6}
+    client = open_tracking(recipe).client
+    experiment = client.get_run(result.run_id).info.experiment_id
+    nested = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{result.run_id}'")
+    assert len(nested) == 3 and {run.info.status for run in nested} == {"FINISHED"}
+    (done,) = (run for run in nested if run.data.params["model.index_topk"] == "2")
+    steps = [point.step for point in client.get_metric_history(done.info.run_id, "train/loss")]
+    assert len(steps) == len(set(steps))  # not trained again

@@ -1,0 +1,79 @@
+"""Checks of the curriculum."""
+
+import math
+
+import pytest
+from plain_training import (
+    EXACT,
+)
+
+from model.errors import ConfigError, DataError
+from pipelines.data.local_reader import local_rows
+from pipelines.data.manifest import read_manifest
+from pipelines.recipe.loading import with_overrides
+from pipelines.training.curriculum import check_fills_batch, curriculum
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.index_topk": 24}, r"train.stages.2: index_topk 24 is not below the 24 entries of a 96-token sequence"),
+        ({"data.sequence_length": 300}, r"train.stages.0.sequence_length: 300 exceeds model.max_positions 256"),
+        ({"train.workers": 3}, r"train.stages.0.batch_rows: 8 rows do not divide over 3 workers and 1 accumulation"),
+        ({"train.accumulation_steps": 3}, "8 rows do not divide over 1 workers and 3 accumulation steps"),
+        ({"train.stages": [{"tokens": 700}]}, r"train.stages.0.tokens: fewer than the 768 of a single step"),
+        ({"train.stages": [{"steps": 1, "index_topk": 24}]}, "index_topk 24 is not below the 24 entries of a 96-token"),
+        ({"train.stages": [{"steps": 1, "sequence_length": 16}]}, "not below the 4 entries of a 16-token sequence"),
+        (
+            {"model.layers": ["sliding"], "train.stages": [{"attention": "dense", "steps": 1, "index_topk": 3}]},
+            r"train.stages.0.index_topk: 3 is set, but model.layers has no csa layer",
+        ),
+        ({"model.hca_ratio": 128}, "128 tokens per entry leave a 96-token sequence without any entry"),
+        ({"train.indexer_loss_weight": 0}, "leaves the indexer untrained"),
+        ({"train.mtp_loss_weight": 0, "model.mtp_layers": 1}, "leaves the model's multi-token prediction untrained"),
+        ({"model.layers": ["sliding"]}, "no csa layer to warm up"),
+        (
+            {**EXACT, "model.qat": True, "model.ffn": "dense"},
+            r"train.stages.0: quantization-aware training is on, but quantizes no tensor",
+        ),
+    ],
+)
+def test_a_stage_that_cannot_act_is_refused(prepared, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        curriculum(with_overrides(prepared, changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"train.stages": [{}]}, r"train.stages.0: a stage has either steps or tokens"),
+        ({"train.stages": [{"steps": 3, "tokens": 3000}]}, r"train.stages.0: a stage has either steps or tokens"),
+        ({"train.stages": [{"steps": 0}]}, r"train.stages.0.steps: .* greater than or equal to 1, found 0"),
+        ({"train.stages": []}, "train.stages: .* at least 1 item"),
+        (
+            {"train.stages": [{"steps": 1, "learning_rate_scale": 0}]},
+            r"train.stages.0.learning_rate_scale: .* greater than 0, found 0",
+        ),
+        (
+            {"train.stages": [{"steps": 1, "learning_rate_scale": math.inf}]},
+            r"train.stages.0.learning_rate_scale: Input should be a finite number, found inf",
+        ),
+        ({"train.optimizer.learning_rate": 0}, "train.optimizer.learning_rate: must be positive, found 0"),
+        ({"train.optimizer.weight_decay": math.nan}, "train.optimizer.weight_decay: must be 0 or more, found nan"),
+    ],
+)
+def test_a_stage_without_a_step_or_a_rate_is_refused(prepared, changes, named):
+    with pytest.raises(ConfigError, match=named):
+        with_overrides(prepared, changes)
+
+
+def test_data_that_fill_no_batch_are_refused_before_any_compute(prepared):
+    manifest = read_manifest(prepared.data_folder)
+    there = sum(1 for _ in local_rows(prepared.data_folder, "train", 96))
+    stages = [{"steps": 1, "batch_rows": rows} for rows in (there, there + 1)]
+    enough, too_many = curriculum(with_overrides(prepared, {"train.stages": stages}))
+    check_fills_batch((enough,), prepared.data_folder, manifest)
+    with pytest.raises(
+        DataError, match=rf"fill {there} rows of 96, fewer than the {there + 1} of one batch of train\.stages\.1$"
+    ):
+        check_fills_batch((enough, too_many), prepared.data_folder, manifest)
