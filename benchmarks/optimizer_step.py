@@ -19,7 +19,7 @@ from torch import nn
 from benchmarks.harness import Findings, benchmark, command_line, count, options_of
 from benchmarks.report import table
 from benchmarks.timing import Side, in_turn, ratio, threads_of
-from kernels.newton_schulz.gram import SEGMENTS, multiplications
+from kernels.newton_schulz import STEPS_PER_GRAM_MATRIX, count_multiplications
 from model.config import ModelConfig
 from model.muon import MuonAdamW, OptimizerConfig
 from model.transformer import Transformer
@@ -90,9 +90,11 @@ def share(options: argparse.Namespace, model: Transformer) -> str:
     sides = {"sequence": Side(forward_and_backward, threads), "muon": contest.sides(threads)["ours"]}
     times = in_turn(sides, options.rounds)
     per_token = times["sequence"].median / options.tokens
-    segment = SEGMENTS[torch.bfloat16]
+    segment = STEPS_PER_GRAM_MATRIX[torch.bfloat16]
     products = sum(
-        2 * multiplications(*sorted(m.shape), STEPS, segment) for name, p in named for m in matrices(p, fused.get(name))
+        2 * count_multiplications(*sorted(m.shape), STEPS, segment)
+        for name, p in named
+        for m in matrices(p, fused.get(name))
     )
     # Six for every active weight and token; attention is left out, so the share is an upper bound.
     active = sum(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.autocast import detached
 from kernels.cache_io import EntryLayout, PagedRows, Pages, pack, write_ring
-from kernels.sparse_attention import TokenRows
+from kernels.paged_attention import TokenRows
 from model.config import ModelConfig
 from model.paging import PageTable, zeros
 from model.precision import Precision

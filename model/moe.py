@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from kernels import native
 from kernels.autocast import cast, in_float32, product_dtype
-from kernels.expert_dispatch import by_expert, combine, dispatch, few_tokens, route, takes_few
+from kernels.expert_dispatch import by_expert, combine, dispatch
 from kernels.formats import FP4_BLOCK
+from kernels.fused_experts import fused_experts, prefers_fused
 from kernels.linear import linear
+from kernels.routing import route
 from kernels.swiglu import swiglu
 from model.config import ModelConfig
 from model.execution import in_tiles
@@ -111,7 +113,7 @@ class MixtureOfExperts(nn.Module):
             logits = linear(cast(x, torch.float32), cast(self.router.weight, torch.float32))
             chosen, weights = route(logits, self.router_bias, c.experts_per_token, c.routed_scaling_factor, fixed)
         routed = {"x": x, "logits": logits, "chosen": chosen, "weights": weights}
-        if self.shared is None or takes_few(x, self.w1):
+        if self.shared is None or prefers_fused(x, self.w1):
             return routed
         return {**routed, "shared": self.shared(x)}
 
@@ -126,11 +128,11 @@ class MixtureOfExperts(nn.Module):
             if context.telemetry is not None and not self.hash_routed:
                 context.telemetry.chosen[self.layer] = chosen
                 context.telemetry.losses["balance"][self.layer] = sequence_balance(routed["logits"], chosen, counted)
-        if takes_few(x, self.w1) and not context.execution.batch_invariant:
+        if prefers_fused(x, self.w1) and not context.execution.batch_invariant:
             shared = () if self.shared is None else self.shared.weights
             limit = self.config.swiglu_limit
             stacks = self.packed_experts() or self.stored_experts()
-            return few_tokens(x, chosen, routed["weights"], stacks, shared, limit)
+            return fused_experts(x, chosen, routed["weights"], stacks, shared, limit)
         run = self._by_tiles if context.execution.batch_invariant else self._by_experts
         out = run(x.flatten(0, 1), chosen.flatten(0, 1), routed["weights"].flatten(0, 1)).view(x.shape)
         if self.shared is None:

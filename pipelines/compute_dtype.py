@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.cpu import multiplies_bf16_fast
+from kernels.hardware import multiplies_bf16_fast
 from model.errors import CheckpointError
 from model.files import write_text
 from pipelines.config import Recipe, with_overrides

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve as ray_serve
 from ray.serve import Application
 
-from kernels.cpu import multiplies_bf16_fast
+from kernels.hardware import multiplies_bf16_fast
 from model import checkpoint as checkpoints
 from model.errors import ConfigError
 from model.execution import Execution, Mode

@@ -172,7 +172,7 @@ int64_t tiles_of(const Shape& s) { return (s.tokens + kLanes - 1) / kLanes; }
 
 // The way into a block: its input [B, S, d], post [B, S, n], comb [B, S, n, n], and for the backward pass the raw
 // product [tokens, 2n + n * n] and the inverse root mean square [tokens].
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> enter(const Tensor& streams, const Tensor& fn, const Tensor& scale,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hc_pre(const Tensor& streams, const Tensor& fn, const Tensor& scale,
                                                         const Tensor& base, int64_t iterations, double eps,
                                                         double norm_eps) {
   const Shape s = shape_of(streams, fn);
@@ -208,7 +208,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> enter(const Tensor& streams, 
 }
 
 // Streams [B, S, n, d] to [B, S, d] by weights from fn [n, n * d], scale [1] and base [n].
-Tensor head(const Tensor& streams, const Tensor& fn, const Tensor& scale, const Tensor& base, double eps, double norm_eps) {
+Tensor hc_head(const Tensor& streams, const Tensor& fn, const Tensor& scale, const Tensor& base, double eps, double norm_eps) {
   const Shape s = shape_of(streams, fn);
   TORCH_CHECK_VALUE(s.weights == s.n, "hyper_connections: fn of the head has ", s.weights, " rows");
   auto [raw, inverse_rms] = normalized_product(streams, fn, s, static_cast<float>(norm_eps));
@@ -231,7 +231,7 @@ Tensor head(const Tensor& streams, const Tensor& fn, const Tensor& scale, const 
 
 // Gradients of streams, fn, scale and base from those of x [B, S, d], post, comb and, where something later used the
 // streams, `later` [B, S, n, d].
-std::tuple<Tensor, Tensor, Tensor, Tensor> enter_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> hc_pre_backward(
     const Tensor& grad_x, const Tensor& grad_post, const Tensor& grad_comb, const std::optional<Tensor>& later,
     const Tensor& streams, const Tensor& fn, const Tensor& scale, const Tensor& base, const Tensor& raw,
     const Tensor& inverse_rms, int64_t iterations, double eps) {
@@ -323,7 +323,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> enter_backward(
 
 // out[k] = sum_j comb[j, k] streams[j] + post[k] output, for output float32 or BF16 [B, S, d].
 template <int64_t N, typename T>
-void expand_token(const float* x, const float* comb, const float* post, const T* output, int64_t n, int64_t d, float* out) {
+void post_token(const float* x, const float* comb, const float* post, const T* output, int64_t n, int64_t d, float* out) {
   const int64_t count = N ? N : n;
   for (int64_t k = 0; k < count; ++k) {
     float* to = out + k * d;
@@ -341,17 +341,17 @@ void expand_token(const float* x, const float* comb, const float* post, const T*
 }
 
 template <typename T>
-void expand_all(const Tensor& streams, const Tensor& comb, const Tensor& post, const T* output, Tensor& out) {
+void post_all(const Tensor& streams, const Tensor& comb, const Tensor& post, const T* output, Tensor& out) {
   const int64_t n = streams.size(2), d = streams.size(3), tokens = streams.size(0) * streams.size(1);
   const float *x = streams.const_data_ptr<float>(), *c = comb.const_data_ptr<float>(), *p = post.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();
   parallel_rows(tokens, 4 * n * d, [&](int64_t t) {
-    auto run = n == 4 ? expand_token<4, T> : expand_token<0, T>;
+    auto run = n == 4 ? post_token<4, T> : post_token<0, T>;
     run(x + t * n * d, c + t * n * n, p + t * n, output + t * d, n, d, to + t * n * d);
   });
 }
 
-void check_expand(const Tensor& streams, const Tensor& comb, const Tensor& post, const Tensor& output) {
+void check_post(const Tensor& streams, const Tensor& comb, const Tensor& post, const Tensor& output) {
   const int64_t n = streams.size(2), tokens = streams.size(0) * streams.size(1);
   TORCH_CHECK_VALUE(streams.is_contiguous() && comb.is_contiguous() && post.is_contiguous() && output.is_contiguous() &&
                         comb.numel() == tokens * n * n && post.numel() == tokens * n &&
@@ -360,19 +360,19 @@ void check_expand(const Tensor& streams, const Tensor& comb, const Tensor& post,
                     "hyper_connections: streams ", streams.sizes(), " and output ", output.sizes(), " do not fit");
 }
 
-Tensor expand(const Tensor& streams, const Tensor& comb, const Tensor& post, const Tensor& output) {
-  check_expand(streams, comb, post, output);
+Tensor hc_post(const Tensor& streams, const Tensor& comb, const Tensor& post, const Tensor& output) {
+  check_post(streams, comb, post, output);
   Tensor out = at::empty_like(streams);
   if (output.scalar_type() == at::kFloat) {
-    expand_all(streams, comb, post, output.const_data_ptr<float>(), out);
+    post_all(streams, comb, post, output.const_data_ptr<float>(), out);
   } else {
-    expand_all(streams, comb, post, reinterpret_cast<const uint16_t*>(output.const_data_ptr<BFloat16>()), out);
+    post_all(streams, comb, post, reinterpret_cast<const uint16_t*>(output.const_data_ptr<BFloat16>()), out);
   }
   return out;
 }
 
 template <int64_t N, typename T>
-void expand_token_backward(const float* g, const float* x, const float* comb, const float* post, const T* output, int64_t n,
+void post_token_backward(const float* g, const float* x, const float* comb, const float* post, const T* output, int64_t n,
                            int64_t d, float* grad_x, float* grad_comb, float* grad_post, float* grad_output) {
   const int64_t count = N ? N : n;
   for (int64_t j = 0; j < count; ++j) {
@@ -409,7 +409,7 @@ void expand_token_backward(const float* g, const float* x, const float* comb, co
 }
 
 template <typename T>
-void expand_all_backward(const Tensor& grad, const Tensor& streams, const Tensor& comb, const Tensor& post, const T* output,
+void post_all_backward(const Tensor& grad, const Tensor& streams, const Tensor& comb, const Tensor& post, const T* output,
                          Tensor& grad_streams, Tensor& grad_comb, Tensor& grad_post, Tensor& grad_output) {
   const int64_t n = streams.size(2), d = streams.size(3), tokens = streams.size(0) * streams.size(1);
   const float *g = grad.const_data_ptr<float>(), *x = streams.const_data_ptr<float>();
@@ -417,24 +417,24 @@ void expand_all_backward(const Tensor& grad, const Tensor& streams, const Tensor
   float *gs = grad_streams.mutable_data_ptr<float>(), *gc = grad_comb.mutable_data_ptr<float>();
   float *gp = grad_post.mutable_data_ptr<float>(), *go = grad_output.mutable_data_ptr<float>();
   parallel_rows(tokens, 10 * n * d, [&](int64_t t) {
-    auto run = n == 4 ? expand_token_backward<4, T> : expand_token_backward<0, T>;
+    auto run = n == 4 ? post_token_backward<4, T> : post_token_backward<0, T>;
     run(g + t * n * d, x + t * n * d, c + t * n * n, p + t * n, output + t * d, n, d, gs + t * n * d, gc + t * n * n,
         gp + t * n, go + t * d);
   });
 }
 
 // Gradients of streams, comb, post and (float32) output.
-std::tuple<Tensor, Tensor, Tensor, Tensor> expand_backward(const Tensor& upstream, const Tensor& streams, const Tensor& comb,
+std::tuple<Tensor, Tensor, Tensor, Tensor> hc_post_backward(const Tensor& upstream, const Tensor& streams, const Tensor& comb,
                                                           const Tensor& post, const Tensor& output) {
-  check_expand(streams, comb, post, output);
+  check_post(streams, comb, post, output);
   const Tensor grad = contiguous_float(upstream, "hyper_connections: grad");
   Tensor grad_streams = at::empty_like(streams), grad_comb = at::empty_like(comb), grad_post = at::empty_like(post);
   Tensor grad_output = at::empty(output.sizes(), streams.options());
   if (output.scalar_type() == at::kFloat) {
-    expand_all_backward(grad, streams, comb, post, output.const_data_ptr<float>(), grad_streams, grad_comb, grad_post,
+    post_all_backward(grad, streams, comb, post, output.const_data_ptr<float>(), grad_streams, grad_comb, grad_post,
                         grad_output);
   } else {
-    expand_all_backward(grad, streams, comb, post, reinterpret_cast<const uint16_t*>(output.const_data_ptr<BFloat16>()),
+    post_all_backward(grad, streams, comb, post, reinterpret_cast<const uint16_t*>(output.const_data_ptr<BFloat16>()),
                         grad_streams, grad_comb, grad_post, grad_output);
   }
   return {grad_streams, grad_comb, grad_post, grad_output};
@@ -444,24 +444,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expand_backward(const Tensor& upstrea
 
 TORCH_LIBRARY_FRAGMENT(fiftyfold, m) {
   m.def(
-      "hc_enter(Tensor streams, Tensor fn, Tensor scale, Tensor base, int iterations, float eps, float norm_eps) -> "
+      "hc_pre(Tensor streams, Tensor fn, Tensor scale, Tensor base, int iterations, float eps, float norm_eps) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "hc_enter_backward(Tensor grad_x, Tensor grad_post, Tensor grad_comb, Tensor? later, Tensor streams, Tensor fn, "
+      "hc_pre_backward(Tensor grad_x, Tensor grad_post, Tensor grad_comb, Tensor? later, Tensor streams, Tensor fn, "
       "Tensor scale, Tensor base, Tensor raw, Tensor inverse_rms, int iterations, float eps) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
   m.def("hc_head(Tensor streams, Tensor fn, Tensor scale, Tensor base, float eps, float norm_eps) -> Tensor");
-  m.def("hc_expand(Tensor streams, Tensor comb, Tensor post, Tensor output) -> Tensor");
+  m.def("hc_post(Tensor streams, Tensor comb, Tensor post, Tensor output) -> Tensor");
   m.def(
-      "hc_expand_backward(Tensor grad, Tensor streams, Tensor comb, Tensor post, Tensor output) -> "
+      "hc_post_backward(Tensor grad, Tensor streams, Tensor comb, Tensor post, Tensor output) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
 }
 TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) {
-  m.impl("hc_enter", enter);
-  m.impl("hc_enter_backward", enter_backward);
-  m.impl("hc_head", head);
-  m.impl("hc_expand", expand);
-  m.impl("hc_expand_backward", expand_backward);
+  m.impl("hc_pre", hc_pre);
+  m.impl("hc_pre_backward", hc_pre_backward);
+  m.impl("hc_head", hc_head);
+  m.impl("hc_post", hc_post);
+  m.impl("hc_post_backward", hc_post_backward);
 }
 
 }  // namespace fiftyfold

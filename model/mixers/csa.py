@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from kernels.autocast import detached
-from kernels.index_topk import index_scores, index_topk, select_topk
+from kernels.hadamard import hadamard
+from kernels.index_scores import index_scores
+from kernels.index_topk import index_topk, select_topk
+from kernels.paged_attention import EntrySet
 from kernels.projection import index_query
-from kernels.quantize import hadamard
-from kernels.sparse_attention import EntrySet
 from model.cache_parts import LayerCache, Tail
 from model.config import ModelConfig
 from model.linear import Linear

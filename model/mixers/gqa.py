@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cache_io import unpack
-from kernels.sparse_attention import EntrySet, TiledAttention
+from kernels.paged_attention import EntrySet
+from kernels.sparse_attention import TiledAttention
 from model.cache_parts import LayerCache
 from model.config import ModelConfig
 from model.linear import Linear

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kernels.sparse_attention import EntrySet
+from kernels.paged_attention import EntrySet
 from model.cache_parts import LayerCache
 from model.mixers.base import Context
 from model.mixers.compressed import CompressedAttention, entry_mask, visible_entries

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from kernels.cache_io import EntryLayout, unpack
-from kernels.sparse_attention import INVARIANT_TILE, EntrySet, TiledAttention
+from kernels.paged_attention import EntrySet
+from kernels.sparse_attention import INVARIANT_TILE, TiledAttention
 from model.execution import TILE
 from model.mixers.base import Context
 
@@ -21,7 +22,7 @@ def invariant_attention(
     layout: EntryLayout,
     context: Context,
 ) -> Tensor:
-    """:func:`kernels.sparse_attention.paged_attention` for query [B, S, H, c] and window_rows uint8
+    """:func:`kernels.paged_attention.paged_attention` for query [B, S, H, c] and window_rows uint8
     [B, window - 1 + S, nbytes], the tokens before the new ones and these. Returns float32 [B, S, H, c]."""
     window = window_rows.shape[1] - query.shape[1] + 1
     windows = window_rows.unfold(1, window, 1).transpose(2, 3)  # [B, S, window, nbytes]
@@ -44,9 +45,9 @@ def entry_tiles(entries: EntrySet, sequences: Tensor, queries: Tensor) -> Iterat
     """Packed rows [N, E, nbytes] and masks [N, E] of single tokens, int64 [N] each, in pieces of a fixed size E."""
     if entries.chosen is not None:
         chosen = entries.chosen[sequences, queries]
-        yield entries.pages.gather_of(sequences, chosen.clamp(min=0)), chosen >= 0
+        yield entries.pages.gather_from(sequences, chosen.clamp(min=0)), chosen >= 0
     if entries.visible is not None:
-        visible = entries.visible.expand(len(entries.pages.numbers), -1)
+        visible = entries.visible.expand(len(entries.pages.page_table), -1)
         last = visible[:, -1:] - 1
         for begin in range(0, int(visible.max()), INVARIANT_TILE):
             places = torch.arange(begin, begin + INVARIANT_TILE, device=visible.device)

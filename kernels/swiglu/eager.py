@@ -1,5 +1,7 @@
-"""SwiGLU with its backward pass written out: autograd would keep six tensors in float32 where two in the type of the
-products say all."""
+"""SwiGLU with an explicit backward pass.
+
+Autograd would save six float32 tensors. Gate and up, in the dtype of the matrix products, are sufficient.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from kernels.swiglu import reference
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float, gain: Tensor | None = None) -> Tensor:
+    """Implement :func:`kernels.swiglu.swiglu`."""
     return _SwiGLU.apply(gate, up, gain, limit)
 
 

@@ -1,9 +1,11 @@
-"""mHC for CPUs: the reference's numbers with fewer passes over memory, forward and backward.
+"""Manifold-constrained hyper-connections for CPUs, with fewer passes over memory, forward and backward.
 
-Thousands of 4 x 4 with 4 x d products are one call of a CPU's library as long as every matrix lies whole in memory
-(otherwise it gets them one by one, a hundred times slower). The backward passes are written out, because what autograd
-would record for the norm and for Sinkhorn's iteration re-reads the streams several times and takes hundreds of small
-operations, and because it would add up the streams' gradient from three tensors of their size.
+CPU libraries compute thousands of products of 4 x 4 with 4 x d matrices in one call, provided that every matrix is
+contiguous. Otherwise they compute them one by one, a hundred times slower.
+
+The backward passes are explicit. For the norm and the Sinkhorn iteration autograd would read the streams several times
+and launch hundreds of small operations, and it would accumulate the gradient of the streams from three tensors of their
+size.
 """
 
 from __future__ import annotations
@@ -14,17 +16,14 @@ from torch import Tensor
 from kernels.hyper_connections.reference import pre_from_raw, weights_from_raw
 
 _SINKHORN_TOKENS = 2048
-"""Tokens whose n x n matrices are iterated together: enough that the number of operations does not count (1,024 take a
-fifth longer), few enough that the half-steps of one piece stay in a CPU's cache."""
+"""Tokens whose n x n matrices are iterated together. Large enough to amortize the overhead of an operation (1,024 take
+a fifth longer), small enough to keep the half-steps in the cache."""
 
 
-def collapse(streams: Tensor, pre: Tensor) -> Tensor:
-    return _Collapse.apply(streams, pre)[0]
-
-
-def enter(
+def hc_pre(
     streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iterations: int, eps: float, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Implement :func:`kernels.hyper_connections.hc_pre`."""
     raw, streams = _NormalizedProduct.apply(streams, fn, norm_eps)
     pre, post, comb = weights_from_raw(
         raw, streams.shape[:3], scale, base, eps, lambda logits: _Sinkhorn.apply(logits, iterations, eps)
@@ -33,21 +32,23 @@ def enter(
     return x, post, comb, streams
 
 
-def head(streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, eps: float, norm_eps: float) -> Tensor:
+def hc_post(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor) -> Tensor:
+    """Implement :func:`kernels.hyper_connections.hc_post`."""
+    return _Post.apply(streams, comb, post, output)
+
+
+def hc_head(streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, eps: float, norm_eps: float) -> Tensor:
+    """Implement :func:`kernels.hyper_connections.hc_head`."""
     raw, streams = _NormalizedProduct.apply(streams, fn, norm_eps)
-    return collapse(streams, pre_from_raw(raw, streams.shape[:3], scale, base, eps))
+    return _Collapse.apply(streams, pre_from_raw(raw, streams.shape[:3], scale, base, eps))[0]
 
 
-def expand(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor) -> Tensor:
-    return _Expand.apply(streams, comb, post, output)
-
-
-# The first two functions also hand the streams on, and so get the gradient that everything later has for those: each
-# adds its own part in the pass that makes it.
+# The first two functions also return the streams. Their backward passes thus receive the gradient of all later uses of
+# the streams, and add their own part to it while they compute it.
 
 
 class _NormalizedProduct(torch.autograd.Function):
-    """``fn @ (x / rms(x))^T`` for streams [B, S, n, d] with rows x [B * S, n * d], and fn [m, n * d]: [m, B * S]."""
+    """``fn @ (x / rms(x))^T``, [m, B * S], for fn [m, n * d] and streams [B, S, n, d], seen as x [B * S, n * d]."""
 
     @staticmethod
     def forward(ctx, streams: Tensor, fn: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -71,7 +72,7 @@ class _NormalizedProduct(torch.autograd.Function):
 
 
 class _Collapse(torch.autograd.Function):
-    """Streams [B, S, n, d] and pre [B, S, n] to [B, S, d]."""
+    """Weighted sum of streams [B, S, n, d] with weights pre [B, S, n]: [B, S, d]."""
 
     @staticmethod
     def forward(ctx, streams: Tensor, pre: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,8 +93,8 @@ class _Collapse(torch.autograd.Function):
         return w * across if later is None else torch.addcmul(later, w, across), grad_pre
 
 
-class _Expand(torch.autograd.Function):
-    """Streams [B, S, n, d], comb [B, S, n, n], post [B, S, n] and output [B, S, d] to [B, S, n, d]."""
+class _Post(torch.autograd.Function):
+    """New streams [B, S, n, d] from streams [B, S, n, d], comb [B, S, n, n], post [B, S, n] and output [B, S, d]."""
 
     @staticmethod
     def forward(ctx, streams: Tensor, comb: Tensor, post: Tensor, output: Tensor) -> Tensor:
@@ -117,10 +118,10 @@ class _Expand(torch.autograd.Function):
 
 
 class _Sinkhorn(torch.autograd.Function):
-    """:func:`kernels.hyper_connections.reference.sinkhorn` of logits [n, n, N].
+    """:func:`kernels.hyper_connections.sinkhorn` of logits [n, n, N].
 
-    The backward pass makes every half-step's matrix and sums again, and then is one line per half-step. Kept, they
-    would be 50 times the logits, three quarters of the streams themselves at 512 dims.
+    The backward pass recomputes the matrix and the sums of every half-step. Saved, they would take 50 times the memory
+    of the logits: three quarters of that of the streams at 512 dims.
     """
 
     @staticmethod
@@ -143,7 +144,7 @@ class _Sinkhorn(torch.autograd.Function):
 
 
 def _half_steps(logits: Tensor, iterations: int, eps: float) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:
-    """The softmax, then for each division by sums over rows or columns: over which dim, the result, and the sums."""
+    """Return the softmax and, for every division by row or column sums, the dim of the sum, the result and the sums."""
     soft = logits.softmax(dim=1)
     matrix, halves = soft + eps, []
     for half in range(2 * iterations - 1):

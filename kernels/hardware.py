@@ -1,4 +1,4 @@
-"""Products that the processor computes fast."""
+"""Queries of hardware features."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import os
 
 import torch
 
+# oneDNN's names of instruction sets without the instructions.
 _WITHOUT_BF16 = {"sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni"}
 _WITHOUT_AMX = {*_WITHOUT_BF16, "avx512_core_bf16", "avx512_core_fp16", "avx10_1_512", "avx10_2_512"}
-"""oneDNN's names of instruction sets that lack the instructions."""
 
 
 def has_amx() -> bool:
-    """Return whether oneDNN may use AMX, Intel's matrix units for BF16, with several times the speed of vectors."""
+    """Return whether oneDNN may use AMX, Intel's matrix units: several times as fast as vector units for BF16."""
     return torch.cpu._is_amx_tile_supported() and _onednn_limit() not in _WITHOUT_AMX
 
 
 def multiplies_bf16_fast(device: torch.device | str) -> bool:
     """Return whether ``device`` multiplies BF16 matrices faster than float32 ones.
 
-    On a CPU this takes AVX512-BF16 (or AMX, which no processor has without it) and oneDNN. Elsewhere BF16 is emulated:
-    at 0.4 times float32's speed with AVX512, at 0.02 times with AVX2. The flags of the hardware decide, and not a
-    clock, so that the answer is always the same. ARM processors count as slow, because none was measured.
+    A CPU needs oneDNN and AVX512-BF16 (all processors with AMX have it). Otherwise BF16 is emulated: at 0.4 times the
+    speed of float32 with AVX512, at 0.02 times with AVX2. The answer depends on hardware flags and not on a
+    measurement, so that it is reproducible. ARM processors count as slow because none was measured.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -32,5 +32,5 @@ def multiplies_bf16_fast(device: torch.device | str) -> bool:
 
 
 def _onednn_limit() -> str:
-    """Newest instruction set that oneDNN may use, from the variables that it reads itself; empty without a limit."""
+    """Return the newest instruction set that oneDNN may use, from its own environment variables; empty if unlimited."""
     return (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").lower()

@@ -1,57 +1,9 @@
-// Routing of tokens, and the experts of a few tokens: all time goes into reading the weights of those chosen.
+// Experts of few tokens. Time is bound by reading the weights of the chosen experts.
 #include "../native/common.h"
 #include "../native/fp4.h"
 
 namespace fiftyfold {
 namespace {
-
-// logits float32 [N, E]; bias float32 [E] takes part in the choice only; chosen int64 [N, K] where a table decides.
-// Returns chosen int64 [N, K] and weights float32 [N, K]: sqrt(softplus(logit)), normalized and scaled.
-std::tuple<Tensor, Tensor> route(const Tensor& given, const Tensor& bias, const std::optional<Tensor>& fixed, int64_t k,
-                                 double scale) {
-  const Tensor logits = contiguous_float(given, "route: logits");
-  const int64_t N = rows_of(logits), E = logits.size(-1);
-  TORCH_CHECK_VALUE(k >= 1 && k <= E, "route: cannot choose ", k, " of ", E, " experts");
-  auto shape = logits.sizes().vec();
-  shape.back() = k;
-  Tensor weights = at::empty(shape, logits.options());
-  Tensor chosen = fixed ? fixed->clone(at::MemoryFormat::Contiguous) : at::empty(shape, logits.options().dtype(at::kLong));
-  TORCH_CHECK_VALUE(chosen.numel() == N * k, "route: chosen ", chosen.sizes(), " does not fit logits ", logits.sizes());
-  TORCH_CHECK_VALUE(bias.numel() == E && bias.is_contiguous(), "route: bias ", bias.sizes(), " does not fit");
-  for (int64_t i = 0; fixed && i < chosen.numel(); ++i) {
-    const int64_t id = chosen.const_data_ptr<int64_t>()[i];
-    TORCH_CHECK_INDEX(id >= 0 && id < E, "route: expert ", id, " of ", E);
-  }
-  const float *z = logits.const_data_ptr<float>(), *b = bias.const_data_ptr<float>();
-  auto* picks = chosen.mutable_data_ptr<int64_t>();
-  float* gains = weights.mutable_data_ptr<float>();
-  at::parallel_for(0, N, std::max<int64_t>(1, kGrain / (32 * E)), [&](int64_t begin, int64_t end) {
-    std::vector<float> affinity(E), keys(E);
-    std::vector<int64_t> order(E);
-    for (int64_t t = begin; t < end; ++t) {
-      for (int64_t e = 0; e < E; ++e) {
-        const float x = z[t * E + e];
-        affinity[e] = std::sqrt(x > 20.0f ? x : std::log1p(std::exp(x)));  // softplus as PyTorch's
-      }
-      if (!fixed) {
-        for (int64_t e = 0; e < E; ++e) {
-          const float key = affinity[e] + b[e];
-          order[e] = e, keys[e] = key == key ? key : -INFINITY;  // NaN has no place in an order
-        }
-        std::partial_sort(order.begin(), order.begin() + k, order.end(), [&](int64_t i, int64_t j) {
-          return keys[i] != keys[j] ? keys[i] > keys[j] : i < j;
-        });
-        std::copy(order.begin(), order.begin() + k, picks + t * k);
-      }
-      float sum = 0;
-      for (int64_t i = 0; i < k; ++i) sum += affinity[picks[t * k + i]];
-      for (int64_t i = 0; i < k; ++i) {
-        gains[t * k + i] = affinity[picks[t * k + i]] / sum * static_cast<float>(scale);
-      }
-    }
-  });
-  return {chosen, weights};
-}
 
 struct Pick {
   int64_t expert, token;
@@ -117,7 +69,7 @@ struct Stack {
                           w1.is_contiguous() && w3.is_contiguous() && w2.is_contiguous() &&
                           (w1.dim() == 2 || w2.size(0) == w1.size(0)) && w1.scalar_type() == w2.scalar_type() &&
                           w1.scalar_type() == w3.scalar_type(),
-                      "experts: x ", x.sizes(), " and w1 ", w1.sizes(), " do not fit");
+                      "fused_experts: x ", x.sizes(), " and w1 ", w1.sizes(), " do not fit");
   }
 
   void add(const Tensor& x, const std::vector<Pick>& picks, float limit, float* out) const {
@@ -139,19 +91,19 @@ struct Stack {
 
 // x float32 [..., d], chosen int64 [..., K], weights float32 [..., K] and the experts' stacks; `shared` is none, or w1, w3
 // and w2 of one more that every token takes with weight 1. float32 [..., d].
-Tensor experts(const Tensor& input, const Tensor& chosen, const Tensor& weights, const Tensor& w1, const Tensor& w3,
+Tensor fused_experts(const Tensor& input, const Tensor& chosen, const Tensor& weights, const Tensor& w1, const Tensor& w3,
                const Tensor& w2, at::TensorList shared, double limit) {
-  const Tensor x = contiguous_float(input, "experts: x");
+  const Tensor x = contiguous_float(input, "fused_experts: x");
   const int64_t E = w1.size(0), K = chosen.size(-1), N = rows_of(x);
   TORCH_CHECK_VALUE(chosen.numel() == N * K && weights.numel() == N * K && (shared.empty() || shared.size() == 3),
-                    "experts: x ", x.sizes(), " and chosen ", chosen.sizes(), " do not fit");
-  const Tensor ids = chosen.contiguous(), gains = contiguous_float(weights, "experts: weights");
+                    "fused_experts: x ", x.sizes(), " and chosen ", chosen.sizes(), " do not fit");
+  const Tensor ids = chosen.contiguous(), gains = contiguous_float(weights, "fused_experts: weights");
   const auto* id = ids.const_data_ptr<int64_t>();
   const float* gain = gains.const_data_ptr<float>();
   std::vector<Pick> picks;
   picks.reserve(N * K);
   for (int64_t i = 0; i < N * K; ++i) {
-    TORCH_CHECK_INDEX(id[i] >= 0 && id[i] < E, "experts: expert ", id[i], " of ", E);
+    TORCH_CHECK_INDEX(id[i] >= 0 && id[i] < E, "fused_experts: expert ", id[i], " of ", E);
     picks.push_back({id[i], i / K, gain[i]});
   }
   std::stable_sort(picks.begin(), picks.end(), [](const Pick& a, const Pick& b) { return a.expert < b.expert; });
@@ -174,14 +126,10 @@ Tensor experts(const Tensor& input, const Tensor& chosen, const Tensor& weights,
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fiftyfold, m) {
-  m.def("route(Tensor logits, Tensor bias, Tensor? chosen, int k, float scale) -> (Tensor, Tensor)");
   m.def(
-      "experts(Tensor x, Tensor chosen, Tensor weights, Tensor w1, Tensor w3, Tensor w2, Tensor[] shared, float limit) "
-      "-> Tensor");
+      "fused_experts(Tensor x, Tensor chosen, Tensor weights, Tensor w1, Tensor w3, Tensor w2, Tensor[] shared, "
+      "float limit) -> Tensor");
 }
-TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) {
-  m.impl("route", route);
-  m.impl("experts", experts);
-}
+TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) { m.impl("fused_experts", fused_experts); }
 
 }  // namespace fiftyfold

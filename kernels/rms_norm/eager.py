@@ -1,5 +1,7 @@
-"""RMS normalisation with its backward pass written out: what autograd records goes over the rows twice as often, and
-keeps them in float32 where they come in BF16."""
+"""RMS normalization with an explicit backward pass.
+
+It reads the rows half as often as the graph that autograd would record, and saves BF16 inputs in BF16.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,12 @@ import torch
 from torch import Tensor
 
 
-def rms_normalize(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
-    return _Normalize.apply(x, weight, eps)
+def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
+    """Implement :func:`kernels.rms_norm.rms_norm`."""
+    return _RMSNorm.apply(x, weight, eps)
 
 
-class _Normalize(torch.autograd.Function):
+class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         wide = x.float()

@@ -1,8 +1,8 @@
-"""Index scores for CPUs, where a whole sequence is trained on: the reference's numbers, a block of queries at a time.
+"""Index scores for CPUs, by blocks of queries.
 
-What every head gives every pair of query and key stays in the cache and is made again in the backward pass: memory does
-not grow with heads * S * T, as it does in what autograd would record. Entries that causality hides from a whole block
-are left out.
+The products of every head stay in the cache and are recomputed in the backward pass: memory does not grow with
+heads * S * T, as that of the autograd graph would. Keys after the
+last one that a query of a block may see are skipped.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch import Tensor
 from kernels.autocast import in_float32
 
 _PRODUCTS = 1 << 18
-"""Products of heads that a block makes at most, unless a single query makes more."""
+"""Most products of a block of several queries, over all heads."""
 
 
 def index_scores(query: Tensor, keys: Tensor, head_weights: Tensor, permitted: Tensor | None = None) -> Tensor:
-    """:func:`kernels.index_topk.reference.index_scores`."""
+    """Implement :func:`kernels.index_scores.index_scores`."""
     with in_float32(query):
         return _Scores.apply(query, keys, head_weights, permitted)
 
 
 def _blocks(query: Tensor, keys: Tensor, permitted: Tensor | None) -> Iterator[tuple[slice, int]]:
-    """Rows of queries, and how many keys, the first ones, they need."""
+    """Yield blocks of queries, with the number of leading keys that they need."""
     B, S, h, _ = query.shape
     T = keys.shape[1]
     step = max(1, _PRODUCTS // max(1, B * h * T))
@@ -53,17 +53,17 @@ class _Scores(torch.autograd.Function):
         wide = keys.float()
         grad_query, grad_weights, grad_keys = map(torch.zeros_like, (query, head_weights, wide))
         for rows, T in _blocks(query, keys, permitted):
-            near, upstream = wide[:, :T], grad[:, rows, :T]
-            products = _products(query[:, rows], near)
+            some_keys, upstream = wide[:, :T], grad[:, rows, :T]
+            products = _products(query[:, rows], some_keys)
             grad_weights[:, rows] = (products @ upstream.unsqueeze(-1)).squeeze(-1)
-            each = head_weights[:, rows].float().unsqueeze(-1) * upstream.unsqueeze(2)
-            flat = torch.ops.aten.threshold_backward(each, products, 0).flatten(1, 2)  # what relu let through
-            grad_query[:, rows] = torch.bmm(flat, near).unflatten(1, (-1, query.shape[2]))
+            per_head = head_weights[:, rows].float().unsqueeze(-1) * upstream.unsqueeze(2)
+            flat = torch.ops.aten.threshold_backward(per_head, products, 0).flatten(1, 2)  # gradient of relu
+            grad_query[:, rows] = torch.bmm(flat, some_keys).unflatten(1, (-1, query.shape[2]))
             grad_keys[:, :T] += torch.bmm(flat.transpose(1, 2), query[:, rows].float().flatten(1, 2))
         return grad_query, grad_keys.to(keys.dtype), grad_weights, None
 
 
 def _products(query: Tensor, keys: Tensor) -> Tensor:
-    """relu of each head's products, float32 [B, s, h, T]."""
+    """Return the products of every head after relu, float32 [B, s, h, T]."""
     flat = torch.bmm(query.float().flatten(1, 2), keys.transpose(1, 2))
     return flat.relu_().unflatten(1, query.shape[1:3])

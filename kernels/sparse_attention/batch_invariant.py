@@ -1,4 +1,4 @@
-"""The core attention built up from tiles of one shape, for results that do not depend on what is computed with them."""
+"""Batch-invariant attention by an online softmax over tiles of a fixed shape."""
 
 from __future__ import annotations
 
@@ -6,26 +6,28 @@ import torch
 from torch import Tensor
 
 INVARIANT_TILE = 64
-"""Entries that are attended to at once where a query's result must not depend on how many there are."""
+"""Entries per tile."""
 
 
 class TiledAttention:
-    """The same attention built up tile by tile, every tile of the same shape: one token's result has the same bits
-    whatever else is computed with it, and however many entries others see.
+    """Attention accumulated over tiles: a running maximum, sum and weighted sum of values (online softmax).
 
-    A softmax over several tiles keeps its running maximum, sum and weighted values; a tile of which a token sees
-    nothing changes none of its bits.
+    If all tiles have the same shape, the bits of a result depend neither on the other queries nor on the number of
+    entries that they see. A tile that is masked for a query changes none of its bits.
     """
 
     def __init__(self, query: Tensor, sink: Tensor):
-        """query float32 [N, H, c], sink [H]."""
+        """Start with the sink alone: query float32 [N, H, c], sink [H] (logits)."""
         self.query = query * query.shape[-1] ** -0.5
         self.peak = sink.expand(query.shape[:2]).clone()
         self.total = torch.ones_like(self.peak)
         self.values = torch.zeros_like(query)
 
     def add(self, keys: Tensor, mask: Tensor, values: Tensor | None = None) -> None:
-        """keys float32 [N, T, c], which are the values, too, where there are no others; mask bool [N, T]."""
+        """Attend to a tile of keys, float32 [N, T, c], where mask, bool [N, T], is True.
+
+        ``values`` are float32 [N, T, c], by default the keys.
+        """
         logits = torch.bmm(self.query, keys.transpose(1, 2)).masked_fill(~mask.unsqueeze(1), float("-inf"))
         peak = torch.maximum(self.peak, logits.amax(-1))
         fade = (self.peak - peak).exp()
@@ -35,5 +37,5 @@ class TiledAttention:
         self.peak = peak
 
     def output(self) -> Tensor:
-        """float32 [N, H, c]."""
+        """Return the output for all tiles so far: float32 [N, H, c]."""
         return self.values / self.total.unsqueeze(-1)

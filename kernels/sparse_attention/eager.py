@@ -1,8 +1,8 @@
-"""The core attention of whole sequences for CPUs: the reference's numbers, a block of queries at a time.
+"""Attention within whole sequences, for CPUs, by blocks of queries.
 
-A block meets the keys of its own window and the entries that one of its queries may see, so that what causality hides
-costs nothing; scores stay in the cache and are made again in the backward pass, so that memory grows with neither
-S * window nor S * T (but for the mass, which is asked for). All heads share a key, so a block's scores are one product.
+A block multiplies only with the keys of its window and with the entries up to the last one that any of its queries may
+see. Scores stay in the cache and are recomputed in the backward pass. Memory thus grows neither with S * window nor
+with S * T, except for the returned mass. All heads share a key, so that the scores of a block are a single product.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 from kernels.autocast import in_float32, product_dtype
 
 _SCORES = 1 << 20
-"""Scores that a block makes at most, unless a single query makes more: four megabytes, about a second-level cache."""
+"""Most scores of a block of several queries: 4 MiB, about the size of a second-level cache."""
 _QUERIES = 128
 _LOG2_E = math.log2(math.e)
-"""Softmax runs to base 2: a CPU's library takes 25 times as long for exp where there is -inf, not for exp2."""
+"""The softmax has base 2: for -inf, exp of the CPU library is 25 times slower than for finite values, exp2 is not."""
 
 
 def sparse_attention(
@@ -32,8 +32,10 @@ def sparse_attention(
     window: int,
     reach: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """:func:`kernels.sparse_attention.reference.sparse_attention` without past tokens (window_kv [B, S, c]) and for
-    shared entries [B, T, c]. Under autocast products are in its type, everything else in float32."""
+    """Implement :func:`kernels.sparse_attention.sparse_attention` without past tokens, for entries [B, T, c].
+
+    Under autocast only the products have its dtype.
+    """
     if entries is None or entry_mask is None or not entries.shape[1]:
         entries = entry_mask = None
     dtype = product_dtype(query) if torch.is_autocast_enabled(query.device.type) else torch.float32
@@ -43,7 +45,7 @@ def sparse_attention(
 
 @dataclass(frozen=True)
 class _Block:
-    """Queries ``begin`` to ``end``, the tokens from ``oldest`` to ``end``, and the first ``entries`` entries."""
+    """Queries ``begin`` to ``end``, tokens ``oldest`` to ``end``, and the first ``entries`` entries."""
 
     begin: int
     end: int
@@ -59,7 +61,7 @@ class _Block:
         return torch.cat((near, entries[:, : self.entries]), dim=1) if entries is not None and self.entries else near
 
     def bias(self, window: int, entry_mask: Tensor | None, reach: Tensor | None) -> Tensor:
-        """What hides the keys that a query must not look at, 0 or -inf: float32 [B or 1, queries, 1, keys]."""
+        """Return the additive mask, 0 or -inf: float32 [B or 1, queries, 1, keys]."""
         age = torch.arange(self.begin, self.end).unsqueeze(1) - torch.arange(self.oldest, self.end)
         age = age.unsqueeze(0)
         limit: int | Tensor = window
@@ -90,7 +92,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, window_kv, entries, sink, entry_mask, window, reach, dtype):
         ctx.window, ctx.dtype = window, dtype
-        scaled, near, far = _narrowed(query, window_kv, entries, dtype)
+        scaled, near, far = _operands(query, window_kv, entries, dtype)
         sink = sink * _LOG2_E
         out = torch.empty_like(query, dtype=torch.float32)
         log_sum = query.new_empty(query.shape[:3], dtype=torch.float32)
@@ -141,14 +143,14 @@ class _Attention(torch.autograd.Function):
         return *(None if g is None else g.to(dtype) for g, dtype in gradients), grad_sink, *[None] * 4
 
 
-def _narrowed(
+def _operands(
     query: Tensor, window_kv: Tensor, entries: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What products are made of: queries scaled to give logits to base 2, and the keys."""
+    """Return the operands of the products in ``dtype``. Queries are scaled so that logits have base 2."""
     scaled = (query * (query.shape[-1] ** -0.5 * _LOG2_E)).to(dtype)
     return scaled, window_kv.to(dtype), None if entries is None else entries.to(dtype)
 
 
 def _logits(queries: Tensor, keys: Tensor) -> Tensor:
-    """Products [B, queries, H, keys], float32, the caller's to change."""
+    """Return the products of all heads as a new tensor, float32 [B, queries, H, keys]."""
     return torch.bmm(queries.flatten(1, 2), keys.transpose(1, 2)).float().unflatten(1, queries.shape[1:3])

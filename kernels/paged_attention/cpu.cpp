@@ -129,19 +129,19 @@ void softmax_with_sink(float* logits, int64_t n, float sink) {
 // query float32 [B, S, H, c] of tokens at positions first[b] + s. The row of position p in window_rows uint8
 // [B, R, nbytes] is (p - offset[b]) mod R. Entries lie in storage uint8 [rows, nbytes] by pages int64 [B, P]: those of
 // `chosen` int64 [B, S, K] (-1: none), or without it the first visible[b, s] (int64 [B or 1, S]). float32 [B, S, H, c].
-Tensor packed_attention(const Tensor& queries, const Tensor& window_rows, const Tensor& offsets, const Tensor& positions,
+Tensor paged_attention(const Tensor& queries, const Tensor& window_rows, const Tensor& offsets, const Tensor& positions,
                         int64_t window, const std::optional<Tensor>& storage, const std::optional<Tensor>& page_table,
                         int64_t per_page, const std::optional<Tensor>& chosen, const std::optional<Tensor>& visible,
                         const Tensor& sinks, at::IntArrayRef spec) {
   const Layout layout(spec);
-  const Tensor query = contiguous_float(queries, "packed_attention: query");
-  const Tensor rows = window_rows.contiguous(), sink = contiguous_float(sinks, "packed_attention: sink");
+  const Tensor query = contiguous_float(queries, "paged_attention: query");
+  const Tensor rows = window_rows.contiguous(), sink = contiguous_float(sinks, "paged_attention: sink");
   const int64_t B = query.size(0), S = query.size(1), H = query.size(2), c = query.size(3), R = rows.size(1);
   TORCH_CHECK_VALUE(query.dim() == 4 && c == layout.size() && rows.size(2) == layout.nbytes() && rows.size(0) == B &&
                         sink.numel() == H && R >= window - 1 + S,
-                    "packed_attention: query ", query.sizes(), " and rows ", rows.sizes(), " do not fit");
+                    "paged_attention: query ", query.sizes(), " and rows ", rows.sizes(), " do not fit");
   TORCH_CHECK_VALUE(S >= 1 && !(chosen && visible) && (!storage || storage->is_contiguous()),
-                    "packed_attention: expected tokens, and entries that are chosen or visible");
+                    "paged_attention: expected tokens, and entries that are chosen or visible");
   const Tensor starts = positions.contiguous(), origins = offsets.contiguous();
   const auto* first = starts.const_data_ptr<int64_t>();
   const auto* origin = origins.const_data_ptr<int64_t>();
@@ -222,9 +222,9 @@ Tensor packed_attention(const Tensor& queries, const Tensor& window_rows, const 
 
 TORCH_LIBRARY_FRAGMENT(fiftyfold, m) {
   m.def(
-      "packed_attention(Tensor query, Tensor window_rows, Tensor offsets, Tensor positions, int window, Tensor? storage, "
+      "paged_attention(Tensor query, Tensor window_rows, Tensor offsets, Tensor positions, int window, Tensor? storage, "
       "Tensor? pages, int per_page, Tensor? chosen, Tensor? visible, Tensor sink, int[] layout) -> Tensor");
 }
-TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) { m.impl("packed_attention", packed_attention); }
+TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) { m.impl("paged_attention", paged_attention); }
 
 }  // namespace fiftyfold
