@@ -4,7 +4,7 @@
 namespace fiftyfold {
 namespace {
 
-// Orthonormal Walsh-Hadamard rotation of the last dim, a power of two.
+// Orthonormal Walsh-Hadamard rotation of the last dim of x, float32 [..., n], n a power of two.
 Tensor hadamard(const Tensor& input) {
   const Tensor x = contiguous_float(input, "hadamard: x");
   const int64_t n = x.size(-1);

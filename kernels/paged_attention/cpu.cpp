@@ -1,12 +1,12 @@
-// The core attention over a cache's packed rows: a sliding window, compressed entries and a sink in one softmax.
+// Attention over the packed rows of a cache: a sliding window, compressed entries and a sink in one softmax.
 #include "../native/common.h"
 
 namespace fiftyfold {
 namespace {
 
-constexpr int64_t kHeadGroup = 4;  // heads that read a key together
+constexpr int64_t kHeadGroup = 4;  // heads that share the loads of a key
 
-// logits[h * stride + j] = query[h] . keys[j] for `heads` <= kHeadGroup heads, [heads, c] and [count, c].
+// logits[h * stride + j] = query[h] . keys[j], for query [heads, c], heads <= kHeadGroup, and keys [count, c].
 void logits_of_keys(const float* query, int64_t heads, const float* keys, int64_t count, int64_t c, float* logits,
                     int64_t stride) {
   for (int64_t j = 0; j < count; ++j) {
@@ -21,7 +21,7 @@ void logits_of_keys(const float* query, int64_t heads, const float* keys, int64_
   }
 }
 
-// The same for keys that lie transposed, keys[i * key_stride + j] for dim i of key j: sums need no shuffles.
+// logits_of_keys for transposed keys: dim i of key j is keys[i * key_stride + j]. Sums need no shuffles.
 void logits_of_transposed(const float* query, int64_t heads, const float* keys, int64_t key_stride, int64_t count, int64_t c,
                           float* logits, int64_t stride) {
   constexpr int64_t kPart = 32;
@@ -54,12 +54,13 @@ void logits_of_transposed(const float* query, int64_t heads, const float* keys, 
   }
 }
 
-// A few rows side by side, [rows, c], and the same transposed, [c, stride], where many queries share them.
+// Unpacked rows [count, c] and, if many queries share them, also their transpose [c, stride].
 struct SharedRows {
   std::vector<float> rows, transposed;
   int64_t c, stride;
 
-  SharedRows(int64_t count, int64_t c, bool both) : rows(count * c), transposed(both ? count * c : 0), c(c), stride(count) {}
+  SharedRows(int64_t count, int64_t c, bool transpose)
+      : rows(count * c), transposed(transpose ? count * c : 0), c(c), stride(count) {}
 
   void unpack(int64_t i, const uint8_t* packed, const Layout& layout) {
     float* row = rows.data() + i * c;
@@ -111,7 +112,7 @@ void add_values(const float* weights, int64_t stride, int64_t heads, const float
   }
 }
 
-// Weights in place of logits, for one head: exp(logit - peak) / total, the sink in peak and total.
+// Replace the logits of one head by softmax weights. The sink adds to the sum and has no weight of its own.
 void softmax_with_sink(float* logits, int64_t n, float sink) {
   float peak = sink;
 #pragma omp simd reduction(max : peak)
@@ -126,12 +127,13 @@ void softmax_with_sink(float* logits, int64_t n, float sink) {
   for (int64_t j = 0; j < n; ++j) logits[j] *= inverse;
 }
 
-// query float32 [B, S, H, c] of tokens at positions first[b] + s. The row of position p in window_rows uint8
-// [B, R, nbytes] is (p - offset[b]) mod R. Entries lie in storage uint8 [rows, nbytes] by pages int64 [B, P]: those of
-// `chosen` int64 [B, S, K] (-1: none), or without it the first visible[b, s] (int64 [B or 1, S]). float32 [B, S, H, c].
+// query float32 [B, S, H, c], at positions first[b] + s. The row of position p in window_rows, uint8 [B, R, nbytes], is
+// (p - offset[b]) mod R. Entries are in storage, uint8 [rows, nbytes], with the page table int64 [B, P]. Queries attend to
+// those of `chosen`, int64 [B, S, K] (-1: none), or else to the first visible[b, s], int64 [B or 1, S]. Returns float32
+// [B, S, H, c].
 Tensor paged_attention(const Tensor& queries, const Tensor& window_rows, const Tensor& offsets, const Tensor& positions,
                         int64_t window, const std::optional<Tensor>& storage, const std::optional<Tensor>& page_table,
-                        int64_t per_page, const std::optional<Tensor>& chosen, const std::optional<Tensor>& visible,
+                        int64_t page_size, const std::optional<Tensor>& chosen, const std::optional<Tensor>& visible,
                         const Tensor& sinks, at::IntArrayRef spec) {
   const Layout layout(spec);
   const Tensor query = contiguous_float(queries, "paged_attention: query");
@@ -139,9 +141,9 @@ Tensor paged_attention(const Tensor& queries, const Tensor& window_rows, const T
   const int64_t B = query.size(0), S = query.size(1), H = query.size(2), c = query.size(3), R = rows.size(1);
   TORCH_CHECK_VALUE(query.dim() == 4 && c == layout.size() && rows.size(2) == layout.nbytes() && rows.size(0) == B &&
                         sink.numel() == H && R >= window - 1 + S,
-                    "paged_attention: query ", query.sizes(), " and rows ", rows.sizes(), " do not fit");
+                    "paged_attention: query ", query.sizes(), " and rows ", rows.sizes(), " do not match");
   TORCH_CHECK_VALUE(S >= 1 && !(chosen && visible) && (!storage || storage->is_contiguous()),
-                    "paged_attention: expected tokens, and entries that are chosen or visible");
+                    "paged_attention: expected at least one token, contiguous entries, and not both chosen and visible");
   const Tensor starts = positions.contiguous(), origins = offsets.contiguous();
   const auto* first = starts.const_data_ptr<int64_t>();
   const auto* origin = origins.const_data_ptr<int64_t>();
@@ -153,10 +155,10 @@ Tensor paged_attention(const Tensor& queries, const Tensor& window_rows, const T
     return visible ? limits.const_data_ptr<int64_t>()[(limits.size(0) == 1 ? 0 : b * S) + s] : 0;
   };
   auto pages_of = [&](int64_t b) {
-    return Pages{storage->const_data_ptr<uint8_t>(), table.const_data_ptr<int64_t>() + b * table.size(1), per_page, nbytes};
+    return Pages{storage->const_data_ptr<uint8_t>(), table.const_data_ptr<int64_t>() + b * table.size(1), page_size, nbytes};
   };
 
-  // What queries share is unpacked once: the window's tokens from the oldest that is seen, and entries seen by all.
+  // Unpack rows that queries share once: tokens from the oldest in the window of the first query, and visible entries.
   const int64_t span = window - 1 + S;
   std::vector<SharedRows> near, far;
   auto oldest_of = [&](int64_t b) { return std::max<int64_t>(0, of(first, starts, b) - (window - 1)); };
@@ -176,7 +178,7 @@ Tensor paged_attention(const Tensor& queries, const Tensor& window_rows, const T
   Tensor out = at::empty_like(query);
   const float scale = 1.0f / std::sqrt(static_cast<float>(c));
   const int64_t groups = (H + kHeadGroup - 1) / kHeadGroup;
-  // Few queries: threads share their heads. Many: each unpacks a query's entries once for all heads.
+  // Few queries: distribute their heads over threads. Many: a thread unpacks the entries of a query once for all heads.
   const int64_t split = B * S < 2 * at::get_num_threads() ? groups : 1, per_item = (groups + split - 1) / split * kHeadGroup;
   at::parallel_for(0, B * S * split, std::max<int64_t>(1, kGrain / (per_item * c * (window + K + 1) / 8 + 1)),
                    [&](int64_t begin, int64_t end) {
@@ -223,7 +225,7 @@ Tensor paged_attention(const Tensor& queries, const Tensor& window_rows, const T
 TORCH_LIBRARY_FRAGMENT(fiftyfold, m) {
   m.def(
       "paged_attention(Tensor query, Tensor window_rows, Tensor offsets, Tensor positions, int window, Tensor? storage, "
-      "Tensor? pages, int per_page, Tensor? chosen, Tensor? visible, Tensor sink, int[] layout) -> Tensor");
+      "Tensor? page_table, int page_size, Tensor? chosen, Tensor? visible, Tensor sink, int[] layout) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) { m.impl("paged_attention", paged_attention); }
 

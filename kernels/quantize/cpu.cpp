@@ -31,8 +31,7 @@ void round_row(const float* x, int64_t n, int64_t format, float* out) {
   }
 }
 
-// The values of x float32 [..., n] after a round trip through the formats of a row: the first `body` dims in one, the
-// last `rope` in the other.
+// Round x, float32 [..., n], to the formats of a layout: the first `body` dims to one, the last `rope` dims to the other.
 Tensor round_to_layout(const Tensor& input, at::IntArrayRef spec) {
   const Layout layout(spec);
   const Tensor x = contiguous_float(input, "round_to_layout: x");

@@ -1,4 +1,4 @@
-// RMS normalization, one row at a time.
+// RMS normalization.
 #include "../native/rows.h"
 
 namespace fiftyfold {

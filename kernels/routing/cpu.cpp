@@ -4,8 +4,8 @@
 namespace fiftyfold {
 namespace {
 
-// logits float32 [N, E]; bias float32 [E] takes part in the choice only; chosen int64 [N, K] where a table decides.
-// Returns chosen int64 [N, K] and weights float32 [N, K]: sqrt(softplus(logit)), normalized and scaled.
+// logits float32 [N, E]; bias float32 [E], for the choice alone; `fixed` int64 [N, K], experts chosen in advance. Returns
+// the chosen experts, int64 [N, K], and their weights, float32 [N, K]: sqrt(softplus(logit)), normalized and scaled.
 std::tuple<Tensor, Tensor> route(const Tensor& given, const Tensor& bias, const std::optional<Tensor>& fixed, int64_t k,
                                  double scale) {
   const Tensor logits = contiguous_float(given, "route: logits");
@@ -15,8 +15,9 @@ std::tuple<Tensor, Tensor> route(const Tensor& given, const Tensor& bias, const 
   shape.back() = k;
   Tensor weights = at::empty(shape, logits.options());
   Tensor chosen = fixed ? fixed->clone(at::MemoryFormat::Contiguous) : at::empty(shape, logits.options().dtype(at::kLong));
-  TORCH_CHECK_VALUE(chosen.numel() == N * k, "route: chosen ", chosen.sizes(), " does not fit logits ", logits.sizes());
-  TORCH_CHECK_VALUE(bias.numel() == E && bias.is_contiguous(), "route: bias ", bias.sizes(), " does not fit");
+  TORCH_CHECK_VALUE(chosen.numel() == N * k, "route: chosen ", chosen.sizes(), " does not match logits ", logits.sizes());
+  TORCH_CHECK_VALUE(bias.numel() == E && bias.is_contiguous(), "route: bias ", bias.sizes(), " does not match logits ",
+                    logits.sizes());
   for (int64_t i = 0; fixed && i < chosen.numel(); ++i) {
     const int64_t id = chosen.const_data_ptr<int64_t>()[i];
     TORCH_CHECK_INDEX(id >= 0 && id < E, "route: expert ", id, " of ", E);
@@ -30,12 +31,12 @@ std::tuple<Tensor, Tensor> route(const Tensor& given, const Tensor& bias, const 
     for (int64_t t = begin; t < end; ++t) {
       for (int64_t e = 0; e < E; ++e) {
         const float x = z[t * E + e];
-        affinity[e] = std::sqrt(x > 20.0f ? x : std::log1p(std::exp(x)));  // softplus as PyTorch's
+        affinity[e] = std::sqrt(x > 20.0f ? x : std::log1p(std::exp(x)));  // softplus as in PyTorch
       }
       if (!fixed) {
         for (int64_t e = 0; e < E; ++e) {
           const float key = affinity[e] + b[e];
-          order[e] = e, keys[e] = key == key ? key : -INFINITY;  // NaN has no place in an order
+          order[e] = e, keys[e] = key == key ? key : -INFINITY;  // NaN cannot be ordered
         }
         std::partial_sort(order.begin(), order.begin() + k, order.end(), [&](int64_t i, int64_t j) {
           return keys[i] != keys[j] ? keys[i] > keys[j] : i < j;
