@@ -1,53 +1,12 @@
-"""The reference kernels against the formulas, written out naively."""
-
-import math
-
 import pytest
 import torch
+from backend_testing import needs_native
 
 from kernels.compress import compress
-from kernels.index_topk import index_scores, select_topk
-from kernels.quantize import hadamard
-from kernels.sparse_attention import sparse_attention
-
-
-@pytest.mark.parametrize("past", [0, 3, 6])
-@pytest.mark.parametrize("length", [1, 5, 7, 8, 23])
-@pytest.mark.parametrize("gathered", [False, True])
-def test_sparse_attention_is_one_softmax_over_window_entries_and_sink(length, past, gathered):
-    torch.manual_seed(length)
-    B, H, c, window, T = 2, 3, 8, 7, 5
-    q, kv = torch.randn(B, length, H, c), torch.randn(B, past + length, c)
-    entries = torch.randn(B, length, T, c) if gathered else torch.randn(B, T, c)
-    mask, sink = torch.rand(B, length, T) < 0.6, torch.randn(H)
-    out, mass = sparse_attention(q, kv, entries, mask, sink, window)
-    for b in range(B):
-        for s in range(length):
-            keys = kv[b, max(0, past + s - window + 1) : past + s + 1]
-            seen = (entries[b, s] if gathered else entries[b])[mask[b, s]]
-            both = torch.cat((keys, seen))
-            for h in range(H):
-                logits = torch.cat((both @ q[b, s, h] / math.sqrt(c), sink[h : h + 1]))
-                weights = logits.softmax(0)[:-1]
-                torch.testing.assert_close(out[b, s, h], weights @ both, rtol=1e-4, atol=1e-5)
-            expected = sum(
-                torch.cat((both @ q[b, s, h] / math.sqrt(c), sink[h : h + 1])).softmax(0)[len(keys) : -1].sum()
-                for h in range(H)
-            )
-            torch.testing.assert_close(mass[b, s].sum(), torch.as_tensor(expected), rtol=1e-4, atol=1e-5)
-
-
-def test_masked_entries_leave_the_sliding_window():
-    q, kv, sink = torch.randn(1, 40, 2, 8), torch.randn(1, 40, 8), torch.randn(2)
-    alone, _ = sparse_attention(q, kv, None, None, sink, 16)
-    nothing = torch.zeros(1, 40, 6, dtype=torch.bool)
-    masked, mass = sparse_attention(q, kv, torch.randn(1, 6, 8), nothing, sink, 16)
-    torch.testing.assert_close(masked, alone)
-    assert mass.abs().max() == 0
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_compress_pools_per_channel(overlap):
+def test_tokens_are_pooled_per_channel(overlap):
     m, c, n = 4, 3, 5
     w = 2 * c if overlap else c
     values, gates, bias = torch.randn(1, n * m, w), torch.randn(1, n * m, w), torch.randn(m, w)
@@ -64,7 +23,7 @@ def test_compress_pools_per_channel(overlap):
             torch.testing.assert_close(entries[0, i, channel], pooled)
 
 
-def test_compress_goes_on_from_a_previous_block():
+def test_compression_continues_after_a_previous_block():
     m, c = 4, 3
     rows, bias = torch.randn(2, 20, 4 * c), torch.randn(m, 2 * c)
     whole = compress(rows, bias, True)
@@ -72,32 +31,21 @@ def test_compress_goes_on_from_a_previous_block():
     torch.testing.assert_close(later, whole[:, 3:])
 
 
-def test_index_scores_follow_the_formula():
-    q, k, w = torch.randn(2, 3, 4, 8), torch.randn(2, 6, 8), torch.randn(2, 3, 4)
-    expected = torch.zeros(2, 3, 6)
-    for b, s, t, h in torch.cartesian_prod(*(torch.arange(n) for n in (2, 3, 6, 4))).tolist():
-        expected[b, s, t] += w[b, s, h] * max(0.0, float(q[b, s, h] @ k[b, t]))
-    torch.testing.assert_close(index_scores(q, k, w), expected, rtol=1e-4, atol=1e-5)
+@needs_native
+@pytest.mark.parametrize(("overlap", "has_previous"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(("m", "c"), [(1, 1), (4, 6), (16, 33)])
+@torch.no_grad()
+def test_cpu_equals_the_reference(m, c, overlap, has_previous):
+    width = 2 * c if overlap else c
+    rows, bias = torch.randn(2, 5 * m, 2 * width) * 3, torch.randn(m, width)
+    found, expected = (compress(rows, bias, overlap, has_previous, backend=b) for b in ("cpu", "reference"))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_ties_go_to_the_lower_entry_and_the_invisible_is_never_chosen():
-    scores = torch.tensor([[[0.0, -0.0, 5.0, 0.0, 0.0, 9.0], [-1.0, -2.0, -1.0, -3.0, 7.0, 7.0]]])
-
-    def first(*counts):
-        return torch.arange(6) < torch.tensor([counts]).unsqueeze(-1)
-
-    assert select_topk(scores, first(5, 4), 3).tolist() == [[[2, 0, 1], [0, 2, 1]]]
-    assert select_topk(scores, first(0, 2), 3).tolist() == [[[-1, -1, -1], [0, 1, -1]]]
-    assert select_topk(scores, first(5, 4), 8)[0, 0].tolist()[-3:] == [-1, -1, -1]
-    assert select_topk(scores, ~first(1, 4), 2).tolist() == [[[5, 2], [4, 5]]]
-
-
-def test_hadamard_on_both_sides_leaves_the_unquantised_choice_alone():
-    q, k, w = (torch.randn(s, dtype=torch.float64) for s in ((2, 9, 4, 32), (2, 40, 32), (2, 9, 4)))
-    everything = torch.ones(1, 9, 40, dtype=torch.bool)
-
-    def ranks(query, keys):
-        return select_topk(index_scores(query, keys, w), everything, 40)
-
-    assert torch.equal(ranks(hadamard(q), hadamard(k)), ranks(q, k))
-    assert not torch.equal(ranks(hadamard(q), k), ranks(q, k))
+@needs_native
+def test_cpu_propagates_nan_and_refuses_packed_documents():
+    rows, bias = torch.randn(1, 3, 64), torch.zeros(3, 32)
+    rows[0, 1, 5] = float("nan")
+    assert compress(rows, bias, False, backend="cpu").isnan().any()
+    with pytest.raises(ValueError, match="the cpu backend does not support packed documents"):
+        compress(rows, bias, False, starts=torch.zeros(1, 1, dtype=torch.bool), backend="cpu")

@@ -1,4 +1,4 @@
-"""Products that are fast, by the flags of the hardware and by the clock."""
+"""Fast products according to hardware flags and to a measurement."""
 
 import platform
 import time
@@ -6,14 +6,14 @@ import time
 import pytest
 import torch
 
-from kernels.cpu import has_amx, multiplies_bf16_fast
+from kernels.hardware import has_amx, multiplies_bf16_fast
 
 LIMITS = {
     "": (True, True), "ALL": (True, True), "AVX2": (False, False), "AVX512_CORE": (False, False),
     "AVX512_CORE_VNNI": (False, False), "avx512_core_vnni": (False, False), "AVX512_CORE_BF16": (True, False),
     "AVX10_1_512": (True, False), "AVX512_CORE_AMX": (True, True), "AVX10_1_512_AMX": (True, True),
 }  # fmt: skip
-"""(fast BF16, AMX) of a processor with both, by oneDNN's limit."""
+"""(fast BF16, AMX) of a processor with both, under a limit of oneDNN."""
 
 
 @pytest.fixture
@@ -25,20 +25,20 @@ def unlimited(monkeypatch):
 
 @pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
 @pytest.mark.parametrize("limit", LIMITS)
-def test_a_limit_of_onednn_is_obeyed(variable, limit, unlimited):
+def test_limits_of_onednn_apply(variable, limit, unlimited):
     unlimited.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     unlimited.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     unlimited.setenv(variable, limit)
     assert (multiplies_bf16_fast("cpu"), has_amx()) == LIMITS[limit]
 
 
-def test_what_the_hardware_lacks_is_not_there(unlimited):
+def test_missing_hardware_is_not_reported(unlimited):
     unlimited.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     unlimited.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert not multiplies_bf16_fast("cpu") and not has_amx()
 
 
-def test_without_onednn_nothing_in_bf16_is_fast(unlimited):
+def test_bf16_is_slow_without_onednn(unlimited):
     unlimited.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     unlimited.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not multiplies_bf16_fast("cpu")
@@ -49,13 +49,13 @@ def test_a_gpu_that_emulates_bf16_is_not_fast(monkeypatch):
     assert not multiplies_bf16_fast("cuda")
 
 
-def test_a_device_without_numbers_has_an_answer():
+def test_the_meta_device_has_an_answer():
     assert not multiplies_bf16_fast("meta")
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors count as slow unmeasured")
-def test_the_clock_agrees():
-    """By the shortest of many products, which other work does not lengthen."""
+def test_a_measurement_agrees():
+    """Compare the shortest of many products, which other load does not affect."""
     matrices = {dtype: torch.randn(384, 384).to(dtype) for dtype in (torch.float32, torch.bfloat16)}
     seconds = dict.fromkeys(matrices, 1.0)
     for _ in range(50):
