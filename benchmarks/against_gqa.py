@@ -33,10 +33,10 @@ from benchmarks.lib.harness import Result, make_parser, positive_int, run_benchm
 from benchmarks.lib.report import table
 from benchmarks.lib.timing import Timer, Timing, fastest, format_threads, speedup, time_interleaved, too_slow
 from model.cache import Cache
-from model.cache_filling import fill_random
+from model.cache.random_fill import fill_random
 from model.config import ModelConfig
 from model.errors import FiftyfoldError
-from model.rope import RotaryFrequencies
+from model.layers.rope import RotaryFrequencies
 from model.transformer import Transformer
 
 THEIRS, SDPA = "2 x GQA-8", "2 x GQA-8, SDPA"
@@ -158,7 +158,7 @@ class Bench:
         self.config = flash_pair(options.preset, feed_forward)
         torch.manual_seed(0)
         self.ours = {precision: Transformer(self.config).eval() for precision in PRECISIONS}
-        self.ours["bfloat16"].store_weights(torch.bfloat16)
+        self.ours["bfloat16"].cast_weights(torch.bfloat16)
         self.theirs = GroupedQueryPair(self.config)
         self._skipped: set[str] = set()
 

@@ -39,11 +39,12 @@ from benchmarks.lib.report import table
 from benchmarks.lib.start_up import start_up
 from benchmarks.lib.timing import Timer, Timing, format_threads, memory_bandwidth, speedup, time_interleaved
 from model.cache import Cache
+from model.cache.pages import growing_parts
 from model.config import CACHE_FORMATS, ModelConfig
-from model.gguf_format import WeightType, export_gguf
+from model.gguf import WeightType, export_gguf
 from model.hf import export_pretrained, import_pretrained
-from model.paging import growing_parts
-from model.precision import Precision
+from model.mixers.csa import CompressedSparseAttention
+from model.precision import main_layout
 from model.transformer import Transformer
 
 EQUAL_BYTES: dict[str, WeightType] = {"float32": "f32", "bfloat16": "f16"}
@@ -291,12 +292,12 @@ def attended_bytes(config: ModelConfig, depth: int, element_bytes: float | None 
     These are all index keys, ``index_topk`` csa entries, all hca entries, and the windows, in our packed formats or
     with ``element_bytes`` per element.
     """
-    main = Precision(config).main_layout
+    main = main_layout(config)
     width = main.nbytes if element_bytes is None else config.head_dim * element_bytes
     total = 0.0
     for part in growing_parts(config).values():
         entries = depth // part.ratio
-        if part.component == "csa":
+        if part.component == CompressedSparseAttention.name:
             entries = min(entries, config.index_topk)
         size = part.layout.nbytes if element_bytes is None else part.layout.size * element_bytes
         total += entries * size

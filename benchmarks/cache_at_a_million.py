@@ -18,8 +18,8 @@ from benchmarks.lib import report
 from benchmarks.lib.harness import Result, make_parser, positive_int, run_benchmark, run_main
 from benchmarks.lib.timing import run_in_subprocess
 from model.cache import COMPONENTS
-from model.comparison import gqa8_account, with_gqa8
 from model.config import ModelConfig
+from model.costs import gqa8_costs, with_gqa8
 from model.errors import FiftyfoldError
 from model.presets import PRESETS
 from pipelines.reports.cache_measurement import Measurement, measure_cache
@@ -55,7 +55,7 @@ def measure(name: str, tokens: int, gqa_tokens: int) -> Pair:
     config = ModelConfig.from_preset(name)
     own = run_in_subprocess(measure_cache, config, tokens)
     gqa = run_in_subprocess(measure_cache, with_gqa8(config), gqa_tokens)
-    return Pair(name, own, gqa, gqa8_account(config).cache_bytes(tokens))
+    return Pair(name, own, gqa, gqa8_costs(config).cache_bytes(tokens))
 
 
 def tables(pairs: list[Pair]) -> str:

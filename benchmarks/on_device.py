@@ -19,7 +19,7 @@ import torch
 from benchmarks.lib.harness import Result, make_parser, positive_int, run_benchmark, run_main
 from benchmarks.lib.report import table
 from model.cache import Cache
-from model.cache_filling import fill_random
+from model.cache.random_fill import fill_random
 from model.config import ModelConfig
 from model.errors import FiftyfoldError
 from model.generation import prefill
@@ -39,7 +39,7 @@ class Bench:
         self.model = Transformer(config.replace(max_positions=max(config.max_positions, *options.lengths)))
         self.model.eval().to(self.device)
         if weights != "float32":
-            self.model.store_weights(getattr(torch, weights))
+            self.model.cast_weights(getattr(torch, weights))
 
     def row(self, length: int) -> list[str]:
         """Time prefill and decoding of the last tokens before ``length``. Returns a table row."""

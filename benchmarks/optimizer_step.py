@@ -19,9 +19,8 @@ from torch import nn
 from benchmarks.lib.harness import Result, make_parser, positive_int, run_benchmark, run_main
 from benchmarks.lib.report import table
 from benchmarks.lib.timing import Timer, format_threads, speedup, time_interleaved
-from kernels.newton_schulz.gram import SEGMENTS, multiplications
 from model.config import ModelConfig
-from model.muon import MuonAdamW, OptimizerConfig
+from model.optim import MuonAdamW, OptimizerConfig
 from model.transformer import Transformer
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -67,7 +66,7 @@ def row(name: str, comparison: Comparison, threads: int, rounds: int) -> list[st
 
 
 def muon_parameters(model: Transformer) -> tuple[list[tuple[str, nn.Parameter]], dict[str, tuple[int, ...]]]:
-    fused = model.fused_rows()
+    fused = model.split_sizes()
     groups = MuonAdamW(model.named_parameters(), CONFIG, fused).param_groups
     names = {name for group in groups if group["rule"] == "muon" for name in group["names"]}
     return [(name, p) for name, p in model.named_parameters() if name in names], fused
@@ -90,9 +89,11 @@ def share(options: argparse.Namespace, model: Transformer) -> str:
     timers = {"sequence": Timer(forward_and_backward, threads), "muon": comparison.timers(threads)["ours"]}
     times = time_interleaved(timers, options.rounds)
     per_token = times["sequence"].median / options.tokens
-    segment = SEGMENTS[torch.bfloat16]
+    segment = STEPS_PER_GRAM_MATRIX[torch.bfloat16]
     products = sum(
-        2 * multiplications(*sorted(m.shape), STEPS, segment) for name, p in named for m in matrices(p, fused.get(name))
+        2 * count_multiplications(*sorted(m.shape), STEPS, segment)
+        for name, p in named
+        for m in matrices(p, fused.get(name))
     )
     # 6 FLOPs per active weight and token; attention is not included, so the share is an upper bound.
     active = sum(

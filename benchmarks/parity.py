@@ -25,7 +25,7 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 from benchmarks.lib.harness import Result, make_parser, run_benchmark, run_main
 from model.cache import Cache
 from model.hf import import_pretrained
-from model.hf_names import sources
+from model.hf.names import sources
 from model.transformer import Transformer
 
 TOKENS = 300

@@ -34,8 +34,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.lib.harness import Result, make_parser, run_benchmark, run_main
 from benchmarks.lib.report import table
+from model.atomic_files import atomic_folder
 from model.errors import ConfigError
-from model.files import atomic_folder
 from pipelines.data.check import check_prepared
 from pipelines.data.manifest import read_manifest
 from pipelines.recipe.loading import load_recipe, with_overrides

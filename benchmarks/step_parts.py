@@ -18,7 +18,7 @@ from benchmarks.lib.report import table
 from benchmarks.lib.timing import Timer, Timing, speedup, time_interleaved
 from benchmarks.lib.training import training_step
 from model.config import ModelConfig
-from model.muon import MuonAdamW, OptimizerConfig
+from model.optim import MuonAdamW, OptimizerConfig
 from model.transformer import Transformer
 
 FULL, PLAIN_RESIDUALS = "all five choices", "plain residuals"
@@ -47,7 +47,7 @@ def time_variants(
             changes = {"layers": ("gqa",) * config.num_layers}
         model = Transformer(config.replace(**changes)).train()
         optimizer = MuonAdamW(
-            model.named_parameters(), OptimizerConfig(rule=rule, ns_dtype="bfloat16"), model.fused_rows()
+            model.named_parameters(), OptimizerConfig(rule=rule, ns_dtype="bfloat16"), model.split_sizes()
         )
         timers[name] = Timer(functools.partial(training_step, model, optimizer, ids), threads)
     return time_interleaved(timers, rounds)

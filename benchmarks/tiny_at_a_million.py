@@ -33,11 +33,11 @@ from benchmarks.lib.harness import Result, make_parser, positive_int, run_benchm
 from benchmarks.lib.report import table
 from benchmarks.lib.timing import PeakMemory, run_in_subprocess, trim_memory
 from model import checkpoint
+from model.atomic_files import atomic_folder
 from model.cache import Cache
+from model.cache.pages import PagePool
 from model.errors import DataError, FiftyfoldError
-from model.files import atomic_folder
 from model.generation import prefill
-from model.paging import PagePool
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
 from pipelines.recipe.loading import load_recipe
@@ -196,7 +196,7 @@ def measure(options: argparse.Namespace) -> Result:
         models = {precision: load_with_positions(folder, lengths[-1]) for precision in PRECISIONS}
         tokenizer = load_tokenizer(folder)
         origin = f"preset 'tiny' after {options.steps} steps" if options.checkpoint is None else f"'{folder.name}'"
-    models["bfloat16"].store_weights(torch.bfloat16)
+    models["bfloat16"].cast_weights(torch.bfloat16)
     result, lines = prefill_and_decode(models, text_ids(tokenizer, lengths[-1]), lengths, options)
     text = (
         f"Read by {origin}, {models['float32'].num_parameters() / 1e6:.2f}M parameters, in pieces of "

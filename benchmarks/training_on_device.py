@@ -23,10 +23,10 @@ import torch
 from benchmarks.lib.harness import Result, make_parser, positive_int, run_benchmark, run_main
 from benchmarks.lib.report import table
 from benchmarks.lib.training import training_loss
-from model.budget import decode_work
 from model.config import ModelConfig
+from model.costs import decode_work
 from model.errors import FiftyfoldError
-from model.muon import MuonAdamW, OptimizerConfig
+from model.optim import MuonAdamW, OptimizerConfig
 from model.transformer import Transformer
 
 BATCH_TOKENS = 500_000
@@ -48,8 +48,8 @@ def row(preset: str, options: argparse.Namespace) -> list[str]:
     config = config.replace(max_positions=max(config.max_positions, options.length))
     torch.manual_seed(0)
     model = Transformer(config).train().to(device)
-    model.recompute = options.recompute
-    optimizer = MuonAdamW(model.named_parameters(), OptimizerConfig(ns_dtype="bfloat16"), model.fused_rows())
+    model.activation_checkpointing = options.recompute
+    optimizer = MuonAdamW(model.named_parameters(), OptimizerConfig(ns_dtype="bfloat16"), model.split_sizes())
     ids = torch.randint(config.vocab_size, (options.rows, options.length + 1), device=device)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()

@@ -34,7 +34,7 @@ from benchmarks.lib.training import training_step
 from benchmarks.step_parts import FULL, PLAIN_RESIDUALS, time_variants
 from model.config import ModelConfig
 from model.hf import import_pretrained
-from model.muon import MuonAdamW, OptimizerConfig
+from model.optim import MuonAdamW, OptimizerConfig
 from model.transformer import Transformer
 
 ADAMW_NAMES = re.compile(r"embed_tokens|lm_head|position_bias|hc_head")
@@ -57,11 +57,11 @@ class Contender:
 
 def our_step(folder: Path, ids: Tensor, contender: Contender) -> tuple[Transformer, Callable[[], None]]:
     model = import_pretrained(folder).train()
-    model.recompute = contender.name == RECOMPUTED
+    model.activation_checkpointing = contender.name == RECOMPUTED
     if contender.name == EQUAL_WORK:
-        model.adopt(model.config.replace(qat=False))
+        model.config = model.config.replace(qat=False)
     config = OptimizerConfig(learning_rate=RATE, adamw_learning_rate=RATE, ns_dtype="bfloat16")
-    optimizer = MuonAdamW(model.named_parameters(), config, model.fused_rows())
+    optimizer = MuonAdamW(model.named_parameters(), config, model.split_sizes())
     return model, lambda: training_step(
         model, optimizer, ids, contender.autocast, token_loss_only=contender.name == EQUAL_WORK
     )

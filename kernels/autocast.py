@@ -1,4 +1,4 @@
-"""What ``torch.autocast`` means to parts that choose the types of their products themselves."""
+"""Helpers for operations that control their dtypes under ``torch.autocast``."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ from torch import Tensor
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The type in which products with ``x`` are taken here: autocast's, or its own."""
+    """Return the dtype of matrix products with ``x``: that of autocast if it is enabled, else that of ``x``."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x.to(dtype)`` without the call where nothing changes: one takes as long as a small operator."""
+    """Return ``x.to(dtype)``. Skips the call, which costs as much as a small operator, if the dtype is right."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
 def detached(x: Tensor) -> Tensor:
-    """``x.detach()``, likewise."""
+    """Return ``x.detach()``. Skips the call if ``x`` requires no gradient."""
     return x.detach() if x.requires_grad else x
 
 
 def in_float32(x: Tensor) -> AbstractContextManager:
-    """A context in which autocast is off for x's device: for what decides (routes, selections, mixing weights), which
-    would decide otherwise in training than in inference."""
+    """Return a context that disables autocast on the device of ``x``.
+
+    Routing, selection and mixing weights need it: in lower precision, training would choose differently from inference.
+    """
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

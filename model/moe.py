@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from kernels import native
 from kernels.autocast import cast, in_float32, product_dtype
-from kernels.expert_dispatch import by_expert, combine, dispatch, few_tokens, route, takes_few
+from kernels.expert_dispatch import by_expert, combine, dispatch
 from kernels.formats import FP4_BLOCK
+from kernels.fused_experts import fused_experts, prefers_fused
 from kernels.linear import linear
+from kernels.routing import route
 from kernels.swiglu import swiglu
 from model.feed_forward import DenseFeedForward
 from model.forward.context import Context
@@ -95,10 +97,10 @@ class MixtureOfExperts(nn.Module):
         logits, expert_ids, weights = self.route(x, input_ids, context)
         if self.training:
             self._record(logits, expert_ids, context)
-        if takes_few(x, self.w1):
+        if prefers_fused(x, self.w1):
             shared = () if self.shared is None else self.shared.weights
             experts = self.packed_experts() or self.stored_experts(context)
-            return few_tokens(x, expert_ids, weights, experts, shared, self.config.swiglu_limit)
+            return fused_experts(x, expert_ids, weights, experts, shared, self.config.swiglu_limit)
         out = self._run_experts(x.flatten(0, 1), expert_ids.flatten(0, 1), weights.flatten(0, 1), context).view(x.shape)
         return out if self.shared is None else out + self.shared(x)
 

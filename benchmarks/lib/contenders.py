@@ -16,11 +16,11 @@ from torch import Tensor
 
 from benchmarks.lib.timing import Timing, fastest, format_threads
 from model.cache import Cache
-from model.cache_filling import fill_random
+from model.cache.random_fill import fill_random
 from model.config import ModelConfig
 from model.generation import prefill
 from model.hf import export_pretrained, import_pretrained
-from model.hf_config import OWN_KEY
+from model.hf.config import OWN_KEY
 from model.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class OurNetwork:
     def __init__(self, folder: str | Path, precision: str = "float32"):
         self.model = import_pretrained(folder)
         if precision != "float32":
-            self.model.store_weights(getattr(torch, precision))
+            self.model.cast_weights(getattr(torch, precision))
 
     def new_cache(self, tokens: int) -> Cache:
         return Cache(self.model.config, 1, tokens)

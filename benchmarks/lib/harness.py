@@ -18,8 +18,8 @@ import torch
 
 from benchmarks.lib.machine import BackgroundLoad, Machine, system_info
 from benchmarks.lib.report import Page
+from model.atomic_files import atomic_file
 from model.errors import FiftyfoldError
-from model.files import atomic_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from model.atomic_files import write_text
 from model.errors import FiftyfoldError
-from model.files import write_text
 
 BEGIN, END = "<!-- table -->", "<!-- end of table -->"
 _SECTION = re.compile(r"^<!-- machine: (.+) -->\n", re.MULTILINE)

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.muon import MuonAdamW
-from model.telemetry import Telemetry
+from model.forward.aux_outputs import AuxOutputs
+from model.optim import MuonAdamW
 from model.transformer import Transformer
 
 
@@ -16,12 +16,12 @@ def training_loss(model: Transformer, ids: Tensor, autocast: bool = True, token_
 
     ``autocast`` computes in BF16. ``token_loss_only`` omits the auxiliary losses.
     """
-    telemetry = None if token_loss_only else Telemetry()
+    aux = None if token_loss_only else AuxOutputs()
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
-        logits = model(ids[:, :-1], telemetry=telemetry)
+        logits = model(ids[:, :-1], aux=aux)
     loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-    if telemetry is not None:
-        extras = (telemetry.loss(name) for name in ("indexer_kl", "balance"))
+    if aux is not None:
+        extras = (aux.loss(name) for name in ("indexer_kl", "balance"))
         loss = loss + sum(extra for extra in extras if extra is not None)
     return loss
 

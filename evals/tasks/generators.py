@@ -130,9 +130,11 @@ def _find_problem(context: str, answer: str, tokenizer: Tokenizer, window: int) 
 
 def _check_selection(task: str, length: int, tokens: int, config: ModelConfig) -> None:
     """Raise ConfigError if the indexer would select all entries."""
-    entries = tokens // config.csa_ratio
-    if "csa" in config.layers and entries <= config.index_topk:
+    if config.indexer_ratio is None:
+        return
+    entries = tokens // config.indexer_ratio
+    if entries <= config.index_topk:
         raise ConfigError(
             f"{task}: length {length} is vacuous: there are {entries} compressed entries before the first question, "
-            f"and a csa layer selects {config.index_topk} of them (index_topk)"
+            f"and indexers select {config.index_topk} of them (index_topk)"
         )

@@ -1,6 +1,6 @@
-"""Cache entries to bytes and back: the one definition of what an entry looks like in memory.
+"""Cache entries in memory: packing, unpacking, and access to rings and pages of packed rows.
 
-Native on a CPU without gradients (``cpu.cpp``), as written in ``reference.py`` elsewhere. ``backend=`` forces one.
+:class:`EntryLayout` is the single definition of an entry's bytes. All backends produce the same bits.
 """
 
 from __future__ import annotations
@@ -8,28 +8,41 @@ from __future__ import annotations
 from torch import Tensor
 
 from kernels import native
+from kernels.backends import get_backend
 from kernels.cache_io import cpu, reference
-from kernels.cache_io.paged import PagedRows, Pages
-from kernels.cache_io.reference import EntryLayout
+from kernels.cache_io.layout import EntryLayout
+from kernels.cache_io.pages import PagedRows, Pages
+
+__all__ = ["BACKENDS", "EntryLayout", "PagedRows", "Pages", "backend_for", "pack", "unpack", "write_ring"]
 
 BACKENDS = {"reference": reference, "cpu": cpu}
 
 
+def backend_for(x: Tensor) -> str:
+    """Return the backend for x: floats to pack, packed bytes, or a ring."""
+    runs_natively = native.serves(x) if x.is_floating_point() else x.is_cpu and native.level() is not None
+    return "cpu" if runs_natively else "reference"
+
+
 def pack(x: Tensor, layout: EntryLayout, backend: str | None = None) -> Tensor:
-    """See :func:`kernels.cache_io.reference.pack`."""
-    return BACKENDS[backend or ("cpu" if native.serves(x) else "reference")].pack(x, layout)
+    """Pack entries, float [..., layout.size], into rows, uint8 [..., layout.nbytes]. No gradient.
+
+    The ``cpu`` backend requires float32.
+    """
+    return get_backend(BACKENDS, backend or backend_for(x)).pack(x, layout)
 
 
 def unpack(packed: Tensor, layout: EntryLayout, backend: str | None = None) -> Tensor:
-    """See :func:`kernels.cache_io.reference.unpack`."""
-    runs = "cpu" if packed.is_cpu and native.level() is not None else "reference"
-    return BACKENDS[backend or runs].unpack(packed, layout)
+    """Unpack rows, uint8 [..., layout.nbytes], into entries, float32 [..., layout.size]."""
+    return get_backend(BACKENDS, backend or backend_for(packed)).unpack(packed, layout)
 
 
 def write_ring(ring: Tensor, rows: Tensor, ends: list[int], backend: str | None = None) -> None:
-    """See :func:`kernels.cache_io.reference.write_ring`."""
-    runs = "cpu" if ring.is_cpu and native.level() is not None else "reference"
-    BACKENDS[backend or runs].write_ring(ring, rows, ends)
+    """Write the newest rows of every sequence into its ring buffer, in place.
 
-
-__all__ = ["BACKENDS", "EntryLayout", "PagedRows", "Pages", "pack", "unpack", "write_ring"]
+    Args:
+        ring: [B, capacity, width], any dtype. The row of position p is at index ``p % capacity``.
+        rows: [B, n, width], the dtype of ``ring``, with n at most the capacity.
+        ends: One past the position of the last row, for each sequence.
+    """
+    get_backend(BACKENDS, backend or backend_for(ring)).write_ring(ring, rows, ends)

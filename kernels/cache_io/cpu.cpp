@@ -1,4 +1,4 @@
-// Cache entries to bytes and back, and into the rings and pages of a cache.
+// Packing and unpacking of cache entries, and writes to ring buffers.
 #include "../native/common.h"
 
 namespace fiftyfold {
@@ -35,13 +35,14 @@ Tensor unpack(const Tensor& packed, at::IntArrayRef spec) {
   return out;
 }
 
-// Write rows [B, n, ...] of any type into ring [B, capacity, ...] before positions `ends`, one for each sequence.
+// Write rows [B, n, width] of any dtype into ring [B, capacity, width]. The last row of sequence b has position
+// ends[b] - 1; position p is at index p % capacity.
 void write_ring(Tensor& ring, const Tensor& given, at::IntArrayRef ends) {
   const Tensor rows = given.contiguous();
   TORCH_CHECK_VALUE(ring.is_contiguous() && ring.dim() == 3 && rows.dim() == 3 && ring.scalar_type() == rows.scalar_type() &&
                         ring.size(2) == rows.size(2) && ring.size(0) == rows.size(0) &&
                         static_cast<int64_t>(ends.size()) == rows.size(0) && rows.size(1) <= ring.size(1),
-                    "write_ring: rows ", rows.sizes(), " do not fit ring ", ring.sizes());
+                    "write_ring: rows ", rows.sizes(), " do not match ring ", ring.sizes());
   const int64_t width = rows.size(2) * rows.element_size(), n = rows.size(1), capacity = ring.size(1);
   auto* to = static_cast<uint8_t*>(ring.mutable_data_ptr());
   const auto* from = static_cast<const uint8_t*>(rows.const_data_ptr());

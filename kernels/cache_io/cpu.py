@@ -1,4 +1,4 @@
-"""Packing by native operators."""
+"""Packing of cache entries by native operators."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from torch import Tensor
 
 from kernels import native
 from kernels.autocast import detached
-from kernels.cache_io.reference import EntryLayout
+from kernels.cache_io.layout import EntryLayout
 
 
 def pack(x: Tensor, layout: EntryLayout) -> Tensor:
-    """:func:`kernels.cache_io.reference.pack` for float32 x."""
+    """Implement :func:`kernels.cache_io.pack` for float32 x."""
     return native.op("pack")(detached(x), layout.spec)
 
 
 def unpack(packed: Tensor, layout: EntryLayout) -> Tensor:
-    """:func:`kernels.cache_io.reference.unpack`."""
+    """Implement :func:`kernels.cache_io.unpack`."""
     return native.op("unpack")(packed, layout.spec)
 
 
 def write_ring(ring: Tensor, rows: Tensor, ends: list[int]) -> None:
-    """:func:`kernels.cache_io.reference.write_ring`."""
+    """Implement :func:`kernels.cache_io.write_ring`."""
     native.op("write_ring")(ring, rows, ends)

@@ -1,20 +1,20 @@
-"""Pooling of neighboring tokens into one compressed entry.
-
-Native on a CPU without gradients (``cpu.cpp``), as written in ``reference.py`` elsewhere. ``backend=`` forces one and
-:func:`backend_for` tells which one runs.
-"""
+"""Compression of neighboring tokens into one entry by gated pooling (report eq. 9-12 with overlap, 20-23 without)."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from kernels import native
+from kernels.backends import get_backend
 from kernels.compress import cpu, reference
+
+__all__ = ["BACKENDS", "backend_for", "compress"]
 
 BACKENDS = {"reference": reference, "cpu": cpu}
 
 
-def backend_for(rows: Tensor, starts: Tensor | None) -> str:
+def backend_for(rows: Tensor, starts: Tensor | None = None) -> str:
+    """Return the backend for rows. The ``cpu`` backend supports neither gradients nor packed documents."""
     return "cpu" if starts is None and native.serves(rows) else "reference"
 
 
@@ -26,8 +26,22 @@ def compress(
     starts: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """See :func:`kernels.compress.reference.compress`."""
-    return BACKENDS[backend or backend_for(rows, starts)].compress(rows, bias, overlap, has_previous, starts)
+    """Pool blocks of ``m`` tokens into one entry each, by a softmax over tokens for every channel.
 
+    Without overlap, w = c, and an entry pools the m rows of its block. With overlap, w = 2c and an entry pools 2m rows:
+    channels [c:] of its own block and channels [:c] of the block before. The first block of a sequence has no
+    predecessor.
 
-__all__ = ["BACKENDS", "backend_for", "compress"]
+    Args:
+        rows: float32 [B, n * m, 2w]: values and gates, concatenated, of n complete blocks.
+        bias: float32 [m, w], added to the gates by position in the block.
+        overlap: Whether entries also pool the preceding block.
+        has_previous: Whether the first block only serves as the predecessor of the second and has no entry.
+        starts: bool [B, n], True for blocks that begin a packed document and so have no predecessor.
+
+    Returns:
+        float32 [B, n, c], or [B, n - 1, c] with ``has_previous``.
+    """
+    return get_backend(BACKENDS, backend or backend_for(rows, starts)).compress(
+        rows, bias, overlap, has_previous, starts
+    )

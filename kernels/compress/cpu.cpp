@@ -1,17 +1,17 @@
-// Gated pooling of neighboring tokens, one entry at a time.
+// Gated pooling of neighboring tokens.
 #include "../native/common.h"
 
 namespace fiftyfold {
 namespace {
 
-// rows float32 [B, n * m, 2w]: values beside gates; bias float32 [m, w], added to the gates. Without overlap w = c and an
-// entry pools its own m rows. With overlap w = 2c: channels [c:] belong to the row's own block, channels [:c] to the one
-// after it. With `has_previous` the first block is only the predecessor of the second. float32 [B, n or n - 1, c].
+// rows float32 [B, n * m, 2w] (values and gates), bias float32 [m, w], added to the gates. Without overlap, w = c and an
+// entry pools its own m rows. With overlap, w = 2c: channels [c:] belong to the block of the row, channels [:c] to the
+// next block. With `has_previous`, the first block has no entry. Returns float32 [B, n or n - 1, c].
 Tensor compress(const Tensor& input, const Tensor& biases, bool overlap, bool has_previous) {
   const Tensor rows = contiguous_float(input, "compress: rows"), bias = contiguous_float(biases, "compress: bias");
   const int64_t m = bias.size(0), w = bias.size(1), c = overlap ? w / 2 : w, B = rows.size(0), n = rows.size(1) / m;
   TORCH_CHECK_VALUE(rows.dim() == 3 && rows.size(2) == 2 * w && n * m == rows.size(1) && n >= has_previous,
-                    "compress: rows ", rows.sizes(), " and bias ", bias.sizes(), " do not fit");
+                    "compress: rows ", rows.sizes(), " and bias ", bias.sizes(), " do not match");
   const int64_t made = n - has_previous;
   Tensor out = at::empty({B, made, c}, rows.options());
   const float *x = rows.const_data_ptr<float>(), *a = bias.const_data_ptr<float>();
@@ -24,7 +24,7 @@ Tensor compress(const Tensor& input, const Tensor& biases, bool overlap, bool ha
       std::fill(peak.begin(), peak.end(), -INFINITY);
       std::fill(total.begin(), total.end(), 0.0f);
       std::fill(result, result + c, 0.0f);
-      // The rows that the entry pools: m of the block before, by their first channels, then its own, by their last.
+      // Visit the pooled rows: m of the preceding block with channels [:c], then m of the own block with channels [c:].
       const int64_t before = overlap && block > 0 ? m : 0;
       auto each = [&](auto use) {
         for (int64_t i = -before; i < m; ++i) {

@@ -10,7 +10,7 @@ from kernels import native
 def compress(
     rows: Tensor, bias: Tensor, overlap: bool, has_previous: bool = False, starts: Tensor | None = None
 ) -> Tensor:
-    """:func:`kernels.compress.reference.compress` for float32 rows of whole sequences, without gradients."""
+    """Implement :func:`kernels.compress.compress` without gradients. Raises ValueError for packed documents."""
     if starts is not None:
-        raise ValueError("compress: the cpu backend knows no packed documents")
+        raise ValueError("compress: the cpu backend does not support packed documents")
     return native.op("compress")(rows, bias, overlap, has_previous)

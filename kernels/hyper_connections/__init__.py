@@ -1,7 +1,8 @@
-"""Manifold-constrained hyper-connections: several residual streams, mixed by doubly stochastic matrices.
+"""Manifold-constrained hyper-connections (mHC): residual streams mixed by doubly stochastic matrices.
 
-On a CPU they run as native operators (``cpu.cpp``), or without those as batched products (``batched.py``); elsewhere as
-written in ``reference.py``. ``backend=`` forces one and :func:`backend_for` tells which one runs.
+A block F is wrapped as ``X' = comb^T X + post F(pre X)`` for n streams X (report 2.2; mHC paper, arXiv 2512.24880).
+:func:`hc_pre` computes the input of F and the weights of every token, :func:`hc_post` the new streams, and
+:func:`hc_head` the input of the final norm. All weights are float32.
 """
 
 from __future__ import annotations
@@ -9,20 +10,24 @@ from __future__ import annotations
 from torch import Tensor
 
 from kernels import native
-from kernels.hyper_connections import batched, cpu, reference
-from kernels.hyper_connections.recomputed import RecomputedStreams
+from kernels.backends import get_backend
+from kernels.hyper_connections import cpu, eager, reference
+from kernels.hyper_connections.recomputed_streams import RecomputedStreams
 from kernels.hyper_connections.reference import sinkhorn
 
-BACKENDS = {"reference": reference, "batched": batched, "cpu": cpu}
+__all__ = ["BACKENDS", "RecomputedStreams", "backend_for", "hc_head", "hc_post", "hc_pre", "sinkhorn"]
+
+BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu}
 
 
-def backend_for(x: Tensor) -> str:
-    if native.serves(x, backward=True) and x.shape[-2] <= cpu.MAX_STREAMS:
+def backend_for(streams: Tensor) -> str:
+    """Return the backend for streams [B, S, n, d]. All of them have gradients."""
+    if native.serves(streams, backward=True) and streams.shape[-2] <= cpu.MAX_STREAMS:
         return "cpu"
-    return "batched" if x.device.type == "cpu" and x.dtype.itemsize == 4 else "reference"
+    return "eager" if streams.is_cpu and streams.dtype.itemsize == 4 else "reference"
 
 
-def enter(
+def hc_pre(
     streams: Tensor,
     fn: Tensor,
     scale: Tensor,
@@ -32,12 +37,43 @@ def enter(
     norm_eps: float,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See :func:`kernels.hyper_connections.reference.enter`."""
-    chosen = BACKENDS[backend or backend_for(streams)]
-    return chosen.enter(streams, fn, scale, base, iterations, eps, norm_eps)
+    """Compute the input of a block and the weights of its output.
+
+    Args:
+        streams: float32 [B, S, n, d].
+        fn: [2n + n * n, n * d], projection of the normalized streams to the logits of pre, post and comb, in order.
+        scale: [3], factors of the logits of pre, post and comb.
+        base: [2n + n * n], biases of the logits.
+        iterations: Sinkhorn iterations of comb.
+        eps: Added to pre and to the sums of the Sinkhorn iterations.
+        norm_eps: Added to the mean square of the streams.
+
+    Returns:
+        The input of the block [B, S, d], post [B, S, n], comb [B, S, n, n] (source stream, target stream), and the
+        streams. If gradients are recorded, :func:`hc_post` must receive the returned streams: their gradient is then
+        accumulated in place.
+    """
+    return get_backend(BACKENDS, backend or backend_for(streams)).hc_pre(
+        streams, fn, scale, base, iterations, eps, norm_eps
+    )
 
 
-def head(
+def hc_post(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor, backend: str | None = None) -> Tensor:
+    """Return the streams after a block: ``out[k] = sum_j comb[j, k] * streams[j] + post[k] * output``.
+
+    Args:
+        streams: float32 [B, S, n, d].
+        comb: float32 [B, S, n, n], from :func:`hc_pre`.
+        post: float32 [B, S, n], from :func:`hc_pre`.
+        output: [B, S, d], the output of the block, float32 or BF16.
+
+    Returns:
+        float32 [B, S, n, d].
+    """
+    return get_backend(BACKENDS, backend or backend_for(streams)).hc_post(streams, comb, post, output)
+
+
+def hc_head(
     streams: Tensor,
     fn: Tensor,
     scale: Tensor,
@@ -46,13 +82,8 @@ def head(
     norm_eps: float,
     backend: str | None = None,
 ) -> Tensor:
-    """See :func:`kernels.hyper_connections.reference.head`."""
-    return BACKENDS[backend or backend_for(streams)].head(streams, fn, scale, base, eps, norm_eps)
+    """Collapse the streams of the last layer, float32 [B, S, n, d], to [B, S, d].
 
-
-def expand(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor, backend: str | None = None) -> Tensor:
-    """See :func:`kernels.hyper_connections.reference.expand`."""
-    return BACKENDS[backend or backend_for(streams)].expand(streams, comb, post, output)
-
-
-__all__ = ["BACKENDS", "RecomputedStreams", "backend_for", "enter", "expand", "head", "sinkhorn"]
+    The weights are computed as pre in :func:`hc_pre`, from fn [n, n * d], scale [1] and base [n].
+    """
+    return get_backend(BACKENDS, backend or backend_for(streams)).hc_head(streams, fn, scale, base, eps, norm_eps)

@@ -1,7 +1,6 @@
-// Manifold-constrained hyper-connections, forward and backward: each token's streams are read once a pass.
+// Manifold-constrained hyper-connections, forward and backward. Every pass reads the streams of a token once.
 //
-// Mixing weights are computed for kLanes tokens side by side, one in each vector lane: a 4 x 4 matrix has too few
-// elements to fill a vector by itself.
+// Weights are computed for kLanes tokens at a time, one per vector lane, because a 4 x 4 matrix does not fill a vector.
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
@@ -12,7 +11,7 @@ namespace {
 
 constexpr int64_t kLanes = 16;
 constexpr int64_t kMaxStreams = 8;
-constexpr int64_t kColumns = 256;  // columns of fn that stay in the first-level cache with a tile of tokens
+constexpr int64_t kColumns = 256;  // columns of fn that fit into the first-level cache along with a tile of tokens
 
 using Lane = float[kLanes];
 
@@ -24,12 +23,12 @@ struct Shape {
 Shape shape_of(const Tensor& streams, const Tensor& fn) {
   TORCH_CHECK_VALUE(streams.scalar_type() == at::kFloat && streams.dim() == 4 && streams.is_contiguous() &&
                         streams.size(2) <= kMaxStreams && fn.size(-1) == streams.size(2) * streams.size(3),
-                    "hyper_connections: streams ", streams.sizes(), " and fn ", fn.sizes(), " do not fit");
+                    "hyper_connections: streams ", streams.sizes(), " and fn ", fn.sizes(), " do not match");
   TORCH_CHECK_VALUE(fn.is_contiguous(), "hyper_connections: expected a contiguous fn");
   return {streams.size(0) * streams.size(1), streams.size(2), streams.size(3), fn.size(0)};
 }
 
-// --- mixing weights of kLanes tokens; matrices are [n * n][kLanes], rows before columns
+// --- weights of kLanes tokens; matrices are row-major, [n * n][kLanes]
 
 void divide_by_sums(Lane* matrix, int64_t n, bool over_rows, float eps, Lane* inverse) {
   const int64_t step = over_rows ? n : 1, line = over_rows ? 1 : n;
@@ -65,7 +64,7 @@ void softmax_rows(Lane* matrix, int64_t n) {
   }
 }
 
-// Half-step h divides by sums over rows (dim 0) where h is even, over columns where it is odd.
+// Even half-steps divide by column sums (over dim 0), odd ones by row sums.
 void sinkhorn(Lane* matrix, int64_t n, int64_t iterations, float eps) {
   Lane inverse[kMaxStreams];
   softmax_rows(matrix, n);
@@ -75,11 +74,11 @@ void sinkhorn(Lane* matrix, int64_t n, int64_t iterations, float eps) {
   for (int64_t h = 0; h < 2 * iterations - 1; ++h) divide_by_sums(matrix, n, h % 2 == 0, eps, inverse);
 }
 
-// The gradient of the logits in place of the gradient of sinkhorn's result. The half-steps are computed again.
+// Replace the gradient of the result of sinkhorn by that of its logits. Recomputes the half-steps.
 void sinkhorn_backward(const Lane* logits, Lane* grad, int64_t n, int64_t iterations, float eps, std::vector<float>& memory) {
   const int64_t halves = 2 * iterations - 1, size = n * n;
   memory.resize((halves + 1) * (size + n) * kLanes);
-  auto* kept = reinterpret_cast<Lane*>(memory.data());  // the softmax, then every half-step's result
+  auto* kept = reinterpret_cast<Lane*>(memory.data());  // the softmax, then the result of every half-step
   auto* inverse = kept + (halves + 1) * size;
   std::memcpy(kept, logits, size * sizeof(Lane));
   softmax_rows(kept, n);
@@ -118,10 +117,10 @@ void sinkhorn_backward(const Lane* logits, Lane* grad, int64_t n, int64_t iterat
   }
 }
 
-// Which of the three scales weight w belongs to: pre, post, comb.
+// Index of the scale of weight w: pre, post or comb.
 inline int64_t kind_of(int64_t w, int64_t n) { return w < n ? 0 : (w < 2 * n ? 1 : 2); }
 
-// Logits of the weights [weights][kLanes] of `count` tokens from `first` on: raw / rms * scale + base.
+// Logits [weights][kLanes] of `count` tokens starting at `first`: raw / rms * scale + base.
 void logits_of(const float* raw, const float* inverse_rms, const float* scale, const float* base, const Shape& s,
                int64_t first, int64_t count, Lane* logits) {
   for (int64_t w = 0; w < s.weights; ++w) {
@@ -133,7 +132,8 @@ void logits_of(const float* raw, const float* inverse_rms, const float* scale, c
   }
 }
 
-// raw [tokens, weights]: fn times every token's streams side by side; and the inverse root mean square [tokens].
+// Returns raw [tokens, weights], the product of fn with the concatenated streams of every token, and their inverse root
+// mean square [tokens].
 std::pair<Tensor, Tensor> normalized_product(const Tensor& streams, const Tensor& fn, const Shape& s, float norm_eps) {
   const Tensor flat = streams.view({s.tokens, s.width()});
   Tensor inverse_rms = at::empty({s.tokens}, streams.options());
@@ -170,11 +170,11 @@ void collapse(const float* streams, const Lane* pre, int64_t lane, const Shape& 
 
 int64_t tiles_of(const Shape& s) { return (s.tokens + kLanes - 1) / kLanes; }
 
-// The way into a block: its input [B, S, d], post [B, S, n], comb [B, S, n, n], and for the backward pass the raw
-// product [tokens, 2n + n * n] and the inverse root mean square [tokens].
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> enter(const Tensor& streams, const Tensor& fn, const Tensor& scale,
-                                                        const Tensor& base, int64_t iterations, double eps,
-                                                        double norm_eps) {
+// Returns the input of a block [B, S, d], post [B, S, n], comb [B, S, n, n] and, for the backward pass, the raw product
+// [tokens, 2n + n * n] and the inverse root mean square [tokens].
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hc_pre(const Tensor& streams, const Tensor& fn, const Tensor& scale,
+                                                         const Tensor& base, int64_t iterations, double eps,
+                                                         double norm_eps) {
   const Shape s = shape_of(streams, fn);
   TORCH_CHECK_VALUE(s.weights == 2 * s.n + s.n * s.n, "hyper_connections: fn has ", s.weights, " rows");
   auto [raw, inverse_rms] = normalized_product(streams, fn, s, static_cast<float>(norm_eps));
@@ -207,8 +207,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> enter(const Tensor& streams, 
   return {x, post, comb, raw, inverse_rms};
 }
 
-// Streams [B, S, n, d] to [B, S, d] by weights from fn [n, n * d], scale [1] and base [n].
-Tensor head(const Tensor& streams, const Tensor& fn, const Tensor& scale, const Tensor& base, double eps, double norm_eps) {
+// Collapse streams [B, S, n, d] to [B, S, d], with weights from fn [n, n * d], scale [1] and base [n].
+Tensor hc_head(const Tensor& streams, const Tensor& fn, const Tensor& scale, const Tensor& base, double eps,
+               double norm_eps) {
   const Shape s = shape_of(streams, fn);
   TORCH_CHECK_VALUE(s.weights == s.n, "hyper_connections: fn of the head has ", s.weights, " rows");
   auto [raw, inverse_rms] = normalized_product(streams, fn, s, static_cast<float>(norm_eps));
@@ -229,16 +230,16 @@ Tensor head(const Tensor& streams, const Tensor& fn, const Tensor& scale, const 
   return x;
 }
 
-// Gradients of streams, fn, scale and base from those of x [B, S, d], post, comb and, where something later used the
-// streams, `later` [B, S, n, d].
-std::tuple<Tensor, Tensor, Tensor, Tensor> enter_backward(
+// Gradients of streams, fn, scale and base from those of x [B, S, d], post and comb, and from `later` [B, S, n, d], the
+// gradient of later uses of the streams, if there are any.
+std::tuple<Tensor, Tensor, Tensor, Tensor> hc_pre_backward(
     const Tensor& grad_x, const Tensor& grad_post, const Tensor& grad_comb, const std::optional<Tensor>& later,
     const Tensor& streams, const Tensor& fn, const Tensor& scale, const Tensor& base, const Tensor& raw,
     const Tensor& inverse_rms, int64_t iterations, double eps) {
   const Shape s = shape_of(streams, fn);
   const int64_t n = s.n, D = s.width(), tiles = tiles_of(s);
   Tensor grad_streams = at::empty_like(streams), grad_raw = at::empty_like(raw);
-  // One row for every tile, added up in order afterwards: the sums do not depend on the threads.
+  // One row per tile, summed in order at the end: the sums do not depend on the number of threads.
   Tensor partial = at::zeros({tiles, s.weights + 3}, streams.options());
   const float *product = raw.const_data_ptr<float>(), *rms = inverse_rms.const_data_ptr<float>();
   const float *gains = scale.const_data_ptr<float>(), *biases = base.const_data_ptr<float>();
@@ -291,7 +292,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> enter_backward(
           const int64_t t = first + l;
           const float shrink = -through_norm[l] * rms[t] * rms[t] * rms[t] / static_cast<float>(D);
           const float* g = graw + t * s.weights;
-          // A piece of columns lies in one stream or reaches into the next.
+          // A range of columns may span several streams.
           for (int64_t c = column; c < std::min(D, column + kColumns);) {
             const int64_t j = c / s.d, stop = std::min({D, column + kColumns, (j + 1) * s.d});
             const float weight = pre[j][l];
@@ -321,9 +322,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> enter_backward(
   return {grad_streams, grad_fn, totals.slice(0, s.weights), totals.slice(0, 0, s.weights)};
 }
 
-// out[k] = sum_j comb[j, k] streams[j] + post[k] output, for output float32 or BF16 [B, S, d].
+// out[k] = sum_j comb[j, k] * streams[j] + post[k] * output, for one token; output is float32 or BF16 [d].
 template <int64_t N, typename T>
-void expand_token(const float* x, const float* comb, const float* post, const T* output, int64_t n, int64_t d, float* out) {
+void post_token(const float* x, const float* comb, const float* post, const T* output, int64_t n, int64_t d, float* out) {
   const int64_t count = N ? N : n;
   for (int64_t k = 0; k < count; ++k) {
     float* to = out + k * d;
@@ -341,39 +342,39 @@ void expand_token(const float* x, const float* comb, const float* post, const T*
 }
 
 template <typename T>
-void expand_all(const Tensor& streams, const Tensor& comb, const Tensor& post, const T* output, Tensor& out) {
+void post_all(const Tensor& streams, const Tensor& comb, const Tensor& post, const T* output, Tensor& out) {
   const int64_t n = streams.size(2), d = streams.size(3), tokens = streams.size(0) * streams.size(1);
   const float *x = streams.const_data_ptr<float>(), *c = comb.const_data_ptr<float>(), *p = post.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();
   parallel_rows(tokens, 4 * n * d, [&](int64_t t) {
-    auto run = n == 4 ? expand_token<4, T> : expand_token<0, T>;
+    auto run = n == 4 ? post_token<4, T> : post_token<0, T>;
     run(x + t * n * d, c + t * n * n, p + t * n, output + t * d, n, d, to + t * n * d);
   });
 }
 
-void check_expand(const Tensor& streams, const Tensor& comb, const Tensor& post, const Tensor& output) {
+void check_post(const Tensor& streams, const Tensor& comb, const Tensor& post, const Tensor& output) {
   const int64_t n = streams.size(2), tokens = streams.size(0) * streams.size(1);
   TORCH_CHECK_VALUE(streams.is_contiguous() && comb.is_contiguous() && post.is_contiguous() && output.is_contiguous() &&
                         comb.numel() == tokens * n * n && post.numel() == tokens * n &&
                         output.numel() == tokens * streams.size(3) &&
                         (output.scalar_type() == at::kFloat || output.scalar_type() == at::kBFloat16),
-                    "hyper_connections: streams ", streams.sizes(), " and output ", output.sizes(), " do not fit");
+                    "hyper_connections: streams ", streams.sizes(), " and output ", output.sizes(), " do not match");
 }
 
-Tensor expand(const Tensor& streams, const Tensor& comb, const Tensor& post, const Tensor& output) {
-  check_expand(streams, comb, post, output);
+Tensor hc_post(const Tensor& streams, const Tensor& comb, const Tensor& post, const Tensor& output) {
+  check_post(streams, comb, post, output);
   Tensor out = at::empty_like(streams);
   if (output.scalar_type() == at::kFloat) {
-    expand_all(streams, comb, post, output.const_data_ptr<float>(), out);
+    post_all(streams, comb, post, output.const_data_ptr<float>(), out);
   } else {
-    expand_all(streams, comb, post, reinterpret_cast<const uint16_t*>(output.const_data_ptr<BFloat16>()), out);
+    post_all(streams, comb, post, reinterpret_cast<const uint16_t*>(output.const_data_ptr<BFloat16>()), out);
   }
   return out;
 }
 
 template <int64_t N, typename T>
-void expand_token_backward(const float* g, const float* x, const float* comb, const float* post, const T* output, int64_t n,
-                           int64_t d, float* grad_x, float* grad_comb, float* grad_post, float* grad_output) {
+void post_token_backward(const float* g, const float* x, const float* comb, const float* post, const T* output, int64_t n,
+                         int64_t d, float* grad_x, float* grad_comb, float* grad_post, float* grad_output) {
   const int64_t count = N ? N : n;
   for (int64_t j = 0; j < count; ++j) {
     const float* row = x + j * d;
@@ -409,33 +410,34 @@ void expand_token_backward(const float* g, const float* x, const float* comb, co
 }
 
 template <typename T>
-void expand_all_backward(const Tensor& grad, const Tensor& streams, const Tensor& comb, const Tensor& post, const T* output,
-                         Tensor& grad_streams, Tensor& grad_comb, Tensor& grad_post, Tensor& grad_output) {
+void post_all_backward(const Tensor& grad, const Tensor& streams, const Tensor& comb, const Tensor& post, const T* output,
+                       Tensor& grad_streams, Tensor& grad_comb, Tensor& grad_post, Tensor& grad_output) {
   const int64_t n = streams.size(2), d = streams.size(3), tokens = streams.size(0) * streams.size(1);
   const float *g = grad.const_data_ptr<float>(), *x = streams.const_data_ptr<float>();
   const float *c = comb.const_data_ptr<float>(), *p = post.const_data_ptr<float>();
   float *gs = grad_streams.mutable_data_ptr<float>(), *gc = grad_comb.mutable_data_ptr<float>();
   float *gp = grad_post.mutable_data_ptr<float>(), *go = grad_output.mutable_data_ptr<float>();
   parallel_rows(tokens, 10 * n * d, [&](int64_t t) {
-    auto run = n == 4 ? expand_token_backward<4, T> : expand_token_backward<0, T>;
+    auto run = n == 4 ? post_token_backward<4, T> : post_token_backward<0, T>;
     run(g + t * n * d, x + t * n * d, c + t * n * n, p + t * n, output + t * d, n, d, gs + t * n * d, gc + t * n * n,
         gp + t * n, go + t * d);
   });
 }
 
-// Gradients of streams, comb, post and (float32) output.
-std::tuple<Tensor, Tensor, Tensor, Tensor> expand_backward(const Tensor& upstream, const Tensor& streams, const Tensor& comb,
-                                                          const Tensor& post, const Tensor& output) {
-  check_expand(streams, comb, post, output);
+// Gradients of streams, comb, post and output, all float32.
+std::tuple<Tensor, Tensor, Tensor, Tensor> hc_post_backward(const Tensor& upstream, const Tensor& streams,
+                                                            const Tensor& comb, const Tensor& post,
+                                                            const Tensor& output) {
+  check_post(streams, comb, post, output);
   const Tensor grad = contiguous_float(upstream, "hyper_connections: grad");
   Tensor grad_streams = at::empty_like(streams), grad_comb = at::empty_like(comb), grad_post = at::empty_like(post);
   Tensor grad_output = at::empty(output.sizes(), streams.options());
   if (output.scalar_type() == at::kFloat) {
-    expand_all_backward(grad, streams, comb, post, output.const_data_ptr<float>(), grad_streams, grad_comb, grad_post,
-                        grad_output);
+    post_all_backward(grad, streams, comb, post, output.const_data_ptr<float>(), grad_streams, grad_comb, grad_post,
+                      grad_output);
   } else {
-    expand_all_backward(grad, streams, comb, post, reinterpret_cast<const uint16_t*>(output.const_data_ptr<BFloat16>()),
-                        grad_streams, grad_comb, grad_post, grad_output);
+    post_all_backward(grad, streams, comb, post, reinterpret_cast<const uint16_t*>(output.const_data_ptr<BFloat16>()),
+                      grad_streams, grad_comb, grad_post, grad_output);
   }
   return {grad_streams, grad_comb, grad_post, grad_output};
 }
@@ -444,24 +446,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expand_backward(const Tensor& upstrea
 
 TORCH_LIBRARY_FRAGMENT(fiftyfold, m) {
   m.def(
-      "hc_enter(Tensor streams, Tensor fn, Tensor scale, Tensor base, int iterations, float eps, float norm_eps) -> "
+      "hc_pre(Tensor streams, Tensor fn, Tensor scale, Tensor base, int iterations, float eps, float norm_eps) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "hc_enter_backward(Tensor grad_x, Tensor grad_post, Tensor grad_comb, Tensor? later, Tensor streams, Tensor fn, "
+      "hc_pre_backward(Tensor grad_x, Tensor grad_post, Tensor grad_comb, Tensor? later, Tensor streams, Tensor fn, "
       "Tensor scale, Tensor base, Tensor raw, Tensor inverse_rms, int iterations, float eps) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
   m.def("hc_head(Tensor streams, Tensor fn, Tensor scale, Tensor base, float eps, float norm_eps) -> Tensor");
-  m.def("hc_expand(Tensor streams, Tensor comb, Tensor post, Tensor output) -> Tensor");
+  m.def("hc_post(Tensor streams, Tensor comb, Tensor post, Tensor output) -> Tensor");
   m.def(
-      "hc_expand_backward(Tensor grad, Tensor streams, Tensor comb, Tensor post, Tensor output) -> "
+      "hc_post_backward(Tensor grad, Tensor streams, Tensor comb, Tensor post, Tensor output) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
 }
 TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) {
-  m.impl("hc_enter", enter);
-  m.impl("hc_enter_backward", enter_backward);
-  m.impl("hc_head", head);
-  m.impl("hc_expand", expand);
-  m.impl("hc_expand_backward", expand_backward);
+  m.impl("hc_pre", hc_pre);
+  m.impl("hc_pre_backward", hc_pre_backward);
+  m.impl("hc_head", hc_head);
+  m.impl("hc_post", hc_post);
+  m.impl("hc_post_backward", hc_post_backward);
 }
 
 }  // namespace fiftyfold

@@ -1,4 +1,4 @@
-"""mHC by native operators, forward and backward: one pass over the streams each."""
+"""Manifold-constrained hyper-connections by native operators, with one pass over the streams forward and backward."""
 
 from __future__ import annotations
 
@@ -7,43 +7,47 @@ from torch import Tensor
 
 from kernels import native
 from kernels.autocast import in_float32
-from kernels.hyper_connections import batched
+from kernels.hyper_connections import eager
 
 MAX_STREAMS = 8
+"""Most streams n that the native operators support."""
 
 
-def enter(
+def hc_pre(
     streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iterations: int, eps: float, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`kernels.hyper_connections.reference.enter`, float32."""
+    """Implement :func:`kernels.hyper_connections.hc_pre`."""
     streams = streams.contiguous()
     if not torch.is_grad_enabled():
-        x, post, comb, _, _ = native.op("hc_enter")(streams, fn, scale, base, iterations, eps, norm_eps)
+        x, post, comb, _, _ = native.op("hc_pre")(streams, fn, scale, base, iterations, eps, norm_eps)
         return x, post, comb, streams
-    return _Enter.apply(streams, fn, scale, base, iterations, eps, norm_eps)
+    return _Pre.apply(streams, fn, scale, base, iterations, eps, norm_eps)
 
 
-def head(streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, eps: float, norm_eps: float) -> Tensor:
-    """:func:`kernels.hyper_connections.reference.head`, float32."""
-    if torch.is_grad_enabled():  # once a pass, so a backward operator of its own would gain nothing
-        return batched.head(streams, fn, scale, base, eps, norm_eps)
+def hc_head(streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, eps: float, norm_eps: float) -> Tensor:
+    """Implement :func:`kernels.hyper_connections.hc_head`."""
+    if torch.is_grad_enabled():  # runs once per pass, so a native backward operator would gain nothing
+        return eager.hc_head(streams, fn, scale, base, eps, norm_eps)
     return native.op("hc_head")(streams.contiguous(), fn, scale, base, eps, norm_eps)
 
 
-def expand(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor) -> Tensor:
-    """:func:`kernels.hyper_connections.reference.expand`, for float32 streams and float32 or BF16 output."""
+def hc_post(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor) -> Tensor:
+    """Implement :func:`kernels.hyper_connections.hc_post`."""
     arguments = streams.contiguous(), comb.contiguous(), post.contiguous(), output.contiguous()
-    return _Expand.apply(*arguments) if torch.is_grad_enabled() else native.op("hc_expand")(*arguments)
+    return _Post.apply(*arguments) if torch.is_grad_enabled() else native.op("hc_post")(*arguments)
 
 
-class _Enter(torch.autograd.Function):
-    """Also hands the streams on, and so gets the gradient that everything later has for them: its own part is added in
-    the pass that computes it."""
+class _Pre(torch.autograd.Function):
+    """:func:`hc_pre`, which also returns the streams.
+
+    The backward pass thus receives the gradient of all later uses of the streams, and adds its own part to it while it
+    computes it.
+    """
 
     @staticmethod
     def forward(ctx, streams, fn, scale, base, iterations, eps, norm_eps):
         ctx.set_materialize_grads(False)
-        x, post, comb, raw, inverse_rms = native.op("hc_enter")(streams, fn, scale, base, iterations, eps, norm_eps)
+        x, post, comb, raw, inverse_rms = native.op("hc_pre")(streams, fn, scale, base, iterations, eps, norm_eps)
         ctx.save_for_backward(streams, fn, scale, base, raw, inverse_rms)
         ctx.iterations, ctx.eps = iterations, eps
         return x, post, comb, streams
@@ -55,28 +59,30 @@ class _Enter(torch.autograd.Function):
             return later, None, None, None, None, None, None
         B, S, n, d = streams.shape
 
-        def given(grad: Tensor | None, *shape: int) -> Tensor:
+        def dense(grad: Tensor | None, *shape: int) -> Tensor:
             return streams.new_zeros(shape) if grad is None else grad.float().contiguous()
 
-        with in_float32(streams):  # whatever surrounds the backward pass
-            gradients = native.op("hc_enter_backward")(
-                given(grad_x, B, S, d),
-                given(grad_post, B, S, n),
-                given(grad_comb, B, S, n, n),
+        with in_float32(streams):  # the backward pass may run under autocast
+            gradients = native.op("hc_pre_backward")(
+                dense(grad_x, B, S, d),
+                dense(grad_post, B, S, n),
+                dense(grad_comb, B, S, n, n),
                 None if later is None else later.contiguous(),
                 *(streams, fn, scale, base, raw, inverse_rms, ctx.iterations, ctx.eps),
             )
         return *gradients, None, None, None
 
 
-class _Expand(torch.autograd.Function):
+class _Post(torch.autograd.Function):
+    """:func:`hc_post`."""
+
     @staticmethod
     def forward(ctx, streams, comb, post, output):
         ctx.save_for_backward(streams, comb, post, output)
-        return native.op("hc_expand")(streams, comb, post, output)
+        return native.op("hc_post")(streams, comb, post, output)
 
     @staticmethod
     def backward(ctx, grad):
         streams, comb, post, output = ctx.saved_tensors
-        *gradients, grad_output = native.op("hc_expand_backward")(grad, streams, comb, post, output)
+        *gradients, grad_output = native.op("hc_post_backward")(grad, streams, comb, post, output)
         return *gradients, grad_output.to(output.dtype)

@@ -1,9 +1,4 @@
-"""Lightning indexer: score compressed entries against a query and pick the best.
-
-Whole sequences are scored in blocks on a CPU (``blocked.py``), elsewhere as written in ``reference.py``. A cache's keys
-are scored by a native operator on a CPU (``cpu.cpp``), tile by tile elsewhere (``streamed.py``). ``backend=`` forces
-one; :func:`backend_for` and :func:`cached_backend_for` tell which one runs.
-"""
+"""Selection of compressed entries by the lightning indexer (report eq. 17)."""
 
 from __future__ import annotations
 
@@ -11,27 +6,19 @@ import torch
 from torch import Tensor
 
 from kernels import native
+from kernels.backends import get_backend
 from kernels.cache_io import EntryLayout, Pages
-from kernels.index_topk import blocked, cpu, reference, streamed
-from kernels.index_topk.reference import select_topk
+from kernels.index_topk import cpu, eager, reference
+from kernels.index_topk.selection import select_topk
 
-BACKENDS = {"reference": reference, "blocked": blocked}
-CACHED_BACKENDS = {"streamed": streamed, "cpu": cpu}
+__all__ = ["BACKENDS", "backend_for", "index_topk", "select_topk"]
+
+BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu}
 
 
 def backend_for(query: Tensor) -> str:
-    return "blocked" if query.device.type == "cpu" else "reference"
-
-
-def index_scores(
-    query: Tensor, keys: Tensor, head_weights: Tensor, permitted: Tensor | None = None, backend: str | None = None
-) -> Tensor:
-    """See :func:`kernels.index_topk.reference.index_scores`."""
-    return BACKENDS[backend or backend_for(query)].index_scores(query, keys, head_weights, permitted)
-
-
-def cached_backend_for(query: Tensor) -> str:
-    return "cpu" if query.is_cpu and native.level() is not None else "streamed"
+    """Return the backend for query."""
+    return "cpu" if query.is_cpu and native.level() is not None else "eager"
 
 
 def index_topk(
@@ -45,17 +32,24 @@ def index_topk(
     batch_invariant: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """See :func:`kernels.index_topk.streamed.index_topk`."""
-    chosen = CACHED_BACKENDS[backend or cached_backend_for(query)]
-    return chosen.index_topk(query, keys, layout, head_weights, visible, k, dtype, batch_invariant)
+    """Select the ``k`` entries of a cache with the best :func:`kernels.index_scores.index_scores`. No gradient.
 
+    Apart from the result, memory does not grow with S. With the number of entries it grows by one row of scores.
 
-__all__ = [
-    "BACKENDS",
-    "CACHED_BACKENDS",
-    "backend_for",
-    "cached_backend_for",
-    "index_scores",
-    "index_topk",
-    "select_topk",
-]
+    Args:
+        query: float32 [B, S, h, c], already rounded to the format of the keys.
+        keys: Packed index keys.
+        layout: Layout of the keys, with ``layout.size == c``.
+        head_weights: [B, S, h], already scaled.
+        visible: int64 [B or 1, S]: every query selects among this many entries, the first ones.
+        k: Entries to select.
+        dtype: Scores are rounded to this dtype before they are compared.
+        batch_invariant: Compute every score independently of the other queries and of the number of entries, bit for
+            bit. The ``cpu`` backend always does; ``reference`` does not support it.
+
+    Returns:
+        int64 [B, S, k], best first, with ties going to the lower index; -1 in unused slots.
+    """
+    return get_backend(BACKENDS, backend or backend_for(query)).index_topk(
+        query, keys, layout, head_weights, visible, k, dtype, batch_invariant
+    )

@@ -1,7 +1,7 @@
-// Lightning indexer over a cache: scores of packed keys, and the best entries of every query.
+// Lightning indexer over a cache: scores of packed keys, and selection of the best entries of every query.
 //
-// Keys are read a tile at a time, transposed, so that a vector holds the same dims of many keys: sums over dims need no
-// shuffles, and all queries and heads of a tile read it from the first-level cache.
+// Keys are transposed tile by tile, so that a vector holds one dim of many keys: sums over dims need no shuffles. All
+// queries and heads read a tile from the first-level cache.
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
@@ -11,11 +11,11 @@
 namespace fiftyfold {
 namespace {
 
-constexpr int64_t kKeys = 64;      // keys of a tile
-constexpr int64_t kQueries = 32;   // queries that share a tile
-constexpr int64_t kScores = 1 << 20;  // scores that a thread holds at most, unless one query has more
+constexpr int64_t kKeys = 64;         // keys per tile
+constexpr int64_t kQueries = 32;      // queries that share a tile
+constexpr int64_t kScores = 1 << 20;  // most scores of several queries that a thread holds
 
-// Keys of any format as float32 [dims][kKeys], zeros beyond the last.
+// Keys of any format as float32 [dims][kKeys], padded with zeros.
 class FloatTile {
  public:
   FloatTile(const Layout& layout, int64_t heads)
@@ -35,7 +35,7 @@ class FloatTile {
     }
   }
 
-  // scores[k] = sum_h weights[h] relu(query[h] . keys[:, k]) for query s.
+  // scores[k] = sum_h weights[h] * relu(query[h] . keys[:, k]) for query s.
   void score(int64_t s, float* scores) const {
     constexpr int64_t kPart = 32;
     const int64_t c = layout_.size();
@@ -90,9 +90,9 @@ inline Bytes add_pairs(Bytes v) { return _mm256_madd_epi16(v, _mm256_set1_epi16(
 
 #if defined(__AVX2__)
 #define FIFTYFOLD_FP4_TILE 1
-// FP4 keys as integers. Doubled, FP4 values are integers of at most 12 in magnitude, so that products and sums within a
-// block of 32 dims are exact in 16 bits. Keys have 12 added to make them unsigned, as the instruction takes them; what
-// that adds is taken away again. Four dims of a key make one 32-bit lane: the low nibbles of four bytes, or the high ones.
+// FP4 keys as integers. Doubled FP4 values are integers of magnitude 12 or less: products and sums within a block of 32
+// dims are exact in 16 bits. The instruction requires unsigned keys, so 12 is added to them, and its contribution to the
+// sum is subtracted. A 32-bit lane holds four dims of a key: the low or the high nibbles of four bytes.
 class Fp4Tile {
  public:
   Fp4Tile(const Layout& layout, int64_t heads)
@@ -103,7 +103,7 @@ class Fp4Tile {
     return layout.body_format == kFp4 && layout.rope == 0 && layout.block % 8 == 0 && layout.body % layout.block == 0;
   }
 
-  // query float32 [queries, heads, c], on FP4's grid; weights [queries, heads].
+  // query float32 [queries, heads, c], rounded to FP4; weights [queries, heads].
   void set_queries(const float* query, const float* weights, int64_t queries) {
     weights_ = weights;
     const int64_t rows = queries * heads_, block = layout_.block;
@@ -118,7 +118,7 @@ class Fp4Tile {
         int32_t sum = 0;
         for (int64_t g = 0; g < groups_; ++g) {
           for (int64_t i = 0; i < 4; ++i) {
-            const float value = x[g / 2 * 8 + 2 * i + g % 2];  // even dims are low nibbles
+            const float value = x[g / 2 * 8 + 2 * i + g % 2];  // even dims are in low nibbles
             const auto doubled = static_cast<int32_t>(std::nearbyint(value / scale * 2.0f));
             lanes[4 * g + i] = static_cast<int8_t>(doubled);
             sum += doubled;
@@ -136,9 +136,9 @@ class Fp4Tile {
     const int64_t words_per_block = groups_ / 2;
     const uint8_t* rows[kKeys];
     const uint8_t* next = nullptr;
-    int64_t left = 0;  // keys until the next page
+    int64_t left = 0;  // keys left on the current page
     for (int64_t k = 0; k < kKeys; ++k) {
-      if (left == 0) next = pages.row(begin + std::min(k, count - 1)), left = pages.per_page - (begin + k) % pages.per_page;
+      if (left == 0) next = pages.row(begin + std::min(k, count - 1)), left = pages.page_size - (begin + k) % pages.page_size;
       rows[k] = next;
       if (k + 1 < count) next += pages.nbytes, --left;
     }
@@ -192,7 +192,7 @@ class Fp4Tile {
     for (int64_t v = 0; v < kKeys / kLane; ++v) store_bytes(sums + v * kLane, add_pairs(sum[v]));
   }
 
-  // One block: scales are positive powers of two, so that they can wait until heads are summed up.
+  // With one block per key, its scale is a common positive factor of all heads and is applied to their sum.
   void score_block(int64_t s, float* scores) const {
     alignas(64) int32_t sums[kKeys];
     float total[kKeys] = {};
@@ -215,8 +215,8 @@ class Fp4Tile {
 };
 #endif
 
-// The k best of scores[0, n), best first and the lower index first among equals; -1 in unused places. -inf is never
-// chosen.
+// Selects the indices of the k best of scores[0, n), best first. Ties go to the lower index, -inf is never selected, and
+// unused slots are -1.
 class Selector {
  public:
   void select(const float* scores, int64_t n, int64_t k, int64_t* out) {
@@ -245,7 +245,7 @@ class Selector {
 
   static constexpr int64_t kBlock = 16;
 
-  // The k-th largest of the blocks' largest scores: at least k scores are no smaller.
+  // The k-th largest of the maxima of all blocks: at least k scores reach it.
   float lower_bound(const float* scores, int64_t n, int64_t k) {
     const int64_t blocks = n / kBlock;
     peaks_.resize(blocks);
@@ -253,7 +253,7 @@ class Selector {
       float peak = scores[b * kBlock];
 #pragma omp simd reduction(max : peak)
       for (int64_t i = 1; i < kBlock; ++i) peak = std::max(peak, scores[b * kBlock + i]);
-      peaks_[b] = peak == peak ? peak : -INFINITY;  // NaN has no place in an order
+      peaks_[b] = peak == peak ? peak : -INFINITY;  // NaN cannot be ordered
     }
     if (blocks < k) return -INFINITY;
     order_.assign(peaks_.begin(), peaks_.end());
@@ -265,7 +265,7 @@ class Selector {
   std::vector<float> peaks_, order_;
 };
 
-// Scores [queries, stride] of keys begin to end, for the queries that the tile holds.
+// Compute scores [queries, stride] of keys begin to end for the queries of the tile.
 template <typename Tile>
 void score_keys(Tile& tile, int64_t queries, const Pages& pages, int64_t begin, int64_t end, float* scores, int64_t stride) {
   float part[kKeys];
@@ -279,17 +279,19 @@ void score_keys(Tile& tile, int64_t queries, const Pages& pages, int64_t begin, 
   }
 }
 
-// query float32 [B, S, h, c], head_weights float32 [B, S, h], storage uint8 [rows, nbytes], pages int64 [B, P], visible
-// int64 [B or 1, S]: how many entries, the first ones, each query may use. Returns int64 [B, S, k]. With `narrow`
-// scores are rounded to BF16 before they are compared.
+// query float32 [B, S, h, c], head_weights float32 [B, S, h], storage uint8 [rows, nbytes], page_table int64 [B, P].
+// Queries select among the first `visible` entries, int64 [B or 1, S]. `narrow` rounds scores to BF16 before they are
+// compared. Returns int64 [B, S, k].
 template <typename Tile>
-Tensor index_topk_with(const Tensor& queries, const Tensor& head_weights, const Tensor& storage, const Tensor& pages,
-                  int64_t per_page, const Tensor& visible, int64_t k, const Layout& layout, bool narrow) {
-  const Tensor query = contiguous_float(queries, "index_topk: query"), weights = contiguous_float(head_weights, "index_topk: weights");
-  TORCH_CHECK_VALUE(query.dim() == 4 && query.size(3) == layout.size() && storage.is_contiguous() && storage.size(1) == layout.nbytes() && k >= 1,
-                    "index_topk: query ", query.sizes(), " and keys ", storage.sizes(), " do not fit");
+Tensor index_topk_with(const Tensor& queries, const Tensor& head_weights, const Tensor& storage, const Tensor& page_table,
+                       int64_t page_size, const Tensor& visible, int64_t k, const Layout& layout, bool narrow) {
+  const Tensor query = contiguous_float(queries, "index_topk: query");
+  const Tensor weights = contiguous_float(head_weights, "index_topk: weights");
+  TORCH_CHECK_VALUE(query.dim() == 4 && query.size(3) == layout.size() && storage.is_contiguous() &&
+                        storage.size(1) == layout.nbytes() && k >= 1,
+                    "index_topk: query ", query.sizes(), " and keys ", storage.sizes(), " do not match");
   const int64_t B = query.size(0), S = query.size(1), h = query.size(2), c = query.size(3);
-  const Tensor limit = visible.contiguous(), table = pages.contiguous();
+  const Tensor limit = visible.contiguous(), table = page_table.contiguous();
   Tensor chosen = at::empty({B, S, k}, query.options().dtype(at::kLong));
   const float *q = query.const_data_ptr<float>(), *w = weights.const_data_ptr<float>();
   const auto* limits = limit.const_data_ptr<int64_t>();
@@ -297,7 +299,7 @@ Tensor index_topk_with(const Tensor& queries, const Tensor& head_weights, const 
   auto* out = chosen.mutable_data_ptr<int64_t>();
   auto limit_of = [&](int64_t b, int64_t s) { return limits[(shared ? 0 : b * S) + s]; };
   auto pages_of = [&](int64_t b) {
-    return Pages{storage.const_data_ptr<uint8_t>(), table.const_data_ptr<int64_t>() + b * table.size(1), per_page,
+    return Pages{storage.const_data_ptr<uint8_t>(), table.const_data_ptr<int64_t>() + b * table.size(1), page_size,
                  layout.nbytes()};
   };
   auto round = [&](float* scores, int64_t n) {
@@ -305,7 +307,7 @@ Tensor index_topk_with(const Tensor& queries, const Tensor& head_weights, const 
     for (int64_t i = 0; i < n; ++i) scores[i] = widen(round_to_bf16(scores[i]));
   };
   if (S == 1) {
-    // One query a sequence: threads share its keys.
+    // One query per sequence: distribute its keys over threads.
     std::vector<float> scores;
     Selector selector;
     for (int64_t b = 0; b < B; ++b) {
@@ -322,7 +324,7 @@ Tensor index_topk_with(const Tensor& queries, const Tensor& head_weights, const 
     }
     return chosen;
   }
-  // With more keys fewer queries share a tile, so that their scores take a bounded memory.
+  // The more keys, the fewer queries share a tile: this bounds the memory of their scores.
   int64_t longest = 1;
   for (int64_t i = 0; i < limit.numel(); ++i) longest = std::max(longest, limits[i]);
   const int64_t together = std::max<int64_t>(1, std::min(kQueries, kScores / longest)), tiles = (S + together - 1) / together;
@@ -347,22 +349,22 @@ Tensor index_topk_with(const Tensor& queries, const Tensor& head_weights, const 
   return chosen;
 }
 
-Tensor index_topk(const Tensor& query, const Tensor& head_weights, const Tensor& storage, const Tensor& pages,
-                  int64_t per_page, const Tensor& visible, int64_t k, at::IntArrayRef spec, bool narrow) {
+Tensor index_topk(const Tensor& query, const Tensor& head_weights, const Tensor& storage, const Tensor& page_table,
+                  int64_t page_size, const Tensor& visible, int64_t k, at::IntArrayRef spec, bool narrow) {
   const Layout layout(spec);
 #ifdef FIFTYFOLD_FP4_TILE
   if (Fp4Tile::serves(layout)) {
-    return index_topk_with<Fp4Tile>(query, head_weights, storage, pages, per_page, visible, k, layout, narrow);
+    return index_topk_with<Fp4Tile>(query, head_weights, storage, page_table, page_size, visible, k, layout, narrow);
   }
 #endif
-  return index_topk_with<FloatTile>(query, head_weights, storage, pages, per_page, visible, k, layout, narrow);
+  return index_topk_with<FloatTile>(query, head_weights, storage, page_table, page_size, visible, k, layout, narrow);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fiftyfold, m) {
   m.def(
-      "index_topk(Tensor query, Tensor head_weights, Tensor storage, Tensor pages, int per_page, Tensor visible, int k, "
+      "index_topk(Tensor query, Tensor head_weights, Tensor storage, Tensor page_table, int page_size, Tensor visible, int k, "
       "int[] layout, bool narrow) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) { m.impl("index_topk", index_topk); }

@@ -1,4 +1,4 @@
-"""Selection straight from packed keys by a native operator."""
+"""Selection of entries from packed keys by a native operator."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def index_topk(
     dtype: torch.dtype = torch.float32,
     batch_invariant: bool = False,
 ) -> Tensor:
-    """:func:`kernels.index_topk.streamed.index_topk`. Every score is summed up on its own: batch-invariant as it is."""
+    """Implement :func:`kernels.index_topk.index_topk`. Scores are always batch-invariant."""
     return native.op("index_topk")(
         cast(detached(query), torch.float32),
         cast(detached(head_weights), torch.float32),
         keys.storage,
-        keys.numbers,
-        keys.per_page,
+        keys.page_table,
+        keys.page_size,
         visible,
         k,
         layout.spec,

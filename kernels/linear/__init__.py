@@ -1,7 +1,8 @@
-"""Products with a network's weights, which may be stored in BF16 while activations are float32.
+"""Matrix products with the weights of a network, which may be BF16 while activations are float32.
 
-For few tokens a native operator reads each weight once (``cpu.cpp``); otherwise ``reference.py`` runs.
-``backend=`` forces one and :func:`backend_for` tells which one runs.
+The ``cpu`` backend serves few tokens: its time is bound by reading each weight once. It neither rounds inputs nor sums
+to BF16. The ``reference`` backend multiplies float32 inputs and BF16 weights in BF16, accumulates in float32 and rounds
+the result to BF16.
 """
 
 from __future__ import annotations
@@ -12,47 +13,60 @@ import torch
 from torch import Tensor
 
 from kernels import native
+from kernels.backends import get_backend
 from kernels.linear import cpu, reference
 
+__all__ = [
+    "BACKENDS",
+    "MAX_NATIVE_TOKENS",
+    "backend_for",
+    "grouped_linear",
+    "linear",
+    "linear_concat",
+    "supports_weight",
+]
+
 BACKENDS = {"reference": reference, "cpu": cpu}
-FEW_TOKENS = 8
-"""Most tokens of a native product, which is bound by weight reads; library products are tuned for more."""
+MAX_NATIVE_TOKENS = 8
+"""Most tokens of a native product. Library products are faster for more."""
 
 
-def is_stored_plainly(weight: Tensor) -> bool:
-    """Return whether native operators can read the weight in place."""
+def supports_weight(weight: Tensor) -> bool:
+    """Return whether native operators can read ``weight`` in place: float32 or BF16, and contiguous."""
     return weight.dtype in (torch.float32, torch.bfloat16) and weight.is_contiguous()
 
 
 def backend_for(x: Tensor, weight: Tensor) -> str:
+    """Return the backend for x [..., in] and a weight [out, in] or [g, out, in]."""
     inputs = weight.shape[-1] * (weight.shape[0] if weight.dim() == 3 else 1)
-    few = x.numel() <= FEW_TOKENS * inputs
-    plain = is_stored_plainly(weight) and not torch.is_autocast_enabled("cpu")
-    return "cpu" if few and plain and native.serves(x) else "reference"
+    is_small = x.numel() <= MAX_NATIVE_TOKENS * inputs
+    is_supported = supports_weight(weight) and not torch.is_autocast_enabled("cpu")
+    return "cpu" if is_small and is_supported and native.serves(x) else "reference"
 
 
 def linear(x: Tensor, weight: Tensor, backend: str | None = None) -> Tensor:
-    """See :func:`kernels.linear.reference.linear`."""
-    return BACKENDS[backend or backend_for(x, weight)].linear(x, weight)
+    """Return ``x @ weight.T``.
+
+    Args:
+        x: [..., in]. The ``cpu`` backend requires float32 and disabled gradients.
+        weight: [out, in], float32 or BF16.
+
+    Returns:
+        [..., out] in the dtype of x, or in the dtype of autocast where it is enabled.
+    """
+    return get_backend(BACKENDS, backend or backend_for(x, weight)).linear(x, weight)
 
 
 def linear_concat(x: Tensor, weights: Sequence[Tensor], backend: str | None = None) -> Tensor:
-    """See :func:`kernels.linear.reference.linear_concat`."""
-    runs = {backend_for(x, weight) for weight in weights}
-    return BACKENDS[backend or ("cpu" if runs == {"cpu"} else "reference")].linear_concat(x, weights)
+    """Concatenate the products of x [..., in] with several weights [out_i, in]: [..., sum of out_i].
+
+    Runs natively if :func:`backend_for` is ``cpu`` for every weight.
+    """
+    if backend is None:
+        backend = "cpu" if all(backend_for(x, weight) == "cpu" for weight in weights) else "reference"
+    return get_backend(BACKENDS, backend).linear_concat(x, weights)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, backend: str | None = None) -> Tensor:
-    """See :func:`kernels.linear.reference.grouped_linear`."""
-    return BACKENDS[backend or backend_for(x, weight)].grouped_linear(x, weight)
-
-
-__all__ = [
-    "BACKENDS",
-    "FEW_TOKENS",
-    "backend_for",
-    "grouped_linear",
-    "is_stored_plainly",
-    "linear",
-    "linear_concat",
-]
+    """Multiply every group of inputs by its own weight: x [..., g * in] and weight [g, out, in] to [..., g * out]."""
+    return get_backend(BACKENDS, backend or backend_for(x, weight)).grouped_linear(x, weight)

@@ -1,4 +1,4 @@
-// Products of a few tokens with large matrices: all time goes into reading the weights, float32 or BF16.
+// Products of few tokens with large matrices, float32 or BF16. Time is bound by reading the weights.
 #include "../native/rows.h"
 
 namespace fiftyfold {
@@ -6,10 +6,10 @@ namespace {
 
 void check_weight(const Tensor& x, const Tensor& weight, int64_t dim, int64_t in) {
   TORCH_CHECK_VALUE(weight.is_contiguous() && weight.dim() == dim && x.size(-1) == in, "linear: x ", x.sizes(),
-                    " and weight ", weight.sizes(), " do not fit");
+                    " and weight ", weight.sizes(), " do not match");
 }
 
-// x [..., in] and weights [out, in] -> [..., sum of outs].
+// x [..., in] and weights [out_i, in] -> [..., sum of out_i].
 Tensor linear(const Tensor& input, at::TensorList weights) {
   const Tensor x = contiguous_float(input, "linear: x");
   int64_t width = 0;

@@ -1,4 +1,4 @@
-"""Products of a few tokens by native operators."""
+"""Matrix products with few tokens by native operators."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from kernels import native
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """:func:`kernels.linear.reference.linear` for float32 x without gradients."""
+    """Implement :func:`kernels.linear.linear` for float32 x, without gradients."""
     return native.op("linear")(x, [weight])
 
 
 def linear_concat(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """:func:`kernels.linear.reference.linear_concat`, likewise."""
+    """Implement :func:`kernels.linear.linear_concat` for float32 x, without gradients."""
     return native.op("linear")(x, list(weights))
 
 
 def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """:func:`kernels.linear.reference.grouped_linear`, likewise."""
+    """Implement :func:`kernels.linear.grouped_linear` for float32 x, without gradients."""
     return native.op("grouped_linear")(x, weight)

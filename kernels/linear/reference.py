@@ -1,4 +1,4 @@
-"""Products with weights, in eager PyTorch."""
+"""Matrix products in PyTorch."""
 
 from __future__ import annotations
 
@@ -12,25 +12,21 @@ from kernels.autocast import product_dtype
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T`` for x [..., in] and weight [out, in], in x's dtype (autocast's under autocast).
-
-    BF16 weights and float32 inputs are multiplied in BF16, with sums in float32 that are rounded to BF16 at the end
-    (``cpu`` rounds neither inputs nor sums).
-    """
+    """Implement :func:`kernels.linear.linear`."""
     if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         return F.linear(x.to(weight.dtype), weight).to(x.dtype)
     return F.linear(x, weight)
 
 
 def linear_concat(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """:func:`linear` with several weights, results side by side: [..., sum of outs]."""
+    """Implement :func:`kernels.linear.linear_concat`."""
     return torch.cat([linear(x, weight) for weight in weights], dim=-1)
 
 
 def grouped_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """:func:`linear` for each group of inputs: x [..., g * in] and weight [g, out, in] -> [..., g * out]."""
+    """Implement :func:`kernels.linear.grouped_linear`."""
     if x.device.type == "cpu":
-        # One product for each group: for a batch of them a CPU's library copies transposed operands.
+        # One product per group: CPU libraries copy the transposed operands of a batched product.
         groups = x.to(product_dtype(x)).unflatten(-1, (len(weight), -1)).unbind(-2)
         return torch.cat([linear(*group) for group in zip(groups, weight.unbind())], dim=-1)
     if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):

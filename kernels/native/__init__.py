@@ -1,6 +1,6 @@
-"""Native CPU operators: the ``cpu.cpp`` twins of the operations, loaded from a cache of compiled libraries.
+"""Native CPU operators: the sources ``kernels/<op>/cpu.cpp``, compiled into a cached library.
 
-``make`` builds them (:mod:`kernels.native.build`). Where there is no library, PyTorch's operators run instead.
+:mod:`kernels.native.build` compiles them, as part of ``make``. Without a library, the PyTorch backends run instead.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _log = logging.getLogger("fiftyfold")
 
 @functools.cache
 def level() -> str | None:
-    """The instruction set of the operators that run, such as ``avx512``; None where PyTorch's run instead.
+    """Return the instruction set of the native operators, such as ``avx512``, or None if they are not available.
 
-    The first call loads the library, and logs one line where there is none to load.
+    The first call loads the library. It logs one line if there is none.
     """
     levels = supported_levels()
     if not levels:
         _log.warning(
-            "native CPU operators: no AVX2 on this processor, or none allowed; PyTorch's operators run instead"
+            "native CPU operators: AVX2 is missing or disabled on this processor; PyTorch's operators run instead"
         )
         return None
     refused = False
@@ -51,7 +51,7 @@ def level() -> str | None:
 
 
 def _fault(path: Path) -> str | None:
-    """Load the library. Return a sentence on why it cannot be trusted or loaded, or None."""
+    """Load the library. Return the reason if it cannot be trusted or loaded, else None."""
     try:
         if hasattr(os, "getuid") and path.stat().st_uid not in (0, os.getuid()):
             return "belongs to another user"
@@ -65,21 +65,26 @@ def _fault(path: Path) -> str | None:
 
 
 def serves(x: Tensor, backward: bool = False) -> bool:
-    """Return whether native operators accept ``x``: float32 on a CPU and, unless the operator has a ``backward`` pass,
-    gradients disabled."""
+    """Return whether native operators accept ``x``: float32 on a CPU, with gradients disabled.
+
+    Set ``backward`` for operators with a backward pass, which also accept enabled gradients.
+    """
     return x.is_cpu and x.dtype == torch.float32 and (backward or not torch.is_grad_enabled()) and level() is not None
 
 
 @functools.cache
 def op(name: str) -> torch._ops.OpOverload:
-    """The operator ``fiftyfold::<name>``."""
-    level()
+    """Return the operator ``fiftyfold::<name>``. Raises RuntimeError if native operators are not available."""
+    if level() is None:
+        raise RuntimeError(f"native CPU operators: '{name}' is not available; install g++ and run `make native`")
     return getattr(torch.ops.fiftyfold, name).default
 
 
 def in_huge_pages(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copy contiguous CPU tensors into 2 MiB pages (Linux), which a CPU reads up to twice as fast. Without native
-    operators, return them unchanged."""
+    """Copy contiguous CPU tensors into 2 MiB pages (Linux), which a CPU reads up to twice as fast.
+
+    Returns the tensors unchanged if native operators are not available or a tensor is on another device.
+    """
     if not tensors or not all(x.is_cpu for x in tensors) or level() is None:
         return list(tensors)
     with torch.inference_mode(False):  # a parameter must not be an inference tensor

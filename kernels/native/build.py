@@ -1,4 +1,4 @@
-"""Build the native CPU operators: one shared library for each instruction set that this machine has."""
+"""Build the native CPU operators: one shared library per supported instruction set."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _TORCH = Path(torch.__file__).parent
 
 
 def compiler() -> str | None:
-    """Path of the C++ compiler: ``CXX``, else g++ or clang++; None where there is none."""
+    """Return the path of the C++ compiler: ``CXX`` if set, else g++ or clang++. None if it does not exist."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
     return next((path for path in map(shutil.which, names) if path), None)
 
 
 def build(level: str, cxx: str) -> None:
-    """Compile the library of one level into the cache. Raises RuntimeError with the compiler's first error line."""
+    """Compile the library for one level into the cache. Raises RuntimeError with the first error of the compiler."""
     target = library_path(level)
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
@@ -35,12 +35,12 @@ def build(level: str, cxx: str) -> None:
         command = [cxx, "-std=c++20", "-O3", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
         command += ["-ffp-contract=fast", "-fvisibility=hidden", "-Wno-unknown-pragmas", *FLAGS[level]]
         command += [f"-I{include}", str(_SOURCE), "-o", str(made)]
-        # PyTorch brings its own OpenMP runtime; a second one would have threads of its own.
+        # Link the OpenMP runtime of PyTorch. A second one would start its own threads.
         command += [f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{_TORCH / 'lib'}"]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:
             errors = [line for line in run.stderr.splitlines() if "error" in line] or run.stderr.splitlines()
-            raise RuntimeError(errors[0].strip() if errors else f"{cxx} ended with status {run.returncode}")
+            raise RuntimeError(errors[0].strip() if errors else f"{cxx} exited with status {run.returncode}")
         digest = made.with_name(made.name + ".sha256")
         digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
         digest.replace(target.with_name(digest.name))
@@ -48,6 +48,7 @@ def build(level: str, cxx: str) -> None:
 
 
 def main() -> int:
+    """Build all missing libraries. Returns 0 even if that fails, because the operators are optional."""
     levels = [level for level in supported_levels() if not library_path(level).exists()]
     if not levels:
         return 0

@@ -1,7 +1,7 @@
 // Helpers shared by the native CPU operators: checks, parallel loops, dot products and number formats.
 //
-// The same sources are compiled once per instruction set (see build.py). Loops are written so that the compiler
-// vectorizes them; `#pragma omp simd reduction` permits reordering a sum, and nothing else is reordered.
+// The sources are compiled once per instruction set (see build.py). Loops are written for vectorization by the compiler.
+// Only sums with `#pragma omp simd reduction` may be reordered.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -24,7 +24,7 @@ namespace fiftyfold {
 using at::Tensor;
 using c10::BFloat16;
 
-constexpr int64_t kGrain = 1 << 15;  // elements of simple work worth handing to another thread
+constexpr int64_t kGrain = 1 << 15;  // elements of simple work that justify another thread
 
 inline Tensor contiguous_float(const Tensor& x, const char* name) {
   TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat, name, ": expected float32, found ", x.scalar_type());
@@ -33,7 +33,7 @@ inline Tensor contiguous_float(const Tensor& x, const char* name) {
 
 inline int64_t rows_of(const Tensor& x) { return x.size(-1) ? x.numel() / x.size(-1) : 0; }
 
-// Run f(i) for i in [0, n), each worth `cost` elements of simple work.
+// Run f(i) for i in [0, n) in parallel. `cost` is the work of one call, in elements.
 template <typename F>
 void parallel_rows(int64_t n, int64_t cost, F f) {
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cost));
@@ -107,7 +107,7 @@ inline float sum_of(Floats v) {
   return lanes[0];
 }
 
-// Dot product with a matrix row streamed from memory. Prefetches kAhead bytes: rows are too short for the hardware
+// Dot product with a matrix row in main memory. Prefetches kAhead bytes, because rows are too short for the hardware
 // prefetcher.
 template <typename W>
 inline float streamed_dot(const float* __restrict x, const W* __restrict w, int64_t n) {
@@ -129,7 +129,7 @@ inline float streamed_dot(const float* __restrict x, const W* __restrict w, int6
   return sum;
 }
 
-// Four rows of a matrix at once, `stride` elements apart: their sums hide each other's latency and share x.
+// Dot products with four matrix rows, `stride` elements apart. Independent sums hide latency and share the loads of x.
 template <typename W>
 inline void dot4(const float* __restrict x, const W* __restrict w, int64_t stride, int64_t n, float* __restrict out) {
   const W *w0 = w, *w1 = w + stride, *w2 = w + 2 * stride, *w3 = w + 3 * stride;
@@ -159,7 +159,7 @@ inline float largest_magnitude(const float* x, int64_t n) {
   return float_of(most);
 }
 
-// exp(x) to about one unit in the last place, without a branch (Cephes' polynomial). 0 below -87.3, and at -inf.
+// exp(x) with an error of about one unit in the last place, without branches (polynomial from Cephes). 0 below -87.3.
 inline float exp_of(float x) {
   const float clamped = std::min(88.3762626647949f, std::max(-87.3365447505f, x));
   const float n = std::nearbyint(clamped * 1.44269504088896341f);
@@ -178,14 +178,14 @@ inline float exp_of(float x) {
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + exp_of(-x)); }
 
-// silu(gate) * up, clamped (kernels/swiglu).
+// silu(gate) * up with clamped inputs, as in kernels/swiglu.
 inline float swiglu_of(float gate, float up, float limit) {
-  // Comparisons that leave NaN as it is.
+  // These comparisons preserve NaN.
   const float g = gate > limit ? limit : gate, u = up > limit ? limit : (up < -limit ? -limit : up);
   return g * sigmoid(g) * u;
 }
 
-// --- number formats; see kernels/formats.py, whose bits these have
+// --- number formats, equal to kernels/formats.py bit for bit
 
 enum Format : int64_t { kFp32 = 0, kBf16 = 1, kFp8 = 2, kFp4 = 3 };
 
@@ -235,14 +235,14 @@ inline float from_e2m1(uint32_t code) {
   return float_of(bits_of(a) | ((code & 8) << 28));
 }
 
-// One packed row: [ body | rope | E8M0 scales | padding ], as kernels.cache_io.EntryLayout lays it out.
+// Layout of a packed row, [ body | rope | E8M0 scales | padding ], as kernels.cache_io.EntryLayout defines it.
 struct Layout {
   int64_t body, body_format, rope, rope_format, block, scales, body_bytes, rope_bytes;
 
   explicit Layout(at::IntArrayRef spec) {
-    TORCH_CHECK_VALUE(spec.size() == 4, "layout: expected body, its format, rope and its format");
+    TORCH_CHECK_VALUE(spec.size() == 4, "layout: expected 4 numbers (body dims, body format, rope dims, rope format)");
     TORCH_CHECK_VALUE(spec[0] >= 1 && spec[2] >= 0 && spec[3] <= kBf16 && (spec[1] != kFp4 || spec[0] % 2 == 0),
-                      "layout: cannot hold ", spec[0], " and ", spec[2], " dims");
+                      "layout: unsupported layout of ", spec[0], " body dims and ", spec[2], " rope dims");
     body = spec[0], body_format = spec[1], rope = spec[2], rope_format = spec[3];
     block = std::min<int64_t>(body_format == kFp4 ? 32 : 64, body);
     scales = body_format >= kFp8 ? (body + block - 1) / block : 0;
@@ -335,14 +335,14 @@ inline void pack_row(const float* __restrict x, const Layout& layout, uint8_t* _
   std::memset(row + used, 0, layout.nbytes() - used);
 }
 
-// Rows of a sequence that lie in pages of a shared storage: entry i is row i % per_page of page pages[i / per_page].
+// Rows of a sequence in pages of a shared pool: entry i is row i % page_size of page pages[i / page_size].
 struct Pages {
   const uint8_t* storage;
   const int64_t* pages;
-  int64_t per_page, nbytes;
+  int64_t page_size, nbytes;
 
   const uint8_t* row(int64_t entry) const {
-    return storage + (pages[entry / per_page] * per_page + entry % per_page) * nbytes;
+    return storage + (pages[entry / page_size] * page_size + entry % page_size) * nbytes;
   }
 };
 

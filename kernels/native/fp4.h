@@ -1,4 +1,4 @@
-// Dot products with packed FP4 rows, unpacked in registers. See Layout in common.h for the bytes of a row.
+// Dot products with packed FP4 rows, which are unpacked in registers. Layout in common.h defines the bytes of a row.
 #pragma once
 
 #ifdef __AVX2__
@@ -12,7 +12,7 @@ namespace fiftyfold {
 constexpr int64_t kFp4Block = 32;
 
 #if defined(__AVX2__)
-// Return twice the values of 16 E2M1 codes, one per byte.
+// Twice the values of 16 E2M1 codes, one per byte.
 inline Floats doubled_e2m1(__m128i codes) {
   const __m128i table = _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
   const __m128i values = _mm_shuffle_epi8(table, codes);
@@ -29,7 +29,7 @@ inline Floats doubled_e2m1(__m128i codes) {
 }
 #endif
 
-// Set `even` and `odd` to twice the values of 16 bytes' low and high nibbles.
+// Set `even` and `odd` to twice the values of the low and high nibbles of 16 bytes.
 inline void doubled_e2m1(const uint8_t* bytes, Floats& even, Floats& odd) {
 #if defined(__AVX2__)
   const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)), low = _mm_set1_epi8(15);
@@ -43,7 +43,7 @@ inline void doubled_e2m1(const uint8_t* bytes, Floats& even, Floats& odd) {
 #endif
 }
 
-// Within each block of 32 numbers, move even places before odd ones, as packed_dot takes them. n is a multiple of 32.
+// Reorder every block of 32 elements for packed_dot: even indices before odd ones. n is a multiple of 32.
 inline void separate_even_odd(const float* x, int64_t n, float* out) {
   for (int64_t b = 0; b < n; b += kFp4Block) {
     for (int64_t i = 0; i < kFp4Block / 2; ++i) {
@@ -53,7 +53,7 @@ inline void separate_even_odd(const float* x, int64_t n, float* out) {
   }
 }
 
-// Dot product of x, rearranged by separate_even_odd, with a packed row of n FP4 values.
+// Dot product of x, reordered by separate_even_odd, with a packed row of n FP4 values.
 inline float packed_dot(const float* x, const uint8_t* row, int64_t n) {
   const uint8_t* scales = row + n / 2;
   Floats sums[2] = {};

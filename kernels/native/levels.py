@@ -17,13 +17,14 @@ FLAGS: dict[str, list[str]] = {
     "avx2": ["-march=x86-64-v3"],
     "neon": ["-march=armv8-a"],
 }
-"""Compiler flags by level, best first."""
+"""Compiler flags of every level, fastest first."""
 
 
 def supported_levels() -> list[str]:
-    """Levels that this processor can run, best first; empty where there is none.
+    """Return the levels that this processor supports, fastest first.
 
-    The variable ``ATEN_CPU_CAPABILITY`` (avx2, default), which limits PyTorch's own kernels, limits these as well.
+    The environment variable ``ATEN_CPU_CAPABILITY`` (``avx2``, ``default``) limits them, as it limits the kernels of
+    PyTorch.
     """
     if platform.machine() in ("aarch64", "arm64"):
         return ["neon"]
@@ -33,7 +34,7 @@ def supported_levels() -> list[str]:
 
 @functools.cache
 def source_hash() -> str:
-    """Digest of all that a library is made from: sources, flags and PyTorch's version."""
+    """Return a digest of the sources, the compiler flags and the version of PyTorch."""
     digest = hashlib.sha256(f"{torch.__version__} {FLAGS}".encode())
     for source in sorted([*_ROOT.glob("*/*.cpp"), *_ROOT.glob("*/*.h"), _ROOT / "native" / "build.py"]):
         digest.update(source.name.encode() + source.read_bytes())
@@ -41,11 +42,11 @@ def source_hash() -> str:
 
 
 def cache_folder() -> Path:
-    """``fiftyfold/native`` in the user's cache folder (``XDG_CACHE_HOME``)."""
+    """Return the folder of compiled libraries, in the cache folder of the user (``XDG_CACHE_HOME``)."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "fiftyfold" / "native"
 
 
 def library_path(level: str) -> Path:
-    """Path of the library of one level."""
+    """Return the path of the library for one level."""
     return cache_folder() / source_hash() / f"{level}.so"

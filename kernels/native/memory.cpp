@@ -1,4 +1,4 @@
-// Copies weights into huge pages: with 4 KiB pages, address translation halves memory bandwidth.
+// Copies of weights in huge pages. With 4 KiB pages, address translation halves the memory bandwidth.
 #include <ATen/ops/from_blob.h>
 
 #include "common.h"
@@ -13,29 +13,29 @@ namespace {
 #ifdef __linux__
 constexpr size_t kHuge = size_t{2} << 20, kLine = 64;
 
-inline size_t rounded_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
+inline size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
-// Add copies of the tensors, one after the other in one mapping, which is freed with the last of them.
-void place_together(const std::vector<Tensor>& tensors, std::vector<Tensor>& copies) {
+// Append copies of the tensors, adjacent in one mapping, which is freed with the last copy.
+void copy_into_mapping(const std::vector<Tensor>& tensors, std::vector<Tensor>& copies) {
   if (tensors.empty()) return;
   size_t total = 0;
-  for (const Tensor& t : tensors) total += rounded_up(t.nbytes(), kLine);
-  const size_t mapped = rounded_up(total, kHuge) + kHuge;  // room to begin at a huge page's border
+  for (const Tensor& t : tensors) total += round_up(t.nbytes(), kLine);
+  const size_t mapped = round_up(total, kHuge) + kHuge;  // room for alignment to a huge page
   void* memory = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  TORCH_CHECK(memory != MAP_FAILED, "in_huge_pages: no memory for ", total, " bytes");
+  TORCH_CHECK(memory != MAP_FAILED, "in_huge_pages: cannot allocate ", total, " bytes");
   const std::shared_ptr<void> arena(memory, [mapped](void* p) { munmap(p, mapped); });
-  auto* next = reinterpret_cast<char*>(rounded_up(reinterpret_cast<uintptr_t>(memory), kHuge));
-  madvise(next, rounded_up(total, kHuge), MADV_HUGEPAGE);
+  auto* next = reinterpret_cast<char*>(round_up(reinterpret_cast<uintptr_t>(memory), kHuge));
+  madvise(next, round_up(total, kHuge), MADV_HUGEPAGE);
   for (const Tensor& t : tensors) {
     std::memcpy(next, t.const_data_ptr(), t.nbytes());
     copies.push_back(at::from_blob(next, t.sizes(), [arena](void*) {}, t.options()));
-    next += rounded_up(t.nbytes(), kLine);
+    next += round_up(t.nbytes(), kLine);
   }
 }
 #endif
 
-// Copies of contiguous tensors in huge pages, where the system gives them. Large ones get a mapping of their own, so
-// that replacing them frees it; small neighbors share one.
+// Copy contiguous tensors into huge pages, if the system provides them. Every large tensor has its own mapping, which is
+// freed when the tensor is replaced. Consecutive small tensors share a mapping.
 std::vector<Tensor> in_huge_pages(at::TensorList tensors) {
   std::vector<Tensor> copies;
 #ifdef __linux__
@@ -46,11 +46,11 @@ std::vector<Tensor> in_huge_pages(at::TensorList tensors) {
       small.push_back(t);
       continue;
     }
-    place_together(small, copies);
+    copy_into_mapping(small, copies);
     small.clear();
-    place_together({t}, copies);
+    copy_into_mapping({t}, copies);
   }
-  place_together(small, copies);
+  copy_into_mapping(small, copies);
 #else
   copies.assign(tensors.begin(), tensors.end());
 #endif

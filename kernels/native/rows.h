@@ -1,4 +1,4 @@
-// Operations on rows of a few tokens, which several operators share.
+// Operations on rows of few tokens, shared by several operators.
 #pragma once
 
 #include "common.h"
@@ -10,7 +10,7 @@ struct Rows {
   int64_t count, stride;
 };
 
-// to[t, o] = from[t] . w[o]; a row of weights is read once for all tokens.
+// to[t, o] = from[t] . w[o]. Reads every row of weights once for all tokens.
 template <typename W>
 inline void multiply(Rows from, const W* w, int64_t in, int64_t out, Rows to) {
   parallel_rows(out, in * from.count, [&](int64_t o) {
@@ -30,7 +30,7 @@ inline void multiply(Rows from, const Tensor& weight, int64_t group, Rows to) {
   }
 }
 
-// row / rms(row), times `gains` if there are any; `out` may be the row itself.
+// row / rms(row), multiplied by the optional `gains`. `out` may alias `row`.
 inline void normalize_row(const float* row, int64_t n, const float* gains, float eps, float* out) {
   const float scale = 1.0f / std::sqrt(sum_of_squares(row, n) / static_cast<float>(n) + eps);
   if (gains) {
@@ -40,7 +40,7 @@ inline void normalize_row(const float* row, int64_t n, const float* gains, float
   }
 }
 
-// Pairs of the last 2r dims rotated, the others copied; `out` may be the row itself.
+// Rotate the pairs of the last 2r dims and copy the others. `out` may alias `row`.
 inline void rotate_row(const float* row, int64_t n, const float* cos, const float* sin, int64_t r, float sign, float* out) {
   const int64_t passed = n - 2 * r;
   if (out != row) std::memcpy(out, row, 4 * passed);
@@ -52,7 +52,7 @@ inline void rotate_row(const float* row, int64_t n, const float* cos, const floa
   }
 }
 
-// Orthonormal Walsh-Hadamard rotation in place, n a power of two.
+// Orthonormal Walsh-Hadamard rotation in place. n is a power of two.
 inline void hadamard_row(float* row, int64_t n) {
   const float scale = 1.0f / std::sqrt(static_cast<float>(n));
   for (int64_t i = 0; i < n; ++i) row[i] *= scale;
@@ -68,7 +68,7 @@ inline void hadamard_row(float* row, int64_t n) {
   }
 }
 
-// Cosines and sines float32 [B or 1, S, r] of the tokens of a batch [B, S].
+// Cosines and sines, float32 [B or 1, S, r], for the tokens of a batch [B, S].
 struct Angles {
   const float *cos, *sin;
   int64_t tokens, r;
@@ -79,7 +79,7 @@ struct Angles {
         shared(cosines.size(0) == 1) {
     TORCH_CHECK_VALUE(cosines.is_contiguous() && sines.is_contiguous() && cosines.sizes() == sines.sizes() &&
                           cosines.size(1) == S && (shared || cosines.size(0) == B),
-                      "rotate: cos ", cosines.sizes(), " does not fit ", B, " x ", S, " tokens");
+                      "rotate: cos ", cosines.sizes(), " does not match ", B, " x ", S, " tokens");
   }
 
   void rotate(int64_t token, const float* row, int64_t n, bool inverse, float* out) const {

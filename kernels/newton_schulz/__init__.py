@@ -1,28 +1,51 @@
-"""Orthogonalisation of matrices by Newton-Schulz iteration: Muon's inner loop."""
+"""Orthogonalization of matrices by Newton-Schulz iteration, the inner loop of Muon (report 2.4, algorithm 1)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kernels.newton_schulz import reference
-from kernels.newton_schulz.gram import newton_schulz_gram
+from kernels.backends import get_backend
+from kernels.newton_schulz import eager, reference
+from kernels.newton_schulz.eager import STEPS_PER_GRAM_MATRIX, count_multiplications
 from kernels.newton_schulz.reference import V4_COEFFICIENTS
 
-__all__ = ["V4_COEFFICIENTS", "newton_schulz"]
+__all__ = [
+    "BACKENDS",
+    "STEPS_PER_GRAM_MATRIX",
+    "V4_COEFFICIENTS",
+    "backend_for",
+    "count_multiplications",
+    "newton_schulz",
+]
+
+BACKENDS = {"reference": reference, "eager": eager}
+
+
+def backend_for(matrices: Tensor) -> str:
+    """Return the backend for matrices."""
+    return "eager"
 
 
 def newton_schulz(
     matrices: Tensor,
     coefficients: Sequence[tuple[float, float, float]] = V4_COEFFICIENTS,
     dtype: torch.dtype = torch.float32,
-    backend: Literal["fused", "reference"] = "fused",
+    backend: str | None = None,
 ) -> Tensor:
-    """Approximate polar factors of matrices [..., r, c], computed in ``dtype`` (float32 or bfloat16; ``reference``
-    takes any float) and returned in the input's: :func:`kernels.newton_schulz.reference.newton_schulz`. ``fused``
-    computes it with fewer and larger products."""
-    run = reference.newton_schulz if backend == "reference" else newton_schulz_gram
-    return run(matrices, coefficients, dtype)
+    """Approximate the polar factor U V^T of every matrix; singular values go to about one.
+
+    Each step is ``X <- a X + (b A + c A A) X`` with ``A = X X^T``, starting from ``X / ||X||_F``. A is formed on the
+    shorter side. An all-zero matrix stays zero.
+
+    Args:
+        matrices: [..., r, c], any float dtype.
+        coefficients: (a, b, c) of every step.
+        dtype: Dtype of the products, float32 or bfloat16. The ``reference`` backend accepts any float dtype.
+
+    Returns:
+        [..., r, c] in the dtype of ``matrices``.
+    """
+    return get_backend(BACKENDS, backend or backend_for(matrices)).newton_schulz(matrices, coefficients, dtype)

@@ -1,4 +1,4 @@
-"""Newton-Schulz iteration, in eager PyTorch (report 2.4, algorithm 1)."""
+"""Newton-Schulz iteration in PyTorch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 V4_COEFFICIENTS: tuple[tuple[float, float, float], ...] = (
-    *((3.4445, -4.7750, 2.0315),) * 8,  # fast growth of small singular values, without settling
-    *((2.0, -1.5, 0.5),) * 2,  # settles at one
+    *((3.4445, -4.7750, 2.0315),) * 8,  # fast growth of small singular values, without convergence
+    *((2.0, -1.5, 0.5),) * 2,  # convergence to one
 )
 
 
@@ -18,11 +18,7 @@ def newton_schulz(
     coefficients: Sequence[tuple[float, float, float]] = V4_COEFFICIENTS,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Approximate polar factor U V^T of every matrix [..., r, c]; singular values go to about one.
-
-    Each step is ``X <- a X + (b A + c A A) X`` with ``A = X X^T``, begun at ``X / ||X||_F``. A is formed on the
-    shorter side. Computes in ``dtype`` and returns the input's dtype. An all-zero matrix stays zero.
-    """
+    """Implement :func:`kernels.newton_schulz.newton_schulz`."""
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.transpose(-1, -2) if tall else matrices
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-20)).to(dtype)

@@ -1,7 +1,7 @@
-"""An attention layer's projections: products with norms and rotations around them.
+"""Projections of an attention layer: matrix products fused with normalization and rotation (report 2.3.1).
 
-For few tokens each is one native operator (``cpu.cpp``); otherwise operations run one by one (``reference.py``).
-``backend=`` forces one and :func:`backend_for` tells which one runs.
+The ``cpu`` backend serves few tokens by one native operator per projection. The ``reference`` backend is a composition
+of other operations, each of which selects its own backend.
 """
 
 from __future__ import annotations
@@ -10,17 +10,21 @@ import torch
 from torch import Tensor
 
 from kernels import linear, native
+from kernels.backends import get_backend
 from kernels.cache_io import EntryLayout
 from kernels.projection import cpu, reference
 from kernels.projection.reference import key_value
+
+__all__ = ["BACKENDS", "backend_for", "grouped_output", "index_query", "key_value", "latent_query", "packed_key_value"]
 
 BACKENDS = {"reference": reference, "cpu": cpu}
 
 
 def backend_for(x: Tensor, *weights: Tensor) -> str:
-    """``cpu`` for as few tokens x [B, S, ...] as :mod:`kernels.linear` takes natively with all weights."""
-    few = x.shape[0] * x.shape[1] <= linear.FEW_TOKENS and all(map(linear.is_stored_plainly, weights))
-    return "cpu" if few and not torch.is_autocast_enabled("cpu") and native.serves(x) else "reference"
+    """Return the backend for tokens x [B, S, ...] and the weights of a projection."""
+    is_small = x.shape[0] * x.shape[1] <= linear.MAX_NATIVE_TOKENS
+    is_supported = all(map(linear.supports_weight, weights)) and not torch.is_autocast_enabled("cpu")
+    return "cpu" if is_small and is_supported and native.serves(x) else "reference"
 
 
 def latent_query(
@@ -34,9 +38,21 @@ def latent_query(
     eps: float,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`kernels.projection.reference.latent_query`."""
-    chosen = BACKENDS[backend or backend_for(x, wq_a, wq_b)]
-    return chosen.latent_query(x, wq_a, norm, wq_b, cos, sin, heads, eps)
+    """Return the normalized latent [B, S, rank] and the normalized, rotated queries [B, S, heads, c].
+
+    Args:
+        x: [B, S, hidden]. The ``cpu`` backend requires float32 and disabled gradients.
+        wq_a: [rank, hidden], the down-projection.
+        norm: float32 [rank], the weight of the latent's RMS norm. Queries are normalized per head without a weight.
+        wq_b: [heads * c, rank], the up-projection.
+        cos: float32 [B or 1, S, r], as in :func:`kernels.rotary.rotate`.
+        sin: float32 [B or 1, S, r].
+        heads: Number of query heads.
+        eps: Added to the mean squares.
+    """
+    return get_backend(BACKENDS, backend or backend_for(x, wq_a, wq_b)).latent_query(
+        x, wq_a, norm, wq_b, cos, sin, heads, eps
+    )
 
 
 def packed_key_value(
@@ -49,22 +65,43 @@ def packed_key_value(
     layout: EntryLayout,
     backend: str | None = None,
 ) -> Tensor:
-    """See :func:`kernels.projection.reference.packed_key_value`."""
-    return BACKENDS[backend or backend_for(x, wkv)].packed_key_value(x, wkv, norm, cos, sin, eps, layout)
+    """Return :func:`key_value` packed for the cache: uint8 [B, S, layout.nbytes]. No gradient."""
+    return get_backend(BACKENDS, backend or backend_for(x, wkv)).packed_key_value(x, wkv, norm, cos, sin, eps, layout)
 
 
 def grouped_output(
-    mixed: Tensor, cos: Tensor, sin: Tensor, wo_a: Tensor, wo_b: Tensor, backend: str | None = None
+    attended: Tensor, cos: Tensor, sin: Tensor, wo_a: Tensor, wo_b: Tensor, backend: str | None = None
 ) -> Tensor:
-    """See :func:`kernels.projection.reference.grouped_output`."""
-    return BACKENDS[backend or backend_for(mixed, wo_a, wo_b)].grouped_output(mixed, cos, sin, wo_a, wo_b)
+    """Project the outputs of all heads back to the hidden size, by a grouped low-rank product.
+
+    Args:
+        attended: [B, S, H, c], the heads' outputs.
+        cos: float32 [B or 1, S, r], as in :func:`kernels.rotary.rotate`.
+        sin: float32 [B or 1, S, r].
+        wo_a: [g, rank, H / g * c], the down-projection of every group of heads.
+        wo_b: [hidden, g * rank], the joint up-projection.
+
+    Returns:
+        [B, S, hidden].
+    """
+    return get_backend(BACKENDS, backend or backend_for(attended, wo_a, wo_b)).grouped_output(
+        attended, cos, sin, wo_a, wo_b
+    )
 
 
 def index_query(
     latent: Tensor, wq_b: Tensor, cos: Tensor, sin: Tensor, heads: int, backend: str | None = None
 ) -> Tensor:
-    """See :func:`kernels.projection.reference.index_query`."""
-    return BACKENDS[backend or backend_for(latent, wq_b)].index_query(latent, wq_b, cos, sin, heads)
+    """Return the queries of the lightning indexer, rotated by position and by the Hadamard matrix.
 
+    Args:
+        latent: [B, S, rank], from :func:`latent_query`.
+        wq_b: [heads * c, rank].
+        cos: float32 [B or 1, S, r], as in :func:`kernels.rotary.rotate`.
+        sin: float32 [B or 1, S, r].
+        heads: Number of indexer heads.
 
-__all__ = ["BACKENDS", "backend_for", "grouped_output", "index_query", "key_value", "latent_query", "packed_key_value"]
+    Returns:
+        [B, S, heads, c].
+    """
+    return get_backend(BACKENDS, backend or backend_for(latent, wq_b)).index_query(latent, wq_b, cos, sin, heads)

@@ -1,21 +1,21 @@
-// An attention layer's projections of a few tokens: products, norms and rotations without a call for each.
+// Projections of an attention layer for few tokens: matrix products fused with normalization and rotation.
 #include "../native/rows.h"
 
 namespace fiftyfold {
 namespace {
 
-// Rows of a product [B, S, out] with weight [out, in].
+// Product of x [B, S, in] with weight [out, in]: [B, S, out].
 Tensor product(const Tensor& x, const Tensor& weight) {
   TORCH_CHECK_VALUE(x.dim() == 3 && weight.dim() == 2 && weight.is_contiguous() && x.size(2) == weight.size(1),
-                    "projection: x ", x.sizes(), " and weight ", weight.sizes(), " do not fit");
+                    "projection: x ", x.sizes(), " and weight ", weight.sizes(), " do not match");
   Tensor y = at::empty({x.size(0), x.size(1), weight.size(0)}, x.options());
   auto* from = const_cast<float*>(x.const_data_ptr<float>());
   multiply({from, rows_of(x), x.size(2)}, weight, 0, {y.mutable_data_ptr<float>(), rows_of(x), weight.size(0)});
   return y;
 }
 
-// latent float32 [B, S, rank]: the normalized product with wq_a; query float32 [B, S, heads, c]: that of the latent with
-// wq_b, each head normalized and rotated.
+// Returns the latent, float32 [B, S, rank] (product of x with wq_a, normalized), and the query, float32 [B, S, heads, c]
+// (product of the latent with wq_b, normalized and rotated per head).
 std::tuple<Tensor, Tensor> latent_query(const Tensor& input, const Tensor& wq_a, const Tensor& norm, const Tensor& wq_b,
                                         const Tensor& cos, const Tensor& sin, int64_t heads, double eps) {
   const Tensor x = contiguous_float(input, "latent_query: x");
@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor> latent_query(const Tensor& input, const Tensor& wq_a,
   return {latent, query.view({B, S, heads, c})};
 }
 
-// uint8 [B, S, nbytes]: the product with wkv, normalized, rotated and packed as `layout`.
+// Product of x with wkv, normalized, rotated and packed: uint8 [B, S, nbytes].
 Tensor packed_key_value(const Tensor& input, const Tensor& wkv, const Tensor& norm, const Tensor& cos, const Tensor& sin,
                         double eps, at::IntArrayRef spec) {
   const Layout layout(spec);
@@ -55,19 +55,19 @@ Tensor packed_key_value(const Tensor& input, const Tensor& wkv, const Tensor& no
   return packed;
 }
 
-// mixed float32 [B, S, H, c], rotated back, through wo_a [g, rank, H / g * c] and wo_b [hidden, g * rank].
+// Rotate attended, float32 [B, S, H, c], back and project it by wo_a [g, rank, H / g * c] and wo_b [hidden, g * rank].
 Tensor grouped_output(const Tensor& input, const Tensor& cos, const Tensor& sin, const Tensor& wo_a, const Tensor& wo_b) {
-  const Tensor mixed = contiguous_float(input, "grouped_output: mixed");
-  const int64_t B = mixed.size(0), S = mixed.size(1), H = mixed.size(2), c = mixed.size(3), width = H * c;
+  const Tensor attended = contiguous_float(input, "grouped_output: attended");
+  const int64_t B = attended.size(0), S = attended.size(1), H = attended.size(2), c = attended.size(3), width = H * c;
   const int64_t groups = wo_a.size(0), rank = wo_a.size(1), in = wo_a.size(2);
-  TORCH_CHECK_VALUE(wo_a.is_contiguous() && groups * in == width, "grouped_output: mixed ", mixed.sizes(), " and wo_a ",
-                    wo_a.sizes(), " do not fit");
+  TORCH_CHECK_VALUE(wo_a.is_contiguous() && groups * in == width, "grouped_output: attended ", attended.sizes(), " and wo_a ",
+                    wo_a.sizes(), " do not match");
   const Angles angles(cos, sin, B, S);
   std::vector<float> rotated(B * S * width);
   for (int64_t i = 0; i < B * S * H; ++i) {
-    angles.rotate(i / H, mixed.const_data_ptr<float>() + i * c, c, true, rotated.data() + i * c);
+    angles.rotate(i / H, attended.const_data_ptr<float>() + i * c, c, true, rotated.data() + i * c);
   }
-  Tensor inner = at::empty({B, S, groups * rank}, mixed.options());
+  Tensor inner = at::empty({B, S, groups * rank}, attended.options());
   float* to = inner.mutable_data_ptr<float>();
   for (int64_t g = 0; g < groups; ++g) {
     multiply({rotated.data() + g * in, B * S, width}, wo_a, g, {to + g * rank, B * S, groups * rank});
@@ -75,12 +75,12 @@ Tensor grouped_output(const Tensor& input, const Tensor& cos, const Tensor& sin,
   return product(inner, wo_b);
 }
 
-// float32 [B, S, heads, c]: the product of the latent with wq_b, each head rotated by the angles and by Hadamard's matrix.
+// Product of the latent with wq_b, rotated by position and by the Hadamard matrix: float32 [B, S, heads, c].
 Tensor index_query(const Tensor& input, const Tensor& wq_b, const Tensor& cos, const Tensor& sin, int64_t heads) {
   const Tensor latent = contiguous_float(input, "index_query: latent");
   Tensor query = product(latent, wq_b);
   const int64_t B = query.size(0), S = query.size(1), c = query.size(2) / heads;
-  TORCH_CHECK_VALUE((c & (c - 1)) == 0, "index_query: heads must have a power of two of dims, found ", c);
+  TORCH_CHECK_VALUE((c & (c - 1)) == 0, "index_query: the dims of a head must be a power of two, found ", c);
   const Angles angles(cos, sin, B, S);
   float* head = query.mutable_data_ptr<float>();
   for (int64_t i = 0; i < B * S * heads; ++i, head += c) {
@@ -98,7 +98,7 @@ TORCH_LIBRARY_FRAGMENT(fiftyfold, m) {
       "(Tensor, Tensor)");
   m.def(
       "packed_key_value(Tensor x, Tensor wkv, Tensor norm, Tensor cos, Tensor sin, float eps, int[] layout) -> Tensor");
-  m.def("grouped_output(Tensor mixed, Tensor cos, Tensor sin, Tensor wo_a, Tensor wo_b) -> Tensor");
+  m.def("grouped_output(Tensor attended, Tensor cos, Tensor sin, Tensor wo_a, Tensor wo_b) -> Tensor");
   m.def("index_query(Tensor latent, Tensor wq_b, Tensor cos, Tensor sin, int heads) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) {

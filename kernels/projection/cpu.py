@@ -1,4 +1,4 @@
-"""An attention layer's projections of a few tokens by native operators."""
+"""Projections of few tokens by native operators, for float32 inputs without gradients."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from kernels.cache_io import EntryLayout
 def latent_query(
     x: Tensor, wq_a: Tensor, norm: Tensor, wq_b: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """:func:`kernels.projection.reference.latent_query` for float32 x without gradients."""
+    """Implement :func:`kernels.projection.latent_query`."""
     return native.op("latent_query")(x, wq_a, norm, wq_b, cos, sin, heads, eps)
 
 
 def packed_key_value(
     x: Tensor, wkv: Tensor, norm: Tensor, cos: Tensor, sin: Tensor, eps: float, layout: EntryLayout
 ) -> Tensor:
-    """:func:`kernels.projection.reference.packed_key_value`, likewise."""
+    """Implement :func:`kernels.projection.packed_key_value`."""
     return native.op("packed_key_value")(x, wkv, norm, cos, sin, eps, layout.spec)
 
 
-def grouped_output(mixed: Tensor, cos: Tensor, sin: Tensor, wo_a: Tensor, wo_b: Tensor) -> Tensor:
-    """:func:`kernels.projection.reference.grouped_output`, likewise."""
-    return native.op("grouped_output")(mixed, cos, sin, wo_a, wo_b)
+def grouped_output(attended: Tensor, cos: Tensor, sin: Tensor, wo_a: Tensor, wo_b: Tensor) -> Tensor:
+    """Implement :func:`kernels.projection.grouped_output`."""
+    return native.op("grouped_output")(attended, cos, sin, wo_a, wo_b)
 
 
 def index_query(latent: Tensor, wq_b: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-    """:func:`kernels.projection.reference.index_query`, likewise."""
+    """Implement :func:`kernels.projection.index_query`."""
     return native.op("index_query")(latent, wq_b, cos, sin, heads)

@@ -1,8 +1,7 @@
-"""Rounding to a storage format inside the forward pass, gradients passed straight through.
+"""Fake quantization: rounding to a storage format within the forward pass.
 
-On a CPU values are rounded by a native operator (``cpu.cpp``), or without that FP4 blocks in pieces that stay in the
-cache (``blocked.py``); all else as written in ``reference.py``. All give the same bits. ``backend=`` forces one and
-:func:`backend_for` tells which one runs.
+Formats: ``fp32``; ``bf16``; ``fp8``, E4M3 with one E8M0 scale per 64 values; ``fp4``, E2M1 with one scale per 32.
+Rounded values equal those that :mod:`kernels.cache_io` packs and unpacks. All backends produce the same bits.
 """
 
 from __future__ import annotations
@@ -11,60 +10,66 @@ import torch
 from torch import Tensor
 
 from kernels import formats, native
+from kernels.backends import get_backend
 from kernels.cache_io import EntryLayout
-from kernels.quantize import blocked, cpu, reference
+from kernels.quantize import cpu, eager, reference
 from kernels.quantize.reference import FORMATS
 
-BACKENDS = {"reference": reference, "blocked": blocked, "cpu": cpu}
+__all__ = ["BACKENDS", "FORMATS", "backend_for", "fake_quantize", "round_to_format", "round_to_layout"]
+
+BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu}
 
 
 def backend_for(x: Tensor, fmt: str) -> str:
-    whole = x.shape[-1] % formats.FP4_BLOCK == 0
+    """Return the backend that rounds x to ``fmt``."""
     if x.is_cpu and native.level() is not None:
         return "cpu"
-    fits = fmt == "fp4" and whole and x.device.type == "cpu"
-    return "blocked" if fits else "reference"
+    return "eager" if x.is_cpu and fmt == "fp4" and x.shape[-1] % formats.FP4_BLOCK == 0 else "reference"
 
 
 def round_to_format(x: Tensor, fmt: str, dtype: torch.dtype = torch.float32, backend: str | None = None) -> Tensor:
-    """See :func:`kernels.quantize.reference.round_to_format`."""
+    """Round x to a storage format. No gradient.
+
+    Args:
+        x: [..., n], any float dtype. Blocks of values that share a scale run along the last dim.
+        fmt: One of :data:`FORMATS`. The ``eager`` backend supports only ``fp4`` and multiples of 32 for n.
+        dtype: Dtype of the result. BF16 holds all ``fp8`` and ``fp4`` values exactly.
+
+    Raises:
+        ValueError: For an unknown format.
+    """
     if fmt not in FORMATS:
         raise ValueError(f"format '{fmt}' is not one of {', '.join(FORMATS)}")
-    return BACKENDS[backend or backend_for(x, fmt)].round_to_format(x, fmt, dtype)
+    return get_backend(BACKENDS, backend or backend_for(x, fmt)).round_to_format(x, fmt, dtype)
 
 
 class _FakeQuantize(torch.autograd.Function):
-    # x + (rounded - x).detach() would not give the rounded value's bits back.
+    # The usual x + (rounded - x).detach() does not reproduce the bits of the rounded value.
     @staticmethod
-    def forward(ctx, x: Tensor, fmt: str, dtype: torch.dtype) -> Tensor:
+    def forward(ctx, x: Tensor, fmt: str, dtype: torch.dtype, backend: str | None) -> Tensor:
         ctx.dtype = x.dtype
-        return round_to_format(x, fmt, dtype)
+        return round_to_format(x, fmt, dtype, backend)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return grad.to(ctx.dtype), None, None
+        return grad.to(ctx.dtype), None, None, None
 
 
-def fake_quantize(x: Tensor, fmt: str, dtype: torch.dtype | None = None) -> Tensor:
-    """:func:`round_to_format` with a straight-through gradient; in ``dtype``, by default that of ``x``."""
+def fake_quantize(x: Tensor, fmt: str, dtype: torch.dtype | None = None, backend: str | None = None) -> Tensor:
+    """Round x as :func:`round_to_format` does, with a straight-through gradient.
+
+    ``dtype`` is the dtype of the result, by default that of x.
+    """
     dtype = dtype or x.dtype
-    return x.to(dtype) if fmt == "fp32" else _FakeQuantize.apply(x, fmt, dtype)
+    return x.to(dtype) if fmt == "fp32" else _FakeQuantize.apply(x, fmt, dtype, backend)
 
 
-def round_to_layout(x: Tensor, layout: EntryLayout) -> Tensor:
-    """The values of float32 x [..., size] after a round trip through a cache entry of ``layout``, with a
-    straight-through gradient."""
-    if native.serves(x):
+def round_to_layout(x: Tensor, layout: EntryLayout, backend: str | None = None) -> Tensor:
+    """Round float32 x [..., layout.size] to the formats of a cache entry, with a straight-through gradient."""
+    if backend in (None, "cpu") and native.serves(x):
         return cpu.round_to_layout(x, layout)
     if not layout.rope or layout.body_format == layout.rope_format:
-        return fake_quantize(x, layout.body_format)
+        return fake_quantize(x, layout.body_format, backend=backend)
     body, rope = x.split((layout.body, layout.rope), dim=-1)
-    return torch.cat((fake_quantize(body, layout.body_format), fake_quantize(rope, layout.rope_format)), dim=-1)
-
-
-def hadamard(x: Tensor) -> Tensor:
-    """See :func:`kernels.quantize.reference.hadamard`. Native on a CPU without gradients."""
-    return cpu.hadamard(x) if native.serves(x) else reference.hadamard(x)
-
-
-__all__ = ["BACKENDS", "FORMATS", "backend_for", "fake_quantize", "hadamard", "round_to_format", "round_to_layout"]
+    parts = ((body, layout.body_format), (rope, layout.rope_format))
+    return torch.cat([fake_quantize(part, fmt, backend=backend) for part, fmt in parts], dim=-1)

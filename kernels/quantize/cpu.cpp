@@ -1,5 +1,5 @@
-// Rounding to a storage format, and the Hadamard rotation.
-#include "../native/rows.h"
+// Rounding to a storage format.
+#include "../native/common.h"
 
 namespace fiftyfold {
 namespace {
@@ -31,8 +31,7 @@ void round_row(const float* x, int64_t n, int64_t format, float* out) {
   }
 }
 
-// The values of x float32 [..., n] after a round trip through the formats of a row: the first `body` dims in one, the
-// last `rope` in the other.
+// Round x, float32 [..., n], to the formats of a layout: the first `body` dims to one, the last `rope` dims to the other.
 Tensor round_to_layout(const Tensor& input, at::IntArrayRef spec) {
   const Layout layout(spec);
   const Tensor x = contiguous_float(input, "round_to_layout: x");
@@ -48,30 +47,9 @@ Tensor round_to_layout(const Tensor& input, at::IntArrayRef spec) {
   return out;
 }
 
-// Orthonormal Walsh-Hadamard rotation of the last dim, a power of two.
-Tensor hadamard(const Tensor& input) {
-  const Tensor x = contiguous_float(input, "hadamard: x");
-  const int64_t n = x.size(-1);
-  TORCH_CHECK_VALUE(n >= 1 && (n & (n - 1)) == 0, "hadamard: the last dim must be a power of two, found ", n);
-  Tensor out = at::empty_like(x);
-  const float* from = x.const_data_ptr<float>();
-  float* to = out.mutable_data_ptr<float>();
-  parallel_rows(rows_of(x), 4 * n, [&](int64_t r) {
-    std::memcpy(to + r * n, from + r * n, 4 * n);
-    hadamard_row(to + r * n, n);
-  });
-  return out;
-}
-
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(fiftyfold, m) {
-  m.def("round_to_layout(Tensor x, int[] layout) -> Tensor");
-  m.def("hadamard(Tensor x) -> Tensor");
-}
-TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) {
-  m.impl("round_to_layout", round_to_layout);
-  m.impl("hadamard", hadamard);
-}
+TORCH_LIBRARY_FRAGMENT(fiftyfold, m) { m.def("round_to_layout(Tensor x, int[] layout) -> Tensor"); }
+TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) { m.impl("round_to_layout", round_to_layout); }
 
 }  // namespace fiftyfold

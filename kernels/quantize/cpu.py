@@ -1,4 +1,4 @@
-"""Rounding to a storage format and the Hadamard rotation by native operators."""
+"""Rounding to a storage format by a native operator."""
 
 from __future__ import annotations
 
@@ -11,15 +11,10 @@ from kernels.cache_io import EntryLayout
 
 
 def round_to_format(x: Tensor, fmt: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """:func:`kernels.quantize.reference.round_to_format`."""
+    """Implement :func:`kernels.quantize.round_to_format`."""
     return round_to_layout(cast(x, torch.float32), EntryLayout(x.shape[-1], fmt)).to(dtype)
 
 
 def round_to_layout(x: Tensor, layout: EntryLayout) -> Tensor:
-    """:func:`kernels.quantize.round_to_layout` for float32 x, without a gradient."""
+    """Implement :func:`kernels.quantize.round_to_layout` for float32 x, without a gradient."""
     return native.op("round_to_layout")(detached(x), layout.spec)
-
-
-def hadamard(x: Tensor) -> Tensor:
-    """:func:`kernels.quantize.reference.hadamard` for float32 x without gradients."""
-    return native.op("hadamard")(x)

@@ -1,26 +1,32 @@
-"""RMS normalization: native without gradients (``cpu.cpp``), with a backward pass of its own elsewhere
-(``written_out.py``).
-
-``backend=`` forces one and :func:`backend_for` tells which one runs.
-"""
+"""RMS normalization (arXiv 1910.07467)."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from kernels import native
-from kernels.rms_norm import cpu, reference, written_out
+from kernels.backends import get_backend
+from kernels.rms_norm import cpu, eager, reference
 
-BACKENDS = {"reference": reference, "written_out": written_out, "cpu": cpu}
+__all__ = ["BACKENDS", "backend_for", "rms_norm"]
+
+BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu}
 
 
 def backend_for(x: Tensor) -> str:
-    return "cpu" if native.serves(x) else "written_out"
+    """Return the backend for x."""
+    return "cpu" if native.serves(x) else "eager"
 
 
-def rms_normalize(x: Tensor, eps: float, weight: Tensor | None = None, backend: str | None = None) -> Tensor:
-    """See :func:`kernels.rms_norm.reference.rms_normalize`."""
-    return BACKENDS[backend or backend_for(x)].rms_normalize(x, eps, weight)
+def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None, backend: str | None = None) -> Tensor:
+    """Return ``x / sqrt(mean(x^2) + eps) * weight``, with the mean over the last dim.
 
+    Args:
+        x: [..., n]. The ``cpu`` backend requires float32 and disabled gradients.
+        eps: Added to the mean square.
+        weight: float32 [n], or None for no scaling.
 
-__all__ = ["BACKENDS", "backend_for", "rms_normalize"]
+    Returns:
+        float32 [..., n].
+    """
+    return get_backend(BACKENDS, backend or backend_for(x)).rms_norm(x, eps, weight)

@@ -1,12 +1,12 @@
-// RMS normalization, one row at a time.
+// RMS normalization.
 #include "../native/rows.h"
 
 namespace fiftyfold {
 namespace {
 
-// x float32 [..., n], weight float32 [n] or none -> float32 [..., n].
-Tensor rms_normalize(const Tensor& input, const std::optional<Tensor>& weight, double eps) {
-  const Tensor x = contiguous_float(input, "rms_normalize: x");
+// x float32 [..., n], weight float32 [n], optional -> float32 [..., n].
+Tensor rms_norm(const Tensor& input, const std::optional<Tensor>& weight, double eps) {
+  const Tensor x = contiguous_float(input, "rms_norm: x");
   Tensor out = at::empty_like(x);
   const int64_t n = x.size(-1);
   const float* gains = weight ? weight->const_data_ptr<float>() : nullptr;
@@ -20,7 +20,7 @@ Tensor rms_normalize(const Tensor& input, const std::optional<Tensor>& weight, d
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(fiftyfold, m) { m.def("rms_normalize(Tensor x, Tensor? weight, float eps) -> Tensor"); }
-TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) { m.impl("rms_normalize", rms_normalize); }
+TORCH_LIBRARY_FRAGMENT(fiftyfold, m) { m.def("rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor"); }
+TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) { m.impl("rms_norm", rms_norm); }
 
 }  // namespace fiftyfold

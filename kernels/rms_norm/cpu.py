@@ -7,6 +7,6 @@ from torch import Tensor
 from kernels import native
 
 
-def rms_normalize(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
-    """:func:`kernels.rms_norm.reference.rms_normalize` for float32 x without gradients."""
-    return native.op("rms_normalize")(x, weight, eps)
+def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
+    """Implement :func:`kernels.rms_norm.rms_norm` for float32 x, without gradients."""
+    return native.op("rms_norm")(x, weight, eps)

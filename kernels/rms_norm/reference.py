@@ -1,4 +1,4 @@
-"""RMS normalisation in eager PyTorch (arXiv 1910.07467)."""
+"""RMS normalization in PyTorch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-def rms_normalize(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps)`` over the last dim of x [..., n], times a weight [n] if there is one; float32."""
+def rms_norm(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
+    """Implement :func:`kernels.rms_norm.rms_norm`."""
     wide = x.float()
     out = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return out if weight is None else out * weight

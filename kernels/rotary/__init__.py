@@ -1,32 +1,43 @@
-"""Rotary positions: native without gradients (``cpu.cpp``), as complex numbers elsewhere (``as_complex.py``).
-
-``backend=`` forces one and :func:`backend_for` tells which one runs.
-"""
+"""Rotary position embedding on interleaved pairs (arXiv 2104.09864)."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from kernels import native
-from kernels.rotary import as_complex, cpu, reference
+from kernels.backends import get_backend
+from kernels.rotary import cpu, eager, reference
 
-BACKENDS = {"reference": reference, "as_complex": as_complex, "cpu": cpu}
+__all__ = ["BACKENDS", "angles", "backend_for", "rotate"]
+
+BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu}
 
 
 def backend_for(x: Tensor) -> str:
-    return "cpu" if native.serves(x) else "as_complex"
+    """Return the backend for x: values to rotate, or positions."""
+    runs_natively = native.serves(x) if x.is_floating_point() else x.is_cpu and native.level() is not None
+    return "cpu" if runs_natively else "eager"
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False, backend: str | None = None) -> Tensor:
-    """See :func:`kernels.rotary.reference.rotate`."""
-    return BACKENDS[backend or backend_for(x)].rotate(x, cos, sin, inverse)
+    """Rotate the pairs (2k, 2k + 1) of the last ``2 * r`` dims of x; other dims are unchanged.
+
+    Args:
+        x: [B, S, ..., n] with n >= 2 * r. The ``cpu`` backend requires float32 and disabled gradients.
+        cos: float32 [B or 1, S, r], the cosines of the angles.
+        sin: float32 [B or 1, S, r], the sines of the angles.
+        inverse: Rotate by the opposite angles.
+
+    Returns:
+        The shape of x, in the wider of its dtype and float32.
+    """
+    return get_backend(BACKENDS, backend or backend_for(x)).rotate(x, cos, sin, inverse)
 
 
-def angles(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """See :func:`kernels.rotary.reference.angles`. Native on a CPU."""
-    if positions.is_cpu and native.level() is not None:
-        return cpu.angles(positions, frequencies)
-    return reference.angles(positions, frequencies)
+def angles(positions: Tensor, frequencies: Tensor, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines, float32 [B, S, r] each, of positions int64 [B, S] times frequencies float64 [r].
 
-
-__all__ = ["BACKENDS", "angles", "backend_for", "rotate"]
+    Angles are computed in float64: at a million tokens float32 would lose the fraction of a turn. ``eager`` and
+    ``reference`` share one implementation.
+    """
+    return get_backend(BACKENDS, backend or backend_for(positions)).angles(positions, frequencies)

@@ -1,15 +1,15 @@
-// Rotary positions: the rotation of pairs, and the angles themselves.
+// Rotary position embedding: rotation of pairs, and cosines and sines of the angles.
 #include "../native/rows.h"
 
 namespace fiftyfold {
 namespace {
 
-// x float32 [B, S, ..., n]; cos and sin float32 [B or 1, S, r]. Pairs of the last 2r dims are rotated, the others
-// copied; `inverse` rotates back.
+// Rotate the pairs of the last 2r dims of x, float32 [B, S, ..., n], and copy the others. cos and sin are float32
+// [B or 1, S, r]. `inverse` negates the angles.
 Tensor rotate(const Tensor& input, const Tensor& cosines, const Tensor& sines, bool inverse) {
   const Tensor x = contiguous_float(input, "rotate: x");
   TORCH_CHECK_VALUE(x.dim() >= 3 && 2 * cosines.size(2) <= x.size(-1), "rotate: x ", x.sizes(), " and cos ",
-                    cosines.sizes(), " do not fit");
+                    cosines.sizes(), " do not match");
   const Tensor cos = cosines.contiguous(), sin = sines.contiguous();
   const int64_t n = x.size(-1), B = x.size(0), S = x.size(1), each = B * S ? x.numel() / (B * S * n) : 0;
   const Angles angles(cos, sin, B, S);
@@ -22,7 +22,7 @@ Tensor rotate(const Tensor& input, const Tensor& cosines, const Tensor& sines, b
   return out;
 }
 
-// Cosines and sines float32 [B, S, r] of positions int64 [B, S] times frequencies float64 [r].
+// Cosines and sines, float32 [B, S, r], of positions int64 [B, S] times frequencies float64 [r].
 std::tuple<Tensor, Tensor> angles(const Tensor& positions, const Tensor& frequencies) {
   const Tensor p = positions.contiguous(), f = frequencies.contiguous();
   const int64_t r = f.numel();

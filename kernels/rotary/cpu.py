@@ -1,4 +1,4 @@
-"""Rotary positions by native operators."""
+"""Rotary position embedding by native operators."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from kernels.autocast import cast
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
-    """:func:`kernels.rotary.reference.rotate` for float32 x without gradients."""
+    """Implement :func:`kernels.rotary.rotate` for float32 x, without gradients."""
     return native.op("rotate")(x, cos, sin, inverse)
 
 
 def angles(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`kernels.rotary.reference.angles`."""
+    """Implement :func:`kernels.rotary.angles`."""
     return native.op("angles")(cast(positions, torch.int64), frequencies)

@@ -1,27 +1,26 @@
-"""Attention over a sliding window, compressed entries and a sink, in one softmax.
+"""Attention within whole sequences: a sliding window, compressed entries and a sink in one softmax (report 2.3.3).
 
-Whole sequences run in blocks on a CPU (``blocked.py``), elsewhere as written in ``reference.py``. Over a cache's rows a
-native operator runs on a CPU (``cpu.cpp``), and ``paged.py`` elsewhere. ``backend=`` forces one; :func:`backend_for`
-and :func:`paged_backend_for` tell which one runs.
+:mod:`kernels.paged_attention` computes it over the packed rows of a cache. :class:`TiledAttention` computes it tile by
+tile, for results that do not depend on the batch.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from kernels import native
-from kernels.cache_io import EntryLayout
-from kernels.sparse_attention import blocked, cpu, paged, reference
-from kernels.sparse_attention.paged import EntrySet, TokenRows
-from kernels.sparse_attention.tiled import INVARIANT_TILE, TiledAttention
+from kernels.backends import get_backend
+from kernels.sparse_attention import eager, reference
+from kernels.sparse_attention.batch_invariant import INVARIANT_TILE, TiledAttention
 
-BACKENDS = {"reference": reference, "blocked": blocked}
-PAGED_BACKENDS = {"paged": paged, "cpu": cpu}
+__all__ = ["BACKENDS", "INVARIANT_TILE", "TiledAttention", "backend_for", "sparse_attention"]
+
+BACKENDS = {"reference": reference, "eager": eager}
 
 
 def backend_for(query: Tensor, window_kv: Tensor, entries: Tensor | None) -> str:
-    whole = window_kv.shape[1] == query.shape[1] and (entries is None or entries.dim() == 3)
-    return "blocked" if whole and query.device.type == "cpu" and query.dtype.itemsize <= 4 else "reference"
+    """Return the backend. ``eager`` supports neither past tokens nor entries gathered per query."""
+    is_supported = window_kv.shape[1] == query.shape[1] and (entries is None or entries.dim() == 3)
+    return "eager" if is_supported and query.is_cpu and query.dtype.itemsize <= 4 else "reference"
 
 
 def sparse_attention(
@@ -34,38 +33,24 @@ def sparse_attention(
     reach: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """See :func:`kernels.sparse_attention.reference.sparse_attention`."""
-    chosen = backend or backend_for(query, window_kv, entries)
-    return BACKENDS[chosen].sparse_attention(query, window_kv, entries, entry_mask, sink, window, reach)
+    """Attend to the last ``window`` tokens, the permitted entries, and a sink that has no value.
 
+    One vector is both key and value. The softmax scale is ``c ** -0.5``. Time and memory grow with S * window, not with
+    S * S.
 
-def paged_backend_for(query: Tensor) -> str:
-    return "cpu" if native.serves(query) else "paged"
+    Args:
+        query: [B, S, H, c].
+        window_kv: [B, P + S, c], with P <= window - 1 past tokens followed by the tokens of the queries.
+        entries: [B, T, c], shared by all queries; [B, S, K, c], gathered per query; or None.
+        entry_mask: bool [B or 1, S, T or K], True for permitted entries; None without entries.
+        sink: [H], logits.
+        window: Tokens that a query attends to, including itself.
+        reach: int64 [B, S], a smaller limit than ``window`` for single queries, for packed documents; or None.
 
-
-def paged_attention(
-    query: Tensor,
-    tokens: TokenRows,
-    entries: EntrySet | None,
-    sink: Tensor,
-    layout: EntryLayout,
-    window: int,
-    backend: str | None = None,
-) -> Tensor:
-    """See :func:`kernels.sparse_attention.paged.paged_attention`."""
-    chosen = PAGED_BACKENDS[backend or paged_backend_for(query)]
-    return chosen.paged_attention(query, tokens, entries, sink, layout, window)
-
-
-__all__ = [
-    "BACKENDS",
-    "INVARIANT_TILE",
-    "PAGED_BACKENDS",
-    "EntrySet",
-    "TiledAttention",
-    "TokenRows",
-    "backend_for",
-    "paged_attention",
-    "paged_backend_for",
-    "sparse_attention",
-]
+    Returns:
+        The output [B, S, H, c] and the attention mass of the entries, summed over heads: [B, S, T or K], or None
+        without entries. The mass has no gradient.
+    """
+    return get_backend(BACKENDS, backend or backend_for(query, window_kv, entries)).sparse_attention(
+        query, window_kv, entries, entry_mask, sink, window, reach
+    )

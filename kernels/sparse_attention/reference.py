@@ -1,4 +1,4 @@
-"""The core attention of sliding, csa and hca layers, in eager PyTorch (report 2.3.3)."""
+"""Attention within whole sequences, in PyTorch."""
 
 from __future__ import annotations
 
@@ -16,16 +16,7 @@ def sparse_attention(
     window: int,
     reach: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """One softmax per head over the last ``window`` raw tokens, the permitted entries, and a sink without a value.
-
-    query [B, S, H, c]. window_kv [B, P + S, c]: P <= window - 1 past tokens, then the S tokens of the queries; key and
-    value are the same vector. entries [B, T, c], shared by all queries, or [B, S, K, c], gathered per query; None for
-    a sliding layer. entry_mask bool [B or 1, S, T or K], True where a query may look. sink [H] logits. reach int64
-    [B, S]: how many raw tokens, itself included, a query may see where that is less than the window (packed documents).
-
-    Returns the output [B, S, H, c] and the attention mass on the entries, summed over heads: [B, S, T or K] (None
-    without entries). The softmax scale is c ** -0.5. Work and memory grow with S * window, not S * S.
-    """
+    """Implement :func:`kernels.sparse_attention.sparse_attention`."""
     B, S, H, c = query.shape
     query = query * c**-0.5
     block = min(window, S)
@@ -38,7 +29,7 @@ def sparse_attention(
             entry_logits = query @ entries.transpose(-1, -2)
         logits.append(entry_logits.masked_fill(~entry_mask.unsqueeze(2), float("-inf")))
     logits.append(sink.view(1, 1, H, 1).expand(B, S, H, 1).to(query.dtype))
-    weights = torch.cat(logits, dim=-1).softmax(dim=-1, dtype=torch.float32)  # float32 under autocast, too
+    weights = torch.cat(logits, dim=-1).softmax(dim=-1, dtype=torch.float32)  # also under autocast
 
     n_window = window_logits.shape[-1]
     blocks = keys.shape[1]
@@ -59,12 +50,15 @@ def sparse_attention(
 def _window_logits(
     query: Tensor, window_kv: Tensor, window: int, block: int, reach: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Blocked window scores: keys [B, blocks, block + window - 1, c] and logits [B, S, H, block + window - 1]."""
+    """Return the keys of every block of queries and the logits of the window.
+
+    Keys are [B, blocks, block + window - 1, c], logits [B, S, H, block + window - 1].
+    """
     B, S, H, c = query.shape
     past = window_kv.shape[1] - S
     blocks = -(-S // block)
     span = block + window - 1
-    # A block's keys begin window - 1 tokens before its first query.
+    # The keys of a block start window - 1 tokens before its first query.
     padded = F.pad(window_kv, (0, 0, window - 1 - past, blocks * block - S))
     keys = padded.unfold(1, span, block).transpose(2, 3)
     folded = _pad_queries(query, blocks * block).reshape(B, blocks, block * H, c)
@@ -73,7 +67,7 @@ def _window_logits(
     column = torch.arange(span, device=query.device)
     band = (column >= row) & (column < row + window)  # [block, span]
     first = torch.arange(blocks, device=query.device).view(-1, 1, 1) * block
-    exists = first + column >= window - 1 - past  # positions before the sequence hold padding
+    exists = first + column >= window - 1 - past  # the rest is padding before the sequence
     sees = (band & exists).unsqueeze(0)  # [1, blocks, block, span]
     if reach is not None:
         oldest = row + window - F.pad(reach, (0, blocks * block - S), value=1).view(B, blocks, block, 1)

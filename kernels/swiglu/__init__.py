@@ -1,25 +1,35 @@
-"""SwiGLU: native without gradients (``cpu.cpp``), with a backward pass of its own elsewhere (``written_out.py``).
-
-``backend=`` forces one and :func:`backend_for` tells which one runs.
-"""
+"""SwiGLU activation with clamped inputs (report 4.2.3)."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from kernels import native
-from kernels.swiglu import cpu, reference, written_out
+from kernels.backends import get_backend
+from kernels.swiglu import cpu, eager, reference
 
-BACKENDS = {"reference": reference, "written_out": written_out, "cpu": cpu}
+__all__ = ["BACKENDS", "backend_for", "swiglu"]
+
+BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu}
 
 
 def backend_for(gate: Tensor, gain: Tensor | None = None) -> str:
-    return "cpu" if gain is None and native.serves(gate) else "written_out"
+    """Return the backend for gate. The ``cpu`` backend supports no gain."""
+    return "cpu" if gain is None and native.serves(gate) else "eager"
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float, gain: Tensor | None = None, backend: str | None = None) -> Tensor:
-    """See :func:`kernels.swiglu.reference.swiglu`."""
-    return BACKENDS[backend or backend_for(gate, gain)].swiglu(gate, up, limit, gain)
+    """Return ``silu(gate) * up * gain``, with gate clamped to at most ``limit`` and up to [-limit, limit].
 
+    Values equal to the limit pass gradients.
 
-__all__ = ["BACKENDS", "backend_for", "swiglu"]
+    Args:
+        gate: [..., n]. The ``cpu`` backend requires float32 and disabled gradients.
+        up: [..., n].
+        limit: Clamping bound.
+        gain: [..., 1], or None for no scaling.
+
+    Returns:
+        [..., n] in the dtype of gate, computed in float32.
+    """
+    return get_backend(BACKENDS, backend or backend_for(gate, gain)).swiglu(gate, up, limit, gain)

@@ -1,4 +1,4 @@
-// SwiGLU in one pass.
+// SwiGLU in a single pass.
 #include "../native/common.h"
 
 namespace fiftyfold {
@@ -7,7 +7,7 @@ namespace {
 // gate and up float32 [..., n] -> float32 [..., n].
 Tensor swiglu(const Tensor& gates, const Tensor& ups, double limit) {
   const Tensor gate = contiguous_float(gates, "swiglu: gate"), up = contiguous_float(ups, "swiglu: up");
-  TORCH_CHECK_VALUE(gate.sizes() == up.sizes(), "swiglu: gate ", gate.sizes(), " and up ", up.sizes(), " differ");
+  TORCH_CHECK_VALUE(gate.sizes() == up.sizes(), "swiglu: gate ", gate.sizes(), " and up ", up.sizes(), " do not match");
   Tensor out = at::empty_like(gate);
   const float *g = gate.const_data_ptr<float>(), *u = up.const_data_ptr<float>();
   float* y = out.mutable_data_ptr<float>();

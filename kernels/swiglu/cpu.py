@@ -8,7 +8,7 @@ from kernels import native
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float, gain: Tensor | None = None) -> Tensor:
-    """:func:`kernels.swiglu.reference.swiglu` for float32 inputs without gradients and without a gain."""
+    """Implement :func:`kernels.swiglu.swiglu` for float32, without gradients. Raises ValueError for a gain."""
     if gain is not None:
-        raise ValueError("swiglu: the cpu backend takes no gain")
+        raise ValueError("swiglu: the cpu backend does not support a gain")
     return native.op("swiglu")(gate, up, limit)

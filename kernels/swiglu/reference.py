@@ -1,4 +1,4 @@
-"""SwiGLU in eager PyTorch (report 4.2.3)."""
+"""SwiGLU in PyTorch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from torch import Tensor
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float, gain: Tensor | None = None) -> Tensor:
-    """``silu(gate) * up * gain``, gate clamped from above and up on both sides to ``limit``.
-
-    gate and up [..., n], gain [..., 1]. Computed in float32, given in gate's dtype. At the limit a gradient passes.
-    """
+    """Implement :func:`kernels.swiglu.swiglu`."""
     out = F.silu(gate.float().clamp(max=limit)) * up.float().clamp(-limit, limit)
     return (out if gain is None else out * gain).to(gate.dtype)

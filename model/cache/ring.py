@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.autocast import detached
 from kernels.cache_io import write_ring
-from kernels.sparse_attention import TokenRows
+from kernels.paged_attention import TokenRows
 from model.cache.pages import PageTable, zeros
 from model.cache.parts import CompressorPart, WindowPart
 

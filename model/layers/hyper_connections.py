@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.autocast import in_float32
-from kernels.hyper_connections import RecomputedStreams, backend_for, enter, expand, head
+from kernels.hyper_connections import RecomputedStreams, backend_for, hc_head, hc_post, hc_pre
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
@@ -48,7 +48,7 @@ class HyperConnection(nn.Module):
         none of this saves them for the backward pass."""
         c = self.config
         with in_float32(streams), _not_saved(recomputed):
-            x, post, comb, entered = enter(
+            x, post, comb, entered = hc_pre(
                 streams, self.fn, self.scale, self.base, c.hc_sinkhorn_iters, c.hc_eps, c.norm_eps
             )
         if not torch.is_grad_enabled():
@@ -61,7 +61,7 @@ class HyperConnection(nn.Module):
         entered = recorded[0] if recorded else streams
         recomputed = recorded[1] if len(recorded) > 1 else None
         with in_float32(streams), _not_saved(recomputed):
-            return expand(entered, comb, post, output)
+            return hc_post(entered, comb, post, output)
 
     def to_recompute(
         self, expanded: Tensor, streams: Tensor, mixing: Mixing, output: Tensor
@@ -95,7 +95,7 @@ class HyperHead(nn.Module):
 
     def forward(self, streams: Tensor) -> Tensor:
         with in_float32(streams):
-            return head(streams, self.fn, self.scale, self.base, self.config.hc_eps, self.config.norm_eps)
+            return hc_head(streams, self.fn, self.scale, self.base, self.config.hc_eps, self.config.norm_eps)
 
 
 class PlainResidual(nn.Module):

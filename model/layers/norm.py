@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kernels.rms_norm import rms_normalize
+from kernels.rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -15,7 +15,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return rms_normalize(x, self.eps, self.weight)
+        return rms_norm(x, self.eps, self.weight)
 
     def init_weights(self, std: float) -> None:
         nn.init.ones_(self.weight)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from kernels.cache_io import EntryLayout, unpack
-from kernels.sparse_attention import INVARIANT_TILE, EntrySet, TiledAttention
+from kernels.paged_attention import EntrySet
+from kernels.sparse_attention import INVARIANT_TILE, TiledAttention
 from model.forward.context import Context
 from model.forward.execution import TOKEN_TILE
 
@@ -21,7 +22,7 @@ def invariant_attention(
     layout: EntryLayout,
     context: Context,
 ) -> Tensor:
-    """Compute :func:`kernels.sparse_attention.paged_attention` for query [B, S, H, c]. window_rows uint8
+    """Compute :func:`kernels.paged_attention.paged_attention` for query [B, S, H, c]. window_rows uint8
     [B, window - 1 + S, nbytes] are those of the tokens before the new ones, then of the new ones. Returns float32
     [B, S, H, c]."""
     window = window_rows.shape[1] - query.shape[1] + 1
@@ -46,9 +47,9 @@ def entry_tiles(entries: EntrySet, sequences: Tensor, queries: Tensor) -> Iterat
     each), in pieces of a fixed size E."""
     if entries.chosen is not None:
         chosen = entries.chosen[sequences, queries]
-        yield entries.pages.gather_of(sequences, chosen.clamp(min=0)), chosen >= 0
+        yield entries.pages.gather_from(sequences, chosen.clamp(min=0)), chosen >= 0
     if entries.visible is not None:
-        visible = entries.visible.expand(len(entries.pages.numbers), -1)
+        visible = entries.visible.expand(len(entries.pages.page_table), -1)
         last = visible[:, -1:] - 1
         for begin in range(0, int(visible.max()), INVARIANT_TILE):
             places = torch.arange(begin, begin + INVARIANT_TILE, device=visible.device)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from kernels.autocast import detached
-from kernels.index_topk import index_scores, index_topk, select_topk
-from kernels.quantize import hadamard
-from kernels.sparse_attention import EntrySet
+from kernels.hadamard import hadamard
+from kernels.index_scores import index_scores
+from kernels.index_topk import index_topk, select_topk
+from kernels.paged_attention import EntrySet
 from model.cache.parts import CachePart, CompressorPart, GrowingPart
 from model.forward.aux_outputs import AuxOutputs
 from model.forward.context import Context

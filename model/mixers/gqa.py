@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cache_io import EntryLayout, unpack
-from kernels.sparse_attention import EntrySet, TiledAttention
+from kernels.paged_attention import EntrySet
+from kernels.sparse_attention import TiledAttention
 from model.cache.parts import CachePart, GrowingPart
 from model.forward.context import Context
 from model.layers.linear import Linear

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from kernels.sparse_attention import EntrySet
+from kernels.paged_attention import EntrySet
 from model.forward.context import Context
 from model.mixers.compressed import CompressedAttention, entry_mask, visible_entries
 from model.mixers.sliding import History, Projected

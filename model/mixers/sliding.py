@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from kernels.autocast import cast, product_dtype
+from kernels.paged_attention import EntrySet, paged_attention
 from kernels.projection import grouped_output, key_value, latent_query, packed_key_value
-from kernels.sparse_attention import EntrySet, paged_attention, sparse_attention
+from kernels.sparse_attention import sparse_attention
 from model.cache.parts import CachePart, WindowPart
 from model.forward.context import Context
 from model.layers.linear import Linear

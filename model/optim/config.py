@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from kernels.cpu import multiplies_bf16_fast
+from kernels.hardware import multiplies_bf16_fast
 from kernels.newton_schulz import V4_COEFFICIENTS
 from model.errors import ConfigError
 

@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kernels.newton_schulz import newton_schulz
-from kernels.newton_schulz.gram import SEGMENTS, multiplications
+from kernels.newton_schulz import STEPS_PER_GRAM_MATRIX, count_multiplications, newton_schulz
 from model.distributed.dtensor import is_sharded, range_of, to_local
 from model.errors import CheckpointError, ConfigError
 from model.optim.config import OptimizerConfig
@@ -103,7 +102,8 @@ class MuonAdamW(torch.optim.Optimizer):
         parameters = [p for group in self.param_groups if group["rule"] == "muon" for p in group["params"]]
         for p in parameters:
             columns, rows = p.shape[-1], self._rows[p]
-            costs = [multiplications(min(r, columns), max(r, columns), steps, SEGMENTS[dtype]) for r in rows]
+            segment = STEPS_PER_GRAM_MATRIX[dtype]
+            costs = [count_multiplications(min(r, columns), max(r, columns), steps, segment) for r in rows]
             spans = [range_of(p.shape[0], rank, world) for rank in range(world)]
             if is_sharded(p) and p.dim() > 2:
                 each = sum(costs) * math.prod(p.shape[1:-2])

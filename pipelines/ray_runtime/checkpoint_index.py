@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from model.files import write_text
+from model.atomic_files import write_text
 
 INDEX = "checkpoint_manager_snapshot.json"
 _TIMEOUT_SECONDS = 10.0

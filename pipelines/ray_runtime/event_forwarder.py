@@ -18,7 +18,7 @@ from types import TracebackType
 
 import ray
 
-from model.files import write_text
+from model.atomic_files import write_text
 from pipelines.ray_runtime.event_queue import EventQueue, TrainEvent
 from pipelines.reports.terminal import TrainingProgress
 from pipelines.tracking.mlflow_store import TrackedRun

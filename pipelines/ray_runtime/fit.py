@@ -12,8 +12,8 @@ import ray.train
 import ray.train.torch
 
 from model import checkpoint
+from model.atomic_files import atomic_folder
 from model.errors import FiftyfoldError
-from model.files import atomic_folder
 from model.tokenizer import load_tokenizer
 from pipelines.data.ray_dataset import train_dataset
 from pipelines.ray_runtime import checkpoint_index

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from model.config import ModelConfig
 from model.errors import ConfigError
-from model.muon import OptimizerConfig
+from model.optim import OptimizerConfig
 from serve.config import ServerConfig
 
 Share = Annotated[float, Field(ge=0, le=1)]

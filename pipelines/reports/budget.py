@@ -8,22 +8,25 @@ from typing import Any
 
 import torch
 
-from model.budget import FP8_EQUIVALENT, PARAMETER_RULE, WEIGHTING, ParameterCount, count_parameters
-from model.comparison import (
-    Account,
+from model.config import ModelConfig
+from model.costs import (
+    FP8_EQUIVALENT,
+    PARAMETER_RULE,
+    WEIGHTING,
     Choice,
-    Regime,
+    CostModel,
+    Crossover,
+    ParameterCount,
     Step,
-    account_of,
-    choices,
-    gqa8_account,
-    regimes,
+    costs_of,
+    count_parameters,
+    crossovers,
+    gqa8_costs,
     times,
-    v32_account,
+    v32_costs,
     waterfall,
 )
-from model.config import ModelConfig
-from model.muon import rule_for
+from model.optim import rule_for
 from model.transformer import Transformer
 from pipelines.reports.cache_measurement import Measurement
 
@@ -35,11 +38,11 @@ class Budget:
     config: ModelConfig
     context: int
     parameters: ParameterCount
-    own: Account
-    references: tuple[Account, ...]
-    choices: tuple[Choice, ...]
+    own: CostModel
+    references: tuple[CostModel, ...]
+    ablations: tuple[Choice, ...]
     waterfall: tuple[Step, ...]
-    regimes: tuple[Regime, ...]
+    crossovers: tuple[Crossover, ...]
     measurement: Measurement | None = None
     """Measurement of the model's own cache at ``context`` tokens, with ``--measure``."""
 
@@ -59,10 +62,10 @@ class Budget:
                 "choice": choice.name,
                 "taken_away": choice.taken_away,
                 "used": choice.used,
-                **self._costs(choice.account),
+                **self._costs(choice.costs),
                 "changes": [dataclasses.asdict(change) for change in choice.changes],
             }
-            for choice in self.choices
+            for choice in self.ablations
         ]
         return {
             "model": {"name": self.own.name, "config": self.config.to_dict()},
@@ -73,11 +76,11 @@ class Budget:
             "references": [self._costs(account) for account in self.references],
             "without": without,
             "waterfall": [dataclasses.asdict(step) for step in self.waterfall],
-            "regimes": [dataclasses.asdict(regime) for regime in self.regimes],
+            "regimes": [dataclasses.asdict(regime) for regime in self.crossovers],
             "measured": None if self.measurement is None else self.measurement.to_dict(),
         }
 
-    def _costs(self, account: Account) -> dict[str, Any]:
+    def _costs(self, account: CostModel) -> dict[str, Any]:
         work, n = account.work(self.context), self.context
         return {
             "name": account.name,
@@ -110,14 +113,14 @@ def budget_of(config: ModelConfig, context: int, name: str = "model", muon: bool
         model = Transformer(config)
     muon_parameters = sum(p.numel() for n, p in model.named_parameters() if rule_for(n, p, "muon") == "muon")
     parameters = count_parameters(model)
-    references = (v32_account(), gqa8_account(config))
+    references = (v32_costs(), gqa8_costs(config))
     return Budget(
         config,
         context,
         parameters,
-        account_of(config, name),
+        costs_of(config, name),
         references,
-        choices(config, parameters, muon_parameters, muon),
+        ablations(config, parameters, muon_parameters, muon),
         waterfall(config, muon),
-        regimes(config, references),
+        crossovers(config, references),
     )

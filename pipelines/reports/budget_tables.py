@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from model.budget import PARAMETER_RULE, WEIGHTING
-from model.comparison import Account, times
+from model.costs import PARAMETER_RULE, WEIGHTING, CostModel, times
 from pipelines.reports.budget import Budget
 from pipelines.reports.cache_measurement import MEASUREMENT_RULE
 from pipelines.reports.terminal import print_table
@@ -47,14 +46,12 @@ def print_budget(budget: Budget) -> None:
     _print_rules(*(f"{account.name}: {account.rule}" for account in budget.references))
 
     rows = [_cost_row(own.name, own, budget)]
-    for choice in budget.choices:
-        rows.append(
-            _cost_row(f"without {choice.name}" + ("" if choice.used else " (not used)"), choice.account, budget)
-        )
+    for choice in budget.ablations:
+        rows.append(_cost_row(f"without {choice.name}" + ("" if choice.used else " (not used)"), choice.costs, budget))
     print_table("without each choice; ratio: to the model's own", _COST_COLUMNS, rows)
-    _print_rules(*(f"{choice.name}: becomes {choice.taken_away}" for choice in budget.choices if choice.used))
+    _print_rules(*(f"{choice.name}: becomes {choice.taken_away}" for choice in budget.ablations if choice.used))
 
-    changes = [(choice, change) for choice in budget.choices for change in choice.changes]
+    changes = [(choice, change) for choice in budget.ablations for change in choice.changes]
     if changes:
         rows = [
             [f"{choice.name}: {change.what}", *map(_format_number, (change.with_choice, change.without)), change.unit]
@@ -76,9 +73,9 @@ def print_budget(budget: Budget) -> None:
     print_table("from GQA-8 in BF16 to this cache", ["stage", "bytes per token", "reduction"], rows)
     _print_rules("growing cache bytes per token, fixed state left out; a factor below 1 is an increase")
 
-    rows = [[r.name, _format_tokens(r.tokens), _format_tokens(r.tokens_equivalent)] for r in budget.regimes]
+    rows = [[r.name, _format_tokens(r.tokens), _format_tokens(r.tokens_equivalent)] for r in budget.crossovers]
     print_table("crossover lengths", ["from this length on", "tokens", "tokens, FP8 equivalents"], rows)
-    _print_rules(*dict.fromkeys(f"{regime.name}: {regime.rule}" for regime in budget.regimes))
+    _print_rules(*dict.fromkeys(f"{regime.name}: {regime.rule}" for regime in budget.crossovers))
 
 
 _COST_COLUMNS = [
@@ -94,7 +91,7 @@ _COST_COLUMNS = [
 ]
 
 
-def _cost_row(name: str, account: Account, budget: Budget) -> list[str]:
+def _cost_row(name: str, account: CostModel, budget: Budget) -> list[str]:
     own, n = budget.own, budget.context
     return [
         name,

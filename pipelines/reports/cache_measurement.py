@@ -9,10 +9,10 @@ from typing import Any
 
 import psutil
 
-from model.budget import cache_bytes_per_token, fixed_state_bytes
 from model.cache import Cache
-from model.cache_filling import SPARE_BYTES, fill_random
+from model.cache.random_fill import SPARE_BYTES, fill_random
 from model.config import ModelConfig
+from model.costs import cache_bytes_per_token, fixed_state_bytes
 from model.errors import CacheError
 
 BYTES_PER_TOKEN = "cache/bytes_per_token"

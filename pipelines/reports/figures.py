@@ -8,9 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from model.budget import WEIGHTING
-from model.comparison import Account, Regime
 from model.config import ModelConfig
+from model.costs import WEIGHTING, CostModel, Crossover
 
 _WINNER, _TRIAL, _LINE = "#c0392b", "#2c5f8a", "#9aa7b1"
 
@@ -87,9 +86,9 @@ _PARTS = {"index": "#2c5f8a", "core": "#c0392b", "rest": "#7f8c8d", "attention":
 
 def budget_figure(
     lengths: Sequence[int],
-    own: Account,
-    references: Sequence[Account],
-    crossings: Mapping[str, Regime],
+    own: CostModel,
+    references: Sequence[CostModel],
+    crossings: Mapping[str, Crossover],
     config: ModelConfig,
 ) -> Figure:
     """Draw cache bytes and decode FLOPs against sequence length beside references, and the model's FLOPs by part.

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import yaml
 
+from model.atomic_files import atomic_file
 from model.checkpoint import load_config
 from model.config import ModelConfig
 from model.errors import ConfigError
-from model.files import atomic_file
 from model.hf import CONFIG, is_pretrained
-from model.hf_config import read_config
+from model.hf.config import read_config
+from model.hf.safetensors_folder import read_json
 from model.presets import PRESETS
-from model.shards import read_json
 from pipelines.recipe.loading import load_recipe, with_overrides
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.budget import Budget, budget_of

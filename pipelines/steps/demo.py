@@ -11,7 +11,7 @@ import httpx
 
 from evals.tasks.generators import mqar_questions
 from model import checkpoint
-from model.budget import cache_bytes_per_token
+from model.costs import cache_bytes_per_token
 from model.errors import FiftyfoldError
 from model.tokenizer import load_tokenizer
 from pipelines.ray_runtime.session import local_cpus, ray_session

@@ -25,7 +25,7 @@ from ray.exceptions import RayError
 
 from model import checkpoint as checkpoints
 from model.errors import ConfigError, FiftyfoldError
-from model.execution import Execution
+from model.forward.execution import Execution
 from model.tokenizer import load_tokenizer
 from pipelines.ray_runtime.session import ray_session
 from pipelines.recipe.schema import Recipe, ServeSection

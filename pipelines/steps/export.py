@@ -10,9 +10,9 @@ from typing import Any, get_args
 from model import checkpoint
 from model.config import CACHE_FORMATS
 from model.errors import ConfigError
-from model.gguf_format import WeightType, export_gguf
+from model.gguf import WeightType, export_gguf
 from model.hf import export_pretrained, import_pretrained, is_pretrained
-from model.hf_config import ExpertFormat
+from model.hf.config import ExpertFormat
 from model.tokenizer import FILE_NAME as TOKENIZER_FILE
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer

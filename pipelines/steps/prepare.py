@@ -9,8 +9,8 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.atomic_files import atomic_folder
 from model.errors import DataError
-from model.files import atomic_folder
 from model.tokenizer import Tokenizer, load_tokenizer
 from pipelines.data.check import tokenizer_sha256
 from pipelines.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, read_manifest

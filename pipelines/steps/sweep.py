@@ -15,9 +15,9 @@ import yaml
 from omegaconf import OmegaConf
 from ray import tune
 
+from model.atomic_files import atomic_file, write_text
 from model.config import ModelConfig
 from model.errors import ConfigError, FiftyfoldError
-from model.files import atomic_file, write_text
 from pipelines.data.check import check_prepared
 from pipelines.data.manifest import read_manifest
 from pipelines.ray_runtime.fit import finalize, unwrap_ray_error

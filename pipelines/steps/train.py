@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from model.muon import MuonAdamW
-from model.precision import Precision
+from model.optim import MuonAdamW
+from model.precision import format_table
 from model.transformer import Transformer
 from pipelines.data.check import check_prepared
 from pipelines.data.manifest import read_manifest
@@ -83,7 +83,7 @@ def print_plan(recipe: Recipe) -> float:
     """Print the optimizer table, the stages and the precision table; return Muon's share of the parameters."""
     with torch.device("meta"):
         model = Transformer(recipe.model)
-    optimizer = MuonAdamW(model.named_parameters(), recipe.train.optimizer, model.fused_rows())
+    optimizer = MuonAdamW(model.named_parameters(), recipe.train.optimizer, model.split_sizes())
     rows = [
         [role, rule, shape, f"{elements:,}", f"{rate:g}"] for role, rule, shape, elements, rate in optimizer.table()
     ]
@@ -91,7 +91,7 @@ def print_plan(recipe: Recipe) -> float:
     print_table(f"{recipe.run.name}: optimizer", columns, rows)
     stages = curriculum(recipe)
     config = recipe.model.replace(qat=any(stage.model.qat for stage in stages))
-    precision = Precision(config).table(config)
+    precision = format_table(config)
     for stage in stages:
         print(f"{recipe.run.name}: stage {stage.index + 1}: {stage}")
     print_table(

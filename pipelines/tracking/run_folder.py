@@ -10,8 +10,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from model.atomic_files import write_text
 from model.errors import ConfigError
-from model.files import write_text
 from pipelines.data.manifest import MANIFEST_NAME
 from pipelines.recipe.schema import Recipe
 from pipelines.tracking.mlflow_store import TrackedRun, attach

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from model import checkpoint
+from model.distributed.fsdp import shard
 from model.errors import CheckpointError
-from model.sharding import shard
 from model.tokenizer import load_tokenizer
 from model.transformer import Transformer
 from pipelines.data.batches import TrainBatches, train_batches
@@ -40,7 +40,7 @@ def build_trainer(
     torch.manual_seed(recipe.run.seed)
     validation = held_out_batches(recipe, rank, world)
     model = Transformer(recipe.model)
-    model.recompute = recipe.train.recompute
+    model.activation_checkpointing = recipe.train.recompute
     if recipe.train.init_from is not None and last is None:
         checkpoint.warm_start(model, recipe.train.init_from)
     if recipe.train.sharding == "fsdp" and world > 1:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.sharding import is_sharded, local
+from model.distributed.dtensor import is_sharded, to_local
 
 
 def world_size() -> int:
@@ -82,8 +82,8 @@ def clip_gradients(parameters: list[torch.nn.Parameter], max_norm: float) -> Ten
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([g for g in gradients if not is_sharded(g)])
     if any(map(is_sharded, parameters)):
-        sharded_norm = torch.nn.utils.get_total_norm([local(g) for g in gradients if is_sharded(g)])
+        sharded_norm = torch.nn.utils.get_total_norm([to_local(g) for g in gradients if is_sharded(g)])
         norm = (norm**2 + sum_over_ranks(sharded_norm**2)).sqrt()
     if gradients:
-        torch._foreach_mul_([local(g) for g in gradients], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_([to_local(g) for g in gradients], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm

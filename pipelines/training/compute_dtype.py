@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from kernels.cpu import multiplies_bf16_fast
+from kernels.hardware import multiplies_bf16_fast
+from model.atomic_files import write_text
 from model.errors import CheckpointError
-from model.files import write_text
 from pipelines.recipe.loading import with_overrides
 from pipelines.recipe.schema import Recipe
 from pipelines.training.collectives import broadcast_from_rank_0

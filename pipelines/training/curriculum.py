@@ -9,7 +9,7 @@ from typing import Literal
 from model.config import ModelConfig
 from model.errors import ConfigError, DataError
 from model.mixers.base import AttentionMode
-from model.precision import Precision
+from model.precision import format_table
 from pipelines.data.local_reader import local_rows
 from pipelines.data.manifest import Manifest
 from pipelines.recipe.schema import Recipe
@@ -54,7 +54,7 @@ class Stage:
 
     def __str__(self) -> str:
         precision = "quantized" if self.model.qat else "not quantized"
-        topk = f", top-{self.model.index_topk}" if self.attention == "sparse" and "csa" in self.model.layers else ""
+        topk = f", top-{self.model.index_topk}" if self.attention == "sparse" and self.model.indexed_layers else ""
         return (
             f"{self.attention}{topk}, {self.batch_rows} x {self.sequence_length} tokens, {precision}, "
             f"steps {self.first_step + 1} to {self.end}"
@@ -152,22 +152,18 @@ def _check_stage(recipe: Recipe, stage: Stage) -> None:
         f"{train.accumulation_steps} accumulation steps",
     )
     require(
-        not config.qat or any(loop == "yes" for _, _, loop, _ in Precision(config).table(config)),
+        not config.qat or any(loop == "yes" for _, _, loop, _ in format_table(config)),
         f"{key}: quantization-aware training is on, but quantizes no tensor",
     )
-    for mixer in ("csa", "hca"):
-        ratio = config.compress_ratio(mixer)
-        require(
-            mixer not in config.layers or ratio <= length,
-            f"model.{mixer}_ratio: {ratio} tokens per entry leave a {length}-token sequence without any entry",
-        )
-    if "csa" not in config.layers:
-        require(not stage.warms_up, f"{key}: indexer_warmup is set, but model.layers has no csa layer to warm up")
+    for mixer in set(config.mixers):
+        mixer.check_length(config, length)
+    if config.indexer_ratio is None:
+        require(not stage.warms_up, f"{key}: indexer_warmup is set, but no layer of model.layers has an indexer")
         for name in ("index_topk", "indexer_learning_rate"):
             given = getattr(train.stages[stage.index], name)
-            require(given is None, f"{key}.{name}: {given} is set, but model.layers has no csa layer")
+            require(given is None, f"{key}.{name}: {given} is set, but no layer of model.layers has an indexer")
         return
-    entries = length // config.csa_ratio
+    entries = length // config.indexer_ratio
     require(
         stage.attention != "sparse" or entries > config.index_topk,
         f"{key}: index_topk {config.index_topk} is not below the {entries} entries of a {length}-token sequence, so a "

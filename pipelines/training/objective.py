@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.telemetry import Telemetry
+from model.forward.aux_outputs import AuxOutputs
 from pipelines.data.batches import Batch
 from pipelines.data.packing import TargetKind
 from pipelines.recipe.schema import TrainSection
@@ -31,10 +31,10 @@ class Denominators:
     """Tokens with at least one compressed entry for the indexer to score."""
 
 
-def denominators(weights: Tensor, positions: Tensor, csa_ratio: int) -> Denominators:
+def denominators(weights: Tensor, positions: Tensor, indexer_ratio: int | None) -> Denominators:
     """Sum over all ranks. ``weights`` float32 [B, S], ``positions`` int64 [B, S]. Every rank must call it."""
     mtp_weights = weights[:, 1:] * continues_document(positions)
-    scored = (positions >= csa_ratio - 1).float()
+    scored = (positions >= (indexer_ratio or 1) - 1).float()
     sums = sum_over_ranks(torch.stack([weights.sum(), mtp_weights.sum(), scored.sum()])).clamp(min=1.0)
     return Denominators(len(weights), *sums.unbind())
 
@@ -44,7 +44,7 @@ def combine_losses(
     weights: Tensor,
     totals: Denominators,
     logits: Tensor,
-    telemetry: Telemetry,
+    aux: AuxOutputs,
     stage: Stage,
     train: TrainSection,
     mtp_loss_weight: float,
@@ -58,27 +58,27 @@ def combine_losses(
         weights: Weight of each target, float32 [B, S].
         totals: Denominators of the whole batch.
         logits: float32 [B, S, V].
-        telemetry: Auxiliary outputs of the forward pass.
+        aux: Auxiliary outputs of the forward pass.
     """
     tokens, positions = batch["tokens"], batch["positions"]
     losses = {"train/loss": weighted_loss(logits, tokens[:, 1:], weights, totals.weight)}
     objective = losses["train/loss"] if not stage.warms_up else logits.new_zeros(())
-    if "csa" in stage.model.layers:
+    if stage.model.indexer_ratio is not None:
         # A mean over tokens with an entry to score. Their number differs between ranks; a rank that holds only short
         # documents has no divergence to report, but must still take part in the sum.
-        scored = (positions >= stage.model.csa_ratio - 1).sum()
-        kl = telemetry.loss("indexer_kl")
+        scored = (positions >= stage.model.indexer_ratio - 1).sum()
+        kl = aux.loss("indexer_kl")
         kl = scored * world_size() / totals.scored * kl if kl is not None else logits.new_zeros(())
         losses["train/indexer_kl"] = kl
         objective = objective + train.indexer_loss_weight * kl
-    balance = telemetry.loss("balance")
+    balance = aux.loss("balance")
     if balance is not None:
         losses["train/balance"] = balance * len(tokens) / totals.rows
         if not stage.warms_up:
             objective = objective + train.balance_loss_weight * losses["train/balance"]
-    if telemetry.mtp_logits is not None:
+    if aux.mtp_logits is not None:
         mtp_weights = weights[:, 1:] * continues_document(positions)
-        losses["train/mtp_loss"] = weighted_loss(telemetry.mtp_logits, tokens[:, 2:], mtp_weights, totals.mtp_weight)
+        losses["train/mtp_loss"] = weighted_loss(aux.mtp_logits, tokens[:, 2:], mtp_weights, totals.mtp_weight)
         objective = objective + mtp_loss_weight * losses["train/mtp_loss"]
     return objective, {name: loss.detach() for name, loss in losses.items()}
 

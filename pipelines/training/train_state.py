@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model import checkpoint
+from model.checkpoint.rank_shards import Part, SpanOf
 from model.config import ModelConfig
-from model.parts import Part, SpanOf
-from model.sharding import Span
+from model.distributed.dtensor import RowRange
 from model.tokenizer import Tokenizer
 from pipelines.training import compute_dtype
 
@@ -34,7 +34,7 @@ class TrainState:
     tensors: dict[str, Tensor]
     """State of the optimizer and the random number generators."""
     tokenizer: Tokenizer
-    spans: dict[str, Span]
+    spans: dict[str, RowRange]
     """This rank's rows of each sharded parameter."""
     part: Part | None
     """None without sharding."""
@@ -54,7 +54,7 @@ class TrainState:
             compute_dtype.write(folder, self.dtypes)
 
 
-def span_lookup(spans: Mapping[str, Span]) -> SpanOf:
+def span_lookup(spans: Mapping[str, RowRange]) -> SpanOf:
     """Return a function from the name of a parameter, or of its optimizer state ``<parameter>/<slot>``, to its span."""
     return lambda name: spans.get(name.partition("/")[0])
 

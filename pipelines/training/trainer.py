@@ -1,6 +1,6 @@
 """The training loop in plain PyTorch, without Ray. Ray Train workers, Tune trials and tests all run it.
 
-Data-parallel ranks hold equal replicas or, under FSDP, a shard of the matrices (:mod:`model.sharding`). Gradients are
+Data-parallel ranks hold equal replicas or, under FSDP, a shard of the matrices (:mod:`model.distributed`). Gradients are
 averaged over ranks, weighted by the tokens of each rank, so that an update equals that of a single process on the whole
 batch.
 """
@@ -12,7 +12,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +19,12 @@ import torch
 from torch import Tensor
 
 from model import checkpoint
+from model.checkpoint.rank_shards import Part, Parts
+from model.distributed.dtensor import is_sharded, local_ranges
+from model.distributed.fsdp import local_state, reshard_all, set_local_state
 from model.errors import CheckpointError, FiftyfoldError
-from model.muon import MuonAdamW
-from model.parts import Part, Parts
-from model.sharding import is_sharded, local_state, set_local_state, settle, spans
-from model.telemetry import Telemetry
+from model.forward.aux_outputs import AuxOutputs
+from model.optim import MuonAdamW
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from pipelines.data.batches import Batch, TrainBatches
@@ -99,7 +99,7 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.sharded = any(map(is_sharded, model.parameters()))
         self.optimizer = MuonAdamW(
-            model.named_parameters(), recipe.train.optimizer, model.fused_rows(), divided=world_size() > 1
+            model.named_parameters(), recipe.train.optimizer, model.split_sizes(), divided=world_size() > 1
         )
         self.spikes = SpikeDetector(recipe.train.stability)
         self.anticipatory = AnticipatoryRouting(recipe.train.stability.anticipatory_routing)
@@ -109,7 +109,7 @@ class Trainer:
         self._open_batches = batches
         self._position = DataPosition(0, 0, 0)
         self._validation = validation
-        self._spans = spans(model.named_parameters())
+        self._spans = local_ranges(model.named_parameters())
         self._indexer = set(model.indexer_parameters())
         self._rolls_back = recipe.train.stability.action == "roll_back"
         self._last_good: TrainState | None = None
@@ -166,7 +166,7 @@ class Trainer:
         self._load_tensors(tensors)
         self.spikes.load(spikes)
         self.anticipatory.load(anticipatory, tensors, self.device)
-        self.model.adopt(stage.model)
+        self.model.config = stage.model
         self.step, self._position, self.best = step, position, best
 
     def _load_tensors(self, tensors: dict[str, Tensor]) -> None:
@@ -257,7 +257,7 @@ class Trainer:
         position, previous = self._position, self.stages[self._position.stage]
         if stage != previous or self.step == stage.first_step:
             self.spikes.reset()
-            self.model.adopt(stage.model)
+            self.model.config = stage.model
         if stage != previous and not stage.continues_data_of(previous):
             if batches is not None:
                 batches.close()
@@ -271,22 +271,20 @@ class Trainer:
         mtp_weight = mtp_loss_weight(train, self.step, total)
         batch = self._to_device(batch)
         weights = target_weights(batch["target_kind"], train.answer_loss_weight, train.context_loss_weight)
-        totals = denominators(weights, batch["positions"], self.model.config.csa_ratio)
-        settle(self.model)
+        totals = denominators(weights, batch["positions"], self.model.config.indexer_ratio)
+        reshard_all(self.model)
         self.model.zero_grad(set_to_none=True)
-        self.model.rounded_tensors()  # discard counts from before this step
         means: dict[str, Tensor] = {}
         rounded: Counter[str] = Counter()
+        expert_load: dict[int, Tensor] = {}
         for part, part_weights in self._microbatches(batch, weights):
-            with self._forced_experts(part):
-                telemetry = self._telemetry(stage)
-                logits = self._logits(part, stage, telemetry)
-                objective, losses = combine_losses(
-                    part, part_weights, totals, logits, telemetry, stage, train, mtp_weight
-                )
-                if objective.requires_grad:  # false in a warm-up on documents too short for any entry
-                    objective.backward()
-            rounded.update(self.model.rounded_tensors())
+            aux = self._aux_outputs(stage)
+            logits = self._logits(part, stage, aux)
+            objective, losses = combine_losses(part, part_weights, totals, logits, aux, stage, train, mtp_weight)
+            if objective.requires_grad:  # false in a warm-up on documents too short for any entry
+                objective.backward()
+            rounded.update(aux.rounded)
+            expert_load = {layer: load + expert_load.get(layer, 0) for layer, load in aux.expert_load.items()}
             means = {name: means[name] + value if name in means else value for name, value in losses.items()}
         measured: dict[str, Tensor | float] = {
             name: sum_over_ranks(value.clone()) / world_size() for name, value in means.items()
@@ -302,8 +300,6 @@ class Trainer:
         reason = self.spikes.reason_to_skip(self.step + 1, float(measured["train/loss"]), float(grad_norm))
         if reason is not None:
             measured["train/interventions"] = self.spikes.interventions
-            for layer in self.model.moe_layers():
-                layer.expert_load.zero_()
             self._intervene(reason)
             if self._last_good is not None:
                 return measured
@@ -311,7 +307,7 @@ class Trainer:
             scale = learning_rate_scale(train, self.step, total) * self.stage.learning_rate_scale
             self.optimizer.set_rates(scale, stage.indexer_learning_rate)
             self.optimizer.step()
-            self._balance_routers(0.0 if stage.warms_up else train.router_bias_speed)
+            self._balance_routers(expert_load, 0.0 if stage.warms_up else train.router_bias_speed)
         measured |= {f"train/learning_rate/{name}": rate for name, rate in self.optimizer.rates().items()}
         self.step += 1
         return measured
@@ -326,22 +322,27 @@ class Trainer:
     def _to_device(self, batch: Batch) -> Batch:
         return {name: values.to(self.device) for name, values in batch.items()}
 
-    def _telemetry(self, stage: Stage) -> Telemetry:
-        return Telemetry(predict_ahead=bool(stage.model.mtp_layers) and not stage.warms_up)
+    def _aux_outputs(self, stage: Stage) -> AuxOutputs:
+        return AuxOutputs(predict_ahead=bool(stage.model.mtp_layers) and not stage.warms_up)
 
-    def _logits(self, part: Batch, stage: Stage, telemetry: Telemetry) -> Tensor:
+    def _logits(self, part: Batch, stage: Stage, aux: AuxOutputs) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.train.autocast == "bfloat16"):
             return self.model(
-                part["tokens"][:, :-1], positions=part["positions"], attention=stage.attends, telemetry=telemetry
+                part["tokens"][:, :-1],
+                positions=part["positions"],
+                attention=stage.attends,
+                aux=aux,
+                forced_experts={
+                    int(name.removeprefix(EXPERT_IDS)): ids for name, ids in part.items() if name.startswith(EXPERT_IDS)
+                },
             )
 
-    def _balance_routers(self, speed: float) -> None:
+    def _balance_routers(self, expert_load: dict[int, Tensor], speed: float) -> None:
         """Move each selection bias one step towards an even load (auxiliary-loss-free balancing, report 4.2.2)."""
         for layer in self.model.moe_layers():
-            load = sum_over_ranks(layer.expert_load)
+            load = sum_over_ranks(expert_load[layer.layer].float())
             if not layer.hash_routed:
                 layer.router_bias += speed * torch.sign(load.mean() - load)
-            layer.expert_load.zero_()
 
     # --- anticipatory routing
 
@@ -361,30 +362,13 @@ class Trainer:
 
     @torch.no_grad()
     def _route(self, batch: Batch, stage: Stage) -> ExpertIds:
-        """Select experts for a batch with the current weights. Counters are reset: they count the batch at its turn."""
+        """Select experts for a batch with the current weights. Its loads are counted at its turn."""
         routed = []
         for part, _ in self._microbatches(batch, batch["positions"]):
-            telemetry = self._telemetry(stage)
-            self._logits(part, stage, telemetry)
-            self.model.rounded_tensors()
-            routed.append(telemetry.chosen)
-        for layer in self.model.moe_layers():
-            layer.expert_load.zero_()
+            aux = self._aux_outputs(stage)
+            self._logits(part, stage, aux)
+            routed.append(aux.expert_ids)
         return {layer: torch.cat([part[layer] for part in routed]) for layer in routed[0]}
-
-    @contextmanager
-    def _forced_experts(self, part: Batch) -> Iterator[None]:
-        """Force the expert ids that ``part`` holds, if any.
-
-        Covers the backward pass too, in which recomputed layers route again.
-        """
-        for layer in self.model.moe_layers():
-            layer.imposed = part.get(f"{EXPERT_IDS}{layer.layer}")
-        try:
-            yield
-        finally:
-            for layer in self.model.moe_layers():
-                layer.imposed = None
 
     # --- validation
 

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.distributed.dtensor import is_sharded
+from model.distributed.fsdp import reshard_all
+from model.forward.aux_outputs import AuxOutputs
 from model.mixers.base import AttentionMode
-from model.sharding import is_sharded, settle
-from model.telemetry import Telemetry
 from model.transformer import Transformer
 from pipelines.data.batches import Batch, stack_rows
 from pipelines.data.local_reader import local_rows
@@ -53,7 +54,7 @@ def validate(model: Transformer, batches: dict[str, list[Batch]], attention: Att
     Indexer and selection metrics are measured on key-value documents, or on the first kind if there are none. They are
     means over csa layers, and over the batches that have them, and are repeated per layer (``.../layer_2``).
     """
-    settle(model)
+    reshard_all(model)
     selection_kind = "mqar" if "mqar" in batches else next(iter(batches))
     training = model.training
     model.eval()
@@ -72,10 +73,10 @@ def validate(model: Transformer, batches: dict[str, list[Batch]], attention: Att
             for key in _selection_keys(model):
                 if sums[f"{key} batches"]:
                     metrics[f"validation/{key}"] = sums[key] / sums[f"{key} batches"]
-            if "csa" in config.layers:
+            if config.indexed_layers:
                 metrics["validation/choosing_share"] = sums["choosing"] / max(1, sums["queries"])
     for layer in model.moe_layers():
-        layer.forget_rounded()  # the weights are about to change
+        layer.drop_rounded()  # the weights are about to change
     metrics["validation/loss"] = sum(losses) / len(losses)
     if config.mtp_layers:
         metrics["validation/mtp_loss"] = sum(mtp_losses) / len(mtp_losses)
@@ -84,7 +85,7 @@ def validate(model: Transformer, batches: dict[str, list[Batch]], attention: Att
 
 
 def _selection_keys(model: Transformer) -> list[str]:
-    layers = [layer for layer, name in enumerate(model.config.layers) if name == "csa"]
+    layers = model.config.indexed_layers
     return [key for name in _SELECTION for key in (name, *(f"{name}/layer_{layer}" for layer in layers))]
 
 
@@ -99,25 +100,25 @@ def _sum_metrics(
     # FSDP gathers layers collectively, so a rank with fewer batches must run as many forward passes.
     missing = max_over_ranks(len(batches), device) - len(batches) if any(map(is_sharded, model.parameters())) else 0
     for _ in range(missing):
-        telemetry = Telemetry(predict_ahead=bool(config.mtp_layers))
-        model(torch.zeros((1, 2), dtype=torch.int64, device=device), attention=attention, telemetry=telemetry)
+        aux = AuxOutputs(predict_ahead=bool(config.mtp_layers))
+        model(torch.zeros((1, 2), dtype=torch.int64, device=device), attention=attention, aux=aux)
     for batch in batches:
-        telemetry = Telemetry(measure_selection=True, predict_ahead=bool(config.mtp_layers))
+        aux = AuxOutputs(measure_selection=True, predict_ahead=bool(config.mtp_layers))
         tokens, kinds, positions = (batch[name].to(device) for name in ("tokens", "target_kind", "positions"))
-        logits = model(tokens[:, :-1], positions=positions, attention=attention, telemetry=telemetry)
+        logits = model(tokens[:, :-1], positions=positions, attention=attention, aux=aux)
         counted = kinds == target_kind
         loss = F.cross_entropy(logits[counted], tokens[:, 1:][counted], reduction="sum")
         found = {"loss": float(loss), "tokens": int(counted.sum())}
-        if telemetry.mtp_logits is not None:
+        if aux.mtp_logits is not None:
             mtp_counted = counted[:, 1:] & continues_document(positions)
-            loss = F.cross_entropy(telemetry.mtp_logits[mtp_counted], tokens[:, 2:][mtp_counted], reduction="sum")
+            loss = F.cross_entropy(aux.mtp_logits[mtp_counted], tokens[:, 2:][mtp_counted], reduction="sum")
             found |= {"mtp_loss": float(loss), "mtp_tokens": int(mtp_counted.sum())}
         if target_kind == TargetKind.ANSWER:
             found["right"], found["answers"] = count_answers(logits.argmax(-1) == tokens[:, 1:], counted)
-        for key, value in telemetry.by_layer(_SELECTION).items():
+        for key, value in aux.by_layer(_SELECTION).items():
             found |= {key: value, f"{key} batches": 1}
         found["queries"] = int((positions >= 0).sum())
-        found["choosing"] = int(((positions + 1) // config.csa_ratio > config.index_topk).sum())
+        found["choosing"] = int(((positions + 1) // (config.indexer_ratio or 1) > config.index_topk).sum())
         for key, value in found.items():
             sums[key] += value
     total = sum_over_ranks(torch.tensor(list(sums.values()), dtype=torch.float64, device=device)).tolist()

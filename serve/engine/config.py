@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from kernels.cpu import multiplies_bf16_fast
-from model.execution import Mode
+from kernels.hardware import multiplies_bf16_fast
+from model.forward.execution import Mode
 
 
 class EngineConfig(BaseModel):
@@ -18,7 +18,7 @@ class EngineConfig(BaseModel):
 
     execution: Mode = "auto"
     """``auto`` uses the fastest operators of the machine. ``batch-invariant`` returns the same bits for a request
-    regardless of concurrent requests and of how its prompt is chunked (:class:`model.execution.Execution`)."""
+    regardless of concurrent requests and of how its prompt is chunked (:class:`model.forward.execution.Execution`)."""
     weights: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of the weight matrices. ``auto`` is bfloat16 if the device multiplies it faster than float32."""
     max_active_requests: Annotated[int, Field(ge=1)] = 16

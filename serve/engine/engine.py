@@ -14,7 +14,7 @@ import torch
 from model import checkpoint as checkpoints
 from model.cache import Cache
 from model.errors import FiftyfoldError
-from model.execution import Execution
+from model.forward.execution import Execution
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
 from serve.engine.config import EngineConfig
@@ -100,7 +100,7 @@ class Engine:
         config = (config or EngineConfig()).resolve_weights(device)
         model = checkpoints.load(folder, device=device)
         model.execution = Execution(config.execution)
-        model.store_weights(getattr(torch, config.weights))
+        model.cast_weights(getattr(torch, config.weights))
         return cls(model, load_tokenizer(folder), config)
 
     @property

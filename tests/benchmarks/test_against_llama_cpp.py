@@ -11,7 +11,7 @@ from benchmarks.lib.llama_cpp import LlamaCpp
 from model.cache import Cache
 from model.config import CACHE_FORMATS, ModelConfig
 from model.errors import FiftyfoldError
-from model.gguf_format import export_gguf
+from model.gguf import export_gguf
 from model.transformer import Transformer
 
 FP32 = dict.fromkeys(CACHE_FORMATS, "fp32")

@@ -1,12 +1,12 @@
 import pytest
 import torch
 
-from kernels.newton_schulz import V4_COEFFICIENTS, gram, newton_schulz
-from kernels.newton_schulz.gram import prefers_gram
+from kernels.newton_schulz import V4_COEFFICIENTS, eager, newton_schulz
+from kernels.newton_schulz.eager import prefers_gram
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (16, 64), (64, 16), (5, 24, 12)])
-def test_singular_values_go_to_one_and_directions_stay(shape):
+def test_singular_values_become_one_and_directions_stay(shape):
     torch.manual_seed(0)
     matrix = torch.randn(*shape)
     out = newton_schulz(matrix)
@@ -18,7 +18,7 @@ def test_singular_values_go_to_one_and_directions_stay(shape):
     assert cosine > 0.99
 
 
-def test_a_batch_equals_its_matrices_one_by_one():
+def test_a_batch_equals_its_matrices():
     batch = torch.randn(4, 12, 20)
     torch.testing.assert_close(
         newton_schulz(batch), torch.stack([newton_schulz(m) for m in batch]), rtol=1e-4, atol=1e-5
@@ -30,7 +30,7 @@ def test_zero_stays_zero():
 
 
 def ill_conditioned(rows, columns):
-    """Singular values from 1 down to 1e-4."""
+    """Return a matrix with singular values from 1 down to 1e-4."""
     left = torch.linalg.qr(torch.randn(rows, rows))[0]
     return left @ torch.diag(torch.logspace(0, -4, rows)) @ torch.linalg.qr(torch.randn(columns, rows))[0].T
 
@@ -39,7 +39,7 @@ SHAPES = [(32, 32), (32, 40), (32, 64), (32, 256), (256, 32), (3, 16, 64), (2, 3
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_fused_products_give_what_the_readable_steps_do(shape):
+def test_eager_equals_the_reference(shape):
     matrices = torch.randn(shape)
     expected = newton_schulz(matrices, backend="reference")
     torch.testing.assert_close(newton_schulz(matrices), expected, rtol=0, atol=1e-5)
@@ -57,8 +57,8 @@ def test_any_number_of_steps(steps, dtype):
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 256), (256, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_of_low_rank_neither_overflow_nor_lose_what_they_hold(shape, dtype):
-    """A Gram matrix kept for too long has eigenvalues below 0, which the iteration drives to infinity."""
+def test_matrices_of_low_rank_neither_overflow_nor_lose_directions(shape, dtype):
+    """After too many steps a Gram matrix has negative eigenvalues, which the iteration drives to infinity."""
     low = torch.randn(shape[0], 4) @ torch.randn(4, shape[1])
     for matrix in (low, low + 1e-3 * torch.randn(shape), ill_conditioned(*sorted(shape)).view(shape)):
         found = torch.linalg.svdvals(newton_schulz(matrix, dtype=dtype))
@@ -67,14 +67,14 @@ def test_gradients_of_low_rank_neither_overflow_nor_lose_what_they_hold(shape, d
         torch.testing.assert_close(found[:4], expected[:4], rtol=0, atol=0.03)
 
 
-def test_wide_shapes_take_the_form_that_multiplies_less():
+def test_wide_matrices_use_the_form_with_fewer_multiplications():
     assert not prefers_gram(512, 512, 10, 5) and not prefers_gram(512, 512, 10, 2)
     assert prefers_gram(128, 512, 10, 5) and prefers_gram(256, 512, 10, 2)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (2, 50, 90)])
-def test_symmetric_products_in_blocks_are_the_whole_ones(shape, monkeypatch):
-    monkeypatch.setattr(gram, "has_amx", lambda: False)
-    monkeypatch.setattr(gram, "_LARGE", 32)
+def test_blocked_symmetric_products_equal_the_reference(shape, monkeypatch):
+    monkeypatch.setattr(eager, "has_amx", lambda: False)
+    monkeypatch.setattr(eager, "_MIN_BLOCKED_ROWS", 32)
     matrices = torch.randn(shape)
     torch.testing.assert_close(newton_schulz(matrices), newton_schulz(matrices, backend="reference"), rtol=0, atol=1e-5)

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from networks import BF16, EXACT, SMALL, build
 
-import kernels.index_topk.streamed as streamed
+import kernels.index_topk.eager as streamed
 import model.mixers.csa as csa
 from kernels import native
 from model.cache import Cache
@@ -156,14 +156,14 @@ def test_every_phase_of_a_block_in_one_batch(name, mode):
 
 def test_scores_keep_their_bits_as_well(mode, monkeypatch):
     """A choice hides most differences of its scores: here are the scores."""
-    rows, original = [], streamed.best_places
+    rows, original = [], streamed.topk_indices
 
     def watch(scores, k):
         rows.extend(scores)
         return original(scores, k)
 
     monkeypatch.setattr(native, "level", lambda: None)
-    monkeypatch.setattr(streamed, "best_places", watch)
+    monkeypatch.setattr(streamed, "topk_indices", watch)
     model = mode(build(layers=("csa",), index_format="fp32", index_head_dim=128), "batch-invariant")
     ids, found = random_ids(model, 1, 60), []
     for pieces in ([60], [1], [7, 16]):

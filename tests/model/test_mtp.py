@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from networks import EXACT, SMALL, build
 
-from kernels.rms_norm import rms_normalize
+from kernels.rms_norm import rms_norm
 from model import checkpoint
 from model.config import ModelConfig
 from model.errors import ConfigError
@@ -57,10 +57,10 @@ def test_its_input_is_the_sum_of_two_projections(hyper):
         embedding = model.embed(ids)
         context = model._context(ids, None, None, "sparse", None, None)
         found = module.hidden(streams, embedding, ids, context)
-        from_token = module.e_proj(rms_normalize(embedding, 1e-6) * module.enorm.weight)
-        from_past = module.h_proj(rms_normalize(streams, 1e-6) * module.hnorm.weight)
+        from_token = module.e_proj(rms_norm(embedding, 1e-6) * module.enorm.weight)
+        from_past = module.h_proj(rms_norm(streams, 1e-6) * module.hnorm.weight)
         mixed = (from_past + from_token.unsqueeze(2)).mean(2) if hyper else from_past + from_token
-        expected = rms_normalize(mixed, 1e-6) * module.norm.weight
+        expected = rms_norm(mixed, 1e-6) * module.norm.weight
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from networks import build
 
 from kernels import hyper_connections
-from kernels.hyper_connections import recomputed
+from kernels.hyper_connections import recomputed_streams
 from model.forward.aux_outputs import AuxOutputs
 
 LAYERS = ("sliding", "csa", "hca")
@@ -63,9 +63,11 @@ def test_streams_between_a_layers_halves_are_computed_again(monkeypatch, recompu
     assert all(block.recompute_streams != recompute for block in model.layers)  # what one keeps, the other would hold
     logits = model(torch.randint(50, (1, 16)))
     made = []
-    expand = hyper_connections.expand
-    monkeypatch.setattr(recomputed.hyper_connections, "expand", lambda *given: made.append(given) or expand(*given))
-    monkeypatch.setattr("model.layers.hyper_connections.expand", hyper_connections.expand)
+    expand = hyper_connections.hc_post
+    monkeypatch.setattr(
+        recomputed_streams.hyper_connections, "hc_post", lambda *given: made.append(given) or expand(*given)
+    )
+    monkeypatch.setattr("model.layers.hyper_connections.hc_post", hyper_connections.hc_post)
     logits.sum().backward()
     assert len(made) == products * len(LAYERS)
 

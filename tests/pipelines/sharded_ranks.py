@@ -8,7 +8,7 @@ from tolerances import one_by_one
 
 from kernels.newton_schulz import newton_schulz
 from model import muon
-from model.sharding import is_sharded, local
+from model.distributed.dtensor import is_sharded, to_local
 from pipelines.recipe.loading import recipe_from_dict, with_overrides
 
 AT = "2"
@@ -50,7 +50,7 @@ def two_ranks(rank, world, recipe, folder):
         whole = trained(with_overrides(recipe, changes), folder / f"{name}-replicas", rank, world)
         shards = trained(with_overrides(recipe, {**changes, **SHARDED}), folder / f"{name}-shards", rank, world)
         assert not any(map(is_sharded, whole.parameters()))
-        numbers = [sum(local(p).numel() for p in model.parameters()) for model in (shards, whole)]
+        numbers = [sum(to_local(p).numel() for p in model.parameters()) for model in (shards, whole)]
         assert numbers[0] < 0.8 * numbers[1]
     sharded = with_overrides(recipe, SHARDED)
     trained(sharded, folder / "resumed", rank, world, folder / "clipped-shards" / AT)
@@ -61,4 +61,4 @@ def three_ranks(rank, world, recipe, folder):
     recipe = with_overrides(recipe_from_dict(recipe), {"train.workers": world, **SHARDED})
     model = trained(recipe, folder / "three-from-two", rank, world, folder / "clipped-shards" / AT)
     if rank == world - 1:  # some parameters have fewer rows than ranks, so the last rank holds none of them
-        assert any(len(local(p)) == 0 for p in model.parameters())
+        assert any(len(to_local(p)) == 0 for p in model.parameters())

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.muon import MuonAdamW
+from model.optim import MuonAdamW
 from model.transformer import Transformer
 from pipelines.recipe.loading import load_recipe, with_overrides
 from pipelines.steps import prepare

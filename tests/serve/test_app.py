@@ -283,7 +283,7 @@ def test_a_signal_stops_the_deployment(tmp_path, saved, number) -> None:
 @pytest.mark.parametrize(("fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
 def test_auto_weights_use_the_faster_data_type(saved, monkeypatch, fast, dtype) -> None:
     stored = []
-    monkeypatch.setattr(Transformer, "store_weights", lambda model, dtype: stored.append(dtype))
+    monkeypatch.setattr(Transformer, "cast_weights", lambda model, dtype: stored.append(dtype))
     monkeypatch.setattr("serve.engine.config.multiplies_bf16_fast", lambda device: fast)
     server_class = CompletionsServer.func_or_class.__mro__[1]  # Ray Serve's own initializer is a coroutine
     server = server_class({"checkpoint": str(saved)})

@@ -8,8 +8,8 @@ import psutil
 import pytest
 
 from benchmarks import cache_at_a_million
-from model.budget import cache_bytes
 from model.config import ModelConfig
+from model.costs import cache_bytes
 from model.errors import CacheError, FiftyfoldError
 from pipelines import __main__ as cli
 from pipelines.reports.cache_measurement import measure_cache

@@ -12,8 +12,8 @@ from plain_training import (
 )
 
 from model.errors import ConfigError
+from model.forward.aux_outputs import AuxOutputs
 from model.moe import MixtureOfExperts
-from model.telemetry import Telemetry
 from pipelines.recipe.loading import with_overrides
 from pipelines.training.curriculum import curriculum
 
@@ -51,10 +51,10 @@ def watch_experts(trainer):
 
 
 def chosen_by(model, batch, attention):
-    telemetry = Telemetry(predict_ahead=True)
+    aux = AuxOutputs(predict_ahead=True)
     with torch.no_grad():
-        model(batch["tokens"][:, :-1], positions=batch["positions"], attention=attention, telemetry=telemetry)
-    return telemetry.chosen
+        model(batch["tokens"][:, :-1], positions=batch["positions"], attention=attention, aux=aux)
+    return aux.chosen
 
 
 def agreement(one, two):

@@ -1,0 +1,140 @@
+// Experts of few tokens. Time is bound by reading the weights of the chosen experts.
+#include "../native/common.h"
+#include "../native/fp4.h"
+
+namespace fiftyfold {
+namespace {
+
+struct Pick {
+  int64_t expert, token;
+  float gain;
+};
+
+// Weight matrices of one kind of storage. `dot` multiplies a row by a vector that `arranged` has reordered for it.
+
+// float32 or BF16 elements.
+template <typename W>
+struct PlainMatrices {
+  const W* data;
+  int64_t columns;
+
+  static const float* arranged(const float* x, int64_t, int64_t, std::vector<float>&) { return x; }
+  float dot(const float* x, int64_t row) const { return streamed_dot(x, data + row * columns, columns); }
+};
+
+// Packed FP4 rows.
+struct PackedMatrices {
+  const uint8_t* data;
+  int64_t columns, row_bytes;
+
+  static const float* arranged(const float* x, int64_t rows, int64_t columns, std::vector<float>& out) {
+    out.resize(rows * columns);
+    for (int64_t r = 0; r < rows; ++r) separate_even_odd(x + r * columns, columns, out.data() + r * columns);
+    return out.data();
+  }
+  float dot(const float* x, int64_t row) const { return packed_dot(x, data + row * row_bytes, columns); }
+};
+
+// Add the weighted outputs of the chosen experts to `out`, [tokens, d].
+template <typename M>
+void run_experts(const float* x, int64_t tokens, const std::vector<Pick>& picks, M w1, M w3, M w2, float limit, float* out) {
+  const int64_t count = static_cast<int64_t>(picks.size()), inner = w2.columns, d = w1.columns;
+  std::vector<float> middle(count * inner), arranged_x, arranged_middle;
+  const float* inputs = M::arranged(x, tokens, d, arranged_x);
+  // Picks are sorted by expert: tokens of one expert read its weights from the cache.
+  parallel_rows(count * inner, 2 * d, [&](int64_t i) {
+    const Pick& pick = picks[i / inner];
+    const int64_t row = pick.expert * inner + i % inner;
+    const float* input = inputs + pick.token * d;
+    middle[i] = pick.gain * swiglu_of(w1.dot(input, row), w3.dot(input, row), limit);
+  });
+  const float* hidden = M::arranged(middle.data(), count, inner, arranged_middle);
+  parallel_rows(d, inner * count, [&](int64_t row) {
+    for (int64_t p = 0; p < count; ++p) {
+      out[picks[p].token * d + row] += w2.dot(hidden + p * inner, picks[p].expert * d + row);
+    }
+  });
+}
+
+// w1 and w3 [inner, d] and w2 [d, inner] of one expert, or stacked for several: float32, BF16, or FP4 rows packed as in
+// the cache (uint8, with bytes in the last dim).
+struct Stack {
+  const Tensor &w1, &w3, &w2;
+
+  bool packed() const { return w1.scalar_type() == at::kByte; }
+  static int64_t packed_bytes(int64_t n) { return Layout({n, kFp4, 0, kBf16}).nbytes(); }
+
+  void check(const Tensor& x) const {
+    const int64_t d = x.size(-1), inner = w1.size(-2);
+    const bool packs = !packed() || (d % kFp4Block == 0 && inner % kFp4Block == 0);
+    TORCH_CHECK_VALUE(packs && w1.size(-1) == (packed() ? packed_bytes(d) : d) && w1.sizes() == w3.sizes() &&
+                          w2.dim() == w1.dim() && w2.size(-2) == d &&
+                          w2.size(-1) == (packed() ? packed_bytes(inner) : inner) &&
+                          w1.is_contiguous() && w3.is_contiguous() && w2.is_contiguous() &&
+                          (w1.dim() == 2 || w2.size(0) == w1.size(0)) && w1.scalar_type() == w2.scalar_type() &&
+                          w1.scalar_type() == w3.scalar_type(),
+                      "fused_experts: x ", x.sizes(), " and w1 ", w1.sizes(), " do not match");
+  }
+
+  void add(const Tensor& x, const std::vector<Pick>& picks, float limit, float* out) const {
+    const int64_t inner = w1.size(-2), d = x.size(-1);
+    auto run = [&](auto matrices) {
+      run_experts(x.const_data_ptr<float>(), rows_of(x), picks, matrices(w1, d), matrices(w3, d), matrices(w2, inner),
+                  limit, out);
+    };
+    if (packed()) {
+      run([](const Tensor& w, int64_t n) { return PackedMatrices{w.const_data_ptr<uint8_t>(), n, w.size(-1)}; });
+    } else if (w1.scalar_type() == at::kFloat) {
+      run([](const Tensor& w, int64_t n) { return PlainMatrices<float>{w.const_data_ptr<float>(), n}; });
+    } else {
+      run([](const Tensor& w, int64_t n) {
+        return PlainMatrices<uint16_t>{reinterpret_cast<const uint16_t*>(w.const_data_ptr<BFloat16>()), n};
+      });
+    }
+  }
+};
+
+// x float32 [..., d], chosen int64 [..., K], weights float32 [..., K], and the stacks of routed experts. `shared` is empty,
+// or w1, w3 and w2 of an expert that every token uses with weight 1. Returns float32 [..., d].
+Tensor fused_experts(const Tensor& input, const Tensor& chosen, const Tensor& weights, const Tensor& w1, const Tensor& w3,
+               const Tensor& w2, at::TensorList shared, double limit) {
+  const Tensor x = contiguous_float(input, "fused_experts: x");
+  const int64_t E = w1.size(0), K = chosen.size(-1), N = rows_of(x);
+  TORCH_CHECK_VALUE(chosen.numel() == N * K && weights.numel() == N * K && (shared.empty() || shared.size() == 3),
+                    "fused_experts: x ", x.sizes(), " and chosen ", chosen.sizes(), " do not match");
+  const Tensor ids = chosen.contiguous(), gains = contiguous_float(weights, "fused_experts: weights");
+  const auto* id = ids.const_data_ptr<int64_t>();
+  const float* gain = gains.const_data_ptr<float>();
+  std::vector<Pick> picks;
+  picks.reserve(N * K);
+  for (int64_t i = 0; i < N * K; ++i) {
+    TORCH_CHECK_INDEX(id[i] >= 0 && id[i] < E, "fused_experts: expert ", id[i], " of ", E);
+    picks.push_back({id[i], i / K, gain[i]});
+  }
+  std::stable_sort(picks.begin(), picks.end(), [](const Pick& a, const Pick& b) { return a.expert < b.expert; });
+  Tensor out = at::empty_like(x);
+  float* to = out.mutable_data_ptr<float>();
+  std::memset(to, 0, out.nbytes());
+  const Stack routed{w1, w3, w2};
+  routed.check(x);
+  routed.add(x, picks, static_cast<float>(limit), to);
+  if (!shared.empty()) {
+    const Stack all{shared[0], shared[1], shared[2]};
+    all.check(x);
+    picks.clear();
+    for (int64_t t = 0; t < N; ++t) picks.push_back({0, t, 1.0f});
+    all.add(x, picks, static_cast<float>(limit), to);
+  }
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fiftyfold, m) {
+  m.def(
+      "fused_experts(Tensor x, Tensor chosen, Tensor weights, Tensor w1, Tensor w3, Tensor w2, Tensor[] shared, "
+      "float limit) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) { m.impl("fused_experts", fused_experts); }
+
+}  // namespace fiftyfold

@@ -1,0 +1,36 @@
+"""Scores of the lightning indexer for whole sequences (report eq. 13-16)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kernels.backends import get_backend
+from kernels.index_scores import eager, reference
+
+__all__ = ["BACKENDS", "backend_for", "index_scores"]
+
+BACKENDS = {"reference": reference, "eager": eager}
+
+
+def backend_for(query: Tensor) -> str:
+    """Return the backend for query."""
+    return "eager" if query.is_cpu else "reference"
+
+
+def index_scores(
+    query: Tensor, keys: Tensor, head_weights: Tensor, permitted: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """Return ``I[b, s, t] = sum_h head_weights[b, s, h] * relu(query[b, s, h] . keys[b, t])``; differentiable.
+
+    Scores are float32 under autocast as well. Otherwise training and inference would select different entries.
+
+    Args:
+        query: [B, S, h, c].
+        keys: [B, T, c].
+        head_weights: [B, S, h], already scaled.
+        permitted: bool [B or 1, S, T] or None. Scores where it is False are undefined.
+
+    Returns:
+        float32 [B, S, T].
+    """
+    return get_backend(BACKENDS, backend or backend_for(query)).index_scores(query, keys, head_weights, permitted)

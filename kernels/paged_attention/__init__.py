@@ -1,0 +1,50 @@
+"""Attention of new tokens over the packed rows of a cache, which are unpacked on the fly."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kernels import native
+from kernels.backends import get_backend
+from kernels.cache_io import EntryLayout
+from kernels.paged_attention import cpu, eager, reference
+from kernels.paged_attention.inputs import EntrySet, TokenRows
+
+__all__ = ["BACKENDS", "EntrySet", "TokenRows", "backend_for", "paged_attention"]
+
+BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu}
+
+
+def backend_for(query: Tensor) -> str:
+    """Return the backend for query."""
+    return "cpu" if native.serves(query) else "eager"
+
+
+def paged_attention(
+    query: Tensor,
+    tokens: TokenRows,
+    entries: EntrySet | None,
+    sink: Tensor,
+    layout: EntryLayout,
+    window: int,
+    backend: str | None = None,
+) -> Tensor:
+    """Compute :func:`kernels.sparse_attention.sparse_attention` of new tokens over a cache.
+
+    Memory is bounded: queries are processed in groups.
+
+    Args:
+        query: float32 [B, S, H, c], at positions ``tokens.first`` and following. The ``cpu`` backend requires disabled
+            gradients.
+        tokens: Rows of the window.
+        entries: Compressed entries, or None to attend to the window alone.
+        sink: [H], logits.
+        layout: Layout of all rows, with ``layout.size == c``.
+        window: Tokens that a query attends to, including itself.
+
+    Returns:
+        float32 [B, S, H, c].
+    """
+    return get_backend(BACKENDS, backend or backend_for(query)).paged_attention(
+        query, tokens, entries, sink, layout, window
+    )

@@ -1,0 +1,90 @@
+"""Attention over the rows of a cache, for groups of queries, whose keys are unpacked where they are used."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.cache_io import EntryLayout, unpack
+from kernels.paged_attention.inputs import EntrySet, TokenRows
+
+_VALUES = 1 << 22
+"""Most scores or unpacked values of a group of several queries."""
+_QUERIES = 64
+"""Most queries of a group."""
+
+
+def paged_attention(
+    query: Tensor, tokens: TokenRows, entries: EntrySet | None, sink: Tensor, layout: EntryLayout, window: int
+) -> Tensor:
+    """Implement :func:`kernels.paged_attention.paged_attention`."""
+    B, S, H, c = query.shape
+    first = tokens.first.expand(B)
+    most = int(entries.visible.max()) if entries is not None and entries.visible is not None else 0
+    shared = None
+    if entries is not None and entries.visible is not None and most:
+        indices = torch.arange(most, device=query.device).expand(B, -1)
+        # Sequences with fewer entries have no pages for the others, which are masked.
+        last = entries.visible[:, -1:].expand(B, 1) - 1
+        shared = unpack(entries.pages.gather(indices.minimum(last.clamp(min=0))), layout)
+    per_query = H * most if entries is None or entries.chosen is None else entries.chosen.shape[2] * c
+    step = max(1, min(_QUERIES, _VALUES // max(1, B * per_query)))
+    outputs = []
+    for begin in range(0, S, step):
+        group = slice(begin, min(begin + step, S))
+        position = first.unsqueeze(-1) + begin - (window - 1)
+        positions = (position + torch.arange(window - 1 + group.stop - begin, device=query.device)).clamp(min=0)
+        rows = (positions - tokens.offsets.unsqueeze(-1)) % tokens.rows.shape[1]
+        keys = unpack(tokens.rows.gather(1, rows.unsqueeze(-1).expand(-1, -1, tokens.rows.shape[2])), layout)
+        entry_keys, mask = shared, None
+        if entries is not None and entries.chosen is not None:
+            chosen = entries.chosen[:, group]
+            entry_keys, mask = unpack(entries.pages.gather(chosen.clamp(min=0)), layout), chosen >= 0
+        elif entries is not None and entries.visible is not None and shared is not None:
+            mask = torch.arange(most, device=query.device) < entries.visible[:, group].unsqueeze(-1)
+        outputs.append(_attention(query[:, group], keys, first + begin, entry_keys, mask, sink, window))
+    return torch.cat(outputs, dim=1)
+
+
+def _attention(
+    query: Tensor,
+    keys: Tensor,
+    first: Tensor,
+    entries: Tensor | None,
+    entry_mask: Tensor | None,
+    sink: Tensor,
+    window: int,
+) -> Tensor:
+    """Attend from query [B, S, H, c] at positions first [B] and following.
+
+    keys [B, window - 1 + S, c] are the tokens before the queries and theirs; entries [B, T, c], shared by all queries,
+    or [B, S, K, c]; entry_mask bool [B or 1, S, T or K].
+    """
+    B, S, H, c = query.shape
+    query = query * c**-0.5
+    logits = torch.bmm(query.flatten(1, 2), keys.transpose(1, 2)).view(B, S, H, -1)
+    parts = [logits.masked_fill(~_window_mask(S, window, first).unsqueeze(2), float("-inf"))]
+    if entries is not None and entry_mask is not None:
+        if entries.dim() == 3:
+            entry_logits = torch.bmm(query.flatten(1, 2), entries.transpose(1, 2)).view(B, S, H, -1)
+        else:
+            entry_logits = query @ entries.transpose(2, 3)
+        parts.append(entry_logits.masked_fill(~entry_mask.unsqueeze(2), float("-inf")))
+    parts.append(sink.view(1, 1, H, 1).expand(B, S, H, 1))
+    weights = torch.cat(parts, dim=-1).softmax(-1)
+    n_window = keys.shape[1]
+    out = torch.bmm(weights[..., :n_window].flatten(1, 2), keys).view(B, S, H, c)
+    if entries is None or entry_mask is None:
+        return out
+    entry_weights = weights[..., n_window:-1]
+    if entries.dim() == 3:
+        return out + torch.bmm(entry_weights.flatten(1, 2), entries).view(B, S, H, c)
+    return out + entry_weights @ entries
+
+
+def _window_mask(tokens: int, window: int, first: Tensor) -> Tensor:
+    """Return the rows that each of the tokens sees: bool [B, tokens, window - 1 + tokens]."""
+    row = torch.arange(tokens, device=first.device).unsqueeze(1)
+    column = torch.arange(window - 1 + tokens, device=first.device)
+    band = (column >= row) & (column < row + window)
+    return band & (first[:, None, None] + column - (window - 1) >= 0)

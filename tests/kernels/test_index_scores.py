@@ -1,0 +1,40 @@
+import pytest
+import torch
+
+from kernels.index_scores import index_scores
+
+B, H, C = 2, 3, 16
+
+
+def test_scores_follow_the_formula():
+    q, k, w = torch.randn(2, 3, 4, 8), torch.randn(2, 6, 8), torch.randn(2, 3, 4)
+    expected = torch.zeros(2, 3, 6)
+    for b, s, t, h in torch.cartesian_prod(*(torch.arange(n) for n in (2, 3, 6, 4))).tolist():
+        expected[b, s, t] += w[b, s, h] * max(0.0, float(q[b, s, h] @ k[b, t]))
+    torch.testing.assert_close(index_scores(q, k, w), expected, rtol=1e-4, atol=1e-5)
+
+
+def scored(backend, autocast=False):
+    torch.manual_seed(3)
+    leaves = [torch.randn(shape, requires_grad=True) for shape in ((B, 40, H, C), (B, 10, C), (B, 40, H))]
+    permitted = torch.arange(10) < ((torch.arange(40) + 1) // 4).unsqueeze(1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        scores = index_scores(*leaves, permitted.unsqueeze(0), backend=backend) * permitted
+    scores.backward(torch.randn(scores.shape))
+    return [scores.detach(), *(x.grad for x in leaves)]
+
+
+@pytest.mark.parametrize("products", [60, 1 << 18])
+def test_eager_equals_the_reference_forward_and_backward_and_under_autocast(products, monkeypatch):
+    monkeypatch.setattr("kernels.index_scores.eager._PRODUCTS", products)
+    for options in (("eager", False), ("eager", True), ("reference", True)):
+        for found, expected in zip(scored(*options), scored("reference"), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_eager_skips_keys_that_no_query_may_see():
+    query, keys, weights = torch.randn(1, 8, 2, 4), torch.full((1, 6, 4), float("nan")), torch.randn(1, 8, 2)
+    keys[:, :2] = 1.0
+    permitted = (torch.arange(6) < 2).expand(1, 8, 6)
+    assert index_scores(query, keys, weights, permitted).isfinite().all()
+    assert not index_scores(query, keys, weights).isfinite().all()
