@@ -146,8 +146,8 @@ class MixtureOfExperts(nn.Module):
         # Of few tokens an expert there are few shapes, and filling up would be most of the work.
         fills_up = flat.device.type == "cpu" and flat.dtype != dtype and chosen.numel() >= _ROWS * len(experts)
         to = by_expert(chosen, len(experts), _ROWS if fills_up else 1)
-        rows = dispatch(flat, to, dtype).split(to.counts)
-        gains = F.pad(weights.flatten(), (0, 1))[to.picks].unsqueeze(-1).split(to.counts)
+        rows = dispatch(flat, to, dtype).split(to.rows_per_expert)
+        gains = F.pad(weights.flatten(), (0, 1))[to.row_to_choice].unsqueeze(-1).split(to.rows_per_expert)
         outputs = [self._expert(own, gain, *expert) for expert, own, gain in zip(experts, rows, gains)]
         return combine(torch.cat(outputs), to, flat.dtype)
 
