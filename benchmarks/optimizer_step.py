@@ -19,6 +19,7 @@ from torch import nn
 from benchmarks.lib.harness import Result, make_parser, positive_int, run_benchmark, run_main
 from benchmarks.lib.report import table
 from benchmarks.lib.timing import Timer, format_threads, speedup, time_interleaved
+from kernels.newton_schulz import STEPS_PER_GRAM_MATRIX, count_multiplications
 from model.config import ModelConfig
 from model.optim import MuonAdamW, OptimizerConfig
 from model.transformer import Transformer

@@ -1,7 +1,8 @@
 """Selection of an operation's backend.
 
-Every package ``kernels/<op>`` has a dictionary ``BACKENDS`` of its implementations and a function ``backend_for`` that
-names the one that runs for given inputs. Names say where an implementation runs:
+Every package ``kernels/<op>`` has a dictionary ``BACKENDS`` of its implementations and a function ``backend_for``,
+which returns the name of the one that runs for given inputs. Public functions take ``backend=`` to force another one.
+Names say where an implementation runs:
 
 * ``reference``: readable and differentiable PyTorch; the oracle of the tests.
 * ``eager``: faster PyTorch.

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-# oneDNN's names of instruction sets without the instructions.
+# Instruction sets, as oneDNN names them, that lack the instructions.
 _WITHOUT_BF16 = {"sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni"}
 _WITHOUT_AMX = {*_WITHOUT_BF16, "avx512_core_bf16", "avx512_core_fp16", "avx10_1_512", "avx10_2_512"}
 

@@ -15,6 +15,7 @@ from model.errors import ConfigError
 from model.feed_forward import DenseFeedForward
 from model.forward.context import Context
 from model.forward.execution import in_tiles, split_tokens
+from model.layers.rope import Rotation
 from model.moe import MixtureOfExperts
 
 if TYPE_CHECKING:
@@ -43,11 +44,11 @@ def run_block(block: Block, streams: Tensor, input_ids: Tensor, context: Context
     """Compute :meth:`model.block.Block.forward`, outside training."""
     rotation = context.rotation.get(block.attn.name)
 
-    def before_mixing(streams: Tensor, rotation: Tensor) -> tuple:
+    def before_mixing(streams: Tensor, rotation: Rotation | None) -> tuple:
         x, mixing = block.attn_residual.enter(streams)
         return mixing, block.attn.project(block.attn_norm(x), rotation, context, cache is not None)
 
-    def before_ffn(streams: Tensor, mixing: tuple, mixed: Tensor, rotation: Tensor) -> tuple:
+    def before_ffn(streams: Tensor, mixing: tuple, mixed: Tensor, rotation: Rotation | None) -> tuple:
         between = block.attn_residual.leave(streams, mixing, block.attn.output(mixed, rotation))
         x, mixing = block.ffn_residual.enter(between)
         return between, mixing, block.ffn_norm(x)
@@ -55,13 +56,9 @@ def run_block(block: Block, streams: Tensor, input_ids: Tensor, context: Context
     mixing, projected = in_tiles(before_mixing, streams, rotation)
     mixed = block.attn.mix(projected, context, cache)
     streams, mixing, x = in_tiles(before_ffn, streams, mixing, mixed, rotation)
-    run = _run_dense if isinstance(block.ffn, DenseFeedForward) else _run_experts
-    out = run(block.ffn, x, input_ids, context)  # type: ignore[operator]
+    ffn = block.ffn
+    out = in_tiles(ffn, x) if isinstance(ffn, DenseFeedForward) else _run_experts(ffn, x, input_ids, context)
     return in_tiles(block.ffn_residual.leave, streams, mixing, out)
-
-
-def _run_dense(ffn: DenseFeedForward, x: Tensor, input_ids: Tensor, context: Context) -> Tensor:
-    return in_tiles(ffn, x)
 
 
 def _run_experts(moe: MixtureOfExperts, x: Tensor, input_ids: Tensor, context: Context) -> Tensor:

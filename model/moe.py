@@ -130,8 +130,8 @@ class MixtureOfExperts(nn.Module):
         # With few tokens per expert there are few shapes, and padding would be most of the work.
         pads = flat.device.type == "cpu" and flat.dtype != dtype and expert_ids.numel() >= _PAD_TO * len(experts)
         to = by_expert(expert_ids, len(experts), _PAD_TO if pads else 1)
-        rows = dispatch(flat, to, dtype).split(to.counts)
-        gains = F.pad(weights.flatten(), (0, 1))[to.picks].unsqueeze(-1).split(to.counts)
+        rows = dispatch(flat, to, dtype).split(to.rows_per_expert)
+        gains = F.pad(weights.flatten(), (0, 1))[to.row_to_choice].unsqueeze(-1).split(to.rows_per_expert)
         outputs = [self.run_expert(own, gain, *expert) for expert, own, gain in zip(experts, rows, gains)]
         return combine(torch.cat(outputs), to, flat.dtype)
 

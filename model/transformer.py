@@ -218,7 +218,7 @@ class Transformer(nn.Module):
         modules = [module for module in self.modules() if hasattr(module, "init_weights")]
         # Mixers come last: the order of random draws decides what a seed gives.
         for module in sorted(modules, key=lambda module: isinstance(module, Mixer)):
-            module.init_weights(std)
+            module.init_weights(std)  # type: ignore[operator]
         if self.config.zero_init_output:
             for block in (*self.layers, *self.mtp):
                 block.attn.zero_output()
@@ -237,7 +237,7 @@ class Transformer(nn.Module):
         with torch.inference_mode(False):  # inference tensors could not be replaced later
             for module in self.modules():
                 if module is not self and hasattr(module, "cast_weights"):
-                    module.cast_weights(dtype)
+                    module.cast_weights(dtype)  # type: ignore[operator]
         self.place_weights()
 
     @torch.no_grad()
@@ -269,7 +269,7 @@ class Transformer(nn.Module):
         self._config = config
         for module in self.modules():
             if hasattr(module, "set_config"):
-                module.set_config(config)
+                module.set_config(config)  # type: ignore[operator]
 
     @property
     def execution(self) -> Execution:

@@ -19,18 +19,18 @@ def backend_for(x: Tensor) -> str:
     return "eager"
 
 
-def dispatch(x: Tensor, to: Dispatch, dtype: torch.dtype, backend: str | None = None) -> Tensor:
+def dispatch(x: Tensor, plan: Dispatch, dtype: torch.dtype, backend: str | None = None) -> Tensor:
     """Return the token of every row, in ``dtype``: x [N, d] to [rows, d].
 
     Padding rows hold the first token. Callers must give them no weight: the ``eager`` backend passes no gradient
     through them.
     """
-    return get_backend(BACKENDS, backend or backend_for(x)).dispatch(x, to, dtype)
+    return get_backend(BACKENDS, backend or backend_for(x)).dispatch(x, plan, dtype)
 
 
-def combine(rows: Tensor, to: Dispatch, dtype: torch.dtype, backend: str | None = None) -> Tensor:
+def combine(rows: Tensor, plan: Dispatch, dtype: torch.dtype, backend: str | None = None) -> Tensor:
     """Return the sum of every token's rows, accumulated in ``dtype``: rows [rows, d] to [N, d].
 
     Padding rows are left out. Their gradient is undefined: callers must zero it where the rows are computed.
     """
-    return get_backend(BACKENDS, backend or backend_for(rows)).combine(rows, to, dtype)
+    return get_backend(BACKENDS, backend or backend_for(rows)).combine(rows, plan, dtype)

@@ -11,41 +11,41 @@ from torch import Tensor
 from kernels.expert_dispatch.permutation import Dispatch
 
 
-def dispatch(x: Tensor, to: Dispatch, dtype: torch.dtype) -> Tensor:
+def dispatch(x: Tensor, plan: Dispatch, dtype: torch.dtype) -> Tensor:
     """Implement :func:`kernels.expert_dispatch.dispatch`."""
-    return _Dispatch.apply(x, to.tokens, to.places, dtype)
+    return _Dispatch.apply(x, plan.row_to_token, plan.choice_to_row, dtype)
 
 
-def combine(rows: Tensor, to: Dispatch, dtype: torch.dtype) -> Tensor:
+def combine(rows: Tensor, plan: Dispatch, dtype: torch.dtype) -> Tensor:
     """Implement :func:`kernels.expert_dispatch.combine`."""
-    return _Combine.apply(rows, to.tokens, to.places, dtype)
+    return _Combine.apply(rows, plan.row_to_token, plan.choice_to_row, dtype)
 
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, tokens: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(places)
+    def forward(ctx, x: Tensor, row_to_token: Tensor, choice_to_row: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(choice_to_row)
         ctx.dtype = x.dtype
-        return x.to(dtype).index_select(0, tokens)
+        return x.to(dtype).index_select(0, row_to_token)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (places,) = ctx.saved_tensors
-        return _sum_rows(grad, places, ctx.dtype), None, None, None
+        (choice_to_row,) = ctx.saved_tensors
+        return _sum_rows(grad, choice_to_row, ctx.dtype), None, None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, tokens: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(tokens)
+    def forward(ctx, rows: Tensor, row_to_token: Tensor, choice_to_row: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(row_to_token)
         ctx.dtype = rows.dtype
-        return _sum_rows(rows, places, dtype)
+        return _sum_rows(rows, choice_to_row, dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        (tokens,) = ctx.saved_tensors
-        return grad.to(ctx.dtype).index_select(0, tokens), None, None, None
+        (row_to_token,) = ctx.saved_tensors
+        return grad.to(ctx.dtype).index_select(0, row_to_token), None, None, None
 
 
-def _sum_rows(rows: Tensor, places: Tensor, dtype: torch.dtype) -> Tensor:
-    return rows.index_select(0, places.flatten()).unflatten(0, places.shape).sum(1, dtype=dtype)
+def _sum_rows(rows: Tensor, choice_to_row: Tensor, dtype: torch.dtype) -> Tensor:
+    return rows.index_select(0, choice_to_row.flatten()).unflatten(0, choice_to_row.shape).sum(1, dtype=dtype)

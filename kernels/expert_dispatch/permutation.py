@@ -11,13 +11,13 @@ from torch import Tensor
 class Dispatch(NamedTuple):
     """Rows of N tokens with K experts each, grouped by expert."""
 
-    picks: Tensor
+    row_to_choice: Tensor
     """int64 [rows]: index of the row's choice in the flattened choices [N * K]; -1 for padding."""
-    places: Tensor
+    choice_to_row: Tensor
     """int64 [N, K]: the row of each choice."""
-    tokens: Tensor
+    row_to_token: Tensor
     """int64 [rows]: the token of each row; 0 for padding."""
-    counts: list[int]
+    rows_per_expert: list[int]
     """Rows of each expert, including padding."""
 
 
@@ -34,8 +34,8 @@ def by_expert(chosen: Tensor, experts: int, multiple: int = 1) -> Dispatch:
     padding = -counts % multiple
     offsets = padding.cumsum(0) - padding
     sizes: list[int] = (counts + padding).tolist()
-    picks, places = order.new_full((sum(sizes),), -1), torch.empty_like(order)
+    row_to_choice, choice_to_row = order.new_full((sum(sizes),), -1), torch.empty_like(order)
     rows = torch.arange(len(order), device=order.device) + offsets.repeat_interleave(counts)
-    picks[rows] = order
-    places[order] = rows
-    return Dispatch(picks, places.view_as(chosen), picks.clamp(min=0) // chosen.shape[-1], sizes)
+    row_to_choice[rows] = order
+    choice_to_row[order] = rows
+    return Dispatch(row_to_choice, choice_to_row.view_as(chosen), row_to_choice.clamp(min=0) // chosen.shape[-1], sizes)

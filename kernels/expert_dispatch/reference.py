@@ -8,11 +8,11 @@ from torch import Tensor
 from kernels.expert_dispatch.permutation import Dispatch
 
 
-def dispatch(x: Tensor, to: Dispatch, dtype: torch.dtype) -> Tensor:
+def dispatch(x: Tensor, plan: Dispatch, dtype: torch.dtype) -> Tensor:
     """Implement :func:`kernels.expert_dispatch.dispatch`."""
-    return x.to(dtype).index_select(0, to.tokens)
+    return x.to(dtype).index_select(0, plan.row_to_token)
 
 
-def combine(rows: Tensor, to: Dispatch, dtype: torch.dtype) -> Tensor:
+def combine(rows: Tensor, plan: Dispatch, dtype: torch.dtype) -> Tensor:
     """Implement :func:`kernels.expert_dispatch.combine`."""
-    return rows.index_select(0, to.places.flatten()).unflatten(0, to.places.shape).sum(1, dtype=dtype)
+    return rows.index_select(0, plan.choice_to_row.flatten()).unflatten(0, plan.choice_to_row.shape).sum(1, dtype=dtype)

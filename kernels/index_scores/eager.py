@@ -1,8 +1,7 @@
 """Index scores for CPUs, by blocks of queries.
 
 The products of every head stay in the cache and are recomputed in the backward pass: memory does not grow with
-heads * S * T, as that of the autograd graph would. Keys after the
-last one that a query of a block may see are skipped.
+heads * S * T, as that of the autograd graph would. Keys after the last one that a query of a block may see are skipped.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Fake quantization: rounding to a storage format within the forward pass.
 
 Formats: ``fp32``; ``bf16``; ``fp8``, E4M3 with one E8M0 scale per 64 values; ``fp4``, E2M1 with one scale per 32.
-Rounded values equal those that :mod:`kernels.cache_io` packs and unpacks. All backends produce the same bits.
+Rounding equals a round trip through :mod:`kernels.cache_io`. All backends produce the same bits.
 """
 
 from __future__ import annotations

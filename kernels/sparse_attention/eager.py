@@ -19,8 +19,10 @@ from kernels.autocast import in_float32, product_dtype
 _SCORES = 1 << 20
 """Most scores of a block of several queries: 4 MiB, about the size of a second-level cache."""
 _QUERIES = 128
+"""Most queries of a block."""
 _LOG2_E = math.log2(math.e)
-"""The softmax has base 2: for -inf, exp of the CPU library is 25 times slower than for finite values, exp2 is not."""
+"""Factor of logits for a softmax to base 2. On a CPU, exp(-inf) is 25 times slower than exp of finite values, but
+exp2(-inf) is not."""
 
 
 def sparse_attention(
@@ -57,6 +59,7 @@ class _Block:
         return self.end - self.oldest
 
     def keys(self, window_kv: Tensor, entries: Tensor | None) -> Tensor:
+        """Return the keys of the block, tokens before entries: [B, keys, c]."""
         near = window_kv[:, self.oldest : self.end]
         return torch.cat((near, entries[:, : self.entries]), dim=1) if entries is not None and self.entries else near
 
@@ -76,6 +79,7 @@ class _Block:
 
 
 def _blocks(query: Tensor, window: int, entry_mask: Tensor | None) -> Iterator[_Block]:
+    """Yield consecutive blocks of queries."""
     B, S, H, _ = query.shape
     last = torch.zeros(S, dtype=torch.int64)
     if entry_mask is not None:

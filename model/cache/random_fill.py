@@ -38,9 +38,9 @@ def fill_random(cache: Cache, tokens: int, seed: int = 0) -> None:
     generator = torch.Generator(cache.device).manual_seed(seed)
     pages = cache.pool.pages_for(tokens)
     needed: dict[EntryLayout, int] = {}
-    for part in cache.pool.parts.values():
-        rows = pages * cache.pool.page_tokens // part.ratio
-        needed[part.layout] = max(rows, needed.get(part.layout, 0))
+    for declared in cache.pool.parts.values():
+        rows = pages * cache.pool.page_tokens // declared.ratio
+        needed[declared.layout] = max(rows, needed.get(declared.layout, 0))
     pieces = {
         layout: _packed_normals(min(rows, _PIECE_BYTES // layout.nbytes), layout, generator)
         for layout, rows in needed.items()

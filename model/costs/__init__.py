@@ -1,8 +1,8 @@
 """Costs of a network: cache bytes, FLOPs per decoded token and parameters, in closed form or counted from tensors."""
 
-from model.costs.ablations import Ablation, SideEffect, ablations
+from model.costs.ablations import Ablation, SideEffect, find_ablations
 from model.costs.cache import cache_bytes, cache_bytes_per_token, fixed_state_bytes
-from model.costs.crossovers import Crossover, crossovers
+from model.costs.crossovers import Crossover, find_crossovers
 from model.costs.flops import decode_work, feed_forward_work
 from model.costs.parameters import PARAMETER_RULE, ParameterCount, count_parameters, expert_weight_bytes
 from model.costs.references import CostModel, costs_of, gqa8_costs, times, v32_costs, with_gqa8
@@ -20,15 +20,15 @@ __all__ = [
     "SideEffect",
     "Step",
     "Work",
-    "ablations",
     "cache_bytes",
     "cache_bytes_per_token",
     "costs_of",
     "count_parameters",
-    "crossovers",
     "decode_work",
     "expert_weight_bytes",
     "feed_forward_work",
+    "find_ablations",
+    "find_crossovers",
     "fixed_state_bytes",
     "gqa8_costs",
     "times",

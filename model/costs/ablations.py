@@ -32,7 +32,7 @@ class Ablation:
     changes: tuple[SideEffect, ...] = ()
 
 
-def ablations(
+def find_ablations(
     config: ModelConfig, parameters: ParameterCount, muon_parameters: int, muon: bool = True
 ) -> tuple[Ablation, ...]:
     """Return the five choices of the recipe, each with the costs of ``config`` without it.

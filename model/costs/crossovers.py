@@ -33,7 +33,7 @@ Cost = Callable[[int, bool], float]
 """A cost at a sequence length, in raw (False) or weighted (True) FLOPs."""
 
 
-def crossovers(config: ModelConfig, references: tuple[CostModel, ...] = ()) -> tuple[Crossover, ...]:
+def find_crossovers(config: ModelConfig, references: tuple[CostModel, ...] = ()) -> tuple[Crossover, ...]:
     """Return all crossovers that the model's layers allow, from closed forms, to the tokens of a cache page."""
     own = costs_of(config)
     found: list[Crossover] = []

@@ -8,7 +8,7 @@ pooling, rotations, rounding and the sum over index heads do not.
 from __future__ import annotations
 
 from model.config import ModelConfig
-from model.work import Work
+from model.work import Work, WorkKind
 
 _KINDS = ("linear", "index", "core", "residual")
 
@@ -23,11 +23,11 @@ def decode_work(config: ModelConfig, tokens: int) -> list[Work]:
     parts = [work for mixer in config.mixers for work in mixer.work(config, tokens)]
     parts += _residual(config) + feed_forward_work(config)
     parts.append(Work("head", "linear", "bf16", 2.0 * config.hidden_size * config.vocab_size))
-    total: dict[tuple, float] = {}
+    total: dict[tuple[str, WorkKind, str], float] = {}
     for work in sorted(parts, key=lambda work: _KINDS.index(work.kind)):
         key = work.part, work.kind, work.format
         total[key] = total.get(key, 0.0) + work.flops
-    return [Work(*key, flops) for key, flops in total.items() if flops]
+    return [Work(part, kind, format, flops) for (part, kind, format), flops in total.items() if flops]
 
 
 def _residual(c: ModelConfig) -> list[Work]:

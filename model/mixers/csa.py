@@ -114,6 +114,7 @@ class CompressedSparseAttention(CompressedAttention):
         entries = self.pool(history, context, None)
         keys = self.pool_index(history, context, None)
         visible = entry_mask(context, self.ratio, entries)
+        assert history.index_query is not None and history.index_weights is not None
         scores = index_scores(history.index_query, keys, history.index_weights, visible)
         mask = visible if context.attention == "dense" else self._selected(scores, visible)
         out, mass = self.core_attention(projected, entries, mask, context)
@@ -135,15 +136,15 @@ class CompressedSparseAttention(CompressedAttention):
     def select(self, history: History, context: Context, cache: LayerCache) -> EntrySet:
         cache.entries.append(self.pool(history, context, cache.tail))
         cache.index.append(self.pool_index(history, context, cache.index_tail))
-        query = history.index_query
-        assert query is not None
+        query, weights = history.index_query, history.index_weights
+        assert query is not None and weights is not None
         if self.training:  # stored keys are rounded whatever training does, so the queries are too
             query = self.precision.round_index(query, training=False)
         chosen = index_topk(
             query,
             cache.index.pages,
             cache.index.layout,
-            history.index_weights,
+            weights,
             visible_entries(context, self.ratio),
             self.config.index_topk,
             self.precision.score_dtype,

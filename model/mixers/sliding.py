@@ -5,7 +5,7 @@ csa and hca layers are this plus a compressed history. The released Flash model 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ class SlidingWindowAttention(Mixer):
 
     name = "sliding"
     one_key_value = True
-    batch_invariant_widths = ("q_lora_rank", "o_lora_rank", "head_dim")
+    batch_invariant_widths: ClassVar[tuple[str, ...]] = ("q_lora_rank", "o_lora_rank", "head_dim")
 
     @classmethod
     def check(cls, config: ModelConfig) -> None:

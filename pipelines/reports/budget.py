@@ -13,14 +13,15 @@ from model.costs import (
     FP8_EQUIVALENT,
     PARAMETER_RULE,
     WEIGHTING,
-    Choice,
+    Ablation,
     CostModel,
     Crossover,
     ParameterCount,
     Step,
     costs_of,
     count_parameters,
-    crossovers,
+    find_ablations,
+    find_crossovers,
     gqa8_costs,
     times,
     v32_costs,
@@ -40,7 +41,7 @@ class Budget:
     parameters: ParameterCount
     own: CostModel
     references: tuple[CostModel, ...]
-    ablations: tuple[Choice, ...]
+    ablations: tuple[Ablation, ...]
     waterfall: tuple[Step, ...]
     crossovers: tuple[Crossover, ...]
     measurement: Measurement | None = None
@@ -120,7 +121,7 @@ def budget_of(config: ModelConfig, context: int, name: str = "model", muon: bool
         parameters,
         costs_of(config, name),
         references,
-        ablations(config, parameters, muon_parameters, muon),
+        find_ablations(config, parameters, muon_parameters, muon),
         waterfall(config, muon),
-        crossovers(config, references),
+        find_crossovers(config, references),
     )

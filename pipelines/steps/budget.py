@@ -161,7 +161,7 @@ def _check_figure(path: Path) -> None:
 def write_figure(budget: Budget, path: Path) -> None:
     """Draw the curves to ``path`` atomically."""
     figure = budget_figure(
-        _lengths(), budget.own, budget.references, {regime.key: regime for regime in budget.regimes}, budget.config
+        _lengths(), budget.own, budget.references, {regime.key: regime for regime in budget.crossovers}, budget.config
     )
     with atomic_file(path) as scratch:
         figure.savefig(scratch, dpi=130, format=path.suffix[1:])

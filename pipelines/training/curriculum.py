@@ -8,7 +8,7 @@ from typing import Literal
 
 from model.config import ModelConfig
 from model.errors import ConfigError, DataError
-from model.mixers.base import AttentionMode
+from model.forward.context import AttentionMode
 from model.precision import format_table
 from pipelines.data.local_reader import local_rows
 from pipelines.data.manifest import Manifest

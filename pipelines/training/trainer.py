@@ -1,8 +1,8 @@
 """The training loop in plain PyTorch, without Ray. Ray Train workers, Tune trials and tests all run it.
 
-Data-parallel ranks hold equal replicas or, under FSDP, a shard of the matrices (:mod:`model.distributed`). Gradients are
-averaged over ranks, weighted by the tokens of each rank, so that an update equals that of a single process on the whole
-batch.
+Data-parallel ranks hold equal replicas or, under FSDP, a shard of the matrices (:mod:`model.distributed`). Gradients
+are averaged over ranks, weighted by the tokens of each rank, so that an update equals that of a single process on the
+whole batch.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from torch import Tensor
 from model.distributed.dtensor import is_sharded
 from model.distributed.fsdp import reshard_all
 from model.forward.aux_outputs import AuxOutputs
-from model.mixers.base import AttentionMode
+from model.forward.context import AttentionMode
 from model.transformer import Transformer
 from pipelines.data.batches import Batch, stack_rows
 from pipelines.data.local_reader import local_rows

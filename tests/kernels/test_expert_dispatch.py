@@ -7,12 +7,12 @@ from kernels.expert_dispatch import by_expert, combine, dispatch
 
 def test_rows_of_an_expert_are_padded_to_a_multiple():
     chosen = torch.tensor([[2, 0], [0, 2], [2, 3]])
-    to = by_expert(chosen, 4)
-    assert to.picks.tolist() == [1, 2, 0, 3, 4, 5] and to.counts == [2, 0, 3, 1]
-    assert to.places.tolist() == [[2, 0], [1, 3], [4, 5]] and to.tokens.tolist() == [0, 1, 0, 1, 2, 2]
-    to = by_expert(chosen, 4, 2)
-    assert to.picks.tolist() == [1, 2, 0, 3, 4, -1, 5, -1] and to.counts == [2, 0, 4, 2]
-    assert to.places.tolist() == [[2, 0], [1, 3], [4, 6]]
+    plan = by_expert(chosen, 4)
+    assert plan.row_to_choice.tolist() == [1, 2, 0, 3, 4, 5] and plan.rows_per_expert == [2, 0, 3, 1]
+    assert plan.choice_to_row.tolist() == [[2, 0], [1, 3], [4, 5]] and plan.row_to_token.tolist() == [0, 1, 0, 1, 2, 2]
+    plan = by_expert(chosen, 4, 2)
+    assert plan.row_to_choice.tolist() == [1, 2, 0, 3, 4, -1, 5, -1] and plan.rows_per_expert == [2, 0, 4, 2]
+    assert plan.choice_to_row.tolist() == [[2, 0], [1, 3], [4, 6]]
 
 
 @pytest.mark.parametrize("tokens", [0, 9])
@@ -20,17 +20,17 @@ def test_rows_of_an_expert_are_padded_to_a_multiple():
 def test_eager_equals_the_reference_and_sums_the_rows_of_every_token(tokens, narrow):
     chosen = torch.rand(tokens, 5).argsort(-1)[:, :2]
     dtype = torch.bfloat16 if narrow else torch.float32
-    to = by_expert(chosen, 5, 4)
-    gains = torch.randn(len(to.picks), 1).masked_fill(to.picks.unsqueeze(-1) < 0, 0)
+    plan = by_expert(chosen, 5, 4)
+    gains = torch.randn(len(plan.row_to_choice), 1).masked_fill(plan.row_to_choice.unsqueeze(-1) < 0, 0)
     x = torch.randn(tokens, 8)
 
     def run(x, backend):
-        rows = dispatch(x, to, dtype, backend)
+        rows = dispatch(x, plan, dtype, backend)
         assert rows.dtype == dtype
-        return combine(rows * gains.to(dtype), to, torch.float32, backend)
+        return combine(rows * gains.to(dtype), plan, torch.float32, backend)
 
     found, expected = (output_and_gradients(lambda x, b=b: run(x, b), x) for b in ("eager", "reference"))
     torch.testing.assert_close(found, expected, rtol=0.02 if narrow else 1e-5, atol=0.02 if narrow else 1e-5)
     for n in range(tokens):
-        total = sum(x[n] * gains[row] for row in to.places[n].tolist())
+        total = sum(x[n] * gains[row] for row in plan.choice_to_row[n].tolist())
         torch.testing.assert_close(found[0][n], total, rtol=0.02 if narrow else 1e-5, atol=0.02 if narrow else 1e-5)

@@ -40,9 +40,9 @@ def test_every_byte_of_two_e2m1_codes():
 def test_every_e4m3_code_but_nan():
     codes = torch.arange(256, dtype=torch.uint8)
     expected = codes.view(torch.float8_e4m3fn).float()
-    numbers = ~expected.isnan()
-    assert numbers.sum() == 254
-    assert torch.equal(formats.unpack_e4m3(codes)[numbers].view(torch.int32), expected[numbers].view(torch.int32))
+    finite = ~expected.isnan()
+    assert finite.sum() == 254
+    assert torch.equal(formats.unpack_e4m3(codes)[finite].view(torch.int32), expected[finite].view(torch.int32))
 
 
 @pytest.mark.parametrize("grid_max", [6.0, 448.0])

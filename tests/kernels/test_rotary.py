@@ -35,8 +35,8 @@ def test_pairs_are_rotated_and_other_dims_pass_through(backend):
 def test_cpu_equals_the_reference(shape, inverse):
     positions = torch.randint(0, 1 << 20, shape[:2])
     frequencies = 10_000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
-    native, readable = (angles(positions, frequencies, backend=b) for b in ("cpu", "reference"))
-    torch.testing.assert_close(native, readable, rtol=0, atol=1e-7)
+    found, expected = (angles(positions, frequencies, backend=b) for b in ("cpu", "reference"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
     for some in (positions, positions[:1]):
         cos, sin = angles(some, frequencies)
         x = torch.randn(shape)

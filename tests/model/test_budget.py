@@ -12,14 +12,14 @@ from model.cache import Cache
 from model.config import ModelConfig
 from model.costs import (
     FP8_EQUIVALENT,
-    ablations,
     cache_bytes,
     cache_bytes_per_token,
     costs_of,
     count_parameters,
-    crossovers,
     decode_work,
     expert_weight_bytes,
+    find_ablations,
+    find_crossovers,
     gqa8_costs,
     times,
     v32_costs,
@@ -207,7 +207,7 @@ def test_a_dense_baseline_is_all_active_but_its_embedding():
 def choices_of(config, muon=True):
     model = on_meta(config)
     moved = sum(p.numel() for n, p in model.named_parameters() if rule_for(n, p, "muon") == "muon")
-    return {choice.name: choice for choice in ablations(config, count_parameters(model), moved, muon)}
+    return {choice.name: choice for choice in find_ablations(config, count_parameters(model), moved, muon)}
 
 
 def test_each_choice_taken_away():
@@ -297,7 +297,7 @@ def test_a_model_of_windows_only_has_no_ratio():
 def test_regimes_part_where_they_are_said_to(name):
     config = ModelConfig.from_preset(name)
     own, page = costs_of(config), config.page_tokens
-    found = {regime.key: regime for regime in crossovers(config, (v32_costs(), gqa8_costs(config)))}
+    found = {regime.key: regime for regime in find_crossovers(config, (v32_costs(), gqa8_costs(config)))}
 
     def cost(n, *kinds, weighted):
         return sum(w.equivalent if weighted else w.flops for w in own.work(n) if w.kind in kinds)
@@ -317,7 +317,7 @@ def test_regimes_part_where_they_are_said_to(name):
 
 
 def test_the_releases_regimes():
-    flash, pro = ({r.key: r for r in crossovers(config)} for config in (FLASH, PRO))
+    flash, pro = ({r.key: r for r in find_crossovers(config)} for config in (FLASH, PRO))
     # "About 32K and 256K": Flash's raw FLOPs, at 31.75K and 224K.
     assert (flash["index"].tokens, flash["attention"].tokens) == (32_512, 229_376)
     assert (pro["index"].tokens, pro["attention"].tokens) == (170_112, 470_272)
