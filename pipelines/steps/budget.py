@@ -104,7 +104,12 @@ def find_model(name: str) -> ModelConfig:
 
 
 def run(
-    recipe: Recipe, model: str | None, context: str | None, measure: bool, as_json: bool, figure: Path | None
+    recipe: Recipe,
+    model: str | None = None,
+    context: str | None = None,
+    measure: bool = False,
+    as_json: bool = False,
+    figure: Path | None = None,
 ) -> Budget:
     """Print the budget as tables or JSON; measure a cache and draw a figure if asked to.
 

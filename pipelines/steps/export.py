@@ -61,12 +61,12 @@ def load(options: argparse.Namespace, files: Sequence[str], overrides: Sequence[
 
 def run(
     recipe: Recipe,
-    source: Path | None,
-    target: Path | None,
-    target_format: Any,
-    experts: ExpertFormat | None,
-    weight_type: WeightType | None,
-    tokenizer: str | None,
+    source: Path | None = None,
+    target: Path | None = None,
+    target_format: Any = "transformers",
+    experts: ExpertFormat | None = None,
+    weight_type: WeightType | None = None,
+    tokenizer: str | None = None,
 ) -> Path:
     """Write ``target`` and return it. Raises ConfigError or CheckpointError; no partial output is left behind."""
     source = source or recipe.final_checkpoint

@@ -35,8 +35,8 @@ def trained(recipe, folder, rank=0, world=1, source=None):
         (folder / "loaded").mkdir(parents=True, exist_ok=True)
         trainer.snapshot().write(folder / "loaded")
     if recipe.train.stability.action == "roll_back":  # one rollback, from step 3 to the start
-        watch = trainer.stability
-        watch._trouble = lambda *_: "a leap" if trainer.step == 3 and not watch.interventions else None
+        spikes = trainer.spikes
+        spikes._find_reason = lambda *_: "a spike" if trainer.step == 3 and not spikes.interventions else None
     trainer.run()
     if rank == 0:
         (folder / "record.json").write_text(json.dumps([timeless(record.logged), record.reported]))

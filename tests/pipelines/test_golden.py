@@ -84,7 +84,7 @@ def trained(recipe, disturbed=None):
 
     def open_batches(stage, epoch, skip):
         batches = open_folder(stage, epoch, skip)
-        for name, values in batches.ahead(1)[0].items():
+        for name, values in batches.peek(1)[0].items():
             read.update(name.encode() + values.numpy().tobytes())
         return batches
 

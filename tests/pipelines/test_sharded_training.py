@@ -11,7 +11,7 @@ import torch
 from gloo import on_ranks
 from plain_training import Record, trainer_for
 from sharded_ranks import AT, SHARDED, three_ranks, trained, two_ranks
-from test_exact_resume import history, noted, processes_below, wait_for_checkpoint
+from test_exact_resume import history, indexed_steps, processes_below, wait_for_checkpoint
 
 from model import checkpoint
 from model.errors import CheckpointError, FiftyfoldError
@@ -148,7 +148,7 @@ def test_a_sharded_run_that_died_goes_on_in_one_worker(prepared, ray_cluster):
     with pytest.raises(FiftyfoldError):
         train.run(sharded)
     killer.join()
-    last = max(noted(sharded))
+    last = max(indexed_steps(sharded))
     written = sorted(f.name for f in (sharded.run_folder / "train" / f"step_{last:06d}").glob("*.safetensors"))
     assert written == [f"{name}-0000{n}-of-00002.safetensors" for name in ("model", "optimizer") for n in (1, 2)]
     result = train.run(with_overrides(sharded, {"train.workers": 1, "train.sharding": "none"}))

@@ -191,7 +191,7 @@ def test_nobody_eligible_lists_every_reason(recipe):
     message = str(caught.value)
     for reason in (
         "its cache takes 400 bytes per token, the budget is 300",
-        "has no metric cache/bytes_per_token to hold against the budget",
+        "has no metric cache/bytes_per_token to compare with the budget",
         "its status is RUNNING",
         "its status is FAILED",
         "names no checkpoint",
