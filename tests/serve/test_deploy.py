@@ -267,8 +267,8 @@ def test_a_signal_stops_what_the_step_started(tmp_path, saved, number) -> None:
     )
     command = [sys.executable, "-c", code, json.dumps(recipe.to_dict())]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        lines = [process.stdout.readline(), process.stdout.readline()]
-        curl = shlex.split(lines[1])
+        lines = [process.stdout.readline() for _ in range(3)]
+        curl = shlex.split(lines[2])
         answer = json.loads(subprocess.run([*curl, "-s"], capture_output=True, check=True, text=True).stdout)
         assert answer["object"] == "text_completion"
         process.send_signal(number)
