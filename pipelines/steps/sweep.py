@@ -97,7 +97,7 @@ def _run(recipe: Recipe, grid: list[dict[str, Setting]], tracking: Tracking, kno
     winner_file = _winner_file(recipe)
     tracked = tracking.start_run(recipe.sweep.name, kind="sweep", recipe=recipe, run_id=known_run)
     write_run_file(recipe.sweep_folder, tracked)
-    # At most what this machine is good for: a trial that needs more is refused below.
+    # Capped at this machine's CPUs; a trial that needs more is rejected below.
     cpus = min(recipe.sweep.max_concurrent * cpus_per_trial(recipe), local_cpus()) + 1
     with tracked, ray_session(num_cpus=cpus):
         require_resources("train.workers", cpus_per_trial(recipe))

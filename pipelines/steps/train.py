@@ -64,7 +64,7 @@ def _run(recipe: Recipe, tracking: Tracking, known_run: str | None) -> TrainResu
             return TrainResult(known_run, recipe.final_checkpoint, metrics, muon_share, metrics.get(WALL_SECONDS, 0.0))
     tracked = tracking.start_run(recipe.run.name, kind="train", recipe=recipe, run_id=known_run)
     write_run_file(folder, tracked)
-    # At most what this machine is good for: fit() refuses a recipe that needs more.
+    # Capped at this machine's CPUs; fit() rejects a recipe that needs more.
     cpus = min(recipe.train.workers * recipe.train.cpus_per_worker, local_cpus()) + 1
     with tracked, ray_session(num_cpus=cpus):
         tracked.log_metrics({**measured_cache(recipe.model), "optimizer/muon_share": muon_share})
