@@ -36,7 +36,7 @@ from model.cache import Cache
 from model.cache.random_fill import fill_random
 from model.config import ModelConfig
 from model.errors import FiftyfoldError
-from model.layers.rope import RotaryFrequencies
+from model.layers.rope import Rotary, RotaryFrequencies
 from model.transformer import Transformer
 
 THEIRS, SDPA = "2 x GQA-8", "2 x GQA-8, SDPA"
@@ -124,7 +124,7 @@ class GroupedQueryPair:
 
     def __init__(self, config: ModelConfig):
         self.layers = [GroupedQueryLayer(config).to(torch.bfloat16) for _ in range(2)]
-        self.frequencies = RotaryFrequencies(HEAD_DIM, config.rope_theta)
+        self.frequencies = RotaryFrequencies(Rotary(HEAD_DIM, config.rope_theta))
 
     @staticmethod
     def stores(tokens: int) -> list[Tensor]:
