@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from benchmarks.lib import report
 from benchmarks.lib.harness import Result, make_parser, positive_int, run_benchmark, run_main
 from benchmarks.lib.timing import run_in_subprocess
-from model.cache import COMPONENTS
 from model.config import ModelConfig
 from model.costs import gqa8_costs, with_gqa8
 from model.errors import FiftyfoldError
@@ -32,6 +31,7 @@ COLORS = {
     "window": "#5b8c5a",
     "tail": "#8e6c8a",
     "gqa": "#7f8c8d",
+    "state": "#3b3b3b",
 }
 LABELS = {"index": "index keys", "window": "windows", "tail": "tails"}
 
@@ -60,7 +60,7 @@ def measure(name: str, tokens: int, gqa_tokens: int) -> Pair:
 
 def tables(pairs: list[Pair]) -> str:
     """Format the measured sizes, and the comparison with GQA-8."""
-    parts = [part for part in COMPONENTS if any(part in p.own.components for p in pairs)]
+    parts = [part for part in COLORS if any(part in p.own.components for p in pairs)]
     rows = []
     for p in pairs:
         for name, m in ((p.name, p.own), ("GQA-8, BF16, of its depth", p.gqa)):

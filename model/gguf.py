@@ -20,6 +20,8 @@ from torch import Tensor
 from model.atomic_files import atomic_file
 from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
+from model.mixers import MIXERS
+from model.mixers.hca import HeavilyCompressedAttention
 from model.precision import Precision
 from model.transformer import Transformer
 
@@ -160,17 +162,17 @@ def check_expressible(config: ModelConfig) -> None:
 
     c = config
     for name in c.layers:
-        need(name in ("sliding", "csa", "hca"), "layers", "only sliding, csa and hca layers", name)
+        need(MIXERS[name].one_key_value, "layers", "only sliding, csa and hca layers", name)
     need(c.hyper_connections, "hyper_connections", "true", c.hyper_connections)
     need(c.hc_mult == 4, "hc_mult", "4", c.hc_mult)
     need(c.ffn == "moe", "ffn", "'moe'", repr(c.ffn))
     need(c.num_shared_experts >= 1, "num_shared_experts", "at least 1", c.num_shared_experts)
     # It divides by zero where its cache of index keys is empty, and where that of hca entries is and has as wide keys.
-    need("csa" in c.layers, "layers", "at least one csa layer", "none")
+    need(bool(c.indexed_layers), "layers", "at least one csa layer", "none")
     need(c.csa_ratio == 4, "csa_ratio", "4", c.csa_ratio)
     dims = c.index_head_dim
     need(dims >= _LEAST_INDEX_DIMS, "index_head_dim", f"at least {_LEAST_INDEX_DIMS}", dims)
-    if "hca" not in c.layers:
+    if HeavilyCompressedAttention not in c.mixers:
         need(dims != c.head_dim, "index_head_dim", "another number than head_dim where no layer is hca", dims)
     else:
         need(c.hca_ratio == 128, "hca_ratio", "128", c.hca_ratio)

@@ -194,7 +194,7 @@ class Transformer(nn.Module):
         if input_ids.shape[1] < 2:
             raise ValueError("aux.predict_ahead: needs whole sequences of at least 2 tokens")
         kept = None if positions is None else positions[:, :-1]
-        context = self._context(input_ids[:, :-1], None, kept, context.attention, context.aux, None)
+        context = self._context(input_ids[:, :-1], None, kept, context.attention, context.aux, context.forced_experts)
         arguments = streams[:, :-1], embedding[:, 1:], input_ids[:, 1:], context
         return self._project(self._run_layer(module.hidden, context, *arguments))
 

@@ -10,6 +10,8 @@ from typing import Any, Literal
 from model.config import CACHE_FORMATS, ModelConfig
 from model.errors import CheckpointError, ConfigError
 from model.hf.names import Layout
+from model.mixers.csa import CompressedSparseAttention
+from model.mixers.hca import HeavilyCompressedAttention
 
 MODEL_TYPE = "deepseek_v4"
 OWN_KEY = "fiftyfold"
@@ -173,7 +175,11 @@ def _schedule(r: _Reader) -> tuple[list[str], int, int]:
     for ratio in entries[:count]:
         # The released code's rule: 4 overlaps and has an indexer, any other ratio does not.
         if ratio not in (0, 4):
-            if type(ratio) is not int or ratio < 0 or ("hca" in layers and ratio != ratios["hca"]):
+            if (
+                type(ratio) is not int
+                or ratio < 0
+                or (HeavilyCompressedAttention.name in layers and ratio != ratios["hca"])
+            ):
                 raise r.wrong("compress_ratios", "0, 4, or one other ratio", ratio)
             ratios["hca"] = ratio
         layers.append({0: "sliding", 4: "csa"}.get(ratio, "hca"))
@@ -282,8 +288,18 @@ def check_expressible(config: ModelConfig, layout: Layout) -> None:
     need(c.ffn == "moe", "ffn", "'moe'", repr(c.ffn))
     need(c.num_shared_experts == 1, "num_shared_experts", "1", c.num_shared_experts)
     if layout == "released":
-        need("csa" not in c.layers or c.csa_ratio == 4, "csa_ratio", "4 in the released layout", c.csa_ratio)
-        need("hca" not in c.layers or c.hca_ratio != 4, "hca_ratio", "other than 4 in the released layout", c.hca_ratio)
+        need(
+            CompressedSparseAttention not in c.mixers or c.csa_ratio == 4,
+            "csa_ratio",
+            "4 in the released layout",
+            c.csa_ratio,
+        )
+        need(
+            HeavilyCompressedAttention not in c.mixers or c.hca_ratio != 4,
+            "hca_ratio",
+            "other than 4 in the released layout",
+            c.hca_ratio,
+        )
         for key in ("hidden_size", "expert_size"):
             value = getattr(c, key)
             need(value % 32 == 0, key, "a multiple of 32, the block of FP4 expert weights", value)

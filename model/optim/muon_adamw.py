@@ -86,7 +86,7 @@ class MuonAdamW(torch.optim.Optimizer):
             group["params"].append(parameter)
             group["names"].append(name)
         if config.rule == "muon" and not any(rule == "muon" for rule, _ in groups):
-            raise ConfigError("train.optimizer.rule: muon was asked for, but no parameter is a matrix it applies to")
+            raise ConfigError("optimizer rule 'muon': no parameter is a matrix that it applies to")
         super().__init__(list(groups.values()), {})
         self.config = config.on(self.param_groups[0]["params"][0].device)
         self._shared: dict[Tensor, list[int]] = {}

@@ -8,7 +8,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from model.config import ModelConfig
 from model.errors import ConfigError
@@ -16,6 +26,14 @@ from model.optim import OptimizerConfig
 from serve.config import ServerConfig
 
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _name_optimizer(value: Any, validate: ValidatorFunctionWrapHandler) -> OptimizerConfig:
+    """Add the section to errors of the optimizer's own checks, which name the field only."""
+    try:
+        return validate(value)
+    except ConfigError as error:
+        raise ConfigError(f"train.optimizer.{error}") from None
 
 
 def _check_setting(value: Any) -> Any:
@@ -205,7 +223,7 @@ class TrainSection(Section):
     """Rows of each kind (text, key-value recall, needle) per validation."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 50
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: Annotated[OptimizerConfig, WrapValidator(_name_optimizer)] = OptimizerConfig()
     stability: StabilitySection = StabilitySection()
 
     @model_validator(mode="after")

@@ -340,8 +340,8 @@ class Trainer:
     def _balance_routers(self, expert_load: dict[int, Tensor], speed: float) -> None:
         """Move each selection bias one step towards an even load (auxiliary-loss-free balancing, report 4.2.2)."""
         for layer in self.model.moe_layers():
-            load = sum_over_ranks(expert_load[layer.layer].float())
-            if not layer.hash_routed:
+            if layer.layer in expert_load and not layer.hash_routed:  # the prediction module idles in a warm-up
+                load = sum_over_ranks(expert_load[layer.layer].float())
                 layer.router_bias += speed * torch.sign(load.mean() - load)
 
     # --- anticipatory routing

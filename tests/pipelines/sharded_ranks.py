@@ -7,8 +7,8 @@ from plain_training import Record, timeless, trainer_for
 from tolerances import one_by_one
 
 from kernels.newton_schulz import newton_schulz
-from model import muon
 from model.distributed.dtensor import is_sharded, to_local
+from model.optim import muon_adamw
 from pipelines.recipe.loading import recipe_from_dict, with_overrides
 
 AT = "2"
@@ -44,7 +44,7 @@ def trained(recipe, folder, rank=0, world=1, source=None):
 
 
 def two_ranks(rank, world, recipe, folder):
-    muon.newton_schulz = one_by_one(newton_schulz)  # batches of sharded expert stacks differ from replicated ones
+    muon_adamw.newton_schulz = one_by_one(newton_schulz)  # batches of sharded expert stacks differ from replicated ones
     recipe = with_overrides(recipe_from_dict(recipe), {"train.workers": world})
     for name, changes in BOTH_WAYS.items():
         whole = trained(with_overrides(recipe, changes), folder / f"{name}-replicas", rank, world)

@@ -133,7 +133,7 @@ def test_tokenizer_that_loses_a_fact_is_refused(tmp_path):
     ("changes", "length", "message"),
     [
         ({}, 40, "too few for 4 facts outside a window of 16"),
-        ({"index_topk": 64}, 256, r"length 256 is vacuous: there are \d+ compressed entries .* selects 64"),
+        ({"index_topk": 64}, 256, r"length 256 is vacuous: there are \d+ compressed entries .* select 64"),
         ({"csa_ratio": 32, "hca_ratio": 64}, 256, r"is vacuous: there are [78] compressed entries"),
         ({"window": 250}, 256, "outside a window of 250"),
         ({}, 1025, "length 1025 exceeds the model's context of 1024"),

@@ -28,19 +28,19 @@ ANTICIPATING = {
 def watch_experts(trainer):
     """Record (updates made before, batch, expert ids by layer) of every train step, and the weights by step."""
     ran, weights = [], {0: copy.deepcopy(trainer.model)}
-    update, mixture = trainer.train_step, MixtureOfExperts.mixture
+    update, route = trainer.train_step, MixtureOfExperts.route
 
     def watched(batch, stage):
         chosen = {}
 
-        def spy(layer, routed, context):
-            chosen.setdefault(layer.layer, []).append(routed["chosen"])
-            return mixture(layer, routed, context)
+        def spy(layer, x, input_ids, context):
+            routed = route(layer, x, input_ids, context)
+            chosen.setdefault(layer.layer, []).append(routed[1])
+            return routed
 
         step = trainer.step
-        assert not any(layer.expert_load.any() for layer in trainer.model.moe_layers())
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(MixtureOfExperts, "mixture", spy)
+            patch.setattr(MixtureOfExperts, "route", spy)
             measured = update(batch, stage)
         ran.append((step, batch, {layer: torch.cat(parts) for layer, parts in chosen.items()}))
         weights[trainer.step] = copy.deepcopy(trainer.model)
@@ -54,7 +54,7 @@ def chosen_by(model, batch, attention):
     aux = AuxOutputs(predict_ahead=True)
     with torch.no_grad():
         model(batch["tokens"][:, :-1], positions=batch["positions"], attention=attention, aux=aux)
-    return aux.chosen
+    return aux.expert_ids
 
 
 def agreement(one, two):

@@ -7,8 +7,8 @@ import torch
 from gloo import on_ranks
 from plain_training import Record, trainer_for
 
-from model import muon
 from model.errors import CheckpointError
+from model.optim import muon_adamw
 from model.transformer import Transformer
 from pipelines.recipe.loading import recipe_from_dict, with_overrides
 from pipelines.training import compute_dtype
@@ -32,7 +32,7 @@ def machine(monkeypatch, fast):
 @pytest.fixture
 def computed(monkeypatch):
     """Record the data types of the network's and the optimizer's matrix products in training."""
-    seen, forward, newton_schulz = set(), Transformer.forward, muon.newton_schulz
+    seen, forward, newton_schulz = set(), Transformer.forward, muon_adamw.newton_schulz
 
     def watched(self, tokens, **options):
         if self.training:
@@ -45,7 +45,7 @@ def computed(monkeypatch):
         return newton_schulz(matrices, coefficients, dtype)
 
     monkeypatch.setattr(Transformer, "forward", watched)
-    monkeypatch.setattr(muon, "newton_schulz", iterated)
+    monkeypatch.setattr(muon_adamw, "newton_schulz", iterated)
     return seen
 
 

@@ -26,12 +26,12 @@ from pipelines.training.curriculum import check_fills_batch, curriculum
         ({"train.stages": [{"steps": 1, "sequence_length": 16}]}, "not below the 4 entries of a 16-token sequence"),
         (
             {"model.layers": ["sliding"], "train.stages": [{"attention": "dense", "steps": 1, "index_topk": 3}]},
-            r"train.stages.0.index_topk: 3 is set, but model.layers has no csa layer",
+            r"train.stages.0.index_topk: 3 is set, but no layer of model.layers has an indexer",
         ),
         ({"model.hca_ratio": 128}, "128 tokens per entry leave a 96-token sequence without any entry"),
         ({"train.indexer_loss_weight": 0}, "leaves the indexer untrained"),
         ({"train.mtp_loss_weight": 0, "model.mtp_layers": 1}, "leaves the model's multi-token prediction untrained"),
-        ({"model.layers": ["sliding"]}, "no csa layer to warm up"),
+        ({"model.layers": ["sliding"]}, "no layer of model.layers has an indexer"),
         (
             {**EXACT, "model.qat": True, "model.ffn": "dense"},
             r"train.stages.0: quantization-aware training is on, but quantizes no tensor",
