@@ -171,19 +171,13 @@ def _schedule(r: _Reader) -> tuple[list[str], int, int]:
     if len(entries) < count or any(entries[count:]):
         expected = f"{count} entries, one for each layer, then zeros for prediction modules"
         raise r.wrong("compress_ratios", expected, entries)
-    layers = []
-    for ratio in entries[:count]:
-        # The released code's rule: 4 overlaps and has an indexer, any other ratio does not.
-        if ratio not in (0, 4):
-            if (
-                type(ratio) is not int
-                or ratio < 0
-                or (HeavilyCompressedAttention.name in layers and ratio != ratios["hca"])
-            ):
-                raise r.wrong("compress_ratios", "0, 4, or one other ratio", ratio)
-            ratios["hca"] = ratio
-        layers.append({0: "sliding", 4: "csa"}.get(ratio, "hca"))
-    return layers, 4, ratios["hca"]
+    # The released code's rule: 4 overlaps and has an indexer, any other ratio does not.
+    others = dict.fromkeys(ratio for ratio in entries[:count] if ratio not in (0, 4))
+    for ratio in others:
+        if type(ratio) is not int or ratio < 0 or ratio != next(iter(others)):
+            raise r.wrong("compress_ratios", "0, 4, or one other ratio", ratio)
+    layers = [{0: "sliding", 4: "csa"}.get(ratio, "hca") for ratio in entries[:count]]
+    return layers, 4, next(iter(others), ratios["hca"])
 
 
 def _hash_layers(r: _Reader, count: int) -> int:
@@ -294,12 +288,7 @@ def check_expressible(config: ModelConfig, layout: Layout) -> None:
             "4 in the released layout",
             c.csa_ratio,
         )
-        need(
-            HeavilyCompressedAttention not in c.mixers or c.hca_ratio != 4,
-            "hca_ratio",
-            "other than 4 in the released layout",
-            c.hca_ratio,
-        )
+        need(not hca or c.hca_ratio != 4, "hca_ratio", "other than 4 in the released layout", c.hca_ratio)
         for key in ("hidden_size", "expert_size"):
             value = getattr(c, key)
             need(value % 32 == 0, key, "a multiple of 32, the block of FP4 expert weights", value)
