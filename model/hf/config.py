@@ -282,12 +282,8 @@ def check_expressible(config: ModelConfig, layout: Layout) -> None:
     need(c.ffn == "moe", "ffn", "'moe'", repr(c.ffn))
     need(c.num_shared_experts == 1, "num_shared_experts", "1", c.num_shared_experts)
     if layout == "released":
-        need(
-            CompressedSparseAttention not in c.mixers or c.csa_ratio == 4,
-            "csa_ratio",
-            "4 in the released layout",
-            c.csa_ratio,
-        )
+        csa, hca = CompressedSparseAttention in c.mixers, HeavilyCompressedAttention in c.mixers
+        need(not csa or c.csa_ratio == 4, "csa_ratio", "4 in the released layout", c.csa_ratio)
         need(not hca or c.hca_ratio != 4, "hca_ratio", "other than 4 in the released layout", c.hca_ratio)
         for key in ("hidden_size", "expert_size"):
             value = getattr(c, key)
