@@ -107,7 +107,7 @@ struct Stack {
   const Tensor &w1, &w3, &w2;
 
   bool packed() const { return w1.scalar_type() == at::kByte; }
-  static int64_t packed_bytes(int64_t n) { return Layout({n, kFp4, 0, 0}).nbytes(); }
+  static int64_t packed_bytes(int64_t n) { return Layout({n, kFp4, 0, kBf16}).nbytes(); }
 
   void check(const Tensor& x) const {
     const int64_t d = x.size(-1), inner = w1.size(-2);
