@@ -8,9 +8,16 @@ import torch
 from torch import Tensor
 
 
+_NO_CONTEXT = nullcontext()
+
+
+def _device_type(x: Tensor) -> str:
+    return "cpu" if x.is_cpu else x.device.type  # a decoded token asks some 60 times, and x.device is slow
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of matrix products with ``x``: that of autocast if it is enabled, else that of ``x``."""
-    device = x.device.type
+    device = _device_type(x)
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
@@ -29,5 +36,5 @@ def in_float32(x: Tensor) -> AbstractContextManager:
 
     Routing, selection and mixing weights need it: in lower precision, training would choose differently from inference.
     """
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    device = _device_type(x)
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NO_CONTEXT
