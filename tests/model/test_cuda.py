@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from networks import BF16, EXACT, build
 
 import model.mixers.csa as csa
 from model.cache import Cache
 from model.cache.file import restore_cache, save_cache
+from tests.model.networks import BF16, EXACT, build
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 PIECES = [23, 1, 1, 16, 1, 28]

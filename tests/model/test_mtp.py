@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import EXACT, SMALL, build
 
 from kernels.rms_norm import rms_norm
 from model import checkpoint
@@ -12,6 +11,7 @@ from model.errors import ConfigError
 from model.forward.aux_outputs import AuxOutputs
 from model.optim import MuonAdamW, OptimizerConfig
 from model.transformer import Transformer
+from tests.model.networks import EXACT, SMALL, build
 
 
 def ahead(model, ids):

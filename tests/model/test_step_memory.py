@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import build
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -13,6 +12,7 @@ from kernels import native
 from model.cache import Cache
 from model.cache.random_fill import fill_random
 from model.forward.execution import Execution
+from tests.model.networks import build
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from networks import BF16, EXACT, SMALL, build
 
 from kernels.cache_io import pack, unpack
 from model.cache import Cache
@@ -16,6 +15,7 @@ from model.forward.context import Context
 from model.generation import prefill
 from model.mixers.gqa import GroupedQueryAttention
 from model.precision import Precision
+from tests.model.networks import BF16, EXACT, SMALL, build
 
 SCHEDULES = {
     "hybrid": ("sliding", "csa", "hca", "csa"),

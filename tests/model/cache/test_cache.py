@@ -15,7 +15,6 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from networks import EXACT, FP32, SMALL, build
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -27,6 +26,7 @@ from model.costs import cache_bytes_per_token, fixed_state_bytes
 from model.errors import CacheError
 from model.forward.execution import Execution
 from model.generation import prefill
+from tests.model.networks import EXACT, FP32, SMALL, build
 
 NETWORKS = {
     "hybrid": {},

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import EXACT, build
 
 from model.forward.aux_outputs import AuxOutputs
 from model.forward.packing import PackedDocuments
+from tests.model.networks import EXACT, build
 
 # Around the ratios (4 and 12) and the window (6), shorter than all of them, and one without a single whole block.
 LENGTHS = ((17, 1, 4, 29, 3), (3, 2, 1), (12, 11, 13), (40,), (1, 1, 24, 6, 7, 5))

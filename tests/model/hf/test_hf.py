@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 import transformers
-from networks import FP32, build
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
@@ -21,6 +20,7 @@ from model.hf.config import read_config, write_config
 from model.hf.names import BLOCK, MODEL, canonical
 from model.hf.safetensors_folder import INDEX
 from model.tokenizer import ByteTokenizer, load_tokenizer
+from tests.model.networks import FP32, build
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 import transformers
-from networks import EXACT, build
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV4ForCausalLM, FineGrainedFP8Config
 
@@ -14,6 +13,7 @@ from model.errors import CheckpointError, ConfigError
 from model.hf import export_pretrained, import_pretrained, tensor_bytes
 from model.hf.safetensors_folder import INDEX, list_tensors
 from model.transformer import Transformer
+from tests.model.networks import EXACT, build
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()

@@ -9,10 +9,10 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
-from networks import build
 
 from model.errors import CheckpointError, ConfigError
 from model.gguf import export_gguf
+from tests.model.networks import build
 
 SHAPES = {"hca_ratio": 128, "index_head_dim": 64, "num_hash_layers": 1, "hidden_size": 64, "expert_size": 32}
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from networks import BF16, EXACT, SMALL, build
 
 import kernels.index_topk.eager as streamed
 import model.mixers.csa as csa
@@ -16,6 +15,7 @@ from model.config import ModelConfig
 from model.errors import ConfigError
 from model.forward.execution import TOKEN_TILE, Execution
 from model.transformer import Transformer
+from tests.model.networks import BF16, EXACT, SMALL, build
 
 NETWORKS = {
     "hybrid": {},

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from networks import SMALL, build
 
 from kernels.cache_io import unpack
 from model.cache import Cache
@@ -12,6 +11,7 @@ from model.cache.random_fill import fill_random
 from model.cache.ring import Ring
 from model.config import ModelConfig
 from model.errors import CacheError
+from tests.model.networks import SMALL, build
 
 LAYERS = ("sliding", "csa", "hca", "gqa")
 

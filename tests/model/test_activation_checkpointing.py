@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import build
 
 from kernels import hyper_connections
 from kernels.hyper_connections import recomputed_streams
 from model.forward.aux_outputs import AuxOutputs
+from tests.model.networks import build
 
 LAYERS = ("sliding", "csa", "hca")
 
