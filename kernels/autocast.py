@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-
 _NO_CONTEXT = nullcontext()
 
 

@@ -25,7 +25,7 @@ MTP_MIXER = "sliding"
 """Mixer of the multi-token prediction module's block."""
 CACHE_FORMATS = ("kv_format", "rope_format", "index_format", "gqa_format")
 """The fields that say how the cache stores each tensor role."""
-Format = Literal["fp4", "fp8", "bf16", "fp32"]
+CacheFormat = Literal["fp4", "fp8", "bf16", "fp32"]
 """FP4 E2M1 with an E8M0 scale per 32 dims, FP8 E4M3 with one per 64, or plain floats."""
 
 
@@ -113,15 +113,15 @@ class ModelConfig:
     swiglu_limit: float = 10.0
 
     # --- precision; the defaults are DeepSeek-V4's (report 2.3.4, 5.2.1)
-    kv_format: Format = "fp8"
+    kv_format: CacheFormat = "fp8"
     """Unrotated dims of window and compressed entries."""
     rope_format: Literal["bf16", "fp32"] = "bf16"
     """Their rotary dims."""
-    index_format: Format = "fp4"
+    index_format: CacheFormat = "fp4"
     """Index keys as stored, and index queries as multiplied with them."""
     index_scores: Literal["bf16", "fp32"] = "fp32"
     """The type in which entries are compared. BF16 makes the selector faster and, rarely, ties (report 5.2.1)."""
-    gqa_format: Format = "bf16"
+    gqa_format: CacheFormat = "bf16"
     """Keys and values of gqa layers."""
     qat: bool = True
     """Train with the cache formats, FP4 index queries and FP4 expert weights in the loop (straight-through)."""

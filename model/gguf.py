@@ -35,7 +35,7 @@ _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}
 """``general.file_type``, llama.cpp's enum llama_ftype."""
 _SQRT_SOFTPLUS = 4
 """``expert_gating_func``, llama.cpp's enum llama_expert_gating_func_type."""
-_LEAST_INDEX_DIMS = 64
+_MIN_INDEX_HEAD_DIM = 64
 """The smallest Hadamard matrix that llama.cpp makes for the index queries and keys."""
 _Q8_BLOCK = 32
 
@@ -146,7 +146,7 @@ def export_gguf(model: Transformer, path: str | Path, weights: WeightType = "f32
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for source in found:
-                values = _values(model, state[source.ours], source).numpy()
+                values = _file_values(model, state[source.ours], source).numpy()
                 kind = types[source.name]
                 writer.write_tensor_data(values if kind == GGMLQuantizationType.I32 else quantize(values, kind))
         finally:
@@ -156,29 +156,29 @@ def export_gguf(model: Transformer, path: str | Path, weights: WeightType = "f32
 def check_expressible(config: ModelConfig) -> None:
     """Raise ConfigError for a network that llama.cpp's ``deepseek4`` architecture cannot hold."""
 
-    def need(ok: bool, key: str, expected: str, found: Any) -> None:
+    def require(ok: bool, key: str, expected: str, found: Any) -> None:
         if not ok:
             raise ConfigError(f"model.{key}: llama.cpp's {ARCHITECTURE} needs {expected}, found {found}")
 
     c = config
     for name in c.layers:
-        need(MIXERS[name].one_key_value, "layers", "only sliding, csa and hca layers", name)
-    need(c.hyper_connections, "hyper_connections", "true", c.hyper_connections)
-    need(c.hc_mult == 4, "hc_mult", "4", c.hc_mult)
-    need(c.ffn == "moe", "ffn", "'moe'", repr(c.ffn))
-    need(c.num_shared_experts >= 1, "num_shared_experts", "at least 1", c.num_shared_experts)
+        require(MIXERS[name].one_key_value, "layers", "only sliding, csa and hca layers", name)
+    require(c.hyper_connections, "hyper_connections", "true", c.hyper_connections)
+    require(c.hc_mult == 4, "hc_mult", "4", c.hc_mult)
+    require(c.ffn == "moe", "ffn", "'moe'", repr(c.ffn))
+    require(c.num_shared_experts >= 1, "num_shared_experts", "at least 1", c.num_shared_experts)
     # It divides by zero where its cache of index keys is empty, and where that of hca entries is and has as wide keys.
-    need(bool(c.indexed_layers), "layers", "at least one csa layer", "none")
-    need(c.csa_ratio == 4, "csa_ratio", "4", c.csa_ratio)
+    require(bool(c.indexed_layers), "layers", "at least one csa layer", "none")
+    require(c.csa_ratio == 4, "csa_ratio", "4", c.csa_ratio)
     dims = c.index_head_dim
-    need(dims >= _LEAST_INDEX_DIMS, "index_head_dim", f"at least {_LEAST_INDEX_DIMS}", dims)
+    require(dims >= _MIN_INDEX_HEAD_DIM, "index_head_dim", f"at least {_MIN_INDEX_HEAD_DIM}", dims)
     if HeavilyCompressedAttention not in c.mixers:
-        need(dims != c.head_dim, "index_head_dim", "another number than head_dim where no layer is hca", dims)
+        require(dims != c.head_dim, "index_head_dim", "another number than head_dim where no layer is hca", dims)
     else:
-        need(c.hca_ratio == 128, "hca_ratio", "128", c.hca_ratio)
+        require(c.hca_ratio == 128, "hca_ratio", "128", c.hca_ratio)
     if c.yarn_factor > 1:
         for key, value in (("yarn_beta_fast", 32.0), ("yarn_beta_slow", 1.0)):
-            need(getattr(c, key) == value, key, f"{value:g}", getattr(c, key))
+            require(getattr(c, key) == value, key, f"{value:g}", getattr(c, key))
 
 
 def _add_metadata(writer: GGUFWriter, config: ModelConfig, weights: WeightType) -> None:
@@ -265,7 +265,7 @@ def _type_of(source: _Source, weights: WeightType) -> str:
 
 
 @torch.no_grad()
-def _values(model: Transformer, tensor: Tensor, source: _Source) -> Tensor:
+def _file_values(model: Transformer, tensor: Tensor, source: _Source) -> Tensor:
     """Return a tensor as the file takes it, on the CPU: int32 for hash tables, float32 otherwise."""
     tensor = tensor.detach().cpu().reshape(source.shape)
     if not tensor.is_floating_point():

@@ -21,8 +21,8 @@ from model.config import CACHE_FORMATS
 from model.errors import CheckpointError, ConfigError
 from model.hf import release_format
 from model.hf.config import OWN_KEY, ExpertFormat, check_expressible, read_config, write_config
-from model.hf.names import Format, Layout, Source, canonical, layout_of, sources
-from model.hf.safetensors_folder import Stored, list_tensors, read_json, read_tensors, write_shards
+from model.hf.names import Layout, Source, WeightFormat, canonical_name, detect_layout, sources
+from model.hf.safetensors_folder import TensorHeader, iterate_tensors, list_tensors, read_json, write_shards
 from model.precision import Precision
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
@@ -48,10 +48,10 @@ def import_pretrained(folder: str | Path, device: str | torch.device = "cpu", **
     content = read_json(folder / CONFIG)
     config = read_config(folder / CONFIG, content, **overrides)
     found = list_tensors(folder)
-    layout = layout_of(found)
+    layout = detect_layout(found)
     real_name: dict[str, str] = {}
     for real in found:
-        name = canonical(real)
+        name = canonical_name(real)
         if name in real_name:
             raise CheckpointError(f"{folder}: tensors '{real_name[name]}' and '{real}' are two names for the same one")
         real_name[name] = real
@@ -64,7 +64,7 @@ def import_pretrained(folder: str | Path, device: str | torch.device = "cpu", **
     with torch.device("meta"):
         model = Transformer(config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    expected = {canonical(name): source for name, source in sources(config, shapes, layout).items()}
+    expected = {canonical_name(name): source for name, source in sources(config, shapes, layout).items()}
     quantized = _check(folder, expected, stored, real_name)
     if quantized and content.get("quantization_config") is None:
         name = next(iter(quantized))
@@ -120,7 +120,7 @@ def export_pretrained(
         experts = read_as[0] if read_as else "fp4" if model.config.qat else "fp8"
     writer, tensors = _writer(model, format, experts)
     with atomic_folder(folder) as scratch:
-        write_shards(scratch, tensors.items(), writer.produce, max_shard_bytes)
+        write_shards(scratch, tensors.items(), writer.get_tensor, max_shard_bytes)
         ids = {
             "bos_token_id": tokenizer.bos_id if tokenizer else None,
             "eos_token_id": tokenizer.eos_id if tokenizer else None,
@@ -158,10 +158,10 @@ def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _check(
-    folder: Path, expected: dict[str, Source], stored: dict[str, Stored], real_name: dict[str, str]
-) -> dict[str, Format]:
+    folder: Path, expected: dict[str, Source], stored: dict[str, TensorHeader], real_name: dict[str, str]
+) -> dict[str, WeightFormat]:
     """Raise CheckpointError unless names, shapes and dtypes fit; the quantised tensors and their formats."""
-    quantized: dict[str, Format] = {}
+    quantized: dict[str, WeightFormat] = {}
     scales: dict[str, tuple[str, tuple[int, int]]] = {}
     for name, source in expected.items():
         if name not in stored:
@@ -184,7 +184,7 @@ def _check(
     return quantized
 
 
-def _check_shape(name: str, stored: Stored, expected: tuple[int, ...]) -> None:
+def _check_shape(name: str, stored: TensorHeader, expected: tuple[int, ...]) -> None:
     if stored.shape != tuple(expected):
         raise CheckpointError(
             f"{stored.shard}: tensor '{name}' has shape {list(stored.shape)}, expected {list(expected)}"
@@ -195,8 +195,8 @@ def _check_shape(name: str, stored: Stored, expected: tuple[int, ...]) -> None:
 def _fill(
     model: Transformer,
     expected: dict[str, Source],
-    quantized: dict[str, Format],
-    stored: dict[str, tuple[str, Stored]],
+    quantized: dict[str, WeightFormat],
+    stored: dict[str, tuple[str, TensorHeader]],
 ) -> None:
     """Read the scales, which stay with the model, and then every weight. ``stored`` maps to the name on disk."""
     weight_of = {release_format.scale_name(name): name for name in quantized}
@@ -211,18 +211,18 @@ def _fill(
             scales = release_format.kept_scales(model, source, quantized[name])
             assert scales is not None
             tensor = release_format.decode(tensor, scales, quantized[name])
-        _place(model, source, tensor, place.shard)
+        _copy_into(model, source, tensor, place.shard)
 
 
-def _read(stored: dict[str, tuple[str, Stored]]) -> Iterator[tuple[str, Stored, Tensor]]:
+def _read(stored: dict[str, tuple[str, TensorHeader]]) -> Iterator[tuple[str, TensorHeader, Tensor]]:
     """Our name, place and content of each tensor, shard by shard."""
     names = {real: name for name, (real, _) in stored.items()}
-    for real, tensor in read_tensors(dict(stored.values())):
+    for real, tensor in iterate_tensors(dict(stored.values())):
         yield names[real], stored[names[real]][1], tensor
 
 
-def _place(model: Transformer, source: Source, tensor: Tensor, shard: Path) -> None:
-    if source.stored == "int64":
+def _copy_into(model: Transformer, source: Source, tensor: Tensor, shard: Path) -> None:
+    if source.format == "int64":
         experts = model.config.num_experts
         if tensor.min() < 0 or tensor.max() >= experts:
             raise CheckpointError(f"{shard}: tensor '{source.name}' names experts outside 0..{experts - 1}")
@@ -242,7 +242,7 @@ def _is_finite(tensor: Tensor) -> bool:
     return all(extreme.isfinite() for extreme in tensor.aminmax())
 
 
-class _Plain:
+class _TransformersWriter:
     """Tensors as transformers holds them, in float32. ``plan`` maps the names to write to where they come from."""
 
     def __init__(self, model: Transformer, plan: dict[str, Source]):
@@ -250,13 +250,13 @@ class _Plain:
 
     def entries(self, source: Source) -> list[tuple[str, int]]:
         """Name and size in bytes of the tensors that one source becomes."""
-        dtype = torch.int64 if source.stored == "int64" else torch.float32
+        dtype = torch.int64 if source.format == "int64" else torch.float32
         return [(source.name, release_format.nbytes(source.shape, dtype))]
 
-    def produce(self, name: str) -> Tensor:
+    def get_tensor(self, name: str) -> Tensor:
         source = self.plan[name]
         values = self.values(source)
-        return Precision(self.model.config).round_expert(values) if source.stored == "fp4" else values
+        return Precision(self.model.config).round_expert(values) if source.format == "fp4" else values
 
     def values(self, source: Source) -> Tensor:
         """A source's tensor put together from ours: float32 (int64 for expert tables), on the CPU."""
@@ -267,16 +267,16 @@ class _Plain:
         whole = found[0].reshape(source.shape) if len(found) == 1 else torch.cat(found, dim=-2)
         if whole.is_floating_point() and not _is_finite(whole):
             raise CheckpointError(f"tensor '{source.name}' holds values that are not finite")
-        return whole if source.stored == "int64" else whole.float()
+        return whole if source.format == "int64" else whole.float()
 
 
-def _writer(model: Transformer, format: Layout, experts: ExpertFormat) -> tuple[_Plain, dict[str, int]]:
+def _writer(model: Transformer, format: Layout, experts: ExpertFormat) -> tuple[_TransformersWriter, dict[str, int]]:
     plan = sources(model.config, {name: tensor.shape for name, tensor in model.state_dict().items()}, format)
-    writer = _Released(model, plan, experts) if format == "released" else _Plain(model, plan)
+    writer = _ReleasedWriter(model, plan, experts) if format == "released" else _TransformersWriter(model, plan)
     return writer, dict(entry for source in plan.values() for entry in writer.entries(source))
 
 
-class _Released(_Plain):
+class _ReleasedWriter(_TransformersWriter):
     """Tensors as released: quantised weights with their scales, the rest in the dtypes of the release."""
 
     def __init__(self, model: Transformer, plan: dict[str, Source], experts: ExpertFormat):
@@ -284,11 +284,11 @@ class _Released(_Plain):
         self.experts = experts
         self.encoded: dict[str, Tensor] = {}
 
-    def format(self, source: Source) -> Format:
-        return self.experts if source.stored == "fp4" else source.stored
+    def stored_format(self, source: Source) -> WeightFormat:
+        return self.experts if source.format == "fp4" else source.format
 
     def entries(self, source: Source) -> list[tuple[str, int]]:
-        fmt = self.format(source)
+        fmt = self.stored_format(source)
         shape = release_format.weight_shape(source, fmt)
         found = [(source.name, release_format.nbytes(shape, release_format.STORED[fmt]))]
         if fmt in ("fp8", "fp4"):
@@ -296,14 +296,14 @@ class _Released(_Plain):
             found.append((release_format.scale_name(source.name), size))
         return found
 
-    def produce(self, name: str) -> Tensor:
+    def get_tensor(self, name: str) -> Tensor:
         if name in self.encoded:  # a scale: its weight has just been produced
             return self.encoded.pop(name)
         source = self.plan[name]
-        values, fmt = self.values(source), self.format(source)
+        values, fmt = self.values(source), self.stored_format(source)
         if fmt not in ("fp8", "fp4"):
             return values.to(release_format.STORED[fmt])
-        if source.stored == "fp4" and fmt == "fp8" and self.model.config.qat:
+        if source.format == "fp4" and fmt == "fp8" and self.model.config.qat:
             weight, scales = release_format.encode_fp4_as_fp8(self.model, source, values)
         else:
             weight, scales = release_format.encode(self.model, source, values, fmt)

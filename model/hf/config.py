@@ -79,25 +79,25 @@ class _Reader:
     def wrong(self, key: str, expected: str, found: Any) -> CheckpointError:
         return CheckpointError(f"{self.path}: key '{key}': expected {expected}, found {found!r}")
 
-    def need(self, key: str) -> Any:
+    def require(self, key: str) -> Any:
         if self.content.get(key) is None:
             raise CheckpointError(f"{self.path}: key '{key}' is missing")
         return self.content[key]
 
     def integer(self, key: str) -> int:
-        value = self.need(key)
+        value = self.require(key)
         if type(value) is not int:
             raise self.wrong(key, "an integer", value)
         return value
 
     def number(self, key: str, mapping: dict[str, Any] | None = None, inside: str = "") -> float:
-        value = self.need(key) if mapping is None else mapping.get(key)
+        value = self.require(key) if mapping is None else mapping.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise self.wrong(f"{inside}{key}", "a number", value)
         return float(value)
 
     def items(self, key: str) -> list[Any]:
-        value = self.need(key)
+        value = self.require(key)
         if not isinstance(value, list):
             raise self.wrong(key, "a list", value)
         return value
@@ -114,7 +114,7 @@ def read_config(path: Path, content: dict[str, Any], **overrides: Any) -> ModelC
     for key, expected in FIXED.items():
         if content.get(key, expected) != expected:
             raise r.wrong(key, repr(expected), content[key])
-    fields: dict[str, Any] = {ours: r.need(key) for key, ours in FIELDS.items()}
+    fields: dict[str, Any] = {ours: r.require(key) for key, ours in FIELDS.items()}
     fields["layers"], fields["csa_ratio"], fields["hca_ratio"] = _schedule(r)
     fields["num_hash_layers"] = _hash_layers(r, len(fields["layers"]))
     fields["rope_head_dim"] = _rope_dim(r)
@@ -271,23 +271,23 @@ def _check_quantization(r: _Reader) -> None:
 def check_expressible(config: ModelConfig, layout: Layout) -> None:
     """Raise ConfigError for a network that no DeepSeek-V4 checkpoint in ``layout`` can describe."""
 
-    def need(ok: bool, key: str, expected: str, found: Any) -> None:
+    def require(ok: bool, key: str, expected: str, found: Any) -> None:
         if not ok:
             raise ConfigError(f"model.{key}: a DeepSeek-V4 checkpoint needs {expected}, found {found}")
 
     c = config
     for name in c.layers:
-        need(name in MIXERS.values(), "layers", "only sliding, csa and hca layers", name)
-    need(c.hyper_connections, "hyper_connections", "true", c.hyper_connections)
-    need(c.ffn == "moe", "ffn", "'moe'", repr(c.ffn))
-    need(c.num_shared_experts == 1, "num_shared_experts", "1", c.num_shared_experts)
+        require(name in MIXERS.values(), "layers", "only sliding, csa and hca layers", name)
+    require(c.hyper_connections, "hyper_connections", "true", c.hyper_connections)
+    require(c.ffn == "moe", "ffn", "'moe'", repr(c.ffn))
+    require(c.num_shared_experts == 1, "num_shared_experts", "1", c.num_shared_experts)
     if layout == "released":
         csa, hca = CompressedSparseAttention in c.mixers, HeavilyCompressedAttention in c.mixers
-        need(not csa or c.csa_ratio == 4, "csa_ratio", "4 in the released layout", c.csa_ratio)
-        need(not hca or c.hca_ratio != 4, "hca_ratio", "other than 4 in the released layout", c.hca_ratio)
+        require(not csa or c.csa_ratio == 4, "csa_ratio", "4 in the released layout", c.csa_ratio)
+        require(not hca or c.hca_ratio != 4, "hca_ratio", "other than 4 in the released layout", c.hca_ratio)
         for key in ("hidden_size", "expert_size"):
             value = getattr(c, key)
-            need(value % 32 == 0, key, "a multiple of 32, the block of FP4 expert weights", value)
+            require(value % 32 == 0, key, "a multiple of 32, the block of FP4 expert weights", value)
 
 
 def write_config(config: ModelConfig, layout: Layout, experts: ExpertFormat, **extra: Any) -> dict[str, Any]:

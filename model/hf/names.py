@@ -2,7 +2,7 @@
 
 ``released`` is the layout of DeepSeek's own checkpoints, ``transformers`` that of ``DeepseekV4ForCausalLM``'s modules.
 By default transformers 5.23 saves under names that it turns back from its own, which gives mixtures of the two;
-:func:`canonical` finds the same spelling for all of them.
+:func:`canonical_name` finds the same spelling for all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Size
 from model.config import ModelConfig
 
 Layout = Literal["released", "transformers"]
-Format = Literal["fp8", "fp4", "bf16", "fp32", "int64"]
+WeightFormat = Literal["fp8", "fp4", "bf16", "fp32", "int64"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Names:
     ours: str
     released: str
     transformers: str
-    stored: Format
+    format: WeightFormat
 
 
 def _table(text: str) -> tuple[Names, ...]:
@@ -35,7 +35,7 @@ def _table(text: str) -> tuple[Names, ...]:
     found = []
     for line in text.strip().splitlines():
         ours, released, other, stored = (word + "weight" if word.endswith(".") else word for word in line.split())
-        found.append(Names(ours, ours if released == "=" else released, other, cast(Format, stored)))
+        found.append(Names(ours, ours if released == "=" else released, other, cast(WeightFormat, stored)))
     return tuple(found)
 
 
@@ -98,7 +98,7 @@ EXPERT_STACKS = ("ffn.w1", "ffn.w2", "ffn.w3")
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorSlice:
     """Where a stored tensor, or some rows of each of its matrices, belongs in our model."""
 
     ours: str
@@ -112,8 +112,8 @@ class Source:
 
     name: str
     shape: tuple[int, ...]
-    stored: Format
-    parts: tuple[Part, ...]
+    format: WeightFormat
+    parts: tuple[TensorSlice, ...]
 
 
 def sources(config: ModelConfig, shapes: dict[str, Size], layout: Layout) -> dict[str, Source]:
@@ -134,7 +134,7 @@ def sources(config: ModelConfig, shapes: dict[str, Size], layout: Layout) -> dic
             name = prefix + names.released
             if layout == "transformers" and not prefix.startswith("mtp."):
                 name = (f"model.{prefix}" if prefix else "") + names.transformers
-            made = [Source(name, stored_shape, names.stored, (Part(ours),))]
+            made = [Source(name, stored_shape, names.format, (TensorSlice(ours),))]
         for source in made:
             found[source.name] = source
     return found
@@ -173,7 +173,7 @@ _SPELLINGS = tuple(
 )
 
 
-def canonical(name: str) -> str:
+def canonical_name(name: str) -> str:
     """One spelling for a tensor's name in either layout, and in any mixture of the two: transformers turns names back
     one by one when it saves, and which ones depends on the folder that the network was loaded from."""
     for pattern, words in _SPELLINGS:
@@ -181,7 +181,7 @@ def canonical(name: str) -> str:
     return name
 
 
-def layout_of(names: Iterable[str]) -> Layout:
+def detect_layout(names: Iterable[str]) -> Layout:
     """By the one thing that is more than a name: transformers keeps a layer's experts in one tensor."""
     return "transformers" if any(name.endswith(".experts.gate_up_proj") for name in names) else "released"
 
@@ -207,13 +207,13 @@ def _expert_sources(prefix: str, leaf: str, shape: Size, layout: Layout) -> list
     ours, w = prefix + leaf, leaf.removeprefix("ffn.")
     if layout == "released" or prefix.startswith("mtp."):
         return [
-            Source(f"{prefix}ffn.experts.{e}.{w}.weight", (rows, columns), "fp4", (Part(ours, expert=e),))
+            Source(f"{prefix}ffn.experts.{e}.{w}.weight", (rows, columns), "fp4", (TensorSlice(ours, expert=e),))
             for e in range(experts)
         ]
     base = f"model.{prefix}mlp.experts"
     if w == "w2":
-        return [Source(f"{base}.down_proj", (experts, rows, columns), "fp4", (Part(ours),))]
+        return [Source(f"{base}.down_proj", (experts, rows, columns), "fp4", (TensorSlice(ours),))]
     if w == "w3":
         return []  # together with w1
-    parts = (Part(ours, rows=(0, rows)), Part(f"{prefix}ffn.w3", rows=(rows, 2 * rows)))
+    parts = (TensorSlice(ours, rows=(0, rows)), TensorSlice(f"{prefix}ffn.w3", rows=(rows, 2 * rows)))
     return [Source(f"{base}.gate_up_proj", (experts, 2 * rows, columns), "fp4", parts)]

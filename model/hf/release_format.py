@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from kernels import formats
 from model.errors import CheckpointError
-from model.hf.names import Format, Part, Source
-from model.hf.safetensors_folder import Stored
+from model.hf.names import Source, TensorSlice, WeightFormat
+from model.hf.safetensors_folder import TensorHeader
 
 STORED = {
     "fp8": torch.float8_e4m3fn,
@@ -29,15 +29,15 @@ def scale_name(weight: str) -> str:
     return weight.removesuffix(".weight") + ".scale"
 
 
-def format_of(source: Source, stored: Stored) -> Format | None:
+def format_of(source: Source, stored: TensorHeader) -> WeightFormat | None:
     """How a tensor is quantised on disk, by its dtype: fp8, fp4, or None for plain numbers. Raises CheckpointError."""
-    if source.stored == "int64":
-        allowed: dict[str, Format | None] = {"I64": None, "I32": None}
+    if source.format == "int64":
+        allowed: dict[str, WeightFormat | None] = {"I64": None, "I32": None}
     else:
         allowed = dict.fromkeys(_FLOATS)
-        if source.stored in ("fp8", "fp4"):
+        if source.format in ("fp8", "fp4"):
             allowed["F8_E4M3"] = "fp8"
-        if source.stored == "fp4":
+        if source.format == "fp4":
             allowed["I8"] = allowed["U8"] = "fp4"
     if stored.dtype not in allowed:
         raise CheckpointError(
@@ -46,12 +46,12 @@ def format_of(source: Source, stored: Stored) -> Format | None:
     return allowed[stored.dtype]
 
 
-def weight_shape(source: Source, fmt: Format | None) -> tuple[int, ...]:
+def weight_shape(source: Source, fmt: WeightFormat | None) -> tuple[int, ...]:
     """On disk: FP4 packs two values to a byte along the last dim."""
     return (*source.shape[:-1], source.shape[-1] // 2) if fmt == "fp4" else source.shape
 
 
-def scale_shape(source: Source, fmt: Format) -> tuple[int, int]:
+def scale_shape(source: Source, fmt: WeightFormat) -> tuple[int, int]:
     rows, columns = source.shape
     if fmt == "fp4":
         return rows, columns // formats.FP4_BLOCK
@@ -62,7 +62,7 @@ def nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
 
-def keep_scales(model: nn.Module, source: Source, fmt: Format, scales: Tensor) -> None:
+def keep_scales(model: nn.Module, source: Source, fmt: WeightFormat, scales: Tensor) -> None:
     """Remember the scales uint8 that the weight ``source`` was read with."""
     module, name, (part,) = *_buffer(model, source, fmt), source.parts
     if part.expert is None:
@@ -74,7 +74,7 @@ def keep_scales(model: nn.Module, source: Source, fmt: Format, scales: Tensor) -
     getattr(module, name)[part.expert] = scales
 
 
-def kept_scales(model: nn.Module, source: Source, fmt: Format) -> Tensor | None:
+def kept_scales(model: nn.Module, source: Source, fmt: WeightFormat) -> Tensor | None:
     """What :func:`keep_scales` remembered, on the CPU; None for a weight that was never read quantised."""
     module, name = _buffer(model, source, fmt)
     scales = getattr(module, name, None)
@@ -84,14 +84,14 @@ def kept_scales(model: nn.Module, source: Source, fmt: Format) -> Tensor | None:
     return (scales if part.expert is None else scales[part.expert]).cpu()
 
 
-def decode(weight: Tensor, scales: Tensor, fmt: Format) -> Tensor:
+def decode(weight: Tensor, scales: Tensor, fmt: WeightFormat) -> Tensor:
     """float32 values of a stored weight."""
     if fmt == "fp8":
         return formats.dequantize_fp8_tiles(weight, scales)
     return formats.dequantize_fp4_groups(weight.view(torch.uint8), scales)
 
 
-def encode(model: nn.Module, source: Source, values: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+def encode(model: nn.Module, source: Source, values: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor]:
     """float32 values [out, in] to what is stored: the weight and its scales (float8_e8m0fnu)."""
     kept = kept_scales(model, source, fmt)
     if fmt == "fp4":
@@ -112,7 +112,7 @@ def encode_fp4_as_fp8(model: nn.Module, source: Source, values: Tensor) -> tuple
     return weight, tile_scales.view(torch.float8_e8m0fnu)
 
 
-def _buffer(model: nn.Module, source: Source, fmt: Format) -> tuple[nn.Module, str]:
-    part: Part = source.parts[0]
+def _buffer(model: nn.Module, source: Source, fmt: WeightFormat) -> tuple[nn.Module, str]:
+    part: TensorSlice = source.parts[0]
     path, _, leaf = part.ours.rpartition(".")
     return model.get_submodule(path), f"{leaf}_{fmt}_scale"

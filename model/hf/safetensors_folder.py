@@ -33,7 +33,7 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorHeader:
     """What a shard's header says about a tensor."""
 
     shard: Path
@@ -55,26 +55,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def list_tensors(folder: Path) -> dict[str, Stored]:
+def list_tensors(folder: Path) -> dict[str, TensorHeader]:
     """Every tensor of ``model.safetensors`` or, without it, of the shards that the index names. No data is read.
 
     Raises CheckpointError for a shard or tensor that index and files do not agree on, and for damaged files.
     """
     if (folder / WEIGHTS).exists():
-        return _header(folder / WEIGHTS)
+        return _read_header(folder / WEIGHTS)
     index = folder / INDEX
     if not index.exists():
         raise CheckpointError(f"{folder}: found neither {WEIGHTS} nor {INDEX}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index}: key 'weight_map' is not a mapping of tensor names to files")
-    found: dict[str, Stored] = {}
+    found: dict[str, TensorHeader] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
             raise CheckpointError(f"{index}: shard '{shard}' is not a file name in this folder")
         if not (folder / shard).exists():
             raise CheckpointError(f"{index}: shard '{shard}' is named but missing")
-        header = _header(folder / shard)
+        header = _read_header(folder / shard)
         for name, stored in header.items():
             if weight_map.get(name) != shard:
                 expected = weight_map.get(name, "no shard")
@@ -86,7 +86,7 @@ def list_tensors(folder: Path) -> dict[str, Stored]:
     return found
 
 
-def read_tensors(tensors: dict[str, Stored]) -> Iterator[tuple[str, Tensor]]:
+def iterate_tensors(tensors: dict[str, TensorHeader]) -> Iterator[tuple[str, Tensor]]:
     """The tensors' data on the CPU, in the files' order. A tensor is valid until the next one is asked for."""
     by_shard: dict[Path, list[str]] = {}
     for name, stored in tensors.items():
@@ -94,7 +94,7 @@ def read_tensors(tensors: dict[str, Stored]) -> Iterator[tuple[str, Tensor]]:
     for shard, names in by_shard.items():
         while names:
             read = 0
-            with _opened(shard) as file:
+            with _open_shard(shard) as file:
                 while names and read < _MAPPED_BYTES:
                     name = names.pop(0)
                     try:
@@ -134,14 +134,14 @@ def write_shards(
     (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _opened(shard: Path) -> Any:
+def _open_shard(shard: Path) -> Any:
     try:
         return safe_open(shard, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{shard}: damaged or not a safetensors file ({error})") from error
 
 
-def _header(shard: Path) -> dict[str, Stored]:
-    with _opened(shard) as file:
+def _read_header(shard: Path) -> dict[str, TensorHeader]:
+    with _open_shard(shard) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        return {name: Stored(shard, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+        return {name: TensorHeader(shard, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}

@@ -17,7 +17,7 @@ from model.config import CACHE_FORMATS, ModelConfig
 from model.errors import CheckpointError, ConfigError
 from model.hf import export_pretrained, import_pretrained, is_pretrained
 from model.hf.config import read_config, write_config
-from model.hf.names import BLOCK, MODEL, canonical
+from model.hf.names import BLOCK, MODEL, canonical_name
 from model.hf.safetensors_folder import INDEX
 from model.tokenizer import ByteTokenizer, load_tokenizer
 from tests.model.networks import FP32, build
@@ -462,4 +462,4 @@ def test_both_layouts_have_one_spelling():
     for prefix, rows in (("", MODEL), ("layers.7.", BLOCK)):
         for row in rows:
             theirs = (f"model.{prefix}" if prefix else "") + row.transformers
-            assert canonical(theirs) == canonical(prefix + row.released) == prefix + row.released
+            assert canonical_name(theirs) == canonical_name(prefix + row.released) == prefix + row.released

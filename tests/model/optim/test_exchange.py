@@ -1,4 +1,4 @@
-"""Muon's matrices divided among ranks."""
+"""Muon with matrices distributed over ranks."""
 
 import itertools
 
@@ -36,9 +36,9 @@ def parameters():
     return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
 
 
-def optimized(named, config, divided=False, place=lambda tensor: tensor):
+def optimized(named, config, distributed=False, place=lambda tensor: tensor):
     """Three steps, with the same gradients for everybody."""
-    optimizer = MuonAdamW(named.items(), config, FUSED, divided)
+    optimizer = MuonAdamW(named.items(), config, FUSED, distributed)
     generator = torch.Generator().manual_seed(1)
     for step in range(3):
         for name, p in named.items():
@@ -90,7 +90,7 @@ def _rank(rank, world, folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("divided")
+    folder = tmp_path_factory.mktemp("distributed")
     on_ranks(WORLD, _rank, str(folder))
     return folder
 
