@@ -1,8 +1,8 @@
-"""What the network's tensors are called in the two published layouts, and how each is stored in the released one.
+"""Tensor names in the two published layouts, and the storage format of each tensor in the released one.
 
-``released`` is the layout of DeepSeek's own checkpoints, ``transformers`` that of ``DeepseekV4ForCausalLM``'s modules.
-By default transformers 5.23 saves under names that it turns back from its own, which gives mixtures of the two;
-:func:`canonical_name` finds the same spelling for all of them.
+``released`` is the layout of DeepSeek's checkpoints, ``transformers`` that of ``DeepseekV4ForCausalLM``'s modules. By
+default transformers 5.23 converts some names back when it saves, which mixes both layouts. :func:`canonical_name`
+maps all variants to one name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WeightFormat = Literal["fp8", "fp4", "bf16", "fp32", "int64"]
 
 @dataclass(frozen=True)
 class Names:
-    """One tensor of ours, its name in both layouts and its storage format in the released one."""
+    """Our name of a tensor, its name in both layouts and its storage format in the released one."""
 
     ours: str
     released: str
@@ -31,7 +31,8 @@ class Names:
 
 
 def _table(text: str) -> tuple[Names, ...]:
-    """Lines of: ours, released (= the same), transformers, released format. A final dot stands for ``.weight``."""
+    """Parse lines of our name, released name (= if equal), transformers name and released format. A final dot stands
+    for ``.weight``."""
     found = []
     for line in text.strip().splitlines():
         ours, released, other, stored = (word + "weight" if word.endswith(".") else word for word in line.split())
@@ -47,8 +48,8 @@ MODEL = _table("""
     hyper_head.base   hc_head_base   model.hc_head.hc_base   fp32
     hyper_head.scale  hc_head_scale  model.hc_head.hc_scale  fp32
 """)
-# Ours under layers.N or mtp.0, released too; transformers under model.layers.N. Its mtp.0 keeps the released names,
-# because transformers has no such module and passes over what is called mtp.
+# The prefix is layers.N or mtp.0 in our and the released names, and model.layers.N in transformers. There mtp.0 keeps
+# its released names, because transformers has no such module and ignores tensors named mtp.
 BLOCK = _table("""
     attn_norm.                      =                       input_layernorm.                                   bf16
     ffn_norm.                       =                       post_attention_layernorm.                          bf16
@@ -94,12 +95,13 @@ MTP = _table("""
     hyper_head.scale  hc_head_scale  -  fp32
 """)
 EXPERT_STACKS = ("ffn.w1", "ffn.w2", "ffn.w3")
-"""Ours [E, out, in]. Released: ``ffn.experts.E.w1.weight`` and so on; transformers: w1 over w3 in one, and w2."""
+"""Stacks [E, out, in]. The release has a tensor per expert (``ffn.experts.E.w1.weight``), transformers one stack of w1
+above w3 and one of w2."""
 
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """Where a stored tensor, or some rows of each of its matrices, belongs in our model."""
+    """Destination in our model of a stored tensor, or of some rows of its matrices."""
 
     ours: str
     expert: int | None = None
@@ -108,7 +110,7 @@ class TensorSlice:
 
 @dataclass(frozen=True)
 class Source:
-    """A stored tensor: its name, unquantised shape, format in the released layout, and what it fills."""
+    """A stored tensor: its name, unquantized shape, released format and destinations in our model."""
 
     name: str
     shape: tuple[int, ...]
@@ -117,9 +119,9 @@ class Source:
 
 
 def sources(config: ModelConfig, shapes: dict[str, Size], layout: Layout) -> dict[str, Source]:
-    """Every tensor that a checkpoint in ``layout`` holds, by name, for a model whose tensors have these shapes.
+    """Return all tensors of a checkpoint in ``layout`` by name, for a model with tensors of these shapes.
 
-    The balance bias of a hash-routed layer takes no part in anything and has no counterpart.
+    The balance bias of a hash-routed layer is unused and has no counterpart.
     """
     found = {}
     for ours, shape in shapes.items():
@@ -129,7 +131,7 @@ def sources(config: ModelConfig, shapes: dict[str, Size], layout: Layout) -> dic
         if leaf in EXPERT_STACKS:
             made = _expert_sources(prefix, leaf, shape, layout)
         else:
-            names = _row(prefix, leaf)
+            names = _names_of(prefix, leaf)
             stored_shape = (shape[0] * shape[1], shape[2]) if leaf == "attn.wo_a" else tuple(shape)
             name = prefix + names.released
             if layout == "transformers" and not prefix.startswith("mtp."):
@@ -140,9 +142,9 @@ def sources(config: ModelConfig, shapes: dict[str, Size], layout: Layout) -> dic
     return found
 
 
-_SPELLINGS = tuple(
-    (re.compile(pattern), words)
-    for pattern, words in (
+_REPLACEMENTS = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
         (r"^model\.", ""),
         (r"^lm_head\.", "head."),
         (r"^embed_tokens\.", "embed."),
@@ -174,15 +176,15 @@ _SPELLINGS = tuple(
 
 
 def canonical_name(name: str) -> str:
-    """One spelling for a tensor's name in either layout, and in any mixture of the two: transformers turns names back
-    one by one when it saves, and which ones depends on the folder that the network was loaded from."""
-    for pattern, words in _SPELLINGS:
-        name = pattern.sub(words, name)
+    """Return one name for all variants of a tensor's name. transformers converts names one by one when it saves; which
+    ones depends on the folder that the network was loaded from."""
+    for pattern, replacement in _REPLACEMENTS:
+        name = pattern.sub(replacement, name)
     return name
 
 
 def detect_layout(names: Iterable[str]) -> Layout:
-    """By the one thing that is more than a name: transformers keeps a layer's experts in one tensor."""
+    """Return the layout. Only transformers stores all experts of a layer in one tensor."""
     return "transformers" if any(name.endswith(".experts.gate_up_proj") for name in names) else "released"
 
 
@@ -195,7 +197,7 @@ def _split(ours: str) -> tuple[str, str]:
     return match[1] or "", match[2]
 
 
-def _row(prefix: str, leaf: str) -> Names:
+def _names_of(prefix: str, leaf: str) -> Names:
     try:
         return _ROWS[prefix.split(".")[0]][leaf]
     except KeyError:
@@ -214,6 +216,6 @@ def _expert_sources(prefix: str, leaf: str, shape: Size, layout: Layout) -> list
     if w == "w2":
         return [Source(f"{base}.down_proj", (experts, rows, columns), "fp4", (TensorSlice(ours),))]
     if w == "w3":
-        return []  # together with w1
+        return []  # part of gate_up_proj
     parts = (TensorSlice(ours, rows=(0, rows)), TensorSlice(f"{prefix}ffn.w3", rows=(rows, 2 * rows)))
     return [Source(f"{base}.gate_up_proj", (experts, 2 * rows, columns), "fp4", parts)]

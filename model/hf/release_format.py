@@ -1,8 +1,8 @@
-"""Weights as DeepSeek releases them: FP8 E4M3 in 128 x 128 tiles, FP4 E2M1 in groups of 32, E8M0 scales beside them.
+"""DeepSeek's released weight formats: FP8 E4M3 in 128 x 128 tiles and FP4 E2M1 in groups of 32, with E8M0 scales.
 
-A scale is not determined by the values: a tile whose largest value is exactly half the grid's can be written under two.
-So that what was read can be written again bit for bit, a module keeps the scales read, one byte per tile or group, in
-buffers that are no part of its state; a tile that training has changed gets the smallest scale that fits.
+Values do not determine their scale: if the largest value of a tile is half the largest code, two scales are exact. To
+write unchanged weights bit for bit, modules keep the scales they were read with in non-persistent buffers, one byte per
+tile or group. A tile that training has changed gets the smallest scale that fits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def scale_name(weight: str) -> str:
 
 
 def format_of(source: Source, stored: TensorHeader) -> WeightFormat | None:
-    """How a tensor is quantised on disk, by its dtype: fp8, fp4, or None for plain numbers. Raises CheckpointError."""
+    """Return the format of a quantized tensor on disk, or None if it is not quantized. Raises CheckpointError for an
+    unexpected dtype."""
     if source.format == "int64":
         allowed: dict[str, WeightFormat | None] = {"I64": None, "I32": None}
     else:
@@ -47,7 +48,7 @@ def format_of(source: Source, stored: TensorHeader) -> WeightFormat | None:
 
 
 def weight_shape(source: Source, fmt: WeightFormat | None) -> tuple[int, ...]:
-    """On disk: FP4 packs two values to a byte along the last dim."""
+    """Return the shape on disk. FP4 packs two values per byte along the last dim."""
     return (*source.shape[:-1], source.shape[-1] // 2) if fmt == "fp4" else source.shape
 
 
@@ -63,7 +64,7 @@ def nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 def keep_scales(model: nn.Module, source: Source, fmt: WeightFormat, scales: Tensor) -> None:
-    """Remember the scales uint8 that the weight ``source`` was read with."""
+    """Keep the scales, uint8, that the weight ``source`` was read with."""
     module, name, (part,) = *_buffer(model, source, fmt), source.parts
     if part.expert is None:
         module.register_buffer(name, scales.clone(), persistent=False)
@@ -75,7 +76,7 @@ def keep_scales(model: nn.Module, source: Source, fmt: WeightFormat, scales: Ten
 
 
 def kept_scales(model: nn.Module, source: Source, fmt: WeightFormat) -> Tensor | None:
-    """What :func:`keep_scales` remembered, on the CPU; None for a weight that was never read quantised."""
+    """Return the scales of :func:`keep_scales` on the CPU, or None if the weight was not read quantized."""
     module, name = _buffer(model, source, fmt)
     scales = getattr(module, name, None)
     part = source.parts[0]
@@ -85,14 +86,14 @@ def kept_scales(model: nn.Module, source: Source, fmt: WeightFormat) -> Tensor |
 
 
 def decode(weight: Tensor, scales: Tensor, fmt: WeightFormat) -> Tensor:
-    """float32 values of a stored weight."""
+    """Return the float32 values of a stored weight."""
     if fmt == "fp8":
         return formats.dequantize_fp8_tiles(weight, scales)
     return formats.dequantize_fp4_groups(weight.view(torch.uint8), scales)
 
 
 def encode(model: nn.Module, source: Source, values: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor]:
-    """float32 values [out, in] to what is stored: the weight and its scales (float8_e8m0fnu)."""
+    """Quantize float32 values [out, in]. Return the stored weight and its scales, float8_e8m0fnu."""
     kept = kept_scales(model, source, fmt)
     if fmt == "fp4":
         weight, scales = formats.quantize_fp4_groups(values, kept)
@@ -103,7 +104,7 @@ def encode(model: nn.Module, source: Source, values: Tensor, fmt: WeightFormat) 
 
 
 def encode_fp4_as_fp8(model: nn.Module, source: Source, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Like :func:`encode` to FP8 for FP4 values, which come out exactly. Raises CheckpointError where they cannot."""
+    """Encode FP4 values as FP8 without loss. Raises CheckpointError if FP8 cannot represent them."""
     packed, scales = formats.quantize_fp4_groups(values, kept_scales(model, source, "fp4"))
     try:
         weight, tile_scales = formats.fp4_groups_to_fp8_tiles(packed, scales)

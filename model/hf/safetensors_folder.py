@@ -1,4 +1,4 @@
-"""Folders of sharded safetensors: names and shapes first, then one tensor after another."""
+"""Folders of sharded safetensors files with an index, in Hugging Face's format."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from model.errors import CheckpointError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAPPED_BYTES = 16 << 20
-"""A shard is mapped into memory while it is open, so it is opened anew after this many bytes."""
+"""Bytes after which an open shard is reopened to release its mapped memory."""
 
 DTYPES = {
     torch.float32: "F32",
@@ -34,16 +34,16 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a shard's header says about a tensor."""
+    """Entry of a tensor in a shard's header."""
 
     shard: Path
     shape: tuple[int, ...]
     dtype: str
-    """As safetensors names it: F32, BF16, F8_E4M3, F8_E8M0, I8, I64, ..."""
+    """Name of the dtype in safetensors: F32, BF16, F8_E4M3, F8_E8M0, I8, I64, ..."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError."""
+    """Read a JSON object. Raises CheckpointError."""
     try:
         content = json.loads(path.read_text())
     except OSError as error:
@@ -56,9 +56,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def list_tensors(folder: Path) -> dict[str, TensorHeader]:
-    """Every tensor of ``model.safetensors`` or, without it, of the shards that the index names. No data is read.
+    """Return the headers of all tensors of ``model.safetensors`` or, if there is none, of the shards in the index.
 
-    Raises CheckpointError for a shard or tensor that index and files do not agree on, and for damaged files.
+    Raises CheckpointError if the index does not match the shards, or if a file is damaged.
     """
     if (folder / WEIGHTS).exists():
         return _read_header(folder / WEIGHTS)
@@ -87,7 +87,7 @@ def list_tensors(folder: Path) -> dict[str, TensorHeader]:
 
 
 def iterate_tensors(tensors: dict[str, TensorHeader]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors' data on the CPU, in the files' order. A tensor is valid until the next one is asked for."""
+    """Yield the tensors' data on the CPU, shard by shard. A tensor is valid until the next iteration."""
     by_shard: dict[Path, list[str]] = {}
     for name, stored in tensors.items():
         by_shard.setdefault(stored.shard, []).append(name)
@@ -112,9 +112,9 @@ def write_shards(
     produce: Callable[[str], Tensor],
     max_shard_bytes: int,
 ) -> None:
-    """Write the named tensors, given with their sizes in bytes, and the index. One shard is in memory at a time.
+    """Write shards and their index. ``tensors`` are names and sizes in bytes, ``produce`` returns a tensor by name.
 
-    A tensor larger than ``max_shard_bytes`` gets a shard of its own.
+    One shard is in memory at a time. A tensor larger than ``max_shard_bytes`` gets a shard of its own.
     """
     shards: list[list[str]] = []
     room = total = 0

@@ -162,7 +162,7 @@ def test_metadata_describes_the_network(tmp_path):
         ({"layers": ("csa",), "csa_ratio": 8}, "model.csa_ratio: .* needs 4, found 8"),
         ({"layers": ("csa", "hca"), "hca_ratio": 32}, "model.hca_ratio: .* needs 128, found 32"),
         ({"layers": ("sliding", "hca")}, "model.layers: .* needs at least one csa layer, found none"),
-        ({"layers": ("csa",), "head_dim": 64}, "model.index_head_dim: .* another number than head_dim .* found 64"),
+        ({"layers": ("csa",), "head_dim": 64}, "model.index_head_dim: .* a width other than head_dim .* found 64"),
         ({"hc_mult": 2}, "model.hc_mult: .* needs 4, found 2"),
         ({"hyper_connections": False}, "model.hyper_connections: .* needs true, found False"),
         ({"ffn": "dense", "num_hash_layers": 0}, "model.ffn: .* needs 'moe', found 'dense'"),

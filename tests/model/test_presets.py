@@ -149,7 +149,7 @@ def test_the_smallest_member_runs():
 
 
 def test_a_depth_that_could_change_nothing_is_refused():
-    with pytest.raises(ConfigError, match=r"^model\.depth: 8 would change nothing"):
+    with pytest.raises(ConfigError, match=r"^model\.depth: 8 has no effect"):
         ModelConfig.from_dict({**ModelConfig().to_dict(), "depth": 8})
 
 
@@ -160,7 +160,7 @@ def test_a_depth_that_could_change_nothing_is_refused():
         ({"depth": 62}, "model.depth: expected a whole number from 4 to 61, found 62"),
         ({"depth": "12"}, "model.depth: expected a whole number from 4 to 61, found '12'"),
         ({"depth": True}, "model.depth: expected a whole number from 4 to 61, found True"),
-        ({"depth": 12, "preset": "tiny"}, "model.depth: 12 and model.preset 'tiny' are two starting points, give one"),
+        ({"depth": 12, "preset": "tiny"}, "model.depth: 12 and model.preset 'tiny' are mutually exclusive"),
         ({"depth": 12, "window": 0}, "model.window: must be at least 1, found 0"),
         ({"preset": "v5"}, "model.preset: unknown preset 'v5'; there are tiny, small, base, v4-flash, v4-pro"),
     ],

@@ -193,7 +193,7 @@ def test_each_sequence_of_a_batch_can_go_back_by_itself():
     for row, length in enumerate((30, 25, 0)):
         expected = logits_of(model, [*ids[row, :length].tolist(), 7])
         torch.testing.assert_close(found[row], expected, rtol=1e-3, atol=2e-4)
-    with pytest.raises(CacheError, match="2 lengths were given for 3 sequences"):
+    with pytest.raises(CacheError, match="2 lengths given for 3 sequences"):
         cache.truncate([1, 2])
 
 
@@ -352,7 +352,7 @@ def test_a_pool_of_fewer_than_no_pages_is_refused():
 def test_joining_the_same_cache_twice_is_refused():
     cache, _ = filled(MODELS["hybrid"], 10)
     for caches in ([cache, cache], []):
-        with pytest.raises(CacheError, match="at least one cache, and each only once"):
+        with pytest.raises(CacheError, match="expected one or more distinct caches"):
             Cache.join(cache for cache in caches)
 
 
@@ -417,7 +417,7 @@ def test_an_interrupted_step_is_noticed(tmp_path):
         handle.remove()
         assert cache.length == 60
         for attempt in (lambda: model(ids, cache), lambda: save_cache(cache, tmp_path / "cache.safetensors")):
-            with pytest.raises(CacheError, match="sequence 0 cannot go on from 60 tokens: a step was interrupted"):
+            with pytest.raises(CacheError, match="sequence 0 cannot continue from 60 tokens: a step was interrupted"):
                 attempt()
         assert not list(tmp_path.iterdir())
         cache.truncate(0)

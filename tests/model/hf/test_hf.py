@@ -272,7 +272,7 @@ def test_older_keys_that_transformers_folds_away(tmp_path):
         ),
         ({"num_hash_layers": None}, "'num_hash_layers' is missing"),
         ({"num_attention_heads": 60}, "key 'num_attention_heads': 60 heads do not divide into o_groups 8 groups"),
-        ({"partial_rotary_factor": 0.25}, "'partial_rotary_factor': expected 64 rotary dims as .* says, found 128"),
+        ({"partial_rotary_factor": 0.25}, "'partial_rotary_factor': expected 64 rotary dims as in .*, found 128"),
         ({"qk_rope_head_dim": None}, "'qk_rope_head_dim' and 'partial_rotary_factor' are both missing"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "'rope_scaling.rope_type': expected 'default' or 'yarn'"),
         ({"rope_scaling": {"type": "yarn"}}, "'rope_scaling.original_max_position_embeddings': expected an integer"),
