@@ -23,7 +23,7 @@ class PagedEntries:
         return self.table.pool.rows(self.layer, self.name)
 
     def append(self, x: Tensor) -> None:
-        """Append new entries, float [B, n, size]. Uses those entries of a sequence that its new tokens complete."""
+        """Append new entries, float [B, n, size]. A sequence keeps the entries that its new tokens complete."""
         if not x.shape[1]:
             return
         packed = pack(x, self.layout)

@@ -75,7 +75,7 @@ def restore_cache(cache: Cache, path: str | Path) -> None:
     cache.begin(1, length)
     cache.advance()
     try:
-        _fill(cache, tensors, path)
+        _load_parts(cache, tensors, path)
     except Exception:
         cache.truncate(0)
         raise
@@ -102,7 +102,7 @@ def _rows(cache: Cache) -> dict[str, Tensor]:
     }
 
 
-def _fill(cache: Cache, tensors: dict[str, Tensor], path: str | Path) -> None:
+def _load_parts(cache: Cache, tensors: dict[str, Tensor], path: str | Path) -> None:
     expected = _rows(cache)
     for name in {**expected, **tensors}:
         if name not in tensors or name not in expected:

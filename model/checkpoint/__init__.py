@@ -143,8 +143,9 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Transformer:
 
 
 def load_weights(model: Transformer, folder: str | Path) -> None:
-    """Load the weights of a checkpoint folder into ``model``. A sharded model reads this rank's rows, whatever the
-    number of ranks that wrote them. Raises CheckpointError and leaves the model unchanged if a tensor does not fit."""
+    """Load the weights of a checkpoint folder into ``model``. A sharded model reads this rank's rows; the number of
+    ranks may differ from the checkpoint's. Raises CheckpointError and leaves the model unchanged if a tensor does not
+    fit."""
     found = read_tensors(folder, WEIGHTS, local_ranges(model.state_dict().items()).get)
     _load_state(model, Path(folder) / WEIGHTS, found)
 

@@ -39,8 +39,8 @@ def find_crossovers(config: ModelConfig, references: tuple[CostModel, ...] = ())
     found: list[Crossover] = []
 
     def crossing(key: str, name: str, rule: str, rising: Cost, passed: Cost, step: int = config.page_tokens) -> None:
-        raw = _from_then_on(lambda n: rising(n, False) >= passed(n, False), step)
-        weighted = _from_then_on(lambda n: rising(n, True) >= passed(n, True), step)
+        raw = _find_last_crossing(lambda n: rising(n, False) >= passed(n, False), step)
+        weighted = _find_last_crossing(lambda n: rising(n, True) >= passed(n, True), step)
         found.append(Crossover(key, name, raw, weighted, rule))
 
     if own.fixed and own.per_token:
@@ -92,7 +92,7 @@ def _cache(costs: CostModel) -> Cost:
     return lambda tokens, _: costs.cache_bytes(tokens)
 
 
-def _from_then_on(holds: Callable[[int], bool], step: int) -> int | None:
+def _find_last_crossing(holds: Callable[[int], bool], step: int) -> int | None:
     """Return the smallest multiple of ``step`` from which on ``holds`` is true, or None beyond 2^40 tokens.
 
     Tests ``step`` times powers of two and bisects after the last one where ``holds`` is false. Returns 1 if there is

@@ -65,7 +65,7 @@ def import_pretrained(folder: str | Path, device: str | torch.device = "cpu", **
         model = Transformer(config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     expected = {canonical_name(name): source for name, source in sources(config, shapes, layout).items()}
-    quantized = _check(folder, expected, stored, real_name)
+    quantized = _check_tensors(folder, expected, stored, real_name)
     if quantized and content.get("quantization_config") is None:
         name = next(iter(quantized))
         raise CheckpointError(
@@ -80,7 +80,7 @@ def import_pretrained(folder: str | Path, device: str | torch.device = "cpu", **
     model.to_empty(device=device)
     for buffer in model.buffers():
         buffer.zero_()
-    _fill(model, expected, quantized, {name: (real_name[name], stored[name]) for name in stored})
+    _load_tensors(model, expected, quantized, {name: (real_name[name], stored[name]) for name in stored})
     model.place_weights()
     return model.eval()
 
@@ -162,7 +162,7 @@ def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _check(
+def _check_tensors(
     folder: Path, expected: dict[str, Source], stored: dict[str, TensorHeader], real_name: dict[str, str]
 ) -> dict[str, WeightFormat]:
     """Return the formats of quantized tensors by name. Raises CheckpointError unless names, shapes and dtypes fit."""
@@ -197,7 +197,7 @@ def _check_shape(name: str, stored: TensorHeader, expected: tuple[int, ...]) -> 
 
 
 @torch.no_grad()
-def _fill(
+def _load_tensors(
     model: Transformer,
     expected: dict[str, Source],
     quantized: dict[str, WeightFormat],

@@ -91,11 +91,13 @@ class Exchange:
                 whole = [read(i) for i in mine]
             else:
                 sent = [[read(i) for i in of_rank] for of_rank in owned]
-                found = self._swap(sent, [[self.matrices[i].shape_on(rank) for i in mine] for rank in self.ranks])
+                found = self._all_to_all(sent, [[self.matrices[i].shape_on(rank) for i in mine] for rank in self.ranks])
                 whole = [torch.cat(rows) for rows in zip(*found)]
             updates = compute(whole)
             sent = [[u[slice(*self.matrices[i].held[rank])] for i, u in zip(mine, updates)] for rank in self.ranks]
-            found = self._swap(sent, [[self.matrices[i].shape_on(self.rank) for i in of_rank] for of_rank in owned])
+            found = self._all_to_all(
+                sent, [[self.matrices[i].shape_on(self.rank) for i in of_rank] for of_rank in owned]
+            )
             for of_rank, rows in zip(owned, found):
                 for i, update in zip(of_rank, rows):
                     write(i, update)
@@ -118,7 +120,7 @@ class Exchange:
             if some:
                 yield some
 
-    def _swap(self, sent: list[list[Tensor]], shapes: list[list[tuple[int, int]]]) -> list[list[Tensor]]:
+    def _all_to_all(self, sent: list[list[Tensor]], shapes: list[list[tuple[int, int]]]) -> list[list[Tensor]]:
         """Send every rank its list of tensors. Return the tensors of the given ``shapes`` received from each rank."""
         empty = torch.empty(0, dtype=self.dtype, device=self.device)
         outgoing = torch.cat([empty, *(t.flatten() for of_rank in sent for t in of_rank)])

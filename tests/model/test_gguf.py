@@ -1,4 +1,4 @@
-"""GGUF files: names, shapes and metadata that llama.cpp's loader asks for, values, and what is refused.
+"""GGUF files: names, shapes and metadata as in llama.cpp's loader, values, and refused networks.
 
 The logits that llama.cpp computes from such a file are compared in tests/benchmarks/test_against_llama_cpp.py.
 """
@@ -23,7 +23,7 @@ def model():
 
 
 def read(path):
-    """Tensors by name, as rows first, and plain metadata by key."""
+    """Return tensors by name, rows first, and plain metadata by key."""
     reader = GGUFReader(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     return tensors, {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
@@ -111,7 +111,7 @@ def test_large_matrices_take_the_type_and_all_else_stays(model, tmp_path, weight
     tensors, metadata = read(tmp_path / "a.gguf")
     types = {name: tensor.tensor_type.name.lower() for name, tensor in tensors.items()}
     assert types["blk.1.ffn_gate_exps.weight"] == types["blk.1.attn_kv.weight"] == types["output.weight"] == weights
-    # Rows of 16 numbers are half a block.
+    # Rows of 16 values are half a block.
     assert types["blk.1.attn_q_b.weight"] == "f16"
     small = ("norm.weight", "_fn.weight", "_scale.weight", "ape.weight", "gate_inp.weight", "sinks.weight", ".bias")
     assert {types[name] for name in types if name.endswith(small)} == {"f32"}

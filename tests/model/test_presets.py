@@ -1,4 +1,4 @@
-"""The released numbers, and the dial that derives the rest of the family from them."""
+"""Released sizes, and scaling by depth."""
 
 import itertools
 
@@ -104,7 +104,7 @@ def test_every_depth_keeps_the_proportions(depth):
     csa, hca, sliding = (c.layers.count(mixer) for mixer in ("csa", "hca", "sliding"))
     assert sliding in (1, 2) and c.layers[:sliding] == ("sliding",) * sliding
     assert c.layers[sliding:] == ("csa", "hca") * hca + ("csa",) and csa == hca + 1
-    # Multiples that blocks and tiles divide.
+    # Multiples of block and tile sizes.
     assert c.hidden_size % 128 == 0 and c.q_lora_rank % 32 == 0 and c.expert_size % 64 == 0
     assert c.index_topk % 16 == 0 and c.index_heads % 8 == 0 and c.num_experts % 8 == 0
     assert c.head_dim in (64, 128, 256, 512) and c.window == c.hca_ratio == 128
@@ -145,7 +145,7 @@ def test_the_smallest_member_runs():
         cache = Cache(model.config, 1, 140)
         pieces = torch.cat((model(ids[:, :139], cache), model(ids[:, 139:], cache)), dim=1)
     assert whole.isfinite().all()
-    torch.testing.assert_close(pieces, whole, atol=1e-3, rtol=1e-4)  # a value on a format's border may fall either way
+    torch.testing.assert_close(pieces, whole, atol=1e-3, rtol=1e-4)  # borderline values may round either way
 
 
 def test_a_depth_that_could_change_nothing_is_refused():

@@ -1,4 +1,4 @@
-"""Random caches: every row a valid one, lengths set, and decoding goes on from there."""
+"""Randomly filled caches: valid rows, lengths, and decoding from there."""
 
 import pytest
 import torch

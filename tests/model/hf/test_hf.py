@@ -1,4 +1,4 @@
-"""Checkpoints to and from transformers: names, configuration, memory, and what is said about bad ones."""
+"""Checkpoints to and from transformers: names, configuration, memory and error messages."""
 
 import json
 import shutil
@@ -84,7 +84,7 @@ def test_what_we_write_loads_without_a_missing_or_unexpected_key(tmp_path, overr
     again = import_pretrained(tmp_path / "a")
     with torch.no_grad():
         torch.testing.assert_close(again(ids), model(ids), atol=1e-5, rtol=0)
-        for moe in model.moe_layers() if model.config.qat else ():  # written as the network uses them
+        for moe in model.moe_layers() if model.config.qat else ():  # exported as rounded in the forward pass
             for weight in (moe.w1, moe.w2, moe.w3):
                 weight.copy_(moe.precision.round_expert(weight))
     assert same_state(again, model)
@@ -148,7 +148,7 @@ def test_a_configuration_survives_the_way_out_and_back(tmp_path, config, layout)
 
 
 def released_config(**changes):
-    """V4-Flash's published numbers."""
+    """The published configuration of V4-Flash."""
     content = {
         "architectures": ["DeepseekV4ForCausalLM"],
         "model_type": "deepseek_v4",
@@ -458,7 +458,7 @@ def test_reading_needs_little_more_memory_than_the_network(tmp_path, exported, l
 
 
 def test_both_layouts_have_one_spelling():
-    """The table of names and the rules that undo mixtures of them must not part ways."""
+    """The table of names and the rules of ``canonical_name`` agree."""
     for prefix, rows in (("", MODEL), ("layers.7.", BLOCK)):
         for row in rows:
             theirs = (f"model.{prefix}" if prefix else "") + row.transformers

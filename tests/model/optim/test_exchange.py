@@ -28,7 +28,7 @@ SHAPES = {
 WORLD, DTYPES = 3, ("bfloat16", "float32")
 FUSED = {"fused": (8, 16)}
 UNUSED = "square"
-"""Has no gradient in the second step."""
+"""Parameter without a gradient in the second step."""
 
 
 def parameters():
@@ -37,7 +37,7 @@ def parameters():
 
 
 def optimized(named, config, distributed=False, place=lambda tensor: tensor):
-    """Three steps, with the same gradients for everybody."""
+    """Take three steps with equal gradients on all ranks."""
     optimizer = MuonAdamW(named.items(), config, FUSED, distributed)
     generator = torch.Generator().manual_seed(1)
     for step in range(3):
@@ -83,7 +83,7 @@ def _rank(rank, world, folder):
             whole |= {key: value for key, value in optimizer.state_tensors().items() if key.endswith("momentum")}
         assert 0 < done.item() < 28
         dist.all_reduce(done)
-        assert done.item() == 3 * 10 - 1  # each matrix of each step once; one has no gradient in one step
+        assert done.item() == 3 * 10 - 1  # every matrix once per step; one has no gradient in one step
         done.zero_()
         save_file(whole, f"{folder}/{dtype}-{kind}-{rank}")
 
@@ -97,7 +97,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ranks_that_divide_the_matrices_make_the_update_of_one(folder, monkeypatch, dtype):
-    """To the last bit, as every matrix is orthogonalized alone: ranks batch them otherwise than one process does."""
+    """Results are bit-exact with batches of one matrix: several ranks and one process batch differently."""
     monkeypatch.setattr(muon_adamw, "newton_schulz", one_by_one(newton_schulz))
     named = parameters()
     state = optimized(named, OptimizerConfig(ns_dtype=dtype)).state_tensors()
