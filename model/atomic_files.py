@@ -1,4 +1,4 @@
-"""Writing so that a reader never sees half of a file or folder."""
+"""Atomic writing of files and folders."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pathlib import Path
 
 @contextmanager
 def atomic_folder(target: str | Path) -> Iterator[Path]:
-    """Yield an empty sibling folder that takes ``target``'s place when the block ends without an exception.
+    """Yield an empty sibling folder that replaces ``target`` if the block ends without an exception.
 
-    Replacing takes two renames: killed between them, the old content stands beside it as ``.<name>-...-old``.
+    Replacing takes two renames. A process killed between them leaves the old content in ``.<name>-...-old``.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:  # which names the scratch folder
+    except OSError as error:  # it names the scratch folder
         raise OSError(error.errno, error.strerror, str(target)) from error
     try:
         yield scratch
         scratch.chmod(0o755)
-        for file in scratch.rglob("*"):  # some writers make files that only their owner can read
+        for file in scratch.rglob("*"):  # some writers create files that only the owner can read
             file.chmod(0o755 if file.is_dir() else 0o644)
         if target.exists():
             old = scratch.with_name(scratch.name + "-old")
@@ -44,7 +44,7 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(target: str | Path) -> Iterator[Path]:
-    """Yield a sibling path; what is written there takes ``target``'s place when the block ends without an exception."""
+    """Yield a sibling path. The file written there replaces ``target`` if the block ends without an exception."""
     target = Path(target)
     scratch = target.with_name(f".{target.name}.{os.getpid()}")
     try:
@@ -56,6 +56,6 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a whole text file: readers find the old content or the new."""
+    """Write a text file atomically."""
     with atomic_file(path) as scratch:
         scratch.write_text(content)

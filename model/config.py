@@ -1,7 +1,6 @@
-"""The network's configuration: every number that fixes shapes, formats and the layer schedule.
+"""Configuration of the network: shapes, formats and the layer schedule.
 
-Names follow DeepSeek-V4's release where it has one. Presets and the depth dial are in :mod:`model.presets`; any field
-can be overridden.
+Field names follow DeepSeek-V4's release where possible. Presets and depth scaling are in :mod:`model.presets`.
 """
 
 from __future__ import annotations
@@ -24,20 +23,20 @@ from model.presets import MAX_DEPTH, MIN_DEPTH, PRESETS, depth_values
 MTP_MIXER = "sliding"
 """Mixer of the multi-token prediction module's block."""
 CACHE_FORMATS = ("kv_format", "rope_format", "index_format", "gqa_format")
-"""The fields that say how the cache stores each tensor role."""
-Format = Literal["fp4", "fp8", "bf16", "fp32"]
-"""FP4 E2M1 with an E8M0 scale per 32 dims, FP8 E4M3 with one per 64, or plain floats."""
+"""Fields with the storage format of each tensor role in the cache."""
+CacheFormat = Literal["fp4", "fp8", "bf16", "fp32"]
+"""FP4 E2M1 with an E8M0 scale per 32 dims, FP8 E4M3 with an E8M0 scale per 64 dims, or plain floats."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """All hyper-parameters of one network. Immutable; derive variants with :meth:`replace`.
+    """Hyperparameters of a network. Immutable; derive variants with :meth:`replace`.
 
-    The five choices of the V4 recipe are one switch each:
+    The V4 recipe makes five choices, each with one switch:
 
-    1. hybrid attention: ``layers`` (``csa``/``hca``/``sliding`` against ``gqa``);
-    2. a precision for each role: :data:`CACHE_FORMATS` (``fp8``, ``fp4`` against ``bf16``);
-    3. Muon: not here, ``train.optimizer.rule``;
+    1. hybrid attention: ``layers`` (``csa``, ``hca``, ``sliding`` or ``gqa``);
+    2. precision per tensor role: :data:`CACHE_FORMATS` (``fp4``, ``fp8`` or ``bf16``);
+    3. Muon: ``train.optimizer.rule`` in the recipe;
     4. hyper-connections: ``hyper_connections``;
     5. quantization-aware training: ``qat``.
     """
@@ -47,14 +46,14 @@ class ModelConfig:
     hidden_size: int = 128
     layers: tuple[str, ...] = ("sliding", "csa", "hca", "csa")
     mtp_layers: int = 0
-    """1 trains a module that predicts the token after next as well (its own block is a sliding one). Decoding does
-    without it."""
+    """1 adds a multi-token prediction module: a ``sliding`` block that is trained to predict the token after next.
+    Decoding does not use it."""
     max_positions: int = 65_536
     norm_eps: float = 1e-6
     init_std: float = 0.02
     zero_init_output: bool = False
-    """Start the last projection of every attention and feed-forward block at zero. The release says only
-    "std 0.02"; at a few hundred steps a zero start learns sooner, so the tiny recipes choose it."""
+    """Initialize the last projection of every attention and feed-forward block to zero. The release only gives
+    "std 0.02". Zero initialization learns faster over a few hundred steps, so the tiny recipes use it."""
 
     # --- attention, shared by sliding / csa / hca
     num_heads: int = 4
@@ -64,13 +63,13 @@ class ModelConfig:
     o_groups: int = 2
     o_lora_rank: int = 32
     window: int = 16
-    """Raw tokens that every query sees, itself included."""
+    """Uncompressed tokens visible to each query, itself included."""
     rope_theta: float = 10_000.0
-    """Sliding and gqa layers; no YaRN there."""
+    """Base of sliding and gqa layers, which do not use YaRN."""
     compress_rope_theta: float = 160_000.0
-    """Every rotation inside csa and hca layers (queries, window, entries, indexer)."""
+    """Base of csa and hca layers: queries, window, entries and indexer."""
     yarn_factor: float = 1.0
-    """1 switches YaRN off. Applies to csa and hca layers only; the attention factor stays 1.0."""
+    """YaRN scaling factor of csa and hca layers; 1 disables YaRN. The attention factor stays 1.0."""
     yarn_original_positions: int = 65_536
     yarn_beta_fast: float = 32.0
     yarn_beta_slow: float = 1.0
@@ -86,7 +85,7 @@ class ModelConfig:
     num_kv_heads: int = 2
 
     mixer_options: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-    """Options of mixers that have some of their own, by mixer name: :attr:`model.mixers.base.Mixer.options`."""
+    """Mixer-specific options by mixer name (:attr:`model.mixers.base.Mixer.options`)."""
 
     # --- residual stream
     hyper_connections: bool = True
@@ -96,35 +95,36 @@ class ModelConfig:
     hc_alpha_init: float = 0.01
     """Published (mHC paper, table 5)."""
     hc_comb_init: Literal["uniform", "identity"] = "uniform"
-    """The mixing matrix at step 0. Unpublished. ``uniform`` is what a zero bias gives and starts as a plain
-    residual on the streams' mean; ``identity`` keeps the streams apart."""
+    """Initial mixing matrix (unpublished). ``uniform``, the result of zero biases, starts as a plain residual on the
+    mean of the streams. ``identity`` keeps the streams separate."""
 
     # --- feed-forward
     ffn: Literal["moe", "dense"] = "moe"
     ffn_size: int = 256
-    """Inner width of the dense feed-forward."""
+    """Inner width of the dense feed-forward layer."""
     num_experts: int = 4
     experts_per_token: int = 2
     num_shared_experts: int = 1
     expert_size: int = 96
     num_hash_layers: int = 1
-    """The first layers route by token id through a fixed table instead of by learned affinity."""
+    """Number of leading layers that route by a fixed table of token IDs instead of learned affinity."""
     routed_scaling_factor: float = 1.5
     swiglu_limit: float = 10.0
 
     # --- precision; the defaults are DeepSeek-V4's (report 2.3.4, 5.2.1)
-    kv_format: Format = "fp8"
-    """Unrotated dims of window and compressed entries."""
+    kv_format: CacheFormat = "fp8"
+    """Format of the unrotated dims of window and compressed entries."""
     rope_format: Literal["bf16", "fp32"] = "bf16"
-    """Their rotary dims."""
-    index_format: Format = "fp4"
-    """Index keys as stored, and index queries as multiplied with them."""
+    """Format of the rotary dims of window and compressed entries."""
+    index_format: CacheFormat = "fp4"
+    """Format of index keys in the cache, and of index queries in their products."""
     index_scores: Literal["bf16", "fp32"] = "fp32"
-    """The type in which entries are compared. BF16 makes the selector faster and, rarely, ties (report 5.2.1)."""
-    gqa_format: Format = "bf16"
-    """Keys and values of gqa layers."""
+    """Dtype of the index scores. BF16 makes top-k faster and rarely causes ties (report 5.2.1)."""
+    gqa_format: CacheFormat = "bf16"
+    """Format of keys and values of gqa layers."""
     qat: bool = True
-    """Train with the cache formats, FP4 index queries and FP4 expert weights in the loop (straight-through)."""
+    """Train with fake quantization of cache entries, index queries and expert weights (FP4), using straight-through
+    gradients."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.layers, list | tuple):
@@ -138,30 +138,28 @@ class ModelConfig:
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> ModelConfig:
-        """The preset ``name`` (see :data:`model.presets.PRESETS`) with some fields replaced. Raises ConfigError."""
+        """Return the preset ``name`` of :data:`model.presets.PRESETS` with fields replaced. Raises ConfigError."""
         if not isinstance(name, str) or name not in PRESETS:
             raise ConfigError(f"model.preset: unknown preset '{name}'; there are {', '.join(PRESETS)}")
         return cls.from_dict({**PRESETS[name], **overrides})
 
     @classmethod
     def from_depth(cls, depth: int, **overrides: Any) -> ModelConfig:
-        """The member of the family with ``depth`` layers (:func:`model.presets.depth_values`; 43 is Flash), with some
-        fields replaced. A ``layers`` among them keeps the widths of ``depth``. Raises ConfigError."""
+        """Return the network scaled to ``depth`` layers (:func:`model.presets.depth_values`; 43 is Flash) with fields
+        replaced. Replacing ``layers`` keeps the widths of ``depth``. Raises ConfigError."""
         if type(depth) is not int or not MIN_DEPTH <= depth <= MAX_DEPTH:
             raise ConfigError(f"model.depth: expected a whole number from {MIN_DEPTH} to {MAX_DEPTH}, found {depth!r}")
         if overrides.keys() >= {field.name for field in dataclasses.fields(cls)} - {"mixer_options"}:
-            raise ConfigError(
-                f"model.depth: {depth} would change nothing, because every field of the model is set already"
-            )
+            raise ConfigError(f"model.depth: {depth} has no effect, because every field of the model is already set")
         return cls.from_dict({**depth_values(depth), **overrides})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Build from plain values, as read from YAML or JSON. A key ``preset`` or ``depth`` is the starting point."""
+        """Build from plain values, as read from YAML or JSON, on top of a ``preset`` or ``depth`` if given."""
         values = dict(values)
         preset, depth = values.pop("preset", None), values.pop("depth", None)
         if preset is not None and depth is not None:
-            raise ConfigError(f"model.depth: {depth!r} and model.preset '{preset}' are two starting points, give one")
+            raise ConfigError(f"model.depth: {depth!r} and model.preset '{preset}' are mutually exclusive")
         if preset is not None:
             return cls.from_preset(preset, **values)
         if depth is not None:
@@ -176,7 +174,7 @@ class ModelConfig:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> ModelConfig:
-        """Read the ``model`` section of a recipe, or a file that holds only that section."""
+        """Read the ``model`` section of a recipe, or a file with only that section. Raises ConfigError."""
         import yaml
 
         try:
@@ -193,7 +191,7 @@ class ModelConfig:
         return cls.from_dict(section)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Return plain values for JSON."""
         options = {name: dict(values) for name, values in self.mixer_options.items()}
         values = {**dataclasses.asdict(self), "layers": list(self.layers), "mixer_options": options}
         return values if options else {key: value for key, value in values.items() if key != "mixer_options"}
@@ -214,24 +212,24 @@ class ModelConfig:
 
     @property
     def block_mixers(self) -> list[type[Mixer]]:
-        """Mixer of each block: the layers', then that of the multi-token prediction module."""
+        """Mixer of each block: all layers, then the multi-token prediction module."""
         return self.mixers + [MIXERS[MTP_MIXER]] * self.mtp_layers
 
     @property
     def indexed_layers(self) -> list[int]:
-        """Layers whose mixer has an indexer."""
+        """Indices of layers whose mixer has an indexer."""
         return [layer for layer, mixer in enumerate(self.mixers) if mixer.indexer_ratio_field]
 
     @property
     def indexer_ratio(self) -> int | None:
-        """Tokens per entry that indexers score; None without an indexer."""
+        """Tokens per entry scored by the indexers; None without an indexer."""
         fields = [mixer.indexer_ratio_field for mixer in self.mixers if mixer.indexer_ratio_field]
         return getattr(self, fields[0]) if fields else None
 
     @property
     def page_tokens(self) -> int:
-        """Tokens covered by one cache page: the smallest multiple of lcm(m, m'), the ratios in use, that is at least
-        64 (report 3.5.1 asks for a multiple; the page table of smaller pages would outgrow their content)."""
+        """Tokens per cache page: the smallest multiple of the least common multiple of the compression ratios (report
+        3.5.1) that is at least 64. With smaller pages, the page table would outgrow the entries."""
         parts = [part for mixer in set(self.mixers) for part in mixer.cache_parts(self).values()]
         common = math.lcm(*(part.ratio for part in parts if isinstance(part, GrowingPart)))
         return -(-64 // common) * common
@@ -256,7 +254,7 @@ def _complete_options(config: ModelConfig) -> dict[str, dict[str, Any]]:
 
 
 def _check_types(config: ModelConfig) -> None:
-    """Types first, so that a string where a number belongs is named instead of failing inside a comparison."""
+    """Raise ConfigError for values of the wrong type. Runs before range checks, which would fail on a string."""
     hints = typing.get_type_hints(ModelConfig)
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), hints[field.name]

@@ -1,4 +1,4 @@
-"""Reading a prompt into a cache, in pieces, and going on from it greedily."""
+"""Chunked prefill and greedy decoding."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from model.transformer import Transformer, check_ids
 
 @torch.inference_mode()
 def prefill(model: Transformer, cache: Cache, input_ids: Tensor, chunk: int = 512) -> Tensor:
-    """Append input_ids int64 [B, S >= 1] to ``cache``; returns the last token's logits, float32 [B, vocab].
+    """Append input_ids int64 [B, S >= 1] to ``cache`` and return the last token's logits, float32 [B, vocab].
 
-    Memory grows with ``chunk``, not with S. Raises CacheError, before anything is changed, when S tokens do not fit;
-    ValueError, as early, for ids of another shape or outside the vocabulary, and for a chunk of no tokens.
+    Memory grows with ``chunk``, not with S. Raises CacheError if S tokens do not fit, and ValueError if the IDs have
+    another shape or are outside the vocabulary or if ``chunk`` is not positive. The cache is then unchanged.
     """
     check_ids(input_ids)
     model.check_vocabulary(input_ids)
@@ -27,11 +27,11 @@ def prefill(model: Transformer, cache: Cache, input_ids: Tensor, chunk: int = 51
 
 
 def generate(model: Transformer, input_ids: Tensor, max_new_tokens: int, eos_id: int | None = None) -> Tensor:
-    """The prompt and its greedy continuation: input_ids int64 [B, S >= 1] -> [B, S + n], n <= max_new_tokens.
+    """Return the prompt and its greedy continuation: input_ids int64 [B, S >= 1] -> [B, S + n], n <= max_new_tokens.
 
-    Every step takes the likeliest token, the lowest id of several. It ends early when every sequence has produced
-    ``eos_id``; one that ended sooner goes on with ``eos_id``. Raises CacheError when S + max_new_tokens - 1 tokens, as
-    many as are ever read, exceed the model's positions.
+    Each step takes the most likely token; ties take the lowest ID. Generation stops once every sequence has produced
+    ``eos_id``; sequences that end earlier are padded with it. Raises CacheError if the S + max_new_tokens - 1 tokens
+    that the model reads exceed its positions.
     """
     check_ids(input_ids)
     if max_new_tokens < 0:

@@ -1,7 +1,7 @@
-"""GGUF files that llama.cpp runs: architecture ``deepseek4``, written from a network of ours.
+"""Export to GGUF files for llama.cpp, architecture ``deepseek4``.
 
-Names, shapes and metadata are those that llama.cpp's loader asks for (src/models/deepseek4.cpp). The ``gguf`` package
-is needed to write a file, and only then.
+Names, shapes and metadata follow llama.cpp's loader (src/models/deepseek4.cpp). Only :func:`export_gguf` imports the
+optional package ``gguf``.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7}
 """``general.file_type``, llama.cpp's enum llama_ftype."""
 _SQRT_SOFTPLUS = 4
 """``expert_gating_func``, llama.cpp's enum llama_expert_gating_func_type."""
-_LEAST_INDEX_DIMS = 64
-"""The smallest Hadamard matrix that llama.cpp makes for the index queries and keys."""
+_MIN_INDEX_HEAD_DIM = 64
+"""Size of the smallest Hadamard matrix that llama.cpp builds for index queries and keys."""
 _Q8_BLOCK = 32
 
 
 def _table(text: str) -> dict[str, tuple[str, bool]]:
-    """Parse lines of: our name, GGUF's name, and * where ``WeightType`` applies. A final dot stands for ``.weight``."""
+    """Parse lines of our name, GGUF's name, and * if ``WeightType`` applies. A final dot stands for ``.weight``."""
     found = {}
     for line in text.strip().splitlines():
         ours, theirs, *mark = line.split()
@@ -49,7 +49,7 @@ def _table(text: str) -> dict[str, tuple[str, bool]]:
     return found
 
 
-# Without a mark: vectors, and the small matrices that decide about mixing and routing, which llama.cpp keeps in F32.
+# Tensors without a mark are vectors and small mixing and routing matrices, which llama.cpp keeps in F32.
 _MODEL = _table("""
     embed.            token_embd.               *
     head.             output.                   *
@@ -100,7 +100,7 @@ _EXPERT_STACK = re.compile(r"\.ffn\.w[123]$")
 
 @dataclass(frozen=True)
 class _Source:
-    """One tensor of the file: its name there, ours, its shape, and whether the weight type applies to it."""
+    """A tensor of the file: its GGUF name, our name, its shape, and whether the weight type applies to it."""
 
     name: str
     ours: str
@@ -109,15 +109,15 @@ class _Source:
 
 
 def export_gguf(model: Transformer, path: str | Path, weights: WeightType = "f32") -> None:
-    """Write ``path``, replacing what is there once the new file is complete.
+    """Write ``model`` to ``path``, atomically replacing an existing file.
 
-    ``weights`` is the type of the large matrices: ``q8_0`` stores blocks of 32 numbers with one scale, and a matrix
-    whose rows do not divide into blocks becomes F16. Norms, biases, routers and mixing weights are F32. With ``qat``
-    the routed experts are rounded to FP4 first, as the network uses them. The file holds the vocabulary's size but no
-    vocabulary, and no prediction module (``mtp.*``).
+    ``weights`` is the type of the large matrices. ``q8_0`` stores blocks of 32 values with one scale; matrices whose
+    rows do not divide into blocks become F16. Norms, biases, routers and mixing weights are F32. With ``qat``, routed
+    experts are rounded to FP4 first, as in the forward pass. The file has the vocabulary size but no vocabulary, and
+    no multi-token prediction module (``mtp.*``).
 
-    Raises ConfigError for a network that the architecture cannot hold, an unknown type or a missing ``gguf`` package,
-    CheckpointError for values that are not finite.
+    Raises ConfigError if the architecture cannot represent the network, the type is unknown or the package ``gguf`` is
+    missing, and CheckpointError if a value is not finite.
     """
     if weights not in get_args(WeightType):
         raise ConfigError(f"weights: '{weights}' is not one of {', '.join(get_args(WeightType))}")
@@ -146,7 +146,7 @@ def export_gguf(model: Transformer, path: str | Path, weights: WeightType = "f32
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for source in found:
-                values = _values(model, state[source.ours], source).numpy()
+                values = _file_values(model, state[source.ours], source).numpy()
                 kind = types[source.name]
                 writer.write_tensor_data(values if kind == GGMLQuantizationType.I32 else quantize(values, kind))
         finally:
@@ -154,31 +154,31 @@ def export_gguf(model: Transformer, path: str | Path, weights: WeightType = "f32
 
 
 def check_expressible(config: ModelConfig) -> None:
-    """Raise ConfigError for a network that llama.cpp's ``deepseek4`` architecture cannot hold."""
+    """Raise ConfigError if llama.cpp's ``deepseek4`` architecture cannot represent the network."""
 
-    def need(ok: bool, key: str, expected: str, found: Any) -> None:
+    def require(ok: bool, key: str, expected: str, found: Any) -> None:
         if not ok:
             raise ConfigError(f"model.{key}: llama.cpp's {ARCHITECTURE} needs {expected}, found {found}")
 
     c = config
     for name in c.layers:
-        need(MIXERS[name].one_key_value, "layers", "only sliding, csa and hca layers", name)
-    need(c.hyper_connections, "hyper_connections", "true", c.hyper_connections)
-    need(c.hc_mult == 4, "hc_mult", "4", c.hc_mult)
-    need(c.ffn == "moe", "ffn", "'moe'", repr(c.ffn))
-    need(c.num_shared_experts >= 1, "num_shared_experts", "at least 1", c.num_shared_experts)
-    # It divides by zero where its cache of index keys is empty, and where that of hca entries is and has as wide keys.
-    need(bool(c.indexed_layers), "layers", "at least one csa layer", "none")
-    need(c.csa_ratio == 4, "csa_ratio", "4", c.csa_ratio)
+        require(MIXERS[name].one_key_value, "layers", "only sliding, csa and hca layers", name)
+    require(c.hyper_connections, "hyper_connections", "true", c.hyper_connections)
+    require(c.hc_mult == 4, "hc_mult", "4", c.hc_mult)
+    require(c.ffn == "moe", "ffn", "'moe'", repr(c.ffn))
+    require(c.num_shared_experts >= 1, "num_shared_experts", "at least 1", c.num_shared_experts)
+    # llama.cpp divides by zero if its index-key cache is empty, or if its hca cache is and has keys of equal width.
+    require(bool(c.indexed_layers), "layers", "at least one csa layer", "none")
+    require(c.csa_ratio == 4, "csa_ratio", "4", c.csa_ratio)
     dims = c.index_head_dim
-    need(dims >= _LEAST_INDEX_DIMS, "index_head_dim", f"at least {_LEAST_INDEX_DIMS}", dims)
+    require(dims >= _MIN_INDEX_HEAD_DIM, "index_head_dim", f"at least {_MIN_INDEX_HEAD_DIM}", dims)
     if HeavilyCompressedAttention not in c.mixers:
-        need(dims != c.head_dim, "index_head_dim", "another number than head_dim where no layer is hca", dims)
+        require(dims != c.head_dim, "index_head_dim", "a width other than head_dim if no layer is hca", dims)
     else:
-        need(c.hca_ratio == 128, "hca_ratio", "128", c.hca_ratio)
+        require(c.hca_ratio == 128, "hca_ratio", "128", c.hca_ratio)
     if c.yarn_factor > 1:
         for key, value in (("yarn_beta_fast", 32.0), ("yarn_beta_slow", 1.0)):
-            need(getattr(c, key) == value, key, f"{value:g}", getattr(c, key))
+            require(getattr(c, key) == value, key, f"{value:g}", getattr(c, key))
 
 
 def _add_metadata(writer: GGUFWriter, config: ModelConfig, weights: WeightType) -> None:
@@ -235,7 +235,7 @@ def _add_metadata(writer: GGUFWriter, config: ModelConfig, weights: WeightType) 
     writer.add_string("general.type", "model")
     writer.add_uint32("general.file_type", _FILE_TYPES[weights])
     writer.add_uint32("general.quantization_version", 2)
-    # llama.cpp knows pre-tokenizers by name and none for an arbitrary tokenizer.json: token ids are what goes in.
+    # llama.cpp identifies pre-tokenizers by name and cannot read an arbitrary tokenizer.json; callers pass token IDs.
     writer.add_string("tokenizer.ggml.model", "none")
 
 
@@ -248,10 +248,10 @@ def _sources(model: Transformer) -> Iterator[_Source]:
         if match := re.fullmatch(r"layers\.(\d+)\.(.+)", ours):
             prefix, table, leaf = f"blk.{match[1]}.", _BLOCK, match[2]
         if leaf == "ffn.router_bias" and ours.replace("router_bias", "tid2eid") in state:
-            continue  # takes no part in a hash-routed layer, and has no place there
+            continue  # unused in a hash-routed layer and absent from the format
         name, typed = table[leaf]
         shape = tuple(tensor.shape)
-        if leaf == "attn.wo_a":  # one matrix per group here, one over the other there
+        if leaf == "attn.wo_a":  # ours is one matrix per group, GGUF stacks them
             shape = (shape[0] * shape[1], shape[2])
         yield _Source(prefix + name, ours, shape, typed)
 
@@ -265,8 +265,8 @@ def _type_of(source: _Source, weights: WeightType) -> str:
 
 
 @torch.no_grad()
-def _values(model: Transformer, tensor: Tensor, source: _Source) -> Tensor:
-    """Return a tensor as the file takes it, on the CPU: int32 for hash tables, float32 otherwise."""
+def _file_values(model: Transformer, tensor: Tensor, source: _Source) -> Tensor:
+    """Return a tensor on the CPU, as int32 for hash tables and float32 otherwise."""
     tensor = tensor.detach().cpu().reshape(source.shape)
     if not tensor.is_floating_point():
         return tensor.int()

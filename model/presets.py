@@ -1,4 +1,4 @@
-"""Named configurations, and the one dial that derives all widths from a depth."""
+"""Named configurations, and a scaling rule that derives all widths from the depth."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 _RELEASE: dict[str, Any] = {
-    # What Flash and Pro share (report 4.2.1; the released config.json).
+    # Values common to Flash and Pro (report 4.2.1; the released config.json).
     "vocab_size": 129_280,
     "mtp_layers": 1,
     "max_positions": 1_048_576,
@@ -26,7 +26,7 @@ _RELEASE: dict[str, Any] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"zero_init_output": True, "init_std": 0.04},
-    # 35.3M parameters with the byte vocabulary: the size every benchmark speaks of.
+    # 35.3M parameters with the byte vocabulary; used by the benchmarks.
     "small": {
         "hidden_size": 512,
         "layers": ("sliding", "sliding", "csa", "hca", "csa", "hca", "csa", "hca"),
@@ -93,25 +93,25 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 MIN_DEPTH, MAX_DEPTH = 4, 61
-"""The shallowest schedule with every kind of layer, and the depth of the largest release."""
+"""Depth of the shallowest schedule with every kind of layer, and of the largest release."""
 
 
 def depth_values(depth: int) -> dict[str, Any]:
-    """The fields of the family member with ``depth`` layers, for MIN_DEPTH <= depth <= MAX_DEPTH.
+    """Return the fields of a network with ``depth`` layers, MIN_DEPTH <= depth <= MAX_DEPTH.
 
-    Flash's proportions (report 4.2.1), because 43 layers must give Flash itself; Pro's, where they differ, in brackets:
+    Proportions are those of Flash (report 4.2.1), so 43 layers give Flash. Pro's are in brackets where they differ:
 
     * hidden: 4096 / 43 per layer, to a multiple of 128 [7168 / 61];
-    * head: the power of two nearest to hidden / 8, from 64 to 512; rotary 1/8 of it, index head 1/4;
-    * query heads: 8 per output group, about 8 * hidden wide together [9.1]; a group of 8 heads shrinks 4 : 1;
+    * head: the power of two nearest to hidden / 8, from 64 to 512; rotary dims 1/8 and index head 1/4 of it;
+    * query heads: 8 per output group, total width about 8 * hidden [9.1]; output latent 1/4 of a group;
     * query latent: hidden / 4 [0.21];
-    * indexer: hidden / 64 heads to a multiple of 8, at most 64 [64]; top-k hidden / 8 [1/7], so that it covers
-      half of ``hidden`` tokens at ratio 4;
-    * experts: 256 / 43 per layer to a multiple of 8 [384 / 61], of inner width hidden / 2 [0.43], 6 per token, and
-      an eighth of the experts where that is fewer;
-    * layers: one hca per csa but for the last, which is csa; before them 2 sliding ones, or 1 where the depth is even;
-      the first 3 route by token id, fewer below 12 layers;
-    * window 128 = hca ratio, csa ratio 4, vocabulary, positions, YaRN and the multi-token module: as released.
+    * indexer: hidden / 64 heads to a multiple of 8, at most 64 [64]; top-k hidden / 8 [1/7], which covers
+      hidden / 2 tokens at ratio 4;
+    * experts: 256 / 43 per layer to a multiple of 8 [384 / 61], inner width hidden / 2 [0.43], 6 per token or an
+      eighth of the experts if that is fewer;
+    * layers: 2 sliding layers, or 1 if the depth is even, then alternating csa and hca, ending with csa;
+      the first 3 route by token ID, fewer below 12 layers;
+    * window 128 = hca ratio, csa ratio 4, vocabulary, positions, YaRN and multi-token module as released.
     """
     release, flash = PRESETS["v4-flash"], len(PRESETS["v4-flash"]["layers"])
     hidden = 128 * max(1, _nearest(depth * release["hidden_size"] / flash / 128))
@@ -140,5 +140,5 @@ def depth_values(depth: int) -> dict[str, Any]:
 
 
 def _nearest(x: float) -> int:
-    """Halves go up: Python's ``round`` sends them to the even neighbour, which would not grow evenly."""
+    """Round halves up. Python's ``round`` rounds them to even, so widths would not grow evenly with depth."""
     return math.floor(x + 0.5)

@@ -1,4 +1,4 @@
-"""Text to token ids and back. Bytes by default, a Hugging Face ``tokenizer.json`` where the user names one."""
+"""Tokenizers: bytes by default, or a Hugging Face ``tokenizer.json``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BYTE = "byte"
 
 
 class Tokenizer(Protocol):
-    """What the project needs of a tokenizer. Neither ``encode`` nor ``decode`` adds or shows special tokens."""
+    """Interface of a tokenizer. ``encode`` adds no special tokens and ``decode`` omits them."""
 
     vocab_size: int
     bos_id: int
@@ -31,7 +31,7 @@ class Tokenizer(Protocol):
 
 
 class ByteTokenizer:
-    """UTF-8 bytes shifted by two; ids 0 and 1 are BOS and EOS, as in DeepSeek-V4's vocabulary."""
+    """UTF-8 bytes shifted by two; IDs 0 and 1 are BOS and EOS, as in DeepSeek-V4's vocabulary."""
 
     bos_id = 0
     eos_id = 1
@@ -46,7 +46,7 @@ class ByteTokenizer:
         return bytes(i - 2 for i in ids if 2 <= i < 258).decode("utf-8", errors="replace")
 
     def save(self, folder: str | Path) -> None:
-        """As a byte-level vocabulary without merges, which any reader of ``tokenizer.json`` understands."""
+        """Write a byte-level vocabulary without merges, which any reader of ``tokenizer.json`` understands."""
         special = {
             "single_word": False,
             "lstrip": False,
@@ -73,8 +73,8 @@ class ByteTokenizer:
 
 
 def _byte_vocabulary() -> dict[str, int]:
-    """Ids of the printable characters that stand for bytes in byte-level vocabularies: a printable Latin-1 character
-    for itself, characters from 256 on for the others in order."""
+    """Return token IDs by character. In byte-level vocabularies a printable Latin-1 character stands for its own code,
+    and the other bytes map in order to characters from 256 on."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     vocabulary = {ByteTokenizer.bos_token: ByteTokenizer.bos_id, ByteTokenizer.eos_token: ByteTokenizer.eos_id}
@@ -101,7 +101,7 @@ class HuggingFaceTokenizer:
         self.eos_token, self.eos_id = self._find(self._EOS_NAMES, "end-of-sequence")
         try:
             self.bos_token, self.bos_id = self._find(self._BOS_NAMES, "begin-of-sequence")
-        except ConfigError:  # GPT-2 style vocabularies have one token for both
+        except ConfigError:  # GPT-2 style vocabularies use one token for both
             self.bos_token, self.bos_id = self.eos_token, self.eos_id
 
     def _find(self, names: tuple[str, ...], role: str) -> tuple[str, int]:
@@ -122,7 +122,7 @@ class HuggingFaceTokenizer:
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """``"byte"``, a ``tokenizer.json`` file, or a folder that holds one. Raises ConfigError."""
+    """Load ``"byte"``, a ``tokenizer.json`` file, or a folder with one. Raises ConfigError."""
     if str(source) == BYTE:
         return ByteTokenizer()
     path = Path(source)
@@ -136,5 +136,5 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
         raise ConfigError(f"tokenizer {path}: not valid JSON ({error})") from error
     model = content.get("model") if isinstance(content, dict) else None
     if isinstance(model, dict) and model.get("vocab") == _byte_vocabulary():
-        return ByteTokenizer()  # which, unlike the library, never takes text for a special token
+        return ByteTokenizer()  # unlike the library, it never parses text as a special token
     return HuggingFaceTokenizer(path)

@@ -1,9 +1,8 @@
-"""The mixed-precision cache: packed compressed entries in pages, plus a fixed-size state per sequence.
+"""The mixed-precision cache: packed compressed entries in pages, plus fixed-size state per sequence.
 
-Growing parts hold one packed row per entry, in pages of a pool (:mod:`model.cache.pages`). The fixed state is, per
-layer, the sliding window (packed like entries) and, per compressor, the projected rows of the newest tokens: what
-unfinished blocks and overlaps still need. What is read back equals what training's fake quantisation produced, bit for
-bit.
+Growing parts hold one packed row per entry, in pages of a pool (:mod:`model.cache.pages`). Fixed state is the sliding
+window of a layer (packed like entries), the rows of tokens in unfinished or overlapping blocks of a compressor, and
+recurrent state. Values read from the cache equal those of fake quantization in training, bit for bit.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ if TYPE_CHECKING:
 
 
 class Cache:
-    """State of ``batch_size`` sequences, each of its own length, for :class:`model.transformer.Transformer`.
+    """Cache of ``batch_size`` sequences with separate lengths, for :class:`model.transformer.Transformer`.
 
-    Without a ``pool`` room for ``max_tokens`` per sequence is allocated at once; with one, pages are taken from it as
-    tokens come, and :meth:`release` gives them back. ``rewind`` is how many of the newest tokens :meth:`truncate` can
-    always take back; it makes the fixed state that much longer.
+    Without a ``pool``, memory for ``max_tokens`` per sequence is allocated up front. With one, pages are allocated as
+    tokens arrive and freed by :meth:`release`. ``rewind`` is the number of newest tokens that :meth:`truncate` can
+    always remove; the fixed state keeps that many more tokens.
 
-    Raises CacheError for sizes that cannot be, or beyond the model's positions.
+    Raises CacheError if a size is invalid or exceeds the model's positions.
     """
 
     def __init__(
@@ -50,15 +49,15 @@ class Cache:
         if max_tokens > config.max_positions:
             raise CacheError(f"{max_tokens} tokens exceed the model's max_positions of {config.max_positions}")
         if pool is not None and pool.config != config:
-            raise CacheError("the page pool was made for another model configuration")
+            raise CacheError("the page pool was created for another model configuration")
         self.config, self.max_tokens, self.rewind = config, max_tokens, rewind
         reserved = 0 if pool is not None else -(-max_tokens // config.page_tokens)
         self.pool = pool if pool is not None else PagePool(config, batch_size * reserved, device)
         self.device = self.pool.device
         self._table = PageTable(self.pool, batch_size, reserved)
         self.high_water_marks = [0] * batch_size
-        """The most tokens each sequence ever held. Its rings hold the rows before that, up to their capacity."""
-        # The layers know the table and not the cache: a cycle would keep the memory of a forgotten cache for a while.
+        """Highest length each sequence has had. Rings hold the rows before it, up to their capacity."""
+        # Layers refer to the table instead of the cache: a reference cycle would delay freeing the memory.
         self.layers = [
             LayerCache(mixer.cache_parts(config), layer, self._table, rewind)
             for layer, mixer in enumerate(config.mixers)
@@ -72,32 +71,32 @@ class Cache:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens held, of each sequence."""
+        """Number of tokens of each sequence."""
         return list(self._table.lengths)
 
     @property
     def length(self) -> int:
-        """Tokens held, where all sequences hold as many. Raises CacheError where they do not."""
+        """Common number of tokens of all sequences. Raises CacheError if their lengths differ."""
         if len(set(self._table.lengths)) > 1:
             raise CacheError(f"the sequences have different lengths: {self.lengths}")
         return self._table.lengths[0]
 
     @property
     def starts(self) -> Tensor:
-        """Positions of the next tokens: int64 [1] where all sequences are equally long, else [B]."""
+        """Positions of the next tokens: int64 [1] if all sequences have equal lengths, else [B]."""
         return self._table.starts
 
     # --- a step of the network
 
     def begin(self, batch_size: int, tokens: int) -> None:
-        """Make room for ``tokens`` more tokens of each sequence. Raises CacheError, and changes nothing, when they do
-        not fit, the pool has too few pages, or an interrupted step has damaged the fixed state."""
+        """Make room for ``tokens`` more tokens of each sequence. Raises CacheError and changes nothing if they do not
+        fit, the pool has too few pages, or an interrupted step has damaged the fixed state."""
         self._check_lengths(batch_size, tokens)
         self._table.begin(tokens)
         self.high_water_marks = [max(mark, n + tokens) for mark, n in zip(self.high_water_marks, self._table.lengths)]
 
     def check_room(self, batch_size: int, tokens: int) -> None:
-        """Raise CacheError unless [batch_size, tokens] more ids fit and the pool has the pages."""
+        """Raise CacheError unless [batch_size, tokens] more IDs fit and the pool has enough pages."""
         self._check_lengths(batch_size, tokens)
         self._table.check_room(tokens)
 
@@ -111,7 +110,7 @@ class Cache:
                 )
             if not self._can_resume_at(sequence, length):
                 raise CacheError(
-                    f"sequence {sequence} cannot go on from {length} tokens: a step was interrupted; truncate it to 0"
+                    f"sequence {sequence} cannot continue from {length} tokens: a step was interrupted; truncate to 0"
                 )
 
     def advance(self) -> None:
@@ -122,13 +121,13 @@ class Cache:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Names that :meth:`nbytes` reports separately."""
+        """Components that :meth:`nbytes` reports separately."""
         fixed = (state.part.component for layer in self.layers for state in layer.fixed())
         return tuple(dict.fromkeys((*(part.component for part in self.pool.parts.values()), *fixed)))
 
     def nbytes(self, component: str | None = None) -> int:
-        """Return the bytes of the real storages: of everything, or of one of :attr:`components`. A page held twice
-        counts once. Raises CacheError for an unknown component."""
+        """Return the allocated bytes, in total or of one of :attr:`components`. Shared pages count once. Raises
+        CacheError for an unknown component."""
         if component is not None and component not in self.components:
             raise CacheError(f"component '{component}' is not one of {', '.join(self.components)}")
         pages = len({page for pages in self._table.pages for page in pages})
@@ -142,29 +141,29 @@ class Cache:
         return pages * self.pool.page_bytes(component) + fixed
 
     def bytes_per_token(self) -> float:
-        """All bytes of one sequence, fixed state included, over the tokens there is room for."""
+        """Return the bytes per sequence, fixed state included, divided by ``max_tokens``."""
         return self.nbytes() / self.batch_size / self.max_tokens
 
-    # --- going back, forking, batching
+    # --- truncating, forking, batching
 
     def truncate(self, tokens: int | Sequence[int]) -> None:
-        """Go back to the first ``tokens`` tokens of every sequence (one number for all, or one for each).
+        """Keep the first ``tokens`` tokens of every sequence. ``tokens`` is one length, or one per sequence.
 
-        Entries allow any length. Windows and compressor states keep only the newest tokens, and recurrent states exist
-        only where a call ended, so other lengths than 0 must be ones that they reach. Raises CacheError otherwise, and
-        changes nothing.
+        Entries allow any length. Windows and compressor states only have the newest tokens, and recurrent states only
+        exist at the ends of calls. Raises CacheError and changes nothing if they cannot resume at the length; 0 is
+        always possible.
         """
         targets = [tokens] * self.batch_size if isinstance(tokens, int) else list(tokens)
         if len(targets) != self.batch_size:
-            raise CacheError(f"truncate: {len(targets)} lengths were given for {self.batch_size} sequences")
+            raise CacheError(f"truncate: {len(targets)} lengths given for {self.batch_size} sequences")
         for sequence, (target, length) in enumerate(zip(targets, self._table.lengths)):
             if not 0 <= target <= length:
                 raise CacheError(f"cannot truncate to {target} tokens: the cache holds {length}")
             if not self._can_resume_at(sequence, target):
-                least = next((n for n in range(target, length + 1) if self._can_resume_at(sequence, n)), 0)
+                earliest = next((n for n in range(target, length + 1) if self._can_resume_at(sequence, n)), 0)
                 raise CacheError(
                     f"cannot truncate from {length} to {target} tokens: {self._limit(sequence, target)} can resume at "
-                    f"{least} or later only (a cache with a rewind of more than {self.rewind} keeps more)"
+                    f"{earliest} or later only (a cache with a rewind of more than {self.rewind} keeps more)"
                 )
         for sequence, target in enumerate(targets):
             if target == 0:
@@ -174,12 +173,12 @@ class Cache:
         self._table.truncate(targets)
 
     def _can_resume_at(self, sequence: int, length: int) -> bool:
-        """Return whether the fixed state still holds all that tokens from position ``length`` on need."""
+        """Return whether the fixed state has everything that tokens from position ``length`` on need."""
         mark = self.high_water_marks[sequence]
         return length == 0 or all(state.can_resume_at(sequence, length, mark) for state in self._fixed())
 
     def _limit(self, sequence: int, length: int) -> str:
-        """Name the kinds of state that cannot resume at ``length``."""
+        """Return the names of the kinds of state that cannot resume at ``length``."""
         mark = self.high_water_marks[sequence]
         kinds = {"window": "the sliding windows", "tail": "the compressors' tails", "state": "the recurrent states"}
         return " and ".join(
@@ -191,7 +190,7 @@ class Cache:
         )
 
     def release(self) -> None:
-        """Forget all tokens and give the pages back. A cache that nobody holds any more does so by itself."""
+        """Remove all tokens and free the pages. Deleting the cache does this, too."""
         self._table.release()
         self.high_water_marks = [0] * self.batch_size
         for state in self._fixed():
@@ -199,36 +198,36 @@ class Cache:
                 state.truncate(sequence, 0)
 
     def fork(self) -> Cache:
-        """A second cache that goes on from here on its own. Pages are shared until one of the two writes to them."""
-        twin = self._like(self.batch_size)
-        self._table.fork_into(twin._table)
-        twin.high_water_marks = list(self.high_water_marks)
-        for ours, theirs in zip(self._fixed_tensors(), twin._fixed_tensors()):
+        """Return an independent copy of the cache. Pages are shared until either cache writes to them."""
+        copy = self._like(self.batch_size)
+        self._table.fork_into(copy._table)
+        copy.high_water_marks = list(self.high_water_marks)
+        for ours, theirs in zip(self._fixed_tensors(), copy._fixed_tensors()):
             theirs.copy_(ours)
-        return twin
+        return copy
 
     @classmethod
     def join(cls, caches: Iterable[Cache]) -> Cache:
-        """One cache of all sequences of ``caches``, which share a pool and are left empty."""
+        """Move all sequences of ``caches``, which must share a pool, into one cache."""
         caches = list(caches)
         if not caches or len({id(cache) for cache in caches}) < len(caches):
-            raise CacheError("joining takes at least one cache, and each only once")
+            raise CacheError("join: expected one or more distinct caches")
         first = caches[0]
         for cache in caches:
             if cache.pool is not first.pool or cache.rewind != first.rewind:
-                raise CacheError("only caches of one page pool and one rewind can be joined")
-        whole = first._like(sum(cache.batch_size for cache in caches))
-        whole.max_tokens = max(cache.max_tokens for cache in caches)
-        for joined, parts in zip(whole._fixed_tensors(), zip(*(cache._fixed_tensors() for cache in caches))):
+                raise CacheError("join: the caches differ in their page pool or rewind")
+        result = first._like(sum(cache.batch_size for cache in caches))
+        result.max_tokens = max(cache.max_tokens for cache in caches)
+        for joined, parts in zip(result._fixed_tensors(), zip(*(cache._fixed_tensors() for cache in caches))):
             torch.cat(parts, out=joined)
-        whole.high_water_marks = [mark for cache in caches for mark in cache.high_water_marks]
-        whole._table.adopt([(cache._table, i) for cache in caches for i in range(cache.batch_size)])
+        result.high_water_marks = [mark for cache in caches for mark in cache.high_water_marks]
+        result._table.adopt([(cache._table, i) for cache in caches for i in range(cache.batch_size)])
         for cache in caches:
             cache.high_water_marks = [0] * cache.batch_size
-        return whole
+        return result
 
     def split(self) -> list[Cache]:
-        """One cache for each sequence, in order; this one is left empty."""
+        """Move each sequence into a cache of its own. Return the caches in order."""
         parts = [self._like(1) for _ in range(self.batch_size)]
         for sequence, part in enumerate(parts):
             part.high_water_marks = [self.high_water_marks[sequence]]
@@ -239,7 +238,7 @@ class Cache:
         return parts
 
     def _like(self, batch_size: int) -> Cache:
-        """An empty cache of the same kind, without pages."""
+        """Return an empty cache without pages, with the configuration, pool and rewind of this one."""
         return Cache(self.config, batch_size, self.max_tokens, pool=self.pool, rewind=self.rewind)
 
     def _fixed(self) -> list[FixedState]:

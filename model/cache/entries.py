@@ -10,7 +10,7 @@ from model.cache.pages import PageTable
 
 
 class PagedEntries:
-    """A growing part: packed rows in the pages of every sequence."""
+    """A growing part: packed rows in the pages of all sequences."""
 
     def __init__(self, table: PageTable, layer: int, name: str):
         self.table, self.layer, self.name = table, layer, name
@@ -23,34 +23,34 @@ class PagedEntries:
         return self.table.pool.rows(self.layer, self.name)
 
     def append(self, x: Tensor) -> None:
-        """The new entries, float [B, n, size]: of each sequence as many as its new tokens complete."""
+        """Append new entries, float [B, n, size]. A sequence keeps the entries that its new tokens complete."""
         if not x.shape[1]:
             return
         packed = pack(x, self.layout)
         per_page = self.per_page
-        places: list[int] = []
-        made: list[int] = []
+        indices: list[int] = []
+        completed: list[int] = []
         for sequence, (pages, first, last) in enumerate(zip(self.table.pages, *self.table.entry_counts(self.ratio))):
-            places += [pages[i // per_page] * per_page + i % per_page for i in range(first, last)]
-            made += range(sequence * packed.shape[1], sequence * packed.shape[1] + last - first)
+            indices += [pages[i // per_page] * per_page + i % per_page for i in range(first, last)]
+            completed += range(sequence * packed.shape[1], sequence * packed.shape[1] + last - first)
         rows = packed.flatten(0, 1)
-        if len(made) < len(rows):
-            rows = rows[torch.tensor(made, device=rows.device)]
-        self._rows.index_copy_(0, torch.tensor(places, device=rows.device), rows)
+        if len(completed) < len(rows):
+            rows = rows[torch.tensor(completed, device=rows.device)]
+        self._rows.index_copy_(0, torch.tensor(indices, device=rows.device), rows)
 
     @property
     def counts(self) -> list[int]:
-        """How many entries each sequence has, the new ones included."""
+        """Number of entries of each sequence, including those of the current step."""
         return self.table.entry_counts(self.ratio)[1]
 
     @property
     def pages(self) -> Pages:
-        """The rows of all sequences where they lie."""
+        """The rows of all sequences in place, by page."""
         return Pages(self._rows, self.per_page, self.table.page_ids)
 
     def rows(self) -> Tensor:
-        """All rows, the new ones included: uint8 [B, T, nbytes], T those of the sequence with the most. Beyond a
-        sequence's own they mean nothing."""
+        """Return all rows including those of the current step: uint8 [B, T, nbytes], where T is the highest count. Rows
+        beyond a sequence's count are arbitrary."""
         most = max(self.counts)
         if len(self.counts) == 1:
             pages = PagedRows(self._rows, self.per_page, self.table.pages[0], self.table.is_contiguous(0))
@@ -58,16 +58,16 @@ class PagedEntries:
         last = torch.tensor(self.counts, device=self.table.pool.device).unsqueeze(-1) - 1
         return self.pages.gather(torch.arange(most, device=self.table.pool.device).minimum(last).clamp(min=0))
 
-    def _places(self) -> Tensor:
-        """Rows of the pool that hold a single sequence's entries."""
+    def _pool_rows(self) -> Tensor:
+        """Return the pool row of each entry of a single sequence."""
         (count,) = self.table.entry_counts(self.ratio)[0]
         entries = torch.arange(count, device=self.table.pool.device)
         return self.table.page_ids[0][entries // self.per_page] * self.per_page + entries % self.per_page
 
     def saved(self) -> dict[str, Tensor]:
         """Return the rows in use of a single sequence, uint8 [T, layout.nbytes], by name."""
-        return {"": self._rows[self._places()]}
+        return {"": self._rows[self._pool_rows()]}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Restore the tensors of :meth:`saved` for a sequence of the same length."""
-        self._rows[self._places()] = tensors[""]
+        self._rows[self._pool_rows()] = tensors[""]

@@ -1,4 +1,4 @@
-"""One sequence's cache on disk: a safetensors file with the packed rows in use and the newest rows of every ring."""
+"""Saving a sequence's cache: a safetensors file with the packed rows of its entries and the rows of its rings."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ FORMAT_VERSION = "1"
 
 
 def save_cache(cache: Cache, path: str | Path) -> None:
-    """Write the cache of one sequence; what stood at ``path`` is replaced once the new file is complete.
+    """Write the cache of one sequence to ``path``, atomically replacing an existing file.
 
-    Raises CacheError for a cache of several sequences (:meth:`model.cache.Cache.split` makes single ones), and for one
-    that an interrupted step has damaged.
+    Raises CacheError if the cache has several sequences (:meth:`model.cache.Cache.split` separates them) or was damaged
+    by an interrupted step.
     """
     if cache.batch_size != 1:
         raise CacheError(f"{path}: a file holds one sequence's cache, this one holds {cache.batch_size}")
@@ -44,10 +44,10 @@ def save_cache(cache: Cache, path: str | Path) -> None:
 
 
 def restore_cache(cache: Cache, path: str | Path) -> None:
-    """Fill an empty cache of one sequence from a file of :func:`save_cache`, made with the same model configuration.
+    """Load a file of :func:`save_cache` into an empty cache of one sequence and equal model configuration.
 
-    The weights that made the entries are not recorded: that they are the same is the caller's to know. Raises
-    CacheError, and leaves the cache empty, for another configuration, too little room, or a damaged file.
+    The file does not identify the weights that computed the entries; the caller must. Raises CacheError and leaves the
+    cache empty if the configuration differs, the tokens do not fit or the file is damaged.
     """
     if cache.batch_size != 1 or cache.length:
         raise CacheError(f"{path}: only an empty cache of one sequence can be filled")
@@ -59,7 +59,7 @@ def restore_cache(cache: Cache, path: str | Path) -> None:
         model = json.loads(metadata["model"])
         length, rewind, written = (int(metadata[key]) for key in ("length", "rewind", "written"))
         if not isinstance(model, dict) or not 0 <= length <= written:
-            raise ValueError("its metadata make no sense")
+            raise ValueError("inconsistent metadata")
     except (KeyError, ValueError) as error:
         raise CacheError(f"{path}: not a saved cache ({error})") from error
     if _digest(metadata, tensors) != digest:
@@ -75,7 +75,7 @@ def restore_cache(cache: Cache, path: str | Path) -> None:
     cache.begin(1, length)
     cache.advance()
     try:
-        _fill(cache, tensors, path)
+        _load_parts(cache, tensors, path)
     except Exception:
         cache.truncate(0)
         raise
@@ -93,7 +93,7 @@ def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _rows(cache: Cache) -> dict[str, Tensor]:
-    """Return the content of each part by name: rows in use of entries, written rows of rings, recurrent states."""
+    """Return the content of each part by name: rows of entries, written rows of rings, recurrent states."""
     return {
         f"layers.{layer}.{name}{suffix}": tensor
         for layer, parts in enumerate(cache.layers)
@@ -102,7 +102,7 @@ def _rows(cache: Cache) -> dict[str, Tensor]:
     }
 
 
-def _fill(cache: Cache, tensors: dict[str, Tensor], path: str | Path) -> None:
+def _load_parts(cache: Cache, tensors: dict[str, Tensor], path: str | Path) -> None:
     expected = _rows(cache)
     for name in {**expected, **tensors}:
         if name not in tensors or name not in expected:

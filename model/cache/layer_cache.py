@@ -15,7 +15,7 @@ FixedState = WindowCache | CompressorState | RecurrentState
 
 
 class LayerCache:
-    """The parts that a layer's mixer declared, as attributes under their declared names."""
+    """Cache parts of a layer, as attributes under the names that its mixer declares."""
 
     def __init__(self, declared: Mapping[str, CachePart], layer: int, table: PageTable, rewind: int):
         self.parts: dict[str, PagedEntries | FixedState] = {}

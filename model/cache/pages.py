@@ -1,7 +1,7 @@
-"""Pages: the shared store in which the growing part of caches lies (report 3.5.1).
+"""Paged storage of the growing parts of caches (report 3.5.1).
 
-A page covers ``config.page_tokens`` tokens of one sequence, in every layer: so many packed rows of each growing part.
-Sequences hold page numbers, counted, so that forks can share them.
+A page covers ``config.page_tokens`` tokens of one sequence in all layers, with the packed rows of every growing part.
+Pages are reference-counted, so forks can share them.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def growing_parts(config: ModelConfig) -> dict[tuple[int, str], GrowingPart]:
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Storage of a cache. Not an inference tensor, which could be written to in inference mode only."""
+    """Return zeros that are not an inference tensor, which could only be written to in inference mode."""
     with torch.inference_mode(False):
         return torch.zeros(shape, dtype=dtype, device=device)
 
 
 class PagePool:
-    """``pages`` pages for caches of ``config``; those that hold any count one reference each."""
+    """Reference-counted pages for caches of ``config``."""
 
     def __init__(self, config: ModelConfig, pages: int, device: str | torch.device = "cpu"):
         if pages < 0:
@@ -51,8 +51,8 @@ class PagePool:
         self._rows = {key: self._allocate(part, pages) for key, part in self.parts.items()}
         self._references = [0] * pages
         self._dirty: set[int] = set()
-        """Free pages with rows of sequences that are gone."""
-        self._free = list(range(pages))  # a heap: the lowest first keeps a sequence's pages together
+        """Free pages that still have rows of released sequences."""
+        self._free = list(range(pages))  # a heap: allocating the lowest first keeps pages contiguous
 
     def _allocate(self, part: GrowingPart, pages: int) -> Tensor:
         return zeros((pages * self.page_tokens // part.ratio, part.layout.nbytes), torch.uint8, self.device)
@@ -69,7 +69,7 @@ class PagePool:
         return -(-tokens // self.page_tokens)
 
     def page_bytes(self, component: str | None = None) -> int:
-        """Bytes of one page: all, or those of one component."""
+        """Return the bytes of one page, in total or of one component."""
         return sum(
             self.page_tokens // part.ratio * part.layout.nbytes
             for part in self.parts.values()
@@ -77,15 +77,15 @@ class PagePool:
         )
 
     def rows(self, layer: int, name: str) -> Tensor:
-        """The packed rows of one part, page after page: uint8 [pages * rows per page, layout.nbytes]."""
+        """Return the packed rows of one part in page order: uint8 [pages * rows per page, layout.nbytes]."""
         return self._rows[layer, name]
 
     def references(self, page: int) -> int:
-        """How many tables hold the page."""
+        """Return the number of tables that hold the page."""
         return self._references[page]
 
     def check_free(self, count: int) -> None:
-        """Raises CacheError unless ``count`` pages are free."""
+        """Raise CacheError unless ``count`` pages are free."""
         if count > len(self._free):
             raise CacheError(
                 f"the page pool is exhausted: {count} more pages of {self.page_tokens} tokens are needed, "
@@ -93,7 +93,7 @@ class PagePool:
             )
 
     def allocate(self, count: int) -> list[int]:
-        """``count`` free pages, each with one reference. Raises CacheError, and takes none, when there are fewer."""
+        """Take ``count`` free pages, with one reference each. Raises CacheError and takes none if fewer are free."""
         self.check_free(count)
         taken = [heapq.heappop(self._free) for _ in range(count)]
         for page in taken:
@@ -103,7 +103,7 @@ class PagePool:
         return taken
 
     def clear(self, page: int) -> None:
-        """Zero the page: rows that a mask hides must be finite, whatever the sequence before left."""
+        """Zero the page. Masked rows must be finite, and a previous sequence may have left other values."""
         for key, part in self.parts.items():
             self._rows[key].view(self.pages, self.page_tokens // part.ratio, part.layout.nbytes)[page].zero_()
         self._dirty.discard(page)
@@ -117,10 +117,10 @@ class PagePool:
             self._references[page] -= 1
             if not self._references[page]:
                 heapq.heappush(self._free, page)
-                self._dirty.add(page)  # cleared when it is taken: not here, where nothing may be left to clear with
+                self._dirty.add(page)  # cleared on allocation: at interpreter exit, clearing can fail
 
     def copy(self, page: int) -> int:
-        """A page of one's own with the same rows, in exchange for the reference to ``page``."""
+        """Exchange a reference to ``page`` for a new page with a copy of its rows."""
         (own,) = self.allocate(1)
         for key, part in self.parts.items():
             rows = self._rows[key].view(self.pages, self.page_tokens // part.ratio, part.layout.nbytes)
@@ -129,7 +129,7 @@ class PagePool:
         return own
 
     def grow(self, pages: int) -> None:
-        """Add free pages, if more than 0. The rows move to a larger allocation."""
+        """Add ``pages`` free pages if positive. Moves the rows to a larger allocation."""
         if pages <= 0:
             return
         for key, part in self.parts.items():
@@ -142,20 +142,17 @@ class PagePool:
 
 
 class PageTable:
-    """Which pages hold which sequence, and how far each has been read: what every layer of a cache has in common.
-
-    Pages go back to the pool when the table is forgotten.
-    """
+    """Pages and lengths of the sequences of a cache, shared by all layers. Deleting the table releases the pages."""
 
     def __init__(self, pool: PagePool, sequences: int, reserved: int = 0):
-        """``reserved`` pages of the pool for each sequence from the start; more are taken as tokens come."""
+        """Allocate ``reserved`` pages per sequence. More are allocated as tokens arrive."""
         self.pool, self.reserved = pool, reserved
         self.pages: list[list[int]] = []
         self._pages_changed()
         self.pages += [pool.allocate(reserved) for _ in range(sequences)]
         self.lengths = [0] * sequences
         self.step = 0
-        """Tokens that are being appended to every sequence."""
+        """Number of tokens that the current step appends to every sequence."""
 
     def __del__(self) -> None:
         self.release()
@@ -166,7 +163,7 @@ class PageTable:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens read of each sequence."""
+        """Number of tokens of each sequence, without the current step."""
         return self._lengths
 
     @lengths.setter
@@ -176,7 +173,7 @@ class PageTable:
 
     @property
     def starts(self) -> Tensor:
-        """Positions of the next tokens: int64 [1] where all sequences are equally long, else [B]."""
+        """Positions of the next tokens: int64 [1] if all sequences have equal lengths, else [B]."""
         if self._starts is None:
             different = self._lengths[:1] if len(set(self._lengths)) == 1 else self._lengths
             self._starts = torch.tensor(different, device=self.pool.device)
@@ -184,7 +181,7 @@ class PageTable:
 
     @property
     def page_ids(self) -> Tensor:
-        """Page numbers, int64 [B, most pages]; shorter rows are filled up with their own first page."""
+        """Page IDs, int64 [B, pages]. Shorter rows are padded with their first page."""
         if self._page_ids is None:
             most = max(map(len, self.pages))
             rows = [pages + pages[:1] * (most - len(pages)) for pages in self.pages]
@@ -192,45 +189,47 @@ class PageTable:
         return self._page_ids
 
     def is_contiguous(self, sequence: int) -> bool:
-        """Whether the sequence's pages lie one after the other."""
+        """Return whether the sequence's pages are contiguous."""
         if self._contiguous is None:
             self._contiguous = [all(b == a + 1 for a, b in pairwise(pages)) for pages in self.pages]
         return self._contiguous[sequence]
 
     @property
     def new_lengths(self) -> list[int]:
-        """Tokens of each sequence after the present step."""
+        """Number of tokens of each sequence after the current step."""
         return [n + self.step for n in self._lengths]
 
     def entry_counts(self, ratio: int) -> tuple[list[int], list[int]]:
-        """How many entries of ``ratio`` tokens each sequence had before the present step, and has after it."""
+        """Return each sequence's number of entries of ``ratio`` tokens before and after the current step."""
         return [n // ratio for n in self._lengths], [(n + self.step) // ratio for n in self._lengths]
 
     def begin(self, tokens: int) -> None:
-        """Own the pages that the next ``tokens`` tokens of every sequence will be written to, sharing none of them.
-        Raises CacheError, and changes nothing, when the pool has too few pages."""
+        """Prepare unshared pages for ``tokens`` more tokens of every sequence. Raises CacheError and changes nothing if
+        the pool has too few pages."""
         if self.pool.parts:
             self._own_pages(tokens)
         self.step = tokens
 
     def _plan(self, tokens: int) -> tuple[list[tuple[int, int]], list[int], int]:
-        """What ``tokens`` more tokens of every sequence are written to: the places of shared pages, the number of pages
-        missing at each sequence's end, and how many pages all that takes."""
+        """Plan the pages for ``tokens`` more tokens of every sequence.
+
+        Return the (sequence, index) of shared pages to be copied, the number of pages to append to each sequence, and
+        the total number of pages to allocate."""
         shared: list[tuple[int, int]] = []
         missing = []
         for sequence, (pages, length) in enumerate(zip(self.pages, self._lengths)):
             end = self.pool.pages_for(length + tokens)
             missing.append(max(0, end - len(pages)))
             touched = range(length // self.pool.page_tokens, min(end, len(pages)))
-            shared += [(sequence, place) for place in touched if self.pool.references(pages[place]) > 1]
-        # The last of a page's holders keeps it.
-        holders = Counter(self.pages[sequence][place] for sequence, place in shared)
+            shared += [(sequence, index) for index in touched if self.pool.references(pages[index]) > 1]
+        # The last holder of a page keeps it.
+        holders = Counter(self.pages[sequence][index] for sequence, index in shared)
         copies = sum(n - (n == self.pool.references(page)) for page, n in holders.items())
         needed = sum(missing) + copies
         return shared, missing, needed
 
     def check_room(self, tokens: int) -> None:
-        """Raise CacheError unless the pool has the pages for ``tokens`` more tokens of every sequence."""
+        """Raise CacheError unless the pool has enough pages for ``tokens`` more tokens of every sequence."""
         if self.pool.parts and not self.reserved:
             self.pool.check_free(self._plan(tokens)[2])
 
@@ -241,21 +240,21 @@ class PageTable:
         if self.reserved:
             self.pool.grow(needed - self.pool.free_pages)
         self.pool.check_free(needed)
-        for sequence, place in shared:
+        for sequence, index in shared:
             pages = self.pages[sequence]
-            if self.pool.references(pages[place]) > 1:
-                pages[place] = self.pool.copy(pages[place])
+            if self.pool.references(pages[index]) > 1:
+                pages[index] = self.pool.copy(pages[index])
         for pages, count in zip(self.pages, missing):
             pages += self.pool.allocate(count)
         self._pages_changed()
 
     def advance(self) -> None:
-        """Count the tokens of the step that has been done."""
+        """Add the current step's tokens to the lengths."""
         self.lengths = [n + self.step for n in self._lengths]
         self.step = 0
 
     def truncate(self, lengths: list[int]) -> None:
-        """Go back to ``lengths`` tokens, and give back the pages beyond them that were not reserved."""
+        """Truncate to ``lengths`` tokens and release pages beyond them that are not reserved."""
         for pages, length, before in zip(self.pages, lengths, self._lengths):
             kept = max(self.reserved, self.pool.pages_for(length))
             if not length:
@@ -268,10 +267,10 @@ class PageTable:
         self.lengths, self.step = lengths, 0
 
     def fork_into(self, other: PageTable) -> None:
-        """Let an empty table go on from here: it shares the pages in use and reserves as many as this one."""
+        """Copy the sequences into an empty table, sharing the pages in use and reserving equally many."""
         used = [pages[: self.pool.pages_for(n)] for pages, n in zip(self.pages, self._lengths)]
         other.reserved = self.reserved
-        if self.reserved:  # the rest, and one page for each half-filled one to be copied to
+        if self.reserved:  # the rest, and one page to copy each half-filled page to
             self.pool.grow(sum(self.reserved - len(pages) + 1 for pages in used) - self.pool.free_pages)
         for pages in used:
             self.pool.share(pages)
@@ -280,7 +279,7 @@ class PageTable:
         other._pages_changed()
 
     def adopt(self, sequences: Sequence[tuple[PageTable, int]]) -> None:
-        """Take over sequences of other tables of the pool, with their pages, in the place of one's own empty ones."""
+        """Move sequences from other tables of the pool into this empty table, with their pages."""
         self.pages = [table.pages[i] for table, i in sequences]
         self.lengths = [table.lengths[i] for table, i in sequences]
         self._pages_changed()
@@ -291,7 +290,7 @@ class PageTable:
             table.lengths = [0 if k == i else n for k, n in enumerate(table.lengths)]
 
     def release(self) -> None:
-        """Forget all tokens and give all pages back, reserved ones too."""
+        """Remove all tokens and release all pages, including reserved ones."""
         for pages in self.pages:
             self.pool.release(pages)
         self.pages = [[] for _ in self.pages]

@@ -1,4 +1,4 @@
-"""Declarations of a layer's cache: the parts that a mixer asks for, with their sizes."""
+"""Cache parts that a mixer can declare, with their sizes."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class WindowPart:
 
 @dataclass(frozen=True)
 class CompressorPart:
-    """Projected values and gates of the newest tokens, float32, from which blocks of ``ratio`` tokens are pooled to
-    entries of ``width`` dims. With ``overlap`` an entry pools the previous block too, by projections of its own."""
+    """Projected values and gates of the newest tokens, float32. Blocks of ``ratio`` tokens are pooled to entries of
+    ``width`` dims. With ``overlap`` an entry also pools the previous block, with separate projections."""
 
     ratio: int
     width: int
@@ -46,7 +46,7 @@ class CompressorPart:
 
     @property
     def rows(self) -> int:
-        """Tokens kept: an unfinished block, and with ``overlap`` the whole one before it."""
+        """Number of tokens kept: an unfinished block and, with ``overlap``, the block before it."""
         return 2 * self.ratio - 1 if self.overlap else self.ratio - 1
 
     @property
@@ -59,7 +59,7 @@ class CompressorPart:
 
 @dataclass(frozen=True)
 class RecurrentPart:
-    """A recurrent state of fixed size, [*shape] per sequence, as it is after the last token."""
+    """A recurrent state of fixed size after the last token, [*shape] per sequence."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32

@@ -1,4 +1,4 @@
-"""Caches full of random entries: for measuring bytes and speed at a length that no network has to read first."""
+"""Fill caches with random entries, to measure memory and speed at long lengths without a prefill."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ from model.errors import CacheError
 _PIECE_BYTES = 1 << 26
 _ROWS_AT_ONCE = 1024
 SPARE_BYTES = 5 * _PIECE_BYTES
-"""The most memory that filling takes beyond the cache: a piece for each of three layouts, rows on their way, their
-order."""
+"""Maximum memory of filling beyond the cache: pieces for three layouts, rows being copied and their order."""
 
 
 def fill_random(cache: Cache, tokens: int, seed: int = 0) -> None:
-    """Make every sequence of an empty cache hold ``tokens`` tokens' worth of random entries; decoding can go on there.
+    """Fill every sequence of an empty cache with random entries for ``tokens`` tokens. Decoding can continue after it.
 
-    Every row is a packed row of standard normal values, and the compressors' tails are such values. For each layout
-    rows are packed once, at most 64 MiB of them, and every growing part of every sequence takes them in a random order
-    of its own, over again where it needs more: at 1,048,576 tokens of V4-Flash, index keys are all different within
-    a layer and a main entry occurs two or three times. Memory beyond the cache is a few such pieces.
+    Rows are packed from standard normal values; compressor states are normal values. For each layout at most 64 MiB of
+    rows are packed. Every growing part of every sequence copies them in another random order, repeatedly if it needs
+    more. At 1,048,576 tokens of V4-Flash, index keys are distinct within a layer and a main entry occurs two or three
+    times. Memory beyond the cache is bounded by :data:`SPARE_BYTES`.
 
-    Raises CacheError, and changes nothing, where the cache is not empty or the tokens do not fit.
+    Raises CacheError and changes nothing if the cache is not empty or the tokens do not fit.
     """
     if tokens < 1 or any(cache.lengths):
         raise CacheError(
-            f"only an empty cache can be filled, with at least 1 token: this one holds {cache.lengths}, "
+            f"only an empty cache can be filled, with at least 1 token: the cache holds {cache.lengths}, "
             f"asked for {tokens}"
         )
     cache.begin(cache.batch_size, tokens)
@@ -61,7 +60,7 @@ def fill_random(cache: Cache, tokens: int, seed: int = 0) -> None:
 
 
 def _packed_normals(rows: int, layout: EntryLayout, generator: torch.Generator) -> Tensor:
-    """Uint8 [rows, layout.nbytes], packed in short runs so that the floats are few at any time."""
+    """Return packed normal values, uint8 [rows, layout.nbytes]. Packs a few rows at a time to limit memory."""
     packed = torch.empty(rows, layout.nbytes, dtype=torch.uint8, device=generator.device)
     for some in packed.split(_ROWS_AT_ONCE):
         x = torch.randn(len(some), layout.size, generator=generator, device=generator.device)
@@ -70,7 +69,7 @@ def _packed_normals(rows: int, layout: EntryLayout, generator: torch.Generator) 
 
 
 def _fill_pages(part: PagedEntries, pages: int, piece: Tensor, generator: torch.Generator) -> None:
-    """The first ``pages`` pages of every sequence, whole, with rows of ``piece`` [rows, nbytes]."""
+    """Fill the first ``pages`` pages of every sequence with rows of ``piece`` [rows, nbytes]."""
     pool = part.table.pool
     store = pool.rows(part.layer, part.name).view(pool.pages, -1)
     at_once = max(1, len(piece) // part.per_page)

@@ -8,30 +8,30 @@ from torch import Tensor
 from model.cache.pages import PageTable, zeros
 from model.cache.parts import RecurrentPart
 
-_NOWHERE = -1
+_EMPTY = -1
 
 
 class RecurrentState:
     """States [*shape] of every sequence at the ends of the newest ``rewind`` + 1 calls, [B, kept, *shape].
 
-    A sequence resumes only where a state was kept. Before the first token the state is zero.
+    A sequence can only resume where a state was kept. The initial state is zero.
     """
 
     def __init__(self, table: PageTable, part: RecurrentPart, rewind: int):
         self.table, self.part = table, part
         shape = (len(table.lengths), rewind + 1)
         self.data = zeros((*shape, *part.shape), part.dtype, table.pool.device)
-        self.positions = zeros(shape, torch.int64, torch.device("cpu")) + _NOWHERE
+        self.positions = zeros(shape, torch.int64, torch.device("cpu")) + _EMPTY
 
     def can_resume_at(self, sequence: int, length: int, high_water_mark: int) -> bool:
         return bool((self.positions[sequence] == length).any())
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Forget states of more than ``length`` tokens."""
+        """Remove states of more than ``length`` tokens."""
         if length:
-            self.positions[sequence][self.positions[sequence] > length] = _NOWHERE
+            self.positions[sequence][self.positions[sequence] > length] = _EMPTY
         else:
-            self.positions[sequence] = _NOWHERE
+            self.positions[sequence] = _EMPTY
             self.data[sequence].zero_()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -39,7 +39,7 @@ class RecurrentState:
         return {"": self.data, ".positions": self.positions}
 
     def read(self) -> Tensor:
-        """Return the states before the new tokens: [B, *shape]. Raises IndexError where none was kept."""
+        """Return the states before the new tokens: [B, *shape]. Raises IndexError if none was kept."""
         rows = []
         for sequence, length in enumerate(self.table.lengths):
             if length:
@@ -49,7 +49,7 @@ class RecurrentState:
         return torch.stack(rows)
 
     def append(self, states: Tensor) -> None:
-        """Keep the states after the new tokens, [B, *shape], in place of the oldest ones. Detaches them."""
+        """Keep the states after the new tokens, [B, *shape], replacing the oldest states. Detaches them."""
         for sequence, (state, length) in enumerate(zip(states.detach(), self.table.new_lengths)):
             oldest = int(self.positions[sequence].argmin())
             self.data[sequence, oldest] = state

@@ -1,4 +1,4 @@
-"""Rings of the newest tokens' rows: the sliding window and the compressors' state."""
+"""Ring buffers of the newest tokens' rows: the sliding window and the compressors' state."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Ring:
         return max(0, self.first_needed(length)) >= high_water_mark - self.capacity
 
     def truncate(self, sequence: int, length: int) -> None:
-        """Go back to ``length`` tokens. Rows that a mask hides must be finite, so an empty sequence has zeros."""
+        """Truncate to ``length`` tokens. Zeroes an empty sequence, because masked rows must be finite."""
         if not length:
             self.data[sequence].zero_()
 
@@ -49,12 +49,12 @@ class Ring:
         are arbitrary."""
         lengths = self.table.lengths
         if len(set(lengths)) > 1:
-            return self.data[self._places(lengths, count)]
+            return self.data[self._indices(lengths, count)]
         pieces = [self.data[:, piece] for piece in self._slices(lengths[0], count)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
     def append(self, rows: Tensor) -> None:
-        """Write the new tokens' rows [B, S, width], or the last of them if there are more than fit. Detaches them."""
+        """Write the new tokens' rows [B, S, width], or as many of the last as fit. Detaches them."""
         self.write(rows, self.table.new_lengths)
 
     def write(self, rows: Tensor, ends: list[int]) -> None:
@@ -72,16 +72,16 @@ class Ring:
         self.write(tensors[""].unsqueeze(0), self.table.lengths)
 
     def _slices(self, end: int, count: int) -> list[slice]:
-        """Return where the ``count`` rows before ``end`` lie: one slice, or two around the end of the ring."""
+        """Return one slice of the ``count`` rows before ``end``, or two if they wrap around."""
         first = (end - count) % self.capacity if self.capacity else 0
         if first + count <= self.capacity:
             return [slice(first, first + count)]
         return [slice(first, self.capacity), slice(0, first + count - self.capacity)]
 
-    def _places(self, ends: list[int], count: int) -> tuple[Tensor, Tensor]:
+    def _indices(self, ends: list[int], count: int) -> tuple[Tensor, Tensor]:
         after = torch.tensor(ends, device=self.data.device).unsqueeze(-1)
-        places = (after - count + torch.arange(count, device=self.data.device)) % self.capacity
-        return torch.arange(len(ends), device=self.data.device).unsqueeze(-1), places
+        indices = (after - count + torch.arange(count, device=self.data.device)) % self.capacity
+        return torch.arange(len(ends), device=self.data.device).unsqueeze(-1), indices
 
 
 class WindowCache(Ring):
@@ -95,15 +95,15 @@ class WindowCache(Ring):
         return position - (self.part.tokens - 1)
 
     def extend(self, new: Tensor) -> Tensor:
-        """Append the new tokens' rows, uint8 [B, S, nbytes], and return them behind the ``window - 1`` rows before:
+        """Append the new tokens' rows, uint8 [B, S, nbytes], and return them after the previous ``window - 1`` rows:
         uint8 [B, window - 1 + S, nbytes]. Rows before a sequence's start are arbitrary."""
         rows = torch.cat((self.read(self.part.tokens - 1), new), dim=1)
         self.append(new)
         return rows
 
     def attended(self, new: Tensor) -> TokenRows:
-        """Append the new tokens' rows, uint8 [B, S, nbytes], and return them with the ``window - 1`` rows before, in
-        place if the ring has room for both."""
+        """Append the new tokens' rows, uint8 [B, S, nbytes], and return them with the previous ``window - 1`` rows,
+        in place if the ring has room for both."""
         first = self.table.starts
         if self.capacity >= self.part.tokens - 1 + new.shape[1]:
             self.append(new)
@@ -119,7 +119,7 @@ class Completion:
     past: int
     """Number of kept rows before the new tokens' rows."""
     has_previous: bool
-    """Whether the first block only precedes the first one to be pooled."""
+    """Whether the first block is the overlap of the first pooled block, and is not pooled itself."""
     first_entry: Tensor
     """int64 [sequences]: index of the first new entry."""
 

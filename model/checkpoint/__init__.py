@@ -1,24 +1,24 @@
-"""Checkpoints: a folder of safetensors and JSON. Nothing is pickled, nothing half-written is ever visible.
+"""Checkpoints: a folder of safetensors and JSON files, replaced atomically. Nothing is pickled.
 
 ``model.safetensors`` holds every parameter and persistent buffer under its own name, ``config.json`` the
-:class:`ModelConfig` and the format version, ``tokenizer.json`` the tokenizer where one was given. A sharded training
-writes the tensors in parts (:mod:`model.checkpoint.rank_shards`), which ``config.json`` counts; such a folder is read
-like any other.
+:class:`ModelConfig` and the format version, ``tokenizer.json`` the tokenizer, if given. Sharded training writes one
+safetensors file per rank instead (:mod:`model.checkpoint.rank_shards`) and describes them in ``config.json``; readers
+accept both.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from model.atomic_files import atomic_folder
-from model.checkpoint.rank_shards import Part, Parts, SpanOf, read
+from model.checkpoint.rank_shards import RankShard, RowLookup, ShardSet, read_shards
 from model.config import ModelConfig
 from model.distributed.dtensor import local_ranges
 from model.distributed.fsdp import local_state, set_local_state
@@ -31,15 +31,15 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 def save(model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
-    """Write ``folder``, replacing the checkpoint that is there once the new one is complete. Raises CheckpointError
-    when what is there is something else."""
+    """Write a checkpoint to ``folder``, atomically replacing a checkpoint that exists there. Raises CheckpointError if
+    ``folder`` holds anything else."""
     check_replaceable(folder)
     with atomic_folder(folder) as scratch:
         write(model.state_dict(), model.config, scratch, tokenizer)
 
 
 def check_replaceable(folder: str | Path) -> None:
-    """Raise CheckpointError when ``folder`` holds files and is not a checkpoint."""
+    """Raise CheckpointError if ``folder`` holds files and is not a checkpoint."""
     folder = Path(folder)
     if folder.exists() and not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder}: exists and is not a checkpoint folder, so it is not replaced")
@@ -48,46 +48,51 @@ def check_replaceable(folder: str | Path) -> None:
 def write(
     state: Mapping[str, Tensor], config: ModelConfig, folder: str | Path, tokenizer: Tokenizer | None = None
 ) -> None:
-    """Write the checkpoint's files into an existing folder, for callers that make the folder appear themselves.
-    ``state`` is the network's ``state_dict``."""
+    """Write the files of a checkpoint into an existing folder, without replacing it atomically. ``state`` is the
+    network's ``state_dict``."""
     folder = Path(folder)
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     _write_config(folder, config, tokenizer)
 
 
-def write_part(
+def write_shard(
     state: Mapping[str, Tensor],
-    span_of: SpanOf,
-    part: Part,
+    find_rows: RowLookup,
+    shard: RankShard,
     config: ModelConfig,
     folder: str | Path,
     tokenizer: Tokenizer | None = None,
 ) -> None:
-    """One rank's share of the same; the folder is a checkpoint once every rank's share is there. ``state`` is
-    :func:`model.distributed.local_state` in contiguous memory of the CPU."""
+    """Write one rank's file of a sharded checkpoint and, on rank 0, ``config.json`` and the tokenizer.
+
+    The checkpoint is complete once every rank has written. ``state`` is the network's
+    :func:`model.distributed.fsdp.local_state`, contiguous and on the CPU.
+    """
     folder = Path(folder)
-    part.write(folder / WEIGHTS, state, span_of)
-    if part.number == 0:
-        _write_config(folder, config, tokenizer, part.parts)
+    shard.write(folder / WEIGHTS, state, find_rows)
+    if shard.rank == 0:
+        _write_config(folder, config, tokenizer, shard.shards)
 
 
-def _write_config(folder: Path, config: ModelConfig, tokenizer: Tokenizer | None, parts: Parts | None = None) -> None:
-    content = {"format_version": FORMAT_VERSION, "model": config.to_dict()}
-    if parts is not None:
-        content["parts"] = asdict(parts)
+def _write_config(
+    folder: Path, config: ModelConfig, tokenizer: Tokenizer | None, shards: ShardSet | None = None
+) -> None:
+    content: dict[str, Any] = {"format_version": FORMAT_VERSION, "model": config.to_dict()}
+    if shards is not None:
+        content["shards"] = {"count": shards.count, "save_id": shards.save_id}
     (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(folder)
 
 
 def load_config(folder: str | Path) -> ModelConfig:
-    """The configuration of a checkpoint folder. Raises CheckpointError."""
+    """Return the configuration of a checkpoint folder. Raises CheckpointError."""
     return _read_config(Path(folder))[0]
 
 
-def _read_config(folder: Path) -> tuple[ModelConfig, Parts | None]:
-    """The configuration, and the parts that the folder's tensors are in."""
+def _read_config(folder: Path) -> tuple[ModelConfig, ShardSet | None]:
+    """Return the configuration of a checkpoint folder, and its rank shards if it has any."""
     path = folder / CONFIG
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
@@ -95,8 +100,8 @@ def _read_config(folder: Path) -> tuple[ModelConfig, Parts | None]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and "model_type" in content:
             raise CheckpointError(
-                f"{folder}: a checkpoint of model_type '{content['model_type']}', not of ours; the export step with "
-                "--format fiftyfold carries it over"
+                f"{folder}: a checkpoint of model_type '{content['model_type']}' in another format; convert it with "
+                "the export step and --format fiftyfold"
             )
         version, values = content["format_version"], content["model"]
     except OSError as error:
@@ -107,20 +112,28 @@ def _read_config(folder: Path) -> tuple[ModelConfig, Parts | None]:
         raise CheckpointError(f"{path}: format version {version!r} is not the supported {FORMAT_VERSION}")
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: 'model' is not a mapping")
-    parts = content.get("parts")
-    if parts is not None:
-        try:
-            parts = Parts(int(parts["count"]), str(parts["writing"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path}: 'parts' is not a count and a writing") from error
+    shards = _read_shard_set(path, content)
     try:
-        return ModelConfig.from_dict(values), parts
+        return ModelConfig.from_dict(values), shards
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
+def _read_shard_set(path: Path, content: dict[str, Any]) -> ShardSet | None:
+    # Earlier releases wrote the keys 'parts' and 'writing', and files without 'rank-' in their names.
+    legacy = "shards" not in content
+    key, id_key = ("parts", "writing") if legacy else ("shards", "save_id")
+    values = content.get(key)
+    if values is None:
+        return None
+    try:
+        return ShardSet(int(values["count"]), str(values[id_key]), legacy)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: '{key}' is not a mapping of 'count' and '{id_key}'") from error
+
+
 def load(folder: str | Path, device: str | torch.device = "cpu") -> Transformer:
-    """The model of a checkpoint folder, in eval mode. Raises CheckpointError naming the file or tensor."""
+    """Return the model of a checkpoint folder, in eval mode. Raises CheckpointError naming the file or tensor."""
     config = load_config(folder)
     model = Transformer(config)
     load_weights(model, folder)
@@ -130,13 +143,14 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Transformer:
 
 
 def load_weights(model: Transformer, folder: str | Path) -> None:
-    """Fill ``model`` from a checkpoint folder; it is untouched when anything does not fit. Of a sharded network, on
-    any number of ranks, this rank's rows are read. Raises CheckpointError."""
+    """Load the weights of a checkpoint folder into ``model``. A sharded model reads this rank's rows; the number of
+    ranks may differ from the checkpoint's. Raises CheckpointError and leaves the model unchanged if a tensor does not
+    fit."""
     found = read_tensors(folder, WEIGHTS, local_ranges(model.state_dict().items()).get)
-    _fill(model, Path(folder) / WEIGHTS, found)
+    _load_state(model, Path(folder) / WEIGHTS, found)
 
 
-def _fill(model: Transformer, path: Path, found: dict[str, Tensor]) -> None:
+def _load_state(model: Transformer, path: Path, found: dict[str, Tensor]) -> None:
     expected = local_state(model)
     for name, tensor in expected.items():
         if name not in found:
@@ -159,11 +173,10 @@ def _fill(model: Transformer, path: Path, found: dict[str, Tensor]) -> None:
 
 
 def warm_start(model: Transformer, folder: str | Path) -> list[str]:
-    """Fill ``model`` from the checkpoint of a network that may differ in its compression ratios and in having a
-    multi-token prediction module.
+    """Load the weights of a network that may have other compression ratios and no multi-token prediction module.
 
-    Returns the names of the tensors that stay as drawn: position biases (zeros) whose ratio changed, and those of a
-    module that the checkpoint does not have. Every other tensor must fit; raises CheckpointError.
+    Return the names of tensors that keep their initial values: position biases (zeros) of layers with another ratio,
+    and tensors of a module that the checkpoint lacks. Raises CheckpointError if any other tensor does not fit.
     """
     found, expected = read_tensors(folder, WEIGHTS), model.state_dict()
     if not model.config.mtp_layers:
@@ -174,19 +187,19 @@ def warm_start(model: Transformer, folder: str | Path) -> list[str]:
         if (name.startswith("mtp.") and name not in found)
         or (name.endswith(".ape") and name in found and found[name].shape != tensor.shape)
     ]
-    _fill(model, Path(folder) / WEIGHTS, {**found, **{name: expected[name] for name in fresh}})
+    _load_state(model, Path(folder) / WEIGHTS, {**found, **{name: expected[name] for name in fresh}})
     return fresh
 
 
-def read_tensors(folder: str | Path, file: str, span_of: SpanOf = lambda name: None) -> dict[str, Tensor]:
-    """The tensors of a safetensors ``file`` of a checkpoint folder, which may be there in parts; of those with a span
-    these rows only. Raises CheckpointError when a file is missing or damaged."""
-    _, parts = _read_config(Path(folder))
-    return read(Path(folder) / file, parts, span_of)
+def read_tensors(folder: str | Path, file: str, find_rows: RowLookup = lambda name: None) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors ``file`` in a checkpoint folder, sharded by rank or not. ``find_rows`` limits
+    tensors to a row range. Raises CheckpointError if a file is missing or damaged."""
+    _, shards = _read_config(Path(folder))
+    return read_shards(Path(folder) / file, shards, find_rows)
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """The files of a checkpoint's weights. Raises CheckpointError."""
+    """Return the files with a checkpoint's weights. Raises CheckpointError."""
     path = Path(folder) / WEIGHTS
-    _, parts = _read_config(path.parent)
-    return [path] if parts is None else parts.files(path)
+    _, shards = _read_config(path.parent)
+    return [path] if shards is None else shards.files(path)

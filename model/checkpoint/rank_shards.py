@@ -1,8 +1,8 @@
-"""Tensors spread over several safetensors files, as the ranks of a sharded training write them.
+"""Safetensors files written by the ranks of a sharded training, one file per rank.
 
-Part k of n of ``model.safetensors`` is ``model-0000k-of-0000n.safetensors``. Its header says which rows of a tensor it
-holds, where it does not hold all of them, and which writing it belongs to. Ranks need not wait for one another: of
-parts that a killed run left behind, one is missing, cut short or of another writing, and none of these is read.
+Rank k of n writes its rows of ``model.safetensors`` to ``model-rank-0000k-of-0000n.safetensors``, counted from 1. The
+header holds the row ranges of sharded tensors and the ID of the save. Ranks do not wait for one another: if a run is
+killed during a save, a file is missing, truncated or has another save's ID, and reading raises CheckpointError.
 """
 
 from __future__ import annotations
@@ -22,97 +22,108 @@ from torch import Tensor
 from model.distributed.dtensor import RowRange
 from model.errors import CheckpointError
 
-SpanOf = Callable[[str], RowRange | None]
-"""The rows of a named tensor that are meant; None for all of them."""
+RowLookup = Callable[[str], RowRange | None]
+"""Maps a tensor's name to a row range; None stands for all rows."""
 
 
 @dataclass(frozen=True)
-class Parts:
-    """The files that make a whole."""
+class ShardSet:
+    """The files of one save, one per rank."""
 
     count: int
-    writing: str
-    """What they have in common, and no other files that were ever written in their place."""
+    save_id: str
+    """Random ID shared by all files of one save."""
+    legacy: bool = False
+    """Whether the files have the names and header of earlier releases, ``model-00001-of-00008.safetensors``. They are
+    still read, but no longer written: Hugging Face uses these names for files of whole tensors."""
 
-    def file(self, path: Path, number: int) -> Path:
-        """Part ``number`` of ``path``, counted from 0."""
-        return path.with_name(f"{path.stem}-{number + 1:05d}-of-{self.count:05d}{path.suffix}")
+    def file(self, path: Path, rank: int) -> Path:
+        """Return the file of ``rank``, counted from 0, for the tensors of ``path``."""
+        kind = "" if self.legacy else "rank-"
+        return path.with_name(f"{path.stem}-{kind}{rank + 1:05d}-of-{self.count:05d}{path.suffix}")
 
     def files(self, path: Path) -> list[Path]:
-        return [self.file(path, number) for number in range(self.count)]
+        return [self.file(path, rank) for rank in range(self.count)]
+
+    @property
+    def id_key(self) -> str:
+        """Header key of the save ID."""
+        return "writing" if self.legacy else "save_id"
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one rank writes: its rows of what is sharded. What all of them hold whole, the first one writes."""
+class RankShard:
+    """The tensors that one rank writes: its rows of sharded tensors and, on rank 0, all replicated tensors."""
 
-    number: int
-    parts: Parts
+    rank: int
+    shards: ShardSet
 
-    def write(self, path: Path, tensors: Mapping[str, Tensor], span_of: SpanOf) -> None:
-        """Write this part of ``path``. ``tensors`` are the rank's own, contiguous and on the CPU."""
-        spans = {name: span for name, tensor in tensors.items() if tensor.dim() and (span := span_of(name))}
-        mine = {name: tensor for name, tensor in tensors.items() if (name in spans or self.number == 0)}
-        rows = {name: list(span) for name, span in spans.items()}
-        header = {"format": "pt", "writing": self.parts.writing, "rows": json.dumps(rows)}
-        save_file(mine, self.parts.file(path, self.number), metadata=header)
+    def write(self, path: Path, tensors: Mapping[str, Tensor], find_rows: RowLookup) -> None:
+        """Write this rank's file for ``path``. ``tensors`` are the rank's local tensors, contiguous and on the CPU."""
+        ranges = {name: rows for name, tensor in tensors.items() if tensor.dim() and (rows := find_rows(name))}
+        written = {name: tensor for name, tensor in tensors.items() if name in ranges or self.rank == 0}
+        encoded = json.dumps({name: list(rows) for name, rows in ranges.items()})
+        header = {"format": "pt", self.shards.id_key: self.shards.save_id, "rows": encoded}
+        save_file(written, self.shards.file(path, self.rank), metadata=header)
 
 
-def read(path: Path, parts: Parts | None = None, span_of: SpanOf = lambda name: None) -> dict[str, Tensor]:
-    """The tensors of the file ``path``, or of its ``parts``; of those with a span these rows only.
+def read_shards(
+    path: Path, shards: ShardSet | None = None, find_rows: RowLookup = lambda name: None
+) -> dict[str, Tensor]:
+    """Return the tensors of the file ``path``, or of its ``shards``. ``find_rows`` limits tensors to a row range.
 
-    Raises CheckpointError when a file is missing, damaged or of another writing, and when rows are missing.
+    Raises CheckpointError if a file is missing, damaged or from another save, or if rows are missing.
     """
-    files = [path] if parts is None else parts.files(path)
+    files = [path] if shards is None else shards.files(path)
     pieces: dict[str, list[tuple[RowRange | None, Any]]] = {}
     with ExitStack() as stack:
         for file in files:
-            for name, span, stored in _opened(file, parts, stack):
-                pieces.setdefault(name, []).append((span, stored))
+            for name, rows, piece in _open_pieces(file, shards, stack):
+                pieces.setdefault(name, []).append((rows, piece))
         try:
-            return {name: _joined(path, name, found, span_of(name)) for name, found in pieces.items()}
+            return {name: _concatenate(path, name, found, find_rows(name)) for name, found in pieces.items()}
         except (SafetensorError, RuntimeError) as error:
             raise CheckpointError(f"{path}: damaged ({error})") from error
 
 
-def _opened(file: Path, parts: Parts | None, stack: ExitStack) -> Iterator[tuple[str, RowRange | None, Any]]:
-    """The names in a file, the rows of each (None: all) and what gives its data."""
+def _open_pieces(file: Path, shards: ShardSet | None, stack: ExitStack) -> Iterator[tuple[str, RowRange | None, Any]]:
+    """Yield the name, rows (None for all) and lazily loaded data of each tensor in a file."""
     try:
-        file.open("rb").close()  # the library calls a file missing that may not be read
+        file.open("rb").close()  # safetensors reports an unreadable file as missing
         opened = stack.enter_context(safe_open(file, framework="pt"))
     except (FileNotFoundError, PermissionError) as error:
         raise CheckpointError(f"{file}: {error.strerror}") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: damaged or not a safetensors file ({error})") from error
-    rows: dict[str, RowRange] = {}
-    if parts is not None:
+    ranges: dict[str, RowRange] = {}
+    if shards is not None:
         header = opened.metadata() or {}
-        if header.get("writing") != parts.writing:
-            raise CheckpointError(f"{file}: was not written together with the other files of this folder")
+        if header.get(shards.id_key) != shards.save_id:
+            raise CheckpointError(f"{file}: belongs to another save than the folder's config.json")
         try:
-            rows = {name: RowRange(*map(int, span)) for name, span in json.loads(header["rows"]).items()}
+            ranges = {name: RowRange(*map(int, rows)) for name, rows in json.loads(header["rows"]).items()}
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{file}: says not which rows of its tensors it holds ({error})") from error
+            raise CheckpointError(f"{file}: the row ranges of its tensors are missing or invalid ({error})") from error
     for name in opened.keys():  # noqa: SIM118 (not a mapping)
-        yield name, rows.get(name), opened.get_slice(name)
+        yield name, ranges.get(name), opened.get_slice(name)
 
 
-def _joined(path: Path, name: str, pieces: list[tuple[RowRange | None, Any]], wanted: RowRange | None) -> Tensor:
-    """Rows of a tensor, from the pieces that hold some of them."""
+def _concatenate(path: Path, name: str, pieces: list[tuple[RowRange | None, Any]], wanted: RowRange | None) -> Tensor:
+    """Return the ``wanted`` rows of a tensor, all by default, from pieces that hold some rows each."""
     shape = pieces[0][1].get_shape()
     if not shape:
         return pieces[0][1][...]
-    held = sorted((span or RowRange(0, shape[0], shape[0]), place) for place, (span, _) in enumerate(pieces))
-    rows = held[0][0].rows
-    ends = [0, *(span.end for span, _ in held)]
-    if any(span.begin != end for (span, _), end in zip(held, ends)) or ends[-1] != rows:
-        raise CheckpointError(f"{path}: tensor '{name}': some of its {rows} rows are in no part, or in two")
-    begin, end, expected = wanted or RowRange(0, rows, rows)
-    if expected != rows:
-        raise CheckpointError(f"{path}: tensor '{name}' has {rows} rows, expected {expected}")
+    held = sorted((rows or RowRange(0, shape[0], shape[0]), index) for index, (rows, _) in enumerate(pieces))
+    total = held[0][0].rows
+    ends = [0, *(rows.end for rows, _ in held)]
+    if any(rows.begin != end for (rows, _), end in zip(held, ends)) or ends[-1] != total:
+        raise CheckpointError(f"{path}: tensor '{name}': some of its {total} rows are missing or stored twice")
+    begin, end, expected = wanted or RowRange(0, total, total)
+    if expected != total:
+        raise CheckpointError(f"{path}: tensor '{name}' has {total} rows, expected {expected}")
     found = [pieces[0][1][:0]]
-    for span, place in held:
-        first, last = max(begin, span.begin), min(end, span.end)
+    for rows, index in held:
+        first, last = max(begin, rows.begin), min(end, rows.end)
         if first < last:
-            found.append(pieces[place][1][first - span.begin : last - span.begin])
+            found.append(pieces[index][1][first - rows.begin : last - rows.begin])
     return found[1] if len(found) == 2 else torch.cat(found)

@@ -1,4 +1,4 @@
-"""The five choices of the recipe, taken away one at a time."""
+"""Ablations: the network without each of the five choices of the recipe."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def find_ablations(
                 "bytes per token",
                 own.bytes_per_token,
                 own.bytes_per_token + len(config.indexed_layers) * wider / config.indexer_ratio,
-                "FP8 index key: one byte per dim and an FP32 scale; the switch alone leaves the format as it is",
+                "FP8 index key: one byte per dim and an FP32 scale; model.qat alone does not change the format",
             )
         )
 
@@ -108,7 +108,7 @@ def find_ablations(
         ),
         Ablation(
             "precision per role",
-            "what the cache packs, and index products, in BF16 (model.kv_format, index_format and gqa_format bf16)",
+            "cache entries and index products in BF16 (model.kv_format, index_format and gqa_format bf16)",
             bool(packed),
             without(bool(packed), **dict.fromkeys(packed, "bf16")),
         ),

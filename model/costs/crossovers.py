@@ -17,9 +17,9 @@ _FAR = 1 << 40
 
 @dataclass(frozen=True)
 class Crossover:
-    """The sequence length from which on one cost stays at least another, in raw FLOPs and in FP8 equivalents.
+    """Sequence length from which on one cost is at least another, in raw FLOPs and in FP8 equivalents.
 
-    None is beyond 2^40 tokens. ``key`` identifies the crossover, ``rule`` describes both costs.
+    None stands for more than 2^40 tokens. ``key`` identifies the crossover, ``rule`` describes both costs.
     """
 
     key: str
@@ -34,13 +34,13 @@ Cost = Callable[[int, bool], float]
 
 
 def find_crossovers(config: ModelConfig, references: tuple[CostModel, ...] = ()) -> tuple[Crossover, ...]:
-    """Return all crossovers that the model's layers allow, from closed forms, to the tokens of a cache page."""
+    """Return all crossovers that apply to the model's layers, to the resolution of a cache page."""
     own = costs_of(config)
     found: list[Crossover] = []
 
     def crossing(key: str, name: str, rule: str, rising: Cost, passed: Cost, step: int = config.page_tokens) -> None:
-        raw = _from_then_on(lambda n: rising(n, False) >= passed(n, False), step)
-        weighted = _from_then_on(lambda n: rising(n, True) >= passed(n, True), step)
+        raw = _find_last_crossing(lambda n: rising(n, False) >= passed(n, False), step)
+        weighted = _find_last_crossing(lambda n: rising(n, True) >= passed(n, True), step)
         found.append(Crossover(key, name, raw, weighted, rule))
 
     if own.fixed and own.per_token:
@@ -67,10 +67,10 @@ def find_crossovers(config: ModelConfig, references: tuple[CostModel, ...] = ())
             crossing(
                 f"{other.name}: index", f"index scores of {other.name} pass its core attention", rule, rising, passed
             )
-        rule = f"whole decode step against that of {other.name}"
+        rule = f"full decode step against that of {other.name}"
         kinds = _kinds(other, *attention, *others), _kinds(own, *attention, *others)
-        crossing(f"{other.name}: decode", f"decoding is no dearer than with {other.name}", rule, *kinds)
-        rule = f"whole sequence, fixed state included, against that of {other.name}"
+        crossing(f"{other.name}: decode", f"decoding costs no more than with {other.name}", rule, *kinds)
+        rule = f"cache of a sequence, fixed state included, against that of {other.name}"
         sizes = _cache(other), _cache(own)
         crossing(f"{other.name}: cache", f"the cache is no larger than with {other.name}", rule, *sizes, 1)
     return tuple(found)
@@ -92,9 +92,11 @@ def _cache(costs: CostModel) -> Cost:
     return lambda tokens, _: costs.cache_bytes(tokens)
 
 
-def _from_then_on(holds: Callable[[int], bool], step: int) -> int | None:
-    """Return the least multiple of ``step`` from which on ``holds`` stays true, judged at powers of two and bisected
-    between two of them; 1 if it is true at all of them."""
+def _find_last_crossing(holds: Callable[[int], bool], step: int) -> int | None:
+    """Return the smallest multiple of ``step`` from which on ``holds`` is true, or None beyond 2^40 tokens.
+
+    Tests ``step`` times powers of two and bisects after the last one where ``holds`` is false. Returns 1 if there is
+    none."""
     powers = [1 << i for i in range(_FAR.bit_length()) if step << i <= _FAR]
     last_without = max((i for i, n in enumerate(powers) if not holds(n * step)), default=-1)
     if last_without == -1:

@@ -1,4 +1,4 @@
-"""FLOPs of decoding one token, in closed form.
+"""Closed-form FLOPs of decoding one token.
 
 One sequence decodes its n-th token with the number formats of the released kernels; the multi-token prediction module
 is idle. A multiply-add is two FLOPs. Matrix products count, and the mixing of residual streams. Norms, softmax,
@@ -14,8 +14,8 @@ _KINDS = ("linear", "index", "core", "residual")
 
 
 def decode_work(config: ModelConfig, tokens: int) -> list[Work]:
-    """Return the work of decoding the ``tokens``-th token of a sequence, summed over layers, parts without work left
-    out.
+    """Return the work of decoding the ``tokens``-th token of a sequence, summed over layers. Parts without work are
+    omitted.
 
     Visible entries follow the model's causality: the n-th token sees n // ratio of them, and csa attends to at most
     ``index_topk`` (report eq. 13-23).
@@ -34,7 +34,7 @@ def _residual(c: ModelConfig) -> list[Work]:
     if not c.hyper_connections:
         return []
     n, d, blocks = c.hc_mult, c.hidden_size, 2 * c.num_layers
-    weights = blocks * (2 * n + n * n) * n * d + n * n * d  # around every block, and once before the head
+    weights = blocks * (2 * n + n * n) * n * d + n * n * d  # around every block and before the head
     mixing = blocks * (n * n + 2 * n) * d + n * d
     return [
         Work("hyper-connections: weights", "residual", "bf16", 2.0 * weights),

@@ -11,9 +11,9 @@ from model.config import ModelConfig
 from model.precision import EXPERT_FORMAT
 
 PARAMETER_RULE = (
-    "trained tensors of the main model, embedding and head included; the multi-token module stands apart, and router "
-    "biases (moved by rule) and hash-routing tables (fixed integers) are not counted. Active: what one token is "
-    "multiplied with, so all but the embedding (a look-up) and the routed experts it is not sent to; the head is active"
+    "trained tensors of the main model, embedding and head included; the multi-token module is listed separately; "
+    "router biases (not trained by gradient) and hash-routing tables (integers) are not counted. Active: weights that "
+    "multiply a token: the head, but not the embedding (a lookup) or routed experts that were not chosen"
 )
 
 _COMPONENTS = (
@@ -52,8 +52,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
     """Count the tensors of a :class:`model.transformer.Transformer`, which may live on the meta device.
 
     By :data:`PARAMETER_RULE` Flash has 284.33B, 13.27B active, and Pro 1.573T, 48.85B active, which round to the
-    published 284B / 13B and 1.6T / 49B. Flash's figure leaves no room for the multi-token module (6.61B) and none for
-    dropping the embedding (0.53B) from the total; Pro's rounds to 1.6T with its module (25.84B) as well.
+    published 284B / 13B and 1.6T / 49B. Flash's published total includes the embedding (0.53B) and excludes the
+    multi-token module (6.61B). Pro's rounds to 1.6T with its module (25.84B), too.
     """
     config: ModelConfig = model.config  # type: ignore[assignment]
     components: dict[str, tuple[int, int]] = {}
@@ -74,8 +74,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def expert_weight_bytes(elements: int, qat: bool) -> float:
-    """Return stored bytes of routed experts' weights: E2M1 with an E8M0 scale per 32 with QAT, else E4M3 with one per
-    128 x 128 (the release's formats)."""
+    """Return the stored bytes of routed experts' weights in the release's formats: with QAT, E2M1 and an E8M0 scale per
+    32 values; otherwise E4M3 and one per 128 x 128 tile."""
     if qat:
         assert EXPERT_FORMAT == "fp4"
         return elements * (1 / 2 + 1 / 32)

@@ -19,7 +19,7 @@ GQA_HEADS, GQA_HEAD_DIM = 8, 128
 class CostModel:
     """Costs of one network as functions of the sequence length. ``rule`` is the counting rule, for printing.
 
-    ``per_token`` and ``fixed`` are cache bytes of one sequence by component. ``work(n)`` is that of the n-th token.
+    ``per_token`` and ``fixed`` are cache bytes of one sequence by component. ``work(n)`` is the work of the n-th token.
     """
 
     name: str
@@ -46,7 +46,7 @@ class CostModel:
 
 
 def times(more: float, less: float) -> float | None:
-    """Return ``more / less``, or None if ``less`` is zero, like the growing cache of a model with windows only."""
+    """Return ``more / less``, or None if ``less`` is zero. The growing cache of a model with windows only is zero."""
     return more / less if less else None
 
 
@@ -62,7 +62,8 @@ def costs_of(config: ModelConfig, name: str = "model") -> CostModel:
 
 
 def v32_costs() -> CostModel:
-    """DeepSeek-V3.2 as served in FP8: 61 layers of MLA under a lightning indexer (V3.2 report; shapes of V3).
+    """Return the costs of DeepSeek-V3.2 served in FP8: 61 layers of MLA with a lightning indexer (V3.2 report, shapes
+    of V3).
 
     Decoding absorbs the latent's up-projection into query and output (BF16). Core attention reads 576 dims per key and
     sums 512, for 128 heads and at most 2,048 tokens. Per token and layer the cache holds 512 FP8 values, 4 FP32 scales
@@ -107,9 +108,10 @@ def v32_costs() -> CostModel:
 
 
 def gqa8_costs(config: ModelConfig) -> CostModel:
-    """Grouped-query attention with 8 key-value heads of 128 dims, everything in BF16, at the model's depth.
+    """Return the costs of grouped-query attention with 8 key-value heads of 128 dims in BF16, at the model's depth.
 
-    It keeps the model's hidden width, query heads (a multiple of 8), feed-forward and head; residuals are plain.
+    The model's hidden width, query heads (rounded to a multiple of 8), feed-forward and head are kept, with plain
+    residuals.
     """
     standard = with_gqa8(config).replace(hyper_connections=False, qat=False)
     costs = costs_of(standard)

@@ -1,4 +1,4 @@
-"""The waterfall: cache bytes per token from a BF16 baseline to a network, one change at a time."""
+"""Waterfall of cache bytes per token, from a BF16 baseline to a network, one change at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from model.precision import index_layout, main_layout
 
 @dataclass(frozen=True)
 class Step:
-    """One stage of the waterfall: growing cache bytes per token after it, and the factor it divided them by."""
+    """One stage of the waterfall: growing cache bytes per token after it, and the factor by which it reduced them."""
 
     name: str
     bytes_per_token: float
@@ -24,7 +24,8 @@ class Step:
 
 
 def waterfall(config: ModelConfig, muon: bool = True) -> tuple[Step, ...]:
-    """Return the stages from GQA-8 in BF16 to ``config``, one change at a time. Their factors multiply to the ratio.
+    """Return the stages from GQA-8 in BF16 to ``config``, one change at a time. The product of their factors is
+    the total ratio.
 
     Each stage's bytes come from the stage's own entry sizes; the last stage's equal the cache's. Muon,
     hyper-connections and quantization-aware training leave every entry unchanged: their factor is 1.
@@ -63,12 +64,12 @@ def waterfall(config: ModelConfig, muon: bool = True) -> tuple[Step, ...]:
     if shared:
         stages += [
             (
-                "one head whose key is its value",
+                "one head with a shared key and value",
                 kept + shared * main,
                 f"{shared} layers x {config.head_dim} dims x 2 bytes, every token",
             ),
             (
-                "windows: sliding layers forget",
+                "windows: sliding layers drop old tokens",
                 kept + (shared - forgetting) * main,
                 f"{forgetting} layers keep {config.window} tokens, which is fixed state",
             ),
@@ -102,7 +103,7 @@ def waterfall(config: ModelConfig, muon: bool = True) -> tuple[Step, ...]:
     if config.hyper_connections:
         stages.append(("hyper-connections", total, "residual streams, parameters and FLOPs only"))
     if config.qat:
-        rule = "experts' weights; permits FP4 index keys, which are counted above"
+        rule = "experts' weights; allows FP4 index keys, counted above"
         stages.append(("FP4 quantization-aware training", total, rule))
     steps = [Step(stages[0][0], stages[0][1], None, stages[0][2])]
     for name, size, rule in stages[1:]:

@@ -1,4 +1,4 @@
-"""Several documents in one row: who belongs together, for training on packed rows (report 4.1: sample-level masks)."""
+"""Packed rows: several documents per training row, separated by masks (report 4.1: sample-level masks)."""
 
 from __future__ import annotations
 
@@ -9,29 +9,28 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Blocks:
-    """The whole blocks of all documents of each row, in order; rows with fewer than the most are filled up with
-    blocks that no query may see."""
+class CompressionBlocks:
+    """Complete compression blocks of each row's documents, in order. Shorter rows are padded with masked blocks."""
 
     tokens: Tensor
-    """int64 [B, n * ratio]: places in the row of the blocks' tokens."""
+    """int64 [B, n * ratio]: indices in the row of the blocks' tokens."""
     positions: Tensor
-    """int64 [B, n]: place of each block's first token in its document."""
+    """int64 [B, n]: position of each block's first token in its document."""
     starts: Tensor
-    """bool [B, n]: the block is its document's first, so nothing precedes it."""
+    """bool [B, n]: whether the block is the first of its document."""
     mask: Tensor
-    """bool [B, S, n]: token t may use block i, which is of its own document and complete at t."""
+    """bool [B, S, n]: whether block i belongs to token t's document and is complete at t."""
 
     def gather(self, rows: Tensor) -> Tensor:
-        """rows [B, S, w] -> [B, n * ratio, w]: tokens that fill no block are left out."""
+        """Return the rows of the blocks' tokens: [B, S, w] -> [B, n * ratio, w]."""
         return rows.gather(1, self.tokens.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
 
 
 class PackedDocuments:
-    """Rows whose tokens' places in their documents are ``positions`` int64 [B, S]: 0 starts a document, -1 is padding.
+    """Rows of documents with ``positions`` int64 [B, S] in the documents: 0 starts a document, -1 is padding.
 
-    A padding token is a document of its own that ``counted`` leaves out. Raises ValueError for positions that neither
-    start a document nor go on with one.
+    Each padding token is treated as a separate document and is False in ``counted``. Raises ValueError if a position
+    neither starts nor continues a document.
     """
 
     def __init__(self, positions: Tensor):
@@ -45,34 +44,34 @@ class PackedDocuments:
             )
         self.counted = positions >= 0
         self.positions = positions.clamp(min=0)
-        self._blocks: dict[int, Blocks] = {}
+        self._blocks: dict[int, CompressionBlocks] = {}
 
     def causal_mask(self) -> Tensor:
-        """bool [B, S, S]: row i may see column j of its own document, j <= i."""
-        place = torch.arange(self.positions.shape[1], device=self.positions.device)
-        first = (place - self.positions).unsqueeze(-1)
-        return (place <= place.unsqueeze(-1)) & (place >= first)
+        """Return bool [B, S, S]: whether tokens i and j belong to one document and j <= i."""
+        index = torch.arange(self.positions.shape[1], device=self.positions.device)
+        first = (index - self.positions).unsqueeze(-1)
+        return (index <= index.unsqueeze(-1)) & (index >= first)
 
-    def blocks(self, ratio: int) -> Blocks:
-        """The documents cut into whole blocks of ``ratio`` >= 2 tokens, each document from its own first token; what
-        is left over at a document's end belongs to no block."""
+    def blocks(self, ratio: int) -> CompressionBlocks:
+        """Return the blocks of ``ratio`` >= 2 tokens, aligned to the start of each document. A document's last tokens
+        belong to no block if they do not fill one."""
         if ratio not in self._blocks:
             self._blocks[ratio] = self._cut(ratio)
         return self._blocks[ratio]
 
-    def _cut(self, ratio: int) -> Blocks:
+    def _cut(self, ratio: int) -> CompressionBlocks:
         B, S = self.positions.shape
         device = self.positions.device
         ends = (self.positions + 1) % ratio == 0
-        complete = ends.cumsum(dim=1)  # [B, S]: blocks of the row that are complete at each token
+        complete = ends.cumsum(dim=1)  # [B, S]: blocks of the row complete at each token
         n = int(complete[:, -1].max()) if S else 0
         rows, last = ends.nonzero(as_tuple=True)
         final = torch.full((B, n), min(ratio, S) - 1, device=device)
         final[rows, complete[rows, last] - 1] = last
         first = final - (ratio - 1)
-        own = (self.positions + 1) // ratio  # blocks of the token's own document, complete at it
+        own = (self.positions + 1) // ratio  # blocks of the token's document complete at it
         block = torch.arange(n, device=device)
         mask = (block >= (complete - own).unsqueeze(-1)) & (block < complete.unsqueeze(-1))
         positions = self.positions.gather(1, first)
         tokens = (first.unsqueeze(-1) + torch.arange(ratio, device=device)).flatten(1)
-        return Blocks(tokens, positions, positions == 0, mask)
+        return CompressionBlocks(tokens, positions, positions == 0, mask)

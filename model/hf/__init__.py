@@ -1,8 +1,8 @@
-"""DeepSeek-V4 checkpoints: folders that ``DeepseekV4ForCausalLM`` and DeepSeek's own code read and write.
+"""DeepSeek-V4 checkpoints in the formats of Hugging Face transformers and of DeepSeek's release.
 
-:func:`import_pretrained` reads three kinds of folder: with the names of transformers' modules, with those that it saves
-by default, and the released format (DeepSeek's names, FP8 and FP4 weights with their scales). :func:`export_pretrained`
-writes the first and the last. Nothing in a folder is executed or unpickled.
+:func:`import_pretrained` reads three kinds of tensor names: those of transformers' modules, those that transformers
+saves by default, and the released ones (with FP8 and FP4 weights and their scales). :func:`export_pretrained` writes
+the first and the last. Nothing in a folder is executed or unpickled.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from model.config import CACHE_FORMATS
 from model.errors import CheckpointError, ConfigError
 from model.hf import release_format
 from model.hf.config import OWN_KEY, ExpertFormat, check_expressible, read_config, write_config
-from model.hf.names import Format, Layout, Source, canonical, layout_of, sources
-from model.hf.safetensors_folder import Stored, list_tensors, read_json, read_tensors, write_shards
+from model.hf.names import Layout, Source, WeightFormat, canonical_name, detect_layout, sources
+from model.hf.safetensors_folder import TensorHeader, iterate_tensors, list_tensors, read_json, write_shards
 from model.precision import Precision
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
@@ -31,16 +31,16 @@ CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.
 
 
 def import_pretrained(folder: str | Path, device: str | torch.device = "cpu", **overrides: Any) -> Transformer:
-    """The network of a DeepSeek-V4 checkpoint folder, in float32 and eval mode.
+    """Return the network of a DeepSeek-V4 checkpoint folder, in float32 and eval mode.
 
-    ``overrides`` replace fields of ModelConfig. Unless they or a folder written here say otherwise, the network
-    computes as the folder's owner does: from unquantised weights in plain floats (every cache format ``fp32``,
-    ``qat=False``), from quantised ones with the mixed-precision cache (ModelConfig's own formats), and with ``qat`` on
-    where the experts are FP4, which rounds nothing that is not rounded already. A prediction module is built where the
-    folder holds its tensors (``mtp.*``, which transformers never saves); ``mtp_layers=0`` passes over them.
+    ``overrides`` replace fields of ModelConfig. Folders of :func:`export_pretrained` record the cache formats and
+    ``qat``. For other folders they follow the weights: unquantized weights select ``fp32`` for every cache format and
+    ``qat=False``; quantized weights select ModelConfig's default formats, and ``qat=True`` if the experts are FP4,
+    whose rounding then changes nothing. A multi-token prediction module is built if the folder has its tensors
+    (``mtp.*``, which transformers never saves), unless ``mtp_layers=0`` is given.
 
-    Names, shapes and dtypes of all tensors are checked before any is read, and they are read one at a time, so memory
-    stays near the network's own. Raises CheckpointError naming file and key or tensor, expected and found.
+    Checks names, shapes and dtypes of all tensors before reading any. Reads one tensor at a time, so peak memory is
+    close to the network's size. Raises CheckpointError naming the file, the key or tensor, and the expected value.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -48,12 +48,12 @@ def import_pretrained(folder: str | Path, device: str | torch.device = "cpu", **
     content = read_json(folder / CONFIG)
     config = read_config(folder / CONFIG, content, **overrides)
     found = list_tensors(folder)
-    layout = layout_of(found)
+    layout = detect_layout(found)
     real_name: dict[str, str] = {}
     for real in found:
-        name = canonical(real)
+        name = canonical_name(real)
         if name in real_name:
-            raise CheckpointError(f"{folder}: tensors '{real_name[name]}' and '{real}' are two names for the same one")
+            raise CheckpointError(f"{folder}: tensors '{real_name[name]}' and '{real}' are two names of one tensor")
         real_name[name] = real
     stored = {name: found[real] for name, real in real_name.items()}
     if "mtp_layers" in overrides and not config.mtp_layers:
@@ -64,8 +64,8 @@ def import_pretrained(folder: str | Path, device: str | torch.device = "cpu", **
     with torch.device("meta"):
         model = Transformer(config)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    expected = {canonical(name): source for name, source in sources(config, shapes, layout).items()}
-    quantized = _check(folder, expected, stored, real_name)
+    expected = {canonical_name(name): source for name, source in sources(config, shapes, layout).items()}
+    quantized = _check_tensors(folder, expected, stored, real_name)
     if quantized and content.get("quantization_config") is None:
         name = next(iter(quantized))
         raise CheckpointError(
@@ -80,7 +80,7 @@ def import_pretrained(folder: str | Path, device: str | torch.device = "cpu", **
     model.to_empty(device=device)
     for buffer in model.buffers():
         buffer.zero_()
-    _fill(model, expected, quantized, {name: (real_name[name], stored[name]) for name in stored})
+    _load_tensors(model, expected, quantized, {name: (real_name[name], stored[name]) for name in stored})
     model.place_weights()
     return model.eval()
 
@@ -93,18 +93,22 @@ def export_pretrained(
     experts: ExpertFormat | None = None,
     max_shard_bytes: int = 5 << 30,
 ) -> None:
-    """Write ``folder``, replacing what is there once the new one is complete.
+    """Write a DeepSeek-V4 checkpoint to ``folder``, atomically replacing a checkpoint that exists there.
 
-    ``transformers``: float32 under the names of ``DeepseekV4ForCausalLM``'s modules, with ``qat`` the routed experts
-    rounded to FP4 as the network uses them; ``mtp.*`` beside them, which it passes over. ``released``: DeepSeek's names
-    and dtypes (attention, shared experts and prediction projections FP8, routed experts FP4 or FP8, mixing weights
-    FP32, the rest BF16); ``experts`` chooses theirs, by default what they were read from, else FP4 with ``qat`` and
-    FP8 without. A tensor that was read quantised and not changed since is written bit for bit. Both note
-    the cache's formats and ``qat`` under a key of their own, which :func:`import_pretrained` heeds; transformers
-    rounds no cache.
+    ``format`` is one of:
 
-    Raises ConfigError for a network that the format cannot express or an unknown format, CheckpointError for a value
-    that it cannot.
+    * ``transformers``: float32 under the names of ``DeepseekV4ForCausalLM``'s modules. With ``qat``, routed experts are
+      rounded to FP4, as in the forward pass. Tensors of ``mtp.*`` are included; transformers ignores them.
+    * ``released``: DeepSeek's names and dtypes: FP8 for attention, shared experts and prediction projections, FP4 or
+      FP8 for routed experts, FP32 for mixing weights, BF16 for all others. ``experts`` is the routed experts' format;
+      by default the format they were read from, else FP4 with ``qat`` and FP8 without. Tensors that were read quantized
+      and have not changed are written bit for bit.
+
+    Both record the cache formats and ``qat`` under the key ``fiftyfold`` for :func:`import_pretrained`. transformers
+    ignores it and does not quantize its cache.
+
+    Raises ConfigError if the format is unknown or cannot express the network, and CheckpointError if it cannot
+    represent a value.
     """
     for name, value, known in (
         ("format", format, get_args(Layout)),
@@ -120,7 +124,7 @@ def export_pretrained(
         experts = read_as[0] if read_as else "fp4" if model.config.qat else "fp8"
     writer, tensors = _writer(model, format, experts)
     with atomic_folder(folder) as scratch:
-        write_shards(scratch, tensors.items(), writer.produce, max_shard_bytes)
+        write_shards(scratch, tensors.items(), writer.get_tensor, max_shard_bytes)
         ids = {
             "bos_token_id": tokenizer.bos_id if tokenizer else None,
             "eos_token_id": tokenizer.eos_id if tokenizer else None,
@@ -137,18 +141,19 @@ def export_pretrained(
 
 
 def is_pretrained(folder: str | Path) -> bool:
-    """Whether the folder's ``config.json`` names a model type, as those of transformers and the release do."""
+    """Return whether the folder's ``config.json`` has a model type, as in transformers and the release."""
     path = Path(folder) / CONFIG
     return path.is_file() and "model_type" in read_json(path)
 
 
 def tensor_bytes(model: Transformer, format: Layout, experts: ExpertFormat = "fp4") -> dict[str, int]:
-    """Size in bytes of every tensor that :func:`export_pretrained` would write; the model may be on the meta device."""
+    """Return the size in bytes of every tensor that :func:`export_pretrained` would write. The model may be on the meta
+    device."""
     return _writer(model, format, experts)[1]
 
 
 def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What transformers' AutoTokenizer needs beside ``tokenizer.json``."""
+    """Return the settings that transformers' AutoTokenizer reads in addition to ``tokenizer.json``."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokenizer.bos_token,
@@ -157,11 +162,11 @@ def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _check(
-    folder: Path, expected: dict[str, Source], stored: dict[str, Stored], real_name: dict[str, str]
-) -> dict[str, Format]:
-    """Raise CheckpointError unless names, shapes and dtypes fit; the quantised tensors and their formats."""
-    quantized: dict[str, Format] = {}
+def _check_tensors(
+    folder: Path, expected: dict[str, Source], stored: dict[str, TensorHeader], real_name: dict[str, str]
+) -> dict[str, WeightFormat]:
+    """Return the formats of quantized tensors by name. Raises CheckpointError unless names, shapes and dtypes fit."""
+    quantized: dict[str, WeightFormat] = {}
     scales: dict[str, tuple[str, tuple[int, int]]] = {}
     for name, source in expected.items():
         if name not in stored:
@@ -184,7 +189,7 @@ def _check(
     return quantized
 
 
-def _check_shape(name: str, stored: Stored, expected: tuple[int, ...]) -> None:
+def _check_shape(name: str, stored: TensorHeader, expected: tuple[int, ...]) -> None:
     if stored.shape != tuple(expected):
         raise CheckpointError(
             f"{stored.shard}: tensor '{name}' has shape {list(stored.shape)}, expected {list(expected)}"
@@ -192,37 +197,37 @@ def _check_shape(name: str, stored: Stored, expected: tuple[int, ...]) -> None:
 
 
 @torch.no_grad()
-def _fill(
+def _load_tensors(
     model: Transformer,
     expected: dict[str, Source],
-    quantized: dict[str, Format],
-    stored: dict[str, tuple[str, Stored]],
+    quantized: dict[str, WeightFormat],
+    stored: dict[str, tuple[str, TensorHeader]],
 ) -> None:
-    """Read the scales, which stay with the model, and then every weight. ``stored`` maps to the name on disk."""
+    """Read all scales, which the model keeps, then all weights. ``stored`` maps our names to names on disk."""
     weight_of = {release_format.scale_name(name): name for name in quantized}
-    for name, place, tensor in _read({name: stored[name] for name in weight_of}):
+    for name, header, tensor in _read({name: stored[name] for name in weight_of}):
         codes, weight = tensor.view(torch.uint8), weight_of[name]
         if (codes == 255).any():
-            raise CheckpointError(f"{place.shard}: tensor '{name}' holds values that are not finite")
+            raise CheckpointError(f"{header.shard}: tensor '{name}' holds values that are not finite")
         release_format.keep_scales(model, expected[weight], quantized[weight], codes.to(model.embed.weight.device))
-    for name, place, tensor in _read({name: stored[name] for name in expected}):
+    for name, header, tensor in _read({name: stored[name] for name in expected}):
         source = expected[name]
         if name in quantized:
             scales = release_format.kept_scales(model, source, quantized[name])
             assert scales is not None
             tensor = release_format.decode(tensor, scales, quantized[name])
-        _place(model, source, tensor, place.shard)
+        _copy_into(model, source, tensor, header.shard)
 
 
-def _read(stored: dict[str, tuple[str, Stored]]) -> Iterator[tuple[str, Stored, Tensor]]:
-    """Our name, place and content of each tensor, shard by shard."""
+def _read(stored: dict[str, tuple[str, TensorHeader]]) -> Iterator[tuple[str, TensorHeader, Tensor]]:
+    """Yield our name, header and content of each tensor, shard by shard."""
     names = {real: name for name, (real, _) in stored.items()}
-    for real, tensor in read_tensors(dict(stored.values())):
+    for real, tensor in iterate_tensors(dict(stored.values())):
         yield names[real], stored[names[real]][1], tensor
 
 
-def _place(model: Transformer, source: Source, tensor: Tensor, shard: Path) -> None:
-    if source.stored == "int64":
+def _copy_into(model: Transformer, source: Source, tensor: Tensor, shard: Path) -> None:
+    if source.format == "int64":
         experts = model.config.num_experts
         if tensor.min() < 0 or tensor.max() >= experts:
             raise CheckpointError(f"{shard}: tensor '{source.name}' names experts outside 0..{experts - 1}")
@@ -238,57 +243,57 @@ def _place(model: Transformer, source: Source, tensor: Tensor, shard: Path) -> N
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """By the extremes, which a NaN becomes too: ``isfinite`` makes several copies of a tensor."""
+    """Check the extremes, which are NaN if any value is. ``isfinite`` would allocate several copies of the tensor."""
     return all(extreme.isfinite() for extreme in tensor.aminmax())
 
 
-class _Plain:
-    """Tensors as transformers holds them, in float32. ``plan`` maps the names to write to where they come from."""
+class _TransformersWriter:
+    """Tensors in transformers' layout, in float32. ``plan`` maps the names to be written to their sources."""
 
     def __init__(self, model: Transformer, plan: dict[str, Source]):
         self.model, self.plan, self.state = model, plan, model.state_dict()
 
     def entries(self, source: Source) -> list[tuple[str, int]]:
-        """Name and size in bytes of the tensors that one source becomes."""
-        dtype = torch.int64 if source.stored == "int64" else torch.float32
+        """Return name and size in bytes of the tensors written for a source."""
+        dtype = torch.int64 if source.format == "int64" else torch.float32
         return [(source.name, release_format.nbytes(source.shape, dtype))]
 
-    def produce(self, name: str) -> Tensor:
+    def get_tensor(self, name: str) -> Tensor:
         source = self.plan[name]
         values = self.values(source)
-        return Precision(self.model.config).round_expert(values) if source.stored == "fp4" else values
+        return Precision(self.model.config).round_expert(values) if source.format == "fp4" else values
 
     def values(self, source: Source) -> Tensor:
-        """A source's tensor put together from ours: float32 (int64 for expert tables), on the CPU."""
+        """Assemble a source's tensor from ours, on the CPU: float32, or int64 for expert tables."""
         found = []
         for part in source.parts:
             tensor = self.state[part.ours].detach()
             found.append((tensor if part.expert is None else tensor[part.expert]).cpu())
-        whole = found[0].reshape(source.shape) if len(found) == 1 else torch.cat(found, dim=-2)
-        if whole.is_floating_point() and not _is_finite(whole):
+        tensor = found[0].reshape(source.shape) if len(found) == 1 else torch.cat(found, dim=-2)
+        if tensor.is_floating_point() and not _is_finite(tensor):
             raise CheckpointError(f"tensor '{source.name}' holds values that are not finite")
-        return whole if source.stored == "int64" else whole.float()
+        return tensor if source.format == "int64" else tensor.float()
 
 
-def _writer(model: Transformer, format: Layout, experts: ExpertFormat) -> tuple[_Plain, dict[str, int]]:
+def _writer(model: Transformer, format: Layout, experts: ExpertFormat) -> tuple[_TransformersWriter, dict[str, int]]:
     plan = sources(model.config, {name: tensor.shape for name, tensor in model.state_dict().items()}, format)
-    writer = _Released(model, plan, experts) if format == "released" else _Plain(model, plan)
+    writer = _ReleasedWriter(model, plan, experts) if format == "released" else _TransformersWriter(model, plan)
     return writer, dict(entry for source in plan.values() for entry in writer.entries(source))
 
 
-class _Released(_Plain):
-    """Tensors as released: quantised weights with their scales, the rest in the dtypes of the release."""
+class _ReleasedWriter(_TransformersWriter):
+    """Tensors in the released layout: quantized weights with scales, all others in the dtypes of the release."""
 
     def __init__(self, model: Transformer, plan: dict[str, Source], experts: ExpertFormat):
         super().__init__(model, plan)
         self.experts = experts
         self.encoded: dict[str, Tensor] = {}
 
-    def format(self, source: Source) -> Format:
-        return self.experts if source.stored == "fp4" else source.stored
+    def stored_format(self, source: Source) -> WeightFormat:
+        return self.experts if source.format == "fp4" else source.format
 
     def entries(self, source: Source) -> list[tuple[str, int]]:
-        fmt = self.format(source)
+        fmt = self.stored_format(source)
         shape = release_format.weight_shape(source, fmt)
         found = [(source.name, release_format.nbytes(shape, release_format.STORED[fmt]))]
         if fmt in ("fp8", "fp4"):
@@ -296,14 +301,14 @@ class _Released(_Plain):
             found.append((release_format.scale_name(source.name), size))
         return found
 
-    def produce(self, name: str) -> Tensor:
-        if name in self.encoded:  # a scale: its weight has just been produced
+    def get_tensor(self, name: str) -> Tensor:
+        if name in self.encoded:  # a scale, encoded with its weight
             return self.encoded.pop(name)
         source = self.plan[name]
-        values, fmt = self.values(source), self.format(source)
+        values, fmt = self.values(source), self.stored_format(source)
         if fmt not in ("fp8", "fp4"):
             return values.to(release_format.STORED[fmt])
-        if source.stored == "fp4" and fmt == "fp8" and self.model.config.qat:
+        if source.format == "fp4" and fmt == "fp8" and self.model.config.qat:
             weight, scales = release_format.encode_fp4_as_fp8(self.model, source, values)
         else:
             weight, scales = release_format.encode(self.model, source, values, fmt)

@@ -1,4 +1,4 @@
-"""``config.json`` of DeepSeek-V4 checkpoints, as transformers and as DeepSeek write it, to and from ModelConfig."""
+"""Conversion between ModelConfig and the ``config.json`` of transformers and of DeepSeek's release."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from model.mixers.hca import HeavilyCompressedAttention
 
 MODEL_TYPE = "deepseek_v4"
 OWN_KEY = "fiftyfold"
-"""Where a folder written here says what no other key can: :data:`OWN_FIELDS`."""
+"""Key for fields without a published counterpart, :data:`OWN_FIELDS`."""
 OWN_FIELDS = (*CACHE_FORMATS, "qat")
 ExpertFormat = Literal["fp4", "fp8"]
 MIXERS = {
@@ -23,7 +23,7 @@ MIXERS = {
     "compressed_sparse_attention": "csa",
     "heavily_compressed_attention": "hca",
 }
-# Keys that mean one of our fields as it stands; both layouts write all of them.
+# Keys that map directly to one of our fields. Both layouts write all of them.
 FIELDS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -48,7 +48,7 @@ FIELDS = {
     "routed_scaling_factor": "routed_scaling_factor",
     "swiglu_limit": "swiglu_limit",
 }
-# Keys with one value that the network implements. A missing key means that value, as it does in transformers.
+# Keys of which the network implements one value, which is also the default in transformers.
 FIXED: dict[str, Any] = {
     "num_key_value_heads": 1,
     "n_shared_experts": 1,
@@ -71,7 +71,7 @@ QUANTIZATION: dict[str, Any] = {
 
 
 class _Reader:
-    """Typed access to the keys of one file, with errors that name key, expected and found."""
+    """Typed access to the keys of one file. Errors name the key, the expected and the found value."""
 
     def __init__(self, path: Path, content: dict[str, Any]):
         self.path, self.content = path, content
@@ -79,34 +79,34 @@ class _Reader:
     def wrong(self, key: str, expected: str, found: Any) -> CheckpointError:
         return CheckpointError(f"{self.path}: key '{key}': expected {expected}, found {found!r}")
 
-    def need(self, key: str) -> Any:
+    def require(self, key: str) -> Any:
         if self.content.get(key) is None:
             raise CheckpointError(f"{self.path}: key '{key}' is missing")
         return self.content[key]
 
     def integer(self, key: str) -> int:
-        value = self.need(key)
+        value = self.require(key)
         if type(value) is not int:
             raise self.wrong(key, "an integer", value)
         return value
 
     def number(self, key: str, mapping: dict[str, Any] | None = None, inside: str = "") -> float:
-        value = self.need(key) if mapping is None else mapping.get(key)
+        value = self.require(key) if mapping is None else mapping.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise self.wrong(f"{inside}{key}", "a number", value)
         return float(value)
 
     def items(self, key: str) -> list[Any]:
-        value = self.need(key)
+        value = self.require(key)
         if not isinstance(value, list):
             raise self.wrong(key, "a list", value)
         return value
 
 
 def read_config(path: Path, content: dict[str, Any], **overrides: Any) -> ModelConfig:
-    """The network that the keys describe. ``overrides`` are fields of ModelConfig.
+    """Return the configuration that ``content`` describes, with fields of ModelConfig replaced by ``overrides``.
 
-    Raises CheckpointError naming the key for anything that the network does not implement.
+    Raises CheckpointError naming the key if the network does not implement its value.
     """
     r = _Reader(path, content)
     if content.get("model_type") != MODEL_TYPE:
@@ -114,7 +114,7 @@ def read_config(path: Path, content: dict[str, Any], **overrides: Any) -> ModelC
     for key, expected in FIXED.items():
         if content.get(key, expected) != expected:
             raise r.wrong(key, repr(expected), content[key])
-    fields: dict[str, Any] = {ours: r.need(key) for key, ours in FIELDS.items()}
+    fields: dict[str, Any] = {ours: r.require(key) for key, ours in FIELDS.items()}
     fields["layers"], fields["csa_ratio"], fields["hca_ratio"] = _schedule(r)
     fields["num_hash_layers"] = _hash_layers(r, len(fields["layers"]))
     fields["rope_head_dim"] = _rope_dim(r)
@@ -141,7 +141,7 @@ def _own_fields(r: _Reader) -> dict[str, Any]:
 
 
 def _schedule(r: _Reader) -> tuple[list[str], int, int]:
-    """Mixers, csa ratio and hca ratio, from ``layer_types`` or from the released ``compress_ratios``."""
+    """Return mixers, csa ratio and hca ratio from ``layer_types`` or the released ``compress_ratios``."""
     count = r.integer("num_hidden_layers")
     ratios = {"csa": 4, "hca": 128}
     given = r.content.get("compress_rates") or {}
@@ -151,7 +151,7 @@ def _schedule(r: _Reader) -> tuple[list[str], int, int]:
         if MIXERS.get(key) not in ratios:
             raise r.wrong("compress_rates", "the two compressed layer types", key)
         ratios[MIXERS[key]] = value
-    for name in ratios:  # an older spelling that transformers still reads
+    for name in ratios:  # an older name that transformers still reads
         ratios[name] = r.content.get(f"compress_rate_{name}", ratios[name])
     for name, ratio in ratios.items():
         if type(ratio) is not int:
@@ -165,13 +165,13 @@ def _schedule(r: _Reader) -> tuple[list[str], int, int]:
                 raise r.wrong("layer_types", f"one of {', '.join(MIXERS)}", name)
         return [MIXERS[name] for name in types], ratios["csa"], ratios["hca"]
     if r.content.get("compress_ratios") is None:
-        # transformers has a default schedule, but it is neither release's.
+        # transformers has a default schedule that matches neither release.
         raise CheckpointError(f"{r.path}: keys 'layer_types' and 'compress_ratios' are both missing")
     entries = r.items("compress_ratios")
     if len(entries) < count or any(entries[count:]):
         expected = f"{count} entries, one for each layer, then zeros for prediction modules"
         raise r.wrong("compress_ratios", expected, entries)
-    # The released code's rule: 4 overlaps and has an indexer, any other ratio does not.
+    # In the released code, ratio 4 overlaps and has an indexer; other ratios do not.
     others = dict.fromkeys(ratio for ratio in entries[:count] if ratio not in (0, 4))
     for ratio in others:
         if type(ratio) is not int or ratio < 0 or ratio != next(iter(others)):
@@ -191,7 +191,7 @@ def _hash_layers(r: _Reader, count: int) -> int:
 
 
 def _rope_dim(r: _Reader) -> int:
-    """Rotated dims per head: by ``qk_rope_head_dim`` or as a factor of the head's, which must agree."""
+    """Return the rotary dims per head from ``qk_rope_head_dim`` and ``partial_rotary_factor``, which must agree."""
     found: dict[str, Any] = {}
     if r.content.get("qk_rope_head_dim") is not None:
         found["qk_rope_head_dim"] = r.integer("qk_rope_head_dim")
@@ -208,12 +208,12 @@ def _rope_dim(r: _Reader) -> int:
     (first, value), *others = found.items()
     for key, other in others:
         if other != value:
-            raise r.wrong(key, f"{value} rotary dims as '{first}' says", other)
+            raise r.wrong(key, f"{value} rotary dims as in '{first}'", other)
     return value
 
 
 def _rope(r: _Reader) -> dict[str, Any]:
-    """Thetas and YaRN, from nested ``rope_parameters`` or from the released ``rope_scaling``."""
+    """Return rotary bases and YaRN fields from nested ``rope_parameters`` or the released ``rope_scaling``."""
     nested = r.content.get("rope_parameters")
     if isinstance(nested, dict) and isinstance(nested.get("main"), dict) and isinstance(nested.get("compress"), dict):
         main, compress, inside = nested["main"], nested["compress"], "rope_parameters.compress."
@@ -228,7 +228,7 @@ def _rope(r: _Reader) -> dict[str, Any]:
         compress, inside = r.content.get("rope_scaling") or nested or {}, "rope_scaling."
         if not isinstance(compress, dict):
             raise r.wrong("rope_scaling", "a mapping", compress)
-        # Flat scaling gets the amplitude 1.0 in both implementations.
+        # With flat scaling, both implementations use the attention factor 1.0.
         compress = {"attention_factor": 1.0, **compress}
         thetas = {key: r.number(key) for key in ("rope_theta", "compress_rope_theta")}
     kind = compress.get("rope_type", compress.get("type", "default"))
@@ -236,7 +236,7 @@ def _rope(r: _Reader) -> dict[str, Any]:
         return thetas
     if kind != "yarn":
         raise r.wrong(f"{inside}rope_type", "'default' or 'yarn'", kind)
-    # Absent from a nested mapping, transformers would compute 0.1 ln(factor) + 1.
+    # If a nested mapping has no attention factor, transformers uses 0.1 ln(factor) + 1.
     if compress.get("attention_factor") != 1.0:
         raise r.wrong(f"{inside}attention_factor", "1.0", compress.get("attention_factor"))
     if compress.get("truncate", True) is not True:
@@ -269,29 +269,29 @@ def _check_quantization(r: _Reader) -> None:
 
 
 def check_expressible(config: ModelConfig, layout: Layout) -> None:
-    """Raise ConfigError for a network that no DeepSeek-V4 checkpoint in ``layout`` can describe."""
+    """Raise ConfigError if a DeepSeek-V4 checkpoint in ``layout`` cannot describe the network."""
 
-    def need(ok: bool, key: str, expected: str, found: Any) -> None:
+    def require(ok: bool, key: str, expected: str, found: Any) -> None:
         if not ok:
             raise ConfigError(f"model.{key}: a DeepSeek-V4 checkpoint needs {expected}, found {found}")
 
     c = config
     for name in c.layers:
-        need(name in MIXERS.values(), "layers", "only sliding, csa and hca layers", name)
-    need(c.hyper_connections, "hyper_connections", "true", c.hyper_connections)
-    need(c.ffn == "moe", "ffn", "'moe'", repr(c.ffn))
-    need(c.num_shared_experts == 1, "num_shared_experts", "1", c.num_shared_experts)
+        require(name in MIXERS.values(), "layers", "only sliding, csa and hca layers", name)
+    require(c.hyper_connections, "hyper_connections", "true", c.hyper_connections)
+    require(c.ffn == "moe", "ffn", "'moe'", repr(c.ffn))
+    require(c.num_shared_experts == 1, "num_shared_experts", "1", c.num_shared_experts)
     if layout == "released":
         csa, hca = CompressedSparseAttention in c.mixers, HeavilyCompressedAttention in c.mixers
-        need(not csa or c.csa_ratio == 4, "csa_ratio", "4 in the released layout", c.csa_ratio)
-        need(not hca or c.hca_ratio != 4, "hca_ratio", "other than 4 in the released layout", c.hca_ratio)
+        require(not csa or c.csa_ratio == 4, "csa_ratio", "4 in the released layout", c.csa_ratio)
+        require(not hca or c.hca_ratio != 4, "hca_ratio", "other than 4 in the released layout", c.hca_ratio)
         for key in ("hidden_size", "expert_size"):
             value = getattr(c, key)
-            need(value % 32 == 0, key, "a multiple of 32, the block of FP4 expert weights", value)
+            require(value % 32 == 0, key, "a multiple of 32, the block of FP4 expert weights", value)
 
 
 def write_config(config: ModelConfig, layout: Layout, experts: ExpertFormat, **extra: Any) -> dict[str, Any]:
-    """The content of ``config.json``. ``extra`` keys (token ids, dtype) are taken over."""
+    """Return the content of ``config.json``, including ``extra`` keys (token IDs, dtype)."""
     c = config
     content: dict[str, Any] = {"architectures": ["DeepseekV4ForCausalLM"], "model_type": MODEL_TYPE, **extra}
     content |= {key: getattr(c, ours) for key, ours in FIELDS.items()} | FIXED
@@ -339,12 +339,12 @@ def write_config(config: ModelConfig, layout: Layout, experts: ExpertFormat, **e
     if yarn:
         content["rope_scaling"] = {"type": "yarn", **yarn}
     if c.hca_ratio != 128:
-        content |= schedule  # transformers knows the released ratios by number only
+        content |= schedule  # transformers only recognizes the released ratios without a schedule
     return content
 
 
 def _rotary_factor(config: ModelConfig) -> float:
-    """The share of a head that is rotated, such that ``int(head_dim * factor)`` gives the dims back."""
+    """Return the rotary share of a head's dims, such that ``int(head_dim * factor)`` restores the dims."""
     factor = config.rope_head_dim / config.head_dim
     while int(config.head_dim * factor) < config.rope_head_dim:
         factor = math.nextafter(factor, 1.0)

@@ -1,8 +1,8 @@
-"""What the network's tensors are called in the two published layouts, and how each is stored in the released one.
+"""Tensor names in the two published layouts, and the storage format of each tensor in the released one.
 
-``released`` is the layout of DeepSeek's own checkpoints, ``transformers`` that of ``DeepseekV4ForCausalLM``'s modules.
-By default transformers 5.23 saves under names that it turns back from its own, which gives mixtures of the two;
-:func:`canonical` finds the same spelling for all of them.
+``released`` is the layout of DeepSeek's checkpoints, ``transformers`` that of ``DeepseekV4ForCausalLM``'s modules. By
+default transformers 5.23 converts some names back when it saves, which mixes both layouts. :func:`canonical_name`
+maps all variants to one name.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ from torch import Size
 from model.config import ModelConfig
 
 Layout = Literal["released", "transformers"]
-Format = Literal["fp8", "fp4", "bf16", "fp32", "int64"]
+WeightFormat = Literal["fp8", "fp4", "bf16", "fp32", "int64"]
 
 
 @dataclass(frozen=True)
 class Names:
-    """One tensor of ours, its name in both layouts and its storage format in the released one."""
+    """Our name of a tensor, its name in both layouts and its storage format in the released one."""
 
     ours: str
     released: str
     transformers: str
-    stored: Format
+    format: WeightFormat
 
 
 def _table(text: str) -> tuple[Names, ...]:
-    """Lines of: ours, released (= the same), transformers, released format. A final dot stands for ``.weight``."""
+    """Parse lines of our name, released name (= if equal), transformers name and released format. A final dot stands
+    for ``.weight``."""
     found = []
     for line in text.strip().splitlines():
         ours, released, other, stored = (word + "weight" if word.endswith(".") else word for word in line.split())
-        found.append(Names(ours, ours if released == "=" else released, other, cast(Format, stored)))
+        found.append(Names(ours, ours if released == "=" else released, other, cast(WeightFormat, stored)))
     return tuple(found)
 
 
@@ -47,8 +48,8 @@ MODEL = _table("""
     hyper_head.base   hc_head_base   model.hc_head.hc_base   fp32
     hyper_head.scale  hc_head_scale  model.hc_head.hc_scale  fp32
 """)
-# Ours under layers.N or mtp.0, released too; transformers under model.layers.N. Its mtp.0 keeps the released names,
-# because transformers has no such module and passes over what is called mtp.
+# The prefix is layers.N or mtp.0 in our and the released names, and model.layers.N in transformers. There mtp.0 keeps
+# its released names, because transformers has no such module and ignores tensors named mtp.
 BLOCK = _table("""
     attn_norm.                      =                       input_layernorm.                                   bf16
     ffn_norm.                       =                       post_attention_layernorm.                          bf16
@@ -94,12 +95,13 @@ MTP = _table("""
     hyper_head.scale  hc_head_scale  -  fp32
 """)
 EXPERT_STACKS = ("ffn.w1", "ffn.w2", "ffn.w3")
-"""Ours [E, out, in]. Released: ``ffn.experts.E.w1.weight`` and so on; transformers: w1 over w3 in one, and w2."""
+"""Stacks [E, out, in]. The release has a tensor per expert (``ffn.experts.E.w1.weight``), transformers one stack of w1
+above w3 and one of w2."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """Where a stored tensor, or some rows of each of its matrices, belongs in our model."""
+class TensorSlice:
+    """Destination in our model of a stored tensor, or of some rows of its matrices."""
 
     ours: str
     expert: int | None = None
@@ -108,18 +110,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """A stored tensor: its name, unquantised shape, format in the released layout, and what it fills."""
+    """A stored tensor: its name, unquantized shape, released format and destinations in our model."""
 
     name: str
     shape: tuple[int, ...]
-    stored: Format
-    parts: tuple[Part, ...]
+    format: WeightFormat
+    parts: tuple[TensorSlice, ...]
 
 
 def sources(config: ModelConfig, shapes: dict[str, Size], layout: Layout) -> dict[str, Source]:
-    """Every tensor that a checkpoint in ``layout`` holds, by name, for a model whose tensors have these shapes.
+    """Return all tensors of a checkpoint in ``layout`` by name, for a model with tensors of these shapes.
 
-    The balance bias of a hash-routed layer takes no part in anything and has no counterpart.
+    The balance bias of a hash-routed layer is unused and has no counterpart.
     """
     found = {}
     for ours, shape in shapes.items():
@@ -129,20 +131,20 @@ def sources(config: ModelConfig, shapes: dict[str, Size], layout: Layout) -> dic
         if leaf in EXPERT_STACKS:
             made = _expert_sources(prefix, leaf, shape, layout)
         else:
-            names = _row(prefix, leaf)
+            names = _names_of(prefix, leaf)
             stored_shape = (shape[0] * shape[1], shape[2]) if leaf == "attn.wo_a" else tuple(shape)
             name = prefix + names.released
             if layout == "transformers" and not prefix.startswith("mtp."):
                 name = (f"model.{prefix}" if prefix else "") + names.transformers
-            made = [Source(name, stored_shape, names.stored, (Part(ours),))]
+            made = [Source(name, stored_shape, names.format, (TensorSlice(ours),))]
         for source in made:
             found[source.name] = source
     return found
 
 
-_SPELLINGS = tuple(
-    (re.compile(pattern), words)
-    for pattern, words in (
+_REPLACEMENTS = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
         (r"^model\.", ""),
         (r"^lm_head\.", "head."),
         (r"^embed_tokens\.", "embed."),
@@ -173,16 +175,16 @@ _SPELLINGS = tuple(
 )
 
 
-def canonical(name: str) -> str:
-    """One spelling for a tensor's name in either layout, and in any mixture of the two: transformers turns names back
-    one by one when it saves, and which ones depends on the folder that the network was loaded from."""
-    for pattern, words in _SPELLINGS:
-        name = pattern.sub(words, name)
+def canonical_name(name: str) -> str:
+    """Return one name for all variants of a tensor's name. transformers converts names one by one when it saves; which
+    ones depends on the folder that the network was loaded from."""
+    for pattern, replacement in _REPLACEMENTS:
+        name = pattern.sub(replacement, name)
     return name
 
 
-def layout_of(names: Iterable[str]) -> Layout:
-    """By the one thing that is more than a name: transformers keeps a layer's experts in one tensor."""
+def detect_layout(names: Iterable[str]) -> Layout:
+    """Return the layout. Only transformers stores all experts of a layer in one tensor."""
     return "transformers" if any(name.endswith(".experts.gate_up_proj") for name in names) else "released"
 
 
@@ -195,7 +197,7 @@ def _split(ours: str) -> tuple[str, str]:
     return match[1] or "", match[2]
 
 
-def _row(prefix: str, leaf: str) -> Names:
+def _names_of(prefix: str, leaf: str) -> Names:
     try:
         return _ROWS[prefix.split(".")[0]][leaf]
     except KeyError:
@@ -207,13 +209,13 @@ def _expert_sources(prefix: str, leaf: str, shape: Size, layout: Layout) -> list
     ours, w = prefix + leaf, leaf.removeprefix("ffn.")
     if layout == "released" or prefix.startswith("mtp."):
         return [
-            Source(f"{prefix}ffn.experts.{e}.{w}.weight", (rows, columns), "fp4", (Part(ours, expert=e),))
+            Source(f"{prefix}ffn.experts.{e}.{w}.weight", (rows, columns), "fp4", (TensorSlice(ours, expert=e),))
             for e in range(experts)
         ]
     base = f"model.{prefix}mlp.experts"
     if w == "w2":
-        return [Source(f"{base}.down_proj", (experts, rows, columns), "fp4", (Part(ours),))]
+        return [Source(f"{base}.down_proj", (experts, rows, columns), "fp4", (TensorSlice(ours),))]
     if w == "w3":
-        return []  # together with w1
-    parts = (Part(ours, rows=(0, rows)), Part(f"{prefix}ffn.w3", rows=(rows, 2 * rows)))
+        return []  # part of gate_up_proj
+    parts = (TensorSlice(ours, rows=(0, rows)), TensorSlice(f"{prefix}ffn.w3", rows=(rows, 2 * rows)))
     return [Source(f"{base}.gate_up_proj", (experts, 2 * rows, columns), "fp4", parts)]

@@ -1,8 +1,8 @@
-"""Weights as DeepSeek releases them: FP8 E4M3 in 128 x 128 tiles, FP4 E2M1 in groups of 32, E8M0 scales beside them.
+"""DeepSeek's released weight formats: FP8 E4M3 in 128 x 128 tiles and FP4 E2M1 in groups of 32, with E8M0 scales.
 
-A scale is not determined by the values: a tile whose largest value is exactly half the grid's can be written under two.
-So that what was read can be written again bit for bit, a module keeps the scales read, one byte per tile or group, in
-buffers that are no part of its state; a tile that training has changed gets the smallest scale that fits.
+Values do not determine their scale: if the largest value of a tile is half the largest code, two scales are exact. To
+write unchanged weights bit for bit, modules keep the scales they were read with in non-persistent buffers, one byte per
+tile or group. A tile that training has changed gets the smallest scale that fits.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from kernels import formats
 from model.errors import CheckpointError
-from model.hf.names import Format, Part, Source
-from model.hf.safetensors_folder import Stored
+from model.hf.names import Source, TensorSlice, WeightFormat
+from model.hf.safetensors_folder import TensorHeader
 
 STORED = {
     "fp8": torch.float8_e4m3fn,
@@ -29,15 +29,16 @@ def scale_name(weight: str) -> str:
     return weight.removesuffix(".weight") + ".scale"
 
 
-def format_of(source: Source, stored: Stored) -> Format | None:
-    """How a tensor is quantised on disk, by its dtype: fp8, fp4, or None for plain numbers. Raises CheckpointError."""
-    if source.stored == "int64":
-        allowed: dict[str, Format | None] = {"I64": None, "I32": None}
+def format_of(source: Source, stored: TensorHeader) -> WeightFormat | None:
+    """Return the format of a quantized tensor on disk, or None if it is not quantized. Raises CheckpointError for an
+    unexpected dtype."""
+    if source.format == "int64":
+        allowed: dict[str, WeightFormat | None] = {"I64": None, "I32": None}
     else:
         allowed = dict.fromkeys(_FLOATS)
-        if source.stored in ("fp8", "fp4"):
+        if source.format in ("fp8", "fp4"):
             allowed["F8_E4M3"] = "fp8"
-        if source.stored == "fp4":
+        if source.format == "fp4":
             allowed["I8"] = allowed["U8"] = "fp4"
     if stored.dtype not in allowed:
         raise CheckpointError(
@@ -46,12 +47,12 @@ def format_of(source: Source, stored: Stored) -> Format | None:
     return allowed[stored.dtype]
 
 
-def weight_shape(source: Source, fmt: Format | None) -> tuple[int, ...]:
-    """On disk: FP4 packs two values to a byte along the last dim."""
+def weight_shape(source: Source, fmt: WeightFormat | None) -> tuple[int, ...]:
+    """Return the shape on disk. FP4 packs two values per byte along the last dim."""
     return (*source.shape[:-1], source.shape[-1] // 2) if fmt == "fp4" else source.shape
 
 
-def scale_shape(source: Source, fmt: Format) -> tuple[int, int]:
+def scale_shape(source: Source, fmt: WeightFormat) -> tuple[int, int]:
     rows, columns = source.shape
     if fmt == "fp4":
         return rows, columns // formats.FP4_BLOCK
@@ -62,8 +63,8 @@ def nbytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
 
-def keep_scales(model: nn.Module, source: Source, fmt: Format, scales: Tensor) -> None:
-    """Remember the scales uint8 that the weight ``source`` was read with."""
+def keep_scales(model: nn.Module, source: Source, fmt: WeightFormat, scales: Tensor) -> None:
+    """Keep the scales, uint8, that the weight ``source`` was read with."""
     module, name, (part,) = *_buffer(model, source, fmt), source.parts
     if part.expert is None:
         module.register_buffer(name, scales.clone(), persistent=False)
@@ -74,8 +75,8 @@ def keep_scales(model: nn.Module, source: Source, fmt: Format, scales: Tensor) -
     getattr(module, name)[part.expert] = scales
 
 
-def kept_scales(model: nn.Module, source: Source, fmt: Format) -> Tensor | None:
-    """What :func:`keep_scales` remembered, on the CPU; None for a weight that was never read quantised."""
+def kept_scales(model: nn.Module, source: Source, fmt: WeightFormat) -> Tensor | None:
+    """Return the scales of :func:`keep_scales` on the CPU, or None if the weight was not read quantized."""
     module, name = _buffer(model, source, fmt)
     scales = getattr(module, name, None)
     part = source.parts[0]
@@ -84,15 +85,15 @@ def kept_scales(model: nn.Module, source: Source, fmt: Format) -> Tensor | None:
     return (scales if part.expert is None else scales[part.expert]).cpu()
 
 
-def decode(weight: Tensor, scales: Tensor, fmt: Format) -> Tensor:
-    """float32 values of a stored weight."""
+def decode(weight: Tensor, scales: Tensor, fmt: WeightFormat) -> Tensor:
+    """Return the float32 values of a stored weight."""
     if fmt == "fp8":
         return formats.dequantize_fp8_tiles(weight, scales)
     return formats.dequantize_fp4_groups(weight.view(torch.uint8), scales)
 
 
-def encode(model: nn.Module, source: Source, values: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-    """float32 values [out, in] to what is stored: the weight and its scales (float8_e8m0fnu)."""
+def encode(model: nn.Module, source: Source, values: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor]:
+    """Quantize float32 values [out, in]. Return the stored weight and its scales, float8_e8m0fnu."""
     kept = kept_scales(model, source, fmt)
     if fmt == "fp4":
         weight, scales = formats.quantize_fp4_groups(values, kept)
@@ -103,7 +104,7 @@ def encode(model: nn.Module, source: Source, values: Tensor, fmt: Format) -> tup
 
 
 def encode_fp4_as_fp8(model: nn.Module, source: Source, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Like :func:`encode` to FP8 for FP4 values, which come out exactly. Raises CheckpointError where they cannot."""
+    """Encode FP4 values as FP8 without loss. Raises CheckpointError if FP8 cannot represent them."""
     packed, scales = formats.quantize_fp4_groups(values, kept_scales(model, source, "fp4"))
     try:
         weight, tile_scales = formats.fp4_groups_to_fp8_tiles(packed, scales)
@@ -112,7 +113,7 @@ def encode_fp4_as_fp8(model: nn.Module, source: Source, values: Tensor) -> tuple
     return weight, tile_scales.view(torch.float8_e8m0fnu)
 
 
-def _buffer(model: nn.Module, source: Source, fmt: Format) -> tuple[nn.Module, str]:
-    part: Part = source.parts[0]
+def _buffer(model: nn.Module, source: Source, fmt: WeightFormat) -> tuple[nn.Module, str]:
+    part: TensorSlice = source.parts[0]
     path, _, leaf = part.ours.rpartition(".")
     return model.get_submodule(path), f"{leaf}_{fmt}_scale"

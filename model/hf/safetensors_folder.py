@@ -1,4 +1,4 @@
-"""Folders of sharded safetensors: names and shapes first, then one tensor after another."""
+"""Folders of sharded safetensors files with an index, in Hugging Face's format."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from model.errors import CheckpointError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAPPED_BYTES = 16 << 20
-"""A shard is mapped into memory while it is open, so it is opened anew after this many bytes."""
+"""Bytes after which an open shard is reopened to release its mapped memory."""
 
 DTYPES = {
     torch.float32: "F32",
@@ -33,17 +33,17 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Stored:
-    """What a shard's header says about a tensor."""
+class TensorHeader:
+    """Entry of a tensor in a shard's header."""
 
     shard: Path
     shape: tuple[int, ...]
     dtype: str
-    """As safetensors names it: F32, BF16, F8_E4M3, F8_E8M0, I8, I64, ..."""
+    """Name of the dtype in safetensors: F32, BF16, F8_E4M3, F8_E8M0, I8, I64, ..."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError."""
+    """Read a JSON object. Raises CheckpointError."""
     try:
         content = json.loads(path.read_text())
     except OSError as error:
@@ -55,26 +55,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def list_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of ``model.safetensors`` or, without it, of the shards that the index names. No data is read.
+def list_tensors(folder: Path) -> dict[str, TensorHeader]:
+    """Return the headers of all tensors of ``model.safetensors`` or, if there is none, of the shards in the index.
 
-    Raises CheckpointError for a shard or tensor that index and files do not agree on, and for damaged files.
+    Raises CheckpointError if the index does not match the shards, or if a file is damaged.
     """
     if (folder / WEIGHTS).exists():
-        return _header(folder / WEIGHTS)
+        return _read_header(folder / WEIGHTS)
     index = folder / INDEX
     if not index.exists():
         raise CheckpointError(f"{folder}: found neither {WEIGHTS} nor {INDEX}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index}: key 'weight_map' is not a mapping of tensor names to files")
-    found: dict[str, Stored] = {}
+    found: dict[str, TensorHeader] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
             raise CheckpointError(f"{index}: shard '{shard}' is not a file name in this folder")
         if not (folder / shard).exists():
             raise CheckpointError(f"{index}: shard '{shard}' is named but missing")
-        header = _header(folder / shard)
+        header = _read_header(folder / shard)
         for name, stored in header.items():
             if weight_map.get(name) != shard:
                 expected = weight_map.get(name, "no shard")
@@ -86,15 +86,15 @@ def list_tensors(folder: Path) -> dict[str, Stored]:
     return found
 
 
-def read_tensors(tensors: dict[str, Stored]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors' data on the CPU, in the files' order. A tensor is valid until the next one is asked for."""
+def iterate_tensors(tensors: dict[str, TensorHeader]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors' data on the CPU, shard by shard. A tensor is valid until the next iteration."""
     by_shard: dict[Path, list[str]] = {}
     for name, stored in tensors.items():
         by_shard.setdefault(stored.shard, []).append(name)
     for shard, names in by_shard.items():
         while names:
             read = 0
-            with _opened(shard) as file:
+            with _open_shard(shard) as file:
                 while names and read < _MAPPED_BYTES:
                     name = names.pop(0)
                     try:
@@ -112,9 +112,9 @@ def write_shards(
     produce: Callable[[str], Tensor],
     max_shard_bytes: int,
 ) -> None:
-    """Write the named tensors, given with their sizes in bytes, and the index. One shard is in memory at a time.
+    """Write shards and their index. ``tensors`` are names and sizes in bytes, ``produce`` returns a tensor by name.
 
-    A tensor larger than ``max_shard_bytes`` gets a shard of its own.
+    One shard is in memory at a time. A tensor larger than ``max_shard_bytes`` gets a shard of its own.
     """
     shards: list[list[str]] = []
     room = total = 0
@@ -134,14 +134,14 @@ def write_shards(
     (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _opened(shard: Path) -> Any:
+def _open_shard(shard: Path) -> Any:
     try:
         return safe_open(shard, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{shard}: damaged or not a safetensors file ({error})") from error
 
 
-def _header(shard: Path) -> dict[str, Stored]:
-    with _opened(shard) as file:
+def _read_header(shard: Path) -> dict[str, TensorHeader]:
+    with _open_shard(shard) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        return {name: Stored(shard, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+        return {name: TensorHeader(shard, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}

@@ -1,4 +1,4 @@
-"""Residual streams around a block: manifold-constrained hyper-connections, or one plain residual."""
+"""Residual connections: manifold-constrained hyper-connections, or a plain residual."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from model.config import ModelConfig
 
 Mixing = tuple[Any, ...]
-"""State of a residual between :meth:`HyperConnection.enter` and :meth:`HyperConnection.leave`: ``post`` and ``comb``;
-with gradients also the streams, and the handle that recomputes them. Outside training it holds tensors only."""
+"""State passed from :meth:`HyperConnection.enter` to :meth:`HyperConnection.leave`: ``post`` and ``comb``, in training
+also the streams and the handle that recomputes them."""
 
 
 class HyperConnection(nn.Module):
-    """Wraps one block F: streams X [B, S, n, d] -> ``combT X + post F(pre X)`` (report 2.2). All float32."""
+    """Hyper-connection of a block F: streams X [B, S, n, d] -> ``combT X + post F(pre X)`` (report 2.2), in float32."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -36,7 +36,7 @@ class HyperConnection(nn.Module):
         nn.init.constant_(self.scale, self.config.hc_alpha_init)
         nn.init.zeros_(self.base)
         if self.config.hc_comb_init == "identity":
-            with torch.no_grad():  # e^4 : 1, so about 0.95 of a stream stays in place
+            with torch.no_grad():  # softmax weights e^4 to 1 keep about 0.95 of each stream in place
                 self.base[2 * n :].view(n, n).fill_diagonal_(4.0)
 
     def split_sizes(self) -> dict[str, tuple[int, ...]]:
@@ -44,8 +44,8 @@ class HyperConnection(nn.Module):
         return {"fn": (n, n, n * n)}
 
     def enter(self, streams: Tensor, recomputed: RecomputedStreams | None = None) -> tuple[Tensor, Mixing]:
-        """The block's input [B, S, d], and what :meth:`leave` needs. With ``recomputed``, which stands for the streams,
-        none of this saves them for the backward pass."""
+        """Return the block's input [B, S, d] and the state for :meth:`leave`. With ``recomputed``, the streams are not
+        saved for the backward pass, but recomputed in it."""
         c = self.config
         with in_float32(streams), _not_saved(recomputed):
             x, post, comb, entered = hc_pre(
@@ -56,7 +56,7 @@ class HyperConnection(nn.Module):
         return x, (post, comb, entered) if recomputed is None else (post, comb, entered, recomputed)
 
     def leave(self, streams: Tensor, mixing: Mixing, output: Tensor) -> Tensor:
-        """The new streams from the old ones and the block's output [B, S, d]."""
+        """Return the new streams from the old streams and the block's output [B, S, d]."""
         post, comb, *recorded = mixing
         entered = recorded[0] if recorded else streams
         recomputed = recorded[1] if len(recorded) > 1 else None
@@ -66,8 +66,8 @@ class HyperConnection(nn.Module):
     def to_recompute(
         self, expanded: Tensor, streams: Tensor, mixing: Mixing, output: Tensor
     ) -> RecomputedStreams | None:
-        """What :meth:`leave` made of the other three, to be computed again in the backward pass; None where it is
-        saved."""
+        """Return a handle that recomputes ``expanded``, the result of :meth:`leave` for the other arguments, in the
+        backward pass. Return None if it is saved instead."""
         if not torch.is_grad_enabled() or backend_for(expanded) == "reference":
             return None
         post, comb = mixing[:2]
@@ -79,7 +79,7 @@ def _not_saved(recomputed: RecomputedStreams | None) -> AbstractContextManager:
 
 
 class HyperHead(nn.Module):
-    """Streams [B, S, n, d] -> [B, S, d] by learned per-token weights, before the final norm (report 2.2)."""
+    """Combine streams [B, S, n, d] to [B, S, d] with learned per-token weights, before the final norm (report 2.2)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -99,7 +99,7 @@ class HyperHead(nn.Module):
 
 
 class PlainResidual(nn.Module):
-    """``x + F(x)``: what the network uses with ``hyper_connections`` off."""
+    """Plain residual ``x + F(x)``, used if ``hyper_connections`` is off."""
 
     def enter(self, streams: Tensor, recomputed: RecomputedStreams | None = None) -> tuple[Tensor, Mixing]:
         return streams, ()

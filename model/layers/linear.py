@@ -11,7 +11,7 @@ from kernels.linear import linear
 class Linear(nn.Linear):
     """A linear layer without bias: :func:`kernels.linear.linear`.
 
-    ``full_precision`` keeps the weight in float32 when a network's weights are cast.
+    ``full_precision`` exempts the weight from :meth:`cast_weights`.
     """
 
     def __init__(self, inputs: int, outputs: int, full_precision: bool = False):

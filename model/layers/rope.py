@@ -1,4 +1,4 @@
-"""Rotary positions on the last dims of a vector: interleaved pairs (2k, 2k + 1), optionally stretched by YaRN."""
+"""Rotary position embeddings on the last dims of a vector, with interleaved pairs (2k, 2k + 1) and optional YaRN."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kernels.rotary import angles, rotate
 
 @dataclass(frozen=True)
 class Yarn:
-    """YaRN's stretching of a rotary family (arXiv 2309.00071). The attention factor stays 1.0, as released."""
+    """Parameters of YaRN (arXiv 2309.00071). The attention factor stays 1.0, as released."""
 
     factor: float
     original_positions: int
@@ -24,7 +24,7 @@ class Yarn:
 
 @dataclass(frozen=True)
 class Rotary:
-    """A rotary family: ``dim`` dims rotated with base ``theta``, stretched by ``yarn`` if given."""
+    """Parameters of a rotary embedding of ``dim`` dims with base ``theta`` and optional YaRN scaling."""
 
     dim: int
     theta: float
@@ -43,13 +43,13 @@ class Rotation(NamedTuple):
 
 
 class RotaryFrequencies:
-    """Angular frequencies of one rotary family, float64 [dim / 2], on the CPU even for a model on the meta device."""
+    """Angular frequencies of a rotary embedding, float64 [dim / 2], on the CPU even for a model on the meta device."""
 
     def __init__(self, rotary: Rotary):
         dim, theta = rotary.dim, rotary.theta
         frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
         if rotary.yarn is not None:
-            frequencies = _stretched(frequencies, rotary, rotary.yarn)
+            frequencies = _scale_by_yarn(frequencies, rotary, rotary.yarn)
         self.frequencies = frequencies
 
     def at(self, positions: Tensor) -> Rotation:
@@ -57,8 +57,8 @@ class RotaryFrequencies:
         return Rotation(*angles(positions, self.frequencies))
 
 
-def _stretched(frequencies: Tensor, rotary: Rotary, yarn: Yarn) -> Tensor:
-    """Divide slow frequencies by YaRN's factor, keep fast ones, and interpolate linearly in between."""
+def _scale_by_yarn(frequencies: Tensor, rotary: Rotary, yarn: Yarn) -> Tensor:
+    """Divide low frequencies by YaRN's factor, keep high frequencies, and interpolate linearly in between."""
     dim = rotary.dim
 
     def dim_of(turns: float) -> float:

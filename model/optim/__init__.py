@@ -1,4 +1,4 @@
-"""The optimizer: Muon for matrices, AdamW for the rest."""
+"""The optimizer: Muon for matrices and AdamW for all other parameters."""
 
 from model.optim.config import OptimizerConfig
 from model.optim.muon_adamw import ADAMW_NAMES, MuonAdamW, rule_for

@@ -23,18 +23,18 @@ class OptimizerConfig:
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  (refuses unknown keys when a recipe is read)
 
     rule: Literal["muon", "adamw"] = "muon"
-    """``adamw`` gives every parameter to AdamW."""
+    """``adamw`` applies AdamW to every parameter."""
     learning_rate: float = 3e-3
-    """Muon's update is scaled to the RMS of AdamW's (``rms``), so one rate serves both."""
+    """Rate of both rules: ``rms`` scales Muon's update to the RMS of AdamW's."""
     adamw_learning_rate: float | None = None
     """Rate of parameters under AdamW; None uses ``learning_rate``."""
     indexer_learning_rate: float | None = None
-    """Rate of the indexers, which learn from a loss of their own; None uses the rate of their rule."""
+    """Rate of the indexers, which have a separate loss; None uses the rate of the parameter's rule."""
     weight_decay: float = 0.1
     momentum: float = 0.95
     rms: float = 0.18
     ns_coefficients: tuple[tuple[float, float, float], ...] = V4_COEFFICIENTS
-    """Coefficients (a, b, c) of each Newton-Schulz step; V4 takes 8 fast steps and 2 that converge."""
+    """Coefficients (a, b, c) of each Newton-Schulz step; V4 takes 8 fast steps and 2 converging ones."""
     ns_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of the Newton-Schulz products; ``auto`` is bfloat16 if the device multiplies it faster than float32."""
     betas: tuple[float, float] = (0.9, 0.95)

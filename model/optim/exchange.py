@@ -1,11 +1,11 @@
-"""Muon over several ranks: every matrix is orthogonalised whole, by one of them.
+"""Distributed Muon: each matrix is orthogonalized by one rank, its owner.
 
-Where a matrix's rows are spread over the ranks (FSDP), its owner gathers them and sends each rank the update of its
-rows. Where every rank holds all of it (replicas), the owner sends all of them the whole update. A matrix that lies
-whole on one rank, as the experts of a sharded stack do, stays there and is not seen here.
+If a matrix is sharded by rows (FSDP), the owner gathers the rows and sends each rank the update of its rows. If it is
+replicated, the owner sends the full update to all ranks. A matrix that only one rank holds, such as an expert of a
+sharded stack, needs no exchange.
 
-Momentum is not sent: it belongs to the rows and changes elementwise, so each rank keeps that of the rows it holds.
-With its owner instead, a checkpoint would depend on who owns what, and memory on how costs happen to fall.
+Momentum is elementwise, so each rank keeps the momentum of its own rows. Momentum on the owner would make checkpoints
+depend on the assignment of owners, and memory on the distribution of costs.
 """
 
 from __future__ import annotations
@@ -18,34 +18,36 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_ROUND = 1 << 26
-"""Numbers that are on their way together: what bounds the memory of the messages."""
+_MAX_ROUND_ELEMENTS = 1 << 26
+"""Elements exchanged per round, which bounds the memory of the messages."""
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix that ranks have in common."""
+    """A matrix that several ranks hold, in full or in part."""
 
     rows: int
     columns: int
     held: tuple[tuple[int, int], ...]
-    """Each rank's rows, from and to. They share the matrix out, or each is all of it."""
+    """Begin and end of each rank's rows: a partition of the rows, or all rows on every rank."""
     cost: float
-    """Of its orthogonalisation, in any unit."""
+    """Cost of orthogonalizing it, in any unit."""
 
     @property
     def replicated(self) -> bool:
         return all(span == (0, self.rows) for span in self.held)
 
     def shape_on(self, rank: int) -> tuple[int, int]:
-        """Of the rows that ``rank`` holds."""
+        """Return the shape of the rows that ``rank`` holds."""
         begin, end = self.held[rank]
         return end - begin, self.columns
 
 
 def assign(costs: Sequence[float], loads: Sequence[float]) -> list[int]:
-    """An owner for each cost, the dearest first and always the rank with the least to do. ``loads`` is what the ranks
-    have to do already; without any, the busiest ends up at most a third above the best division (Graham 1969)."""
+    """Return an owner for each cost: in order of decreasing cost, the rank with the lowest load.
+
+    ``loads`` are the ranks' initial loads. If they are zero, the highest load is at most 4/3 of the optimum (Graham
+    1969)."""
     heap = [(load, rank) for rank, load in enumerate(loads)]
     heapq.heapify(heap)
     owners = [0] * len(costs)
@@ -57,9 +59,10 @@ def assign(costs: Sequence[float], loads: Sequence[float]) -> list[int]:
 
 
 class Exchange:
-    """The matrices that the ranks of the default process group divide among themselves.
+    """Distributes the orthogonalization of matrices over the ranks of the default process group.
 
-    Every rank must make it of the same matrices and ``loads`` (what each rank has to do already), and call it in step.
+    Every rank must create it with equal ``matrices`` and ``loads`` (each rank's load from other matrices), and call it
+    in the same order.
     """
 
     def __init__(self, matrices: Sequence[Matrix], loads: Sequence[float], dtype: torch.dtype, device: torch.device):
@@ -68,18 +71,18 @@ class Exchange:
         self.matrices = list(matrices)
         self.owners = assign([matrix.cost for matrix in matrices], loads)
 
-    def orthogonalise(
+    def orthogonalize(
         self,
         chosen: Sequence[int],
         read: Callable[[int], Tensor],
         compute: Callable[[list[Tensor]], list[Tensor]],
         write: Callable[[int, Tensor], None],
     ) -> None:
-        """Take the matrices numbered ``chosen`` through ``compute``, which maps whole matrices [rows, columns] of any
-        shapes to their updates.
+        """Apply ``compute``, which maps full matrices [rows, columns] of any shapes to their updates, to the matrices
+        with indices ``chosen``.
 
-        ``read(i)`` gives this rank's rows of matrix i (where all hold it, only its owner is asked) and
-        ``write(i, update)`` takes the update of this rank's rows. All are of the exchange's type and on its device.
+        ``read(i)`` returns this rank's rows of matrix i; for a replicated matrix only the owner calls it.
+        ``write(i, update)`` receives the update of this rank's rows. All tensors have the exchange's dtype and device.
         """
         for some in self._rounds(chosen):
             owned = [[i for i in some if self.owners[i] == rank] for rank in self.ranks]
@@ -88,35 +91,37 @@ class Exchange:
                 whole = [read(i) for i in mine]
             else:
                 sent = [[read(i) for i in of_rank] for of_rank in owned]
-                found = self._swap(sent, [[self.matrices[i].shape_on(rank) for i in mine] for rank in self.ranks])
+                found = self._all_to_all(sent, [[self.matrices[i].shape_on(rank) for i in mine] for rank in self.ranks])
                 whole = [torch.cat(rows) for rows in zip(*found)]
             updates = compute(whole)
             sent = [[u[slice(*self.matrices[i].held[rank])] for i, u in zip(mine, updates)] for rank in self.ranks]
-            found = self._swap(sent, [[self.matrices[i].shape_on(self.rank) for i in of_rank] for of_rank in owned])
+            found = self._all_to_all(
+                sent, [[self.matrices[i].shape_on(self.rank) for i in of_rank] for of_rank in owned]
+            )
             for of_rank, rows in zip(owned, found):
                 for i, update in zip(of_rank, rows):
                     write(i, update)
 
     def _rounds(self, chosen: Sequence[int]) -> Iterator[list[int]]:
-        """Those that all hold, which need not be gathered, apart from the others."""
+        """Yield the indices of each round. Replicated matrices, which need no gathering, have rounds of their own."""
         for replicated in (True, False):
             some: list[int] = []
-            numbers = 0
+            elements = 0
             for i in chosen:
                 matrix = self.matrices[i]
                 if matrix.replicated != replicated:
                     continue
                 size = matrix.rows * matrix.columns
-                if some and numbers + size > _ROUND:
+                if some and elements + size > _MAX_ROUND_ELEMENTS:
                     yield some
-                    some, numbers = [], 0
+                    some, elements = [], 0
                 some.append(i)
-                numbers += size
+                elements += size
             if some:
                 yield some
 
-    def _swap(self, sent: list[list[Tensor]], shapes: list[list[tuple[int, int]]]) -> list[list[Tensor]]:
-        """Send every rank its list of tensors; returns those that each rank sent, of the given shapes."""
+    def _all_to_all(self, sent: list[list[Tensor]], shapes: list[list[tuple[int, int]]]) -> list[list[Tensor]]:
+        """Send every rank its list of tensors. Return the tensors of the given ``shapes`` received from each rank."""
         empty = torch.empty(0, dtype=self.dtype, device=self.device)
         outgoing = torch.cat([empty, *(t.flatten() for of_rank in sent for t in of_rank)])
         counts = [[rows * columns for rows, columns in of_rank] for of_rank in shapes]

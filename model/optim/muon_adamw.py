@@ -1,4 +1,4 @@
-"""The optimizer: Muon for matrices, AdamW for the rest, behind one step, one state and one printed table."""
+"""The optimizer: Muon for matrices and AdamW for all other parameters."""
 
 from __future__ import annotations
 
@@ -21,60 +21,62 @@ from model.optim.exchange import Exchange, Matrix
 ADAMW_NAMES = re.compile(
     r"(^|\.)(embed|head|norm|attn_norm|ffn_norm|q_norm|kv_norm)\.|\.(base|scale|sink|ape)$|(^|\.)hyper_head\."
 )
-"""AdamW by role (report 2.4): embedding, head, norms, mHC biases and gates. Ours to decide: sink logits (1-D) and the
-compressors' position biases, which are bias tables and not maps, whatever their shape."""
+"""Parameters under AdamW by role (report 2.4): embedding, head, norms, mHC biases and gates. The report does not
+mention sink logits (1-D) and the compressors' position biases, which are tables of biases, not linear maps."""
 
 
-Matrices = tuple[Tensor, Tensor, Tensor]
-"""Weights, their gradients and their momenta, [..., rows, columns] each."""
-_BATCH = 1 << 21
-"""Numbers that are orthogonalised together."""
+LocalTensors = tuple[Tensor, Tensor, Tensor]
+"""This rank's rows of a weight, its gradient and its momentum, [..., rows, columns] each."""
+_MAX_BATCH_ELEMENTS = 1 << 21
+"""Elements orthogonalized in one batch."""
 
 
-def _batches(sizes: Iterable[int]) -> Iterator[slice]:
-    """Of pieces with so many numbers, consecutive ones with at most ``_BATCH`` together, or single larger ones."""
-    begin = end = numbers = 0
+def _split_into_batches(sizes: Iterable[int]) -> Iterator[slice]:
+    """Group consecutive pieces of ``sizes`` elements into batches of at most ``_MAX_BATCH_ELEMENTS``. A larger piece is
+    a batch of its own."""
+    begin = end = elements = 0
     for end, size in enumerate(sizes):
-        if end > begin and numbers + size > _BATCH:
+        if end > begin and elements + size > _MAX_BATCH_ELEMENTS:
             yield slice(begin, end)
-            begin, numbers = end, 0
-        numbers += size
+            begin, elements = end, 0
+        elements += size
     yield slice(begin, end + 1)
 
 
-def _within(place: int, count: int) -> int:
-    return min(max(place, 0), count)
+def _clamp(value: int, upper: int) -> int:
+    return min(max(value, 0), upper)
 
 
 def rule_for(name: str, parameter: Tensor, rule: str, rows: Sequence[int] = ()) -> str:
-    """``muon`` or ``adamw`` for one parameter. 3-D stacks (experts, output groups) count as matrices, one by one, and
-    so do the ``rows`` of each part of a fused projection."""
+    """Return ``muon`` or ``adamw`` for a parameter. A 3-D stack (experts, output groups) counts as separate matrices,
+    and so do the projections with ``rows`` rows each of a fused projection."""
     degenerate = parameter.dim() < 2 or min(*parameter.shape[-2:], *rows) < 2
     return "adamw" if rule == "adamw" or degenerate or ADAMW_NAMES.search(name) else "muon"
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Both rules over one list of parameters. Raises ConfigError when Muon is asked for and gets no matrix.
+    """Muon for matrices and AdamW for all other parameters. Raises ConfigError if the rule is Muon and no parameter
+    is a matrix.
 
-    ``fused`` names the parameters that hold several independent projections, one above the other, and the rows of each
-    (:meth:`model.transformer.Transformer.fused_rows`): Muon treats them as matrices of their own.
+    ``split_sizes`` maps parameters that stack several independent projections to the rows of each
+    (:meth:`model.transformer.Transformer.split_sizes`). Muon treats each projection as a separate matrix.
 
-    ``divided`` is for the ranks of the default process group, each of which has such an optimizer and calls ``step``
-    with it: a matrix that several of them hold is orthogonalised by one (:mod:`model.optim.exchange`). Parameters that
-    are not sharded must have the same gradient on every rank, or on every rank none.
+    With ``distributed``, the ranks of the default process group divide Muon's work: one rank orthogonalizes each matrix
+    that several ranks hold (:mod:`model.optim.exchange`). Every rank must create this optimizer and call ``step`` in
+    the same order. A parameter that is not sharded must have equal gradients on all ranks, or none on all ranks.
     """
 
     def __init__(
         self,
         named_parameters: Iterable[tuple[str, nn.Parameter]],
         config: OptimizerConfig,
-        fused: Mapping[str, Sequence[int]] | None = None,
-        divided: bool = False,
+        split_sizes: Mapping[str, Sequence[int]] | None = None,
+        distributed: bool = False,
     ):
         self._rows: dict[Tensor, Sequence[int]] = {}
         groups: dict[tuple[str, bool], dict[str, Any]] = {}
         for name, parameter in named_parameters:
-            rows = (fused or {}).get(name, parameter.shape[-2:-1])
+            rows = (split_sizes or {}).get(name, parameter.shape[-2:-1])
             self._rows[parameter] = rows
             rule = rule_for(name, parameter, config.rule, rows)
             rate = config.learning_rate if rule == "muon" else (config.adamw_learning_rate or config.learning_rate)
@@ -90,11 +92,12 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__(list(groups.values()), {})
         self.config = config.on(self.param_groups[0]["params"][0].device)
         self._shared: dict[Tensor, list[int]] = {}
-        """The numbers of a parameter's matrices in the exchange, in their order."""
-        self._exchange = self._divide() if divided else None
+        """Indices of a parameter's matrices in the exchange, in order."""
+        self._exchange = self._build_exchange() if distributed else None
 
-    def _divide(self) -> Exchange:
-        """Which matrices the ranks have in common. Whole ones of a sharded stack are their holder's alone."""
+    def _build_exchange(self) -> Exchange:
+        """Return the exchange of the matrices that several ranks hold. A sharded 3-D stack is split between matrices:
+        each stays on one rank and only adds to that rank's load."""
         world, dtype = dist.get_world_size(), getattr(torch, self.config.ns_dtype)
         steps = len(self.config.ns_coefficients)
         matrices: list[Matrix] = []
@@ -114,29 +117,29 @@ class MuonAdamW(torch.optim.Optimizer):
             for count, cost in list(zip(rows, costs)) * math.prod(p.shape[:-2]):
                 held = tuple((0, count) for _ in spans)
                 if is_sharded(p):
-                    held = tuple((_within(s.begin - begin, count), _within(s.end - begin, count)) for s in spans)
+                    held = tuple((_clamp(s.begin - begin, count), _clamp(s.end - begin, count)) for s in spans)
                 self._shared[p].append(len(matrices))
                 matrices.append(Matrix(count, columns, held, cost))
                 begin += count
         return Exchange(matrices, loads, dtype, to_local(parameters[0]).device if parameters else torch.device("cpu"))
 
     def table(self) -> list[tuple[str, str, str, int, float]]:
-        """Rows (parameter role, rule, matrices, numbers, learning rate); layers of one role are one row."""
+        """Return rows of (parameter role, rule, matrices, elements, learning rate), one per role over all layers."""
         rows: dict[tuple, list[int]] = {}
         for group in self.param_groups:
             for name, parameter in zip(group["names"], group["params"]):
                 role = re.sub(r"layers\.\d+\.", "layers.*.", name)
-                key = (role, group["rule"], self._shown(parameter, group["rule"]), group["peak_lr"])
+                key = (role, group["rule"], self._format_shape(parameter, group["rule"]), group["peak_lr"])
                 count = rows.setdefault(key, [0, 0])
                 count[0] += 1
                 count[1] += parameter.numel()
         return [
-            (role, rule, f"{count} x {shown}", numbers, rate)
-            for (role, rule, shown, rate), (count, numbers) in rows.items()
+            (role, rule, f"{count} x {shape}", elements, rate)
+            for (role, rule, shape, rate), (count, elements) in rows.items()
         ]
 
-    def _shown(self, parameter: Tensor, rule: str) -> str:
-        """A parameter as what its rule takes for one: its shape, or the matrices it is split into."""
+    def _format_shape(self, parameter: Tensor, rule: str) -> str:
+        """Format a parameter's shape or, under Muon, the matrices it is split into."""
         stack, parts = math.prod(parameter.shape[:-2]), Counter(self._rows[parameter])
         if rule == "adamw" or stack * parts.total() == 1:
             return str(list(parameter.shape))
@@ -145,98 +148,101 @@ class MuonAdamW(torch.optim.Optimizer):
         return f"({each})"
 
     def muon_share(self) -> float:
-        """Share of all trained numbers that Muon moves."""
+        """Return the share of all trained elements that Muon updates."""
         total = {"muon": 0, "adamw": 0}
         for group in self.param_groups:
             total[group["rule"]] += sum(p.numel() for p in group["params"])
         return total["muon"] / max(1, sum(total.values()))
 
     def set_rates(self, scale: float, indexer_peak: float | None = None) -> None:
-        """Every group's rate becomes its peak times ``scale``; the indexers' peak is ``indexer_peak`` where given."""
+        """Set every group's learning rate to ``scale`` times its peak. ``indexer_peak`` replaces the indexers' peak."""
         for group in self.param_groups:
             peak = indexer_peak if indexer_peak is not None and group["indexer"] else group["peak_lr"]
             group["lr"] = peak * scale
 
     def rates(self) -> dict[str, float]:
-        """The present learning rates: of ``muon``, ``adamw`` and the ``indexer``'s matrices."""
+        """Return the current learning rates of ``muon``, ``adamw`` and the ``indexer``'s matrices."""
         shown = [group for group in self.param_groups if not group["indexer"] or group["rule"] == self.config.rule]
         return {"indexer" if group["indexer"] else group["rule"]: group["lr"] for group in shown}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update. Parameters without a gradient are left alone, with their state."""
+        """Update all parameters that have a gradient."""
         for group in self.param_groups:
-            moving = [p for p in group["params"] if p.grad is not None]
+            parameters = [p for p in group["params"] if p.grad is not None]
             if group["rule"] == "muon":
-                self._muon(moving, group["lr"])
+                self._muon(parameters, group["lr"])
             else:
-                self._adamw(moving, group["lr"])
+                self._adamw(parameters, group["lr"])
 
     def _muon(self, parameters: list[Tensor], lr: float) -> None:
-        """Report algorithm 1: Nesterov momentum, orthogonalisation, RMS-matched step with decoupled decay.
+        """Apply Nesterov momentum, orthogonalization and an RMS-matched step with decoupled decay (report algorithm 1).
 
-        Same-shape matrices of all layers and experts go through one iteration together, so many at a time that the
-        passes over them stay in the processor's cache.
+        Matrices of one shape are batched over layers and experts. A batch fits the processor's cache.
         """
-        by_shape: dict[tuple[int, int], list[Matrices]] = {}
+        by_shape: dict[tuple[int, int], list[LocalTensors]] = {}
         for p in parameters:
             if p in self._shared or not to_local(p).numel():
                 continue
-            parts = (t.split(list(self._rows[p]), dim=-2) for t in self._moved(p))
+            parts = (t.split(list(self._rows[p]), dim=-2) for t in self._local_tensors(p))
             for rows, weight, gradient, momentum in zip(self._rows[p], *parts):
                 by_shape.setdefault((rows, p.shape[-1]), []).append((weight, gradient, momentum))
         for (rows, columns), pieces in by_shape.items():
-            for batch in _batches(weight.numel() for weight, _, _ in pieces):
+            for batch in _split_into_batches(weight.numel() for weight, _, _ in pieces):
                 self._muon_batch(pieces[batch], rows, columns, lr)
         if self._exchange is not None:
-            self._muon_divided(self._exchange, [p for p in parameters if p in self._shared], lr)
+            self._muon_distributed(self._exchange, [p for p in parameters if p in self._shared], lr)
 
-    def _moved(self, p: Tensor) -> Matrices:
-        """This rank's rows of a parameter that has a gradient."""
+    def _local_tensors(self, p: Tensor) -> LocalTensors:
+        """Return this rank's rows of a parameter that has a gradient."""
         assert p.grad is not None
         return to_local(p), to_local(p.grad), self._state(p, "momentum")
 
-    def _muon_divided(self, exchange: Exchange, parameters: list[Tensor], lr: float) -> None:
-        """The same for matrices that ranks have in common: this rank's share of the work, and its rows of the rest."""
-        mine: dict[int, Matrices] = {}
+    def _muon_distributed(self, exchange: Exchange, parameters: list[Tensor], lr: float) -> None:
+        """Apply Muon to matrices that several ranks hold: orthogonalize the matrices assigned to this rank, and update
+        this rank's rows of all of them."""
+        local: dict[int, LocalTensors] = {}
         for p in parameters:
-            weight, gradient, momentum = self._moved(p)
+            weight, gradient, momentum = self._local_tensors(p)
             columns = weight.shape[-1]
-            weight, momentum = weight.view(-1, columns), momentum.view(-1, columns)  # written to, so never copies
+            weight, momentum = (
+                weight.view(-1, columns),
+                momentum.view(-1, columns),
+            )  # views, because both are updated in place
             gradient = gradient.reshape(-1, columns)
             torch.add(gradient, momentum, alpha=self.config.momentum, out=momentum)
             counts = [exchange.matrices[i].shape_on(exchange.rank)[0] for i in self._shared[p]]
             pieces = zip(weight.split(counts), gradient.split(counts), momentum.split(counts))
-            mine.update(zip(self._shared[p], pieces))
+            local.update(zip(self._shared[p], pieces))
 
         def read(i: int) -> Tensor:
-            _, gradient, momentum = mine[i]
+            _, gradient, momentum = local[i]
             return torch.add(gradient, momentum, alpha=self.config.momentum).to(exchange.dtype)
 
         def write(i: int, update: Tensor) -> None:
             matrix = exchange.matrices[i]
-            self._descend(mine[i][0], update, matrix.rows, matrix.columns, lr)
+            self._apply_update(local[i][0], update, matrix.rows, matrix.columns, lr)
 
-        exchange.orthogonalise(list(mine), read, self._orthogonalised, write)
+        exchange.orthogonalize(list(local), read, self._orthogonalize, write)
 
-    def _orthogonalised(self, matrices: list[Tensor]) -> list[Tensor]:
-        """Matrices [rows, columns] of any shapes; those of one shape in batches."""
+    def _orthogonalize(self, matrices: list[Tensor]) -> list[Tensor]:
+        """Orthogonalize matrices [rows, columns] of any shapes, with matrices of one shape in batches."""
         by_shape: dict[torch.Size, list[int]] = {}
         for i, matrix in enumerate(matrices):
             by_shape.setdefault(matrix.shape, []).append(i)
         found: dict[int, Tensor] = {}
-        for alike in by_shape.values():
-            for batch in _batches(matrices[i].numel() for i in alike):
-                stack = torch.stack([matrices[i] for i in alike[batch]])
-                found.update(zip(alike[batch], newton_schulz(stack, self.config.ns_coefficients, stack.dtype)))
+        for indices in by_shape.values():
+            for batch in _split_into_batches(matrices[i].numel() for i in indices):
+                stack = torch.stack([matrices[i] for i in indices[batch]])
+                found.update(zip(indices[batch], newton_schulz(stack, self.config.ns_coefficients, stack.dtype)))
         return [found[i] for i in range(len(matrices))]
 
-    def _descend(self, weight: Tensor, update: Tensor, rows: int, columns: int, lr: float) -> None:
-        """A step along the update of matrices [rows, columns], whatever rows of them ``weight`` holds."""
+    def _apply_update(self, weight: Tensor, update: Tensor, rows: int, columns: int, lr: float) -> None:
+        """Decay ``weight``, all or some rows of matrices [rows, columns], and subtract the scaled update."""
         size = lr * self.config.rms * math.sqrt(max(rows, columns))
         weight.mul_(1 - lr * self.config.weight_decay).add_(update.reshape(weight.shape), alpha=-size)
 
-    def _muon_batch(self, batch: list[Matrices], rows: int, columns: int, lr: float) -> None:
+    def _muon_batch(self, batch: list[LocalTensors], rows: int, columns: int, lr: float) -> None:
         config = self.config
         counts = [weight.numel() // (rows * columns) for weight, _, _ in batch]
         dtype = getattr(torch, config.ns_dtype)
@@ -246,7 +252,7 @@ class MuonAdamW(torch.optim.Optimizer):
             torch.add(gradient, momentum, alpha=config.momentum, out=out.view(gradient.shape))
         updates = newton_schulz(ahead, config.ns_coefficients, dtype).split(counts)
         for (weight, _, _), update in zip(batch, updates):
-            self._descend(weight, update, rows, columns, lr)
+            self._apply_update(weight, update, rows, columns, lr)
 
     def _adamw(self, parameters: list[Tensor], lr: float) -> None:
         if not parameters:
@@ -259,7 +265,7 @@ class MuonAdamW(torch.optim.Optimizer):
         torch._foreach_lerp_(first, gradients, 1 - beta1)
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
-        # Decay is for maps: one-dimensional parameters (norm weights, biases, gates) have none to shrink towards.
+        # One-dimensional parameters (norm weights, biases, gates) do not decay.
         maps = [to_local(p) for p in parameters if p.dim() > 1]
         if maps:
             torch._foreach_mul_(maps, 1 - lr * config.weight_decay)
@@ -275,7 +281,7 @@ class MuonAdamW(torch.optim.Optimizer):
         return state[name]
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The state as ``<parameter>/<slot>`` tensors for safetensors; of sharded parameters, this rank's rows."""
+        """Return the state as tensors named ``<parameter>/<slot>``, with this rank's rows of sharded parameters."""
         tensors = {}
         for group in self.param_groups:
             for name, p in zip(group["names"], group["params"]):
@@ -284,8 +290,8 @@ class MuonAdamW(torch.optim.Optimizer):
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Inverse of :meth:`state_tensors`: what was there is gone. Raises CheckpointError, and changes nothing, for a
-        name or shape that does not fit."""
+        """Replace the state by that of :meth:`state_tensors`. Raises CheckpointError and changes nothing if a name or
+        shape does not fit."""
         loaded: dict[Tensor, dict[str, Any]] = defaultdict(dict)
         parameters = {n: p for group in self.param_groups for n, p in zip(group["names"], group["params"])}
         for key, value in tensors.items():

@@ -1,5 +1,5 @@
-"""The optimizer's two rules as they are published, one matrix at a time: the readable twin of
-:mod:`model.optim.muon_adamw`."""
+"""Reference implementation of the two update rules, one matrix at a time. :mod:`model.optim.muon_adamw` is the fast
+one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from model.optim.muon_adamw import OptimizerConfig
 def muon_step(
     weight: Tensor, gradient: Tensor, momentum: Tensor, lr: float, config: OptimizerConfig
 ) -> tuple[Tensor, Tensor]:
-    """The new weight and momentum of one matrix [r, c] (report algorithm 1); ``config`` names its ``ns_dtype``."""
+    """Return the new weight and momentum of one matrix [r, c] (report algorithm 1). ``config.ns_dtype`` must be
+    resolved (:meth:`OptimizerConfig.on`)."""
     momentum = config.momentum * momentum + gradient
     ahead = config.momentum * momentum + gradient  # Nesterov
     dtype = getattr(torch, config.ns_dtype)
@@ -27,7 +28,7 @@ def muon_step(
 def adamw_step(
     weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: int, lr: float, config: OptimizerConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The new weight and both moments; ``step`` counts from 1. One-dimensional parameters do not decay."""
+    """Return the new weight and both moments. ``step`` counts from 1. One-dimensional parameters do not decay."""
     beta1, beta2 = config.betas
     first = beta1 * first + (1 - beta1) * gradient
     second = beta2 * second + (1 - beta2) * gradient.square()

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model import checkpoint
-from model.checkpoint.rank_shards import Part, SpanOf
+from model.checkpoint.rank_shards import RankShard, RowLookup
 from model.config import ModelConfig
 from model.distributed.dtensor import RowRange
 from model.tokenizer import Tokenizer
@@ -36,25 +36,25 @@ class TrainState:
     tokenizer: Tokenizer
     spans: dict[str, RowRange]
     """This rank's rows of each sharded parameter."""
-    part: Part | None
+    shard: RankShard | None
     """None without sharding."""
     dtypes: compute_dtype.Dtypes
 
     def write(self, folder: Path) -> None:
         """Write the model's checkpoint and the state to resume from, or this rank's share, into an existing folder."""
-        if self.part is None:
+        if self.shard is None:
             checkpoint.write(self.model, self.config, folder, self.tokenizer)
             save_file(self.tensors, folder / OPTIMIZER)
         else:
-            span_of = span_lookup(self.spans)
-            checkpoint.write_part(self.model, span_of, self.part, self.config, folder, self.tokenizer)
-            self.part.write(folder / OPTIMIZER, self.tensors, span_of)
-        if self.part is None or self.part.number == 0:
+            find_rows = span_lookup(self.spans)
+            checkpoint.write_shard(self.model, find_rows, self.shard, self.config, folder, self.tokenizer)
+            self.shard.write(folder / OPTIMIZER, self.tensors, find_rows)
+        if self.shard is None or self.shard.rank == 0:
             (folder / STATE).write_text(json.dumps(self.state) + "\n")
             compute_dtype.write(folder, self.dtypes)
 
 
-def span_lookup(spans: Mapping[str, RowRange]) -> SpanOf:
+def span_lookup(spans: Mapping[str, RowRange]) -> RowLookup:
     """Return a function from the name of a parameter, or of its optimizer state ``<parameter>/<slot>``, to its span."""
     return lambda name: spans.get(name.partition("/")[0])
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from model import checkpoint
-from model.checkpoint.rank_shards import Part, Parts
+from model.checkpoint.rank_shards import RankShard, ShardSet
 from model.distributed.dtensor import is_sharded, local_ranges
 from model.distributed.fsdp import local_state, reshard_all, set_local_state
 from model.errors import CheckpointError, FiftyfoldError
@@ -99,7 +99,7 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.sharded = any(map(is_sharded, model.parameters()))
         self.optimizer = MuonAdamW(
-            model.named_parameters(), recipe.train.optimizer, model.split_sizes(), divided=world_size() > 1
+            model.named_parameters(), recipe.train.optimizer, model.split_sizes(), distributed=world_size() > 1
         )
         self.spikes = SpikeDetector(recipe.train.stability)
         self.anticipatory = AnticipatoryRouting(recipe.train.stability.anticipatory_routing)
@@ -144,9 +144,11 @@ class Trainer:
             raise FiftyfoldError(
                 f"step {self.step}: '{broken}' holds values that are not finite; checkpoints before it are good"
             )
-        part = Part(rank(), Parts(world_size(), f"{shared_random_id(self.device):x}")) if self.sharded else None
+        shard = None
+        if self.sharded:
+            shard = RankShard(rank(), ShardSet(world_size(), f"{shared_random_id(self.device):x}"))
         dtypes = compute_dtype.settings_of(self.recipe)
-        return TrainState(state, model, self.model.config, tensors, self.tokenizer, self._spans, part, dtypes)
+        return TrainState(state, model, self.model.config, tensors, self.tokenizer, self._spans, shard, dtypes)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Resume from a checkpoint folder, which may be sharded differently. Raises CheckpointError."""

@@ -1,4 +1,4 @@
-"""Small networks whose every number is drawn at random, for tests."""
+"""Small networks with random parameters, for tests."""
 
 import torch
 
@@ -26,13 +26,13 @@ SMALL = {
 FP32 = dict.fromkeys(CACHE_FORMATS, "fp32")
 BF16 = dict.fromkeys(CACHE_FORMATS, "bf16")
 EXACT = {**FP32, "qat": False}
-"""Nothing is rounded anywhere."""
+"""Settings without any quantization."""
 
 
 def build(seed=0, **overrides):
     torch.manual_seed(seed)
     model = Transformer(ModelConfig(**{**SMALL, **overrides}))
-    with torch.no_grad():  # zeros hide mistakes
+    with torch.no_grad():  # parameters initialized to zero would hide mistakes
         for name, p in model.named_parameters():
             if name.endswith((".sink", ".ape", ".base", ".scale")):
                 p.normal_(std=0.5)

@@ -1,19 +1,19 @@
-"""On a GPU, eager PyTorch gives what it gives on a CPU."""
+"""Eager PyTorch computes equal results on GPU and CPU."""
 
 import pytest
 import torch
-from networks import BF16, EXACT, build
 
 import model.mixers.csa as csa
 from model.cache import Cache
 from model.cache.file import restore_cache, save_cache
+from tests.model.networks import BF16, EXACT, build
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 PIECES = [23, 1, 1, 16, 1, 28]
 
 
 def read(network, cache, ids, monkeypatch):
-    """Logits and choices, on the CPU."""
+    """Return logits and top-k selections on the CPU."""
     chosen, original = [], csa.index_topk
 
     def watch(*arguments, **options):
@@ -35,7 +35,7 @@ def test_a_gpu_computes_the_same(change, monkeypatch, tmp_path):
     expected, numbers = read(network, there, ids, monkeypatch)
     here = Cache(network.config, 1, 200, "cuda")
     found, chosen = read(network.to("cuda"), here, ids, monkeypatch)
-    # Values on the border between two codes may fall either way.
+    # Values halfway between two codes may round either way.
     tolerance = 1e-5 if change is EXACT else 1e-2
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
     if change is EXACT:

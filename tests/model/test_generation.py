@@ -1,10 +1,10 @@
 import pytest
 import torch
-from networks import EXACT, build
 
 from model.cache import Cache
 from model.errors import CacheError
 from model.generation import generate, prefill
+from tests.model.networks import EXACT, build
 
 
 def test_every_token_is_the_likeliest_after_those_before_it():

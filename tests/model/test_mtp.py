@@ -1,9 +1,8 @@
-"""The multi-token prediction module: what it sees, what it learns, and that decoding does without it."""
+"""The multi-token prediction module: inputs, training, and decoding without it."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import EXACT, SMALL, build
 
 from kernels.rms_norm import rms_norm
 from model import checkpoint
@@ -12,6 +11,7 @@ from model.errors import ConfigError
 from model.forward.aux_outputs import AuxOutputs
 from model.optim import MuonAdamW, OptimizerConfig
 from model.transformer import Transformer
+from tests.model.networks import EXACT, SMALL, build
 
 
 def ahead(model, ids):
@@ -30,14 +30,14 @@ def test_it_sees_up_to_the_next_token_and_no_further():
             changed = ids.clone()
             changed[0, place] = (changed[0, place] + 7) % 50
             _, after = ahead(model, changed)
-            # The changed token may go to another expert, whose product then has another shape.
+            # The changed token may be routed to another expert, which changes the shape of a product.
             torch.testing.assert_close(after[:, : place - 1], before[:, : place - 1], rtol=0, atol=1e-5)
             assert (after[:, place - 1] - before[:, place - 1]).abs().max() > 1e-3  # token t + 1 is its input
 
 
 @pytest.mark.parametrize("hyper", [True, False])
 def test_its_input_is_the_sum_of_two_projections(hyper):
-    """With the block's two residuals silenced, what is left is head(norm(e_proj enorm(emb) + h_proj hnorm(h)))."""
+    """Without the block's two outputs, logits are head(norm(e_proj enorm(emb) + h_proj hnorm(h)))."""
     model = build(mtp_layers=1, layers=("sliding",), hyper_connections=hyper)
     module = model.mtp[0]
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_its_input_is_the_sum_of_two_projections(hyper):
                 p.uniform_(0.5, 1.5)
             if name.endswith("residual.base"):
                 p.zero_()
-                p[8:].view(4, 4).fill_diagonal_(40.0)  # every stream stays in place
+                p[8:].view(4, 4).fill_diagonal_(40.0)  # streams are not mixed
             if name.endswith(("residual.scale", "hyper_head.scale", "hyper_head.base")):
                 p.zero_()
         streams = torch.randn(1, 7, 4, 32) if hyper else torch.randn(1, 7, 32)
@@ -97,7 +97,7 @@ def test_its_gradient_reaches_the_network_and_every_part_of_its_own():
         if name.startswith(("mtp.", "embed", "head")) and not name.endswith("tid2eid"):
             assert p.grad is not None and p.grad.abs().sum() > 0, name
     assert model.layers[1].attn.wkv.weight.grad.abs().sum() > 0
-    assert model.norm.weight.grad is None  # the module has a norm of its own
+    assert model.norm.weight.grad is None  # the module has a separate norm
 
 
 def test_it_is_saved_and_loaded(tmp_path):

@@ -1,8 +1,8 @@
-"""The network is the published one: transformers' independent implementation gives the same numbers.
+"""Parity with transformers' independent implementation of the published network.
 
-Configurations and measurements are ``benchmarks/parity.py``'s; here is a part of each, about a minute in all, and the
-whole under the marker ``long``. Ties are excluded on both sides: in transformers equal index scores are broken by the
-library's top-k, here by the lower entry, and a seed is only used where no choice is near a tie.
+Configurations and measurements come from ``benchmarks/parity.py``. By default a subset runs, about a minute in total;
+the marker ``long`` selects all. Equal index scores are resolved by the library's top-k in transformers and by the lower
+entry here, so the tests only use seeds without near ties.
 """
 
 import pytest
@@ -15,7 +15,7 @@ from model.generation import generate
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 LENGTHS = [1, 2, 3, 4, 5, 7, 8, 17, 129, parity.TOKENS]
-CUTS = (1, 3, 4, 6, 8, 13, 16, 20)  # on both ratios' blocks, within them, and one token from an end
+CUTS = (1, 3, 4, 6, 8, 13, 16, 20)  # at block boundaries of both ratios, within blocks, and one token from the end
 DECODED_WHOLE = ("top-k 8", "schedule as in Flash")
 
 
@@ -46,7 +46,7 @@ def test_greedy_decoding_gives_the_same_tokens(name):
     found = generate(p.ours, prompt, 60)
     assert torch.equal(found, expected)
     assert len(found[0, 37:].unique()) > 5
-    # With an end token that the sequence does reach: the same stop.
+    # With an end token that occurs in the sequence, both stop there.
     end = int(found[0, 37 + 12])
     expected = p.oracle.generate(prompt, max_new_tokens=60, do_sample=False, eos_token_id=end, pad_token_id=end)
     assert torch.equal(generate(p.ours, prompt, 60, eos_id=end), expected)

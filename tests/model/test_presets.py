@@ -1,4 +1,4 @@
-"""The released numbers, and the dial that derives the rest of the family from them."""
+"""Released sizes, and scaling by depth."""
 
 import itertools
 
@@ -104,7 +104,7 @@ def test_every_depth_keeps_the_proportions(depth):
     csa, hca, sliding = (c.layers.count(mixer) for mixer in ("csa", "hca", "sliding"))
     assert sliding in (1, 2) and c.layers[:sliding] == ("sliding",) * sliding
     assert c.layers[sliding:] == ("csa", "hca") * hca + ("csa",) and csa == hca + 1
-    # Multiples that blocks and tiles divide.
+    # Multiples of block and tile sizes.
     assert c.hidden_size % 128 == 0 and c.q_lora_rank % 32 == 0 and c.expert_size % 64 == 0
     assert c.index_topk % 16 == 0 and c.index_heads % 8 == 0 and c.num_experts % 8 == 0
     assert c.head_dim in (64, 128, 256, 512) and c.window == c.hca_ratio == 128
@@ -145,11 +145,11 @@ def test_the_smallest_member_runs():
         cache = Cache(model.config, 1, 140)
         pieces = torch.cat((model(ids[:, :139], cache), model(ids[:, 139:], cache)), dim=1)
     assert whole.isfinite().all()
-    torch.testing.assert_close(pieces, whole, atol=1e-3, rtol=1e-4)  # a value on a format's border may fall either way
+    torch.testing.assert_close(pieces, whole, atol=1e-3, rtol=1e-4)  # borderline values may round either way
 
 
 def test_a_depth_that_could_change_nothing_is_refused():
-    with pytest.raises(ConfigError, match=r"^model\.depth: 8 would change nothing"):
+    with pytest.raises(ConfigError, match=r"^model\.depth: 8 has no effect"):
         ModelConfig.from_dict({**ModelConfig().to_dict(), "depth": 8})
 
 
@@ -160,7 +160,7 @@ def test_a_depth_that_could_change_nothing_is_refused():
         ({"depth": 62}, "model.depth: expected a whole number from 4 to 61, found 62"),
         ({"depth": "12"}, "model.depth: expected a whole number from 4 to 61, found '12'"),
         ({"depth": True}, "model.depth: expected a whole number from 4 to 61, found True"),
-        ({"depth": 12, "preset": "tiny"}, "model.depth: 12 and model.preset 'tiny' are two starting points, give one"),
+        ({"depth": 12, "preset": "tiny"}, "model.depth: 12 and model.preset 'tiny' are mutually exclusive"),
         ({"depth": 12, "window": 0}, "model.window: must be at least 1, found 0"),
         ({"preset": "v5"}, "model.preset: unknown preset 'v5'; there are tiny, small, base, v4-flash, v4-pro"),
     ],

@@ -1,11 +1,10 @@
-"""What a step of a long sequence makes in memory: bounded by the piece, and by one row of scores per query."""
+"""Memory of a step of a long sequence: bounded by the chunk and by one row of scores per query."""
 
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from networks import build
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -13,11 +12,12 @@ from kernels import native
 from model.cache import Cache
 from model.cache.random_fill import fill_random
 from model.forward.execution import Execution
+from tests.model.networks import build
 
 
 @pytest.fixture(autouse=True)
 def without_native_operators(monkeypatch):
-    """Whose memory PyTorch does not see; the last test measures the process instead."""
+    """Disable native operators, since PyTorch does not see their memory. The last test measures the process instead."""
     monkeypatch.setattr(native, "level", lambda: None)
 
 
@@ -26,7 +26,7 @@ MODELS = {mixer: build(layers=(mixer,), max_positions=1 << 20) for mixer in ("sl
 
 
 class Made(TorchDispatchMode):
-    """Records the bytes of every tensor that an operation makes, and of those it makes from ``source``."""
+    """Records the bytes of every tensor that an operation creates, in total and from ``source``."""
 
     def __init__(self, source=None):
         super().__init__()
@@ -45,7 +45,7 @@ class Made(TorchDispatchMode):
 
 
 def step(mixer, history, tokens, mode="auto"):
-    """What reading some tokens after a long history makes."""
+    """Return the memory of appending some tokens to a long history."""
     model = MODELS[mixer]
     cache = Cache(model.config, 1, history + tokens)
     fill_random(cache, history)
@@ -62,7 +62,7 @@ def step(mixer, history, tokens, mode="auto"):
 @pytest.mark.parametrize("mixer", MODELS)
 def test_prefill_makes_nothing_of_tokens_times_history(mixer):
     small = max(step(mixer, LONG, 64).all)
-    # What belongs to the tokens alone is small here, and what they make of the history is made run by run.
+    # Memory of the new tokens is small here, and the history is processed in runs.
     assert max(step(mixer, LONG, 256).all) < max(1.05 * small, 2**18)
     assert max(step(mixer, LONGER, 64).all) < 1.05 * small
     assert small < 2**24 * 1.05
@@ -87,7 +87,7 @@ def test_decoding_reads_of_csa_entries_only_the_chosen(mode):
 
 
 def test_native_operators_take_no_more_for_more_tokens_or_a_longer_history(monkeypatch):
-    """Peak resident memory of the process: scores of whole runs of queries would be 256 MiB here."""
+    """Measure peak resident memory. Scores of full runs of queries would take 256 MiB."""
     monkeypatch.undo()
     status = Path("/proc/self/status")
     if native.level() is None or not status.exists():

@@ -1,4 +1,4 @@
-"""The byte tokenizer, and its form on disk as others read it."""
+"""The byte tokenizer and its ``tokenizer.json``."""
 
 import random
 

@@ -1,10 +1,9 @@
-"""The network as a whole: causality, cache equality, switches, gradients."""
+"""The full network: causality, equality with and without a cache, switches, gradients."""
 
 import itertools
 
 import pytest
 import torch
-from networks import BF16, EXACT, SMALL, build
 
 from kernels.cache_io import pack, unpack
 from model.cache import Cache
@@ -16,6 +15,7 @@ from model.forward.context import Context
 from model.generation import prefill
 from model.mixers.gqa import GroupedQueryAttention
 from model.precision import Precision
+from tests.model.networks import BF16, EXACT, SMALL, build
 
 SCHEDULES = {
     "hybrid": ("sliding", "csa", "hca", "csa"),
@@ -45,7 +45,7 @@ def test_a_later_token_never_moves_an_earlier_output(schedule, attention, rounde
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_length_decodes_from_the_cache_like_the_full_forward(schedule):
-    # Without rounding, so that a flipped rounding cannot hide a mistake behind a loose tolerance.
+    # Without quantization, so the tolerance can be tight.
     model = build(layers=SCHEDULES[schedule], **EXACT)
     ids = torch.randint(0, 50, (2, 75))
     with torch.inference_mode():
@@ -64,7 +64,7 @@ def test_prefill_may_be_cut_anywhere(rounded):
         for cut in range(1, 40):
             cache = Cache(model.config, 1, 40)
             logits = torch.cat((model(ids[:, :cut], cache), model(ids[:, cut:], cache)), 1)
-            # With rounding, matmuls of another shape may flip a rare last bit across a rounding border.
+            # With quantization, matmuls of another shape may rarely round to the next code.
             close = ((logits - full).abs().amax(-1) < 2e-4).float().mean()
             assert close > 0.9 if rounded else close == 1, cut
 
@@ -78,7 +78,7 @@ def test_generation_prefill_matches_in_any_chunk():
         torch.testing.assert_close(prefill(model, Cache(model.config, 1, 40), ids, chunk), last, rtol=0, atol=2e-4)
 
 
-def test_training_forward_equals_inference_forward_with_quantisation_in_the_loop():
+def test_training_forward_equals_inference_forward_with_qat():
     model = build(qat=True)
     ids = torch.randint(0, 50, (2, 40))
     with torch.no_grad():
@@ -99,7 +99,7 @@ STORED = [
 
 @pytest.mark.parametrize(("mixer", "formats"), STORED)
 def test_cached_values_are_the_training_forwards_bit_for_bit(mixer, formats):
-    # Key-value heads of 40 dims end in the midst of a block.
+    # Key-value heads of 40 dims end within a block.
     model = build(layers=(mixer,), head_dim=40, index_head_dim=64, **formats)
     ids = torch.randint(0, 50, (1, 72))
     precision = model.layers[0].attn.precision
@@ -154,12 +154,12 @@ def test_every_layout_stores_what_training_rounds_to(body):
         }
         for role in ("main", "index", "gqa"):
             layout = layouts[role]
-            x = torch.randn(3, layout.size) * torch.logspace(-3, 2, layout.size)  # neighbours that share no scale
+            x = torch.randn(3, layout.size) * torch.logspace(-3, 2, layout.size)  # different scales
             rounded = precision.round_to(x, role, layout, training=True)
             rows = pack(x, layout)
             assert rows.shape == (3, layout.nbytes)
             assert torch.equal(unpack(rows, layout), rounded), (formats, role)
-            for row in range(3):  # wherever a row begins
+            for row in range(3):  # rows at different offsets
                 assert torch.equal(unpack(rows[row : row + 1], layout), rounded[row : row + 1]), (formats, role)
 
 
@@ -350,7 +350,7 @@ def test_bf16_weights_halve_the_matrices_and_leave_what_decides_alone():
     for part in ("router", "compressor", "weights_proj", "hyper_head", "norm", "_residual", "embed", "sink"):
         assert not any(part in name for name in narrow)
     assert {"layers.0.attn.wo_a", "layers.0.attn.wq_a.weight", "layers.0.ffn.shared.w2.weight"} <= narrow
-    # Experts on FP4's grid lose nothing in BF16, and are not kept twice.
+    # FP4 experts are exact in BF16 and are not stored twice.
     for module, stacks in zip(model.moe_layers(), experts):
         with torch.inference_mode():
             stored = module.stored_experts()

@@ -87,10 +87,10 @@ def test_a_sharded_run_resumes_to_the_last_bit(folder):
     assert_equal(weights(folder / "resumed" / "4"), weights(folder / "clipped-shards" / "4"))
 
 
-def test_the_digest_covers_every_part(folder, tmp_path):
+def test_the_digest_covers_every_rank(folder, tmp_path):
     shutil.copytree(folder / "clipped-shards" / AT, tmp_path / AT)
     before = weights_digest(tmp_path / AT)
-    cut_short(tmp_path / AT, "model-00002-of-00002.safetensors")
+    cut_short(tmp_path / AT, "model-rank-00002-of-00002.safetensors")
     assert weights_digest(tmp_path / AT) != before
 
 
@@ -107,7 +107,7 @@ def test_a_checkpoint_is_the_same_on_any_number_of_ranks(folder, name, source):
         assert metrics["train/loss"] == pytest.approx(records(folder / source)[0][step]["train/loss"], rel=1e-3)
 
 
-def other_writing(folder, part):
+def other_save(folder, part):
     shutil.copyfile(folder.parent / "4" / part, folder / part)
 
 
@@ -117,9 +117,9 @@ def cut_short(folder, part):
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(other_writing, "not written together"), (cut_short, "damaged"), (lambda f, part: (f / part).unlink(), "No such")],
+    [(other_save, "belongs to another save"), (cut_short, "damaged"), (lambda f, part: (f / part).unlink(), "No such")],
 )
-@pytest.mark.parametrize("part", ["model-00002-of-00002.safetensors", "optimizer-00001-of-00002.safetensors"])
+@pytest.mark.parametrize("part", ["model-rank-00002-of-00002.safetensors", "optimizer-rank-00001-of-00002.safetensors"])
 def test_half_a_checkpoint_is_none(folder, recipe, tmp_path, part, damage, message):
     copy = tmp_path / "run" / AT
     shutil.copytree(folder / "clipped-shards", tmp_path / "run")
@@ -150,7 +150,7 @@ def test_a_sharded_run_that_died_goes_on_in_one_worker(prepared, ray_cluster):
     killer.join()
     last = max(indexed_steps(sharded))
     written = sorted(f.name for f in (sharded.run_folder / "train" / f"step_{last:06d}").glob("*.safetensors"))
-    assert written == [f"{name}-0000{n}-of-00002.safetensors" for name in ("model", "optimizer") for n in (1, 2)]
+    assert written == [f"{name}-rank-0000{n}-of-00002.safetensors" for name in ("model", "optimizer") for n in (1, 2)]
     result = train.run(with_overrides(sharded, {"train.workers": 1, "train.sharding": "none"}))
     steps = [step for step, _ in history(sharded)]
     assert last < 30 and steps[last - 30 :] == list(range(last + 1, 31)) and set(steps) == set(range(1, 31))

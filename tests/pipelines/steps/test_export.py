@@ -154,7 +154,7 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path, capsys):
 
 def test_other_steps_say_what_to_do_with_a_folder_of_another_kind(ours, tmp_path, capsys):
     assert export(ours, tmp_path / "hf") == 0
-    with pytest.raises(CheckpointError, match="model_type 'deepseek_v4', not of ours; the export step"):
+    with pytest.raises(CheckpointError, match="model_type 'deepseek_v4' in another format; convert it with"):
         checkpoint.load(tmp_path / "hf")
     capsys.readouterr()
     assert main(["budget", "--model", str(tmp_path / "hf"), "--json"]) == 0

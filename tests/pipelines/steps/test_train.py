@@ -37,9 +37,9 @@ def test_a_run_leaves_a_checkpoint_and_its_record(trained):
     model = checkpoint.load(result.checkpoint)
     assert model.config == recipe.model.replace(vocab_size=258)
     assert not [p for p in recipe.run_folder.iterdir() if p.name.startswith(".")]
-    (parts,) = (recipe.run_folder / "train").glob("step_000006")
-    assert {p.name for p in parts.glob("model-*")} == {f"model-0000{n}-of-00002.safetensors" for n in (1, 2)}
-    for name, tensor in checkpoint.load(parts).state_dict().items():
+    (sharded,) = (recipe.run_folder / "train").glob("step_000006")
+    assert {p.name for p in sharded.glob("model-*")} == {f"model-rank-0000{n}-of-00002.safetensors" for n in (1, 2)}
+    for name, tensor in checkpoint.load(sharded).state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
     run = open_tracking(recipe).client.get_run(result.run_id)
     assert run.info.status == "FINISHED"
@@ -47,7 +47,7 @@ def test_a_run_leaves_a_checkpoint_and_its_record(trained):
     assert run.data.params["model.index_topk"] == "4"
     dtypes = compute_dtype.choose("cpu")
     assert dtypes.items() <= run.data.tags.items() and run.data.params["train.autocast"] == "auto"
-    assert compute_dtype.read(parts) == compute_dtype.read(result.checkpoint) == dtypes
+    assert compute_dtype.read(sharded) == compute_dtype.read(result.checkpoint) == dtypes
     for name in (
         "train/loss", "train/indexer_kl", "train/grad_norm", "train/step_seconds", "train/learning_rate/muon",
         "train/learning_rate/adamw", "validation/loss", "validation/recall", "validation/recall_at_k",

@@ -1,10 +1,9 @@
-"""The ways to compute a forward pass: what each promises, against the others."""
+"""Execution modes of the forward pass, compared with each other."""
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from networks import BF16, EXACT, SMALL, build
 
 import kernels.index_topk.eager as streamed
 import model.mixers.csa as csa
@@ -16,6 +15,7 @@ from model.config import ModelConfig
 from model.errors import ConfigError
 from model.forward.execution import TOKEN_TILE, Execution
 from model.transformer import Transformer
+from tests.model.networks import BF16, EXACT, SMALL, build
 
 NETWORKS = {
     "hybrid": {},
@@ -37,12 +37,12 @@ NETWORKS = {
     },
 }
 MODELS = {name: build(**change) for name, change in NETWORKS.items()}
-MOST = 120
+MAX_TOKENS = 120
 PIECE = st.one_of(st.sampled_from([1, TOKEN_TILE - 1, TOKEN_TILE, TOKEN_TILE + 1, 2 * TOKEN_TILE]), st.integers(1, 50))
 
 
 def read(model, cache, ids, pieces):
-    """Logits of ids [B, S], read in pieces of the given sizes, over again until all are read."""
+    """Return logits of ids [B, S], read in chunks whose sizes repeat ``pieces``."""
     outputs, done = [], 0
     with torch.inference_mode():
         while done < ids.shape[1]:
@@ -56,15 +56,15 @@ def random_ids(model, *shape):
     return torch.randint(0, model.config.vocab_size, shape)
 
 
-def alone(model, ids, pieces=(MOST,), most=MOST):
+def alone(model, ids, pieces=(MAX_TOKENS,), most=MAX_TOKENS):
     return read(model, Cache(model.config, len(ids), most), ids, pieces)
 
 
 def in_company(model, ids, start, others, place, pieces):
-    """Logits of ids [1, S] from token ``start`` on, read in a batch with random sequences of lengths ``others``."""
+    """Return logits of ids [1, S] from token ``start``, in a batch with random sequences of lengths ``others``."""
     lengths = [*others[:place], start, *others[place:]]
-    pool = PagePool(model.config, len(lengths) * -(-2 * MOST // model.config.page_tokens))
-    caches = [Cache(model.config, 1, 2 * MOST, pool=pool) for _ in lengths]
+    pool = PagePool(model.config, len(lengths) * -(-2 * MAX_TOKENS // model.config.page_tokens))
+    caches = [Cache(model.config, 1, 2 * MAX_TOKENS, pool=pool) for _ in lengths]
     batch = random_ids(model, len(lengths), ids.shape[1] - start)
     batch[place] = ids[0, start:]
     for i, (cache, length) in enumerate(zip(caches, lengths)):
@@ -75,7 +75,7 @@ def in_company(model, ids, start, others, place, pieces):
 
 @pytest.fixture()
 def mode():
-    """Sets how a network computes, for one test."""
+    """Set a network's execution mode for one test."""
     changed = []
 
     def choose(model, name):
@@ -106,11 +106,11 @@ def same_bits(name, seed, tokens, pieces, others, place, start):
 SITUATIONS = {
     "name": st.sampled_from(sorted(NETWORKS)),
     "seed": st.integers(0, 999),
-    "tokens": st.integers(1, MOST),
+    "tokens": st.integers(1, MAX_TOKENS),
     "pieces": st.lists(PIECE, min_size=1, max_size=6),
-    "others": st.lists(st.integers(0, MOST), max_size=5),
+    "others": st.lists(st.integers(0, MAX_TOKENS), max_size=5),
     "place": st.integers(0, 5),
-    "start": st.integers(0, MOST),
+    "start": st.integers(0, MAX_TOKENS),
 }
 THOROUGH = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
@@ -131,7 +131,7 @@ def test_bits_depend_on_company_or_pieces_nowhere(**situation):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_single_tokens_have_the_bits_of_one_piece(name, mode):
-    """In auto mode they do not: the tests above hold because of the mode."""
+    """The tests above fail in auto mode, so they depend on the mode."""
     model = MODELS[name]
     ids = random_ids(model, 2, 60)
     assert torch.equal(alone(mode(model, "batch-invariant"), ids, [1]), alone(model, ids))
@@ -155,7 +155,7 @@ def test_every_phase_of_a_block_in_one_batch(name, mode):
 
 
 def test_scores_keep_their_bits_as_well(mode, monkeypatch):
-    """A choice hides most differences of its scores: here are the scores."""
+    """Compare the scores, because selections hide most of their differences."""
     rows, original = [], streamed.topk_indices
 
     def watch(scores, k):
@@ -175,7 +175,7 @@ def test_scores_keep_their_bits_as_well(mode, monkeypatch):
 
 
 def test_bits_are_kept_over_a_long_history(mode):
-    """Several tiles of index keys, and of the entries that every query sees."""
+    """Cover several tiles of index keys and of entries visible to all queries."""
     model = mode(build(layers=("csa", "hca", "gqa"), max_positions=1 << 14), "batch-invariant")
     ids, histories = random_ids(model, 4, 20), (60, 9000, 6500, 13_000)
     pool = PagePool(model.config, sum(-(-(n + 20) // model.config.page_tokens) for n in histories))
@@ -191,7 +191,7 @@ def test_bits_are_kept_over_a_long_history(mode):
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_bits_are_kept_with_more_threads(threads, mode):
-    """Wide enough that what is done to one tile is shared among threads."""
+    """Use widths at which a tile is processed by several threads."""
     wide = {"hidden_size": 640, "head_dim": 64, "num_heads": 8, "expert_size": 132, "init_std": 0.05}
     model = mode(build(layers=("csa", "hca"), **wide), "batch-invariant")
     ids = random_ids(model, 1, 18)
@@ -229,11 +229,11 @@ def test_bits_are_kept_at_real_widths(preset, history, threads, mode):
         torch.set_num_threads(before)
 
 
-# --- the modes among themselves
+# --- comparing modes
 
 
 class Choices:
-    """Records every selection that is made while it watches, in order: int64 [B, S, k]."""
+    """Record all selections in order: int64 [B, S, k]."""
 
     def __init__(self, monkeypatch):
         self.numbers = []
@@ -272,9 +272,9 @@ def test_auto_is_close_and_chooses_alike(name, natively, mode, monkeypatch):
 
 @pytest.mark.parametrize("name", ["hybrid", "fp4 entries", "one index head"])
 def test_released_formats_choose_alike(name, mode, monkeypatch):
-    """Where entries are rounded, logits may be a code apart, and still the selection is the same."""
+    """With quantized entries logits may differ by one code, but selections are equal."""
     choices, model = Choices(monkeypatch), MODELS[name]
-    ids = random_ids(model, 1, MOST)
+    ids = random_ids(model, 1, MAX_TOKENS)
     alone(mode(model, "batch-invariant"), ids, [40, 1])
     chosen = choices.take()
     alone(mode(model, "auto"), ids, [40, 1])
@@ -312,7 +312,7 @@ def test_gradients_recorded_outside_training(mode):
     ids = random_ids(model, 1, 30)
     mode(model, "auto")(ids).square().mean().backward()
     assert model.embed.weight.grad.abs().sum() > 0
-    recorded = mode(model, "batch-invariant")(ids).detach()  # from a cache, which passes none on
+    recorded = mode(model, "batch-invariant")(ids).detach()  # computed from a cache, which has no gradient
     assert_close(recorded, alone(model, ids))
 
 

@@ -1,4 +1,4 @@
-"""A mixer is one file and one line of registration: an exponential moving average, defined here and nowhere else."""
+"""Adding a mixer takes one file and one line of registration: an exponential moving average defined in this file."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from tests.model.networks import SMALL
 
 
 class MovingAverage(Mixer):
-    """Averages projected tokens with learned decay rates per channel: a recurrent state of fixed size."""
+    """Exponential moving average of projected tokens with a learned decay rate per channel."""
 
     name = "ema"
     options = {"channels": 24}  # noqa: RUF012

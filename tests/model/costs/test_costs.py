@@ -1,4 +1,4 @@
-"""Costs in closed form against published ratios, the real tensors, the real cache and the real matrix products."""
+"""Closed-form costs against published ratios and measured tensors, caches and matrix products."""
 
 import math
 
@@ -40,7 +40,7 @@ def on_meta(config):
 
 
 def giga(account, *, kinds=None, formats=None):
-    """GFLOP of one decode step at a million tokens, of some kinds and formats."""
+    """GFLOPs of one decode step at a million tokens, limited to kinds and formats."""
     return (
         sum(
             work.flops
@@ -105,7 +105,7 @@ def test_decode_flops_are_as_much_below_v32_as_published():
 
 @pytest.mark.parametrize("config", [FLASH, PRO, ModelConfig.from_preset("tiny"), ModelConfig.from_preset("small")])
 def test_linear_flops_are_twice_the_active_matrices(config):
-    """The closed form against tensors, which know nothing of it."""
+    """Compare the closed form with counted tensors."""
     active = 0
     for name, p in on_meta(config).named_parameters():
         if p.dim() < 2 or name.startswith(("mtp.", "embed.")) or name.endswith(".ape"):
@@ -131,8 +131,8 @@ def test_linear_flops_are_twice_the_active_matrices(config):
     ],
 )
 def test_decode_flops_are_those_of_the_real_matrix_products(layers, changes, tokens, monkeypatch):
-    """One decode step under torch's own counter, which knows no native operators; the window is full, because the
-    reference pads it."""
+    """Count a decode step with torch's counter, which does not see native operators. The window is full because the
+    reference implementation pads it."""
     monkeypatch.setattr(native, "level", lambda: None)
     model = build(layers=layers, num_hash_layers=0, **changes)
     c = model.config
@@ -143,9 +143,9 @@ def test_decode_flops_are_those_of_the_real_matrix_products(layers, changes, tok
         # The counter does not see fused attention on a CPU.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(ids[:, -1:], cache)
-    rotated = c.index_heads + (tokens % c.csa_ratio == 0)  # queries, and a key where one is completed
+    rotated = c.index_heads + (tokens % c.csa_ratio == 0)  # queries, and a key if one is completed
     uncounted = layers.count("csa") * 2 * c.index_head_dim**2 * rotated  # Hadamard rotations
-    if c.hyper_connections:  # a block's output goes into the streams by no product
+    if c.hyper_connections:  # adding a block's output to the streams is not a product
         uncounted -= 2 * 2 * c.num_layers * c.hc_mult * c.hidden_size
     counted = sum(w.flops for w in decode_work(c, tokens))
     assert counter.get_total_flops() == counted + uncounted
@@ -201,7 +201,7 @@ def test_a_dense_baseline_is_all_active_but_its_embedding():
     assert set(count.components) == {"embedding", "head", "norms", "attention", "feed-forward"}
 
 
-# --- choices and waterfall
+# --- ablations and waterfall
 
 
 def choices_of(config, muon=True):
@@ -269,7 +269,7 @@ def test_a_packed_baseline_is_a_precision_per_role(fmt):
     choice = choices_of(config)["precision per role"]
     plain = sum(cache_bytes_per_token(config.replace(**BF16)).values())
     assert choice.used and choice.costs.bytes_per_token == plain
-    # The hybrid taken away gives keys and values in BF16, whatever the model's own gqa layers have.
+    # Without hybrid attention, keys and values are BF16 even if the model's gqa layers use another format.
     assert choices_of(config)["hybrid attention"].costs.bytes_per_token == 3 * 4096
     steps = {step.name: step for step in waterfall(config)}
     own = sum(cache_bytes_per_token(config).values())

@@ -1,4 +1,4 @@
-"""Checkpoints to and from transformers: names, configuration, memory, and what is said about bad ones."""
+"""Checkpoints to and from transformers: names, configuration, memory and error messages."""
 
 import json
 import shutil
@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 import transformers
-from networks import FP32, build
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
@@ -18,9 +17,10 @@ from model.config import CACHE_FORMATS, ModelConfig
 from model.errors import CheckpointError, ConfigError
 from model.hf import export_pretrained, import_pretrained, is_pretrained
 from model.hf.config import read_config, write_config
-from model.hf.names import BLOCK, MODEL, canonical
+from model.hf.names import BLOCK, MODEL, canonical_name
 from model.hf.safetensors_folder import INDEX
 from model.tokenizer import ByteTokenizer, load_tokenizer
+from tests.model.networks import FP32, build
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -84,7 +84,7 @@ def test_what_we_write_loads_without_a_missing_or_unexpected_key(tmp_path, overr
     again = import_pretrained(tmp_path / "a")
     with torch.no_grad():
         torch.testing.assert_close(again(ids), model(ids), atol=1e-5, rtol=0)
-        for moe in model.moe_layers() if model.config.qat else ():  # written as the network uses them
+        for moe in model.moe_layers() if model.config.qat else ():  # exported as rounded in the forward pass
             for weight in (moe.w1, moe.w2, moe.w3):
                 weight.copy_(moe.precision.round_expert(weight))
     assert same_state(again, model)
@@ -148,7 +148,7 @@ def test_a_configuration_survives_the_way_out_and_back(tmp_path, config, layout)
 
 
 def released_config(**changes):
-    """V4-Flash's published numbers."""
+    """The published configuration of V4-Flash."""
     content = {
         "architectures": ["DeepseekV4ForCausalLM"],
         "model_type": "deepseek_v4",
@@ -272,7 +272,7 @@ def test_older_keys_that_transformers_folds_away(tmp_path):
         ),
         ({"num_hash_layers": None}, "'num_hash_layers' is missing"),
         ({"num_attention_heads": 60}, "key 'num_attention_heads': 60 heads do not divide into o_groups 8 groups"),
-        ({"partial_rotary_factor": 0.25}, "'partial_rotary_factor': expected 64 rotary dims as .* says, found 128"),
+        ({"partial_rotary_factor": 0.25}, "'partial_rotary_factor': expected 64 rotary dims as in .*, found 128"),
         ({"qk_rope_head_dim": None}, "'qk_rope_head_dim' and 'partial_rotary_factor' are both missing"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "'rope_scaling.rope_type': expected 'default' or 'yarn'"),
         ({"rope_scaling": {"type": "yarn"}}, "'rope_scaling.original_max_position_embeddings': expected an integer"),
@@ -458,8 +458,8 @@ def test_reading_needs_little_more_memory_than_the_network(tmp_path, exported, l
 
 
 def test_both_layouts_have_one_spelling():
-    """The table of names and the rules that undo mixtures of them must not part ways."""
+    """The table of names and the rules of ``canonical_name`` agree."""
     for prefix, rows in (("", MODEL), ("layers.7.", BLOCK)):
         for row in rows:
             theirs = (f"model.{prefix}" if prefix else "") + row.transformers
-            assert canonical(theirs) == canonical(prefix + row.released) == prefix + row.released
+            assert canonical_name(theirs) == canonical_name(prefix + row.released) == prefix + row.released

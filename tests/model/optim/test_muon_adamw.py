@@ -54,8 +54,8 @@ def test_roles_get_the_published_rules():
 
 @pytest.mark.parametrize("batch", [1, 700, 1 << 22])
 def test_the_optimizer_is_its_readable_twin(batch, monkeypatch):
-    """Every parameter of a network: experts, output groups and the parts of fused projections each alone."""
-    monkeypatch.setattr("model.optim.muon_adamw._BATCH", batch)
+    """All parameters of a network, with experts, output groups and fused projections as separate matrices."""
+    monkeypatch.setattr("model.optim.muon_adamw._MAX_BATCH_ELEMENTS", batch)
     model = tiny()
     config = OptimizerConfig(learning_rate=0.02, adamw_learning_rate=0.01, eps=1e-8, ns_dtype="float32")
     fused = model.split_sizes()

@@ -1,4 +1,4 @@
-"""Muon's matrices divided among ranks."""
+"""Muon with matrices distributed over ranks."""
 
 import itertools
 
@@ -28,7 +28,7 @@ SHAPES = {
 WORLD, DTYPES = 3, ("bfloat16", "float32")
 FUSED = {"fused": (8, 16)}
 UNUSED = "square"
-"""Has no gradient in the second step."""
+"""Parameter without a gradient in the second step."""
 
 
 def parameters():
@@ -36,9 +36,9 @@ def parameters():
     return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
 
 
-def optimized(named, config, divided=False, place=lambda tensor: tensor):
-    """Three steps, with the same gradients for everybody."""
-    optimizer = MuonAdamW(named.items(), config, FUSED, divided)
+def optimized(named, config, distributed=False, place=lambda tensor: tensor):
+    """Take three steps with equal gradients on all ranks."""
+    optimizer = MuonAdamW(named.items(), config, FUSED, distributed)
     generator = torch.Generator().manual_seed(1)
     for step in range(3):
         for name, p in named.items():
@@ -83,21 +83,21 @@ def _rank(rank, world, folder):
             whole |= {key: value for key, value in optimizer.state_tensors().items() if key.endswith("momentum")}
         assert 0 < done.item() < 28
         dist.all_reduce(done)
-        assert done.item() == 3 * 10 - 1  # each matrix of each step once; one has no gradient in one step
+        assert done.item() == 3 * 10 - 1  # every matrix once per step; one has no gradient in one step
         done.zero_()
         save_file(whole, f"{folder}/{dtype}-{kind}-{rank}")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("divided")
+    folder = tmp_path_factory.mktemp("distributed")
     on_ranks(WORLD, _rank, str(folder))
     return folder
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ranks_that_divide_the_matrices_make_the_update_of_one(folder, monkeypatch, dtype):
-    """To the last bit, as every matrix is orthogonalized alone: ranks batch them otherwise than one process does."""
+    """Results are bit-exact with batches of one matrix: several ranks and one process batch differently."""
     monkeypatch.setattr(muon_adamw, "newton_schulz", one_by_one(newton_schulz))
     named = parameters()
     state = optimized(named, OptimizerConfig(ns_dtype=dtype)).state_tensors()

@@ -1,11 +1,10 @@
-"""The released checkpoint format: DeepSeek's names, FP8 and FP4 weights, and scales that survive bit for bit."""
+"""The released checkpoint format: DeepSeek's names, and FP8 and FP4 weights whose scales are preserved bit for bit."""
 
 import json
 
 import pytest
 import torch
 import transformers
-from networks import EXACT, build
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV4ForCausalLM, FineGrainedFP8Config
 
@@ -14,6 +13,7 @@ from model.errors import CheckpointError, ConfigError
 from model.hf import export_pretrained, import_pretrained, tensor_bytes
 from model.hf.safetensors_folder import INDEX, list_tensors
 from model.transformer import Transformer
+from tests.model.networks import EXACT, build
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -26,7 +26,7 @@ def tensors_of(folder):
 
 
 def rewrite(folder, change):
-    """Let ``change(name, tensor)`` replace tensors in place of the stored ones; None leaves a tensor alone."""
+    """Replace stored tensors by ``change(name, tensor)``; None keeps a tensor."""
     for shard in folder.glob("*.safetensors"):
         tensors = load_file(shard)
         for name, tensor in tensors.items():
@@ -37,7 +37,7 @@ def rewrite(folder, change):
 
 
 def forget_who_wrote(folder):
-    """Leave the config.json that others would have written."""
+    """Remove our own key from config.json."""
     content = json.loads((folder / "config.json").read_text())
     del content["fiftyfold"]
     (folder / "config.json").write_text(json.dumps(content))
@@ -54,7 +54,7 @@ def assert_same_bytes(a, b):
 
 
 def random_codes(name, tensor):
-    """Any stored bytes a checkpoint may hold: all FP4 codes, all finite FP8 codes, scales far from the smallest."""
+    """Return random stored bytes: all FP4 codes, all finite FP8 codes, and scales larger than necessary."""
     if tensor.dtype == torch.int8:
         return torch.randint(-128, 128, tensor.shape, dtype=torch.int8)
     if tensor.dtype == torch.float8_e4m3fn:
@@ -105,7 +105,7 @@ def test_the_ends_of_the_scale_range(tmp_path, code):
     assert_same_bytes(tensors_of(tmp_path / "b"), tensors_of(tmp_path / "a"))
 
 
-def test_a_changed_weight_gets_a_scale_that_fits_and_its_neighbours_keep_theirs(tmp_path):
+def test_a_changed_weight_gets_a_scale_that_fits_and_the_others_keep_theirs(tmp_path):
     export_pretrained(build(**SIZES), tmp_path / "a", format="released")
     rewrite(tmp_path / "a", random_codes)
     ours = import_pretrained(tmp_path / "a")
@@ -130,7 +130,7 @@ def test_a_changed_weight_gets_a_scale_that_fits_and_its_neighbours_keep_theirs(
 
 
 def test_names_shapes_and_dtypes_are_the_released_ones(tmp_path):
-    """V4-Pro's table of tensors, at our sizes: weight, scale."""
+    """V4-Pro's table of tensors at test sizes: weight, scale."""
     model = build(**SIZES, mtp_layers=1, layers=("hca", "csa"), num_hash_layers=1)
     export_pretrained(model, tmp_path / "a", format="released")
     found = {name: (t.dtype, t.shape) for name, t in list_tensors(tmp_path / "a").items()}
@@ -206,7 +206,7 @@ def test_names_shapes_and_dtypes_are_the_released_ones(tmp_path):
     ("preset", "tensors", "size"), [("v4-flash", 69_187, 159_609_485_896), ("v4-pro", 145_116, 864_704_792_696)]
 )
 def test_the_releases_come_out_to_the_tensor_and_the_byte(preset, tensors, size):
-    # Flash: as its files add up. Pro: 805.32 GiB, which is what is published of it.
+    # Flash: the sum of its files. Pro: the published 805.32 GiB.
     with torch.device("meta"):
         model = Transformer(ModelConfig.from_preset(preset))
     found = tensor_bytes(model, "released")
@@ -224,7 +224,7 @@ def test_a_saved_size_is_the_announced_one(tmp_path):
 
 @pytest.mark.parametrize("experts", ["fp4", "fp8"])
 def test_transformers_reads_the_same_values_from_what_we_write(tmp_path, monkeypatch, experts):
-    # Dequantising on a CPU uses nothing of that library, whose presence is asked for nevertheless.
+    # transformers checks for this library even though dequantizing on a CPU does not use it.
     monkeypatch.setattr("transformers.quantizers.quantizer_finegrained_fp8.is_accelerate_available", lambda: True)
     model = build(**WHOLE_TILES, mtp_layers=1, layers=("sliding", "csa", "hca", "csa"), yarn_factor=4.0)
     export_pretrained(model, tmp_path / "a", format="released", experts=experts)
@@ -301,7 +301,7 @@ EXPERT = "layers.1.ffn.experts.3.w2"
         (f"{EXPERT}.scale", lambda t: t[1:].clone(), r"w2.scale' has shape \[63, 1\], expected \[64, 1\]"),
     ],
 )
-def test_quantised_tensors_that_do_not_fit_are_named(tmp_path, name, change, message):
+def test_quantized_tensors_that_do_not_fit_are_named(tmp_path, name, change, message):
     export_pretrained(build(**SIZES), tmp_path / "a", format="released")
     rewrite(tmp_path / "a", lambda n, tensor: change(tensor) if n == name else None)
     with pytest.raises(CheckpointError, match=message) as error:
@@ -309,7 +309,7 @@ def test_quantised_tensors_that_do_not_fit_are_named(tmp_path, name, change, mes
     assert "\n" not in str(error.value)
 
 
-def test_quantised_tensors_without_a_word_in_the_configuration_are_refused(tmp_path):
+def test_quantized_tensors_without_a_word_in_the_configuration_are_refused(tmp_path):
     export_pretrained(build(**SIZES), tmp_path / "a", format="released")
     path = tmp_path / "a/config.json"
     content = json.loads(path.read_text())

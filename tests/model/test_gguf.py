@@ -1,4 +1,4 @@
-"""GGUF files: names, shapes and metadata that llama.cpp's loader asks for, values, and what is refused.
+"""GGUF files: names, shapes and metadata as in llama.cpp's loader, values, and refused networks.
 
 The logits that llama.cpp computes from such a file are compared in tests/benchmarks/test_against_llama_cpp.py.
 """
@@ -9,10 +9,10 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize
-from networks import build
 
 from model.errors import CheckpointError, ConfigError
 from model.gguf import export_gguf
+from tests.model.networks import build
 
 SHAPES = {"hca_ratio": 128, "index_head_dim": 64, "num_hash_layers": 1, "hidden_size": 64, "expert_size": 32}
 
@@ -23,7 +23,7 @@ def model():
 
 
 def read(path):
-    """Tensors by name, as rows first, and plain metadata by key."""
+    """Return tensors by name, rows first, and plain metadata by key."""
     reader = GGUFReader(path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     return tensors, {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
@@ -111,7 +111,7 @@ def test_large_matrices_take_the_type_and_all_else_stays(model, tmp_path, weight
     tensors, metadata = read(tmp_path / "a.gguf")
     types = {name: tensor.tensor_type.name.lower() for name, tensor in tensors.items()}
     assert types["blk.1.ffn_gate_exps.weight"] == types["blk.1.attn_kv.weight"] == types["output.weight"] == weights
-    # Rows of 16 numbers are half a block.
+    # Rows of 16 values are half a block.
     assert types["blk.1.attn_q_b.weight"] == "f16"
     small = ("norm.weight", "_fn.weight", "_scale.weight", "ape.weight", "gate_inp.weight", "sinks.weight", ".bias")
     assert {types[name] for name in types if name.endswith(small)} == {"f32"}
@@ -162,7 +162,7 @@ def test_metadata_describes_the_network(tmp_path):
         ({"layers": ("csa",), "csa_ratio": 8}, "model.csa_ratio: .* needs 4, found 8"),
         ({"layers": ("csa", "hca"), "hca_ratio": 32}, "model.hca_ratio: .* needs 128, found 32"),
         ({"layers": ("sliding", "hca")}, "model.layers: .* needs at least one csa layer, found none"),
-        ({"layers": ("csa",), "head_dim": 64}, "model.index_head_dim: .* another number than head_dim .* found 64"),
+        ({"layers": ("csa",), "head_dim": 64}, "model.index_head_dim: .* a width other than head_dim .* found 64"),
         ({"hc_mult": 2}, "model.hc_mult: .* needs 4, found 2"),
         ({"hyper_connections": False}, "model.hyper_connections: .* needs true, found False"),
         ({"ffn": "dense", "num_hash_layers": 0}, "model.ffn: .* needs 'moe', found 'dense'"),

@@ -1,4 +1,4 @@
-"""The cache as its users see it: whatever is done to it, the next logits are those of the tokens alone."""
+"""The public cache operations: after any sequence of them, logits equal those of a forward pass without a cache."""
 
 import gc
 import weakref
@@ -15,7 +15,6 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from networks import EXACT, FP32, SMALL, build
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -27,6 +26,7 @@ from model.costs import cache_bytes_per_token, fixed_state_bytes
 from model.errors import CacheError
 from model.forward.execution import Execution
 from model.generation import prefill
+from tests.model.networks import EXACT, FP32, SMALL, build
 
 NETWORKS = {
     "hybrid": {},
@@ -36,10 +36,10 @@ NETWORKS = {
 }
 MODELS = {name: build(**{**EXACT, **change}) for name, change in NETWORKS.items()}
 INVARIANT = {name: build(**change) for name, change in NETWORKS.items()}
-"""With the released formats: where every bit is the same, rounding can hide nothing."""
+"""Networks with the released formats. Batch-invariant execution is bit-exact, so the tests need no tolerances."""
 for _model in INVARIANT.values():
     _model.execution = Execution("batch-invariant")
-MOST = 150
+MAX_TOKENS = 150
 
 
 def logits_of(model, tokens):
@@ -48,7 +48,7 @@ def logits_of(model, tokens):
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Sequences of a common page pool, read on in any order and company, wound back, forked, saved and restored."""
+    """Sequences of one page pool: appended to in any order and batch, truncated, forked, saved and restored."""
 
     @initialize(
         models=st.sampled_from([MODELS, INVARIANT]),
@@ -66,14 +66,14 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.caches) < 5)
     @rule()
     def new_sequence(self):
-        self.caches.append(Cache(self.model.config, 1, MOST, pool=self.pool, rewind=self.rewind))
+        self.caches.append(Cache(self.model.config, 1, MAX_TOKENS, pool=self.pool, rewind=self.rewind))
         self.tokens.append([])
 
     @rule(data=st.data(), count=st.one_of(st.just(1), st.integers(1, 40)))
     def read_on(self, data, count):
-        """Some of the sequences together, all by the same number of tokens."""
+        """Append an equal number of tokens to some of the sequences in one batch."""
         chosen = data.draw(st.lists(st.sampled_from(range(len(self.caches))), unique=True, min_size=1))
-        chosen = [i for i in chosen if len(self.tokens[i]) + count <= MOST]
+        chosen = [i for i in chosen if len(self.tokens[i]) + count <= MAX_TOKENS]
         if not chosen:
             return
         ids = torch.randint(0, SMALL["vocab_size"], (len(chosen), count), generator=self.generator)
@@ -84,7 +84,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.caches[i] = part
             self.tokens[i] = self.tokens[i] + ids[row].tolist()
             expected = logits_of(self.model, self.tokens[i])
-            if self.model.execution.batch_invariant:  # read by a cache of its own, in one piece
+            if self.model.execution.batch_invariant:  # computed in one piece with a separate cache
                 assert torch.equal(logits[row, -1], expected)
             else:
                 torch.testing.assert_close(logits[row, -1], expected, rtol=1e-3, atol=2e-4)
@@ -97,7 +97,7 @@ class CacheMachine(RuleBasedStateMachine):
         try:
             cache.truncate(target)
         except CacheError as error:
-            assert 0 < target < cache.high_water_marks[0] - self.rewind, error  # what the rings were ever written to
+            assert 0 < target < cache.high_water_marks[0] - self.rewind, error  # last position in the rings
             assert cache.length == length
         else:
             self.tokens[i] = self.tokens[i][:target]
@@ -121,7 +121,7 @@ class CacheMachine(RuleBasedStateMachine):
         i = data.draw(st.sampled_from(range(len(self.caches))))
         save_cache(self.caches[i], self.folder / "cache.safetensors")
         self.caches[i].release()
-        self.caches[i] = Cache(self.model.config, 1, MOST, pool=self.pool, rewind=self.rewind)
+        self.caches[i] = Cache(self.model.config, 1, MAX_TOKENS, pool=self.pool, rewind=self.rewind)
         restore_cache(self.caches[i], self.folder / "cache.safetensors")
         assert self.caches[i].length == len(self.tokens[i])
 
@@ -158,7 +158,7 @@ def test_many_long_interleavings_give_the_tokens_logits(tmp_path):
 def filled(model, tokens, seed=0, **options):
     torch.manual_seed(seed)
     ids = torch.randint(0, SMALL["vocab_size"], (1, tokens))
-    cache = Cache(model.config, 1, MOST, **options)
+    cache = Cache(model.config, 1, MAX_TOKENS, **options)
     with torch.inference_mode():
         model(ids, cache)
     return cache, ids[0].tolist()
@@ -183,7 +183,7 @@ def test_each_sequence_of_a_batch_can_go_back_by_itself():
     model = MODELS["hybrid"]
     torch.manual_seed(0)
     ids = torch.randint(0, SMALL["vocab_size"], (3, 30))
-    cache = Cache(model.config, 3, MOST, rewind=6)
+    cache = Cache(model.config, 3, MAX_TOKENS, rewind=6)
     with torch.inference_mode():
         model(ids, cache)
     cache.truncate([30, 25, 0])
@@ -193,7 +193,7 @@ def test_each_sequence_of_a_batch_can_go_back_by_itself():
     for row, length in enumerate((30, 25, 0)):
         expected = logits_of(model, [*ids[row, :length].tolist(), 7])
         torch.testing.assert_close(found[row], expected, rtol=1e-3, atol=2e-4)
-    with pytest.raises(CacheError, match="2 lengths were given for 3 sequences"):
+    with pytest.raises(CacheError, match="2 lengths given for 3 sequences"):
         cache.truncate([1, 2])
 
 
@@ -201,8 +201,8 @@ def test_an_exhausted_pool_is_refused_and_the_cache_stays_as_it_was():
     model = MODELS["hybrid"]
     pool = PagePool(model.config, 2)
     torch.manual_seed(0)
-    ids = torch.randint(0, SMALL["vocab_size"], (1, MOST))
-    cache = Cache(model.config, 1, MOST, pool=pool)
+    ids = torch.randint(0, SMALL["vocab_size"], (1, MAX_TOKENS))
+    cache = Cache(model.config, 1, MAX_TOKENS, pool=pool)
     with torch.inference_mode():
         model(ids[:, :70], cache)
         needed = r"pool is exhausted: 2 more pages of 72 tokens are needed, 1 of 2 are free"
@@ -219,11 +219,11 @@ def test_an_exhausted_pool_is_refused_and_the_cache_stays_as_it_was():
 def test_what_cannot_be_read_changes_nothing():
     model = MODELS["hybrid"]
     pool = PagePool(model.config, 2)
-    cache = Cache(model.config, 1, MOST, pool=pool)
+    cache = Cache(model.config, 1, MAX_TOKENS, pool=pool)
     with pytest.raises(ValueError, match="do not all lie in a vocabulary"), torch.inference_mode():
         model(torch.tensor([[3, SMALL["vocab_size"]]]), cache)
     with pytest.raises(CacheError, match="3 more pages of 72 tokens are needed, 2 of 2 are free"):
-        prefill(model, cache, torch.zeros(1, MOST, dtype=torch.int64), chunk=10)
+        prefill(model, cache, torch.zeros(1, MAX_TOKENS, dtype=torch.int64), chunk=10)
     assert cache.length == 0 and pool.free_pages == 2
     torch.testing.assert_close(next_logits(model, cache)[0], logits_of(model, [7]), rtol=1e-3, atol=2e-4)
 
@@ -265,7 +265,7 @@ def saved(tmp_path):
 
 def test_saved_bits_come_back(saved, tmp_path):
     path, cache, _ = saved
-    again = Cache(cache.config, 1, MOST)
+    again = Cache(cache.config, 1, MAX_TOKENS)
     restore_cache(again, path)
     assert torch.equal(next_logits(MODELS["hybrid"], cache), next_logits(MODELS["hybrid"], again))
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -276,7 +276,7 @@ def test_what_the_rings_have_lost_is_not_forgotten(tmp_path):
     cache, _ = filled(MODELS["hybrid"], 40, rewind=8)
     cache.truncate(33)
     save_cache(cache, path)
-    again = Cache(cache.config, 1, MOST, rewind=8)
+    again = Cache(cache.config, 1, MAX_TOKENS, rewind=8)
     restore_cache(again, path)
     for each in (cache, again):
         with pytest.raises(CacheError, match="cannot truncate from 33 to 25"):
@@ -296,18 +296,18 @@ def test_saved_caches_that_do_not_fit_are_named(saved):
     config = cache.config
 
     def refused(message, into=None):
-        into = into or Cache(config, 1, MOST)
+        into = into or Cache(config, 1, MAX_TOKENS)
         with pytest.raises(CacheError, match=message):
             restore_cache(into, path)
         assert into.length == 0
 
     refused("100 more tokens do not fit", Cache(config, 1, 90))
-    refused("index_topk is 3 there, 4 here", Cache(config.replace(index_topk=4), 1, MOST))
-    refused("saved with a rewind of 0 tokens, the cache has 3", Cache(config, 1, MOST, rewind=3))
+    refused("index_topk is 3 there, 4 here", Cache(config.replace(index_topk=4), 1, MAX_TOKENS))
+    refused("saved with a rewind of 0 tokens, the cache has 3", Cache(config, 1, MAX_TOKENS, rewind=3))
     with pytest.raises(CacheError, match="only an empty cache of one sequence"):
         restore_cache(cache, path)
     with pytest.raises(CacheError, match="holds one sequence's cache, this one holds 2"):
-        save_cache(Cache(config, 2, MOST), path)
+        save_cache(Cache(config, 2, MAX_TOKENS), path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-10] + b"0123456789")
     refused("the checksum does not match")
@@ -332,7 +332,7 @@ def test_saved_caches_that_do_not_fit_are_named(saved):
 def test_bytes_are_the_closed_form_and_follow_the_tokens(rewind, formats):
     config = ModelConfig(**{**SMALL, **formats})
     pool = PagePool(config, 8)
-    cache = Cache(config, 2, MOST, pool=pool, rewind=rewind)
+    cache = Cache(config, 2, MAX_TOKENS, pool=pool, rewind=rewind)
     for name, expected in fixed_state_bytes(config, rewind).items():
         assert cache.nbytes(name) == 2 * expected
     cache.begin(2, 80)  # two pages of 72 tokens each
@@ -352,7 +352,7 @@ def test_a_pool_of_fewer_than_no_pages_is_refused():
 def test_joining_the_same_cache_twice_is_refused():
     cache, _ = filled(MODELS["hybrid"], 10)
     for caches in ([cache, cache], []):
-        with pytest.raises(CacheError, match="at least one cache, and each only once"):
+        with pytest.raises(CacheError, match="expected one or more distinct caches"):
             Cache.join(cache for cache in caches)
 
 
@@ -417,7 +417,7 @@ def test_an_interrupted_step_is_noticed(tmp_path):
         handle.remove()
         assert cache.length == 60
         for attempt in (lambda: model(ids, cache), lambda: save_cache(cache, tmp_path / "cache.safetensors")):
-            with pytest.raises(CacheError, match="sequence 0 cannot go on from 60 tokens: a step was interrupted"):
+            with pytest.raises(CacheError, match="sequence 0 cannot continue from 60 tokens: a step was interrupted"):
                 attempt()
         assert not list(tmp_path.iterdir())
         cache.truncate(0)

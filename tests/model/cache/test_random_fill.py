@@ -1,8 +1,7 @@
-"""Random caches: every row a valid one, lengths set, and decoding goes on from there."""
+"""Randomly filled caches: valid rows, lengths, and decoding from there."""
 
 import pytest
 import torch
-from networks import SMALL, build
 
 from kernels.cache_io import unpack
 from model.cache import Cache
@@ -12,6 +11,7 @@ from model.cache.random_fill import fill_random
 from model.cache.ring import Ring
 from model.config import ModelConfig
 from model.errors import CacheError
+from tests.model.networks import SMALL, build
 
 LAYERS = ("sliding", "csa", "hca", "gqa")
 
@@ -81,12 +81,12 @@ def test_what_cannot_be_filled_is_refused_and_stays_as_it_was():
     cache = Cache(config, 1, 100)
     with pytest.raises(CacheError, match="101 more tokens do not fit: the cache holds 0 of at most 100"):
         fill_random(cache, 101)
-    with pytest.raises(CacheError, match=r"at least 1 token: this one holds \[0\], asked for 0"):
+    with pytest.raises(CacheError, match=r"at least 1 token: the cache holds \[0\], asked for 0"):
         fill_random(cache, 0)
     pool = PagePool(config, 1)
     with pytest.raises(CacheError, match="the page pool is exhausted"):
         fill_random(Cache(config, 1, 300, pool=pool), 80)
     assert pool.free_pages == 1 and cache.lengths == [0]
     fill_random(cache, 100)
-    with pytest.raises(CacheError, match=r"only an empty cache can be filled.* this one holds \[100\]"):
+    with pytest.raises(CacheError, match=r"only an empty cache can be filled.* the cache holds \[100\]"):
         fill_random(cache, 1)

@@ -1,13 +1,13 @@
-"""Layers computed again in the backward pass: the same training, of less memory."""
+"""Activation checkpointing: equal training results with less memory."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import build
 
 from kernels import hyper_connections
 from kernels.hyper_connections import recomputed_streams
 from model.forward.aux_outputs import AuxOutputs
+from tests.model.networks import build
 
 LAYERS = ("sliding", "csa", "hca")
 
@@ -42,7 +42,7 @@ def test_gradients_and_counts_are_those_of_a_kept_pass(attention):
 
 
 def test_the_second_pass_reports_nothing():
-    """What it reported would hold on to all that it makes, layer after layer, until the step is over."""
+    """Aux outputs of the recomputed pass would keep its activations until the end of the step."""
     model = build(layers=LAYERS).train()
     model.activation_checkpointing = True
     ids = torch.randint(50, (2, 49), generator=torch.Generator().manual_seed(1))
@@ -57,10 +57,10 @@ def test_the_second_pass_reports_nothing():
 
 @pytest.mark.parametrize(("recompute", "products"), [(False, 1), (True, 2)])
 def test_streams_between_a_layers_halves_are_computed_again(monkeypatch, recompute, products):
-    """Products of a layer in the backward pass. Where the layer is made again, so are all its streams, once."""
+    """Products of a layer in the backward pass. A recomputed layer recomputes all its streams once."""
     model = build(layers=LAYERS).train()
     model.activation_checkpointing = recompute
-    assert all(block.recompute_streams != recompute for block in model.layers)  # what one keeps, the other would hold
+    assert all(block.recompute_streams != recompute for block in model.layers)  # mutually exclusive
     logits = model(torch.randint(50, (1, 16)))
     made = []
     expand = hyper_connections.hc_post
@@ -73,7 +73,7 @@ def test_streams_between_a_layers_halves_are_computed_again(monkeypatch, recompu
 
 
 def test_only_the_layers_inputs_are_kept():
-    """Bytes that are held for the backward pass, of three layers and of six."""
+    """Bytes saved for the backward pass by three and by six layers."""
     ids = torch.randint(50, (1, 97))
 
     def held(layers, recompute):

@@ -1,23 +1,23 @@
-"""Several documents in one row: each must come out as if it were alone."""
+"""Packed rows: results for each document equal those of the document alone."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import EXACT, build
 
 from model.forward.aux_outputs import AuxOutputs
 from model.forward.packing import PackedDocuments
+from tests.model.networks import EXACT, build
 
-# Around the ratios (4 and 12) and the window (6), shorter than all of them, and one without a single whole block.
+# Lengths around the ratios (4 and 12) and the window (6), shorter than all of them, and without a complete block.
 LENGTHS = ((17, 1, 4, 29, 3), (3, 2, 1), (12, 11, 13), (40,), (1, 1, 24, 6, 7, 5))
-# Sums of other shapes round differently, and a rounding format would make that visible.
+# Unquantized: sums of other shapes round differently, and quantization would amplify the difference.
 
 
 def pack(rows, width, vocab=50, seed=0):
-    """(documents of each row, ids [B, width], positions [B, width]) for lists of lengths."""
+    """Return documents of each row, IDs [B, width] and positions [B, width] for lists of lengths."""
     generator = torch.Generator().manual_seed(seed)
     documents = [[torch.randint(0, vocab, (n,), generator=generator) for n in lengths] for lengths in rows]
-    ids = torch.randint(0, vocab, (len(rows), width), generator=generator)  # padding is not zeros, which could hide
+    ids = torch.randint(0, vocab, (len(rows), width), generator=generator)  # random padding
     positions = torch.full((len(rows), width), -1)
     for row, parts in enumerate(documents):
         tokens = torch.cat(parts)
@@ -93,7 +93,7 @@ def test_padding_takes_part_in_no_loss():
         aux = AuxOutputs()
         model(torch.where(positions < 0, padding, ids), positions=positions, aux=aux)
         losses.append([aux.loss("balance").item(), aux.loss("indexer_kl").item()])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # the padding's experts give products other shapes
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # padding changes the shapes of experts' products
 
 
 def test_one_document_a_row_is_the_plain_forward():
