@@ -6,7 +6,6 @@ Field names follow DeepSeek-V4's release where possible. Presets and depth scali
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import typing
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from model.cache.parts import GrowingPart
-from model.errors import ConfigError
+from model.errors import ConfigError, unknown_key
 from model.mixers import MIXERS
 from model.mixers.base import Mixer, require
 from model.presets import MAX_DEPTH, MIN_DEPTH, PRESETS, depth_values
@@ -167,9 +166,7 @@ class ModelConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         for key in values:
             if key not in known:
-                close = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"; did you mean '{close[0]}'?" if close else ""
-                raise ConfigError(f"model.{key}: unknown key{hint}")
+                raise ConfigError(unknown_key(f"model.{key}", str(key), known))
         return cls(**values)
 
     @classmethod

@@ -3,6 +3,9 @@
 The command line prints them without a traceback and returns a non-zero status; the server turns them into a 4xx.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class FiftyfoldError(Exception):
     """Base of all errors whose message is meant for the user."""
@@ -22,3 +25,9 @@ class CheckpointError(FiftyfoldError):
 
 class CacheError(FiftyfoldError):
     """An operation that the cache cannot perform in its present state."""
+
+
+def unknown_key(key: str, name: str, known: Iterable[str]) -> str:
+    """Return the message for an unknown ``key`` whose last part is ``name``, with the most similar known name if any."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"{key}: unknown key" + (f"; did you mean '{close[0]}'?" if close else "")

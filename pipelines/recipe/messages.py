@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from typing import Any, get_args, get_type_hints
 
 import pydantic
 
+from model.errors import unknown_key
 from pipelines.recipe.schema import Recipe
 
 
@@ -26,8 +26,7 @@ def _root_causes(error: pydantic.ValidationError) -> list[Any]:
 def _describe(item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        close = difflib.get_close_matches(str(item["loc"][-1]), _sibling_keys(item["loc"]), n=1)
-        return f"{key}: unknown key" + (f"; did you mean '{close[0]}'?" if close else "")
+        return unknown_key(key, str(item["loc"][-1]), _sibling_keys(item["loc"]))
     message = item["msg"].removeprefix("Value error, ")
     is_section = isinstance(item["input"], dict)
     return f"{key}: {message}" if is_section else f"{key}: {message}, found {item['input']!r}"
