@@ -28,6 +28,7 @@ class CacheError(FiftyfoldError):
 
 
 def unknown_key(key: str, name: str, known: Iterable[str]) -> str:
-    """Return the message for an unknown ``key`` whose last part is ``name``, with the most similar known name if any."""
+    """Return the message for an unknown ``key`` whose last part is ``name``, with the most similar known name if
+    any."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"{key}: unknown key" + (f"; did you mean '{close[0]}'?" if close else "")
