@@ -12,8 +12,8 @@ export PYTHONUNBUFFERED := 1
 help:
 	@echo "make demo   train, sweep, evaluate, promote, deploy and ask, on this machine"
 	@echo "make test   linters and tests"
-	@echo "make native compile the native CPU operators (the others do so where they are missing)"
-	@echo "make golden the losses that training must keep to, written anew"
+	@echo "make native compile the native CPU operators (done by demo and test too)"
+	@echo "make golden rewrite the golden losses of training"
 	@echo "make ui     the MLflow UI of runs/ (or RUNS=folder) on http://127.0.0.1:5000"
 
 # The stamp holds the time of the last complete install: an interrupted one leaves none, so make repeats it.

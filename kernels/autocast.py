@@ -11,7 +11,7 @@ _NO_CONTEXT = nullcontext()
 
 
 def _device_type(x: Tensor) -> str:
-    return "cpu" if x.is_cpu else x.device.type  # a decoded token asks some 60 times, and x.device is slow
+    return "cpu" if x.is_cpu else x.device.type  # called about 60 times per decoded token, and x.device is slow
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

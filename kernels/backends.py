@@ -2,7 +2,7 @@
 
 Every package ``kernels/<op>`` has a dictionary ``BACKENDS`` of its implementations and a function ``backend_for``,
 which returns the name of the one that runs for given inputs. Public functions take ``backend=`` to force another one.
-Names say where an implementation runs:
+Their names:
 
 * ``reference``: readable and differentiable PyTorch; the oracle of the tests.
 * ``eager``: faster PyTorch.

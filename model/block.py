@@ -33,7 +33,7 @@ class Block(nn.Module):
         self.attn_residual = residual(config)
         self.ffn_residual = residual(config)
         self.recompute_streams = True
-        """Recompute the streams between the two halves in the backward pass, which takes one product."""
+        """Recompute the residual streams between the two halves in the backward pass, for one matrix product."""
 
     def forward(self, streams: Tensor, input_ids: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
         """streams [B, S, n, hidden] ([B, S, hidden] without hyper-connections), input_ids int64 [B, S] -> streams."""

@@ -36,9 +36,9 @@ Experts = tuple[Tensor, ...]
 class MixtureOfExperts(nn.Module):
     """Shared experts for every token, plus the best ``experts_per_token`` routed ones. [B, S, hidden] -> same.
 
-    Affinity is sqrt(softplus(logit)) in float32. A balance bias takes part in the choice only; a rule moves it, not a
-    gradient. The first ``num_hash_layers`` layers choose by a fixed table of token ids and weight by learned affinity.
-    Weights are normalized, then scaled.
+    Affinity is sqrt(softplus(logit)) in float32. A balance bias affects which experts are chosen, but not their
+    weights; it is updated by a rule, not by gradient descent. The first ``num_hash_layers`` layers choose by a fixed
+    table of token ids and weight by learned affinity. Weights are normalized, then scaled.
     """
 
     router_bias: Tensor
@@ -65,7 +65,7 @@ class MixtureOfExperts(nn.Module):
         self.set_config(c)
 
     def set_config(self, config: ModelConfig) -> None:
-        """Continue with another configuration of equal shapes."""
+        """Switch to another configuration with the same parameter shapes."""
         self.config = config
         self.precision = Precision(config)
         self.drop_rounded()

@@ -128,7 +128,7 @@ class Transformer(nn.Module):
             if aux is not None and aux.predict_ahead:
                 raise ValueError("aux.predict_ahead: works on whole sequences, without a cache")
             if positions is not None:
-                raise ValueError("positions: a cache takes the tokens as they follow, not packed documents")
+                raise ValueError("positions: packed documents cannot be combined with a cache")
         if attention not in get_args(AttentionMode):
             raise ValueError(f"attention: '{attention}' is not one of {', '.join(get_args(AttentionMode))}")
         check_ids(input_ids)
@@ -265,7 +265,7 @@ class Transformer(nn.Module):
     @config.setter
     def config(self, config: ModelConfig) -> None:
         if config != self.config.replace(index_topk=config.index_topk, qat=config.qat):
-            raise ConfigError("model: weights can continue with another index_topk or qat only")
+            raise ConfigError("model: only index_topk and qat can change on an existing model")
         self._config = config
         for module in self.modules():
             if hasattr(module, "set_config"):
@@ -295,7 +295,7 @@ class Transformer(nn.Module):
     def activation_checkpointing(self, layers: bool) -> None:
         self._activation_checkpointing = layers
         for block in (*self.layers, *self.mtp):
-            block.recompute_streams = not layers  # recomputing both would keep what one of them frees
+            block.recompute_streams = not layers  # recomputing both would keep the streams that one of them frees
 
     # --- parts
 

@@ -32,7 +32,8 @@ class Mixer(nn.Module):
     """Mixes the tokens of a layer.
 
     The class declares what the rest of the system asks of a mixer: configuration checks, rotary positions, cache parts,
-    formats and costs. It is registered in :data:`model.mixers.MIXERS`; nothing else refers to a mixer by name.
+    formats and costs. It is registered in :data:`model.mixers.MIXERS`. Code outside :mod:`model.mixers` asks the
+    class and does not branch on its name.
 
     A forward pass has three steps. :meth:`project` and :meth:`output` treat every token alone, :meth:`mix` does not.
     """
@@ -87,7 +88,7 @@ class Mixer(nn.Module):
         self.set_config(config)
 
     def set_config(self, config: ModelConfig) -> None:
-        """Continue with another configuration of equal shapes."""
+        """Switch to another configuration with the same parameter shapes."""
         self.config = config
         self.precision = Precision(config)
 

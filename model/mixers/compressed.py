@@ -95,8 +95,9 @@ class CompressedAttention(SlidingWindowAttention):
 def visible_entries(context: Context, ratio: int) -> Tensor:
     """Return how many entries, counted from the first, each query may use: int64 [B or 1, S].
 
-    Token t (from 0) sees entry s iff s < (t + 1) // ratio: a block becomes visible to its own last token. The report's
-    text can be read one token later; the released code, and so the released weights, do this.
+    Token t (from 0) sees entry s iff s < (t + 1) // ratio: a block becomes visible to its own last token. The
+    report's wording could also mean one token later. This is the rule of the released code, for which the released
+    weights were trained.
     """
     return (context.positions + 1) // ratio
 

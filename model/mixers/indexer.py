@@ -35,9 +35,9 @@ class LightningIndexer(nn.Module):
 def indexer_kl(teacher: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
     """KL(teacher || softmax(scores)) over the permitted entries, averaged over queries that have any.
 
-    teacher [B, S, T]: attention mass on entries out of the joint softmax with window and sink, summed over heads; it
-    is normalized here to the permitted entries (V3.2's rule, adapted to the joint softmax). scores [B, S, T] carry the
-    gradient; mask bool [B or 1, S, T].
+    teacher [B, S, T] is the attention probability of each entry in the softmax over entries, window and sink, summed
+    over heads. It is normalized here over the permitted entries (V3.2's rule, adapted to the joint softmax). scores [B,
+    S, T] carry the gradient; mask bool [B or 1, S, T].
     """
     has_any = mask.any(-1)
     target = teacher / teacher.sum(-1, keepdim=True).clamp(min=1e-20)

@@ -55,7 +55,7 @@ def fit(
     require_resources("train.use_gpu", 0, train.workers if train.use_gpu else 0)
     kept = checkpoint_index.repair(storage / RAY_RUN)
     if kept is not None:
-        print(f"{recipe.run.name}: repaired the checkpoint index (torn, or checkpoints deleted); {kept} are left")
+        print(f"{recipe.run.name}: repaired the checkpoint index (truncated, or checkpoints deleted); {kept} remain")
     queue = EventQueue()
     forwarder = EventForwarder(queue, tracked, progress, storage / _UNSENT)
     in_main_thread = threading.current_thread() is threading.main_thread()

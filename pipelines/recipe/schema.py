@@ -38,7 +38,7 @@ def _name_optimizer(value: Any, validate: ValidatorFunctionWrapHandler) -> Optim
 
 def _check_setting(value: Any) -> Any:
     if not isinstance(value, bool | int | float | str):
-        raise ValueError("a sweep tries numbers, words, true and false")
+        raise ValueError("values must be numbers, strings or booleans")
     return value
 
 

@@ -36,7 +36,7 @@ class SpikeDetector:
             limit = self.settings.max_interventions
             setting = "action is stop" if self.settings.action == "stop" else f"max_interventions is {limit}"
             raise FiftyfoldError(
-                f"step {step}: {reason}, and train.stability.{setting}; the weights of the last checkpoint are good"
+                f"step {step}: {reason}, and train.stability.{setting}; resume from the last checkpoint"
             )
         self.interventions += 1
         return reason

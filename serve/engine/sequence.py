@@ -131,7 +131,7 @@ class Sequence:
         return Delta(text, self._pop_logprobs())
 
     def _finish(self, text: str, reason: FinishReason) -> Delta:
-        """End with all text held back, unless it completes a stop string."""
+        """Finish and emit the text held back so far, unless it completes a stop string."""
         more, stopped = self._stop_filter.push(self._detokenizer.flush())
         if stopped:
             return self._stop(text + more)

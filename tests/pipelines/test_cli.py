@@ -54,7 +54,10 @@ def test_the_precision_table_covers_later_stages(capsys):
         (["--train.autocast", "float16"], "autocast: Input should be 'auto', 'none' or 'bfloat16', found 'float16'\n"),
         (["--train.optimizer.ns_dtype", "half"], "ns_dtype: Input should be 'auto', 'float32' or 'bfloat16', found"),
         (["--model.preset", "huge"], "error: model.preset: unknown preset 'huge'"),
-        (["--model.preset", "small", "--model.depth", "12"], "error: model.depth: 12 and model.preset 'small' are two"),
+        (
+            ["--model.preset", "small", "--model.depth", "12"],
+            "error: model.depth: 12 and model.preset 'small' are mutually exclusive",
+        ),
         (["--run.name", "data"], "error: run.name: 'data' is a reserved folder of run.folder, found 'data'"),
         (["--run.name", "../x"], "error: run.name: String should match pattern"),
         (["--serve.host", "0.0.0.0"], "error: serve.host: Input should be '127.0.0.1'"),

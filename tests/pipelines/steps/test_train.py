@@ -254,7 +254,7 @@ def test_a_tie_goes_to_the_smaller_cache_and_nan_never_wins():
         ({"sweep.space": {"train.stages.0.steps": [2, 3]}}, "'train.stages.0.steps' names an item of a list"),
         (
             {"sweep.space": {"model.qat": [None]}},
-            "model.qat.0: a sweep tries numbers, words, true and false, found None",
+            "model.qat.0: values must be numbers, strings or booleans, found None",
         ),
         (
             {"sweep.space": {"model.index_topk": [2]}, "sweep.metric": "validation/los"},
