@@ -136,7 +136,7 @@ whose gradients are sums over all tokens that nearly cancel."""
 
 @dataclass
 class Pair:
-    """The same network in both implementations, with inputs and expected outputs."""
+    """One network in both implementations, with inputs and expected outputs."""
 
     oracle: DeepseekV4ForCausalLM
     ours: Transformer

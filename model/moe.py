@@ -55,9 +55,9 @@ class MixtureOfExperts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(c.num_experts, c.hidden_size, c.expert_size))
         self.shared = DenseFeedForward(c, c.num_shared_experts * c.expert_size) if c.num_shared_experts else None
         self.weights_are_rounded = False
-        """Whether the stacks themselves hold rounded values."""
+        """True if the stacks themselves hold rounded values."""
         self.caches_rounded = True
-        """Whether inference keeps rounded weights for the next call."""
+        """True if inference keeps rounded weights for the next call."""
         self._rounded: dict[str, tuple[tuple, Experts]] = {}
         self.register_buffer("router_bias", torch.zeros(c.num_experts))
         if self.hash_routed:

@@ -287,7 +287,7 @@ class Transformer(nn.Module):
 
     @property
     def activation_checkpointing(self) -> bool:
-        """Whether the backward pass recomputes whole layers instead of keeping their activations. Otherwise it
+        """True if the backward pass recomputes whole layers instead of keeping their activations. Otherwise it
         recomputes the residual streams between a layer's halves only."""
         return self._activation_checkpointing
 

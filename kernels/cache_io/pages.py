@@ -50,7 +50,7 @@ class PagedRows:
     pages: list[int]
     """Page numbers, in order."""
     is_contiguous: bool
-    """Whether the pages are adjacent in the storage. Slices are then views."""
+    """True if the pages are adjacent in the storage. Slices are then views."""
 
     @cached_property
     def _page_table(self) -> Tensor:

@@ -21,7 +21,7 @@ class RecurrentState:
         self.table, self.part = table, part
         shape = (len(table.lengths), rewind + 1)
         self.data = zeros((*shape, *part.shape), part.dtype, table.pool.device)
-        self.positions = zeros(shape, torch.int64, torch.device("cpu")) + _EMPTY
+        self.positions = zeros(shape, torch.int64, torch.device("cpu")).fill_(_EMPTY)
 
     def can_resume_at(self, sequence: int, length: int, high_water_mark: int) -> bool:
         return bool((self.positions[sequence] == length).any())

@@ -119,7 +119,7 @@ class Completion:
     past: int
     """Number of kept rows before the new tokens' rows."""
     has_previous: bool
-    """Whether the first block is the overlap of the first pooled block, and is not pooled itself."""
+    """True if the first block is the overlap of the first pooled block, and is not pooled itself."""
     first_entry: Tensor
     """int64 [sequences]: index of the first new entry."""
 

@@ -34,7 +34,7 @@ class ShardSet:
     save_id: str
     """Random ID shared by all files of one save."""
     legacy: bool = False
-    """Whether the files have the names and header of earlier releases, ``model-00001-of-00008.safetensors``. They are
+    """True if the files have the names and header of earlier releases, ``model-00001-of-00008.safetensors``. They are
     still read, but no longer written: Hugging Face uses these names for files of whole tensors."""
 
     def file(self, path: Path, rank: int) -> Path:

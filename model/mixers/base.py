@@ -47,7 +47,7 @@ class Mixer(nn.Module):
     batch_invariant_widths: ClassVar[tuple[str, ...] | None] = None
     """Configuration fields of the widths that products sum over; None if the mixer has no batch-invariant mode."""
     one_key_value: ClassVar[bool] = False
-    """Whether each token has one vector that is key and value for all heads."""
+    """True if each token has one vector that is key and value for all heads."""
 
     # --- declarations
 

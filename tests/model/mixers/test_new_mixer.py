@@ -133,6 +133,16 @@ def test_its_cache_forks_joins_splits_and_is_saved(tmp_path):
         assert torch.equal(model(ids[:, 40:], again), expected)
 
 
+def test_a_cache_made_in_inference_mode_goes_on_outside():
+    model = build().eval()
+    ids = random_ids(1, 20)
+    with torch.inference_mode():
+        cache = Cache(model.config, 1, 20)
+        model(ids[:, :12], cache)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids[:, 12:], cache), model(ids)[:, 12:], rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_it_goes_back_only_to_where_a_state_was_kept():
     model = build(layers=("ema",), mtp_layers=0).eval()
