@@ -29,7 +29,7 @@ class Paths:
             return await self._app(scope, receive, send)
 
         async def send_head(message: Message) -> None:
-            await send(message | {"body": b""} if message["type"] == "http.response.body" else message)
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
 
         path = re.sub("/{2,}", "/", scope["path"])
         scope = {**scope, "path": path.rstrip("/") or "/", METHOD: scope["method"]}

@@ -51,6 +51,7 @@ ENCODED = st.one_of(
     st.binary(max_size=30),
 )
 TYPES = st.sampled_from(["application/json"] * 8 + [None, "application/json; charset=latin-1", "text/plain", "\xff;"])
+NAMES_IN_PATHS = st.text(max_size=5).map(lambda text: f"/v1/models/{quote(text)}")
 FUZZ = settings(
     deadline=None,
     derandomize=True,
@@ -90,7 +91,8 @@ def test_requests(client) -> None:
     @settings(FUZZ, max_examples=300)
     @given(
         st.sampled_from(["POST"] * 6 + ["GET", "HEAD", "OPTIONS", "PUT", "BREW"]),
-        st.sampled_from([*ROUTES, *ROUTES, "/v1/models/"]) | st.text(max_size=5).map(lambda text: f"/v1/models/{quote(text)}"),
+        st.sampled_from([*ROUTES, *ROUTES, "/v1/models/"])
+        | st.text(max_size=5).map(lambda text: f"/v1/models/{quote(text)}"),
         TYPES,
         st.sampled_from([None] * 5 + ["gzip", "br", ""]),
         ENCODED,
