@@ -23,12 +23,14 @@ class EngineConfig(BaseModel):
     """Data type of the weight matrices. ``auto`` is bfloat16 if the device multiplies it faster than float32."""
     max_active_requests: Annotated[int, Field(ge=1)] = 16
     """Completions that hold a cache and are decoded together; further ones wait."""
-    max_waiting_requests: Annotated[int, Field(ge=0)] = 64
-    """Completions that may wait; the server answers 429 to further ones."""
+    max_waiting_requests: Annotated[int, Field(ge=0)] = 16_384
+    """Completions that may wait, in order of arrival; the server answers 429 to further ones. A waiting completion
+    holds its prompt's token IDs and no cache. The default fits 100 clients with batches of 128 prompts."""
     prefill_chunk: Annotated[int, Field(ge=1)] = 512
     """Prompt tokens read in one step."""
-    request_timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
-    """Time from submission to the last token, including the time spent waiting."""
+    request_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """Time from submission to the last token, including the time spent waiting; the server answers 504 to later ones.
+    A client with less patience disconnects, which removes its completions."""
 
     def resolve_weights(self, device: torch.device | str) -> EngineConfig:
         """Return a copy in which ``weights`` names the data type to use on ``device``."""

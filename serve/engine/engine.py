@@ -122,13 +122,17 @@ class Engine:
         capacity = self.config.max_active_requests + self.config.max_waiting_requests
         if len(requests) > capacity:
             raise RequestError(
-                f"the request asks for {len(requests)} completions, but the server accepts at most {capacity}"
+                f"the request asks for {len(requests)} completions, but the server accepts at most {capacity} "
+                "(max_active_requests + max_waiting_requests)"
             )
         requests = [(prompt or [self.tokenizer.bos_id], params) for prompt, params in requests]
         for prompt, params in requests:
             self._validate(prompt, params)
         if self.unfinished + len(requests) > capacity:
-            raise QueueFullError(f"the server is busy with {self.unfinished} of at most {capacity} completions")
+            raise QueueFullError(
+                f"the server is busy with {self.unfinished} of at most {capacity} completions "
+                "(max_active_requests + max_waiting_requests)"
+            )
         deadline = time.monotonic() + self.config.request_timeout_seconds
         stream = Stream([Sequence(prompt, params, self.tokenizer, deadline) for prompt, params in requests])
         for sequence in stream.sequences:

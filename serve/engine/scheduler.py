@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from model.cache import Cache
+from model.errors import FiftyfoldError
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from serve.engine.config import EngineConfig
@@ -88,14 +89,16 @@ class Scheduler:
 
     def _drop_aborted_and_expired(self) -> list[tuple[Sequence, Delta]]:
         now = time.monotonic()
-        dropped: list[tuple[Sequence, Delta]] = []
-        for sequence in [*self.running, *self.waiting]:
-            if sequence.aborted:
-                dropped.append((sequence, Delta(error=RequestAbortedError("the request was aborted"))))
-            elif now > sequence.deadline:
-                message = f"the request did not finish within {self.config.request_timeout_seconds:g} seconds"
-                dropped.append((sequence, Delta(error=RequestTimeoutError(message))))
-        dropped_ids = {id(sequence) for sequence, _ in dropped}
+        dropped = [s for s in (*self.running, *self.waiting) if s.aborted or now > s.deadline]
+        if not dropped:
+            return []
+        dropped_ids = {id(sequence) for sequence in dropped}
         self.running = [sequence for sequence in self.running if id(sequence) not in dropped_ids]
         self.waiting = deque(sequence for sequence in self.waiting if id(sequence) not in dropped_ids)
-        return dropped
+        return [(sequence, Delta(error=self._reason(sequence))) for sequence in dropped]
+
+    def _reason(self, sequence: Sequence) -> FiftyfoldError:
+        if sequence.aborted:
+            return RequestAbortedError("the request was aborted")
+        seconds = self.config.request_timeout_seconds
+        return RequestTimeoutError(f"the request did not finish within {seconds:g} seconds (request_timeout_seconds)")
