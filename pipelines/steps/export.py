@@ -15,6 +15,7 @@ from model.hf import export_pretrained, import_pretrained, is_pretrained
 from model.hf.config import ExpertFormat
 from model.tokenizer import FILE_NAME as TOKENIZER_FILE
 from model.tokenizer import Tokenizer, load_tokenizer
+from model.tokenizer.side_files import CONFIG
 from model.transformer import Transformer
 from pipelines.recipe.loading import load_recipe
 from pipelines.recipe.schema import Recipe
@@ -82,12 +83,10 @@ def run(
             raise ConfigError(f"--{name}: changes nothing in format '{target_format}'")
     model = import_pretrained(source) if is_pretrained(source) else checkpoint.load(source)
     if target_format == GGUF:
-        return _export_gguf(model, target, weight_type or "f32")
-    loaded = _load_tokenizer(source, tokenizer)
-    if loaded is not None and loaded.vocab_size > model.config.vocab_size:
-        raise ConfigError(
-            f"tokenizer: has {loaded.vocab_size} tokens, the model of {source} has {model.config.vocab_size}"
-        )
+        _export_gguf(model, target, weight_type or "f32")
+        _print_left_behind(source, target)
+        return target
+    loaded = _load_tokenizer(source, tokenizer, model.config.vocab_size)
     if target_format == "fiftyfold":
         checkpoint.save(model, target, loaded)
     else:
@@ -96,18 +95,35 @@ def run(
     if target_format == "transformers":
         _print_precision_note("transformers", model)
     if loaded is None:
-        print("without a tokenizer: the source has none, and --tokenizer is not given")
+        print(f"without a tokenizer: the source has no {TOKENIZER_FILE}, and --tokenizer is not given")
+    _print_left_behind(source, target)
     return target
 
 
-def _export_gguf(model: Transformer, target: Path, weights: WeightType) -> Path:
+def _print_left_behind(source: Path, target: Path) -> None:
+    """Print the files of a checkpoint in a foreign format that have no counterpart in ``target``."""
+    if not is_pretrained(source):
+        return
+    names = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file()]
+    left = [
+        str(name)
+        for name in names
+        if not any(part.startswith(".") for part in name.parts)
+        and not name.name.endswith((".safetensors", ".safetensors.index.json"))
+        and str(name) != CONFIG
+        and not (target / name).exists()
+    ]
+    if left:
+        print(f"left behind: {', '.join(left)}")
+
+
+def _export_gguf(model: Transformer, target: Path, weights: WeightType) -> None:
     export_gguf(model, target, weights)
     print(f"wrote {target} (gguf {weights}, {model.num_parameters():,} parameters)")
     _print_precision_note("llama.cpp", model)
     print("without a vocabulary: llama.cpp reads and writes token ids")
     if model.config.mtp_layers:
         print("without the multi-token prediction module, which decoding does not use")
-    return target
 
 
 def _print_precision_note(reader: str, model: Transformer) -> None:
@@ -118,10 +134,10 @@ def _print_precision_note(reader: str, model: Transformer) -> None:
         print(f"{reader} keeps its cache in floats: its logits differ slightly from those here ({here})")
 
 
-def _load_tokenizer(source: Path, name: str | None) -> Tokenizer | None:
-    if name is not None:
-        return load_tokenizer(name)
-    return load_tokenizer(source) if (source / TOKENIZER_FILE).is_file() else None
+def _load_tokenizer(source: Path, name: str | None, vocab_size: int) -> Tokenizer | None:
+    if name is None and not (source / TOKENIZER_FILE).exists():
+        return None
+    return load_tokenizer(source if name is None else name, model_vocab_size=vocab_size)
 
 
 STEP = Step(run, add_options, load)

@@ -75,7 +75,7 @@ class CompletionRequest(RequestBody):
     """``POST /v1/completions``.
 
     Text prompts are encoded with BOS in front, as training documents are; lists of token IDs are used unchanged. An
-    empty prompt starts from BOS.
+    empty prompt starts from BOS. Spellings of special tokens in a prompt are text.
     """
 
     model: str | None = None
@@ -95,6 +95,9 @@ class CompletionRequest(RequestBody):
     stop: Annotated[list[str], PlainValidator(_parse_stop, json_schema_input_type=str | list[str] | None)] = Field(
         default=None, validate_default=True
     )
+    parse_special: bool | None = False
+    """Extension of OpenAI's API. Read spellings of special tokens in text prompts as these tokens; a BOS at the start
+    replaces the one in front."""
     echo: bool | None = False
     """Prepend the prompt to each completion."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -142,6 +145,8 @@ class TokenizeRequest(RequestBody):
     prompt: Annotated[str, AfterValidator(_check_utf8)]
     add_special_tokens: bool = True
     """Prepend BOS."""
+    parse_special: bool = False
+    """Read spellings of special tokens as these tokens."""
     model: str | None = None
 
 
