@@ -64,6 +64,13 @@ class Tokenizer(ABC):
                 return whole[len(before) :]
         return self.encode(text)
 
+    def lost_characters(self, text: str) -> set[str]:
+        """Return the characters of ``text``, spaces aside, that the vocabulary does not have."""
+        return {c for c in set(text) if not c.isspace() and self._loses(c)}
+
+    def _loses(self, character: str) -> bool:
+        return not self.encode_inside(character)
+
     def encode_prompt(self, text: str, parse_special: bool = False) -> list[int]:
         """Return BOS and the token IDs of ``text``. A BOS that ``parse_special`` finds at the start is not doubled."""
         ids = self.encode(text, parse_special)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any
 
 from model.tokenizer.base import Tokenizer
 from model.tokenizer.side_files import SideFiles
@@ -21,7 +22,7 @@ class ByteTokenizer(Tokenizer):
     bos_token = "<｜begin▁of▁sentence｜>"
     eos_token = "<｜end▁of▁sentence｜>"
     vocab_size = 258
-    special_tokens: ClassVar[dict[str, int]] = {bos_token: bos_id, eos_token: eos_id}
+    special_tokens = MappingProxyType({bos_token: bos_id, eos_token: eos_id})
     continuation_ids = (0x80 + 2, 0xBF + 2)
     _spelling = re.compile("|".join(map(re.escape, (bos_token, eos_token))))
 
@@ -78,7 +79,7 @@ _BYTE_CHARACTERS = _map_bytes()
 def _content() -> dict[str, Any]:
     """Return the content of the byte tokenizer's ``tokenizer.json``."""
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    special = ByteTokenizer.special_tokens
+    special = dict(ByteTokenizer.special_tokens)
     vocabulary = special | {byte_character(byte): byte + 2 for byte in range(256)}
     return {
         "version": "1.0",

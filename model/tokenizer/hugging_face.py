@@ -74,7 +74,8 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             ids = backend.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the library raises plain Exception
-            raise ConfigError(f"tokenizer {self.path}: cannot encode {_excerpt(text)} ({error})") from error
+            named = next(filter(self._fails, dict.fromkeys(text)), text[:40])
+            raise ConfigError(f"tokenizer {self.path}: cannot encode {named!r} ({error})") from error
         if parse_special or self._reserved_ids.isdisjoint(ids):
             return ids
         # The vocabulary of the model itself, not only the list of added tokens, holds the spelling.
@@ -90,6 +91,20 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def is_text(self, token_id: int) -> bool:
         return token_id in self._text_ids
+
+    def _loses(self, character: str) -> bool:
+        if self._fails(character):
+            return False  # encoding the text will fail
+        ids = self.encode_inside(character)
+        return not ids or self._unknown_id in ids
+
+    def _fails(self, text: str) -> bool:
+        """Return whether the library refuses a text, as it does without a token for unknown characters."""
+        try:
+            self._backend.encode(text, add_special_tokens=False)
+        except Exception:  # the library raises plain Exception
+            return True
+        return False
 
     def _write_vocabulary(self, path: Path) -> None:
         path.write_text(json.dumps(self._content, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -224,7 +239,3 @@ def _replace_wrong_bytes(tokens: list[str]) -> Iterator[str]:
         run = []
         if token:
             yield token
-
-
-def _excerpt(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:40] + "...")

@@ -23,6 +23,30 @@ def truncate(chunks: Iterator[str], max_bytes: int | None) -> Iterator[str]:
             return
 
 
+class LostCharacters:
+    """Characters of texts that a tokenizer does not have. Shards hold unknown tokens in their place, or nothing."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._seen: set[str] = set()
+        self.found: set[str] = set()
+
+    def watch(self, chunks: Iterable[str]) -> Iterator[str]:
+        """Yield the chunks of a text and note characters that would be lost."""
+        for chunk in chunks:
+            if not isinstance(self._tokenizer, ByteTokenizer):
+                new = set(chunk) - self._seen
+                self._seen |= new
+                self.found |= self._tokenizer.lost_characters("".join(new))
+            yield chunk
+
+    def report(self) -> None:
+        """Print how many characters were lost, if any, and the first of them."""
+        if self.found:
+            first = " ".join(sorted(self.found)[:20])
+            print(f"data.tokenizer: does not have {len(self.found)} characters of the text, among them {first}")
+
+
 def fingerprint(chunks: Iterable[str]) -> tuple[bytes, int]:
     """Return the SHA-256 and the length of a text's UTF-8 bytes."""
     digest, size = hashlib.sha256(), 0

@@ -14,7 +14,7 @@ from model.gguf import WeightType, export_gguf
 from model.hf import export_pretrained, import_pretrained, is_pretrained
 from model.hf.config import ExpertFormat
 from model.tokenizer import FILE_NAME as TOKENIZER_FILE
-from model.tokenizer import Tokenizer, load_tokenizer
+from model.tokenizer import load_tokenizer
 from model.tokenizer.side_files import CONFIG
 from model.transformer import Transformer
 from pipelines.recipe.loading import load_recipe
@@ -49,6 +49,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--type", dest="weight_type", choices=get_args(WeightType), help="of the large matrices in GGUF; default f32"
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="'byte' or a tokenizer.json, for a checkpoint without one")
+    for role in ("bos", "eos"):
+        parser.add_argument(f"--{role}-token", metavar="TOKEN", help="token in place of the one declared in the source")
 
 
 def load(options: argparse.Namespace, files: Sequence[str], overrides: Sequence[str]) -> Recipe:
@@ -68,6 +70,8 @@ def run(
     experts: ExpertFormat | None = None,
     weight_type: WeightType | None = None,
     tokenizer: str | None = None,
+    bos_token: str | None = None,
+    eos_token: str | None = None,
 ) -> Path:
     """Write ``target`` and return it. Raises ConfigError or CheckpointError; no partial output is left behind."""
     source = source or recipe.final_checkpoint
@@ -77,7 +81,8 @@ def run(
         raise ConfigError(f"--format: '{target_format}' is not one of {', '.join(FORMATS)}")
     if target.exists():
         raise ConfigError(f"--to: {target} already exists")
-    unused = {"experts": experts, "tokenizer": tokenizer} if target_format == GGUF else {"type": weight_type}
+    tokens = {"tokenizer": tokenizer, "bos-token": bos_token, "eos-token": eos_token}
+    unused = {"experts": experts, **tokens} if target_format == GGUF else {"type": weight_type}
     for name, value in unused.items():
         if value is not None:
             raise ConfigError(f"--{name}: changes nothing in format '{target_format}'")
@@ -86,7 +91,9 @@ def run(
         _export_gguf(model, target, weight_type or "f32")
         _print_left_behind(source, target)
         return target
-    loaded = _load_tokenizer(source, tokenizer, model.config.vocab_size)
+    loaded = None
+    if tokenizer is not None or (source / TOKENIZER_FILE).exists():
+        loaded = load_tokenizer(tokenizer or source, bos_token, eos_token, model.config.vocab_size)
     if target_format == "fiftyfold":
         checkpoint.save(model, target, loaded)
     else:
@@ -132,12 +139,6 @@ def _print_precision_note(reader: str, model: Transformer) -> None:
     if quantized:
         here = ", ".join(f"{name} {fmt}" for name, fmt in quantized.items())
         print(f"{reader} keeps its cache in floats: its logits differ slightly from those here ({here})")
-
-
-def _load_tokenizer(source: Path, name: str | None, vocab_size: int) -> Tokenizer | None:
-    if name is None and not (source / TOKENIZER_FILE).exists():
-        return None
-    return load_tokenizer(source if name is None else name, model_vocab_size=vocab_size)
 
 
 STEP = Step(run, add_options, load)

@@ -90,6 +90,16 @@ def test_ids_of_the_model_configuration_are_kept(tmp_path):
     assert settings == {"bos_token_id": 0, "eos_token_id": [259, 1], "pad_token_id": 260}
 
 
+def test_a_tokenizer_without_declared_tokens_takes_them_from_options(tmp_path, capsys):
+    checkpoint.save(Transformer(ModelConfig()), tmp_path / "ours")
+    folder = write_files(tmp_path / "tokenizer", byte_level(names=("<|start|>", "<|return|>")))
+    options = ("--tokenizer", str(folder), "--format", "fiftyfold")
+    assert export(tmp_path / "ours", tmp_path / "out", *options) == 2
+    assert "name one with eos_token" in capsys.readouterr().err
+    assert export(tmp_path / "ours", tmp_path / "out", *options, "--eos-token", "<|return|>") == 0
+    assert load_tokenizer(tmp_path / "out").eos_id == 1
+
+
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, capsys):
     checkpoint.save(Transformer(ModelConfig()), tmp_path / "ours", ByteTokenizer())
     folder = write_files(tmp_path / "tokenizer", byte_level(added=["<pad>"]))

@@ -143,9 +143,17 @@ def test_declared_and_chosen_tokens_end_documents(tmp_path):
     assert all(row["tokens"][-1] == 1 for row in stored(prepare.run(other), ("text",)))
 
 
+def test_characters_that_the_tokenizer_lacks_are_reported(tmp_path, capsys):
+    texts = [*documents(), "naïve é"]
+    prepare.run(recipe(tmp_path / "a", write_files(tmp_path / "tokenizer", unigram(PRINTABLE)), texts))
+    assert "does not have 2 characters of the text, among them é ï\n" in capsys.readouterr().out
+    prepare.run(recipe(tmp_path / "b", write_files(tmp_path / "level", byte_level()), texts))
+    assert "does not have" not in capsys.readouterr().out
+
+
 def test_text_that_the_tokenizer_cannot_encode_is_named(tmp_path):
     folder = write_files(tmp_path / "tokenizer", unigram(PRINTABLE + "\n", unknown=False))
     made = recipe(tmp_path, folder, [*documents(), "é" * 30])
-    with pytest.raises(ConfigError, match=r"tokenizer\.json: cannot encode 'é"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: cannot encode 'é' "):
         prepare.run(made)
     assert not made.data_folder.exists()
