@@ -26,7 +26,7 @@ from pipelines.data.packing import count_rows
 from pipelines.data.retrieval_rows import RetrievalGenerator, StoredDocument
 from pipelines.data.shards import SHARD_SCHEMA
 from pipelines.data.sources import SourceFile, read_documents
-from pipelines.data.tokenization import encode_pieces, fingerprint, truncate
+from pipelines.data.tokenization import LostCharacters, encode_pieces, fingerprint, truncate
 from pipelines.recipe.schema import Recipe
 
 PIECE_ROWS = 8
@@ -39,13 +39,13 @@ def write_splits(
     """Write the shards of all splits into ``folder``. Raises DataError for unreadable or too little text."""
     data = recipe.data
     writers = {split: _SplitWriter(recipe, tokenizer, folder, split) for split in SPLITS}
-    text_bytes = 0
+    text_bytes, lost = 0, LostCharacters(tokenizer)
     for document in read_documents(files, data.text_field):
         left = None if data.max_text_bytes is None else data.max_text_bytes - text_bytes
         digest, size = fingerprint(truncate(document.open(), left))
         if size:
             split: Split = "validation" if int.from_bytes(digest[:8]) < data.validation_share * 2**64 else "train"
-            chunks = truncate(document.open(), left)
+            chunks = lost.watch(truncate(document.open(), left))
             pieces = encode_pieces(tokenizer, chunks, PIECE_ROWS * data.sequence_length)
             writers[split].add(digest.hex()[:32], document.source, pieces, size)
             text_bytes += size
@@ -53,6 +53,7 @@ def write_splits(
             break
     if not text_bytes:
         raise DataError(f"data.sources: no text in {len(files)} files")
+    lost.report()
     return {split: writer.finish() for split, writer in writers.items()}
 
 

@@ -84,6 +84,10 @@ class DataSection(Section):
     """Text field of .jsonl records and text column of .parquet files."""
     tokenizer: str = "byte"
     """``byte``, or the path of a Hugging Face ``tokenizer.json``."""
+    bos_token: str | None = None
+    """Token that begins documents and prompts. None: as declared beside the tokenizer (docs/text.md)."""
+    eos_token: str | None = None
+    """Token that ends documents. None: as declared beside the tokenizer."""
     sequence_length: Annotated[int, Field(ge=8)] = 256
     packing: bool = True
     """Pack several short documents into a row, masked from one another. False: one document and padding per row."""
@@ -111,9 +115,10 @@ class DataSection(Section):
     def content(self) -> dict[str, Any]:
         """Return the settings that determine the shards' content, as plain JSON values.
 
-        The tokenizer is left out: its file, not its path, determines the content.
+        The tokenizer is left out: its file, not its path, determines the content. So are BOS and EOS, which may be
+        declared or set.
         """
-        return self.model_dump(mode="json", exclude={"name", "tokenizer"})
+        return self.model_dump(mode="json", exclude={"name", "tokenizer", "bos_token", "eos_token"})
 
 
 class StageSection(Section):

@@ -92,8 +92,9 @@ def start(recipe: Recipe) -> Deployment:
     section = recipe.serve
     model_name, folder = find_model(recipe)
     # Load once here: damage is then reported in one sentence, not by replicas that keep restarting.
-    checkpoints.load(folder).execution = Execution(section.execution)
-    load_tokenizer(folder)
+    model = checkpoints.load(folder)
+    model.execution = Execution(section.execution)
+    load_tokenizer(folder, model_vocab_size=model.config.vocab_size)
     check_port(section.host, section.port)
     needed = section.replicas * section.cpus_per_replica
     with ExitStack() as undo:

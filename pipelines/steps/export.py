@@ -14,7 +14,8 @@ from model.gguf import WeightType, export_gguf
 from model.hf import export_pretrained, import_pretrained, is_pretrained
 from model.hf.config import ExpertFormat
 from model.tokenizer import FILE_NAME as TOKENIZER_FILE
-from model.tokenizer import Tokenizer, load_tokenizer
+from model.tokenizer import load_tokenizer
+from model.tokenizer.side_files import CONFIG
 from model.transformer import Transformer
 from pipelines.recipe.loading import load_recipe
 from pipelines.recipe.schema import Recipe
@@ -48,6 +49,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--type", dest="weight_type", choices=get_args(WeightType), help="of the large matrices in GGUF; default f32"
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="'byte' or a tokenizer.json, for a checkpoint without one")
+    for role in ("bos", "eos"):
+        parser.add_argument(f"--{role}-token", metavar="TOKEN", help="token in place of the one declared in the source")
 
 
 def load(options: argparse.Namespace, files: Sequence[str], overrides: Sequence[str]) -> Recipe:
@@ -67,6 +70,8 @@ def run(
     experts: ExpertFormat | None = None,
     weight_type: WeightType | None = None,
     tokenizer: str | None = None,
+    bos_token: str | None = None,
+    eos_token: str | None = None,
 ) -> Path:
     """Write ``target`` and return it. Raises ConfigError or CheckpointError; no partial output is left behind."""
     source = source or recipe.final_checkpoint
@@ -76,18 +81,19 @@ def run(
         raise ConfigError(f"--format: '{target_format}' is not one of {', '.join(FORMATS)}")
     if target.exists():
         raise ConfigError(f"--to: {target} already exists")
-    unused = {"experts": experts, "tokenizer": tokenizer} if target_format == GGUF else {"type": weight_type}
+    tokens = {"tokenizer": tokenizer, "bos-token": bos_token, "eos-token": eos_token}
+    unused = {"experts": experts, **tokens} if target_format == GGUF else {"type": weight_type}
     for name, value in unused.items():
         if value is not None:
             raise ConfigError(f"--{name}: changes nothing in format '{target_format}'")
     model = import_pretrained(source) if is_pretrained(source) else checkpoint.load(source)
     if target_format == GGUF:
-        return _export_gguf(model, target, weight_type or "f32")
-    loaded = _load_tokenizer(source, tokenizer)
-    if loaded is not None and loaded.vocab_size > model.config.vocab_size:
-        raise ConfigError(
-            f"tokenizer: has {loaded.vocab_size} tokens, the model of {source} has {model.config.vocab_size}"
-        )
+        _export_gguf(model, target, weight_type or "f32")
+        _print_left_behind(source, target)
+        return target
+    loaded = None
+    if tokenizer is not None or (source / TOKENIZER_FILE).exists():
+        loaded = load_tokenizer(tokenizer or source, bos_token, eos_token, model.config.vocab_size)
     if target_format == "fiftyfold":
         checkpoint.save(model, target, loaded)
     else:
@@ -96,18 +102,35 @@ def run(
     if target_format == "transformers":
         _print_precision_note("transformers", model)
     if loaded is None:
-        print("without a tokenizer: the source has none, and --tokenizer is not given")
+        print(f"without a tokenizer: the source has no {TOKENIZER_FILE}, and --tokenizer is not given")
+    _print_left_behind(source, target)
     return target
 
 
-def _export_gguf(model: Transformer, target: Path, weights: WeightType) -> Path:
+def _print_left_behind(source: Path, target: Path) -> None:
+    """Print the files of a checkpoint in a foreign format that have no counterpart in ``target``."""
+    if not is_pretrained(source):
+        return
+    names = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file()]
+    left = [
+        str(name)
+        for name in names
+        if not any(part.startswith(".") for part in name.parts)
+        and not name.name.endswith((".safetensors", ".safetensors.index.json"))
+        and str(name) != CONFIG
+        and not (target / name).exists()
+    ]
+    if left:
+        print(f"left behind: {', '.join(left)}")
+
+
+def _export_gguf(model: Transformer, target: Path, weights: WeightType) -> None:
     export_gguf(model, target, weights)
     print(f"wrote {target} (gguf {weights}, {model.num_parameters():,} parameters)")
     _print_precision_note("llama.cpp", model)
     print("without a vocabulary: llama.cpp reads and writes token ids")
     if model.config.mtp_layers:
         print("without the multi-token prediction module, which decoding does not use")
-    return target
 
 
 def _print_precision_note(reader: str, model: Transformer) -> None:
@@ -116,12 +139,6 @@ def _print_precision_note(reader: str, model: Transformer) -> None:
     if quantized:
         here = ", ".join(f"{name} {fmt}" for name, fmt in quantized.items())
         print(f"{reader} keeps its cache in floats: its logits differ slightly from those here ({here})")
-
-
-def _load_tokenizer(source: Path, name: str | None) -> Tokenizer | None:
-    if name is not None:
-        return load_tokenizer(name)
-    return load_tokenizer(source) if (source / TOKENIZER_FILE).is_file() else None
 
 
 STEP = Step(run, add_options, load)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from model.atomic_files import atomic_folder
 from model.errors import DataError
-from model.tokenizer import Tokenizer, load_tokenizer
-from pipelines.data.check import tokenizer_sha256
+from model.tokenizer import Tokenizer
+from pipelines.data.check import load_data_tokenizer, tokenizer_sha256
 from pipelines.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, read_manifest
 from pipelines.data.retrieval_rows import RetrievalGenerator
 from pipelines.data.shard_writer import write_splits
@@ -35,13 +35,13 @@ def run(recipe: Recipe) -> PrepareResult:
     Raises DataError or ConfigError; existing files are untouched then, and no partial folder is left behind.
     """
     data, folder = recipe.data, recipe.data_folder
-    tokenizer = load_tokenizer(data.tokenizer)
+    tokenizer = load_data_tokenizer(data)
     files = find_files(data.sources, data.seed)
     RetrievalGenerator(recipe, tokenizer, "train").check()
     settings = _settings(recipe, files, tokenizer)
     try:
         if _holds_files(folder):
-            result = PrepareResult(folder, _read_existing(folder, settings), reused=True)
+            result = PrepareResult(folder, _read_existing(folder, settings, tokenizer), reused=True)
         else:
             result = PrepareResult(folder, _write(recipe, files, tokenizer, settings), reused=False)
     except OSError as error:
@@ -89,8 +89,9 @@ def _settings(recipe: Recipe, files: list[SourceFile], tokenizer: Tokenizer) -> 
     }
 
 
-def _read_existing(folder: Path, settings: dict[str, object]) -> Manifest:
-    """Return the manifest of an existing folder. Raises DataError unless it is intact and has ``settings``."""
+def _read_existing(folder: Path, settings: dict[str, object], tokenizer: Tokenizer) -> Manifest:
+    """Return the manifest of an existing folder. Raises DataError unless it is intact and has ``settings`` and the
+    tokenizer's BOS and EOS."""
     advice = "choose another data.name or delete the folder"
     if not (folder / MANIFEST_NAME).exists():
         raise DataError(f"{folder}: exists and holds no {MANIFEST_NAME}; {advice}")
@@ -98,7 +99,8 @@ def _read_existing(folder: Path, settings: dict[str, object]) -> Manifest:
         manifest = read_manifest(folder, verify=True)
     except DataError as error:
         raise DataError(f"{error}; {advice}") from error
-    found = manifest.settings
+    settings = {**settings, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+    found = {**manifest.settings, "bos_id": manifest.bos_id, "eos_id": manifest.eos_id}
     changed = [key for key in {**settings, **found} if settings.get(key) != found.get(key)]
     if changed == ["files_sha256"]:
         raise DataError(f"{folder}: was prepared when the source files had other sizes; {advice}")

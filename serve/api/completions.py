@@ -15,9 +15,11 @@ from model.errors import FiftyfoldError
 from model.tokenizer import Tokenizer
 from serve.api.errors import CLIENT_CLOSED_REQUEST, error_response
 from serve.api.event_stream import EventStreamResponse, format_event, obfuscation, with_keep_alive
+from serve.api.prompts import encode_text
 from serve.api.schemas import Choice, Completion, CompletionRequest, Extension, Logprobs, Usage
 from serve.api.served_model import ServedModel
 from serve.engine import Delta
+from serve.engine.detokenizer import finished_text
 
 
 def add_routes(app: FastAPI, served: ServedModel, keep_alive_seconds: float) -> None:
@@ -25,7 +27,7 @@ def add_routes(app: FastAPI, served: ServedModel, keep_alive_seconds: float) -> 
     async def completions(body: CompletionRequest, request: Request) -> Response:
         served.check_name(body.model)
         # Run in a thread: encoding many megabytes of text must not block other streams.
-        prompts = await asyncio.to_thread(_encode, body.prompt, served.engine.tokenizer)
+        prompts = await asyncio.to_thread(_encode, body, served.engine.tokenizer)
         run = _CompletionRun(body, prompts, served)
         if body.stream:
             return EventStreamResponse(with_keep_alive(run.events(), keep_alive_seconds), close=run.stream.abort)
@@ -43,9 +45,9 @@ def add_routes(app: FastAPI, served: ServedModel, keep_alive_seconds: float) -> 
             disconnected.cancel()
 
 
-def _encode(prompts: list[str | list[int]], tokenizer: Tokenizer) -> list[list[int]]:
+def _encode(body: CompletionRequest, tokenizer: Tokenizer) -> list[list[int]]:
     """Return token IDs: text is encoded with BOS in front, token IDs are unchanged."""
-    return [[tokenizer.bos_id, *tokenizer.encode(p)] if isinstance(p, str) else p for p in prompts]
+    return [encode_text(tokenizer, p, body.parse_special) if isinstance(p, str) else p for p in body.prompt]
 
 
 class _CompletionRun:
@@ -61,7 +63,7 @@ class _CompletionRun:
         self._echo: list[str] | None = None
         """Prompt text to prepend, per choice."""
         if body.echo:
-            texts = [p if isinstance(p, str) else tokenizer.decode(p) for p in body.prompt]
+            texts = [p if isinstance(p, str) else finished_text(tokenizer, p) for p in body.prompt]
             self._echo = [text for text in texts for _ in choices]
         self._started: set[int] = set()
         self._common_fields: dict[str, Any] = {
@@ -112,7 +114,8 @@ class _CompletionRun:
         if self._body.logprobs is not None:
             logprobs = self._formatter.logprobs(delta.logprobs, offset=len(echo))
             if first:
-                logprobs = Logprobs.concatenate([self._formatter.logprobs(sequence.prompt_logprobs), logprobs])
+                prompt = self._formatter.logprobs(sequence.prompt_logprobs, end=len(echo))
+                logprobs = Logprobs.concatenate([prompt, logprobs])
         text = echo + delta.text if first else delta.text
         return Choice(index=index, text=text, logprobs=logprobs, finish_reason=delta.finish_reason)
 

@@ -86,8 +86,8 @@ class CompletionRequest(RequestBody):
     """``POST /v1/completions``.
 
     Text prompts are encoded with BOS in front, as training documents are; lists of token IDs are used unchanged. An
-    empty prompt starts from BOS. Fields may be null, which means the default. Fields of other servers are listed in
-    :mod:`serve.api.neutral_fields`.
+    empty prompt starts from BOS. Spellings of special tokens in a prompt are text. Fields may be null, which means the
+    default. Fields of other servers are listed in :mod:`serve.api.neutral_fields`.
     """
 
     model: str | None = None
@@ -105,6 +105,9 @@ class CompletionRequest(RequestBody):
     """Completions per prompt. Completion i (from 0) uses ``seed + i``."""
     seed: Annotated[Integer, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[list[str], PlainValidator(_parse_stop, json_schema_input_type=str | list[str] | None)] = []
+    parse_special: bool = False
+    """Extension of OpenAI's API. Read spellings of special tokens in text prompts as these tokens; a BOS at the start
+    replaces the one in front."""
     echo: bool = False
     """Prepend the prompt to each completion."""
     logprobs: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -154,6 +157,8 @@ class TokenizeRequest(RequestBody):
     prompt: str
     add_special_tokens: bool = True
     """Prepend BOS."""
+    parse_special: bool = False
+    """Read spellings of special tokens as these tokens."""
     model: str | None = None
 
     neutral_values = {"return_token_strs": (False,)}

@@ -95,13 +95,13 @@ class Engine:
         """Return an engine for the model and tokenizer of a checkpoint folder.
 
         ``config.weights`` of the engine is the data type in use, never ``auto``. Raises CheckpointError for a damaged
-        folder and ConfigError for a missing tokenizer.
+        folder and ConfigError for a tokenizer that is missing or does not fit the model.
         """
         config = (config or EngineConfig()).resolve_weights(device)
         model = checkpoints.load(folder, device=device)
         model.execution = Execution(config.execution)
         model.cast_weights(getattr(torch, config.weights))
-        return cls(model, load_tokenizer(folder), config)
+        return cls(model, load_tokenizer(folder, model_vocab_size=model.config.vocab_size), config)
 
     @property
     def unfinished(self) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 from model.cache import Cache
 from model.errors import FiftyfoldError
 from model.tokenizer import Tokenizer
+from model.tokenizer.stop_strings import StopStrings
 from serve.engine.detokenizer import Detokenizer, StopStringFilter
 from serve.engine.sampler import TokenLogprob, sample, token_logprobs
 
@@ -32,7 +33,7 @@ class SamplingParams:
     seed: int | None = None
     """A seed makes the text reproducible, regardless of concurrent requests; None uses a random seed."""
     stop: tuple[str, ...] = ()
-    """The text ends before the first of these strings."""
+    """The text ends before the first of these strings. A string may spell special tokens."""
     logprobs: int | None = None
     """Number of alternatives to report per token; 0 reports the sampled token alone, None reports nothing."""
     prompt_logprobs: bool = False
@@ -46,7 +47,7 @@ class Delta:
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
-    """``stop``: end-of-sequence token or stop string. ``length``: max_tokens reached. None: not finished."""
+    """``stop``: token that ends generation, or stop string. ``length``: max_tokens reached. None: not finished."""
     error: FiftyfoldError | None = None
     """Reason why the completion failed, if it did."""
 
@@ -73,11 +74,12 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprob] = []
         self.completion_tokens = 0
         self.last_token = -1
-        self._eos_id = tokenizer.eos_id
+        self._stop_ids = tokenizer.stop_ids
         self._prompt_detokenizer = Detokenizer(tokenizer)
         self._prompt_chars = 0
         self._detokenizer = Detokenizer(tokenizer, context=self.prompt)
-        self._stop_filter = StopStringFilter(params.stop)
+        self._stop_strings = StopStrings(params.stop, tokenizer)
+        self._stop_filter = StopStringFilter(self._stop_strings.patterns)
         self._decoded_chars = 0
         self._emitted_chars = 0
         self._pending_logprobs: list[TokenLogprob] = []
@@ -111,18 +113,18 @@ class Sequence:
         """Sample the next token from logits [vocab] and return its output."""
         p = self.params
         if p.max_tokens == 0:
-            return Delta(finish_reason="length")
+            return self._finish("", "length")
         token = sample(logits, p.temperature, p.top_p, p.top_k, self._generator)
         self.last_token = token
         self.completion_tokens += 1
         if p.logprobs is not None:
             [record] = token_logprobs(logits[None], [token], p.logprobs)
             self._pending_logprobs.append(replace(record, text_offset=self._decoded_chars))
-        if token == self._eos_id:
+        if token in self._stop_ids:
             return self._finish("", "stop")
         piece = self._detokenizer.push(token)
         self._decoded_chars += len(piece)
-        text, stopped = self._stop_filter.push(piece)
+        text, stopped = self._stop_filter.push(piece or self._stop_strings.mark(token))
         if stopped:
             return self._stop(text)
         if self.completion_tokens == p.max_tokens:

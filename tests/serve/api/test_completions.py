@@ -7,11 +7,21 @@ import httpx
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from tokenizer_files import byte_level as byte_level_content
+from tokenizer_files import unigram, write_files
 
+from model.tokenizer import load_tokenizer
 from serve.api.asgi import create_app
 from serve.engine import Engine
 
 TEXT = "the other rain "
+
+
+@pytest.fixture(scope="module")
+def level_client(byte_level, random_model_of) -> Iterator[TestClient]:
+    model = random_model_of(byte_level.vocab_size)
+    with TestClient(create_app(Engine(model, byte_level), "level", max_body_bytes=20_000)) as client:
+        yield client
 
 
 def ask(client: TestClient, **body) -> dict:
@@ -166,6 +176,54 @@ def test_echo_lists_bos_as_a_token_but_not_in_the_text(client) -> None:
     assert choice["logprobs"]["tokens"][0] == "<|bos|>"
     assert choice["logprobs"]["token_logprobs"][0] is None
     assert choice["logprobs"]["token_logprobs"][1] < 0
+
+
+@pytest.mark.parametrize("kind", ["byte", "level"])
+@pytest.mark.parametrize("max_tokens", [0, 1, 8])
+def test_echo_of_a_prompt_cut_inside_a_character(byte_client, level_client, byte_tokenizer, kind, max_tokens) -> None:
+    client = byte_client if kind == "byte" else level_client
+    whole, names = byte_tokenizer.encode("ab€𝄞é"), {"<|bos|>": 0, "<|eos|>": 1}
+    for cut in range(1, len(whole) + 1):
+        body = {"prompt": whole[:cut], "echo": True, "logprobs": 0, "max_tokens": max_tokens, "seed": cut}
+        choice = ask(client, **body)["choices"][0]
+        tokens = choice["logprobs"]["tokens"]
+        ids = [int(t[9:]) if t.startswith("token_id:") else names.get(t, byte_tokenizer.encode(t)[0]) for t in tokens]
+        assert ids[:cut] == whole[:cut]
+        assert choice["text"] == byte_tokenizer.decode(ids)
+        assert "".join(chunk["choices"][0]["text"] for chunk in stream(client, **body)) == choice["text"]
+        offsets = choice["logprobs"]["text_offset"]
+        assert offsets == sorted(offsets) and max(offsets) <= len(choice["text"])
+
+
+def test_special_tokens_in_a_prompt_are_text_unless_asked(level_client) -> None:
+    def count(**body) -> int:
+        return ask(level_client, max_tokens=1, **body)["usage"]["prompt_tokens"]
+
+    text = "<s>a<|im_end|>"
+    assert count(prompt=text) == 1 + len(text)
+    assert count(prompt=text, parse_special=True) == 3  # its BOS is not doubled
+    assert count(prompt="a<|im_end|>", parse_special=True) == 3
+    body = {"prompt": text, "add_special_tokens": False}
+    assert level_client.post("/tokenize", json=body).json()["count"] == len(text)
+    parsed = level_client.post("/tokenize", json={**body, "parse_special": True}).json()["tokens"]
+    assert parsed == [0, ord("a") + 2, 258]
+
+
+def test_a_prompt_that_the_tokenizer_cannot_encode_is_refused(byte_model, tmp_path) -> None:
+    tokenizer = load_tokenizer(write_files(tmp_path, unigram("abc", unknown=False)))
+    with TestClient(create_app(Engine(byte_model, tokenizer), "abc", max_body_bytes=20_000)) as client:
+        response = client.post("/v1/completions", json={"prompt": "abcd"})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "prompt" and "cannot encode 'd'" in response.text
+
+
+def test_offsets_of_a_prompt_that_decodes_to_more_text(byte_model, tmp_path) -> None:
+    content = {**byte_level_content(), "normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "aaaa"}}
+    tokenizer = load_tokenizer(write_files(tmp_path, content))
+    with TestClient(create_app(Engine(byte_model, tokenizer), "abc", max_body_bytes=20_000)) as client:
+        choice = ask(client, prompt="ab", echo=True, logprobs=0, max_tokens=2)["choices"][0]
+    assert choice["text"].startswith("ab")
+    assert choice["logprobs"]["text_offset"][:7] == [0, 0, 1, 2, 2, 2, 2]
 
 
 def test_logprobs_of_bytes_have_distinct_strings(byte_client) -> None:
