@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -12,7 +13,10 @@ from tokenizer_files import unigram, write_files
 
 from model.tokenizer import load_tokenizer
 from serve.api.asgi import create_app
+from serve.api.config import HttpConfig
 from serve.engine import Engine
+
+CONFIG = HttpConfig(max_body_bytes=20_000, keep_alive_seconds=60)
 
 TEXT = "the other rain "
 
@@ -20,7 +24,7 @@ TEXT = "the other rain "
 @pytest.fixture(scope="module")
 def level_client(byte_level, random_model_of) -> Iterator[TestClient]:
     model = random_model_of(byte_level.vocab_size)
-    with TestClient(create_app(Engine(model, byte_level), "level", max_body_bytes=20_000)) as client:
+    with TestClient(create_app(Engine(model, byte_level), "level", CONFIG)) as client:
         yield client
 
 
@@ -211,7 +215,7 @@ def test_special_tokens_in_a_prompt_are_text_unless_asked(level_client) -> None:
 
 def test_a_prompt_that_the_tokenizer_cannot_encode_is_refused(byte_model, tmp_path) -> None:
     tokenizer = load_tokenizer(write_files(tmp_path, unigram("abc", unknown=False)))
-    with TestClient(create_app(Engine(byte_model, tokenizer), "abc", max_body_bytes=20_000)) as client:
+    with TestClient(create_app(Engine(byte_model, tokenizer), "abc", CONFIG)) as client:
         response = client.post("/v1/completions", json={"prompt": "abcd"})
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "prompt" and "cannot encode 'd'" in response.text
@@ -220,7 +224,7 @@ def test_a_prompt_that_the_tokenizer_cannot_encode_is_refused(byte_model, tmp_pa
 def test_offsets_of_a_prompt_that_decodes_to_more_text(byte_model, tmp_path) -> None:
     content = {**byte_level_content(), "normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "aaaa"}}
     tokenizer = load_tokenizer(write_files(tmp_path, content))
-    with TestClient(create_app(Engine(byte_model, tokenizer), "abc", max_body_bytes=20_000)) as client:
+    with TestClient(create_app(Engine(byte_model, tokenizer), "abc", CONFIG)) as client:
         choice = ask(client, prompt="ab", echo=True, logprobs=0, max_tokens=2)["choices"][0]
     assert choice["text"].startswith("ab")
     assert choice["logprobs"]["text_offset"][:7] == [0, 0, 1, 2, 2, 2, 2]
