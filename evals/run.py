@@ -69,7 +69,7 @@ def evaluate(
     with _quiet_lm_eval():
         built = []
         for length, task in itertools.product(lengths, tasks):
-            at_length = {**common, "length": length}
+            at_length: dict[str, Any] = {**common, "length": length}
             if TASKS[task]:
                 settings = [(f"{task}/{length}/{depth:g}", {**at_length, "depth": depth}) for depth in depths]
             else:
