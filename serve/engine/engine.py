@@ -19,8 +19,11 @@ from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
 from serve.engine.config import EngineConfig
 from serve.engine.errors import EngineError, QueueFullError, RequestAbortedError, RequestError
+from serve.engine.memory import CacheMemory
+from serve.engine.sampling_params import SamplingParams
 from serve.engine.scheduler import Scheduler
-from serve.engine.sequence import Delta, SamplingParams, Sequence
+from serve.engine.sequence import Delta, Sequence
+from serve.engine.stats import EngineStats
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +82,7 @@ class Engine:
         self.config = config or EngineConfig()
         self.model_config = model.config
         self.tokenizer = tokenizer
-        self._scheduler = Scheduler(model, tokenizer, self.config)
+        self._scheduler = Scheduler(model, self.config)
         self._arrivals: list[Sequence] = []
         self._streams: dict[int, Stream] = {}
         """Keyed by the ``id`` of each unfinished sequence."""
@@ -107,6 +110,14 @@ class Engine:
     def unfinished(self) -> int:
         """Number of completions that are running or waiting."""
         return len(self._streams)
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._scheduler.stats
+
+    @property
+    def memory(self) -> CacheMemory:
+        return self._scheduler.memory
 
     def cache_bytes_per_token(self) -> float:
         """Return the cache bytes per token of a full context, summed over the storages (on the meta device)."""
@@ -170,6 +181,13 @@ class Engine:
             raise RequestError(
                 f"prompt: {len(prompt)} tokens plus max_tokens {params.max_tokens} is {total}, more than the model's "
                 f"context of {context} tokens",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        pages, most = self.memory.pages_for(total), self.memory.pool.pages
+        if pages > most:
+            raise RequestError(
+                f"prompt: {total} tokens need {pages} cache pages, but the server has {most} (cache_mebibytes)",
                 param="prompt",
                 code="context_length_exceeded",
             )

@@ -169,7 +169,7 @@ def test_pieces_are_complete_characters(byte_model, byte_tokenizer) -> None:
 
 
 def test_running_streams_continue_during_a_long_prefill(endless_model, letters) -> None:
-    scheduler = Scheduler(endless_model, letters, EngineConfig(prefill_chunk=32))
+    scheduler = Scheduler(endless_model, EngineConfig(prefill_chunk=32))
     far = time.monotonic() + 60
     short = Sequence([0, 5], SamplingParams(max_tokens=12, seed=3), letters, far)
     long = Sequence(prompt_of(letters, 40)[:320], SamplingParams(max_tokens=1), letters, far)
@@ -257,7 +257,7 @@ def test_deadline(endless_model, letters) -> None:
 
 
 def test_a_model_failure_ends_one_sequence_only(letters_model, letters) -> None:
-    scheduler = Scheduler(letters_model, letters, EngineConfig())
+    scheduler = Scheduler(letters_model, EngineConfig())
     far = time.monotonic() + 60
     params = SamplingParams(max_tokens=5, temperature=0, logprobs=0)
     bad = Sequence([0, 10_000], params, letters, far)  # outside the vocabulary; the engine would refuse it
