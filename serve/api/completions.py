@@ -26,6 +26,7 @@ def add_routes(app: FastAPI, served: ServedModel, keep_alive_seconds: float) -> 
     @app.post("/v1/completions", response_model=Completion)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         served.check_name(body.model)
+        served.engine.check_size(len(body.prompt) * body.n)  # before a million prompts are encoded
         # Run in a thread: encoding many megabytes of text must not block other streams.
         prompts = await asyncio.to_thread(_encode, body, served.engine.tokenizer)
         run = _CompletionRun(body, prompts, served)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 _ORIGIN = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^/\s*?#@]+")
 
 
 def _check_origin(origin: str) -> str:
     if origin != "*" and not _ORIGIN.fullmatch(origin):
-        raise ValueError(f"expected an origin such as http://localhost:3000 (no path), or *, found '{origin}'")
+        raise ValueError("expected an origin such as http://localhost:3000, without a path, or *")
     return origin
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Origin = Annotated[str, AfterValidator(_check_origin)]
 
 
 class HttpConfig(BaseModel):
@@ -26,5 +33,5 @@ class HttpConfig(BaseModel):
     IDs of six digits."""
     keep_alive_seconds: Annotated[float, Field(gt=0)] = 1.0
     """A stream without output for this time sends a comment, which event-stream clients skip."""
-    allowed_origins: tuple[Annotated[str, AfterValidator(_check_origin)], ...] = ()
-    """Origins of web pages whose scripts may call the server (CORS), or ``*`` for all pages."""
+    allowed_origins: Annotated[tuple[Origin, ...], BeforeValidator(_listed)] = ()
+    """Origins of web pages whose scripts may call the server (CORS), or ``*`` for all pages. May be a single one."""

@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from model.errors import FiftyfoldError
+from serve.api.validation import describe
 from serve.engine import EngineError, QueueFullError, RequestAbortedError, RequestError, RequestTimeoutError
 
 
@@ -75,7 +76,7 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid_body(request: Request, error: RequestValidationError) -> JSONResponse:
-        message, param = _validation_message(error.errors()[0])
+        message, param = describe(error.errors()[0])
         return JSONResponse(error_body(message, "invalid_request_error", param), 400)
 
     @app.exception_handler(HTTPException)
@@ -101,14 +102,3 @@ def add_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def on_unexpected_error(request: Request, error: Exception) -> JSONResponse:
         return JSONResponse(error_body(f"internal server error ({type(error).__name__})", "server_error"), 500)
-
-
-def _validation_message(item: Any) -> tuple[str, str | None]:
-    """Return the message and the offending field of one pydantic error."""
-    path = [str(part) for part in item["loc"] if part != "body"]
-    message = {"extra_forbidden": "unknown field", "missing": "missing"}.get(
-        item["type"], item["msg"].removeprefix("Value error, ")
-    )
-    if not path:  # the message of a model validator starts with the field's name
-        return message, message.split(":")[0]
-    return f"{'.'.join(path)}: {message}", path[0]

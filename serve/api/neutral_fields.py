@@ -11,6 +11,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from serve.api.validation import field_error
+
 _NUMBER = (int, float)
 
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
@@ -155,7 +157,7 @@ def drop_neutral(
 ) -> dict[str, Any]:
     """Return ``fields`` without nulls, and without the fields of the two tables.
 
-    Raises ValueError, with the field's name in front, for a value that is not neutral.
+    Raises a :func:`~serve.api.validation.field_error` for a value that is not neutral.
     """
     kept = {}
     for name, value in fields.items():
@@ -165,13 +167,11 @@ def drop_neutral(
             values = neutral_values[name]
             if not any(_equal(value, neutral) for neutral in values) and not _is_zero_bias(name, value):
                 exception = f" except as {json.dumps(values[0])}" if values else ""
-                raise ValueError(f"{name}: not supported by this server{exception}; omit the field")
+                raise field_error(name, f"not supported by this server{exception}; omit the field")
         elif name in neutral_types:
             types = neutral_types[name]
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-                raise ValueError(
-                    f"{name}: expected {_TYPE_NAMES[types[0]]}; the field has no effect and may be omitted"
-                )
+                raise field_error(name, f"expected {_TYPE_NAMES[types[0]]} (the field has no effect)")
         else:
             kept[name] = value
     return kept

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from serve.api.neutral_fields import NEUTRAL_TYPES, NEUTRAL_VALUES, drop_neutral
+from serve.api.validation import field_error
 from serve.engine import SamplingParams
 
 MAX_LOGPROBS = 5
@@ -26,8 +27,14 @@ class RequestBody(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_neutral(cls, value: Any) -> Any:
-        return drop_neutral(value, cls.neutral_values, cls.neutral_types) if isinstance(value, dict) else value
+    def _check_fields(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        fields = drop_neutral(value, cls.neutral_values, cls.neutral_types)
+        for name in fields:
+            if name not in cls.model_fields:
+                raise field_error(name, "unknown field")  # pydantic would list all of them
+        return fields
 
 
 def _integral(value: Any) -> Any:
@@ -60,6 +67,12 @@ def _parse_prompt(value: Any) -> list[str | list[int]]:
         if all(isinstance(item, str) for item in value) or all(_is_token_ids(item) for item in value):
             return value
     raise ValueError("expected a string, a list of strings, a list of token IDs, or a list of lists of token IDs")
+
+
+def _parse_tokens(value: Any) -> list[int]:
+    if not _is_token_ids(ids := _parse_token_ids(value)):
+        raise ValueError("expected a list of token IDs")
+    return ids
 
 
 def _parse_stop(value: Any) -> list[str]:
@@ -126,11 +139,11 @@ class CompletionRequest(RequestBody):
     @model_validator(mode="after")
     def _check_combinations(self) -> CompletionRequest:
         if self.best_of not in (None, self.n):
-            raise ValueError("best_of: not supported by this server; omit the field")
+            raise field_error("best_of", "not supported by this server except as n; omit the field")
         if self.do_sample is False and self.temperature > 0:
-            raise ValueError("do_sample: not supported by this server; set temperature to 0 instead of false")
+            raise field_error("do_sample", "false is not supported by this server; set temperature to 0 instead")
         if self.stream_options.include_usage and not self.stream:
-            raise ValueError("stream_options: allowed only if stream is true")
+            raise field_error("stream_options", "allowed only if stream is true")
         return self
 
     def sampling_params(self, choice: int) -> SamplingParams:
@@ -167,7 +180,7 @@ class TokenizeRequest(RequestBody):
 class DetokenizeRequest(RequestBody):
     """``POST /detokenize``."""
 
-    tokens: Annotated[list[int], BeforeValidator(_parse_token_ids)]
+    tokens: Annotated[list[int], PlainValidator(_parse_tokens, json_schema_input_type=list[int])]
     model: str | None = None
 
 

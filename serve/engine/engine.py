@@ -130,18 +130,13 @@ class Engine:
         the engine has stopped.
         """
         self.check_health()
-        capacity = self.config.max_active_requests + self.config.max_waiting_requests
-        if len(requests) > capacity:
-            raise RequestError(
-                f"the request asks for {len(requests)} completions, but the server accepts at most {capacity} "
-                "(max_active_requests + max_waiting_requests)"
-            )
+        self.check_size(len(requests))
         requests = [(prompt or [self.tokenizer.bos_id], params) for prompt, params in requests]
         for prompt, params in requests:
             self._validate(prompt, params)
-        if self.unfinished + len(requests) > capacity:
+        if self.unfinished + len(requests) > self._capacity:
             raise QueueFullError(
-                f"the server is busy with {self.unfinished} of at most {capacity} completions "
+                f"the server is busy with {self.unfinished} of at most {self._capacity} completions "
                 "(max_active_requests + max_waiting_requests)"
             )
         deadline = time.monotonic() + self.config.request_timeout_seconds
@@ -152,6 +147,18 @@ class Engine:
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._run())
         return stream
+
+    @property
+    def _capacity(self) -> int:
+        return self.config.max_active_requests + self.config.max_waiting_requests
+
+    def check_size(self, completions: int) -> None:
+        """Raise RequestError for a request of more completions than the engine ever accepts."""
+        if completions > self._capacity:
+            raise RequestError(
+                f"the request asks for {completions} completions, but the server accepts at most {self._capacity} "
+                "(max_active_requests + max_waiting_requests)"
+            )
 
     def check_health(self) -> None:
         """Raise EngineError if the engine has failed or stopped."""

@@ -5,9 +5,11 @@ import json
 from collections.abc import Iterator
 
 import httpx
+import pydantic
 import pytest
 
 from serve.api.asgi import create_app
+from serve.api.schemas import CompletionRequest, DetokenizeRequest, TokenizeRequest
 from serve.engine import Engine, EngineConfig
 
 OK = {"prompt": "the"}
@@ -41,6 +43,7 @@ OK = {"prompt": "the"}
         (OK | {"top_p": 1.1}, "top_p", "less than or equal to 1"),
         (OK | {"n": 0}, "n", "greater than or equal to 1"),
         (OK | {"n": 13}, None, "asks for 13 completions, but the server accepts at most 12"),
+        ({"prompt": ["a"] * 5, "n": 3}, None, "asks for 15 completions, but the server accepts at most 12"),
         (OK | {"seed": 2**63}, "seed", "less than"),
         (OK | {"stop": 5}, "stop", "expected a string or a list of strings"),
         (OK | {"stop": ""}, "stop", "empty stop string"),
@@ -71,6 +74,24 @@ def test_invalid_values(client, body, param, words) -> None:
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
     assert words in error["message"]
     assert "\n" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("schema", "body"),
+    [
+        (CompletionRequest, {f"field{i}": 1 for i in range(1000)}),
+        (CompletionRequest, {"stream_options": {f"field{i}": 1 for i in range(1000)}}),
+        (CompletionRequest, {"prompt": [0.5] * 1000}),
+        (CompletionRequest, {"stop": [0.5] * 1000}),
+        (TokenizeRequest, {f"field{i}": 1 for i in range(1000)}),
+        (DetokenizeRequest, {"tokens": [0.5] * 1000}),
+    ],
+)
+def test_validation_ends_at_the_first_error_of_many(schema, body) -> None:
+    """A list of a million errors would block the server for minutes."""
+    with pytest.raises(pydantic.ValidationError) as caught:
+        schema.model_validate(body)
+    assert caught.value.error_count() <= 2
 
 
 def test_what_the_client_sent_is_quoted_in_one_short_printable_line(client) -> None:
@@ -115,6 +136,12 @@ def test_longer_than_the_context(client, streamed) -> None:
     assert error["message"] == (
         "prompt: 500 tokens plus max_tokens 13 is 513, more than the model's context of 512 tokens"
     )
+
+
+def test_too_many_prompts_are_refused_before_they_are_encoded(client, letters, monkeypatch) -> None:
+    monkeypatch.setattr(type(letters), "encode", lambda *_: pytest.fail("encoded"))
+    response = client.post("/v1/completions", json={"prompt": ["a"] * 13})
+    assert (response.status_code, "at most 12" in response.json()["error"]["message"]) == (400, True)
 
 
 def test_body_too_large(client) -> None:

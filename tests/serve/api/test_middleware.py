@@ -162,6 +162,10 @@ def test_an_invalid_origin_is_a_config_error(origin) -> None:
         HttpConfig(allowed_origins=(origin,))
 
 
+def test_a_single_origin_needs_no_list() -> None:
+    assert HttpConfig(allowed_origins=PAGE) == HttpConfig(allowed_origins=[PAGE])
+
+
 def post_compressed(client, content: bytes, encoding: str = "gzip"):
     headers = {"content-type": "application/json", "content-encoding": encoding}
     return client.post("/v1/completions", content=content, headers=headers)

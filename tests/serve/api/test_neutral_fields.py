@@ -169,6 +169,6 @@ def test_stream_options_have_fields_of_their_own(client) -> None:
     assert error["message"] == "stream_options.min_p: unknown field"
     body["stream_options"] = {"continuous_usage_stats": True}
     error = client.post("/v1/completions", json=body).json()["error"]
-    assert error["message"].startswith("stream_options: continuous_usage_stats: not supported")
+    assert error["message"].startswith("stream_options.continuous_usage_stats: not supported")
     for neutral in ({}, {"include_usage": False}, {"include_obfuscation": None}):
         assert complete(client, **COMMON, stream_options=neutral) == complete(client, **COMMON)
