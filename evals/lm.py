@@ -81,8 +81,7 @@ class CheckpointLM(TemplateLM):
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return (log-likelihood in nats, whether greedy decoding yields it) of each continuation after its context.
 
-        An empty context is BOS. Raises ConfigError for a continuation that is empty or has no tokens, whose score would
-        be the best possible one.
+        An empty context is BOS. Raises ConfigError for an empty continuation.
         """
         pairs = [(request.args, *self._encode_pair(*request.args)) for request in requests]
         return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
@@ -94,9 +93,8 @@ class CheckpointLM(TemplateLM):
         reaches across the border, the continuation is encoded on its own. As in lm-eval, spaces at the end of a context
         belong to the continuation.
         """
-        pair = f"the context {context[-40:]!r} and the continuation {continuation[:40]!r}"
         if not continuation:
-            raise ConfigError(f"loglikelihood: {pair}: the continuation is empty")
+            raise ConfigError(f"loglikelihood: {_describe(context, continuation)}: the continuation is empty")
         stripped = context.rstrip()
         continuation = context[len(stripped) :] + continuation
         context_ids, ids = self.tok_encode(stripped), self.tok_encode(stripped + continuation)
@@ -104,20 +102,21 @@ class CheckpointLM(TemplateLM):
             ids = ids[len(context_ids) :]
         else:
             ids = self._tokenizer.encode_inside(continuation)
-        if not ids:
-            raise ConfigError(f"loglikelihood: {pair}: the tokenizer has no tokens for the continuation")
         return context_ids, ids
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each text in nats.
 
-        Texts longer than the context are scored in context-sized windows that predict every token once.
+        Texts longer than the context are scored in context-sized windows that predict every token once. Raises
+        ConfigError for a text without tokens.
         """
         windows: list[tuple[tuple[str, str], list[int], list[int]]] = []
         window_requests: list[int] = []
         for i, request in enumerate(requests):
             (text,) = request.args
             ids = self.tok_encode(text, add_special_tokens=False)
+            if text and not ids:
+                raise ConfigError(f"loglikelihood_rolling: the tokenizer has no tokens for the text {text[:40]!r}")
             for pair in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
                 windows.append((("", text), *make_disjoint_window(pair)))
                 window_requests.append(i)
@@ -138,11 +137,16 @@ class CheckpointLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Return (log-likelihood in nats, whether greedy decoding yields it) of each continuation after its context.
 
-        Raises ConfigError for a pair longer than the model's context; truncation would change its score.
+        Raises ConfigError for a pair longer than the model's context; truncation would change its score. Raises it for
+        a continuation without tokens, whose score would be the best possible one.
         """
         # Keyed by the network's input, so that a context with several one-token continuations is processed once.
         targets: dict[Tokens, list[tuple[int, int, list[int]]]] = defaultdict(list)
-        for i, (_, context, continuation) in enumerate(requests):
+        for i, (pair, context, continuation) in enumerate(requests):
+            if not continuation:
+                raise ConfigError(
+                    f"loglikelihood: {_describe(*pair)}: the tokenizer has no tokens for the continuation"
+                )
             inputs = (*context, *continuation)[:-1]
             self._check_length(len(inputs), "context and continuation")
             targets[inputs].append((i, len(context) - 1, continuation))
@@ -265,6 +269,10 @@ class CheckpointLM(TemplateLM):
     def _check_length(self, tokens: int, description: str) -> None:
         if tokens > self.max_length:
             raise ConfigError(f"{description} need {tokens} positions, but the model's context has {self.max_length}")
+
+
+def _describe(context: str, continuation: str) -> str:
+    return f"the context {context[-40:]!r} and the continuation {continuation[:40]!r}"
 
 
 class _GrowingText:

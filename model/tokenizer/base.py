@@ -64,6 +64,12 @@ class Tokenizer(ABC):
                 return whole[len(before) :]
         return self.encode(text)
 
+    def decode_inside(self, ids: list[int]) -> str:
+        """Return the text of ``ids`` as it stands inside a longer text, with a space in front that decoding strips at
+        the start of a text."""
+        anchor = next(filter(None, map(self.encode, _ANCHORS[::-1])), [])
+        return self.decode(anchor + ids)[len(self.decode(anchor)) :]
+
     def lost_characters(self, text: str) -> set[str]:
         """Return the characters of ``text``, spaces aside, that the vocabulary does not have."""
         return {c for c in set(text) if not c.isspace() and self._loses(c)}

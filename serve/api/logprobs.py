@@ -24,7 +24,7 @@ class TokenFormatter:
         """Return the token's text, or ``token_id:N`` if it has none of its own (a byte within a character)."""
         if token_id in self._special:
             return self._special[token_id]
-        text = self._tokenizer.decode([token_id])
+        text = self._tokenizer.decode_inside([token_id])
         return text if text and "\N{REPLACEMENT CHARACTER}" not in text else f"token_id:{token_id}"
 
     def special_token(self, text: str) -> int | None:

@@ -195,6 +195,8 @@ def test_a_continuation_without_tokens_is_refused(tmp_path, folder):
     for context in ("a", ""):
         with pytest.raises(ConfigError, match="and the continuation 'z': the tokenizer has no tokens for"):
             loglikelihood(lm, (context, "z"))
+    with pytest.raises(ConfigError, match="has no tokens for the text 'zz'"):
+        lm.loglikelihood_rolling(requests("loglikelihood_rolling", [("a",), ("zz",)]), disable_tqdm=True)
 
 
 def test_special_tokens_in_texts_are_text(lm):

@@ -199,6 +199,17 @@ def test_echo_of_a_prompt_cut_inside_a_character(byte_client, level_client, byte
         assert offsets == sorted(offsets) and max(offsets) <= len(choice["text"])
 
 
+def test_logprobs_show_the_space_in_front_of_a_token(byte_model, tmp_path) -> None:
+    content = unigram("abc")
+    content["model"]["vocab"].append(["▁a", -1.0])
+    tokenizer = load_tokenizer(write_files(tmp_path, content))
+    with TestClient(create_app(Engine(byte_model, tokenizer), "abc", max_body_bytes=20_000)) as client:
+        choice = ask(client, prompt="b a", echo=True, logprobs=0, max_tokens=0)["choices"][0]
+    assert choice["text"] == "b a"
+    assert choice["logprobs"]["tokens"] == ["<|bos|>", " ", "b", " a"]
+    assert choice["logprobs"]["text_offset"] == [0, 0, 0, 1]
+
+
 def test_special_tokens_in_a_prompt_are_text_unless_asked(level_client) -> None:
     def count(**body) -> int:
         return ask(level_client, max_tokens=1, **body)["usage"]["prompt_tokens"]
