@@ -88,8 +88,8 @@ def _write_splits(
             break
     if not text_bytes:
         raise DataError(f"data.sources: no text in {len(files)} files")
-    for split, share in (("train", 1 - data.validation_share), ("validation", data.validation_share)):
-        writers[split].require(MIN_OF_SHARE * share * text_bytes)
+    writers["train"].require(MIN_OF_SHARE * (1 - data.validation_share) * text_bytes)
+    writers["validation"].require(MIN_OF_SHARE * data.validation_share * text_bytes)
     return {split: writer.finish() for split, writer in writers.items()}
 
 
@@ -109,10 +109,14 @@ def _ends(read: OpenText, validation_share: float) -> Iterator[_Part]:
     """Yield a document in two parts, the last ``validation_share`` of it for validation."""
     _, size = fingerprint(read())
     place = line_start(read(), size - round(size * validation_share))
-    for split, part in (("train", lambda: truncate(read(), place)), ("validation", lambda: skip(read(), place))):
-        digest, size = fingerprint(part())
+    parts: dict[Split, OpenText] = {
+        "train": lambda: truncate(read(), place),
+        "validation": lambda: skip(read(), place),
+    }
+    for split, read_part in parts.items():
+        digest, size = fingerprint(read_part())
         if size:
-            yield _Part(split, digest, size, part())
+            yield _Part(split, digest, size, read_part())
 
 
 class _SplitWriter:

@@ -75,20 +75,21 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
     """Replace the value of a dotted key in nested mappings and lists. Raises ConfigError."""
     *parents, last = key.split(".")
     target: Any = values
-    for part in [*parents, None]:
-        name = last if part is None else part
-        if isinstance(target, list):
-            if not name.isdecimal() or int(name) >= len(target):
-                raise ConfigError(f"{key}: unknown key")
-            name = int(name)
-        elif not isinstance(target, dict) or not name:
-            raise ConfigError(f"{key}: unknown key")
-        if part is None:
-            target[name] = value
-        else:
-            if isinstance(target, dict) and target.get(name) is None:
-                target[name] = {}
-            target = target[name]
+    for part in parents:
+        index = _index(target, part, key)
+        if isinstance(target, dict) and target.get(part) is None:
+            target[part] = {}
+        target = target[index]
+    target[_index(target, last, key)] = value
+
+
+def _index(target: Any, part: str, key: str) -> str | int:
+    """Return the index of one part of ``key`` in a mapping or a list. Raises ConfigError."""
+    if isinstance(target, dict) and part:
+        return part
+    if isinstance(target, list) and part.isdecimal() and len(part) < 9 and int(part) < len(target):
+        return int(part)
+    raise ConfigError(f"{key}: unknown key")
 
 
 def merge(earlier: Any, later: Any, key: str = "") -> Any:
@@ -98,9 +99,10 @@ def merge(earlier: Any, later: Any, key: str = "") -> Any:
     """
     if isinstance(earlier, dict) and isinstance(later, dict):
         prefix = f"{key}." if key else ""
-        merged = {name: merge(earlier[name], value, prefix + name) if name in earlier else value
-                  for name, value in later.items()}  # fmt: skip
-        return {**earlier, **merged}
+        merged = dict(earlier)
+        for name, value in later.items():
+            merged[name] = merge(earlier[name], value, prefix + name) if name in earlier else value
+        return merged
     if isinstance(earlier, dict) != isinstance(later, dict) and None not in (earlier, later):
         kinds = ("a mapping", "no mapping") if isinstance(later, dict) else ("no mapping", "a mapping")
         raise ConfigError(f"{key}: {kinds[0]} cannot replace {kinds[1]}")
