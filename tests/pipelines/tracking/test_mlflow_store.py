@@ -65,7 +65,7 @@ def test_run_records_recipe_tags_and_metrics(store):
 
 def test_default_recipe_has_no_parameter_lost(store):
     """The recipe has more than MLflow's 100 parameters per request. Values beyond its limit are truncated."""
-    recipe = recipe_in(store, data={"sources": ["x" * 7000]})
+    recipe = recipe_in(store, data={"sources": ["x" * 200] * 35})
     tracking = open_tracking(recipe)
     run_id = tracking.start_run("a", kind="train", recipe=recipe).run_id
     params = tracking.client.get_run(run_id).data.params
