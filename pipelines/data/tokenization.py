@@ -47,6 +47,32 @@ class LostCharacters:
             print(f"data.tokenizer: does not have {len(self.found)} characters of the text, among them {first}")
 
 
+def skip(chunks: Iterable[str], start: int) -> Iterator[str]:
+    """Yield a text from the UTF-8 byte ``start`` on, the first one of a character."""
+    for chunk in chunks:
+        encoded = chunk.encode()
+        if start < len(encoded):
+            yield encoded[start:].decode()
+        start = max(0, start - len(encoded))
+
+
+def line_start(chunks: Iterable[str], place: int) -> int:
+    """Return the UTF-8 byte at which to cut a text near ``place``: the start of a line in the second half before it.
+
+    Without one it is the start of a character.
+    """
+    offset = line = character = 0
+    for chunk in chunks:
+        before = chunk.encode()[: place - offset]
+        if b"\n" in before:
+            line = offset + before.rindex(b"\n") + 1
+        character = offset + len(before.decode(errors="ignore").encode())
+        offset += len(before)
+        if offset == place:
+            break
+    return line if line > place // 2 else character
+
+
 def fingerprint(chunks: Iterable[str]) -> tuple[bytes, int]:
     """Return the SHA-256 and the length of a text's UTF-8 bytes."""
     digest, size = hashlib.sha256(), 0

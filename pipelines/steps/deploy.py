@@ -28,10 +28,11 @@ from model.errors import ConfigError, FiftyfoldError
 from model.forward.execution import Execution
 from model.tokenizer import load_tokenizer
 from pipelines.ray_runtime.session import ray_session
+from pipelines.recipe.paths import MODEL_URI
 from pipelines.recipe.schema import Recipe, ServeSection
 from pipelines.steps import Step
 from pipelines.tracking.mlflow_store import open_tracking
-from pipelines.tracking.registry import MODEL_URI, download
+from pipelines.tracking.registry import download
 from serve.app import APPLICATION, build
 from serve.config import ServerConfig
 
@@ -90,12 +91,12 @@ def start(recipe: Recipe) -> Deployment:
     damaged checkpoint. Nothing is left running then.
     """
     section = recipe.serve
+    check_port(section.host, section.port)  # before a model is downloaded
     model_name, folder = find_model(recipe)
     # Load once here: damage is then reported in one sentence, not by replicas that keep restarting.
     model = checkpoints.load(folder)
     model.execution = Execution(section.execution)
     load_tokenizer(folder, model_vocab_size=model.config.vocab_size)
-    check_port(section.host, section.port)
     needed = section.replicas * section.cpus_per_replica
     with ExitStack() as undo:
         undo.enter_context(ray_session(num_cpus=max(os.cpu_count() or 1, math.ceil(needed))))
@@ -134,7 +135,7 @@ def find_model(recipe: Recipe) -> tuple[str, Path]:
     """Return the name that clients use and the checkpoint folder of ``serve.model_uri``."""
     uri = recipe.serve.model_uri
     if not uri.startswith("models:/"):
-        folder = Path(uri).absolute()
+        folder = Path(uri)
         return "/".join(folder.parts[-2:]).lstrip("/"), folder
     match = MODEL_URI.fullmatch(uri)
     tracking = open_tracking(recipe)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -13,11 +14,12 @@ from model.errors import ConfigError
 from model.gguf import WeightType, export_gguf
 from model.hf import export_pretrained, import_pretrained, is_pretrained
 from model.hf.config import ExpertFormat
+from model.tokenizer import BYTE, load_tokenizer
 from model.tokenizer import FILE_NAME as TOKENIZER_FILE
-from model.tokenizer import load_tokenizer
 from model.tokenizer.side_files import CONFIG
 from model.transformer import Transformer
 from pipelines.recipe.loading import load_recipe
+from pipelines.recipe.paths import check_creatable, path_option
 from pipelines.recipe.schema import Recipe
 from pipelines.steps import Step
 
@@ -31,11 +33,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="source",
         metavar="FOLDER",
-        type=Path,
+        type=path_option("--from"),
         help="a checkpoint in our format, of DeepseekV4ForCausalLM or as released; default: the run's final checkpoint",
     )
     parser.add_argument(
-        "--to", dest="target", metavar="PATH", type=Path, help="folder to write (file for gguf); must not exist"
+        "--to",
+        dest="target",
+        metavar="PATH",
+        type=path_option("--to"),
+        help="folder to write (file for gguf); must not exist",
     )
     parser.add_argument(
         "--format", dest="target_format", help=f"{', '.join(FORMATS)}; default transformers", default="transformers"
@@ -48,12 +54,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--type", dest="weight_type", choices=get_args(WeightType), help="of the large matrices in GGUF; default f32"
     )
-    parser.add_argument("--tokenizer", metavar="FILE", help="'byte' or a tokenizer.json, for a checkpoint without one")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        type=lambda text: text if text == BYTE else str(path_option("--tokenizer")(text).absolute()),
+        help="'byte' or a tokenizer.json, for a checkpoint without one",
+    )
     for role in ("bos", "eos"):
         parser.add_argument(f"--{role}-token", metavar="TOKEN", help="token in place of the one declared in the source")
 
 
-def load(options: argparse.Namespace, files: Sequence[str], overrides: Sequence[str]) -> Recipe:
+def load(options: argparse.Namespace, files: Sequence[Path], overrides: Sequence[str]) -> Recipe:
     """Return the recipe, whose run is exported unless ``--from`` is given. Raises ConfigError."""
     for item in overrides:
         if item.startswith(("model.", "train.", "data.")):
@@ -79,8 +90,9 @@ def run(
         raise ConfigError("--to: is missing")
     if target_format not in FORMATS:
         raise ConfigError(f"--format: '{target_format}' is not one of {', '.join(FORMATS)}")
-    if target.exists():
+    if os.path.lexists(target):
         raise ConfigError(f"--to: {target} already exists")
+    check_creatable(target, "--to")
     tokens = {"tokenizer": tokenizer, "bos-token": bos_token, "eos-token": eos_token}
     unused = {"experts": experts, **tokens} if target_format == GGUF else {"type": weight_type}
     for name, value in unused.items():

@@ -16,7 +16,7 @@ from pipelines.data.check import load_data_tokenizer, tokenizer_sha256
 from pipelines.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, read_manifest
 from pipelines.data.retrieval_rows import RetrievalGenerator
 from pipelines.data.shard_writer import write_splits
-from pipelines.data.sources import SourceFile, find_files
+from pipelines.data.source_files import SourceFile, find_files
 from pipelines.recipe.schema import Recipe
 from pipelines.steps import Step
 
@@ -58,6 +58,7 @@ def _write(recipe: Recipe, files: list[SourceFile], tokenizer: Tokenizer, settin
     data, folder = recipe.data, recipe.data_folder
     with atomic_folder(folder) as scratch:
         tokenizer.save(scratch)
+        held_out, splits = write_splits(recipe, tokenizer, files, scratch)
         manifest = Manifest(
             format=FORMAT_VERSION,
             settings=settings,
@@ -67,7 +68,8 @@ def _write(recipe: Recipe, files: list[SourceFile], tokenizer: Tokenizer, settin
             eos_id=tokenizer.eos_id,
             sequence_length=data.sequence_length,
             packing=data.packing,
-            splits=write_splits(recipe, tokenizer, files, scratch),
+            held_out=held_out,
+            splits=splits,
         )
         (scratch / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n")
         if _holds_files(folder):
@@ -114,6 +116,8 @@ def _read_existing(folder: Path, settings: dict[str, object], tokenizer: Tokeniz
 
 def _print_summary(result: PrepareResult) -> None:
     print(f"{'Reusing' if result.reused else 'Wrote'} token shards in {result.folder}")
+    if result.manifest.held_out == "ends":
+        print("  too few documents to hold out whole ones: validation is the end of each document")
     for split, part in result.manifest.splits.items():
         length = result.manifest.sequence_length
         rows = ", ".join(

@@ -11,8 +11,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-from omegaconf import OmegaConf
 from ray import tune
 
 from model.atomic_files import atomic_file, write_text
@@ -23,7 +21,9 @@ from pipelines.data.manifest import read_manifest
 from pipelines.ray_runtime.fit import finalize, unwrap_ray_error
 from pipelines.ray_runtime.session import local_cpus, ray_session, require_resources
 from pipelines.ray_runtime.tuner import cpus_per_trial, run_trials
+from pipelines.recipe.keys import set_key
 from pipelines.recipe.schema import Recipe, Setting
+from pipelines.recipe.yaml_format import dump_yaml
 from pipelines.reports.cache_measurement import BYTES_PER_TOKEN, measured_cache
 from pipelines.reports.figures import pareto_figure, pareto_front
 from pipelines.reports.terminal import print_table
@@ -247,10 +247,10 @@ def _winner_folder(recipe: Recipe) -> Path:
 
 
 def _to_yaml(settings: dict[str, Setting]) -> str:
-    nested = OmegaConf.create({})
+    values: dict[str, Setting] = {}
     for key, value in settings.items():
-        OmegaConf.update(nested, key, value)
-    return yaml.safe_dump(OmegaConf.to_container(nested), sort_keys=False)
+        set_key(values, key, value)
+    return dump_yaml(values)
 
 
 STEP = Step(run)

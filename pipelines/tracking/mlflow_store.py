@@ -11,7 +11,6 @@ import fcntl
 import json
 import logging
 import math
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
-import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
@@ -33,6 +31,9 @@ from mlflow.utils.validation import (
 )
 
 from model.errors import ConfigError
+from pipelines.recipe.paths import sqlite_uri
+from pipelines.recipe.yaml_format import dump_yaml
+from pipelines.tracking.server import check_server
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,7 +44,6 @@ RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 
 SERVER_SCHEMES = ("http", "https", "databricks")
 DATABASE_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql")
-CONNECT_SECONDS = 5.0
 
 # Both announce a fresh database on the terminal.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
@@ -95,7 +95,7 @@ class Tracking:
             entries = [Param(key, value) for key, value in params.items()]
             for batch in _slices(entries, MAX_PARAMS_TAGS_PER_BATCH):
                 self.client.log_batch(run.run_id, params=batch)
-        self.client.log_text(run.run_id, yaml.safe_dump(recipe.to_dict(), sort_keys=False), "config.yaml")
+        self.client.log_text(run.run_id, dump_yaml(recipe.to_dict()), "config.yaml")
         return run
 
 
@@ -182,7 +182,7 @@ class TrackedRun:
         """Return the run's address on the tracking server, or how to open it in the UI."""
         page = f"/#/experiments/{self.experiment_id}/runs/{self.run_id}"
         if urlsplit(self.uri).scheme in ("http", "https"):
-            return self.uri.rstrip("/") + page
+            return _without_password(self.uri).rstrip("/") + page
         return f"{ui_command(self.uri)}, then http://127.0.0.1:5000{page}"
 
     def __enter__(self) -> TrackedRun:
@@ -214,10 +214,10 @@ def open_tracking(recipe: Recipe) -> Tracking:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"run.folder: cannot create {folder}: {error.strerror}") from error
-        uri = f"sqlite:///{quote(str(folder / 'mlflow.db'))}"
+        uri = sqlite_uri(folder / "mlflow.db")
     elif uri.startswith("sqlite:///"):
         # Workers run in their own folders, so a URI sent to them must hold an absolute path.
-        uri = f"sqlite:///{quote(str(_sqlite_path(uri).absolute()))}"
+        uri = sqlite_uri(_sqlite_path(uri).absolute())
     client = _connect(uri)
     with _lock(uri):
         return Tracking(uri, _experiment(client, uri, recipe.tracking.experiment, folder), client)
@@ -272,12 +272,7 @@ def _connect(uri: str) -> MlflowClient:
         known = ", ".join(f"{name}://" for name in SERVER_SCHEMES + DATABASE_SCHEMES)
         raise ConfigError(f"tracking.uri: '{_without_password(uri)}' does not begin with one of {known}")
     if scheme in ("http", "https"):
-        port = parts.port or (443 if scheme == "https" else 80)
-        try:
-            socket.create_connection((parts.hostname or "", port), CONNECT_SECONDS).close()
-        except OSError as error:
-            reason = error.strerror or error
-            raise ConfigError(f"tracking.uri: nothing answers at {_without_password(uri)} ({reason})") from error
+        check_server(uri, _without_password(uri))
     try:
         if scheme != "sqlite":
             return MlflowClient(uri, uri)
