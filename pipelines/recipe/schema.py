@@ -305,6 +305,9 @@ class TrackingSection(Section):
     uri: str | None = None
     """MLflow tracking URI. None: an SQLite file in ``run.folder``."""
     experiment: str = "fiftyfold"
+    system_metrics_interval: Annotated[float, Field(gt=0)] | None = 10.0
+    """Seconds between samples of the machine's CPU, memory, disk, network and GPU use, logged with psutil. None logs
+    none."""
 
 
 def _parse_model_config(value: Any) -> ModelConfig:
