@@ -103,7 +103,7 @@ def _check_temporary_folder() -> None:
 def _search_path() -> str:
     """Return a PYTHONPATH for workers of a local cluster, which run in other folders."""
     given = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    return os.pathsep.join(dict.fromkeys(map(os.path.abspath, (PROJECT, os.getcwd(), *given))))
+    return os.pathsep.join(dict.fromkeys(os.path.abspath(entry) for entry in (str(PROJECT), os.getcwd(), *given)))
 
 
 def _start_local(num_cpus: int) -> None:

@@ -13,15 +13,17 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
 
 from model.errors import ConfigError
 from pipelines.tracking.relocation import ARTIFACTS, adopt_default_experiment, mend_paths
+from pipelines.tracking.run_file import sqlite_uri
 
 SERVER_SCHEMES = ("http", "https", "databricks")
 DATABASE_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -58,12 +60,7 @@ def connect(uri: str, create: bool = True) -> MlflowClient:
 
 def default_uri(runs: Path) -> str:
     """Return the URI of the default store of a runs folder."""
-    return sqlite_uri(runs / DATABASE)
-
-
-def sqlite_uri(database: Path) -> str:
-    """Return the URI of an SQLite database."""
-    return f"sqlite:///{quote(str(database.absolute()))}"
+    return sqlite_uri(runs.absolute() / DATABASE)
 
 
 def sqlite_path(uri: str) -> Path:
@@ -81,6 +78,8 @@ def _open_sqlite(uri: str, create: bool) -> MlflowClient:
         )
     with lock(uri):  # concurrent migrations of a fresh database fail
         client = MlflowClient(uri, uri)
+        # MLflow keeps artifact locations by run for the whole process, but the runs of a copied store have equal ids.
+        _artifact_repos_cache.clear()
         if is_new:
             adopt_default_experiment(path)
         mend_paths(path)

@@ -37,10 +37,10 @@ from pipelines.tracking.connection import (
     lock,
     open_experiment,
     sqlite_path,
-    sqlite_uri,
     without_password,
 )
 from pipelines.tracking.lineage import git_tags, source_tags
+from pipelines.tracking.run_file import sqlite_uri
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -232,7 +232,7 @@ def open_tracking(recipe: Recipe, write: bool = True) -> Tracking:
         uri = default_uri(folder)
     elif uri.startswith("sqlite:///"):
         # Workers run in their own folders, so a URI sent to them must hold an absolute path.
-        uri = sqlite_uri(sqlite_path(uri))
+        uri = sqlite_uri(sqlite_path(uri).absolute())
     client = connect(uri)
     if write:
         check_writable(uri)

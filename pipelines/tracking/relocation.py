@@ -16,7 +16,7 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
 
 from model.errors import ConfigError
-from pipelines.tracking.run_file import RUN_FILE, RunReference, read_run_file, write_run_file
+from pipelines.tracking.run_file import RUN_FILE, RunReference, read_run_file, sqlite_uri, write_run_file
 
 ARTIFACTS = "mlartifacts"
 """Folder of the artifacts, next to the database."""
@@ -108,7 +108,7 @@ def _mend_run_files(folder: Path, before: Path) -> None:
             reference = read_run_file(path.parent)
         except ConfigError:
             continue  # the step that needs it names the damage
-        old = f"sqlite:///{quote(str(before))}/"
+        old = sqlite_uri(before) + "/"
         if reference is not None and reference.tracking_uri.startswith(old):
-            uri = f"sqlite:///{quote(str(folder))}/{reference.tracking_uri.removeprefix(old)}"
+            uri = f"{sqlite_uri(folder)}/{reference.tracking_uri.removeprefix(old)}"
             write_run_file(path.parent, RunReference(reference.run_id, uri))

@@ -6,13 +6,21 @@ import json
 import os
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote, unquote
+from urllib.parse import unquote
 
 from model.atomic_files import write_text
 from model.errors import ConfigError
 
 RUN_FILE = "run.json"
 _SQLITE = "sqlite:///"
+
+
+def sqlite_uri(path: str | Path) -> str:
+    """Return the URI of an SQLite database.
+
+    Only characters with a meaning in a URI are escaped: MLflow creates the parent folder of the path as it is written.
+    """
+    return _SQLITE + str(path).replace("%", "%25").replace("?", "%3F").replace("#", "%23")
 
 
 class RunReference(NamedTuple):
@@ -29,8 +37,7 @@ def read_run_file(folder: Path) -> RunReference | None:
         content = json.loads(path.read_text())
         run_id, uri = content["run_id"], content["tracking_uri"]
         if uri.startswith(_SQLITE):
-            database = os.path.normpath(folder.absolute() / unquote(uri.removeprefix(_SQLITE)))
-            uri = _SQLITE + quote(database)
+            uri = sqlite_uri(os.path.normpath(folder.absolute() / unquote(uri.removeprefix(_SQLITE))))
         return RunReference(run_id, uri)
     except FileNotFoundError:
         return None
@@ -48,5 +55,5 @@ def write_run_file(folder: Path, reference: RunReference) -> None:
     if uri.startswith(_SQLITE):
         database = Path(unquote(uri.removeprefix(_SQLITE)))
         if database.parent in folder.absolute().parents:
-            uri = _SQLITE + quote(os.path.relpath(database, folder.absolute()))
+            uri = sqlite_uri(os.path.relpath(database, folder.absolute()))
     write_text(folder / RUN_FILE, json.dumps({"run_id": run_id, "tracking_uri": uri}) + "\n")

@@ -22,13 +22,12 @@ RECIPE_FILE, LOCK_FILE = "recipe.json", "lock"
 TRAINING_SECTIONS = ("data", "model", "train")
 """Recipe sections that a resumed training must not change."""
 _MAY_CHANGE = {
-    f"train.{name}"
-    for name in (
-        *("workers", "sharding", "cpus_per_worker", "threads_per_worker", "use_gpu", "max_failures"),
-        *("log_every", "keep_checkpoints", "recompute"),
-    )
+    *("data.name", "data.sources", "data.tokenizer"),
+    *("train.workers", "train.sharding", "train.cpus_per_worker", "train.threads_per_worker", "train.use_gpu"),
+    *("train.max_failures", "train.log_every", "train.keep_checkpoints", "train.recompute"),
 }
-"""Settings of parallelism and logging. A different number of workers distributes an epoch's rows anew."""
+"""Places of the data, whose content the manifest binds, and settings of parallelism and logging. A different number of
+workers distributes an epoch's rows anew."""
 
 
 @contextmanager

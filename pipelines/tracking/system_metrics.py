@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -35,6 +36,7 @@ def system_metrics(tracked: TrackedRun, interval: float | None, prefix: str = "s
 
 
 def _log_until(stop: threading.Event, tracked: TrackedRun, interval: float, prefix: str) -> None:
+    logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)  # it announces that there is no GPU
     monitor = SystemMetricsMonitor(tracked.run_id, tracking_uri=tracked.uri)
     started = tracked.start_time()
     while not stop.wait(interval):

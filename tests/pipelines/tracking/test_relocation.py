@@ -64,7 +64,7 @@ def original(tmp_path) -> Path:
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_moved_or_copied_folder_is_used_instead_of_the_original(original, tmp_path, capsys, keep):
-    folder = tmp_path / "a b%20c#d?e'f"
+    folder = tmp_path / "a bé'c"
     shutil.copytree(original, folder)
     if keep:
         before = files(original)
@@ -109,12 +109,12 @@ def test_the_copy_s_checkpoint_is_promoted(original, tmp_path):
 def test_a_link_to_the_folder_is_the_folder(original, tmp_path, capsys):
     link = tmp_path / "link"
     link.symlink_to(original)
-    before = sqlite_dump(original)
+    before = artifact_uris(original)
     capsys.readouterr()
     assert promote.run(recipe_in(link)).winner.checkpoint.samefile(recipe_in(original).final_checkpoint)
     assert deploy.find_model(recipe_in(original))[1].is_dir()
     assert "moved" not in capsys.readouterr().out
-    assert {path for path in before if "link" in path} == set()
+    assert artifact_uris(link) == before
     evaluated = evaluate.run(recipe_in(link))
     assert (original / "mlartifacts" / evaluated.run_id / "artifacts" / "evaluation").is_dir()
 
@@ -126,7 +126,7 @@ def test_a_link_to_the_folder_is_the_folder(original, tmp_path, capsys):
     assert not (tmp_path / "elsewhere").exists()
 
 
-def sqlite_dump(folder: Path) -> set[str]:
+def artifact_uris(folder: Path) -> set[str]:
     client = open_tracking(recipe_in(folder)).client
     return {run.info.artifact_uri for run in client.search_runs([e.experiment_id for e in client.search_experiments()])}
 
