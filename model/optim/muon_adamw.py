@@ -268,9 +268,11 @@ class MuonAdamW(torch.optim.Optimizer):
         updates = newton_schulz(ahead, config.ns_coefficients, dtype).split(counts)
         for (weight, gradient, _), update in zip(batch, updates):
             idle = _idle_matrices(gradient)
-            kept = None if idle is None else weight[idle]
-            self._apply_update(weight, update, rows, columns, lr)
-            if idle is not None:
+            if idle is None:
+                self._apply_update(weight, update, rows, columns, lr)
+            else:
+                kept = weight[idle]
+                self._apply_update(weight, update, rows, columns, lr)
                 weight[idle] = kept
 
     def _adamw(self, parameters: list[Tensor], lr: float) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from evals.run import check_settings, evaluate
 from model.errors import CheckpointError, ConfigError
-from pipelines.data.manifest import read_manifest
+from pipelines.data.manifest import MANIFEST_NAME, read_manifest
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.recall import Score, recall_figure, scores_from_metrics
 from pipelines.reports.terminal import print_table
@@ -54,6 +54,9 @@ def run(recipe: Recipe) -> EvaluateResult:
     if not recipe.data_folder.is_dir():
         print(f"no prepared data in {recipe.data_folder}: fillers come from the standard library", flush=True)
         data_folder = None
+    dataset = None
+    if data_folder is not None and (data_folder / MANIFEST_NAME).is_file():
+        dataset = dataset_input(data_folder, read_manifest(data_folder), "evaluation")
     with system_metrics(tracked, recipe.tracking.system_metrics_interval, "system/evaluation/"):
         metrics = evaluate(
             checkpoint,
@@ -66,8 +69,8 @@ def run(recipe: Recipe) -> EvaluateResult:
             recipe.data.pairs,
             device="cuda" if recipe.train.use_gpu else "cpu",
         )
-    if data_folder is not None:
-        tracked.log_dataset(dataset_input(data_folder, read_manifest(data_folder), "evaluation"))
+    if dataset is not None:
+        tracked.log_dataset(dataset)
     scores = scores_from_metrics(metrics)
     tracked.log_metrics(metrics)
     tracked.set_tags({WEIGHTS_TAG: digest})

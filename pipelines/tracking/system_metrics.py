@@ -37,15 +37,14 @@ def system_metrics(tracked: TrackedRun, interval: float | None, prefix: str = "s
 
 def _log_until(stop: threading.Event, tracked: TrackedRun, interval: float, prefix: str) -> None:
     logging.getLogger("mlflow.system_metrics").setLevel(logging.WARNING)  # it announces that there is no GPU
-    monitor = SystemMetricsMonitor(tracked.run_id, tracking_uri=tracked.uri)
-    started = tracked.start_time()
-    while not stop.wait(interval):
-        monitor.collect_metrics()
-        values = {f"{prefix}{name}": value for name, value in monitor.aggregate_metrics().items()}
-        for each in monitor.monitors:
-            each.clear_metrics()
-        try:
+    try:
+        monitor = SystemMetricsMonitor(tracked.run_id, tracking_uri=tracked.uri)
+        started = tracked.start_time()
+        while not stop.wait(interval):
+            monitor.collect_metrics()
+            values = {f"{prefix}{name}": value for name, value in monitor.aggregate_metrics().items()}
             tracked.log_metrics(values, step=int(time.time() - started))
-        except Exception as error:  # an unreachable MLflow must not end the run
-            print(f"run {tracked.run_id}: no more system metrics ({first_line(error)})", flush=True)
-            return
+            for each in monitor.monitors:
+                each.clear_metrics()
+    except Exception as error:  # an unreachable MLflow must not end the run
+        print(f"run {tracked.run_id}: no more system metrics ({first_line(error)})", flush=True)
