@@ -41,8 +41,8 @@ def path_option(name: str) -> Callable[[str], Path]:
     return parse
 
 
-def sqlite_uri(path: Path) -> str:
-    """Return the tracking URI of an absolute path. MLflow creates a stray folder where more is escaped than must be."""
+def sqlite_uri(path: str | Path) -> str:
+    """Return the tracking URI of an SQLite database. MLflow creates a stray folder where more is escaped than must be."""
     escaped = str(path).replace("%", "%25").replace("?", "%3F").replace("#", "%23")
     return f"sqlite:///{escaped}"
 

@@ -342,6 +342,9 @@ class TrackingSection(Section):
     uri: TrackingUri | None = None
     """MLflow tracking URI. None: an SQLite file in ``run.folder``."""
     experiment: Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_check_printable)] = "fiftyfold"
+    system_metrics_interval: Annotated[float, Field(gt=0)] | None = 10.0
+    """Seconds between samples of the machine's CPU, memory, disk, network and GPU use, logged with psutil. None logs
+    none."""
 
 
 def _parse_model_config(value: Any) -> ModelConfig:

@@ -7,13 +7,14 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import sys
 import tempfile
 import threading
 import time
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -37,6 +38,8 @@ from serve.app import APPLICATION, build
 from serve.config import ServerConfig
 
 HEALTH_TIMEOUT_SECONDS = 60.0
+_ERROR_LINE = re.compile(r"^[\w.]*(?:Error|Exception|Exit|Interrupt)\b.*$", re.MULTILINE)
+"""The last line of a traceback."""
 
 
 @dataclass
@@ -113,7 +116,7 @@ def start(recipe: Recipe) -> Deployment:
             application = build(_arguments(section, folder, model_name))
             ray_serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
         except (RuntimeError, TimeoutError, RayError) as error:  # a replica or a proxy failed to start
-            raise FiftyfoldError(f"serve: Ray Serve could not start ({_last_line(error)})") from error
+            raise FiftyfoldError(f"serve: Ray Serve could not start ({_failure(error)})") from error
         host = f"[{section.host}]" if ":" in section.host else section.host
         url = f"http://{host}:{section.port}"
         weights = _wait_until_healthy(url)["weights"]
@@ -138,7 +141,7 @@ def find_model(recipe: Recipe) -> tuple[str, Path]:
         folder = Path(uri)
         return "/".join(folder.parts[-2:]).lstrip("/"), folder
     match = MODEL_URI.fullmatch(uri)
-    tracking = open_tracking(recipe)
+    tracking = open_tracking(recipe, write=False)
     destination = None
     if tracking.uri.startswith("http"):
         # Replicas may run on other machines, which can read the runs' folder but not a temporary one here.
@@ -224,8 +227,19 @@ class _WithoutShutdownNotice(io.TextIOBase):
         self._out.flush()
 
 
-def _last_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+def _failure(error: Exception) -> str:
+    """Return the cause of a failed start: the error of a replica if there is one, else the last line of ``error``."""
+    messages: list[str] = []
+    if ray.is_initialized():
+        with suppress(Exception):  # Serve itself may have failed, and `error` says more about that
+            application = ray_serve.status().applications.get(APPLICATION)
+            messages = [each.message for each in application.deployments.values()] if application else []
+    for message in messages:
+        errors = _ERROR_LINE.findall(message)
+        if errors:
+            return errors[-1].strip()
+    text = "\n".join(filter(None, messages)) or str(error)
+    return (text.strip() or type(error).__name__).splitlines()[-1].strip()
 
 
 STEP = Step(run)
