@@ -42,7 +42,10 @@ def path_option(name: str) -> Callable[[str], Path]:
 
 
 def sqlite_uri(path: str | Path) -> str:
-    """Return the tracking URI of an SQLite database. MLflow creates a stray folder where more is escaped than must be."""
+    """Return the tracking URI of an SQLite database.
+
+    Only characters with a meaning in a URI are escaped: MLflow creates the parent folder of the path as it is written.
+    """
     escaped = str(path).replace("%", "%25").replace("?", "%3F").replace("#", "%23")
     return f"sqlite:///{escaped}"
 

@@ -124,7 +124,7 @@ def test_an_empty_prompt_starts_from_bos(letters_model, letters) -> None:
 
 def test_eos_stops_and_is_not_in_the_text(letters_model, letters) -> None:
     engine = Engine(letters_model, letters)
-    outcomes = (run(complete(engine, [0], max_tokens=60, seed=3)) for seed in range(200))
+    outcomes = (run(complete(engine, [0], max_tokens=60, seed=seed)) for seed in range(200))
     outcome = next(outcome for outcome in outcomes if outcome.finish_reason == "stop")
     assert outcome.tokens[-1] == letters.eos_id
     assert letters.eos_id not in outcome.tokens[:-1]
