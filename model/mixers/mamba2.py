@@ -118,7 +118,7 @@ class Mamba2(Mixer):
             f"{key}.use_conv_bias: expected true or false, found {o['use_conv_bias']!r}",
         )
         require(
-            o["state_format"] in STATE_FORMATS,
+            o["state_format"] in tuple(STATE_FORMATS),
             f"{key}.state_format: expected one of {', '.join(STATE_FORMATS)}, found {o['state_format']!r}",
         )
         cls._check_steps(key, o)
