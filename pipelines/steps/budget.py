@@ -16,9 +16,7 @@ from model.atomic_files import atomic_file
 from model.checkpoint import load_config
 from model.config import ModelConfig
 from model.errors import ConfigError
-from model.hf import CONFIG, is_pretrained
-from model.hf.config import read_config
-from model.hf.safetensors_folder import read_json
+from model.hf import is_pretrained, read_pretrained_config
 from model.presets import PRESETS
 from pipelines.recipe.loading import load_recipe, with_overrides
 from pipelines.recipe.schema import Recipe
@@ -91,11 +89,7 @@ def find_model(name: str) -> ModelConfig:
         depth = name.removeprefix("depth:")
         return ModelConfig.from_depth(int(depth) if depth.isdecimal() else depth)  # type: ignore[arg-type]
     if Path(name).is_dir():
-        return (
-            read_config(Path(name) / CONFIG, read_json(Path(name) / CONFIG))
-            if is_pretrained(name)
-            else load_config(name)
-        )
+        return read_pretrained_config(name) if is_pretrained(name) else load_config(name)
     if Path(name).is_file():
         return ModelConfig.from_yaml(name)
     raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -12,7 +13,7 @@ from model.config import CACHE_FORMATS
 from model.errors import ConfigError
 from model.gguf import WeightType, export_gguf
 from model.hf import export_pretrained, import_pretrained, is_pretrained
-from model.hf.config import ExpertFormat
+from model.hf.family import ExpertFormat
 from model.tokenizer import FILE_NAME as TOKENIZER_FILE
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
@@ -121,7 +122,8 @@ def _print_precision_note(reader: str, model: Transformer) -> None:
 def _load_tokenizer(source: Path, name: str | None) -> Tokenizer | None:
     if name is not None:
         return load_tokenizer(name)
-    return load_tokenizer(source) if (source / TOKENIZER_FILE).is_file() else None
+    # A link to nowhere counts as a tokenizer, so that loading it names the fault.
+    return load_tokenizer(source) if os.path.lexists(source / TOKENIZER_FILE) else None
 
 
 STEP = Step(run, add_options, load)
