@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 def check_widths(config: ModelConfig) -> None:
     """Raise ConfigError for layers or widths that have no batch-invariant mode."""
-    names = ["hidden_size", "expert_size" if config.ffn == "moe" else "ffn_size"]
+    kinds = config.ffn_kinds
+    names = ["hidden_size", *(["expert_size"] * ("moe" in kinds)), *(["ffn_size"] * ("dense" in kinds))]
     for mixer in dict.fromkeys(config.mixers):
         if mixer.batch_invariant_widths is None:
             raise ConfigError(f"execution: layers of '{mixer.name}' have no batch-invariant mode")
@@ -48,13 +49,18 @@ def run_block(block: Block, streams: Tensor, input_ids: Tensor, context: Context
         x, mixing = block.attn_residual.enter(streams)
         return mixing, block.attn.project(block.attn_norm(x), rotation, context, cache is not None)
 
+    def after_mixing(streams: Tensor, mixing: tuple, mixed: Tensor, rotation: Rotation | None) -> Tensor:
+        return block.attn_residual.leave(streams, mixing, block.attn.output(mixed, rotation))
+
     def before_ffn(streams: Tensor, mixing: tuple, mixed: Tensor, rotation: Rotation | None) -> tuple:
-        between = block.attn_residual.leave(streams, mixing, block.attn.output(mixed, rotation))
+        between = after_mixing(streams, mixing, mixed, rotation)
         x, mixing = block.ffn_residual.enter(between)
         return between, mixing, block.ffn_norm(x)
 
     mixing, projected = in_tiles(before_mixing, streams, rotation)
     mixed = block.attn.mix(projected, context, cache)
+    if block.ffn is None:
+        return in_tiles(after_mixing, streams, mixing, mixed, rotation)
     streams, mixing, x = in_tiles(before_ffn, streams, mixing, mixed, rotation)
     ffn = block.ffn
     out = in_tiles(ffn, x) if isinstance(ffn, DenseFeedForward) else _run_experts(ffn, x, input_ids, context)

@@ -95,8 +95,8 @@ def curriculum(recipe: Recipe) -> tuple[Stage, ...]:
             f"data.sequence_length: {recipe.data.sequence_length}, the length of validation rows, exceeds "
             f"model.max_positions {recipe.model.max_positions}"
         )
-    routers = recipe.model.num_layers + recipe.model.mtp_layers - recipe.model.num_hash_layers
-    if train.stability.anticipatory_routing is not None and not (recipe.model.ffn == "moe" and routers):
+    routers = recipe.model.block_ffn_kinds.count("moe") - recipe.model.num_hash_layers
+    if train.stability.anticipatory_routing is not None and routers <= 0:
         raise ConfigError("train.stability.anticipatory_routing: no layer of the model has a router")
     return tuple(stages)
 

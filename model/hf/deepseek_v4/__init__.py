@@ -65,7 +65,11 @@ class DeepseekV4(Family):
     needs = {  # noqa: RUF012
         "hyper_connections": True,
         "ffn": "moe",
+        "first_k_dense_replace": 0,
         "num_shared_experts": 1,
+        "scoring_func": "sqrtsoftplus",
+        "n_group": 1,
+        "tie_word_embeddings": False,
     }
 
     def read_fields(self, r: ConfigReader) -> dict[str, Any]:
