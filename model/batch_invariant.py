@@ -33,12 +33,21 @@ def check_widths(config: ModelConfig) -> None:
             raise ConfigError(f"execution: layers of '{mixer.name}' have no batch-invariant mode")
         names += mixer.batch_invariant_widths
     for name in names:
-        if getattr(config, name) % 4:
+        width = _find_setting(config, name)
+        if width % 4:
             # A CPU library sums some rows of a product in another order, only at widths that 4 does not divide.
             raise ConfigError(
-                f"execution: batch-invariant needs widths that are multiples of 4, model.{name} is "
-                f"{getattr(config, name)}"
+                f"execution: batch-invariant needs widths that are multiples of 4, model.{name} is {width}"
             )
+
+
+def _find_setting(config: ModelConfig, name: str) -> int:
+    """Return a field, or an option of a mixer given as ``mixer_options.<mixer>.<option>``."""
+    field, *keys = name.split(".")
+    value = getattr(config, field)
+    for key in keys:
+        value = value[key]
+    return value
 
 
 def run_block(block: Block, streams: Tensor, input_ids: Tensor, context: Context, cache: LayerCache | None) -> Tensor:

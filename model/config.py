@@ -34,7 +34,7 @@ class ModelConfig:
 
     The V4 recipe makes five choices, each with one switch:
 
-    1. hybrid attention: ``layers`` (``csa``, ``hca``, ``sliding`` or ``gqa``);
+    1. hybrid attention: ``layers`` (names of :data:`model.mixers.MIXERS`);
     2. precision per tensor role: :data:`CACHE_FORMATS` (``fp4``, ``fp8`` or ``bf16``);
     3. Muon: ``train.optimizer.rule`` in the recipe;
     4. hyper-connections: ``hyper_connections``;
@@ -275,7 +275,12 @@ def _complete_options(config: ModelConfig) -> dict[str, dict[str, Any]]:
                 known = ", ".join(MIXERS[name].options) or "none"
                 raise ConfigError(f"model.mixer_options.{name}.{key}: unknown option; there are {known}")
     used = [mixer for mixer in dict.fromkeys(config.block_mixers) if mixer.options]
-    return {mixer.name: {**mixer.options, **given.get(mixer.name, {})} for mixer in used}
+    filled = {mixer.name: {**mixer.options, **given.get(mixer.name, {})} for mixer in used}
+    # JSON knows no tuples: with lists, a configuration equals the one that is read back from a checkpoint.
+    return {
+        name: {key: list(value) if isinstance(value, list | tuple) else value for key, value in values.items()}
+        for name, values in filled.items()
+    }
 
 
 def _check_types(config: ModelConfig) -> None:

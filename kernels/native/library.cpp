@@ -1,5 +1,6 @@
 // All native CPU operators as one translation unit, compiled once per instruction set.
 #include "../cache_io/cpu.cpp"
+#include "../causal_conv/cpu.cpp"
 #include "../compress/cpu.cpp"
 #include "../fused_experts/cpu.cpp"
 #include "../hadamard/cpu.cpp"
@@ -12,5 +13,6 @@
 #include "../rms_norm/cpu.cpp"
 #include "../rotary/cpu.cpp"
 #include "../routing/cpu.cpp"
+#include "../ssd_scan/cpu.cpp"
 #include "../swiglu/cpu.cpp"
 #include "memory.cpp"

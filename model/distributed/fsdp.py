@@ -1,10 +1,10 @@
 """Sharding of a network's matrices over ranks by FSDP2 (``torch.distributed.fsdp.fully_shard``).
 
 The embedding, the head and the matrices of attention and feed-forward blocks are sharded, one group per layer. Routers,
-compressors, hyper-connections, norms, sinks and biases are replicated, because they compute in float32 whatever type
-the matrices are gathered in. So are the indexers: their loss leaves a layer beside its output, where FSDP does not see
-the backward pass coming, and in a warm-up they alone have gradients. FSDP ignores replicated parameters; their
-gradients are averaged like those of data-parallel replicas.
+compressors, convolutions, hyper-connections, norms, sinks and biases are replicated, because they compute in float32
+whatever type the matrices are gathered in. So are the indexers: their loss leaves a layer beside its output, where FSDP
+does not see the backward pass coming, and in a warm-up they alone have gradients. FSDP ignores replicated parameters;
+their gradients are averaged like those of data-parallel replicas.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from model.moe import MixtureOfExperts
 if TYPE_CHECKING:
     from model.transformer import Transformer
 
-WHOLE_NAMES = re.compile(r"\.(router|compressor|indexer)\.|(^|\.)(attn_residual|ffn_residual|hyper_head)\.")
+WHOLE_NAMES = re.compile(r"\.(router|compressor|indexer|\w*conv)\.|(^|\.)(attn_residual|ffn_residual|hyper_head)\.")
 
 
 def sharded_names(model: Transformer) -> set[str]:

@@ -45,7 +45,8 @@ class Mixer(nn.Module):
     indexer_ratio_field: ClassVar[str | None] = None
     """The configuration field with the tokens per entry that the mixer's indexer scores; None without an indexer."""
     batch_invariant_widths: ClassVar[tuple[str, ...] | None] = None
-    """Configuration fields of the widths that products sum over; None if the mixer has no batch-invariant mode."""
+    """Configuration fields whose widths products sum over; options as ``mixer_options.<mixer>.<option>``.
+    None if the mixer has no batch-invariant mode."""
     one_key_value: ClassVar[bool] = False
     """True if each token has one vector that is key and value for all heads."""
 

@@ -19,10 +19,13 @@ from model.optim.config import OptimizerConfig
 from model.optim.exchange import Exchange, Matrix
 
 ADAMW_NAMES = re.compile(
-    r"(^|\.)(embed|head|norm|attn_norm|ffn_norm|q_norm|kv_norm)\.|\.(base|scale|sink|ape)$|(^|\.)hyper_head\."
+    r"(^|\.)(embed|head|norm|attn_norm|ffn_norm|q_norm|kv_norm|\w*conv)\.|\.(base|scale|sink|ape)$|(^|\.)hyper_head\."
 )
 """Parameters under AdamW by role (report 2.4): embedding, head, norms, mHC biases and gates. The report does not
-mention sink logits (1-D) and the compressors' position biases, which are tables of biases, not linear maps."""
+mention sink logits (1-D) and the compressors' position biases, which are tables of biases, not linear maps, nor the
+short convolutions of recurrent mixers, whose filters belong to one channel each."""
+UNDECAYED_NAMES = re.compile(r"\.\w*conv\.")
+"""Parameters under AdamW without weight decay, besides all one-dimensional ones."""
 
 
 LocalTensors = tuple[Tensor, Tensor, Tensor]
@@ -74,11 +77,14 @@ class MuonAdamW(torch.optim.Optimizer):
         distributed: bool = False,
     ):
         self._rows: dict[Tensor, Sequence[int]] = {}
+        self._decayed: set[Tensor] = set()
         groups: dict[tuple[str, bool], dict[str, Any]] = {}
         for name, parameter in named_parameters:
             rows = (split_sizes or {}).get(name, parameter.shape[-2:-1])
             self._rows[parameter] = rows
             rule = rule_for(name, parameter, config.rule, rows)
+            if parameter.dim() > 1 and not UNDECAYED_NAMES.search(name):
+                self._decayed.add(parameter)
             rate = config.learning_rate if rule == "muon" else (config.adamw_learning_rate or config.learning_rate)
             indexer = ".indexer." in name
             if indexer and config.indexer_learning_rate:
@@ -265,8 +271,8 @@ class MuonAdamW(torch.optim.Optimizer):
         torch._foreach_lerp_(first, gradients, 1 - beta1)
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
-        # One-dimensional parameters (norm weights, biases, gates) do not decay.
-        maps = [to_local(p) for p in parameters if p.dim() > 1]
+        # One-dimensional parameters (norm weights, biases, gates) and short filters do not decay.
+        maps = [to_local(p) for p in parameters if p in self._decayed]
         if maps:
             torch._foreach_mul_(maps, 1 - lr * config.weight_decay)
         for p, m, v in zip(parameters, first, second):

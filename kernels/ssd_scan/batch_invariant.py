@@ -1,0 +1,33 @@
+"""The scan in a fixed order of additions: a sequence has the same bits in every batch and cut into any pieces."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def scan_in_fixed_order(
+    x: Tensor, dt: Tensor, decay: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor, state_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`kernels.ssd_scan.ssd_scan` without gradients, from decay = exp(dt * A), float32 [batch, S, H].
+
+    The state is rounded to ``state_dtype`` after every token, as if each was a piece of its own. Products and sums are
+    elementwise, so every number is rounded alike wherever it lies in a tensor.
+    """
+    heads = x.shape[2]
+    B, C = (z.repeat_interleave(heads // z.shape[2], dim=2) for z in (B, C))
+    outputs = []
+    for t in range(x.shape[1]):
+        added = (dt[:, t, :, None] * x[:, t]).unsqueeze(-1) * B[:, t].unsqueeze(-2)
+        state = (decay[:, t, :, None, None] * state + added).to(state_dtype).float()
+        outputs.append(_sum_pairwise(state * C[:, t].unsqueeze(-2)) + D[:, None] * x[:, t])
+    return torch.stack(outputs, dim=1), state
+
+
+def _sum_pairwise(x: Tensor) -> Tensor:
+    """Sum over the last dim by adding its halves, in an order that depends on its size only."""
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        summed = x[..., :half] + x[..., half : 2 * half]
+        x = torch.cat((summed, x[..., 2 * half :]), dim=-1) if x.shape[-1] % 2 else summed
+    return x.squeeze(-1)

@@ -1,0 +1,278 @@
+"""Mamba-2 (arXiv 2405.21060): a recurrent state of fixed size per head, with a decay that depends on the token.
+
+Where the paper and its published checkpoints leave a choice, this follows ``Mamba2Mixer`` of transformers: the gate
+multiplies before the norm, the norm runs over each group's channels, and the limits of the step size apply after
+softplus.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.cache_io import EntryLayout
+from kernels.rms_norm import rms_norm
+from kernels.ssd_scan import scan_in_fixed_order, ssd_scan
+from model.cache.parts import CachePart, RecurrentPart
+from model.forward.context import Context
+from model.forward.execution import in_tiles
+from model.layers.linear import Linear
+from model.layers.norm import RMSNorm
+from model.layers.rope import Rotation
+from model.mixers.base import Mixer, StoredFormat, require
+from model.mixers.short_convolution import ShortConvolution
+from model.work import Work
+
+if TYPE_CHECKING:
+    from model.cache.layer_cache import LayerCache
+    from model.config import ModelConfig
+
+STATE_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+EXPAND = 2
+_LEAST_STEP = 1e-4
+"""Smallest initial step size."""
+_MAX_RATE = 16.0
+"""Largest initial decay rate; the smallest is 1 (the authors' initialization)."""
+
+
+class Shape(NamedTuple):
+    """Sizes of a layer."""
+
+    num_heads: int
+    head_dim: int
+    groups: int
+    state_size: int
+
+    @property
+    def inner(self) -> int:
+        """Channels of all heads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def convolved(self) -> int:
+        """Channels of the convolution: x, B and C."""
+        return self.inner + 2 * self.groups * self.state_size
+
+
+class Projected(NamedTuple):
+    """Inputs of the scan, float32 [B, S, ...] each."""
+
+    gate: Tensor
+    """[B, S, inner], after SiLU."""
+    channels: Tensor
+    """[B, S, convolved]: x, B and C before the convolution."""
+    dt: Tensor
+    """[B, S, H]: step sizes."""
+
+
+class Mamba2(Mixer):
+    """Selective state-space layer. B and C are shared by the heads of a group."""
+
+    name = "mamba2"
+    options = {  # noqa: RUF012
+        "expand": None,
+        "num_heads": None,
+        "head_dim": 64,
+        "state_size": 128,
+        "n_groups": 1,
+        "conv_kernel": 4,
+        "use_conv_bias": True,
+        "chunk_size": 64,
+        "time_step_min": 0.001,
+        "time_step_max": 0.1,
+        "time_step_limit": [0.0, None],
+        "state_format": "fp32",
+    }
+    """``expand``: channels of all heads over hidden_size, 2 unless ``num_heads`` is given. ``state_size``: numbers per
+    channel of a head. ``conv_kernel``: tokens under the convolution, the newest included. ``chunk_size``: tokens per
+    matrix product in training; changes speed only. ``time_step_min`` and ``time_step_max``: initial step sizes.
+    ``time_step_limit``: least and greatest step size, None for no limit. ``state_format``: ``fp32`` or ``bf16``, of
+    state and convolution tail in the cache."""
+    batch_invariant_widths = ("mixer_options.mamba2.head_dim",)
+
+    # --- declarations
+
+    @classmethod
+    def shape(cls, config: ModelConfig) -> Shape:
+        o = config.mixer_options[cls.name]
+        inner = config.hidden_size * (EXPAND if o["expand"] is None else o["expand"])
+        heads = o["num_heads"] if o["num_heads"] is not None else int(inner) // o["head_dim"]
+        return Shape(heads, o["head_dim"], o["n_groups"], o["state_size"])
+
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        o = config.mixer_options[cls.name]
+        key = f"mixer_options.{cls.name}"
+        for name in ("head_dim", "state_size", "n_groups", "chunk_size"):
+            require(_is_count(o[name]), f"{key}.{name}: expected a whole number of at least 1, found {o[name]!r}")
+        require(
+            _is_count(o["conv_kernel"]) and o["conv_kernel"] >= 2,
+            f"{key}.conv_kernel: expected a whole number of at least 2, found {o['conv_kernel']!r}",
+        )
+        require(
+            isinstance(o["use_conv_bias"], bool),
+            f"{key}.use_conv_bias: expected true or false, found {o['use_conv_bias']!r}",
+        )
+        require(
+            o["state_format"] in tuple(STATE_FORMATS),
+            f"{key}.state_format: expected one of {', '.join(STATE_FORMATS)}, found {o['state_format']!r}",
+        )
+        cls._check_steps(key, o)
+        cls._check_heads(key, o, config.hidden_size)
+
+    @staticmethod
+    def _check_steps(key: str, o: Any) -> None:
+        low, high, limit = o["time_step_min"], o["time_step_max"], o["time_step_limit"]
+        require(_is_number(low) and low > 0, f"{key}.time_step_min: expected a number above 0, found {low!r}")
+        require(
+            _is_number(high) and high >= low,
+            f"{key}.time_step_max: expected a number of at least {low}, found {high!r}",
+        )
+        pair = isinstance(limit, list) and len(limit) == 2 and _is_number(limit[0]) and limit[0] >= 0
+        require(
+            pair and (limit[1] is None or (_is_number(limit[1]) and limit[1] > limit[0])),
+            f"{key}.time_step_limit: expected two rising numbers of at least 0, the second null for no limit, "
+            f"found {limit!r}",
+        )
+
+    @staticmethod
+    def _check_heads(key: str, o: Any, hidden: int) -> None:
+        expand, heads, head_dim, groups = (o[name] for name in ("expand", "num_heads", "head_dim", "n_groups"))
+        require(
+            expand is None or (_is_number(expand) and expand > 0 and float(hidden * expand).is_integer()),
+            f"{key}.expand: expected a number above 0 that makes hidden_size {hidden} a whole number, found {expand!r}",
+        )
+        require(
+            heads is None or _is_count(heads),
+            f"{key}.num_heads: expected a whole number of at least 1, found {heads!r}",
+        )
+        inner = int(hidden * (EXPAND if expand is None else expand))
+        if heads is None:
+            require(inner % head_dim == 0, f"{key}.head_dim: expected a divisor of {inner} channels, found {head_dim}")
+            heads = inner // head_dim
+        require(
+            expand is None or heads * head_dim == inner,
+            f"{key}.num_heads: expected {inner} channels over head_dim {head_dim} because expand is {expand}, "
+            f"found {heads}",
+        )
+        require(heads % groups == 0, f"{key}.n_groups: expected a divisor of {heads} heads, found {groups}")
+
+    @classmethod
+    def tail_layout(cls, config: ModelConfig) -> EntryLayout:
+        """Return the layout of a token in the convolution's tail."""
+        return EntryLayout(cls.shape(config).convolved, config.mixer_options[cls.name]["state_format"])
+
+    @classmethod
+    def cache_parts(cls, config: ModelConfig) -> dict[str, CachePart]:
+        o, shape = config.mixer_options[cls.name], cls.shape(config)
+        dtype = STATE_FORMATS[o["state_format"]]
+        return {
+            "state": RecurrentPart((shape.num_heads, shape.head_dim, shape.state_size), dtype),
+            "conv_tail": RecurrentPart((o["conv_kernel"] - 1, shape.convolved), dtype),
+        }
+
+    @classmethod
+    def stored_formats(cls, config: ModelConfig) -> list[StoredFormat]:
+        return [StoredFormat("mamba2 inputs of the convolution", cls.tail_layout(config).body_format, 1)]
+
+    @classmethod
+    def work(cls, config: ModelConfig, tokens: int) -> list[Work]:
+        shape, d = cls.shape(config), config.hidden_size
+        kernel = config.mixer_options[cls.name]["conv_kernel"]
+        projections = d * (shape.inner + shape.convolved + shape.num_heads) + shape.inner * d
+        return [
+            Work("mamba2 projections", "linear", "fp8", 2.0 * projections),
+            Work("mamba2 convolution", "linear", "bf16", 2.0 * kernel * shape.convolved),
+            Work("core state space, mamba2", "core", "bf16", 2.0 * 2 * shape.inner * shape.state_size),
+        ]
+
+    # --- the layer
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__(config, layer)
+        o, shape = config.mixer_options[self.name], self.sizes
+        self.in_proj = Linear(config.hidden_size, sum(self.split_sizes()["in_proj.weight"]))
+        self.conv = ShortConvolution(shape.convolved, o["conv_kernel"], o["use_conv_bias"])
+        self.A_log = nn.Parameter(torch.empty(shape.num_heads))
+        self.D = nn.Parameter(torch.empty(shape.num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(shape.num_heads))
+        self.norm = RMSNorm(shape.inner, config.norm_eps)
+        self.out_proj = Linear(shape.inner, config.hidden_size)
+
+    def set_config(self, config: ModelConfig) -> None:
+        super().set_config(config)
+        self.sizes = self.shape(config)
+        self.layout = self.tail_layout(config)
+
+    def init_weights(self, std: float) -> None:
+        """Draw decay rates between 1 and 16, and step sizes log-uniformly between their initial limits."""
+        o = self.config.mixer_options[self.name]
+        self.A_log.uniform_(1.0, _MAX_RATE).log_()
+        self.D.fill_(1.0)
+        steps = self.dt_bias.uniform_(math.log(o["time_step_min"]), math.log(o["time_step_max"])).exp()
+        steps = steps.clamp(min=_LEAST_STEP)
+        self.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # the inverse of softplus
+
+    def zero_output(self) -> None:
+        self.out_proj.weight.zero_()
+
+    def split_sizes(self) -> dict[str, tuple[int, ...]]:
+        shape = self.sizes
+        group = shape.groups * shape.state_size
+        return {"in_proj.weight": (shape.inner, shape.inner, group, group, shape.num_heads)}  # z, x, B, C, dt
+
+    def project(self, x: Tensor, rotation: Rotation | None, context: Context, cached: bool) -> Projected:
+        shape = self.sizes
+        gate, channels, dt = self.in_proj(x).split((shape.inner, shape.convolved, shape.num_heads), dim=-1)
+        channels = self.precision.round_to(channels.float(), "convolution", self.layout, self.training, context.aux)
+        least, most = self.config.mixer_options[self.name]["time_step_limit"]
+        dt = F.softplus(dt.float() + self.dt_bias).clamp(min=least, max=most)
+        return Projected(F.silu(gate.float()), channels, dt)
+
+    def mix(self, projected: Projected, context: Context, cache: LayerCache | None) -> Tensor:
+        """Return the gated outputs of the state, float32 [B, S, inner]."""
+        gate, channels, dt = projected
+        shape = self.sizes
+        state = tail = None
+        if cache is not None:
+            state, tail = cache.state.read().float(), cache.conv_tail.read().float()
+        convolved, tail = self.conv(channels, context, tail)
+        group = shape.groups * shape.state_size
+        x, B, C = convolved.split((shape.inner, group, group), dim=-1)
+        x = x.unflatten(-1, (shape.num_heads, shape.head_dim))
+        B, C = (z.unflatten(-1, (shape.groups, shape.state_size)) for z in (B, C))
+        y, state = self._scan(x, dt, B, C, state, context)
+        if cache is not None:
+            cache.state.append(state)
+            cache.conv_tail.append(tail)
+        return y.flatten(2) * gate
+
+    def _scan(
+        self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor | None, context: Context
+    ) -> tuple[Tensor, Tensor]:
+        o, A = self.config.mixer_options[self.name], -self.A_log.float().exp()
+        if context.batch_invariant:
+            assert state is not None
+            decay = in_tiles(lambda dt: (dt * A).exp(), dt)
+            return scan_in_fixed_order(x, dt, decay, B, C, self.D, state, STATE_FORMATS[o["state_format"]])
+        positions = None if context.documents is None else context.positions
+        return ssd_scan(x, dt, A, B, C, self.D, state, positions, o["chunk_size"])
+
+    def output(self, mixed: Tensor, rotation: Rotation | None) -> Tensor:
+        groups = self.sizes.groups
+        if groups == 1:
+            return self.out_proj(self.norm(mixed))
+        normed = rms_norm(mixed.unflatten(-1, (groups, -1)), self.norm.eps).flatten(-2)
+        return self.out_proj(normed * self.norm.weight)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 1 <= value < 1 << 31
