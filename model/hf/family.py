@@ -33,6 +33,8 @@ class Family:
     """The mixers that layers can have, by their name in ``layer_types``."""
     layouts: ClassVar[tuple[Layout, ...]] = ("transformers",)
     """The layouts that can be written. The first one is the default."""
+    head: ClassVar[str] = "lm_head.weight"
+    """Canonical name of the head's weight, of which folders with tied embeddings may hold a copy."""
     has_prediction_module: ClassVar[bool] = False
     """True if the format holds our multi-token prediction module."""
     fields: ClassVar[Mapping[str, str]]
@@ -85,7 +87,8 @@ class Family:
         own = {name: getattr(config, name) for name in self.own_fields}
         own |= {name: config.mixer_options[mixer][name] for name, mixer in self.own_options.items()}
         content[OWN_KEY] = own
-        content |= {"num_hidden_layers": config.num_layers, "use_cache": True}
+        # Without a padding token, transformers would take a default that need not be in the vocabulary.
+        content |= {"num_hidden_layers": config.num_layers, "use_cache": True, "pad_token_id": None}
         return content | self.write_fields(config, layout, experts)
 
     def write_fields(self, config: ModelConfig, layout: Layout, experts: ExpertFormat) -> dict[str, Any]:

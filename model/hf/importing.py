@@ -46,6 +46,8 @@ def import_pretrained(
     found = list_tensors(folder, report)
     layout = family.detect_layout(found)
     stored = _by_canonical_name(folder, family, found)
+    if config.tie_word_embeddings and (copy := stored.pop(family.head, None)) is not None:
+        report(f"{folder}: not read: {copy.name}, because 'tie_word_embeddings' is true")
     drafts = {name: stored[name] for name in sorted(family.drafts(stored, config))}
     if "mtp_layers" not in overrides:
         modules = 0

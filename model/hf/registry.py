@@ -7,8 +7,9 @@ from model.errors import ConfigError
 from model.hf.config_reader import ConfigReader
 from model.hf.deepseek_v4 import DeepseekV4
 from model.hf.family import Family
+from model.hf.mamba2 import Mamba2
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (DeepseekV4(),)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (DeepseekV4(), Mamba2())}
 """Families by ``model_type``."""
 
 

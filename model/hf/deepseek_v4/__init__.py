@@ -25,6 +25,7 @@ class DeepseekV4(Family):
     architecture = "DeepseekV4ForCausalLM"
     mixers = config_json.MIXERS
     layouts = ("transformers", "released")
+    head = "head.weight"
     has_prediction_module = True
     fields = {  # noqa: RUF012
         "vocab_size": "vocab_size",
