@@ -1,4 +1,4 @@
-"""Sums whose order of additions depends on the number of terms only, so that a result has the same bits in any batch."""
+"""Sums in an order that depends on the number of terms only, so that a result has the same bits in any batch."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ checkpoint its meaning:
 
 * queries are divided by sqrt(head_dim) after their L2 norm, which the report's equations leave out;
 * keys and queries are divided by sqrt(|x|^2 + 1e-6), and not by max(|x|, eps);
-* the decay is -exp(A_log) * softplus(x + dt_bias), one A_log per head and one dt_bias per channel; the report leaves the
-  function open;
+* the logarithm of the decay is -exp(A_log) * softplus(x + dt_bias), with one A_log per head and one dt_bias per
+  channel; the report leaves the function open;
 * the output gate is a low-rank projection without bias.
 """
 
