@@ -33,7 +33,7 @@ class ModelConfig:
 
     The V4 recipe makes five choices, each with one switch:
 
-    1. hybrid attention: ``layers`` (``csa``, ``hca``, ``sliding`` or ``gqa``);
+    1. hybrid attention: ``layers`` (names of :data:`model.mixers.MIXERS`);
     2. precision per tensor role: :data:`CACHE_FORMATS` (``fp4``, ``fp8`` or ``bf16``);
     3. Muon: ``train.optimizer.rule`` in the recipe;
     4. hyper-connections: ``hyper_connections``;

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from model.config import ModelConfig
 from model.costs.parameters import ParameterCount, expert_weight_bytes
 from model.costs.references import FLOAT32_BYTES, CostModel, costs_of, with_gqa8
+from model.mixers.gqa import GroupedQueryAttention
 from model.precision import index_layout
 
 
@@ -44,7 +45,7 @@ def find_ablations(
     roles = {
         "kv_format": hybrid,
         "index_format": bool(config.indexed_layers),
-        "gqa_format": not all(mixer.one_key_value for mixer in config.mixers),
+        "gqa_format": GroupedQueryAttention in config.mixers,
     }
     packed = [role for role, used in roles.items() if used and getattr(config, role) in ("fp8", "fp4")]
     own = costs_of(config)

@@ -38,7 +38,8 @@ def waterfall(config: ModelConfig, muon: bool = True) -> tuple[Step, ...]:
         for mixer in config.mixers
     }
     one_key_value = [mixer for mixer in config.mixers if mixer.one_key_value]
-    standard = [mixer for mixer in config.mixers if not mixer.one_key_value]
+    standard = [mixer for mixer in config.mixers if not mixer.one_key_value and growing[mixer]]
+    recurrent = [mixer for mixer in config.mixers if not mixer.one_key_value and not growing[mixer]]
     compressed = Counter(mixer for mixer in one_key_value if growing[mixer])
     shared, forgetting = len(one_key_value), len(one_key_value) - compressed.total()
     kept = sum(part.layout.nbytes / part.ratio for mixer in standard for part in growing[mixer])
@@ -53,6 +54,15 @@ def waterfall(config: ModelConfig, muon: bool = True) -> tuple[Step, ...]:
             f"{config.num_layers} layers x 2 x 8 heads x 128 dims x 2 bytes",
         )
     ]
+    if recurrent:
+        names = " and ".join(dict.fromkeys(mixer.name for mixer in recurrent))
+        stages.append(
+            (
+                "recurrent layers",
+                (config.num_layers - len(recurrent)) * stages[0][1] / config.num_layers,
+                f"{len(recurrent)} {names} layers keep a state of fixed size",
+            )
+        )
     if standard:
         stages.append(
             (

@@ -38,6 +38,7 @@ CALLS = {
     "cache_io.pack": (x, layout),
     "cache_io.unpack": (torch.zeros(1, layout.nbytes, dtype=torch.uint8), layout),
     "cache_io.write_ring": (x, x, [1]),
+    "causal_conv.causal_conv": (x, torch.zeros(4, 2)),
     "compress.compress": (x, torch.zeros(1, 2), False),
     "expert_dispatch.dispatch": (x[0], None, torch.float32),
     "expert_dispatch.combine": (x[0], None, torch.float32),
@@ -65,6 +66,7 @@ CALLS = {
     "rotary.angles": (x, x),
     "routing.route": (x, x, 1, 1.0),
     "sparse_attention.sparse_attention": (x[None], x, None, None, x, 1),
+    "ssd_scan.ssd_scan": (x[None], x, x[0, 0], x[None], x[None], x[0, 0]),
     "swiglu.swiglu": (x, x, 1.0),
 }
 

@@ -9,7 +9,7 @@ from kernels.hyper_connections import recomputed_streams
 from model.forward.aux_outputs import AuxOutputs
 from tests.model.networks import build
 
-LAYERS = ("sliding", "csa", "hca")
+LAYERS = ("sliding", "csa", "hca", "mamba2")
 
 
 def objective(model, ids, positions, attention):
@@ -73,7 +73,7 @@ def test_streams_between_a_layers_halves_are_computed_again(monkeypatch, recompu
 
 
 def test_only_the_layers_inputs_are_kept():
-    """Bytes saved for the backward pass by three and by six layers."""
+    """Bytes saved for the backward pass by the layers once and twice."""
     ids = torch.randint(50, (1, 97))
 
     def held(layers, recompute):
@@ -93,4 +93,4 @@ def test_only_the_layers_inputs_are_kept():
     streams = 4 * 96 * 4 * 32  # float32 [1, 96, 4 streams, 32]
     for recompute in (False, True):
         more = held(LAYERS * 2, recompute) - held(LAYERS, recompute)
-        assert (more < 3.5 * streams) == recompute, more / streams
+        assert (more < (len(LAYERS) + 0.5) * streams) == recompute, more / streams

@@ -23,6 +23,7 @@ SCHEDULES = {
     "csa": ("csa",),
     "hca": ("hca",),
     "gqa": ("gqa", "gqa"),
+    "mamba2": ("mamba2", "csa", "mamba2"),
 }
 
 

@@ -26,6 +26,7 @@ NETWORKS = {
     "odd ratios": {"layers": ("csa", "hca"), "csa_ratio": 3, "hca_ratio": 6, "window": 20},
     "window 1": {"layers": ("csa", "hca"), "window": 1},
     "gqa": {"layers": ("gqa", "sliding"), "num_kv_heads": 2},
+    "recurrent": {"layers": ("mamba2", "csa", "mamba2")},
     "hash-routed": {"num_hash_layers": 4},
     "scored": {"num_hash_layers": 0, "num_shared_experts": 0, "experts_per_token": 3},
     "dense": {"ffn": "dense", "ffn_size": 24},
