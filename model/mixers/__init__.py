@@ -7,6 +7,7 @@ from model.mixers.base import Mixer
 from model.mixers.csa import CompressedSparseAttention
 from model.mixers.gqa import GroupedQueryAttention
 from model.mixers.hca import HeavilyCompressedAttention
+from model.mixers.kda import KimiDeltaAttention
 from model.mixers.mamba2 import Mamba2
 from model.mixers.sliding import SlidingWindowAttention
 
@@ -16,4 +17,5 @@ MIXERS: dict[str, type[Mixer]] = {
     "hca": HeavilyCompressedAttention,
     "gqa": GroupedQueryAttention,
     "mamba2": Mamba2,
+    "kda": KimiDeltaAttention,
 }

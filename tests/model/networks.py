@@ -21,7 +21,10 @@ SMALL = {
     "init_std": 0.2,
     "max_positions": 512,
     "vocab_size": 50,
-    "mixer_options": {"mamba2": {"head_dim": 8, "state_size": 6, "n_groups": 2, "chunk_size": 8}},
+    "mixer_options": {
+        "mamba2": {"head_dim": 8, "state_size": 6, "n_groups": 2, "chunk_size": 8},
+        "kda": {"head_dim": 8, "chunk_size": 8},
+    },
 }
 
 FP32 = dict.fromkeys(CACHE_FORMATS, "fp32")

@@ -24,6 +24,7 @@ SCHEDULES = {
     "hca": ("hca",),
     "gqa": ("gqa", "gqa"),
     "mamba2": ("mamba2", "csa", "mamba2"),
+    "kda": ("kda", "csa", "kda"),
 }
 
 

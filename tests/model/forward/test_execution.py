@@ -27,6 +27,7 @@ NETWORKS = {
     "window 1": {"layers": ("csa", "hca"), "window": 1},
     "gqa": {"layers": ("gqa", "sliding"), "num_kv_heads": 2},
     "recurrent": {"layers": ("mamba2", "csa", "mamba2")},
+    "delta rule": {"layers": ("kda", "csa", "kda")},
     "hash-routed": {"num_hash_layers": 4},
     "scored": {"num_hash_layers": 0, "num_shared_experts": 0, "experts_per_token": 3},
     "dense": {"ffn": "dense", "ffn_size": 24},
