@@ -27,16 +27,21 @@ if TYPE_CHECKING:
 def check_widths(config: ModelConfig) -> None:
     """Raise ConfigError for layers or widths that have no batch-invariant mode."""
     names = ["hidden_size", "expert_size" if config.ffn == "moe" else "ffn_size"]
+    widths = {name: getattr(config, name) for name in names}
     for mixer in dict.fromkeys(config.mixers):
         if mixer.batch_invariant_widths is None:
             raise ConfigError(f"execution: layers of '{mixer.name}' have no batch-invariant mode")
-        names += mixer.batch_invariant_widths
-    for name in names:
-        if getattr(config, name) % 4:
+        options = config.mixer_options.get(mixer.name, {})
+        for name in mixer.batch_invariant_widths:
+            if name in options:
+                widths[f"mixer_options.{mixer.name}.{name}"] = options[name]
+            else:
+                widths[name] = getattr(config, name)
+    for name, width in widths.items():
+        if width is not None and width % 4:
             # A CPU library sums some rows of a product in another order, only at widths that 4 does not divide.
             raise ConfigError(
-                f"execution: batch-invariant needs widths that are multiples of 4, model.{name} is "
-                f"{getattr(config, name)}"
+                f"execution: batch-invariant needs widths that are multiples of 4, model.{name} is {width}"
             )
 
 

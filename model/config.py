@@ -23,8 +23,9 @@ MTP_MIXER = "sliding"
 """Mixer of the multi-token prediction module's block."""
 CACHE_FORMATS = ("kv_format", "rope_format", "index_format", "gqa_format")
 """Fields with the storage format of each tensor role in the cache."""
-CacheFormat = Literal["fp4", "fp8", "bf16", "fp32"]
-"""FP4 E2M1 with an E8M0 scale per 32 dims, FP8 E4M3 with an E8M0 scale per 64 dims, or plain floats."""
+CacheFormat = Literal["fp4", "fp8", "fp8_128", "bf16", "fp32"]
+"""FP4 E2M1 with an E8M0 scale per 32 dims, FP8 E4M3 with an E8M0 scale per 64 dims or an FP32 scale per 128 dims
+(DeepSeek-V3.2), or plain floats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class ModelConfig:
     The V4 recipe makes five choices, each with one switch:
 
     1. hybrid attention: ``layers`` (``csa``, ``hca``, ``sliding`` or ``gqa``);
-    2. precision per tensor role: :data:`CACHE_FORMATS` (``fp4``, ``fp8`` or ``bf16``);
+    2. precision per tensor role: :data:`CACHE_FORMATS` (``fp4``, ``fp8``, ``fp8_128`` or ``bf16``);
     3. Muon: ``train.optimizer.rule`` in the recipe;
     4. hyper-connections: ``hyper_connections``;
     5. quantization-aware training: ``qat``.
@@ -215,13 +216,13 @@ class ModelConfig:
     @property
     def indexed_layers(self) -> list[int]:
         """Indices of layers whose mixer has an indexer."""
-        return [layer for layer, mixer in enumerate(self.mixers) if mixer.indexer_ratio_field]
+        return list(self.indexer_ratios)
 
     @property
-    def indexer_ratio(self) -> int | None:
-        """Tokens per entry scored by the indexers; None without an indexer."""
-        fields = [mixer.indexer_ratio_field for mixer in self.mixers if mixer.indexer_ratio_field]
-        return getattr(self, fields[0]) if fields else None
+    def indexer_ratios(self) -> dict[int, int]:
+        """Tokens per entry that a layer's indexer scores, by layer with an indexer."""
+        ratios = ((layer, mixer.indexer_ratio(self)) for layer, mixer in enumerate(self.mixers))
+        return {layer: ratio for layer, ratio in ratios if ratio is not None}
 
     @property
     def page_tokens(self) -> int:

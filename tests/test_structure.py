@@ -20,7 +20,7 @@ PIPELINES = ("steps", "ray_runtime", "training", "tracking", "data", "reports", 
 """Packages of pipelines/, from top to bottom."""
 MODEL = ("hf", "checkpoint", "optim", "costs", "mixers", "cache", "forward", "layers", "distributed")
 """Packages of model/, from top to bottom."""
-MIXERS = {"sliding", "csa", "hca", "gqa"}
+MIXERS = {"sliding", "csa", "hca", "gqa", "mla", "dsa"}
 MAX_LINES = 400
 
 

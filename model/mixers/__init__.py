@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from model.mixers.base import Mixer
 from model.mixers.csa import CompressedSparseAttention
+from model.mixers.dsa import DeepSeekSparseAttention
 from model.mixers.gqa import GroupedQueryAttention
 from model.mixers.hca import HeavilyCompressedAttention
+from model.mixers.mla import MultiHeadLatentAttention
 from model.mixers.sliding import SlidingWindowAttention
 
 MIXERS: dict[str, type[Mixer]] = {
@@ -14,4 +16,6 @@ MIXERS: dict[str, type[Mixer]] = {
     "csa": CompressedSparseAttention,
     "hca": HeavilyCompressedAttention,
     "gqa": GroupedQueryAttention,
+    "mla": MultiHeadLatentAttention,
+    "dsa": DeepSeekSparseAttention,
 }

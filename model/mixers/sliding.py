@@ -60,6 +60,7 @@ class SlidingWindowAttention(Mixer):
 
     name = "sliding"
     one_key_value = True
+    formats: ClassVar[tuple[str, ...]] = ("kv_format", "rope_format")
     batch_invariant_widths: ClassVar[tuple[str, ...]] = ("q_lora_rank", "o_lora_rank", "head_dim")
 
     @classmethod

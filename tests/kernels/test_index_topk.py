@@ -12,7 +12,7 @@ from kernels.index_topk.eager import score_tile
 from kernels.index_topk.selection import topk_indices
 from kernels.quantize import round_to_format
 
-FORMATS = ("fp4", "fp8", "bf16", "fp32")
+FORMATS = ("fp4", "fp8", "fp8_128", "bf16", "fp32")
 HEADS, DIMS = 4, 32
 MODES = {backend: {"backend": backend} for backend in available(BACKENDS)}
 MODES["batch-invariant"] = {"backend": "eager", "batch_invariant": True}

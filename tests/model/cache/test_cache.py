@@ -33,6 +33,8 @@ NETWORKS = {
     "wide window": {"window": 20, "csa_ratio": 3, "hca_ratio": 6},
     "one-token window": {"window": 1, "layers": ("csa", "hca")},
     "baseline": {"layers": ("gqa", "sliding")},
+    "latents": {"layers": ("mla", "dsa")},
+    "latents and entries": {"layers": ("dsa", "csa", "mla", "hca")},
 }
 MODELS = {name: build(**{**EXACT, **change}) for name, change in NETWORKS.items()}
 INVARIANT = {name: build(**change) for name, change in NETWORKS.items()}

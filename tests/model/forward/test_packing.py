@@ -27,7 +27,10 @@ def pack(rows, width, vocab=50, seed=0):
 
 
 @pytest.mark.parametrize("attention", ["dense", "sparse"])
-@pytest.mark.parametrize("layers", [("sliding",), ("csa",), ("hca",), ("gqa",), ("sliding", "csa", "hca", "csa")])
+@pytest.mark.parametrize(
+    "layers",
+    [("sliding",), ("csa",), ("hca",), ("gqa",), ("mla",), ("dsa",), ("sliding", "csa", "hca", "csa"), ("dsa", "csa")],
+)
 def test_every_document_comes_out_as_if_alone(layers, attention):
     model = build(layers=layers, mtp_layers=1, **EXACT)
     documents, ids, positions = pack(LENGTHS, width=60)
