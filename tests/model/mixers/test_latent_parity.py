@@ -109,10 +109,12 @@ def test_gradients_agree(name):
     trained = 0
     for name, p in pair.oracle.named_parameters():
         grad = found[ours(name)].grad
-        assert (grad is None or not grad.any()) == (p.grad is None), name
+        assert (grad is None) == (p.grad is None), name
         if p.grad is not None:
             trained += 1
-            assert difference(grad, p.grad) < GRADIENT_TOLERANCE * float(p.grad.abs().max()), name
+            # A softmax over a single token does not depend on the query.
+            bound = GRADIENT_TOLERANCE * float(p.grad.abs().max()) if p.grad.any() else TOLERANCE
+            assert difference(grad, p.grad) < bound, name
     assert trained >= 5
     assert difference(given[0].grad, given[1].grad) < GRADIENT_TOLERANCE * float(given[1].grad.abs().max())
 
