@@ -34,7 +34,7 @@ class ModelConfig:
 
     The V4 recipe makes five choices, each with one switch:
 
-    1. hybrid attention: ``layers`` (``csa``, ``hca``, ``sliding`` or ``gqa``);
+    1. hybrid attention: ``layers`` (names of :data:`model.mixers.MIXERS`);
     2. precision per tensor role: :data:`CACHE_FORMATS` (``fp4``, ``fp8``, ``fp8_128`` or ``bf16``);
     3. Muon: ``train.optimizer.rule`` in the recipe;
     4. hyper-connections: ``hyper_connections``;
@@ -65,11 +65,12 @@ class ModelConfig:
     window: int = 16
     """Uncompressed tokens visible to each query, itself included."""
     rope_theta: float = 10_000.0
-    """Base of sliding and gqa layers, which do not use YaRN."""
+    """Base of sliding, gqa, mla and dsa layers. Sliding and gqa layers do not use YaRN."""
     compress_rope_theta: float = 160_000.0
     """Base of csa and hca layers: queries, window, entries and indexer."""
     yarn_factor: float = 1.0
-    """YaRN scaling factor of csa and hca layers; 1 disables YaRN. The attention factor stays 1.0."""
+    """YaRN scaling factor of csa, hca, mla and dsa layers; 1 disables YaRN. The attention factor of csa and hca stays
+    1.0."""
     yarn_original_positions: int = 65_536
     yarn_beta_fast: float = 32.0
     yarn_beta_slow: float = 1.0
@@ -113,9 +114,9 @@ class ModelConfig:
 
     # --- precision; the defaults are DeepSeek-V4's (report 2.3.4, 5.2.1)
     kv_format: CacheFormat = "fp8"
-    """Format of the unrotated dims of window and compressed entries."""
+    """Format of the unrotated dims of window and compressed entries, and of latents."""
     rope_format: Literal["bf16", "fp32"] = "bf16"
-    """Format of the rotary dims of window and compressed entries."""
+    """Format of the rotary dims of window and compressed entries, and of the rotary keys beside latents."""
     index_format: CacheFormat = "fp4"
     """Format of index keys in the cache, and of index queries in their products."""
     index_scores: Literal["bf16", "fp32"] = "fp32"

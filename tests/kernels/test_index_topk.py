@@ -156,6 +156,13 @@ def test_topk_indices_equal_those_of_a_stable_sort(entries, k):
             assert indices.tolist() == order + [-1] * (k - len(order))
 
 
+@pytest.mark.parametrize("entries", [33, 40, 129, 700, 3000])
+def test_the_best_of_distinct_scores_are_found_wherever_they_are(entries):
+    scores = torch.rand(100, entries).argsort(-1).float()
+    for k in (1, 2, 3, 20):
+        assert torch.equal(topk_indices(scores, k), scores.topk(k).indices)
+
+
 def test_ties_go_to_the_lower_entry_and_only_permitted_ones_are_selected():
     scores = torch.tensor([[[0.0, -0.0, 5.0, 0.0, 0.0, 9.0], [-1.0, -2.0, -1.0, -3.0, 7.0, 7.0]]])
 

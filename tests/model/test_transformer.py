@@ -304,7 +304,7 @@ def test_cache_refuses_what_does_not_fit_and_stays_as_it_was():
         ({"index_head_dim": 24}, "power of two"),
         ({"experts_per_token": 9}, "exceeds num_experts"),
         ({"window": 0}, "window: must be at least 1"),
-        ({"kv_format": "fp2"}, "kv_format: 'fp2' is not one of fp4, fp8, bf16, fp32"),
+        ({"kv_format": "fp2"}, "kv_format: 'fp2' is not one of fp4, fp8, fp8_128, bf16, fp32"),
         ({"rope_format": "fp8"}, "rope_format: 'fp8' is not one of bf16, fp32"),
         ({"head_dim": 18, "kv_format": "fp4"}, "10 unrotated dims in kv_format fp4 end .* expected a multiple of 4"),
         ({"head_dim": 18, "rope_format": "fp32"}, "10 unrotated dims in kv_format fp8 end .* expected a multiple of 4"),
