@@ -309,9 +309,6 @@ def _validate(c: ModelConfig) -> None:
     require(c.mtp_layers in (0, 1), f"mtp_layers: must be 0 or 1, found {c.mtp_layers}")
     require(c.init_std >= 0, f"init_std: must not be negative, found {c.init_std}")
     require(c.yarn_factor >= 1, f"yarn_factor: must be at least 1, found {c.yarn_factor}")
-    require(
-        c.num_heads % c.o_groups == 0, f"num_heads: {c.num_heads} heads do not divide into o_groups {c.o_groups} groups"
-    )
     require(c.rope_head_dim % 2 == 0, f"rope_head_dim: must be even, found {c.rope_head_dim}")
     require(
         c.rope_head_dim < c.head_dim,

@@ -66,6 +66,10 @@ class SlidingWindowAttention(Mixer):
     @classmethod
     def check(cls, config: ModelConfig) -> None:
         c = config
+        require(
+            c.num_heads % c.o_groups == 0,
+            f"num_heads: {c.num_heads} heads do not divide into o_groups {c.o_groups} groups",
+        )
         body, bits, rope_bits = c.head_dim - c.rope_head_dim, FORMAT_BITS[c.kv_format], FORMAT_BITS[c.rope_format]
         require(
             body * bits % rope_bits == 0,

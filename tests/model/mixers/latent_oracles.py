@@ -110,7 +110,6 @@ class Pair:
             mixer_options={name: options},
             hidden_size=case.hidden,
             num_heads=case.heads,
-            o_groups=1,
             rope_theta=case.theta,
             max_positions=512,
             **{**EXACT, **fields},
