@@ -24,8 +24,9 @@ MTP_MIXER = "sliding"
 CACHE_FORMATS = ("kv_format", "rope_format", "index_format", "gqa_format")
 """Fields with the storage format of each tensor role in the cache."""
 FeedForwardKind = Literal["moe", "dense", "none"]
-CacheFormat = Literal["fp4", "fp8", "bf16", "fp32"]
-"""FP4 E2M1 with an E8M0 scale per 32 dims, FP8 E4M3 with an E8M0 scale per 64 dims, or plain floats."""
+CacheFormat = Literal["fp4", "fp8", "fp8_128", "bf16", "fp32"]
+"""FP4 E2M1 with an E8M0 scale per 32 dims, FP8 E4M3 with an E8M0 scale per 64 dims or an FP32 scale per 128 dims
+(DeepSeek-V3.2), or plain floats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class ModelConfig:
     The V4 recipe makes five choices, each with one switch:
 
     1. hybrid attention: ``layers`` (names of :data:`model.mixers.MIXERS`);
-    2. precision per tensor role: :data:`CACHE_FORMATS` (``fp4``, ``fp8`` or ``bf16``);
+    2. precision per tensor role: :data:`CACHE_FORMATS` (``fp4``, ``fp8``, ``fp8_128`` or ``bf16``);
     3. Muon: ``train.optimizer.rule`` in the recipe;
     4. hyper-connections: ``hyper_connections``;
     5. quantization-aware training: ``qat``.
@@ -67,11 +68,12 @@ class ModelConfig:
     window: int = 16
     """Uncompressed tokens visible to each query, itself included."""
     rope_theta: float = 10_000.0
-    """Base of sliding and gqa layers, which do not use YaRN."""
+    """Base of sliding, gqa, mla and dsa layers. Sliding and gqa layers do not use YaRN."""
     compress_rope_theta: float = 160_000.0
     """Base of csa and hca layers: queries, window, entries and indexer."""
     yarn_factor: float = 1.0
-    """YaRN scaling factor of csa and hca layers; 1 disables YaRN. The attention factor stays 1.0."""
+    """YaRN scaling factor of csa, hca, mla and dsa layers; 1 disables YaRN. The attention factor of csa and hca stays
+    1.0."""
     yarn_original_positions: int = 65_536
     yarn_beta_fast: float = 32.0
     yarn_beta_slow: float = 1.0
@@ -124,9 +126,9 @@ class ModelConfig:
 
     # --- precision; the defaults are DeepSeek-V4's (report 2.3.4, 5.2.1)
     kv_format: CacheFormat = "fp8"
-    """Format of the unrotated dims of window and compressed entries."""
+    """Format of the unrotated dims of window and compressed entries, and of latents."""
     rope_format: Literal["bf16", "fp32"] = "bf16"
-    """Format of the rotary dims of window and compressed entries."""
+    """Format of the rotary dims of window and compressed entries, and of the rotary keys beside latents."""
     index_format: CacheFormat = "fp4"
     """Format of index keys in the cache, and of index queries in their products."""
     index_scores: Literal["bf16", "fp32"] = "fp32"
@@ -243,13 +245,13 @@ class ModelConfig:
     @property
     def indexed_layers(self) -> list[int]:
         """Indices of layers whose mixer has an indexer."""
-        return [layer for layer, mixer in enumerate(self.mixers) if mixer.indexer_ratio_field]
+        return list(self.indexer_ratios)
 
     @property
-    def indexer_ratio(self) -> int | None:
-        """Tokens per entry scored by the indexers; None without an indexer."""
-        fields = [mixer.indexer_ratio_field for mixer in self.mixers if mixer.indexer_ratio_field]
-        return getattr(self, fields[0]) if fields else None
+    def indexer_ratios(self) -> dict[int, int]:
+        """Tokens per entry that a layer's indexer scores, by layer with an indexer."""
+        ratios = ((layer, mixer.indexer_ratio(self)) for layer, mixer in enumerate(self.mixers))
+        return {layer: ratio for layer, ratio in ratios if ratio is not None}
 
     @property
     def page_tokens(self) -> int:
@@ -343,9 +345,6 @@ def _validate(c: ModelConfig) -> None:
     require(c.mtp_layers in (0, 1), f"mtp_layers: must be 0 or 1, found {c.mtp_layers}")
     require(c.init_std >= 0, f"init_std: must not be negative, found {c.init_std}")
     require(c.yarn_factor >= 1, f"yarn_factor: must be at least 1, found {c.yarn_factor}")
-    require(
-        c.num_heads % c.o_groups == 0, f"num_heads: {c.num_heads} heads do not divide into o_groups {c.o_groups} groups"
-    )
     require(c.rope_head_dim % 2 == 0, f"rope_head_dim: must be even, found {c.rope_head_dim}")
     require(
         c.rope_head_dim < c.head_dim,

@@ -73,7 +73,7 @@ class KimiDeltaAttention(Mixer):
     value, and rank of both gates. ``conv_kernel``: tokens under the convolution, the newest included. ``chunk_size``:
     tokens per matrix product in training, a power of two; changes speed only. ``state_format``: ``fp32`` or ``bf16``,
     of state and convolution tail in the cache."""
-    batch_invariant_widths = ("mixer_options.kda.head_dim",)
+    batch_invariant_widths = ("head_dim",)
 
     # --- declarations
 

@@ -92,7 +92,7 @@ class Mamba2(Mixer):
     matrix product in training; changes speed only. ``time_step_min`` and ``time_step_max``: initial step sizes.
     ``time_step_limit``: least and greatest step size, None for no limit. ``state_format``: ``fp32`` or ``bf16``, of
     state and convolution tail in the cache."""
-    batch_invariant_widths = ("mixer_options.mamba2.head_dim",)
+    batch_invariant_widths = ("head_dim",)
 
     # --- declarations
 

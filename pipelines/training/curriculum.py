@@ -157,13 +157,13 @@ def _check_stage(recipe: Recipe, stage: Stage) -> None:
     )
     for mixer in set(config.mixers):
         mixer.check_length(config, length)
-    if config.indexer_ratio is None:
+    if not config.indexed_layers:
         require(not stage.warms_up, f"{key}: indexer_warmup is set, but no layer of model.layers has an indexer")
         for name in ("index_topk", "indexer_learning_rate"):
             given = getattr(train.stages[stage.index], name)
             require(given is None, f"{key}.{name}: {given} is set, but no layer of model.layers has an indexer")
         return
-    entries = length // config.indexer_ratio
+    entries = min(length // ratio for ratio in config.indexer_ratios.values())
     require(
         stage.attention != "sparse" or entries > config.index_topk,
         f"{key}: index_topk {config.index_topk} is not below the {entries} entries of a {length}-token sequence, so a "

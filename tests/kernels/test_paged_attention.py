@@ -92,3 +92,27 @@ def test_sizes_around_multiples_of_the_vector_width(backend):
                 backend=backend,
             )
             torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", available(BACKENDS))
+@pytest.mark.parametrize("kind", ["visible", "chosen"])
+@pytest.mark.parametrize(("tokens", "heads"), [(1, 5), (1, 8), (7, 4), (40, 3)])
+@torch.no_grad()
+def test_latents_without_a_window_have_narrower_values(tokens, heads, kind, backend):
+    """Absorbed latent attention: the first dims of a key are its value, and the softmax scale is not that of a key."""
+    layout, value_size, scale = EntryLayout(160, "fp8_128", 6, "bf16"), 160, 0.1
+    query, rows = torch.randn(B, tokens, heads, layout.size), pack(torch.randn(B, T, layout.size), layout)
+    if kind == "visible":
+        visible = (torch.tensor([[1], [3], [T]]) + torch.arange(tokens)).clamp(max=T)
+        mask, entries = torch.arange(T) < visible.unsqueeze(-1), EntrySet(pages_of(rows), visible=visible)
+    else:
+        chosen = torch.rand(B, tokens, T).argsort(-1)[..., :4]
+        chosen[..., 2:][torch.rand(B, tokens, 2) < 0.5] = -1
+        entries = EntrySet(pages_of(rows), chosen=chosen)
+        mask = torch.zeros(B, tokens, T + 1, dtype=torch.bool).scatter_(-1, chosen % (T + 1), True)[..., :T]
+    keys = unpack(rows, layout)
+    logits = torch.einsum("bshc,btc->bsht", query, keys) * scale
+    weights = logits.masked_fill(~mask.unsqueeze(2), float("-inf")).softmax(-1)
+    expected = torch.einsum("bsht,btv->bshv", weights, keys[..., :value_size])
+    found = paged_attention(query, None, entries, None, layout, 0, scale, value_size, backend=backend)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

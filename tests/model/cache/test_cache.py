@@ -35,6 +35,8 @@ NETWORKS = {
     "baseline": {"layers": ("gqa", "sliding")},
     "recurrent": {"layers": ("mamba2", "csa")},
     "delta rule": {"layers": ("hca", "kda")},
+    "latents": {"layers": ("mla", "dsa")},
+    "latents and entries": {"layers": ("dsa", "csa", "mla", "hca")},
 }
 MODELS = {name: build(**{**EXACT, **change}) for name, change in NETWORKS.items()}
 INVARIANT = {name: build(**change) for name, change in NETWORKS.items()}
