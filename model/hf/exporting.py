@@ -115,7 +115,8 @@ class _TransformersWriter:
         found = []
         for part in source.parts:
             tensor = self.state[part.ours].detach()
-            found.append((tensor if part.expert is None else tensor[part.expert]).cpu())
+            tensor = tensor if part.expert is None else tensor[part.expert]
+            found.append((tensor if part.our_rows is None else tensor[slice(*part.our_rows)]).cpu())
         tensor = found[0].reshape(source.shape) if len(found) == 1 else torch.cat(found, dim=-2)
         if tensor.is_floating_point() and not release_format.is_finite(tensor):
             raise CheckpointError(f"tensor '{source.name}' holds values that are not finite")

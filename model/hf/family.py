@@ -69,8 +69,10 @@ class Family:
         if not isinstance(own, dict) or set(own) - set(known):
             raise r.wrong(OWN_KEY, f"a mapping of {', '.join(known)}", own)
         for name, value in own.items():
-            place = fields["mixer_options"][self.own_options[name]] if name in self.own_options else fields
-            place[name] = value
+            if name in self.own_options:
+                fields["mixer_options"].setdefault(self.own_options[name], {})[name] = value
+            else:
+                fields[name] = value
 
     def read_fields(self, r: ConfigReader) -> dict[str, Any]:
         """Return the fields of ModelConfig that :attr:`fields` and :attr:`needs` leave open."""
@@ -85,7 +87,9 @@ class Family:
         content: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
         content |= {key: getattr(config, ours) for key, ours in self.fields.items()} | dict(self.fixed)
         own = {name: getattr(config, name) for name in self.own_fields}
-        own |= {name: config.mixer_options[mixer][name] for name, mixer in self.own_options.items()}
+        for name, mixer in self.own_options.items():
+            if mixer in config.mixer_options:
+                own[name] = config.mixer_options[mixer][name]
         content[OWN_KEY] = own
         # Without a padding token, transformers would take a default that need not be in the vocabulary.
         content |= {"num_hidden_layers": config.num_layers, "use_cache": True, "pad_token_id": None}

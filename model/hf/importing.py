@@ -185,5 +185,7 @@ def _copy_into(model: Transformer, source: Source, tensor: Tensor, shard: Path) 
         target = getattr(model.get_submodule(path), leaf)
         if part.expert is not None:
             target = target[part.expert]
+        if part.our_rows is not None:
+            target = target[part.our_rows[0] : part.our_rows[1]]
         rows = tensor if part.rows is None else tensor[..., part.rows[0] : part.rows[1], :]
         target.copy_(rows.reshape(target.shape))

@@ -6,10 +6,14 @@ from model.config import ModelConfig
 from model.errors import ConfigError
 from model.hf.config_reader import ConfigReader
 from model.hf.deepseek_v4 import DeepseekV4
+from model.hf.deepseek_v32 import DeepseekV32
 from model.hf.family import Family
+from model.hf.kimi_linear import KimiLinear
 from model.hf.mamba2 import Mamba2
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (DeepseekV4(), Mamba2())}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (DeepseekV4(), DeepseekV32(), Mamba2(), KimiLinear())
+}
 """Families by ``model_type``."""
 
 

@@ -18,6 +18,9 @@ class TensorSlice:
     ours: str
     expert: int | None = None
     rows: tuple[int, int] | None = None
+    """Rows of the stored tensor; None for all."""
+    our_rows: tuple[int, int] | None = None
+    """Rows of our tensor; None for all."""
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from model.cache.layer_cache import LayerCache
     from model.config import ModelConfig
 
+LATENT_NORM_EPS = 1e-6
+"""The released code of DeepSeek-V3.2 and Kimi Linear does not take it from the configuration."""
+
 
 class IndexInputs(NamedTuple):
     """Inputs of an indexer's scores."""
@@ -198,10 +201,10 @@ class MultiHeadLatentAttention(Mixer):
             self.wq = Linear(c.hidden_size, queries)
         else:
             self.wq_a = Linear(c.hidden_size, sizes.q_lora_rank)
-            self.q_norm = RMSNorm(sizes.q_lora_rank, c.norm_eps)
+            self.q_norm = RMSNorm(sizes.q_lora_rank, LATENT_NORM_EPS)
             self.wq_b = Linear(sizes.q_lora_rank, queries)
         self.wkv_a = Linear(c.hidden_size, sizes.kv_lora_rank + sizes.qk_rope_head_dim)
-        self.kv_norm = RMSNorm(sizes.kv_lora_rank, c.norm_eps)
+        self.kv_norm = RMSNorm(sizes.kv_lora_rank, LATENT_NORM_EPS)
         self.wkv_b = Linear(sizes.kv_lora_rank, c.num_heads * (sizes.qk_nope_head_dim + sizes.v_head_dim))
         self.wo = Linear(c.num_heads * sizes.v_head_dim, c.hidden_size)
 

@@ -129,7 +129,7 @@ def test_the_export_step_converts_both_ways(folder, tmp_path, capsys):
         ({"num_hidden_layers": 3}, "key 'num_hidden_layers' is 3, but the folder has tensors of 2 layers, 0 to 1"),
         ({"state_size": 16}, r"mixer.* has shape .* by .*'state_size' 16.* of config.json"),
         ({"vocab_size": 51}, r"expected \[51, 32\] by 'vocab_size' 51 of config.json"),
-        ({"quantization_config": {"quant_method": "awq"}}, "'quantization_config': expected none"),
+        ({"quantization_config": {"quant_method": "awq"}}, "'quantization_config': quantized weights are not supp"),
         ({"fiftyfold": {"state_format": "fp8"}}, "key 'state_format': expected one of fp32, bf16, found 'fp8'"),
         ({"fiftyfold": {"window": 3}}, "'fiftyfold': expected a mapping of kv_format, .*, state_format, found"),
     ],
