@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import math
 import statistics
@@ -21,12 +22,13 @@ from evals.lm import CheckpointLM
 from model.errors import ConfigError
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
-TASKS = ("mqar", "needle")
+TASKS = {"mqar": False, "needle": True}
+"""The tasks, and whether a task is run at every depth."""
 
 
 def evaluate(
     checkpoint_folder: str | Path,
-    tasks: Sequence[str] = TASKS,
+    tasks: Sequence[str] = tuple(TASKS),
     lengths: Sequence[int] = (256,),
     depths: Sequence[float] = (0.1, 0.5, 0.9),
     samples: int = 64,
@@ -66,14 +68,13 @@ def evaluate(
     }
     with _quiet_lm_eval():
         built = []
-        for length in lengths:
-            if "mqar" in tasks:
-                built.append(_load_task("mqar", f"mqar/{length}", {**common, "length": length}))
-            if "needle" in tasks:
-                for depth in depths:
-                    built.append(
-                        _load_task("needle", f"needle/{length}/{depth:g}", {**common, "length": length, "depth": depth})
-                    )
+        for length, task in itertools.product(lengths, tasks):
+            at_length: dict[str, Any] = {**common, "length": length}
+            if TASKS[task]:
+                settings = [(f"{task}/{length}/{depth:g}", {**at_length, "depth": depth}) for depth in depths]
+            else:
+                settings = [(f"{task}/{length}", at_length)]
+            built += [_load_task(task, setting, metadata) for setting, metadata in settings]
         # No bootstrap: lm-eval would treat the questions of one document as independent.
         results = simple_evaluate(model, tasks=built, task_manager=_task_manager({}), bootstrap_iters=0)
     metrics: dict[str, float] = {}
