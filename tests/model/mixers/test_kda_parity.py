@@ -141,7 +141,8 @@ def worst_gradient(p, tokens):
         found.append((gradients if module is p.ours else from_transformers(gradients)) | {"x": x.grad})
     ours, theirs = found
     assert ours.keys() == theirs.keys() and len(ours) == 9
-    return max((error(ours[n], theirs[n]) / theirs[n].abs().max().item(), n) for n in theirs)
+    # The decay's parameters have no gradient at a single token, which finds an empty state.
+    return max((error(ours[n], theirs[n]) / max(1e-30, theirs[n].abs().max().item()), n) for n in theirs)
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
@@ -152,7 +153,7 @@ def test_outputs_and_gradients_agree(name):
     assert worst_decoded(p, 0, PROMPT) < TOLERANCE
     assert worst_decoded(p, 37, PROMPT) < TOLERANCE
     assert worst_cut(p, PROMPT, range(1, PROMPT)) < TOLERANCE
-    for tokens in (2, 23, 150):
+    for tokens in (1, 23, 150):
         worst, where = worst_gradient(p, tokens)
         assert worst < GRADIENT_TOLERANCE, where
 
