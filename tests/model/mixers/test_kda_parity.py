@@ -32,8 +32,8 @@ CONFIGURATIONS = {
     "long chunks": {"hidden_size": 17, "num_heads": 1, "head_dim": 34, "chunk_size": 128},
     "strong decays": {"hidden_size": 18, "num_heads": 3, "head_dim": 5, "chunk_size": 64},
 }
-SHIFT = {"strong decays": 6.0}
-"""Added to A_log and to the inputs of softplus: rates up to thousands per token."""
+SPREAD = {"strong decays": 6.0}
+"""Multiplies A_log and dt_bias: some decays are nearly 1, others exp of minus hundreds."""
 
 
 def from_transformers(weights):
@@ -76,7 +76,7 @@ class Pair:
             for key, p in self.oracle.named_parameters():
                 p.normal_(std=0.5 if p.dim() == 1 else p.shape[-1] ** -0.5)
                 if key.startswith("forget_gate") and p.squeeze().dim() < 2:
-                    p.add_(SHIFT.get(name, 0.0))
+                    p.mul_(SPREAD.get(name, 1.0))
             self.oracle.o_norm.weight.add_(1.0)
             self.oracle.conv1d.weight.normal_(std=0.5)
             self.ours.load_state_dict(from_transformers(self.oracle.state_dict()))
@@ -141,7 +141,8 @@ def worst_gradient(p, tokens):
         found.append((gradients if module is p.ours else from_transformers(gradients)) | {"x": x.grad})
     ours, theirs = found
     assert ours.keys() == theirs.keys() and len(ours) == 9
-    return max((error(ours[n], theirs[n]) / theirs[n].abs().max().item(), n) for n in theirs)
+    # The decay's parameters have no gradient at a single token, which finds an empty state.
+    return max((error(ours[n], theirs[n]) / max(1e-30, theirs[n].abs().max().item()), n) for n in theirs)
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
@@ -152,7 +153,7 @@ def test_outputs_and_gradients_agree(name):
     assert worst_decoded(p, 0, PROMPT) < TOLERANCE
     assert worst_decoded(p, 37, PROMPT) < TOLERANCE
     assert worst_cut(p, PROMPT, range(1, PROMPT)) < TOLERANCE
-    for tokens in (2, 23, 150):
+    for tokens in (1, 23, 150):
         worst, where = worst_gradient(p, tokens)
         assert worst < GRADIENT_TOLERANCE, where
 
@@ -171,10 +172,11 @@ def test_decoding_agrees_with_the_cache_of_transformers():
         assert error(p.run(piece, ours), p.oracle(piece, cache_params=theirs)) < TOLERANCE
 
 
+@torch.no_grad()
 def test_strong_decays_are_strong():
     p = pair("strong decays")
     projected = p.ours.project(p.x, None, Context(torch.arange(TOKENS)[None], {}), False)
-    assert projected.log_decay.min() < -1000
+    assert projected.log_decay.min() < -200 and (projected.log_decay > -0.01).float().mean() > 0.1
     mild = pair("two heads")
     projected = mild.ours.project(mild.x, None, Context(torch.arange(TOKENS)[None], {}), False)
     assert -1 < projected.log_decay.median() < -0.1
