@@ -128,6 +128,96 @@ void softmax_with_sink(float* logits, int64_t n, float sink) {
   for (int64_t j = 0; j < n; ++j) logits[j] *= inverse;
 }
 
+constexpr int64_t kTile = 64;  // keys that are unpacked together
+constexpr int64_t kRows = 32;  // rows (heads of neighboring queries) that share a tile, or the heads of one query
+
+// Attention of queries float32 [B, S, H, c] to the first limit_of(b, s) entries of pages_of(b), which does not decrease in
+// s, by an online softmax over tiles of keys: memory does not grow with the number of entries.
+template <typename PagesOf, typename LimitOf>
+Tensor attend_in_tiles(const Tensor& query, const Layout& layout, PagesOf pages_of, LimitOf limit_of, const float* sinks,
+                       float scale, int64_t size) {
+  const int64_t B = query.size(0), S = query.size(1), H = query.size(2), c = query.size(3);
+  const int64_t together = std::max<int64_t>(1, kRows / H), blocks = (S + together - 1) / together;
+  // Few queries: distribute their keys over threads, each with a softmax of its own.
+  const int64_t parts = std::max<int64_t>(1, at::get_num_threads() / (B * blocks)), rows = together * H;
+  Tensor out = at::empty({B, S, H, size}, query.options());
+  float* result = out.mutable_data_ptr<float>();
+  std::vector<float> peaks(B * blocks * parts * rows), totals(peaks.size()), sums(parts > 1 ? peaks.size() * size : 0);
+  auto sums_of = [&](int64_t block, int64_t part) {
+    const int64_t first = block / blocks * S + block % blocks * together;
+    return parts > 1 ? sums.data() + (block * parts + part) * rows * size : result + first * H * size;
+  };
+  auto count_of = [&](int64_t block) { return std::min(together, S - block % blocks * together); };
+  at::parallel_for(0, B * blocks * parts, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scaled(rows * c), keys(kTile * c), transposed(kTile * c), logits(kHeadGroup * kTile);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t block = item / parts, part = item % parts, b = block / blocks, first = block % blocks * together;
+      const int64_t count = count_of(block), tiles = (limit_of(b, first + count - 1) + kTile - 1) / kTile;
+      const float* q = query.const_data_ptr<float>() + (b * S + first) * H * c;
+      for (int64_t i = 0; i < count * H * c; ++i) scaled[i] = q[i] * scale;
+      float *peak = peaks.data() + item * rows, *total = totals.data() + item * rows, *sum = sums_of(block, part);
+      std::fill(peak, peak + rows, -INFINITY);
+      std::fill(total, total + rows, 0.0f);
+      std::fill(sum, sum + count * H * size, 0.0f);
+      const Pages pages = pages_of(b);
+      const bool transposes = count * H >= 4 * kHeadGroup;
+      for (int64_t tile = tiles * part / parts; tile < tiles * (part + 1) / parts; ++tile) {
+        const int64_t oldest = tile * kTile, n = std::min(kTile, limit_of(b, first + count - 1) - oldest);
+        for (int64_t i = 0; i < n; ++i) {
+          unpack_row(pages.row(oldest + i), layout, keys.data() + i * c);
+          for (int64_t d = 0; transposes && d < c; ++d) transposed[d * kTile + i] = keys[i * c + d];
+        }
+        for (int64_t row = 0; row < count * H;) {
+          const int64_t s = row / H, group = std::min(kHeadGroup, (s + 1) * H - row);
+          const int64_t seen = std::min(n, limit_of(b, first + s) - oldest);
+          if (seen > 0) {
+            const float* own = scaled.data() + row * c;
+            if (transposes) {
+              logits_of_transposed(own, group, transposed.data(), kTile, seen, c, logits.data(), kTile);
+            } else {
+              logits_of_keys(own, group, keys.data(), seen, c, logits.data(), kTile);
+            }
+            for (int64_t g = 0; g < group; ++g) {
+              float* weights = logits.data() + g * kTile;
+              float most = peak[row + g], added = 0;
+              for (int64_t j = 0; j < seen; ++j) most = std::max(most, weights[j]);
+              const float fade = exp_of(peak[row + g] - most);
+#pragma omp simd reduction(+ : added)
+              for (int64_t j = 0; j < seen; ++j) {
+                weights[j] = exp_of(weights[j] - most);
+                added += weights[j];
+              }
+              total[row + g] = total[row + g] * fade + added;
+              peak[row + g] = most;
+              for (int64_t i = 0; fade != 1.0f && i < size; ++i) sum[(row + g) * size + i] *= fade;
+            }
+            add_values(logits.data(), kTile, group, keys.data(), seen, c, size, sum + row * size);
+          }
+          row += group;
+        }
+      }
+    }
+  });
+  // Join the parts and the sink.
+  for (int64_t block = 0; block < B * blocks; ++block) {
+    const int64_t first = block / blocks * S + block % blocks * together;
+    for (int64_t row = 0; row < count_of(block) * H; ++row) {
+      const float sink = sinks[row % H];
+      const auto place = [&](int64_t part) { return (block * parts + part) * rows + row; };
+      float most = sink;
+      for (int64_t part = 0; part < parts; ++part) most = std::max(most, peaks[place(part)]);
+      float total = exp_of(sink - most);
+      for (int64_t part = 0; part < parts; ++part) total += totals[place(part)] * exp_of(peaks[place(part)] - most);
+      float* to = result + (first * H + row) * size;
+      for (int64_t part = 0; part < parts; ++part) {
+        const float weight = exp_of(peaks[place(part)] - most) / total, *from = sums_of(block, part) + row * size;
+        for (int64_t i = 0; i < size; ++i) to[i] = weight * from[i] + (part ? to[i] : 0.0f);
+      }
+    }
+  }
+  return out;
+}
+
 // query float32 [B, S, H, c], at positions first[b] + s. The row of position p in window_rows, uint8 [B, R, nbytes], is
 // (p - offset[b]) mod R; without window_rows there is no window. Entries are in storage, uint8 [rows, nbytes], with the page
 // table int64 [B, P]. Queries attend to those of `chosen`, int64 [B, S, K] (-1: none), or else to the first visible[b, s],
@@ -163,6 +253,10 @@ Tensor paged_attention(const Tensor& queries, const std::optional<Tensor>& windo
     return Pages{storage->const_data_ptr<uint8_t>(), table.const_data_ptr<int64_t>() + b * table.size(1), page_size, nbytes};
   };
 
+  const auto scale = static_cast<float>(softmax_scale);
+  if (!windowed && visible) {
+    return attend_in_tiles(query, layout, pages_of, limit_of, sink.const_data_ptr<float>(), scale, value_size);
+  }
   // Unpack rows that queries share once: tokens from the oldest in the window of the first query, and visible entries.
   const int64_t span = window - 1 + S;
   std::vector<SharedRows> near, far;
@@ -183,7 +277,6 @@ Tensor paged_attention(const Tensor& queries, const std::optional<Tensor>& windo
   }
 
   Tensor out = at::empty({B, S, H, value_size}, query.options());
-  const auto scale = static_cast<float>(softmax_scale);
   const int64_t groups = (H + kHeadGroup - 1) / kHeadGroup;
   // Few queries: distribute their heads over threads. Many: a thread unpacks the entries of a query once for all heads.
   const int64_t split = B * S < 2 * at::get_num_threads() ? groups : 1, per_item = (groups + split - 1) / split * kHeadGroup;

@@ -5,13 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.cache_io import EntryLayout, unpack
+from kernels.cache_io import EntryLayout, Pages, unpack
 from kernels.paged_attention.inputs import EntrySet, TokenRows
+from kernels.sparse_attention import TiledAttention
 
 _VALUES = 1 << 22
 """Most scores or unpacked values of a group of several queries."""
 _QUERIES = 64
 """Most queries of a group."""
+_TILE = 1024
+"""Entries that are unpacked together where there is no window."""
 
 
 def paged_attention(
@@ -26,6 +29,8 @@ def paged_attention(
 ) -> Tensor:
     """Implement :func:`kernels.paged_attention.paged_attention`."""
     B, S, H, c = query.shape
+    if tokens is None and entries is not None and entries.visible is not None:
+        return _attend_in_tiles(query, entries.pages, entries.visible, sink, layout, scale, value_size)
     first = tokens.first.expand(B) if tokens is not None else query.new_zeros(B, dtype=torch.int64)
     most = int(entries.visible.max()) if entries is not None and entries.visible is not None else 0
     shared = None
@@ -53,6 +58,27 @@ def paged_attention(
             mask = torch.arange(most, device=query.device) < entries.visible[:, group].unsqueeze(-1)
         some = query[:, group] * scale
         outputs.append(_attention(some, keys, first + begin, entry_keys, mask, sink, window, value_size))
+    return torch.cat(outputs, dim=1)
+
+
+def _attend_in_tiles(
+    query: Tensor, pages: Pages, visible: Tensor, sink: Tensor, layout: EntryLayout, scale: float, value_size: int
+) -> Tensor:
+    """Attend to the first ``visible`` entries, int64 [B or 1, S], of which tiles are unpacked in turn."""
+    B, _, H, _ = query.shape
+    visible = visible.expand(B, -1)
+    step = max(1, min(_QUERIES, _VALUES // (B * H * _TILE)))
+    outputs = []
+    for some, seen in zip(query.split(step, dim=1), visible.split(step, dim=1)):
+        attention = TiledAttention(some.flatten(1, 2), sink.repeat(some.shape[1]), scale, value_size)
+        limits, last = seen.repeat_interleave(H, dim=1).unsqueeze(-1), seen[:, -1:] - 1
+        most = int(seen.max())
+        for begin in range(0, most, _TILE):
+            indices = torch.arange(begin, min(begin + _TILE, most), device=query.device)
+            # Sequences with fewer entries have no pages for the others, which are masked.
+            rows = pages.gather(indices.minimum(last).clamp(min=0))
+            attention.add(unpack(rows, layout), indices < limits)
+        outputs.append(attention.output().unflatten(1, (-1, H)))
     return torch.cat(outputs, dim=1)
 
 

@@ -34,11 +34,13 @@ class TiledAttention:
         self.values = query.new_zeros(*query.shape[:2], self.size)
 
     def add(self, keys: Tensor, mask: Tensor, values: Tensor | None = None) -> None:
-        """Attend to a tile of keys, float32 [N, T, c], where mask, bool [N, T], is True.
+        """Attend to a tile of keys, float32 [N, T, c], where mask, bool [N, T] or [N, H, T], is True.
 
         ``values`` are float32 [N, T, value_size], by default the first dims of the keys.
         """
-        logits = torch.bmm(self.query, keys.transpose(1, 2)).masked_fill(~mask.unsqueeze(1), float("-inf"))
+        if mask.dim() == 2:
+            mask = mask.unsqueeze(1)
+        logits = torch.bmm(self.query, keys.transpose(1, 2)).masked_fill(~mask, float("-inf"))
         peak = torch.maximum(self.peak, logits.amax(-1))
         fade = (self.peak - peak).exp()
         weights = (logits - peak.unsqueeze(-1)).exp()

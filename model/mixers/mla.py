@@ -101,6 +101,9 @@ class MultiHeadLatentAttention(Mixer):
         "v_head_dim",
     )
 
+    direct_queries: ClassVar[bool] = True
+    """True if the queries' latent is optional."""
+
     # --- declarations
 
     @classmethod
@@ -141,9 +144,6 @@ class MultiHeadLatentAttention(Mixer):
             f"rope_format {config.rope_format}; expected a multiple of {unit // bits}",
         )
 
-    direct_queries: ClassVar[bool] = True
-    """True if the queries' latent is optional."""
-
     @classmethod
     def rotary(cls, config: ModelConfig) -> Rotary | None:
         sizes = cls.sizes(config)
@@ -166,10 +166,8 @@ class MultiHeadLatentAttention(Mixer):
 
     @classmethod
     def stored_formats(cls, config: ModelConfig) -> list[StoredFormat]:
-        return [
-            StoredFormat("latents of keys and values", config.kv_format, 1),
-            StoredFormat("shared rotary keys", config.rope_format, 1),
-        ]
+        keys = [StoredFormat("shared rotary keys", config.rope_format, 1)] * (cls.sizes(config).qk_rope_head_dim > 0)
+        return [StoredFormat("latents of keys and values", config.kv_format, 1), *keys]
 
     @classmethod
     def work(cls, config: ModelConfig, tokens: int) -> list[Work]:
