@@ -8,6 +8,8 @@ from model import checkpoint
 from model.cache import Cache
 from model.config import ModelConfig
 from model.costs import count_parameters, decode_work, feed_forward_work
+from model.distributed.dtensor import is_sharded
+from model.distributed.fsdp import shard
 from model.errors import ConfigError
 from model.feed_forward import DenseFeedForward
 from model.forward.aux_outputs import AuxOutputs
@@ -16,6 +18,7 @@ from model.moe import MixtureOfExperts
 from model.optim.config import OptimizerConfig
 from model.optim.muon_adamw import rule_for
 from model.precision import format_table
+from tests.gloo import on_ranks
 from tests.model.networks import EXACT, build
 
 V32 = {
@@ -158,6 +161,34 @@ def test_tied_embeddings_are_one_tensor(ids, tmp_path):
     total = {name: count_parameters(m).components["embedding"] for name, m in (("tied", model), ("free", free))}
     assert total == {"tied": (1600, 1600), "free": (1600, 0)}
     assert rule_for("embed.weight", model.embed.weight, OptimizerConfig().rule, (50,)) == "adamw"
+
+
+def train_on_two_ranks(rank, world, ids, expected):
+    """Compare the gradients of sharded networks with those of whole ones."""
+    for kinds, (loss, gradients) in zip(KINDS.values(), expected):
+        model = build(**EXACT, **kinds).train()
+        shard(model, "cpu")
+        assert is_sharded(model.embed.weight) and is_sharded(model.layers[0].attn.wo_b.weight)
+        found = next_token_loss(model, ids)
+        found.backward()
+        torch.testing.assert_close(found.detach(), loss)
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None and is_sharded(parameter):  # replicas are averaged by the trainer
+                torch.testing.assert_close(parameter.grad.full_tensor(), gradients[name], rtol=1e-3, atol=1e-5)
+
+
+def next_token_loss(model, ids):
+    return cross_entropy(model(ids).flatten(0, 1), ids.roll(-1, 1).flatten())
+
+
+def test_sharded_networks_have_the_gradients_of_whole_ones(ids):
+    expected = []
+    for kinds in KINDS.values():
+        model = build(**EXACT, **kinds).train()
+        loss = next_token_loss(model, ids)
+        loss.backward()
+        expected.append((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    on_ranks(2, train_on_two_ranks, ids, expected)
 
 
 @pytest.mark.parametrize(

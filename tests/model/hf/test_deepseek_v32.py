@@ -62,7 +62,12 @@ CONFIGURATIONS = {
     "selection": {"index_topk": 8, "index_n_heads": 32, "num_hidden_layers": 2},
     "one group, two shared experts": {"n_group": 1, "topk_group": 1, "n_shared_experts": 2, "rms_norm_eps": 1e-3},
     "dense": {"first_k_dense_replace": 3},
-    "experts only": {"first_k_dense_replace": 0, "routed_scaling_factor": 1.0},
+    "experts only, 3 heads": {
+        "first_k_dense_replace": 0,
+        "routed_scaling_factor": 1.0,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+    },
     "YaRN without mscale": {"rope_parameters": {**YARN, "beta_fast": 16, "beta_slow": 2}},
     "YaRN with two mscales": {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}},
 }
