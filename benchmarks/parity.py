@@ -25,7 +25,7 @@ from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 from benchmarks.lib.harness import Result, make_parser, run_benchmark, run_main
 from model.cache import Cache
 from model.hf import import_pretrained
-from model.hf.names import sources
+from model.hf.deepseek_v4.names import sources
 from model.transformer import Transformer
 
 TOKENS = 300
@@ -259,7 +259,7 @@ def gradients(p: Pair, tokens: int) -> tuple[float, str, int]:
         F.cross_entropy(forward(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
     ours.eval(), oracle.eval()
     parameters = dict(ours.named_parameters())
-    plan = sources(ours.config, {name: tensor.shape for name, tensor in ours.state_dict().items()}, "transformers")
+    plan = sources({name: tensor.shape for name, tensor in ours.state_dict().items()}, "transformers")
     largest, where, count = 0.0, "", 0
     for name, parameter in oracle.named_parameters():
         source = plan[name]

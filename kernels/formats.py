@@ -16,6 +16,7 @@ E4M3_MAX = 448.0
 FP8_AMAX_FLOOR = 1e-4
 FP4_AMAX_FLOOR = E2M1_MAX * 2.0**-126
 FP8_BLOCK = 64
+FP8_WIDE_BLOCK = 128
 FP4_BLOCK = 32
 FP8_TILE = 128
 """FP8 weights have one scale per tile of 128 x 128. Activations and cache entries have one per :data:`FP8_BLOCK`."""

@@ -26,27 +26,24 @@ if TYPE_CHECKING:
 
 def check_widths(config: ModelConfig) -> None:
     """Raise ConfigError for layers or widths that have no batch-invariant mode."""
-    names = ["hidden_size", "expert_size" if config.ffn == "moe" else "ffn_size"]
+    kinds = config.ffn_kinds
+    names = ["hidden_size", *(["expert_size"] * ("moe" in kinds)), *(["ffn_size"] * ("dense" in kinds))]
+    widths = {name: getattr(config, name) for name in names}
     for mixer in dict.fromkeys(config.mixers):
         if mixer.batch_invariant_widths is None:
             raise ConfigError(f"execution: layers of '{mixer.name}' have no batch-invariant mode")
-        names += mixer.batch_invariant_widths
-    for name in names:
-        width = _find_setting(config, name)
-        if width % 4:
+        options = config.mixer_options.get(mixer.name, {})
+        for name in mixer.batch_invariant_widths:
+            if name in options:
+                widths[f"mixer_options.{mixer.name}.{name}"] = options[name]
+            else:
+                widths[name] = getattr(config, name)
+    for name, width in widths.items():
+        if width is not None and width % 4:
             # A CPU library sums some rows of a product in another order, only at widths that 4 does not divide.
             raise ConfigError(
                 f"execution: batch-invariant needs widths that are multiples of 4, model.{name} is {width}"
             )
-
-
-def _find_setting(config: ModelConfig, name: str) -> int:
-    """Return a field, or an option of a mixer given as ``mixer_options.<mixer>.<option>``."""
-    field, *keys = name.split(".")
-    value = getattr(config, field)
-    for key in keys:
-        value = value[key]
-    return value
 
 
 def run_block(block: Block, streams: Tensor, input_ids: Tensor, context: Context, cache: LayerCache | None) -> Tensor:
@@ -57,13 +54,18 @@ def run_block(block: Block, streams: Tensor, input_ids: Tensor, context: Context
         x, mixing = block.attn_residual.enter(streams)
         return mixing, block.attn.project(block.attn_norm(x), rotation, context, cache is not None)
 
+    def after_mixing(streams: Tensor, mixing: tuple, mixed: Tensor, rotation: Rotation | None) -> Tensor:
+        return block.attn_residual.leave(streams, mixing, block.attn.output(mixed, rotation))
+
     def before_ffn(streams: Tensor, mixing: tuple, mixed: Tensor, rotation: Rotation | None) -> tuple:
-        between = block.attn_residual.leave(streams, mixing, block.attn.output(mixed, rotation))
+        between = after_mixing(streams, mixing, mixed, rotation)
         x, mixing = block.ffn_residual.enter(between)
         return between, mixing, block.ffn_norm(x)
 
     mixing, projected = in_tiles(before_mixing, streams, rotation)
     mixed = block.attn.mix(projected, context, cache)
+    if block.ffn is None:
+        return in_tiles(after_mixing, streams, mixing, mixed, rotation)
     streams, mixing, x = in_tiles(before_ffn, streams, mixing, mixed, rotation)
     ffn = block.ffn
     out = in_tiles(ffn, x) if isinstance(ffn, DenseFeedForward) else _run_experts(ffn, x, input_ids, context)

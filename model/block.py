@@ -20,18 +20,23 @@ if TYPE_CHECKING:
 
 
 class Block(nn.Module):
-    """A sequence mixer and a feed-forward block, each with its own norm and residual. ``layer`` counts from 0."""
+    """A sequence mixer and, unless ``ffn`` is none, a feed-forward block, each with its own norm and residual.
+
+    ``layer`` counts from 0.
+    """
 
     def __init__(self, config: ModelConfig, mixer: str, layer: int):
         super().__init__()
         self.attn = MIXERS[mixer](config, layer)
-        self.ffn: MixtureOfExperts | DenseFeedForward = (
-            MixtureOfExperts(config, layer) if config.ffn == "moe" else DenseFeedForward(config, config.ffn_size)
-        )
+        kind = config.block_ffn_kinds[layer]
+        self.ffn: MixtureOfExperts | DenseFeedForward | None = None
+        if kind != "none":
+            self.ffn = MixtureOfExperts(config, layer) if kind == "moe" else DenseFeedForward(config, config.ffn_size)
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attn_residual = residual(config)
-        self.ffn_residual = residual(config)
+        if self.ffn is not None:
+            self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+            self.ffn_residual = residual(config)
         self.recompute_streams = True
         """Recompute the residual streams between the two halves in the backward pass, for one matrix product."""
 
@@ -43,6 +48,8 @@ class Block(nn.Module):
         x, mixing = self.attn_residual.enter(streams)
         out = self.attn(self.attn_norm(x), context, cache)
         between = self.attn_residual.leave(streams, mixing, out)
+        if self.ffn is None:
+            return between
 
         recompute = self.training and self.recompute_streams
         recomputed = self.attn_residual.to_recompute(between, streams, mixing, out) if recompute else None

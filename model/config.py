@@ -23,8 +23,10 @@ MTP_MIXER = "sliding"
 """Mixer of the multi-token prediction module's block."""
 CACHE_FORMATS = ("kv_format", "rope_format", "index_format", "gqa_format")
 """Fields with the storage format of each tensor role in the cache."""
-CacheFormat = Literal["fp4", "fp8", "bf16", "fp32"]
-"""FP4 E2M1 with an E8M0 scale per 32 dims, FP8 E4M3 with an E8M0 scale per 64 dims, or plain floats."""
+FeedForwardKind = Literal["moe", "dense", "none"]
+CacheFormat = Literal["fp4", "fp8", "fp8_128", "bf16", "fp32"]
+"""FP4 E2M1 with an E8M0 scale per 32 dims, FP8 E4M3 with an E8M0 scale per 64 dims or an FP32 scale per 128 dims
+(DeepSeek-V3.2), or plain floats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class ModelConfig:
     The V4 recipe makes five choices, each with one switch:
 
     1. hybrid attention: ``layers`` (names of :data:`model.mixers.MIXERS`);
-    2. precision per tensor role: :data:`CACHE_FORMATS` (``fp4``, ``fp8`` or ``bf16``);
+    2. precision per tensor role: :data:`CACHE_FORMATS` (``fp4``, ``fp8``, ``fp8_128`` or ``bf16``);
     3. Muon: ``train.optimizer.rule`` in the recipe;
     4. hyper-connections: ``hyper_connections``;
     5. quantization-aware training: ``qat``.
@@ -50,6 +52,8 @@ class ModelConfig:
     max_positions: int = 65_536
     norm_eps: float = 1e-6
     init_std: float = 0.02
+    tie_word_embeddings: bool = False
+    """Use the embedding as the weight of the head."""
     zero_init_output: bool = False
     """Initialize the last projection of every attention and feed-forward block to zero. The release only gives
     "std 0.02". Zero initialization learns faster over a few hundred steps, so the tiny recipes use it."""
@@ -64,11 +68,12 @@ class ModelConfig:
     window: int = 16
     """Uncompressed tokens visible to each query, itself included."""
     rope_theta: float = 10_000.0
-    """Base of sliding and gqa layers, which do not use YaRN."""
+    """Base of sliding, gqa, mla and dsa layers. Sliding and gqa layers do not use YaRN."""
     compress_rope_theta: float = 160_000.0
     """Base of csa and hca layers: queries, window, entries and indexer."""
     yarn_factor: float = 1.0
-    """YaRN scaling factor of csa and hca layers; 1 disables YaRN. The attention factor stays 1.0."""
+    """YaRN scaling factor of csa, hca, mla and dsa layers; 1 disables YaRN. The attention factor of csa and hca stays
+    1.0."""
     yarn_original_positions: int = 65_536
     yarn_beta_fast: float = 32.0
     yarn_beta_slow: float = 1.0
@@ -98,23 +103,32 @@ class ModelConfig:
     mean of the streams. ``identity`` keeps the streams separate."""
 
     # --- feed-forward
-    ffn: Literal["moe", "dense"] = "moe"
+    ffn: FeedForwardKind = "moe"
+    """Mixture of experts, one SwiGLU, or no feed-forward half (Mamba-2)."""
+    first_k_dense_replace: int = 0
+    """Number of leading layers with a dense feed-forward block instead of a mixture of experts."""
     ffn_size: int = 256
-    """Inner width of the dense feed-forward layer."""
+    """Inner width of dense feed-forward blocks."""
     num_experts: int = 4
     experts_per_token: int = 2
     num_shared_experts: int = 1
     expert_size: int = 96
     num_hash_layers: int = 1
     """Number of leading layers that route by a fixed table of token IDs instead of learned affinity."""
+    scoring_func: Literal["sqrtsoftplus", "sigmoid"] = "sqrtsoftplus"
+    """Affinity of an expert by its router logit. DeepSeek-V3.2 and Kimi Linear use ``sigmoid``."""
+    n_group: int = 1
+    topk_group: int = 1
+    """The experts of a token come from ``topk_group`` of ``n_group`` groups of consecutive experts (V3)."""
     routed_scaling_factor: float = 1.5
     swiglu_limit: float = 10.0
+    """Bound of the SwiGLU inputs; 0 for none."""
 
     # --- precision; the defaults are DeepSeek-V4's (report 2.3.4, 5.2.1)
     kv_format: CacheFormat = "fp8"
-    """Format of the unrotated dims of window and compressed entries."""
+    """Format of the unrotated dims of window and compressed entries, and of latents."""
     rope_format: Literal["bf16", "fp32"] = "bf16"
-    """Format of the rotary dims of window and compressed entries."""
+    """Format of the rotary dims of window and compressed entries, and of the rotary keys beside latents."""
     index_format: CacheFormat = "fp4"
     """Format of index keys in the cache, and of index queries in their products."""
     index_scores: Literal["bf16", "fp32"] = "fp32"
@@ -213,15 +227,31 @@ class ModelConfig:
         return self.mixers + [MIXERS[MTP_MIXER]] * (self.mtp_layers > 0)
 
     @property
-    def indexed_layers(self) -> list[int]:
-        """Indices of layers whose mixer has an indexer."""
-        return [layer for layer, mixer in enumerate(self.mixers) if mixer.indexer_ratio_field]
+    def ffn_kinds(self) -> list[FeedForwardKind]:
+        """Kind of each layer's feed-forward block."""
+        return self.block_ffn_kinds[: self.num_layers]
 
     @property
-    def indexer_ratio(self) -> int | None:
-        """Tokens per entry scored by the indexers; None without an indexer."""
-        fields = [mixer.indexer_ratio_field for mixer in self.mixers if mixer.indexer_ratio_field]
-        return getattr(self, fields[0]) if fields else None
+    def block_ffn_kinds(self) -> list[FeedForwardKind]:
+        """Kind of each block's feed-forward block: all layers, then the multi-token prediction module."""
+        leading: list[FeedForwardKind] = ["dense"] * self.first_k_dense_replace
+        return leading + [self.ffn] * (self.num_layers + self.mtp_layers - len(leading))
+
+    @property
+    def swiglu_bound(self) -> float:
+        """Bound of the SwiGLU inputs; infinite for none."""
+        return self.swiglu_limit or math.inf
+
+    @property
+    def indexed_layers(self) -> list[int]:
+        """Indices of layers whose mixer has an indexer."""
+        return list(self.indexer_ratios)
+
+    @property
+    def indexer_ratios(self) -> dict[int, int]:
+        """Tokens per entry that a layer's indexer scores, by layer with an indexer."""
+        ratios = ((layer, mixer.indexer_ratio(self)) for layer, mixer in enumerate(self.mixers))
+        return {layer: ratio for layer, ratio in ratios if ratio is not None}
 
     @property
     def page_tokens(self) -> int:
@@ -301,20 +331,20 @@ def _validate(c: ModelConfig) -> None:
         "num_experts",
         "experts_per_token",
         "expert_size",
+        "n_group",
+        "topk_group",
         "yarn_original_positions",
     )
     for name in positive:
         require(getattr(c, name) >= 1, f"{name}: must be at least 1, found {getattr(c, name)}")
         require(getattr(c, name) < 1 << 31, f"{name}: must be below 2 ** 31, found {getattr(c, name)}")
-    for name in ["norm_eps", "rope_theta", "compress_rope_theta", "routed_scaling_factor", "swiglu_limit", "hc_eps"]:
+    for name in ["norm_eps", "rope_theta", "compress_rope_theta", "routed_scaling_factor", "hc_eps"]:
         require(getattr(c, name) > 0, f"{name}: must be positive, found {getattr(c, name)}")
+    require(c.swiglu_limit >= 0, f"swiglu_limit: must not be negative, found {c.swiglu_limit}")
     require(len(c.layers) >= 1, "layers: the schedule is empty")
     require(c.mtp_layers in (0, 1), f"mtp_layers: must be 0 or 1, found {c.mtp_layers}")
     require(c.init_std >= 0, f"init_std: must not be negative, found {c.init_std}")
     require(c.yarn_factor >= 1, f"yarn_factor: must be at least 1, found {c.yarn_factor}")
-    require(
-        c.num_heads % c.o_groups == 0, f"num_heads: {c.num_heads} heads do not divide into o_groups {c.o_groups} groups"
-    )
     require(c.rope_head_dim % 2 == 0, f"rope_head_dim: must be even, found {c.rope_head_dim}")
     require(
         c.rope_head_dim < c.head_dim,
@@ -323,13 +353,37 @@ def _validate(c: ModelConfig) -> None:
     require(c.head_dim % 2 == 0, f"head_dim: must be even, found {c.head_dim}")
     for mixer in set(c.block_mixers):
         mixer.check(c)
+    require(
+        c.first_k_dense_replace == 0 or (c.ffn == "moe" and 0 < c.first_k_dense_replace < len(c.layers)),
+        f"first_k_dense_replace: expected 0, or with ffn 'moe' fewer than all {len(c.layers)} layers, found "
+        f"{c.first_k_dense_replace}",
+    )
     if c.ffn == "moe":
-        require(
-            c.experts_per_token <= c.num_experts,
-            f"experts_per_token: {c.experts_per_token} exceeds num_experts {c.num_experts}",
-        )
-        require(c.num_shared_experts >= 0, f"num_shared_experts: must not be negative, found {c.num_shared_experts}")
-        require(
-            0 <= c.num_hash_layers <= len(c.layers),
-            f"num_hash_layers: {c.num_hash_layers} does not fit a schedule of {len(c.layers)} layers",
-        )
+        _validate_experts(c)
+
+
+def _validate_experts(c: ModelConfig) -> None:
+    require(
+        c.experts_per_token <= c.num_experts,
+        f"experts_per_token: {c.experts_per_token} exceeds num_experts {c.num_experts}",
+    )
+    require(c.num_shared_experts >= 0, f"num_shared_experts: must not be negative, found {c.num_shared_experts}")
+    require(
+        0 <= c.num_hash_layers <= len(c.layers),
+        f"num_hash_layers: {c.num_hash_layers} does not fit a schedule of {len(c.layers)} layers",
+    )
+    require(
+        not (c.num_hash_layers and c.first_k_dense_replace),
+        f"num_hash_layers: {c.num_hash_layers} leading layers cannot be hash-routed, because first_k_dense_replace "
+        f"makes {c.first_k_dense_replace} of them dense; set one of the two to 0",
+    )
+    require(c.topk_group <= c.n_group, f"topk_group: {c.topk_group} exceeds n_group {c.n_group}")
+    require(
+        c.n_group == 1 or (c.num_experts % c.n_group == 0 and c.num_experts >= 2 * c.n_group),
+        f"n_group: {c.num_experts} experts (num_experts) do not divide into {c.n_group} groups of at least 2",
+    )
+    available = c.num_experts // c.n_group * c.topk_group
+    require(
+        c.experts_per_token <= available,
+        f"experts_per_token: {c.experts_per_token} exceeds the {available} experts of topk_group {c.topk_group} groups",
+    )

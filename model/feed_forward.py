@@ -20,7 +20,7 @@ class DenseFeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig, size: int):
         super().__init__()
-        self.limit = config.swiglu_limit
+        self.limit = config.swiglu_bound
         self.w1 = Linear(config.hidden_size, size)
         self.w3 = Linear(config.hidden_size, size)
         self.w2 = Linear(size, config.hidden_size)

@@ -166,6 +166,14 @@ def check_expressible(config: ModelConfig) -> None:
     require(c.hyper_connections, "hyper_connections", "true", c.hyper_connections)
     require(c.hc_mult == 4, "hc_mult", "4", c.hc_mult)
     require(c.ffn == "moe", "ffn", "'moe'", repr(c.ffn))
+    for key, needed in (
+        ("first_k_dense_replace", 0),
+        ("scoring_func", "sqrtsoftplus"),
+        ("n_group", 1),
+        ("tie_word_embeddings", False),
+    ):
+        require(getattr(c, key) == needed, key, repr(needed), repr(getattr(c, key)))
+    require(c.swiglu_limit > 0, "swiglu_limit", "a limit above 0", c.swiglu_limit)
     require(c.num_shared_experts >= 1, "num_shared_experts", "at least 1", c.num_shared_experts)
     # llama.cpp divides by zero if its index-key cache is empty, or if its hca cache is and has keys of equal width.
     require(bool(c.indexed_layers), "layers", "at least one csa layer", "none")

@@ -15,7 +15,7 @@ from kernels.expert_dispatch import by_expert, combine, dispatch
 from kernels.formats import FP4_BLOCK
 from kernels.fused_experts import fused_experts, prefers_fused
 from kernels.linear import linear
-from kernels.routing import route
+from kernels.routing import LEAST_SUM, affinity, route
 from kernels.swiglu import swiglu
 from model.feed_forward import DenseFeedForward
 from model.forward.context import Context
@@ -36,9 +36,9 @@ Experts = tuple[Tensor, ...]
 class MixtureOfExperts(nn.Module):
     """Shared experts for every token, plus the best ``experts_per_token`` routed ones. [B, S, hidden] -> same.
 
-    Affinity is sqrt(softplus(logit)) in float32. A balance bias affects which experts are chosen, but not their
-    weights; it is updated by a rule, not by gradient descent. The first ``num_hash_layers`` layers choose by a fixed
-    table of token ids and weight by learned affinity. Weights are normalized, then scaled.
+    Affinity is a function of the router logit (``scoring_func``), in float32. A balance bias affects which experts are
+    chosen, but not their weights; it is updated by a rule, not by gradient descent. The first ``num_hash_layers``
+    layers choose by a fixed table of token ids and weight by learned affinity. Weights are normalized, then scaled.
     """
 
     router_bias: Tensor
@@ -100,7 +100,7 @@ class MixtureOfExperts(nn.Module):
         if prefers_fused(x, self.w1):
             shared = () if self.shared is None else self.shared.weights
             experts = self.packed_experts() or self.stored_experts(context)
-            return fused_experts(x, expert_ids, weights, experts, shared, self.config.swiglu_limit)
+            return fused_experts(x, expert_ids, weights, experts, shared, self.config.swiglu_bound)
         out = self._run_experts(x.flatten(0, 1), expert_ids.flatten(0, 1), weights.flatten(0, 1), context).view(x.shape)
         return out if self.shared is None else out + self.shared(x)
 
@@ -110,7 +110,8 @@ class MixtureOfExperts(nn.Module):
         fixed = self.tid2eid[input_ids] if self.hash_routed else context.forced_experts.get(self.layer)
         with in_float32(x):
             logits = linear(cast(x, torch.float32), cast(self.router.weight, torch.float32))
-            return logits, *route(logits, self.router_bias, c.experts_per_token, c.routed_scaling_factor, fixed)
+            choice = c.experts_per_token, c.routed_scaling_factor, fixed, c.scoring_func, c.n_group, c.topk_group
+            return logits, *route(logits, self.router_bias, *choice)
 
     def _record(self, logits: Tensor, expert_ids: Tensor, context: Context) -> None:
         """Add load, choices and balance loss to the auxiliary outputs. Padding is not counted."""
@@ -121,7 +122,9 @@ class MixtureOfExperts(nn.Module):
         context.aux.expert_load[self.layer] = torch.bincount(real.flatten(), minlength=self.config.num_experts)
         if not self.hash_routed:
             context.aux.expert_ids[self.layer] = expert_ids
-            context.aux.losses["balance"][self.layer] = sequence_balance(logits, expert_ids, counted)
+            context.aux.losses["balance"][self.layer] = sequence_balance(
+                affinity(logits, self.config.scoring_func), expert_ids, counted
+            )
 
     def _run_experts(self, flat: Tensor, expert_ids: Tensor, weights: Tensor, context: Context) -> Tensor:
         """Run each expert over its own tokens: flat [N, hidden] -> [N, hidden]."""
@@ -137,7 +140,7 @@ class MixtureOfExperts(nn.Module):
 
     def run_expert(self, rows: Tensor, gain: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
         """Run one expert over rows [n, hidden] with weights ``gain`` [n, 1]."""
-        return linear(swiglu(linear(rows, w1), linear(rows, w3), self.config.swiglu_limit, gain), w2)
+        return linear(swiglu(linear(rows, w1), linear(rows, w3), self.config.swiglu_bound, gain), w2)
 
     def each_expert(self, context: Context) -> list[Experts]:
         """Return w1, w3 and w2 of every expert. Unbinding gives each stack one gradient instead of one per expert."""
@@ -174,20 +177,19 @@ class MixtureOfExperts(nn.Module):
         return self._rounded[form][1]
 
 
-def sequence_balance(logits: Tensor, chosen: Tensor, counted: Tensor | None = None) -> Tensor:
+def sequence_balance(affinity: Tensor, chosen: Tensor, counted: Tensor | None = None) -> Tensor:
     """Return the sequence-wise balance loss (V3 report 2.1.2): the mean over sequences of sum_e f_e * P_e.
 
-    Takes router logits [B, S, E], chosen int64 [B, S, K] and counted bool [B, S], False for padding. f_e is the load of
+    Takes affinities [B, S, E], chosen int64 [B, S, K] and counted bool [B, S], False for padding. f_e is the load of
     expert e relative to an even share, P_e its mean normalized affinity. An even load gives 1.
     """
-    affinity = F.softplus(logits).sqrt()
     experts, k = affinity.shape[-1], chosen.shape[-1]
     if counted is None:
         counted = torch.ones(chosen.shape[:2], dtype=torch.bool, device=chosen.device)
     weight = counted.unsqueeze(-1).float()
     tokens = weight.sum(dim=1).clamp(min=1)  # [B, 1]
     load = (F.one_hot(chosen, experts).sum(dim=2) * weight).sum(dim=1) * experts / (k * tokens)
-    share = (affinity / affinity.sum(-1, keepdim=True) * weight).sum(dim=1) / tokens
+    share = (affinity / (affinity.sum(-1, keepdim=True) + LEAST_SUM) * weight).sum(dim=1) / tokens
     return (load * share).sum(-1).mean()
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from model.forward.aux_outputs import AuxOutputs
 
 EXPERT_FORMAT = "fp4"
-FORMAT_BITS = {"fp4": 4, "fp8": 8, "bf16": 16, "fp32": 32}
+FORMAT_BITS = {"fp4": 4, "fp8": 8, "fp8_128": 8, "bf16": 16, "fp32": 32}
 
 
 def main_layout(config: ModelConfig) -> EntryLayout:
@@ -93,7 +93,7 @@ def format_table(config: ModelConfig) -> list[tuple[str, str, str, int]]:
     for mixer in config.block_mixers:
         for stored in mixer.stored_formats(config):
             counts[stored.role, stored.format] += stored.tensors
-    experts = 3 * len(config.block_mixers) if config.ffn == "moe" else 0
+    experts = 3 * config.block_ffn_kinds.count("moe")
     counts["routed expert weights", EXPERT_FORMAT if config.qat else "fp32"] += experts
     return [
         (role, name, "yes" if config.qat and name != "fp32" else "no", count)

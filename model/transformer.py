@@ -49,7 +49,9 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, mixer, layer) for layer, mixer in enumerate(config.layers))
         self.hyper_head = HyperHead(config) if config.hyper_connections else None
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = Linear(config.hidden_size, config.vocab_size, full_precision=True)
+        self.head = (
+            None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, full_precision=True)
+        )
         self.mtp = nn.ModuleList(PredictAhead(config) for _ in range(config.mtp_layers))
         families = {mixer.name: mixer.rotary(config) for mixer in config.block_mixers}
         self._rotary = {name: family for name, family in families.items() if family is not None}
@@ -156,8 +158,9 @@ class Transformer(nn.Module):
         return self._project(self.norm(self.hyper_head(streams) if self.hyper_head is not None else streams))
 
     def _project(self, x: Tensor) -> Tensor:
+        weight = self.embed.weight if self.head is None else self.head.weight
         with in_float32(x):
-            return linear(x, cast(self.head.weight, torch.float32))
+            return linear(x, cast(weight, torch.float32))
 
     def _context(
         self,
@@ -222,7 +225,8 @@ class Transformer(nn.Module):
         if self.config.zero_init_output:
             for block in (*self.layers, *self.mtp):
                 block.attn.zero_output()
-                block.ffn.zero_output()
+                if block.ffn is not None:
+                    block.ffn.zero_output()
 
     @torch.no_grad()
     def cast_weights(self, dtype: torch.dtype) -> None:

@@ -10,6 +10,12 @@ FP8_EQUIVALENT = {"bf16": 2.0, "fp8": 1.0, "fp4 weights": 1.0, "fp4": 0.5}
 multiplies at FP8's peak (report 5.2.1); only the index products have FP4 on both sides. The report does not print its
 weights: with these its ratios to V3.2 come out."""
 
+
+def product_format(stored: str) -> str:
+    """Return the format of products with operands in a storage format, a key of :data:`FP8_EQUIVALENT`."""
+    return {"fp32": "bf16", "fp8_128": "fp8"}.get(stored, stored)
+
+
 WEIGHTING = (
     "equivalent FP8 FLOPs: BF16 x2, FP8 x1, FP4 index products x0.5, FP4 experts (FP8 activations) x1; "
     "core attention counts as BF16, and so does what runs in FP32 (head, router, compressors, hyper-connections, "

@@ -20,7 +20,7 @@ PIPELINES = ("steps", "ray_runtime", "training", "tracking", "data", "reports", 
 """Packages of pipelines/, from top to bottom."""
 MODEL = ("hf", "checkpoint", "optim", "costs", "mixers", "cache", "forward", "layers", "distributed", "tokenizer")
 """Packages of model/, from top to bottom."""
-MIXERS = {"sliding", "csa", "hca", "gqa", "mamba2"}
+MIXERS = {"sliding", "csa", "hca", "gqa", "mla", "dsa", "mamba2", "kda"}
 MAX_LINES = 400
 
 

@@ -20,7 +20,7 @@ from model.cache.random_fill import fill_random
 from model.config import ModelConfig
 from model.generation import prefill
 from model.hf import export_pretrained, import_pretrained
-from model.hf.config import OWN_KEY
+from model.hf.family import OWN_KEY
 from model.transformer import Transformer
 
 if TYPE_CHECKING:

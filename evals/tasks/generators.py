@@ -131,9 +131,9 @@ def _find_problem(context: str, answer: str, tokenizer: Tokenizer, window: int) 
 
 def _check_selection(task: str, length: int, tokens: int, config: ModelConfig) -> None:
     """Raise ConfigError if the indexer would select all entries."""
-    if config.indexer_ratio is None:
+    if not config.indexed_layers:
         return
-    entries = tokens // config.indexer_ratio
+    entries = min(tokens // ratio for ratio in config.indexer_ratios.values())
     if entries <= config.index_topk:
         raise ConfigError(
             f"{task}: length {length} is vacuous: there are {entries} compressed entries before the first question, "

@@ -2,25 +2,42 @@
 
 An entry has ``body`` dims in one format, followed by ``rope`` dims in another::
 
-    [ body values | rope values | E8M0 scales of the body | padding ]
+    [ body values | rope values | padding | scales of the body | padding ]
 
-At the released sizes an entry of 448 E4M3 values, 64 BF16 values (128 bytes), 7 scales and 1 byte of padding takes 584
-bytes. An index key of 128 E2M1 values and 4 scales takes 68 bytes.
+At the sizes of DeepSeek-V4 an entry of 448 E4M3 values, 64 BF16 values (128 bytes), 7 E8M0 scales and 1 byte of padding
+takes 584 bytes. An index key of 128 E2M1 values and 4 scales takes 68 bytes. At those of V3.2, in ``fp8_128``, a latent
+of 512 E4M3 values, 64 BF16 values and 4 FP32 scales takes 656 bytes, and an index key of 128 values 132.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kernels import formats
 
+
+class BlockScales(NamedTuple):
+    """Scales of a format: powers of two, one per block of dims."""
+
+    block: int
+    """Dims per scale."""
+    max: float
+    """Largest value of the grid."""
+    floor: float
+    """Floor of a block's largest magnitude."""
+    nbytes: int
+    """Bytes of a stored scale: 1 (E8M0) or 4 (FP32)."""
+
+
 SCALED_FORMATS = {
-    "fp8": (formats.FP8_BLOCK, formats.E4M3_MAX, formats.FP8_AMAX_FLOOR),
-    "fp4": (formats.FP4_BLOCK, formats.E2M1_MAX, formats.FP4_AMAX_FLOOR),
+    "fp8": BlockScales(formats.FP8_BLOCK, formats.E4M3_MAX, formats.FP8_AMAX_FLOOR, 1),
+    "fp8_128": BlockScales(formats.FP8_WIDE_BLOCK, formats.E4M3_MAX, formats.FP8_AMAX_FLOOR, 4),
+    "fp4": BlockScales(formats.FP4_BLOCK, formats.E2M1_MAX, formats.FP4_AMAX_FLOOR, 1),
 }
-"""Block size, largest value and floor of the block maximum, for formats with block scales."""
-_BYTES_PER_VALUE = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "fp4": 0.5}
-_NATIVE_CODES = {"fp32": 0, "bf16": 1, "fp8": 2, "fp4": 3}
+"""Formats with block scales. ``fp8_128`` is DeepSeek-V3.2's."""
+_BYTES_PER_VALUE = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "fp8_128": 1.0, "fp4": 0.5}
+_NATIVE_CODES = {"fp32": 0, "bf16": 1, "fp8": 2, "fp4": 3, "fp8_128": 4}
 
 
 @dataclass(frozen=True)
@@ -45,7 +62,7 @@ class EntryLayout:
     @property
     def block(self) -> int:
         """Dims that share a scale."""
-        return min(SCALED_FORMATS[self.body_format][0], self.body)
+        return min(SCALED_FORMATS[self.body_format].block, self.body)
 
     @property
     def scales(self) -> int:
@@ -63,8 +80,20 @@ class EntryLayout:
         return int(self.rope * _BYTES_PER_VALUE[self.rope_format])
 
     @property
+    def scale_bytes(self) -> int:
+        """Bytes of one scale."""
+        return SCALED_FORMATS[self.body_format].nbytes if self.scales else 1
+
+    @property
+    def scale_offset(self) -> int:
+        """Offset of the scales in bytes."""
+        used = self.body_bytes + self.rope_bytes
+        return used + -used % self.scale_bytes
+
+    @property
     def nbytes(self) -> int:
         """Bytes of an entry, including padding."""
-        used = self.body_bytes + self.rope_bytes + self.scales
+        used = self.scale_offset + self.scales * self.scale_bytes
         # Rows are adjacent in memory, and their float parts must be aligned to the width of a float.
-        return used + -used % (4 if "fp32" in (self.body_format, self.rope_format) else 2)
+        wide = "fp32" in (self.body_format, self.rope_format) or self.scale_bytes == 4
+        return used + -used % (4 if wide else 2)

@@ -17,19 +17,22 @@ def pack(x: Tensor, layout: EntryLayout) -> Tensor:
     parts = []
     scales = None
     if layout.body_format in SCALED_FORMATS:
-        _, grid_max, floor = SCALED_FORMATS[layout.body_format]
-        scales = formats.e8m0_from_amax(formats.block_amax(body, layout.block), grid_max, floor)
-        grid = body / formats.per_element(formats.e8m0_to_float(scales), layout.block, layout.body)
-        if layout.body_format == "fp8":
-            parts.append(grid.clamp(-grid_max, grid_max).to(torch.float8_e4m3fn).view(torch.uint8))
-        else:
+        own = SCALED_FORMATS[layout.body_format]
+        exponents = formats.e8m0_from_amax(formats.block_amax(body, layout.block), own.max, own.floor)
+        values = formats.e8m0_to_float(exponents)
+        grid = body / formats.per_element(values, layout.block, layout.body)
+        if layout.body_format == "fp4":
             parts.append(formats.pack_e2m1(formats.round_to_e2m1(grid)))
+        else:
+            parts.append(grid.clamp(-own.max, own.max).to(torch.float8_e4m3fn).view(torch.uint8))
+        scales = exponents if layout.scale_bytes == 1 else _to_bytes(values, "fp32")
     else:
         parts.append(_to_bytes(body, layout.body_format))
     if layout.rope:
         parts.append(_to_bytes(rope, layout.rope_format))
     if scales is not None:
-        parts.append(scales)
+        gap = layout.scale_offset - layout.body_bytes - layout.rope_bytes
+        parts.append(torch.nn.functional.pad(scales, (gap, 0)))
     packed = torch.cat(parts, dim=-1)
     return torch.nn.functional.pad(packed, (0, layout.nbytes - packed.shape[-1]))
 
@@ -38,7 +41,7 @@ def unpack(packed: Tensor, layout: EntryLayout) -> Tensor:
     """Implement :func:`kernels.cache_io.unpack`."""
     raw = packed[..., : layout.body_bytes]
     if layout.body_format in SCALED_FORMATS:
-        grid = formats.unpack_e4m3(raw) if layout.body_format == "fp8" else formats.unpack_e2m1(raw)
+        grid = formats.unpack_e2m1(raw) if layout.body_format == "fp4" else formats.unpack_e4m3(raw)
         body = grid * formats.per_element(_unpack_scales(packed, layout), layout.block, layout.body)
     else:
         body = _to_floats(raw, layout.body_format)
@@ -54,8 +57,8 @@ def write_ring(ring: Tensor, rows: Tensor, ends: list[int]) -> None:
 
 
 def _unpack_scales(packed: Tensor, layout: EntryLayout) -> Tensor:
-    begin = layout.body_bytes + layout.rope_bytes
-    return formats.e8m0_to_float(packed[..., begin : begin + layout.scales])
+    raw = packed[..., layout.scale_offset :][..., : layout.scales * layout.scale_bytes]
+    return formats.e8m0_to_float(raw) if layout.scale_bytes == 1 else _to_floats(raw, "fp32")
 
 
 def _unpack_rope(packed: Tensor, layout: EntryLayout) -> Tensor:

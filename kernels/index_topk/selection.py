@@ -44,7 +44,7 @@ def topk_indices(scores: Tensor, k: int) -> Tensor:
         groups = F.pad(scores, (0, -T % size), value=float("-inf")).unflatten(-1, (-1, size))
         indices = torch.arange(groups.shape[-2], device=scores.device)
         best = _sort_keys(groups.amax(-1), indices).topk(k, dim=-1, sorted=False).indices
-        candidates = (best.unsqueeze(-1) * size + indices[:size]).flatten(-2)
+        candidates = (best.unsqueeze(-1) * size + torch.arange(size, device=scores.device)).flatten(-2)
         values = groups.flatten(-2).gather(-1, candidates)
         inner = _sort_keys(values, candidates).topk(k, dim=-1).indices
         chosen, values = candidates.gather(-1, inner), values.gather(-1, inner)

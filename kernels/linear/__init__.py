@@ -32,8 +32,10 @@ MAX_NATIVE_TOKENS = 8
 
 
 def supports_weight(weight: Tensor) -> bool:
-    """Return whether native operators can read ``weight`` in place: float32 or BF16, and contiguous."""
-    return weight.dtype in (torch.float32, torch.bfloat16) and weight.is_contiguous()
+    """Return whether native operators can read ``weight`` in place: float32 or BF16, and every matrix of a stack
+    contiguous."""
+    is_dense = weight.is_contiguous() or (weight.dim() == 3 and weight[0].is_contiguous())
+    return weight.dtype in (torch.float32, torch.bfloat16) and is_dense
 
 
 def backend_for(x: Tensor, weight: Tensor) -> str:
@@ -68,5 +70,8 @@ def linear_concat(x: Tensor, weights: Sequence[Tensor], backend: str | None = No
 
 
 def grouped_linear(x: Tensor, weight: Tensor, backend: str | None = None) -> Tensor:
-    """Multiply every group of inputs by its own weight: x [..., g * in] and weight [g, out, in] to [..., g * out]."""
+    """Multiply every group of inputs by its own weight: x [..., g * in] and weight [g, out, in] to [..., g * out].
+
+    ``weight`` may be a view of every group's first or last rows.
+    """
     return get_backend(BACKENDS, backend or backend_for(x, weight)).grouped_linear(x, weight)

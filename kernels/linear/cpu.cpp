@@ -5,7 +5,8 @@ namespace fiftyfold {
 namespace {
 
 void check_weight(const Tensor& x, const Tensor& weight, int64_t dim, int64_t in) {
-  TORCH_CHECK_VALUE(weight.is_contiguous() && weight.dim() == dim && x.size(-1) == in, "linear: x ", x.sizes(),
+  const bool is_dense = dim == 2 ? weight.is_contiguous() : weight.dim() == 3 && weight[0].is_contiguous();
+  TORCH_CHECK_VALUE(is_dense && weight.dim() == dim && x.size(-1) == in, "linear: x ", x.sizes(),
                     " and weight ", weight.sizes(), " do not match");
 }
 
@@ -29,7 +30,7 @@ Tensor linear(const Tensor& input, at::TensorList weights) {
   return y;
 }
 
-// x [..., g * in] and weight [g, out, in] -> [..., g * out].
+// x [..., g * in] and weight [g, out, in] -> [..., g * out]. The matrices of groups may lie apart.
 Tensor grouped_linear(const Tensor& input, const Tensor& weight) {
   const Tensor x = contiguous_float(input, "linear: x");
   check_weight(x, weight, 3, weight.size(0) * weight.size(-1));

@@ -187,7 +187,12 @@ inline float swiglu_of(float gate, float up, float limit) {
 
 // --- number formats, equal to kernels/formats.py bit for bit
 
-enum Format : int64_t { kFp32 = 0, kBf16 = 1, kFp8 = 2, kFp4 = 3 };
+enum Format : int64_t { kFp32 = 0, kBf16 = 1, kFp8 = 2, kFp4 = 3, kFp8Wide = 4 };
+
+inline bool is_fp8(int64_t format) { return format == kFp8 || format == kFp8Wide; }
+
+// Dims that share a scale, for formats with scales.
+inline int64_t block_of(int64_t format) { return format == kFp4 ? 32 : format == kFp8 ? 64 : 128; }
 
 inline uint8_t e8m0_from_amax(float amax, float grid_max, float floor) {
   const uint32_t u = bits_of(std::max(amax, floor) / grid_max);
@@ -197,6 +202,11 @@ inline uint8_t e8m0_from_amax(float amax, float grid_max, float floor) {
 
 inline float e8m0_to_float(uint8_t exponent) {
   return float_of(std::max<uint32_t>(static_cast<uint32_t>(exponent) << 23, 1u << 22));
+}
+
+// Biased exponent of the scale of a block with the largest magnitude `amax`.
+inline uint8_t scale_exponent(float amax, int64_t format) {
+  return is_fp8(format) ? e8m0_from_amax(amax, 448.0f, 1e-4f) : e8m0_from_amax(amax, 6.0f, 6.0f * 0x1p-126f);
 }
 
 inline uint8_t to_e4m3(float x) {  // round to nearest even, saturating at 448
@@ -235,30 +245,52 @@ inline float from_e2m1(uint32_t code) {
   return float_of(bits_of(a) | ((code & 8) << 28));
 }
 
-// Layout of a packed row, [ body | rope | E8M0 scales | padding ], as kernels.cache_io.EntryLayout defines it.
+// Layout of a packed row, [ body | rope | scales | padding ], as kernels.cache_io.EntryLayout defines it.
 struct Layout {
-  int64_t body, body_format, rope, rope_format, block, scales, body_bytes, rope_bytes;
+  int64_t body, body_format, rope, rope_format, block, scales, body_bytes, rope_bytes, scale_offset;
 
   explicit Layout(at::IntArrayRef spec) {
     TORCH_CHECK_VALUE(spec.size() == 4, "layout: expected 4 numbers (body dims, body format, rope dims, rope format)");
     TORCH_CHECK_VALUE(spec[0] >= 1 && spec[2] >= 0 && spec[3] <= kBf16 && (spec[1] != kFp4 || spec[0] % 2 == 0),
                       "layout: unsupported layout of ", spec[0], " body dims and ", spec[2], " rope dims");
     body = spec[0], body_format = spec[1], rope = spec[2], rope_format = spec[3];
-    block = std::min<int64_t>(body_format == kFp4 ? 32 : 64, body);
+    block = std::min<int64_t>(block_of(body_format), body);
     scales = body_format >= kFp8 ? (body + block - 1) / block : 0;
     body_bytes = bytes(body, body_format), rope_bytes = bytes(rope, rope_format);
+    scale_offset = aligned(body_bytes + rope_bytes, scale_bytes());
   }
 
   static int64_t bytes(int64_t n, int64_t format) {
-    return format == kFp32 ? 4 * n : format == kBf16 ? 2 * n : format == kFp8 ? n : n / 2;
+    return format == kFp32 ? 4 * n : format == kBf16 ? 2 * n : format == kFp4 ? n / 2 : n;
   }
+
+  static int64_t aligned(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
   int64_t size() const { return body + rope; }
 
+  int64_t scale_bytes() const { return body_format == kFp8Wide ? 4 : 1; }
+
   int64_t nbytes() const {
-    const int64_t used = body_bytes + rope_bytes + scales;
-    const int64_t unit = body_format == kFp32 || rope_format == kFp32 ? 4 : 2;
-    return (used + unit - 1) / unit * unit;
+    const int64_t used = scale_offset + scales * scale_bytes();
+    return aligned(used, body_format == kFp32 || rope_format == kFp32 || body_format == kFp8Wide ? 4 : 2);
+  }
+
+  float read_scale(const uint8_t* row, int64_t b) const {
+    if (body_format != kFp8Wide) return e8m0_to_float(row[scale_offset + b]);
+    float scale;
+    std::memcpy(&scale, row + scale_offset + 4 * b, 4);
+    return scale;
+  }
+
+  // Store the scale with a biased exponent and return its value.
+  float write_scale(uint8_t* row, int64_t b, uint8_t exponent) const {
+    const float scale = e8m0_to_float(exponent);
+    if (body_format == kFp8Wide) {
+      std::memcpy(row + scale_offset + 4 * b, &scale, 4);
+    } else {
+      row[scale_offset + b] = exponent;
+    }
+    return scale;
   }
 };
 
@@ -275,14 +307,13 @@ inline void unpack_plain(const uint8_t* row, int64_t n, int64_t format, float* o
 }
 
 inline void unpack_row(const uint8_t* __restrict row, const Layout& layout, float* __restrict out) {
-  const uint8_t* scales = row + layout.body_bytes + layout.rope_bytes;
   if (layout.body_format < kFp8) {
     unpack_plain(row, layout.body, layout.body_format, out);
   } else {
     for (int64_t b = 0; b < layout.scales; ++b) {
       const int64_t begin = b * layout.block, end = std::min(layout.body, begin + layout.block);
-      const float scale = e8m0_to_float(scales[b]);
-      if (layout.body_format == kFp8) {
+      const float scale = layout.read_scale(row, b);
+      if (is_fp8(layout.body_format)) {
 #pragma omp simd
         for (int64_t i = begin; i < end; ++i) out[i] = from_e4m3(row[i]) * scale;
       } else {
@@ -309,17 +340,15 @@ inline void pack_plain(const float* x, int64_t n, int64_t format, uint8_t* row) 
 }
 
 inline void pack_row(const float* __restrict x, const Layout& layout, uint8_t* __restrict row) {
-  uint8_t* scales = row + layout.body_bytes + layout.rope_bytes;
+  std::memset(row + layout.body_bytes + layout.rope_bytes, 0, layout.nbytes() - layout.body_bytes - layout.rope_bytes);
   if (layout.body_format < kFp8) {
     pack_plain(x, layout.body, layout.body_format, row);
   } else {
-    const bool fp8 = layout.body_format == kFp8;
     for (int64_t b = 0; b < layout.scales; ++b) {
       const int64_t begin = b * layout.block, end = std::min(layout.body, begin + layout.block);
       const float amax = largest_magnitude(x + begin, end - begin);
-      scales[b] = fp8 ? e8m0_from_amax(amax, 448.0f, 1e-4f) : e8m0_from_amax(amax, 6.0f, 6.0f * 0x1p-126f);
-      const float scale = e8m0_to_float(scales[b]);
-      if (fp8) {
+      const float scale = layout.write_scale(row, b, scale_exponent(amax, layout.body_format));
+      if (is_fp8(layout.body_format)) {
 #pragma omp simd
         for (int64_t i = begin; i < end; ++i) row[i] = to_e4m3(x[i] / scale);
       } else {
@@ -331,8 +360,6 @@ inline void pack_row(const float* __restrict x, const Layout& layout, uint8_t* _
     }
   }
   if (layout.rope) pack_plain(x + layout.body, layout.rope, layout.rope_format, row + layout.body_bytes);
-  const int64_t used = layout.body_bytes + layout.rope_bytes + layout.scales;
-  std::memset(row + used, 0, layout.nbytes() - used);
 }
 
 // Rows of a sequence in pages of a shared pool: entry i is row i % page_size of page pages[i / page_size].

@@ -3,6 +3,7 @@
 #include "../causal_conv/cpu.cpp"
 #include "../compress/cpu.cpp"
 #include "../fused_experts/cpu.cpp"
+#include "../gated_delta_rule/cpu.cpp"
 #include "../hadamard/cpu.cpp"
 #include "../hyper_connections/cpu.cpp"
 #include "../index_topk/cpu.cpp"

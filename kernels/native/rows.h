@@ -21,7 +21,7 @@ inline void multiply(Rows from, const W* w, int64_t in, int64_t out, Rows to) {
 }
 
 inline void multiply(Rows from, const Tensor& weight, int64_t group, Rows to) {
-  const int64_t out = weight.size(-2), in = weight.size(-1), begin = group * out * in;
+  const int64_t out = weight.size(-2), in = weight.size(-1), begin = group * weight.stride(0);
   if (weight.scalar_type() == at::kFloat) {
     multiply(from, weight.const_data_ptr<float>() + begin, in, out, to);
   } else {

@@ -22,11 +22,13 @@ def backend_for(query: Tensor) -> str:
 
 def paged_attention(
     query: Tensor,
-    tokens: TokenRows,
+    tokens: TokenRows | None,
     entries: EntrySet | None,
-    sink: Tensor,
+    sink: Tensor | None,
     layout: EntryLayout,
-    window: int,
+    window: int = 0,
+    scale: float | None = None,
+    value_size: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Compute :func:`kernels.sparse_attention.sparse_attention` of new tokens over a cache.
@@ -36,15 +38,20 @@ def paged_attention(
     Args:
         query: float32 [B, S, H, c], at positions ``tokens.first`` and following. The ``cpu`` backend requires disabled
             gradients.
-        tokens: Rows of the window.
-        entries: Compressed entries, or None to attend to the window alone.
-        sink: [H], logits.
+        tokens: Rows of the window, or None to attend to entries alone. Every query must then have one.
+        entries: Entries, or None to attend to the window alone.
+        sink: [H], logits; or None.
         layout: Layout of all rows, with ``layout.size == c``.
-        window: Tokens that a query attends to, including itself.
+        window: Tokens that a query attends to, including itself; 0 without ``tokens``.
+        scale: Softmax scale, by default ``c ** -0.5``.
+        value_size: Values are the first dims of a row, by default all.
 
     Returns:
-        float32 [B, S, H, c].
+        float32 [B, S, H, value_size].
     """
+    c = query.shape[-1]
+    if sink is None:
+        sink = query.new_full(query.shape[2:3], float("-inf"))
     return get_backend(BACKENDS, backend or backend_for(query)).paged_attention(
-        query, tokens, entries, sink, layout, window
+        query, tokens, entries, sink, layout, window, c**-0.5 if scale is None else scale, value_size or c
     )

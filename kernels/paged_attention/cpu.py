@@ -10,15 +10,22 @@ from kernels.paged_attention.inputs import EntrySet, TokenRows
 
 
 def paged_attention(
-    query: Tensor, tokens: TokenRows, entries: EntrySet | None, sink: Tensor, layout: EntryLayout, window: int
+    query: Tensor,
+    tokens: TokenRows | None,
+    entries: EntrySet | None,
+    sink: Tensor,
+    layout: EntryLayout,
+    window: int,
+    scale: float,
+    value_size: int,
 ) -> Tensor:
     """Implement :func:`kernels.paged_attention.paged_attention` without gradients."""
     pages = entries.pages if entries is not None else None
     return native.op("paged_attention")(
         query,
-        tokens.rows,
-        tokens.offsets,
-        tokens.first,
+        tokens.rows if tokens is not None else None,
+        tokens.offsets if tokens is not None else None,
+        tokens.first if tokens is not None else None,
         window,
         pages.storage if pages is not None else None,
         pages.page_table if pages is not None else None,
@@ -27,4 +34,6 @@ def paged_attention(
         entries.visible if entries is not None else None,
         sink,
         layout.spec,
+        scale,
+        value_size,
     )

@@ -12,17 +12,27 @@ from kernels.sparse_attention.reference import sparse_attention
 
 
 def paged_attention(
-    query: Tensor, tokens: TokenRows, entries: EntrySet | None, sink: Tensor, layout: EntryLayout, window: int
+    query: Tensor,
+    tokens: TokenRows | None,
+    entries: EntrySet | None,
+    sink: Tensor,
+    layout: EntryLayout,
+    window: int,
+    scale: float,
+    value_size: int,
 ) -> Tensor:
     """Implement :func:`kernels.paged_attention.paged_attention`."""
     B, S = query.shape[:2]
     outputs = []
     for b in range(B):
-        first, offset = int(tokens.first.expand(B)[b]), int(tokens.offsets.expand(B)[b])
-        positions = torch.arange(max(0, first - (window - 1)), first + S, device=query.device)
-        window_kv = unpack(tokens.rows[b, (positions - offset) % tokens.rows.shape[1]], layout).unsqueeze(0)
+        window_kv = None
+        if tokens is not None:
+            first, offset = int(tokens.first.expand(B)[b]), int(tokens.offsets.expand(B)[b])
+            positions = torch.arange(max(0, first - (window - 1)), first + S, device=query.device)
+            window_kv = unpack(tokens.rows[b, (positions - offset) % tokens.rows.shape[1]], layout).unsqueeze(0)
         keys, mask = (None, None) if entries is None else _unpack_entries(entries, b, B, layout)
-        outputs.append(sparse_attention(query[b : b + 1], window_kv, keys, mask, sink, window)[0])
+        out, _ = sparse_attention(query[b : b + 1], window_kv, keys, mask, sink, window, None, scale, value_size)
+        outputs.append(out)
     return torch.cat(outputs)
 
 

@@ -1,6 +1,7 @@
 """Fake quantization: rounding to a storage format within the forward pass.
 
-Formats: ``fp32``; ``bf16``; ``fp8``, E4M3 with one E8M0 scale per 64 values; ``fp4``, E2M1 with one scale per 32.
+Formats: ``fp32``; ``bf16``; ``fp8``, E4M3 with one E8M0 scale per 64 values; ``fp8_128``, E4M3 with one FP32 scale, a
+power of two, per 128; ``fp4``, E2M1 with one E8M0 scale per 32.
 Rounding equals a round trip through :mod:`kernels.cache_io`. All backends produce the same bits.
 """
 
@@ -33,7 +34,7 @@ def round_to_format(x: Tensor, fmt: str, dtype: torch.dtype = torch.float32, bac
     Args:
         x: [..., n], any float dtype. Blocks of values that share a scale run along the last dim.
         fmt: One of :data:`FORMATS`. The ``eager`` backend supports only ``fp4`` and multiples of 32 for n.
-        dtype: Dtype of the result. BF16 holds all ``fp8`` and ``fp4`` values exactly.
+        dtype: Dtype of the result. BF16 holds all values of formats with scales exactly.
 
     Raises:
         ValueError: For an unknown format.

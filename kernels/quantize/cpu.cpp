@@ -5,11 +5,8 @@ namespace fiftyfold {
 namespace {
 
 void round_block(const float* x, int64_t n, int64_t format, float* out) {
-  const bool fp8 = format == kFp8;
-  const float amax = largest_magnitude(x, n);
-  const float scale =
-      e8m0_to_float(fp8 ? e8m0_from_amax(amax, 448.0f, 1e-4f) : e8m0_from_amax(amax, 6.0f, 6.0f * 0x1p-126f));
-  if (fp8) {
+  const float scale = e8m0_to_float(scale_exponent(largest_magnitude(x, n), format));
+  if (is_fp8(format)) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) out[i] = x[i] != x[i] ? x[i] : from_e4m3(to_e4m3(x[i] / scale)) * scale;
   } else {
@@ -24,7 +21,7 @@ void round_row(const float* x, int64_t n, int64_t format, float* out) {
   } else if (format == kBf16) {
     for (int64_t i = 0; i < n; ++i) out[i] = widen(round_to_bf16(x[i]));
   } else {
-    const int64_t block = std::min<int64_t>(format == kFp8 ? 64 : 32, n);
+    const int64_t block = std::min<int64_t>(block_of(format), n);
     for (int64_t begin = 0; begin < n; begin += block) {
       round_block(x + begin, std::min(block, n - begin), format, out + begin);
     }

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from kernels import formats
+from kernels.cache_io.layout import SCALED_FORMATS
 
-FORMATS = ("fp32", "bf16", "fp8", "fp4")
+FORMATS = ("fp32", "bf16", *SCALED_FORMATS)
 
 
 @torch.no_grad()
@@ -17,24 +18,12 @@ def round_to_format(x: Tensor, fmt: str, dtype: torch.dtype = torch.float32) -> 
         return x.to(dtype)
     if fmt == "bf16":
         return formats.round_to_bf16(x.float()).to(dtype)
-    if fmt == "fp8":
-        block, grid_max, floor, to_grid = (
-            formats.FP8_BLOCK,
-            formats.E4M3_MAX,
-            formats.FP8_AMAX_FLOOR,
-            formats.round_to_e4m3,
-        )
-    elif fmt == "fp4":
-        block, grid_max, floor, to_grid = (
-            formats.FP4_BLOCK,
-            formats.E2M1_MAX,
-            formats.FP4_AMAX_FLOOR,
-            formats.round_to_e2m1,
-        )
-    else:
+    if fmt not in SCALED_FORMATS:
         raise ValueError(f"format '{fmt}' is not one of {', '.join(FORMATS)}")
+    scales = SCALED_FORMATS[fmt]
+    to_grid = formats.round_to_e2m1 if fmt == "fp4" else formats.round_to_e4m3
     x, size = x.float(), x.shape[-1]
-    block = min(block, size)
-    exponents = formats.e8m0_from_amax(formats.block_amax(x, block), grid_max, floor)
+    block = min(scales.block, size)
+    exponents = formats.e8m0_from_amax(formats.block_amax(x, block), scales.max, scales.floor)
     scale = formats.per_element(formats.e8m0_to_float(exponents), block, size)
     return (to_grid(x / scale) * scale).to(dtype)

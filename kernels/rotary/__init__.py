@@ -1,4 +1,4 @@
-"""Rotary position embedding on interleaved pairs (arXiv 2104.09864)."""
+"""Rotary position embedding (arXiv 2104.09864) on interleaved pairs, or on pairs of two halves."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from torch import Tensor
 from kernels import native
 from kernels.backends import get_backend
 from kernels.rotary import cpu, eager, reference
+from kernels.rotary.reference import rotate_halves
 
-__all__ = ["BACKENDS", "angles", "backend_for", "rotate"]
+__all__ = ["BACKENDS", "angles", "backend_for", "rotate", "rotate_halves"]
 
 BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu}
 

@@ -34,5 +34,8 @@ class _Rotate(torch.autograd.Function):
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     dim = 2 * cos.shape[-1]
     out = x.to(torch.promote_types(x.dtype, cos.dtype), copy=True, memory_format=torch.contiguous_format)
-    torch.view_as_complex(out[..., -dim:].unflatten(-1, (-1, 2))).mul_(torch.complex(cos, sin))
-    return out
+    rotated = out[..., -dim:]
+    if x.shape[-1] % 2:  # pairs in rows of odd width are not aligned as complex numbers
+        rotated = rotated.contiguous()
+    torch.view_as_complex(rotated.unflatten(-1, (-1, 2))).mul_(torch.complex(cos, sin))
+    return torch.cat((out[..., :-dim], rotated), dim=-1) if x.shape[-1] % 2 else out

@@ -15,6 +15,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor
     return rotated if dim == x.shape[-1] else torch.cat((x[..., :-dim], rotated), dim=-1)
 
 
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (k, k + r) of the first ``2 * r`` dims of x; other dims are unchanged.
+
+    Args and result are as in :func:`kernels.rotary.rotate`.
+    """
+    cos, sin = broadcastable(cos, x), broadcastable(sin, x)
+    r = cos.shape[-1]
+    first, second, rest = x.split((r, r, x.shape[-1] - 2 * r), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
 def broadcastable(angles: Tensor, x: Tensor) -> Tensor:
     """Return a view of angles [B or 1, S, r] that broadcasts against x [B, S, ..., n]."""
     return angles.view(*angles.shape[:2], *(1,) * (x.dim() - 3), angles.shape[-1])

@@ -6,6 +6,7 @@ tile, for results that do not depend on the batch.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kernels.backends import get_backend
@@ -17,40 +18,49 @@ __all__ = ["BACKENDS", "INVARIANT_TILE", "TiledAttention", "backend_for", "spars
 BACKENDS = {"reference": reference, "eager": eager}
 
 
-def backend_for(query: Tensor, window_kv: Tensor, entries: Tensor | None) -> str:
+def backend_for(query: Tensor, window_kv: Tensor | None, entries: Tensor | None) -> str:
     """Return the backend. ``eager`` supports neither past tokens nor entries gathered per query."""
-    is_supported = window_kv.shape[1] == query.shape[1] and (entries is None or entries.dim() == 3)
+    has_no_past = window_kv is None or window_kv.shape[1] == query.shape[1]
+    is_supported = has_no_past and (entries is None or entries.dim() == 3)
     return "eager" if is_supported and query.is_cpu and query.dtype.itemsize <= 4 else "reference"
 
 
 def sparse_attention(
     query: Tensor,
-    window_kv: Tensor,
+    window_kv: Tensor | None,
     entries: Tensor | None,
     entry_mask: Tensor | None,
-    sink: Tensor,
-    window: int,
+    sink: Tensor | None,
+    window: int = 0,
     reach: Tensor | None = None,
+    scale: float | None = None,
+    value_size: int | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend to the last ``window`` tokens, the permitted entries, and a sink that has no value.
 
-    One vector is both key and value. The softmax scale is ``c ** -0.5``. Time and memory grow with S * window, not with
-    S * S.
+    One vector is both key and value. Time and memory grow with S * window, not with S * S.
 
     Args:
         query: [B, S, H, c].
-        window_kv: [B, P + S, c], with P <= window - 1 past tokens followed by the tokens of the queries.
+        window_kv: [B, P + S, c], with P <= window - 1 past tokens followed by the tokens of the queries; or None to
+            attend to entries alone. Every query must then have a permitted one.
         entries: [B, T, c], shared by all queries; [B, S, K, c], gathered per query; or None.
         entry_mask: bool [B or 1, S, T or K], True for permitted entries; None without entries.
-        sink: [H], logits.
-        window: Tokens that a query attends to, including itself.
+        sink: [H], logits; or None.
+        window: Tokens that a query attends to, including itself; 0 without ``window_kv``.
         reach: int64 [B, S], a smaller limit than ``window`` for single queries, for packed documents; or None.
+        scale: Softmax scale, by default ``c ** -0.5``.
+        value_size: Values are the first dims of a vector, by default all.
 
     Returns:
-        The output [B, S, H, c] and the attention mass of the entries, summed over heads: [B, S, T or K], or None
-        without entries. The mass has no gradient.
+        The output [B, S, H, value_size] and the attention mass of the entries, summed over heads: [B, S, T or K], or
+        None without entries. The mass has no gradient.
     """
+    c = query.shape[-1]
+    if sink is None:
+        sink = query.new_full(query.shape[2:3], float("-inf"), dtype=torch.float32)
+    scale = c**-0.5 if scale is None else scale
     return get_backend(BACKENDS, backend or backend_for(query, window_kv, entries)).sparse_attention(
-        query, window_kv, entries, entry_mask, sink, window, reach
+        query, window_kv, entries, entry_mask, sink, window, reach, scale, value_size or c
     )

@@ -9,19 +9,23 @@ from torch import Tensor
 
 def sparse_attention(
     query: Tensor,
-    window_kv: Tensor,
+    window_kv: Tensor | None,
     entries: Tensor | None,
     entry_mask: Tensor | None,
     sink: Tensor,
     window: int,
-    reach: Tensor | None = None,
+    reach: Tensor | None,
+    scale: float,
+    value_size: int,
 ) -> tuple[Tensor, Tensor | None]:
     """Implement :func:`kernels.sparse_attention.sparse_attention`."""
     B, S, H, c = query.shape
-    query = query * c**-0.5
-    block = min(window, S)
-    keys, window_logits = _window_logits(query, window_kv, window, block, reach)
-    logits = [window_logits]
+    query = query * scale
+    keys, logits = None, []
+    if window_kv is not None:
+        block = min(window, S)
+        keys, window_logits = _window_logits(query, window_kv, window, block, reach)
+        logits.append(window_logits)
     if entries is not None and entry_mask is not None and entries.shape[-2]:
         if entries.dim() == 3:
             entry_logits = torch.bmm(query.reshape(B, S * H, c), entries.transpose(1, 2)).view(B, S, H, -1)
@@ -31,19 +35,22 @@ def sparse_attention(
     logits.append(sink.view(1, 1, H, 1).expand(B, S, H, 1).to(query.dtype))
     weights = torch.cat(logits, dim=-1).softmax(dim=-1, dtype=torch.float32)  # also under autocast
 
-    n_window = window_logits.shape[-1]
-    blocks = keys.shape[1]
-    window_weights = _pad_queries(weights[..., :n_window], blocks * block)
-    out = window_weights.reshape(B, blocks, block * H, n_window) @ keys
-    out = out.reshape(B, blocks * block, H, c)[:, :S]
-    if len(logits) == 2:
-        return out, None
+    n_window = 0
+    out = query.new_zeros(B, S, H, value_size)
+    if keys is not None:
+        n_window, blocks = window_logits.shape[-1], keys.shape[1]
+        window_weights = _pad_queries(weights[..., :n_window], blocks * block)
+        out = window_weights.reshape(B, blocks, block * H, n_window) @ keys[..., :value_size]
+        out = out.reshape(B, blocks * block, H, value_size)[:, :S]
     entry_weights = weights[..., n_window:-1]
+    if not entry_weights.shape[-1]:
+        return out, None
     assert entries is not None
-    if entries.dim() == 3:
-        out = out + torch.bmm(entry_weights.reshape(B, S * H, -1), entries).view(B, S, H, c)
+    values = entries[..., :value_size]
+    if values.dim() == 3:
+        out = out + torch.bmm(entry_weights.reshape(B, S * H, -1), values).view_as(out)
     else:
-        out = out + entry_weights @ entries
+        out = out + entry_weights @ values
     return out, entry_weights.detach().sum(dim=2)
 
 

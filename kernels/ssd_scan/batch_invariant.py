@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.fixed_order import sum_pairwise
+
 
 def scan_in_fixed_order(
     x: Tensor, dt: Tensor, decay: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor, state_dtype: torch.dtype
@@ -20,14 +22,5 @@ def scan_in_fixed_order(
     for t in range(x.shape[1]):
         added = (dt[:, t, :, None] * x[:, t]).unsqueeze(-1) * B[:, t].unsqueeze(-2)
         state = (decay[:, t, :, None, None] * state + added).to(state_dtype).float()
-        outputs.append(_sum_pairwise(state * C[:, t].unsqueeze(-2)) + D[:, None] * x[:, t])
+        outputs.append(sum_pairwise(state * C[:, t].unsqueeze(-2)) + D[:, None] * x[:, t])
     return torch.stack(outputs, dim=1), state
-
-
-def _sum_pairwise(x: Tensor) -> Tensor:
-    """Sum over the last dim by adding its halves, in an order that depends on its size only."""
-    while x.shape[-1] > 1:
-        half = x.shape[-1] // 2
-        summed = x[..., :half] + x[..., half : 2 * half]
-        x = torch.cat((summed, x[..., 2 * half :]), dim=-1) if x.shape[-1] % 2 else summed
-    return x.squeeze(-1)

@@ -94,6 +94,8 @@ def load_config(folder: str | Path) -> ModelConfig:
 def _read_config(folder: Path) -> tuple[ModelConfig, ShardSet | None]:
     """Return the configuration of a checkpoint folder, and its rank shards if it has any."""
     path = folder / CONFIG
+    if folder.is_file():
+        raise CheckpointError(f"{folder}: is a file, expected the checkpoint folder that holds {CONFIG}")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
     try:
@@ -102,6 +104,10 @@ def _read_config(folder: Path) -> tuple[ModelConfig, ShardSet | None]:
             raise CheckpointError(
                 f"{folder}: a checkpoint of model_type '{content['model_type']}' in another format; convert it with "
                 "the export step and --format fiftyfold"
+            )
+        if isinstance(content, dict) and "format_version" not in content:
+            raise CheckpointError(
+                f"{path}: has neither 'format_version', as here, nor 'model_type', as in transformers"
             )
         version, values = content["format_version"], content["model"]
     except OSError as error:

@@ -5,7 +5,7 @@ from model.costs.cache import cache_bytes, cache_bytes_per_token, fixed_state_by
 from model.costs.crossovers import Crossover, find_crossovers
 from model.costs.flops import decode_work, feed_forward_work
 from model.costs.parameters import PARAMETER_RULE, ParameterCount, count_parameters, expert_weight_bytes
-from model.costs.references import CostModel, costs_of, gqa8_costs, times, v32_costs, with_gqa8
+from model.costs.references import CostModel, costs_of, gqa8_costs, times, v32_config, v32_costs, with_gqa8
 from model.costs.waterfall import Step, waterfall
 from model.work import FP8_EQUIVALENT, WEIGHTING, Work
 
@@ -32,6 +32,7 @@ __all__ = [
     "fixed_state_bytes",
     "gqa8_costs",
     "times",
+    "v32_config",
     "v32_costs",
     "waterfall",
     "with_gqa8",

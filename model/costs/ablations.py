@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.config import ModelConfig
+from model.config import CACHE_FORMATS, ModelConfig
 from model.costs.parameters import ParameterCount, expert_weight_bytes
 from model.costs.references import FLOAT32_BYTES, CostModel, costs_of, with_gqa8
 from model.mixers.gqa import GroupedQueryAttention
-from model.precision import index_layout
+from model.precision import FORMAT_BITS, index_layout
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,9 @@ def find_ablations(
     ``muon_parameters`` counts the trained parameters under Muon, multi-token module included. ``muon`` is False if the
     recipe does not use it. A choice that the model does not make is not ``used`` and has the model's own costs.
     """
-    hybrid = any(mixer.one_key_value for mixer in config.mixers)
-    roles = {
-        "kv_format": hybrid,
-        "index_format": bool(config.indexed_layers),
-        "gqa_format": GroupedQueryAttention in config.mixers,
-    }
-    packed = [role for role, used in roles.items() if used and getattr(config, role) in ("fp8", "fp4")]
+    hybrid = any(mixer is not GroupedQueryAttention for mixer in config.mixers)
+    used = {role for mixer in config.mixers for role in mixer.formats}
+    packed = [role for role in CACHE_FORMATS if role in used and FORMAT_BITS[getattr(config, role)] < 16]
     own = costs_of(config)
     experts = parameters.components.get("routed experts", (0, 0))[0]
     all_parameters = parameters.total + parameters.mtp
@@ -85,14 +81,14 @@ def find_ablations(
             "E2M1 with an E8M0 scale per 32; without training for it FP8 E4M3 with a scale per 128 x 128; main model",
         )
     ]
-    if config.indexer_ratio is not None and config.index_format == "fp4":
+    if config.indexed_layers and config.index_format == "fp4":
         wider = config.index_head_dim + FLOAT32_BYTES - index_layout(config).nbytes
         quantized.append(
             SideEffect(
                 "cache, if index keys must then stay FP8",
                 "bytes per token",
                 own.bytes_per_token,
-                own.bytes_per_token + len(config.indexed_layers) * wider / config.indexer_ratio,
+                own.bytes_per_token + sum(wider / ratio for ratio in config.indexer_ratios.values()),
                 "FP8 index key: one byte per dim and an FP32 scale; model.qat alone does not change the format",
             )
         )

@@ -47,15 +47,20 @@ def find_crossovers(config: ModelConfig, references: tuple[CostModel, ...] = ())
         rule = "packed entries against windows and tails, in bytes"
         growing, fixed = own.bytes_per_token, float(sum(own.fixed.values()))
         crossing("fixed", "growing cache passes the fixed state", rule, lambda n, _: growing * n, lambda *_: fixed, 1)
-    if config.indexer_ratio is not None:
-        first = (config.index_topk + 1) * config.indexer_ratio
-        found.append(
-            Crossover("topk", "csa begins to choose", first, first, "index_topk + 1 entries of csa_ratio tokens")
-        )
-        if HeavilyCompressedAttention in config.mixers:
-            coarse, fine = _part(own, HeavilyCompressedAttention), _part(own, CompressedSparseAttention)
-            crossing("hca", "core attention of hca passes that of csa", "both in the same format", coarse, fine)
-        rule = "scores of all csa layers against core attention of all layers"
+    indexed = list(dict.fromkeys(config.mixers[layer] for layer in config.indexed_layers))
+    for mixer in indexed:
+        ratio = mixer.indexer_ratio(config)
+        assert ratio is not None
+        first = (config.index_topk + 1) * ratio
+        key = "topk" if mixer is indexed[0] else f"topk {mixer.name}"
+        rule = f"index_topk + 1 entries of {ratio} token{'s' * (ratio > 1)}"
+        found.append(Crossover(key, f"{mixer.name} begins to choose", first, first, rule))
+    if {CompressedSparseAttention, HeavilyCompressedAttention} <= set(config.mixers):
+        coarse, fine = _part(own, HeavilyCompressedAttention), _part(own, CompressedSparseAttention)
+        crossing("hca", "core attention of hca passes that of csa", "both in the same format", coarse, fine)
+    if indexed:
+        names = " and ".join(mixer.name for mixer in indexed)
+        rule = f"scores of all {names} layers against core attention of all layers"
         crossing("index", "index scores pass core attention", rule, _kinds(own, "index"), _kinds(own, "core"))
     rule = "index scores and core attention against all other work"
     attention, others = ("index", "core"), ("linear", "residual")

@@ -33,7 +33,8 @@ def decode_work(config: ModelConfig, tokens: int) -> list[Work]:
 def _residual(c: ModelConfig) -> list[Work]:
     if not c.hyper_connections:
         return []
-    n, d, blocks = c.hc_mult, c.hidden_size, 2 * c.num_layers
+    n, d = c.hc_mult, c.hidden_size
+    blocks = c.num_layers + sum(kind != "none" for kind in c.ffn_kinds)
     weights = blocks * (2 * n + n * n) * n * d + n * n * d  # around every block and before the head
     mixing = blocks * (n * n + 2 * n) * d + n * d
     return [
@@ -43,14 +44,14 @@ def _residual(c: ModelConfig) -> list[Work]:
 
 
 def feed_forward_work(config: ModelConfig) -> list[Work]:
-    """Return the feed-forward part of :func:`decode_work`: router, shared and active routed experts, or the dense
-    block."""
+    """Return the feed-forward part of :func:`decode_work`: dense blocks, routers, shared and active routed
+    experts. Parts that no layer has are zero."""
     c = config
-    if c.ffn == "dense":
-        return [Work("feed-forward", "linear", "fp8", 2.0 * c.num_layers * 3 * c.hidden_size * c.ffn_size)]
-    expert = 2.0 * c.num_layers * 3 * c.hidden_size * c.expert_size
+    dense, moe = (2.0 * c.ffn_kinds.count(kind) for kind in ("dense", "moe"))
+    expert = moe * 3 * c.hidden_size * c.expert_size
     return [
-        Work("router", "linear", "bf16", 2.0 * c.num_layers * c.num_experts * c.hidden_size),
+        Work("feed-forward", "linear", "fp8", dense * 3 * c.hidden_size * c.ffn_size),
+        Work("router", "linear", "bf16", moe * c.num_experts * c.hidden_size),
         Work("shared experts", "linear", "fp8", c.num_shared_experts * expert),
         Work("routed experts", "linear", "fp4 weights" if c.qat else "fp8", c.experts_per_token * expert),
     ]

@@ -13,7 +13,8 @@ from model.precision import EXPERT_FORMAT
 PARAMETER_RULE = (
     "trained tensors of the main model, embedding and head included; the multi-token module is listed separately; "
     "router biases (not trained by gradient) and hash-routing tables (integers) are not counted. Active: weights that "
-    "multiply a token: the head, but not the embedding (a lookup) or routed experts that were not chosen"
+    "multiply a token: the head, but not an embedding that is not the head (a lookup) or routed experts that were not "
+    "chosen"
 )
 
 _COMPONENTS = (
@@ -65,7 +66,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
             mtp += elements
             continue
         if component == "embedding":
-            active = 0
+            active = elements if config.tie_word_embeddings else 0
         elif component == "routed experts":
             active = elements // config.num_experts * config.experts_per_token
         total, active_total = components.get(component, (0, 0))

@@ -61,47 +61,64 @@ def costs_of(config: ModelConfig, name: str = "model") -> CostModel:
     )
 
 
+def v32_config() -> ModelConfig:
+    """Return the attention of DeepSeek-V3.2 at its published sizes (V3.2 report, shapes of V3).
+
+    Its feed-forward blocks, 3 dense ones and 58 with routed experts, are in :func:`v32_costs`.
+    """
+    sizes = {
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+    }
+    return ModelConfig(
+        layers=("dsa",) * 61,
+        mixer_options={"dsa": sizes},
+        vocab_size=129_280,
+        hidden_size=7168,
+        num_heads=128,
+        max_positions=163_840,
+        yarn_factor=40.0,
+        yarn_original_positions=4096,
+        index_heads=64,
+        index_head_dim=128,
+        index_topk=2048,
+        kv_format="fp8_128",
+        index_format="fp8_128",
+        hyper_connections=False,
+        qat=False,
+    )
+
+
 def v32_costs() -> CostModel:
-    """Return the costs of DeepSeek-V3.2 served in FP8: 61 layers of MLA with a lightning indexer (V3.2 report, shapes
-    of V3).
+    """Return the costs of DeepSeek-V3.2 served in FP8: 61 layers of latent attention with a lightning indexer.
 
     Decoding absorbs the latent's up-projection into query and output (BF16). Core attention reads 576 dims per key and
-    sums 512, for 128 heads and at most 2,048 tokens. Per token and layer the cache holds 512 FP8 values, 4 FP32 scales
-    and 64 BF16 rotary dims (656 bytes), and an FP8 index key of 128 dims with an FP32 scale (132 bytes).
+    sums 512, for 128 heads and at most 2,048 tokens. Per token and layer the cache holds a latent of 656 bytes and an
+    index key of 132.
     """
-    layers, dense, d, heads = 61, 3, 7168, 128
-    q_latent, kv_latent, rope, nope, value = 1536, 512, 64, 128, 128
-    index_heads, index_dim, topk = 64, 128, 2048
-    vocab, experts, expert_size, dense_size, active = 129_280, 256, 2048, 18_432, 8 + 1
-    sparse = layers - dense
-    projections = d * q_latent + q_latent * heads * (nope + rope) + d * (kv_latent + rope) + heads * value * d
-    absorbed = kv_latent * heads * (nope + value)
-    index_projections = q_latent * index_heads * index_dim + d * index_dim
-    linears = [
-        Work("attention projections", "linear", "fp8", 2.0 * layers * projections),
-        Work("absorbed latent projections", "linear", "bf16", 2.0 * layers * absorbed),
-        Work("index queries and keys", "linear", "fp8", 2.0 * layers * index_projections),
-        Work("index head weights", "linear", "bf16", 2.0 * layers * d * index_heads),
+    config = v32_config()
+    layers, dense, d = config.num_layers, 3, config.hidden_size
+    sparse, experts, expert_size, dense_size, active = layers - dense, 256, 2048, 18_432, 8 + 1
+    others = [
         Work("router", "linear", "bf16", 2.0 * sparse * d * experts),
         Work("dense feed-forward", "linear", "fp8", 2.0 * dense * 3 * d * dense_size),
         Work("shared and routed experts", "linear", "fp8", 2.0 * sparse * active * 3 * d * expert_size),
-        Work("head", "linear", "bf16", 2.0 * d * vocab),
+        Work("head", "linear", "bf16", 2.0 * d * config.vocab_size),
     ]
+    attention = config.mixers[0]
 
     def work(tokens: int) -> list[Work]:
-        core = 2.0 * layers * heads * (2 * kv_latent + rope) * min(tokens, topk)
-        return [
-            *linears,
-            Work("index scores", "index", "fp8", 2.0 * layers * index_heads * index_dim * tokens),
-            Work("core attention", "core", "bf16", core),
-        ]
+        own = attention.work(config, tokens)
+        return [*(dataclasses.replace(part, flops=layers * part.flops) for part in own), *others]
 
-    main = kv_latent + 4 * FLOAT32_BYTES + 2 * rope
     return CostModel(
         "V3.2 (MLA + DSA, FP8)",
         "61 layers at their published sizes; 656 bytes of latent, scales and rotary dims and 132 of FP8 index key per "
         "token and layer; index products FP8, core attention and absorbed projections BF16",
-        {"main": float(layers * main), "index": float(layers * (index_dim + FLOAT32_BYTES))},
+        cache_bytes_per_token(config),
         {},
         work,
     )

@@ -9,7 +9,7 @@ from model.cache.parts import GrowingPart
 from model.config import CACHE_FORMATS, ModelConfig
 from model.costs.cache import cache_bytes_per_token
 from model.costs.references import GQA_HEAD_DIM, GQA_HEADS, times
-from model.mixers.gqa import GroupedQueryAttention
+from model.mixers.base import Mixer
 from model.precision import index_layout, main_layout
 
 
@@ -33,19 +33,16 @@ def waterfall(config: ModelConfig, muon: bool = True) -> tuple[Step, ...]:
     plain = config.replace(**dict.fromkeys(CACHE_FORMATS, "bf16"))
     main, index = main_layout(plain).nbytes, index_layout(plain).nbytes
     packed_main, packed_index = main_layout(config).nbytes, index_layout(config).nbytes
-    growing = {
-        mixer: [part for part in mixer.cache_parts(plain).values() if isinstance(part, GrowingPart)]
-        for mixer in config.mixers
-    }
+    growing = {mixer: _growing(mixer, plain) for mixer in config.mixers}
     one_key_value = [mixer for mixer in config.mixers if mixer.one_key_value]
     standard = [mixer for mixer in config.mixers if not mixer.one_key_value and growing[mixer]]
     recurrent = [mixer for mixer in config.mixers if not mixer.one_key_value and not growing[mixer]]
     compressed = Counter(mixer for mixer in one_key_value if growing[mixer])
     shared, forgetting = len(one_key_value), len(one_key_value) - compressed.total()
-    kept = sum(part.layout.nbytes / part.ratio for mixer in standard for part in growing[mixer])
+    kept = sum(_bytes_per_token(growing[mixer]) for mixer in standard)
     entries = sum(count / growing[mixer][0].ratio for mixer, count in compressed.items())
-    indexed = len(config.indexed_layers)
-    keys = indexed / config.indexer_ratio if config.indexer_ratio else 0.0
+    indexed = [ratio for layer, ratio in config.indexer_ratios.items() if config.mixers[layer].one_key_value]
+    keys = sum(1 / ratio for ratio in indexed)
     ratios = [f"{count} {mixer.name} at 1/{growing[mixer][0].ratio}" for mixer, count in compressed.items()]
     stages: list[tuple[str, float, str]] = [
         (
@@ -66,9 +63,12 @@ def waterfall(config: ModelConfig, muon: bool = True) -> tuple[Step, ...]:
     if standard:
         stages.append(
             (
-                "the model's own gqa layers",
+                f"the model's own {_names(standard)} layers",
                 kept + shared * stages[0][1] / config.num_layers,
-                f"{len(standard)} layers x 2 x {config.num_kv_heads} heads x {config.head_dim} dims x 2 bytes",
+                ", ".join(
+                    f"{count} {mixer.name} layers x {_bytes_per_token(growing[mixer]):,g} bytes per token in BF16"
+                    for mixer, count in Counter(standard).items()
+                ),
             )
         )
     if shared:
@@ -91,7 +91,8 @@ def waterfall(config: ModelConfig, muon: bool = True) -> tuple[Step, ...]:
             (
                 "index keys, BF16",
                 kept + entries * main + keys * index,
-                f"{indexed} layers x {config.index_head_dim} dims x 2 bytes at 1/{config.indexer_ratio}",
+                f"{len(indexed)} layers x {config.index_head_dim} dims x 2 bytes"
+                + (f" at 1/{indexed[0]}" if indexed else ""),
             ),
             (
                 f"entries in {_formats(config, 'kv_format', 'rope_format')}",
@@ -105,9 +106,12 @@ def waterfall(config: ModelConfig, muon: bool = True) -> tuple[Step, ...]:
             ),
         ]
     total = sum(cache_bytes_per_token(config).values())
-    if standard and config.gqa_format != "bf16":
-        rule = f"{GroupedQueryAttention.layout(config).nbytes} bytes per token and layer, scales included"
-        stages.append((f"gqa keys and values in {_formats(config, 'gqa_format')}", total, rule))
+    packed = {mixer: _bytes_per_token(_growing(mixer, config)) for mixer in dict.fromkeys(standard)}
+    for mixer, count in Counter(standard).items():
+        if packed[mixer] != _bytes_per_token(growing[mixer]):
+            before = stages[-1][1] + count * (packed[mixer] - _bytes_per_token(growing[mixer]))
+            rule = f"{packed[mixer]:,g} bytes per token and layer, scales included"
+            stages.append((f"{mixer.name} layers in {_formats(config, *mixer.formats)}", before, rule))
     if muon:
         stages.append(("Muon", total, "optimizer state only"))
     if config.hyper_connections:
@@ -119,6 +123,18 @@ def waterfall(config: ModelConfig, muon: bool = True) -> tuple[Step, ...]:
     for name, size, rule in stages[1:]:
         steps.append(Step(name, size, times(steps[-1].bytes_per_token, size), rule))
     return tuple(steps)
+
+
+def _growing(mixer: type[Mixer], config: ModelConfig) -> list[GrowingPart]:
+    return [part for part in mixer.cache_parts(config).values() if isinstance(part, GrowingPart)]
+
+
+def _bytes_per_token(parts: list[GrowingPart]) -> float:
+    return sum(part.layout.nbytes / part.ratio for part in parts)
+
+
+def _names(mixers: list[type[Mixer]]) -> str:
+    return " and ".join(dict.fromkeys(mixer.name for mixer in mixers))
 
 
 def _formats(config: ModelConfig, *roles: str) -> str:

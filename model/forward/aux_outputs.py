@@ -33,7 +33,7 @@ class AuxOutputs:
         self.expert_load: dict[int, Tensor] = {}
         """int64 [experts] by layer: tokens per expert in training, padding excluded."""
         self.rounded: Counter[str] = Counter()
-        """Tensors rounded by quantization-aware training, by role: main, index, gqa, convolution, experts."""
+        """Tensors rounded by quantization-aware training, by role: main, index, gqa, mla, convolution, experts."""
 
     @contextmanager
     def discard(self) -> Iterator[None]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from kernels import formats
 from model.errors import CheckpointError
-from model.hf.names import Source, TensorSlice, WeightFormat
 from model.hf.safetensors_folder import TensorHeader
+from model.hf.tensors import Source, TensorSlice, WeightFormat
 
 STORED = {
     "fp8": torch.float8_e4m3fn,
@@ -117,3 +117,9 @@ def _buffer(model: nn.Module, source: Source, fmt: WeightFormat) -> tuple[nn.Mod
     part: TensorSlice = source.parts[0]
     path, _, leaf = part.ours.rpartition(".")
     return model.get_submodule(path), f"{leaf}_{fmt}_scale"
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether all values are finite. Checks the extremes, which are NaN if any value is: ``isfinite`` would
+    allocate several copies of the tensor."""
+    return all(extreme.isfinite() for extreme in tensor.aminmax())

@@ -9,17 +9,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.rotary import angles, rotate
+from kernels.rotary import angles, rotate, rotate_halves
 
 
 @dataclass(frozen=True)
 class Yarn:
-    """Parameters of YaRN (arXiv 2309.00071). The attention factor stays 1.0, as released."""
+    """Parameters of YaRN (arXiv 2309.00071)."""
 
     factor: float
     original_positions: int
     beta_fast: float
     beta_slow: float
+    attention_factor: float = 1.0
+    """Factor of cosines and sines. DeepSeek-V4's is 1."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,10 @@ class Rotation(NamedTuple):
         """Rotate the last ``dim`` dims of x, [B, S, ..., n]; ``inverse`` rotates back. The other dims pass through."""
         return rotate(x, self.cos, self.sin, inverse)
 
+    def apply_halves(self, x: Tensor) -> Tensor:
+        """Rotate the pairs (k, k + dim / 2) of the first ``dim`` dims of x, [B, S, ..., n]."""
+        return rotate_halves(x, self.cos, self.sin)
+
 
 class RotaryFrequencies:
     """Angular frequencies of a rotary embedding, float64 [dim / 2], on the CPU even for a model on the meta device."""
@@ -51,10 +57,12 @@ class RotaryFrequencies:
         if rotary.yarn is not None:
             frequencies = _scale_by_yarn(frequencies, rotary, rotary.yarn)
         self.frequencies = frequencies
+        self.factor = rotary.yarn.attention_factor if rotary.yarn is not None else 1.0
 
     def at(self, positions: Tensor) -> Rotation:
         """Return the rotation for positions int64 [B or 1, S], in float32."""
-        return Rotation(*angles(positions, self.frequencies))
+        cos, sin = angles(positions, self.frequencies)
+        return Rotation(cos, sin) if self.factor == 1 else Rotation(cos * self.factor, sin * self.factor)
 
 
 def _scale_by_yarn(frequencies: Tensor, rotary: Rotary, yarn: Yarn) -> Tensor:

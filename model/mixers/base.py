@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from model.cache.parts import CachePart
 from model.errors import ConfigError
 from model.forward.context import Context
-from model.layers.rope import Rotary, Rotation
+from model.layers.rope import Rotary, Rotation, Yarn
 from model.precision import Precision
 from model.work import Work
 
@@ -42,11 +42,11 @@ class Mixer(nn.Module):
     """The mixer's name in ``model.layers``."""
     options: ClassVar[Mapping[str, Any]] = {}
     """Fields of ``model.mixer_options.<name>`` with their defaults."""
-    indexer_ratio_field: ClassVar[str | None] = None
-    """The configuration field with the tokens per entry that the mixer's indexer scores; None without an indexer."""
+    formats: ClassVar[tuple[str, ...]] = ()
+    """Configuration fields with the storage formats of the mixer's cache parts."""
     batch_invariant_widths: ClassVar[tuple[str, ...] | None] = None
-    """Configuration fields whose widths products sum over; options as ``mixer_options.<mixer>.<option>``.
-    None if the mixer has no batch-invariant mode."""
+    """Configuration fields or options of the mixer whose widths products sum over; None if the mixer has no
+    batch-invariant mode."""
     one_key_value: ClassVar[bool] = False
     """True if each token has one vector that is key and value for all heads."""
 
@@ -63,6 +63,11 @@ class Mixer(nn.Module):
     @classmethod
     def rotary(cls, config: ModelConfig) -> Rotary | None:
         """Return the rotary family of the mixer's positions."""
+        return None
+
+    @classmethod
+    def indexer_ratio(cls, config: ModelConfig) -> int | None:
+        """Return the tokens per entry that the mixer's indexer scores; None without an indexer."""
         return None
 
     @classmethod
@@ -128,6 +133,14 @@ class Mixer(nn.Module):
     def split_sizes(self) -> dict[str, tuple[int, ...]]:
         """Return the parameters that stack several independent projections, and the rows of each projection."""
         return {}
+
+
+def yarn_of(config: ModelConfig, attention_factor: float = 1.0) -> Yarn | None:
+    """Return the configuration's YaRN scaling, if any."""
+    c = config
+    if c.yarn_factor == 1:
+        return None
+    return Yarn(c.yarn_factor, c.yarn_original_positions, c.yarn_beta_fast, c.yarn_beta_slow, attention_factor)
 
 
 def require(condition: bool, message: str) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 from model.cache.parts import CachePart, CompressorPart, GrowingPart
 from model.errors import ConfigError
 from model.forward.context import Context
-from model.layers.rope import Rotary, Rotation, Yarn
-from model.mixers.base import StoredFormat, require
+from model.layers.rope import Rotary, Rotation
+from model.mixers.base import StoredFormat, require, yarn_of
 from model.mixers.compressor import Compressor
 from model.mixers.sliding import History, SlidingWindowAttention
 from model.precision import main_layout
@@ -50,9 +50,7 @@ class CompressedAttention(SlidingWindowAttention):
 
     @classmethod
     def rotary(cls, config: ModelConfig) -> Rotary:
-        c = config
-        yarn = Yarn(c.yarn_factor, c.yarn_original_positions, c.yarn_beta_fast, c.yarn_beta_slow)
-        return Rotary(c.rope_head_dim, c.compress_rope_theta, yarn if c.yarn_factor > 1 else None)
+        return Rotary(config.rope_head_dim, config.compress_rope_theta, yarn_of(config))
 
     @classmethod
     def cache_parts(cls, config: ModelConfig) -> dict[str, CachePart]:

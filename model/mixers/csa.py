@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from kernels.autocast import detached
 from kernels.hadamard import hadamard
 from kernels.index_scores import index_scores
-from kernels.index_topk import index_topk, select_topk
+from kernels.index_topk import index_topk
 from kernels.paged_attention import EntrySet
 from model.cache.parts import CachePart, CompressorPart, GrowingPart
-from model.forward.aux_outputs import AuxOutputs
 from model.forward.context import Context
 from model.layers.rope import Rotation
 from model.mixers.base import StoredFormat, require
 from model.mixers.compressed import CompressedAttention, entry_mask, visible_entries
-from model.mixers.indexer import LightningIndexer, indexer_kl
+from model.mixers.indexer import LightningIndexer, attend_selected
 from model.mixers.sliding import History, Projected
 from model.precision import index_layout
-from model.work import Work
+from model.work import Work, product_format
 
 if TYPE_CHECKING:
     from model.cache.layer_cache import LayerCache
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
 class CompressedSparseAttention(CompressedAttention):
     name = "csa"
     ratio_field = "csa_ratio"
-    indexer_ratio_field = "csa_ratio"
+    formats = (*CompressedAttention.formats, "index_format")
     overlap = True
     batch_invariant_widths = (*CompressedAttention.batch_invariant_widths, "index_head_dim")
 
@@ -50,6 +48,10 @@ class CompressedSparseAttention(CompressedAttention):
             c.rope_head_dim <= c.index_head_dim,
             f"rope_head_dim: {c.rope_head_dim} is wider than index_head_dim {c.index_head_dim}",
         )
+
+    @classmethod
+    def indexer_ratio(cls, config: ModelConfig) -> int:
+        return config.csa_ratio
 
     @classmethod
     def cache_parts(cls, config: ModelConfig) -> dict[str, CachePart]:
@@ -73,12 +75,11 @@ class CompressedSparseAttention(CompressedAttention):
         c = config
         heads = c.index_heads * c.index_head_dim
         keys = c.hidden_size * (2 * 2 * c.index_head_dim + c.index_heads)
-        format = "bf16" if c.index_format == "fp32" else c.index_format
         return [
             *super().work(c, tokens),
             Work("index queries", "linear", "fp8", 2.0 * c.q_lora_rank * heads),
             Work("index keys and head weights", "linear", "bf16", 2.0 * keys),
-            Work("index scores", "index", format, 2.0 * heads * (tokens // c.csa_ratio)),
+            Work("index scores", "index", product_format(c.index_format), 2.0 * heads * (tokens // c.csa_ratio)),
         ]
 
     # --- the layer
@@ -116,22 +117,14 @@ class CompressedSparseAttention(CompressedAttention):
         visible = entry_mask(context, self.ratio, entries)
         assert history.index_query is not None and history.index_weights is not None
         scores = index_scores(history.index_query, keys, history.index_weights, visible)
-        mask = visible if context.attention == "dense" else self._selected(scores, visible)
-        out, mass = self.core_attention(projected, entries, mask, context)
-        if context.aux is not None and mass is not None:
-            context.aux.losses["indexer_kl"][self.layer] = indexer_kl(mass, scores, mask)
-            if context.aux.measure_selection:
-                _, teacher = self.core_attention(projected, entries, visible, context)
-                assert teacher is not None
-                self._measure_selection(context.aux, teacher, scores, visible)
-        return out
-
-    def _selected(self, scores: Tensor, visible: Tensor) -> Tensor:
-        """Return the indexer's selection as a mask, bool [B, S, T]."""
-        chosen = select_topk(scores.to(self.precision.score_dtype), visible, self.config.index_topk)
-        mask = torch.zeros(*scores.shape[:2], scores.shape[-1] + 1, dtype=torch.bool, device=scores.device)
-        # Unused slots (-1) wrap around to the extra last column, which is cut off.
-        return mask.scatter_(-1, chosen % mask.shape[-1], True)[..., :-1]
+        return attend_selected(
+            scores,
+            visible,
+            self.config,
+            self.layer,
+            context,
+            lambda mask: self.core_attention(projected, entries, mask, context),
+        )
 
     def select(self, history: History, context: Context, cache: LayerCache) -> EntrySet:
         cache.entries.append(self.pool(history, context, cache.tail))
@@ -151,18 +144,6 @@ class CompressedSparseAttention(CompressedAttention):
             context.batch_invariant,
         )
         return EntrySet(cache.entries.pages, chosen=chosen)
-
-    def _measure_selection(self, aux: AuxOutputs, teacher: Tensor, scores: Tensor, visible: Tensor) -> None:
-        """Measure the share of dense attention mass on selected entries, over queries that see more than k entries."""
-        k = self.config.index_topk
-        crowded = (visible.sum(-1) > k).expand(scores.shape[:2])
-        if not crowded.any():
-            return
-        held = (teacher * self._selected(scores, visible))[crowded].sum(-1)
-        best = teacher[crowded].topk(k, dim=-1).values.sum(-1)
-        total = teacher[crowded].sum(-1)
-        aux.metrics["recall_at_k"][self.layer] = (held / total).mean()
-        aux.metrics["recall_at_k_of_best"][self.layer] = (held / best).mean()
 
     def split_sizes(self) -> dict[str, tuple[int, ...]]:
         indexer = self.indexer.compressor.split_sizes()

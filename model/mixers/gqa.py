@@ -40,6 +40,7 @@ class GroupedQueryAttention(Mixer):
     """``num_heads`` query heads share ``num_kv_heads`` key and value heads. Rotary positions on the whole head."""
 
     name = "gqa"
+    formats = ("gqa_format",)
     batch_invariant_widths = ("head_dim",)
 
     @classmethod
@@ -133,7 +134,7 @@ class GroupedQueryAttention(Mixer):
 
         def attend(query: Tensor, sequences: Tensor, queries: Tensor) -> Tensor:
             heads = query.view(-1, group, c.head_dim)  # every key-value head on its own
-            attention = TiledAttention(heads, query.new_full((group,), float("-inf")))
+            attention = TiledAttention(heads)
             for rows, mask in entry_tiles(history, sequences, queries):
                 both = self._heads(unpack(rows, self.entry_layout))
                 key, value = (x.transpose(1, 2).flatten(0, 1) for x in both)

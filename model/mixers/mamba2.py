@@ -24,6 +24,7 @@ from model.layers.linear import Linear
 from model.layers.norm import RMSNorm
 from model.layers.rope import Rotation
 from model.mixers.base import Mixer, StoredFormat, require
+from model.mixers.options import STATE_FORMATS, check_count, check_state_format
 from model.mixers.short_convolution import ShortConvolution
 from model.work import Work
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from model.cache.layer_cache import LayerCache
     from model.config import ModelConfig
 
-STATE_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 EXPAND = 2
 _LEAST_STEP = 1e-4
 """Smallest initial step size."""
@@ -92,7 +92,7 @@ class Mamba2(Mixer):
     matrix product in training; changes speed only. ``time_step_min`` and ``time_step_max``: initial step sizes.
     ``time_step_limit``: least and greatest step size, None for no limit. ``state_format``: ``fp32`` or ``bf16``, of
     state and convolution tail in the cache."""
-    batch_invariant_widths = ("mixer_options.mamba2.head_dim",)
+    batch_invariant_widths = ("head_dim",)
 
     # --- declarations
 
@@ -108,19 +108,13 @@ class Mamba2(Mixer):
         o = config.mixer_options[cls.name]
         key = f"mixer_options.{cls.name}"
         for name in ("head_dim", "state_size", "n_groups", "chunk_size"):
-            require(_is_count(o[name]), f"{key}.{name}: expected a whole number of at least 1, found {o[name]!r}")
-        require(
-            _is_count(o["conv_kernel"]) and o["conv_kernel"] >= 2,
-            f"{key}.conv_kernel: expected a whole number of at least 2, found {o['conv_kernel']!r}",
-        )
+            check_count(f"{key}.{name}", o[name])
+        check_count(f"{key}.conv_kernel", o["conv_kernel"], least=2)
         require(
             isinstance(o["use_conv_bias"], bool),
             f"{key}.use_conv_bias: expected true or false, found {o['use_conv_bias']!r}",
         )
-        require(
-            o["state_format"] in tuple(STATE_FORMATS),
-            f"{key}.state_format: expected one of {', '.join(STATE_FORMATS)}, found {o['state_format']!r}",
-        )
+        check_state_format(f"{key}.state_format", o["state_format"])
         cls._check_steps(key, o)
         cls._check_heads(key, o, config.hidden_size)
 
@@ -146,10 +140,8 @@ class Mamba2(Mixer):
             expand is None or (_is_number(expand) and expand > 0 and float(hidden * expand).is_integer()),
             f"{key}.expand: expected a number above 0 that makes hidden_size {hidden} a whole number, found {expand!r}",
         )
-        require(
-            heads is None or _is_count(heads),
-            f"{key}.num_heads: expected a whole number of at least 1, found {heads!r}",
-        )
+        if heads is not None:
+            check_count(f"{key}.num_heads", heads)
         inner = int(hidden * (EXPAND if expand is None else expand))
         if heads is None:
             require(inner % head_dim == 0, f"{key}.head_dim: expected a divisor of {inner} channels, found {head_dim}")
@@ -279,7 +271,3 @@ def _with_even_columns(x: Tensor) -> Tensor:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 1 <= value < 1 << 31

@@ -60,11 +60,16 @@ class SlidingWindowAttention(Mixer):
 
     name = "sliding"
     one_key_value = True
+    formats: ClassVar[tuple[str, ...]] = ("kv_format", "rope_format")
     batch_invariant_widths: ClassVar[tuple[str, ...]] = ("q_lora_rank", "o_lora_rank", "head_dim")
 
     @classmethod
     def check(cls, config: ModelConfig) -> None:
         c = config
+        require(
+            c.num_heads % c.o_groups == 0,
+            f"num_heads: {c.num_heads} heads do not divide into o_groups {c.o_groups} groups",
+        )
         body, bits, rope_bits = c.head_dim - c.rope_head_dim, FORMAT_BITS[c.kv_format], FORMAT_BITS[c.rope_format]
         require(
             body * bits % rope_bits == 0,

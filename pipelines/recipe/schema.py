@@ -157,8 +157,8 @@ class StageSection(Section):
     """One stage of the curriculum. Settings left out default to those of the recipe."""
 
     attention: Literal["dense", "indexer_warmup", "sparse"] = "sparse"
-    """dense: csa layers attend to every visible entry. indexer_warmup: dense attention, and only the indexer is
-    trained. sparse: csa layers attend to the entries that the indexer selects."""
+    """dense: csa and dsa layers attend to every visible entry. indexer_warmup: dense attention, and only the indexer is
+    trained. sparse: csa and dsa layers attend to the entries that the indexer selects."""
     steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps of the stage."""
     tokens: Annotated[int, Field(ge=1)] | None = None

@@ -13,9 +13,7 @@ from model.atomic_files import atomic_file
 from model.checkpoint import load_config
 from model.config import ModelConfig
 from model.errors import ConfigError
-from model.hf import CONFIG, is_pretrained
-from model.hf.config import read_config
-from model.hf.safetensors_folder import read_json
+from model.hf import is_pretrained, read_pretrained_config
 from model.presets import PRESETS
 from pipelines.recipe.loading import load_recipe, read_yaml, with_overrides
 from pipelines.recipe.overrides import parse_override
@@ -87,7 +85,7 @@ def _named_model(name: str) -> ModelConfig:
 def _read_model(path: Path) -> ModelConfig:
     """Return the configuration in a checkpoint folder or in a YAML file of fields."""
     if path.is_dir():
-        return read_config(path / CONFIG, read_json(path / CONFIG)) if is_pretrained(path) else load_config(path)
+        return read_pretrained_config(path) if is_pretrained(path) else load_config(path)
     if path.is_file():
         content = read_yaml(path)
         if "model" in content:

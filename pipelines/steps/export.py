@@ -13,7 +13,7 @@ from model.config import CACHE_FORMATS
 from model.errors import ConfigError
 from model.gguf import WeightType, export_gguf
 from model.hf import export_pretrained, import_pretrained, is_pretrained
-from model.hf.config import ExpertFormat
+from model.hf.family import ExpertFormat
 from model.tokenizer import BYTE, load_tokenizer
 from model.tokenizer import FILE_NAME as TOKENIZER_FILE
 from model.tokenizer.side_files import CONFIG
@@ -104,7 +104,8 @@ def run(
         _print_left_behind(source, target)
         return target
     loaded = None
-    if tokenizer is not None or (source / TOKENIZER_FILE).exists():
+    # A link to nowhere counts as a tokenizer, so that loading it names the fault.
+    if tokenizer is not None or os.path.lexists(source / TOKENIZER_FILE):
         loaded = load_tokenizer(tokenizer or source, bos_token, eos_token, model.config.vocab_size)
     if target_format == "fiftyfold":
         checkpoint.save(model, target, loaded)

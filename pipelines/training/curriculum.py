@@ -95,8 +95,8 @@ def curriculum(recipe: Recipe) -> tuple[Stage, ...]:
             f"data.sequence_length: {recipe.data.sequence_length}, the length of validation rows, exceeds "
             f"model.max_positions {recipe.model.max_positions}"
         )
-    routers = recipe.model.num_layers + recipe.model.mtp_layers - recipe.model.num_hash_layers
-    if train.stability.anticipatory_routing is not None and not (recipe.model.ffn == "moe" and routers):
+    routers = recipe.model.block_ffn_kinds.count("moe") - recipe.model.num_hash_layers
+    if train.stability.anticipatory_routing is not None and routers <= 0:
         raise ConfigError("train.stability.anticipatory_routing: no layer of the model has a router")
     return tuple(stages)
 
@@ -157,13 +157,13 @@ def _check_stage(recipe: Recipe, stage: Stage) -> None:
     )
     for mixer in set(config.mixers):
         mixer.check_length(config, length)
-    if config.indexer_ratio is None:
+    if not config.indexed_layers:
         require(not stage.warms_up, f"{key}: indexer_warmup is set, but no layer of model.layers has an indexer")
         for name in ("index_topk", "indexer_learning_rate"):
             given = getattr(train.stages[stage.index], name)
             require(given is None, f"{key}.{name}: {given} is set, but no layer of model.layers has an indexer")
         return
-    entries = length // config.indexer_ratio
+    entries = min(length // ratio for ratio in config.indexer_ratios.values())
     require(
         stage.attention != "sparse" or entries > config.index_topk,
         f"{key}: index_topk {config.index_topk} is not below the {entries} entries of a {length}-token sequence, so a "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -27,16 +28,17 @@ class Denominators:
     """Sum of the target weights."""
     mtp_weight: Tensor
     """Sum of the weights of multi-token targets."""
-    scored: Tensor
-    """Tokens with at least one compressed entry for the indexer to score."""
+    scored: dict[int, Tensor]
+    """Tokens with at least one entry for an indexer to score, by the indexer's tokens per entry."""
 
 
-def denominators(weights: Tensor, positions: Tensor, indexer_ratio: int | None) -> Denominators:
+def denominators(weights: Tensor, positions: Tensor, indexer_ratios: Iterable[int]) -> Denominators:
     """Sum over all ranks. ``weights`` float32 [B, S], ``positions`` int64 [B, S]. Every rank must call it."""
     mtp_weights = weights[:, 1:] * continues_document(positions)
-    scored = (positions >= (indexer_ratio or 1) - 1).float()
-    sums = sum_over_ranks(torch.stack([weights.sum(), mtp_weights.sum(), scored.sum()])).clamp(min=1.0)
-    return Denominators(len(weights), *sums.unbind())
+    ratios = sorted(set(indexer_ratios))
+    scored = [(positions >= ratio - 1).float().sum() for ratio in ratios]
+    sums = sum_over_ranks(torch.stack([weights.sum(), mtp_weights.sum(), *scored])).clamp(min=1.0)
+    return Denominators(len(weights), sums[0], sums[1], dict(zip(ratios, sums[2:])))
 
 
 def combine_losses(
@@ -63,12 +65,8 @@ def combine_losses(
     tokens, positions = batch["tokens"], batch["positions"]
     losses = {"train/loss": weighted_loss(logits, tokens[:, 1:], weights, totals.weight)}
     objective = losses["train/loss"] if not stage.warms_up else logits.new_zeros(())
-    if stage.model.indexer_ratio is not None:
-        # A mean over tokens with an entry to score. Their number differs between ranks; a rank that holds only short
-        # documents has no divergence to report, but must still take part in the sum.
-        scored = (positions >= stage.model.indexer_ratio - 1).sum()
-        kl = aux.loss("indexer_kl")
-        kl = scored * world_size() / totals.scored * kl if kl is not None else logits.new_zeros(())
+    if stage.model.indexed_layers:
+        kl = _indexer_loss(positions, totals, aux, stage.model.indexer_ratios, logits.new_zeros(()))
         losses["train/indexer_kl"] = kl
         objective = objective + train.indexer_loss_weight * kl
     balance = aux.loss("balance")
@@ -81,6 +79,26 @@ def combine_losses(
         losses["train/mtp_loss"] = weighted_loss(aux.mtp_logits, tokens[:, 2:], mtp_weights, totals.mtp_weight)
         objective = objective + mtp_loss_weight * losses["train/mtp_loss"]
     return objective, {name: loss.detach() for name, loss in losses.items()}
+
+
+def _indexer_loss(
+    positions: Tensor, totals: Denominators, aux: AuxOutputs, ratios: dict[int, int], zero: Tensor
+) -> Tensor:
+    """Return the indexers' mean divergence over layers and over tokens with an entry to score.
+
+    The number of such tokens differs between ranks. A rank that holds only short documents has no divergence to
+    report, but must still take part in the sum.
+    """
+    divergences = aux.losses.get("indexer_kl", {})
+    loss = zero
+    for ratio, total in totals.scored.items():
+        layers = [layer for layer, own in ratios.items() if own == ratio]
+        found = [divergences[layer] for layer in layers if layer in divergences]
+        if found:
+            scored = (positions >= ratio - 1).sum()
+            mean = sum(found[1:], found[0]) / len(found)
+            loss = loss + len(layers) / len(ratios) * (scored * world_size() / total * mean)
+    return loss
 
 
 def target_weights(kinds: Tensor, answer: float, context: float) -> Tensor:

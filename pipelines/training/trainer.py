@@ -273,7 +273,7 @@ class Trainer:
         mtp_weight = mtp_loss_weight(train, self.step, total)
         batch = self._to_device(batch)
         weights = target_weights(batch["target_kind"], train.answer_loss_weight, train.context_loss_weight)
-        totals = denominators(weights, batch["positions"], self.model.config.indexer_ratio)
+        totals = denominators(weights, batch["positions"], self.model.config.indexer_ratios.values())
         reshard_all(self.model)
         self.model.zero_grad(set_to_none=True)
         means: dict[str, Tensor] = {}

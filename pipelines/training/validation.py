@@ -48,11 +48,12 @@ def validate(model: Transformer, batches: dict[str, list[Batch]], attention: Att
       the most likely one, teacher-forced.
     * ``validation/loss``: mean loss of text and answer tokens, with equal weight for each kind of document;
       ``validation/mtp_loss`` likewise for multi-token prediction.
-    * ``validation/choosing_share``: share of queries with more entries than ``index_topk``. Where it is 0, nothing is
-      selected.
+    * ``validation/choosing_share``: share of queries with more entries than ``index_topk``, over layers with an
+      indexer. Where it is 0, nothing is selected.
 
     Indexer and selection metrics are measured on key-value documents, or on the first kind if there are none. They are
-    means over csa layers, and over the batches that have them, and are repeated per layer (``.../layer_2``).
+    means over layers with an indexer, and over the batches that have them, and are repeated per layer
+    (``.../layer_2``).
     """
     reshard_all(model)
     selection_kind = "mqar" if "mqar" in batches else next(iter(batches))
@@ -117,8 +118,10 @@ def _sum_metrics(
             found["right"], found["answers"] = count_answers(logits.argmax(-1) == tokens[:, 1:], counted)
         for key, value in aux.by_layer(_SELECTION).items():
             found |= {key: value, f"{key} batches": 1}
-        found["queries"] = int((positions >= 0).sum())
-        found["choosing"] = int(((positions + 1) // (config.indexer_ratio or 1) > config.index_topk).sum())
+        # Per layer with an indexer: their entries may differ in size.
+        ratios = config.indexer_ratios.values()
+        found["queries"] = len(ratios) * int((positions >= 0).sum())
+        found["choosing"] = sum(int(((positions + 1) // ratio > config.index_topk).sum()) for ratio in ratios)
         for key, value in found.items():
             sums[key] += value
     total = sum_over_ranks(torch.tensor(list(sums.values()), dtype=torch.float64, device=device)).tolist()

@@ -43,6 +43,7 @@ CALLS = {
     "expert_dispatch.dispatch": (x[0], None, torch.float32),
     "expert_dispatch.combine": (x[0], None, torch.float32),
     "fused_experts.fused_experts": (x, None, None, (), (), 1.0),
+    "gated_delta_rule.gated_delta_rule": (x[None], x[None], x[None], x[None], x),
     "hadamard.hadamard": (x,),
     "hyper_connections.hc_pre": (x[None], x, x, x, 1, 1e-6, 1e-6),
     "hyper_connections.hc_post": (x[None], x, x, x),

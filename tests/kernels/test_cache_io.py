@@ -14,6 +14,9 @@ LAYOUTS = [
     EntryLayout(16, "fp4"),
     EntryLayout(128, "fp4"),
     EntryLayout(96, "fp8"),
+    EntryLayout(320, "fp8_128", 16, "bf16"),
+    EntryLayout(70, "fp8_128", 5, "bf16"),
+    EntryLayout(150, "fp8_128"),
 ]
 
 
@@ -26,7 +29,7 @@ def values(*shape):
     return x
 
 
-@pytest.mark.parametrize("body", ["fp8", "fp4", "bf16", "fp32"])
+@pytest.mark.parametrize("body", ["fp8", "fp8_128", "fp4", "bf16", "fp32"])
 @pytest.mark.parametrize("size", [16, 32, 48, 96, 128, 448])
 def test_rounding_in_training_equals_a_round_trip_through_the_cache(body, size):
     x = torch.randn(3, 5, size + 16) * torch.logspace(-3, 2, 5).view(1, 5, 1)
@@ -41,6 +44,22 @@ def test_rounding_in_training_equals_a_round_trip_through_the_cache(body, size):
 def test_entries_have_the_released_sizes():
     assert EntryLayout(448, "fp8", 64, "bf16").nbytes == 584
     assert EntryLayout(128, "fp4").nbytes == 68
+    assert EntryLayout(512, "fp8_128", 64, "bf16").nbytes == 656
+    assert EntryLayout(128, "fp8_128").nbytes == 132
+
+
+def test_wide_blocks_store_their_scale_in_float32():
+    layout = EntryLayout(256, "fp8_128", 2, "bf16")
+    x = torch.randn(3, 258) * torch.tensor([[1.0], [1e-3], [1e3]])
+    rows = pack(x, layout, backend="reference")
+    scales = rows[:, 260:268].contiguous().view(torch.float32)
+    grid = rows[:, :256].contiguous().view(torch.float8_e4m3fn).float()
+    assert torch.equal(scales, scales.log2().round().exp2())
+    amax = x[:, :256].unflatten(1, (2, 128)).abs().amax(-1)
+    assert ((amax / scales <= 448) & (amax / scales > 224)).all()
+    values = unpack(rows, layout, backend="reference")[:, :256]
+    assert torch.equal(grid.unflatten(1, (2, 128)) * scales.unsqueeze(-1), values.unflatten(1, (2, 128)))
+    assert ((values - x[:, :256]).abs() <= x[:, :256].abs() / 16 + scales.repeat_interleave(128, 1) / 1024).all()
 
 
 @needs_native

@@ -12,7 +12,7 @@ from kernels.index_topk.eager import score_tile
 from kernels.index_topk.selection import topk_indices
 from kernels.quantize import round_to_format
 
-FORMATS = ("fp4", "fp8", "bf16", "fp32")
+FORMATS = ("fp4", "fp8", "fp8_128", "bf16", "fp32")
 HEADS, DIMS = 4, 32
 MODES = {backend: {"backend": backend} for backend in available(BACKENDS)}
 MODES["batch-invariant"] = {"backend": "eager", "batch_invariant": True}
@@ -154,6 +154,13 @@ def test_topk_indices_equal_those_of_a_stable_sort(entries, k):
             order = np.lexsort((np.arange(entries), -row.numpy()))
             order = [int(i) for i in order if row[i] > float("-inf")][:k]
             assert indices.tolist() == order + [-1] * (k - len(order))
+
+
+@pytest.mark.parametrize("entries", [33, 40, 129, 700, 3000])
+def test_the_best_of_distinct_scores_are_found_wherever_they_are(entries):
+    scores = torch.rand(100, entries).argsort(-1).float()
+    for k in (1, 2, 3, 20):
+        assert torch.equal(topk_indices(scores, k), scores.topk(k).indices)
 
 
 def test_ties_go_to_the_lower_entry_and_only_permitted_ones_are_selected():

@@ -36,6 +36,9 @@ def test_cpu_equals_exact_products(tokens, inputs, outputs, stored):
     expected = torch.einsum("btgi,goi->btgo", rows, stack.float()).flatten(2)
     assert backend_for(rows.flatten(2), stack) == "cpu"
     torch.testing.assert_close(grouped_linear(rows.flatten(2), stack), expected, rtol=1e-5, atol=1e-5)
+    apart = torch.cat((torch.randn(3, 2, inputs).to(stored), stack), dim=1)[:, 2:]  # views of every group's last rows
+    assert backend_for(rows.flatten(2), apart) == "cpu"
+    torch.testing.assert_close(grouped_linear(rows.flatten(2), apart), expected, rtol=1e-5, atol=1e-5)
 
 
 @needs_native

@@ -92,3 +92,52 @@ def test_sizes_around_multiples_of_the_vector_width(backend):
                 backend=backend,
             )
             torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", available(BACKENDS))
+@pytest.mark.parametrize("kind", ["visible", "chosen"])
+@pytest.mark.parametrize(("tokens", "heads"), [(1, 5), (1, 8), (7, 4), (40, 3)])
+@torch.no_grad()
+def test_latents_without_a_window_have_narrower_values(tokens, heads, kind, backend):
+    """Absorbed latent attention: the first dims of a key are its value, and the softmax scale is not that of a key."""
+    layout, value_size, scale = EntryLayout(160, "fp8_128", 6, "bf16"), 160, 0.1
+    query, rows = torch.randn(B, tokens, heads, layout.size), pack(torch.randn(B, T, layout.size), layout)
+    if kind == "visible":
+        visible = (torch.tensor([[1], [3], [T]]) + torch.arange(tokens)).clamp(max=T)
+        mask, entries = torch.arange(T) < visible.unsqueeze(-1), EntrySet(pages_of(rows), visible=visible)
+    else:
+        chosen = torch.rand(B, tokens, T).argsort(-1)[..., :4]
+        chosen[..., 2:][torch.rand(B, tokens, 2) < 0.5] = -1
+        entries = EntrySet(pages_of(rows), chosen=chosen)
+        mask = torch.zeros(B, tokens, T + 1, dtype=torch.bool).scatter_(-1, chosen % (T + 1), True)[..., :T]
+    keys = unpack(rows, layout)
+    logits = torch.einsum("bshc,btc->bsht", query, keys) * scale
+    weights = logits.masked_fill(~mask.unsqueeze(2), float("-inf")).softmax(-1)
+    expected = torch.einsum("bsht,btv->bshv", weights, keys[..., :value_size])
+    found = paged_attention(query, None, entries, None, layout, 0, scale, value_size, backend=backend)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", available(BACKENDS))
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("tokens", "heads"), [(1, 1), (1, 6), (1, 40), (5, 3), (9, 8)])
+@torch.no_grad()
+def test_many_entries_without_a_window_are_attended_to_in_tiles(tokens, heads, threads, backend, monkeypatch):
+    monkeypatch.setattr("kernels.paged_attention.eager._TILE", 64)
+    layout, scale, entries = EntryLayout(30, "fp32", 6, "fp32"), 0.7, 200
+    query, rows, sink = torch.randn(B, tokens, heads, 36), torch.randn(B, entries, 36), torch.randn(heads)
+    visible = (torch.tensor([[1], [62], [entries]]) + torch.arange(tokens)).clamp(max=entries)
+    logits = torch.einsum("bshc,btc->bsht", query, rows) * scale
+    logits = logits.masked_fill((torch.arange(entries) >= visible.unsqueeze(-1)).unsqueeze(2), float("-inf"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for some in (sink, None):
+            end = torch.full((heads,), float("-inf")) if some is None else some
+            weights = torch.cat((logits, end.view(1, 1, -1, 1).expand(B, tokens, -1, 1)), dim=-1).softmax(-1)
+            expected = torch.einsum("bsht,btv->bshv", weights[..., :-1], rows[..., :30])
+            pages = EntrySet(pages_of(pack(rows, layout)), visible=visible)
+            found = paged_attention(query, None, pages, some, layout, 0, scale, 30, backend=backend)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)

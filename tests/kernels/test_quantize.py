@@ -7,7 +7,7 @@ from kernels.quantize import BACKENDS, fake_quantize, round_to_format, round_to_
 
 
 def test_all_zero_and_tiny_blocks():
-    for fmt in ("fp8", "fp4"):
+    for fmt in ("fp8", "fp8_128", "fp4"):
         assert torch.equal(round_to_format(torch.zeros(2, 64), fmt), torch.zeros(2, 64))
         assert round_to_format(torch.full((1, 64), 1e-30), fmt).isfinite().all()
 
@@ -39,7 +39,7 @@ def test_eager_refuses_what_it_does_not_support():
     for x, fmt in ((torch.randn(2, 64), "fp8"), (torch.randn(2, 40), "fp4")):
         with pytest.raises(ValueError, match=f"requires fp4 and a multiple of 32 dims, found {fmt} and {x.shape[1]}"):
             round_to_format(x, fmt, backend="eager")
-    with pytest.raises(ValueError, match="format 'fp5' is not one of fp32, bf16, fp8, fp4"):
+    with pytest.raises(ValueError, match="format 'fp5' is not one of fp32, bf16, fp8, fp8_128, fp4"):
         round_to_format(torch.randn(2, 64), "fp5")
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from backend_testing import needs_native, output_and_gradients
 
-from kernels.rotary import angles, rotate
+from kernels.rotary import angles, rotate, rotate_halves
 
 
 @pytest.mark.parametrize("backend", ["reference", "eager"])
@@ -18,7 +18,7 @@ def test_pairs_are_rotated_and_other_dims_pass_through(backend):
             rotated += [a * c - b * s, a * s + b * c]
         return torch.cat((before, torch.stack(rotated, -1)), -1)
 
-    for dims in (8, 12):
+    for dims in (8, 12, 13):
         x = torch.randn(2, 5, 3, dims)
         found = output_and_gradients(lambda x: rotate(x, cos, sin, backend=backend), x)
         torch.testing.assert_close(found, output_and_gradients(pair_by_pair, x))
@@ -26,6 +26,15 @@ def test_pairs_are_rotated_and_other_dims_pass_through(backend):
     x = torch.randn(2, 5, 3, 12).bfloat16()
     out, grad = output_and_gradients(lambda x: rotate(x, cos, sin, backend=backend), x)
     assert out.dtype == torch.float32 and grad.dtype == torch.bfloat16
+
+
+def test_pairs_of_two_halves_are_the_first_dims():
+    angle = torch.rand(1, 5, 4) * 6
+    cos, sin = angle.cos(), angle.sin()
+    order = torch.tensor([8, 9, 10, 0, 4, 1, 5, 2, 6, 3, 7])  # the same pairs, neighbors in the last dims
+    x = torch.randn(2, 5, 3, 11)
+    expected = rotate(x[..., order], cos, sin, backend="reference")
+    torch.testing.assert_close(rotate_halves(x, cos, sin)[..., order], expected)
 
 
 @needs_native

@@ -92,6 +92,45 @@ def test_eager_is_as_accurate_as_the_reference_in_bf16():
         assert (found - expected).abs().max() < max(1.5 * (reference - expected).abs().max(), 0.01 * scale)
 
 
+def latent_results(backend, mask, value_size, autocast=False):
+    torch.manual_seed(5)
+    query, rows = (torch.randn(*shape).requires_grad_() for shape in ((B, 37, H, C), (B, 37, C)))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out, mass = sparse_attention(query, None, rows, mask, None, scale=0.3, value_size=value_size, backend=backend)
+    out.float().backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)))
+    return [out.detach().float(), mass, query.grad, rows.grad]
+
+
+def causal_mask(dense):
+    mask = torch.ones(B, 37, 37, dtype=torch.bool).tril()
+    return mask if dense else mask & ((torch.rand(mask.shape) < 0.3) | torch.eye(37, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("dense", [True, False])
+@pytest.mark.parametrize("value_size", [1, C - 5, C])
+def test_attention_without_a_window_to_values_narrower_than_keys(value_size, dense):
+    mask = causal_mask(dense)
+    torch.manual_seed(5)
+    query, rows = (torch.randn(*shape).requires_grad_() for shape in ((B, 37, H, C), (B, 37, C)))
+    logits = torch.einsum("bshc,btc->bsht", query, rows) * 0.3
+    weights = logits.masked_fill(~mask.unsqueeze(2), float("-inf")).softmax(-1)
+    out = torch.einsum("bsht,btv->bshv", weights, rows[..., :value_size])
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)))
+    expected = [out.detach(), weights.detach().sum(2), query.grad, rows.grad]
+    for backend in ("reference", "eager"):
+        for found, wanted in zip(latent_results(backend, mask, value_size), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_without_a_window_is_as_accurate_as_the_reference_in_bf16():
+    mask = causal_mask(dense=False)
+    exact = latent_results("reference", mask, 11)
+    narrow = [latent_results(backend, mask, 11, autocast=True) for backend in ("eager", "reference")]
+    for found, reference, expected in zip(*narrow, exact, strict=True):
+        scale = expected.abs().max()
+        assert (found - expected).abs().max() < max(1.5 * (reference - expected).abs().max(), 0.01 * scale)
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the most elements of a tensor that an operation returned."""
 
@@ -145,6 +184,15 @@ def test_masked_tiles_change_no_bits():
     among.add(torch.randn(16, 64, 24) * 100, torch.zeros(16, 64, dtype=torch.bool))
     assert torch.equal(among.output(), alone.output())
     assert torch.equal(alone.output()[0], torch.zeros(H, 24))
+
+
+def test_values_may_be_the_first_dims_of_keys():
+    query, keys = torch.randn(4, H, 8), torch.randn(4, 11, 8)
+    attention = TiledAttention(query, scale=0.2, value_size=5)
+    for some in (slice(0, 5), slice(5, 11)):
+        attention.add(keys[:, some], torch.ones(4, some.stop - some.start, dtype=torch.bool))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, keys, keys[..., :5], scale=0.2)
+    torch.testing.assert_close(attention.output(), expected)
 
 
 def test_values_may_differ_from_keys():

@@ -5,6 +5,7 @@ import torch
 from model.config import CACHE_FORMATS, ModelConfig
 from model.transformer import Transformer
 
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12}
 SMALL = {
     "hidden_size": 32,
     "head_dim": 16,
@@ -21,7 +22,12 @@ SMALL = {
     "init_std": 0.2,
     "max_positions": 512,
     "vocab_size": 50,
-    "mixer_options": {"mamba2": {"head_dim": 8, "state_size": 6, "n_groups": 2, "chunk_size": 8}},
+    "mixer_options": {
+        "mla": LATENT,
+        "dsa": LATENT,
+        "mamba2": {"head_dim": 8, "state_size": 6, "n_groups": 2, "chunk_size": 8},
+        "kda": {"head_dim": 8, "chunk_size": 8},
+    },
 }
 
 FP32 = dict.fromkeys(CACHE_FORMATS, "fp32")

@@ -9,7 +9,7 @@ from kernels.hyper_connections import recomputed_streams
 from model.forward.aux_outputs import AuxOutputs
 from tests.model.networks import build
 
-LAYERS = ("sliding", "csa", "hca", "mamba2")
+LAYERS = ("kda", "csa", "hca", "mamba2")
 
 
 def objective(model, ids, positions, attention):

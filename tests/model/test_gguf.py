@@ -166,6 +166,11 @@ def test_metadata_describes_the_network(tmp_path):
         ({"hc_mult": 2}, "model.hc_mult: .* needs 4, found 2"),
         ({"hyper_connections": False}, "model.hyper_connections: .* needs true, found False"),
         ({"ffn": "dense", "num_hash_layers": 0}, "model.ffn: .* needs 'moe', found 'dense'"),
+        ({"first_k_dense_replace": 1, "num_hash_layers": 0}, "model.first_k_dense_replace: .* needs 0, found 1"),
+        ({"scoring_func": "sigmoid"}, "model.scoring_func: .* needs 'sqrtsoftplus', found 'sigmoid'"),
+        ({"n_group": 2, "topk_group": 2}, "model.n_group: .* needs 1, found 2"),
+        ({"tie_word_embeddings": True}, "model.tie_word_embeddings: .* needs False, found True"),
+        ({"swiglu_limit": 0.0}, "model.swiglu_limit: .* a limit above 0, found 0.0"),
         ({"num_shared_experts": 0}, "model.num_shared_experts: .* needs at least 1, found 0"),
         (
             {"layers": ("csa",), "yarn_factor": 4.0, "yarn_beta_fast": 16.0},

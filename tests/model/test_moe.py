@@ -54,10 +54,10 @@ def test_hash_layers_route_by_token_id():
 
 
 def test_balance_loss_is_one_when_even_and_more_when_not():
-    even = sequence_balance(torch.zeros(1, 4, 4), torch.tensor([[[0, 1], [2, 3], [0, 1], [2, 3]]]))
+    even = sequence_balance(torch.ones(1, 4, 4), torch.tensor([[[0, 1], [2, 3], [0, 1], [2, 3]]]))
     torch.testing.assert_close(even, torch.tensor(1.0))
-    skewed = torch.zeros(1, 4, 4)
-    skewed[..., 0] = 60
+    skewed = torch.ones(1, 4, 4)
+    skewed[..., 0] = 9
     assert sequence_balance(skewed, torch.tensor([[[0, 1], [0, 2], [0, 3], [0, 1]]])) > 1.3
 
 

@@ -22,7 +22,9 @@ def without_native_operators(monkeypatch):
 
 
 LONG, LONGER = (1 << 18) - 512, (1 << 20) - 512
-MODELS = {mixer: build(layers=(mixer,), max_positions=1 << 20) for mixer in ("sliding", "csa", "hca")}
+MODELS = {mixer: build(layers=(mixer,), max_positions=1 << 20) for mixer in ("sliding", "csa", "hca", "mla", "dsa")}
+PARTS = {"csa": "entries", "dsa": "latents"}
+"""Part of the cache that holds what an indexer selects from."""
 
 
 class Made(TorchDispatchMode):
@@ -49,10 +51,10 @@ def step(mixer, history, tokens, mode="auto"):
     model = MODELS[mixer]
     cache = Cache(model.config, 1, history + tokens)
     fill_random(cache, history)
-    entries = getattr(cache.layers[0], "entries", None)
+    part = PARTS.get(mixer)
     model.execution = Execution(mode)
     try:
-        with torch.inference_mode(), Made(entries and cache.pool.rows(0, "entries")) as made:
+        with torch.inference_mode(), Made(part and cache.pool.rows(0, part)) as made:
             model(torch.zeros(1, tokens, dtype=torch.int64), cache)
     finally:
         model.execution = Execution()
@@ -75,14 +77,15 @@ def test_batch_invariant_prefill_makes_no_more_for_more_tokens(mixer):
 
 
 @pytest.mark.parametrize("mode", ["auto", "batch-invariant"])
-def test_decoding_reads_of_csa_entries_only_the_chosen(mode):
-    config = MODELS["csa"].config
-    entry = 8 + 2 * 8 + 2  # FP8, BF16 and the scale, padded
+@pytest.mark.parametrize("mixer", PARTS)
+def test_decoding_reads_only_the_chosen_entries(mixer, mode):
+    config = MODELS[mixer].config
+    entry = {"csa": 8 + 2 * 8 + 2, "dsa": 24 + 2 * 4 + 2}[mixer]  # FP8, BF16 and the scale, padded
     queries = 16 if mode == "batch-invariant" else 1
     for history in (1 << 14, LONGER):
-        made = step("csa", history, 1, mode)
+        made = step(mixer, history, 1, mode)
         assert made.from_source and max(made.from_source) == queries * config.index_topk * entry
-    one_row_of_scores = 4 * (LONGER // config.csa_ratio)
+    one_row_of_scores = 4 * (LONGER // config.indexer_ratios[0])
     assert max(made.all) < 1.05 * one_row_of_scores
 
 

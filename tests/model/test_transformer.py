@@ -15,7 +15,7 @@ from model.forward.context import Context
 from model.generation import prefill
 from model.mixers.gqa import GroupedQueryAttention
 from model.precision import Precision
-from tests.model.networks import BF16, EXACT, SMALL, build
+from tests.model.networks import BF16, EXACT, LATENT, SMALL, build
 
 SCHEDULES = {
     "hybrid": ("sliding", "csa", "hca", "csa"),
@@ -24,6 +24,10 @@ SCHEDULES = {
     "hca": ("hca",),
     "gqa": ("gqa", "gqa"),
     "mamba2": ("mamba2", "csa", "mamba2"),
+    "kda": ("kda", "csa", "kda"),
+    "mla": ("mla", "mla"),
+    "dsa": ("dsa", "dsa"),
+    "every mixer": ("mla", "csa", "dsa", "hca", "gqa"),
 }
 
 
@@ -88,23 +92,26 @@ def test_training_forward_equals_inference_forward_with_qat():
         assert not torch.equal(model.train()(ids), model.eval()(ids))
 
 
-FORMATS = ("fp4", "fp8", "bf16", "fp32")
+FORMATS = ("fp4", "fp8", "fp8_128", "bf16", "fp32")
 KV = [{"kv_format": body, "rope_format": rope} for body in FORMATS for rope in ("bf16", "fp32")]
 STORED = [
     *(("sliding", formats) for formats in KV),
     *(("hca", formats) for formats in KV),
     *(("csa", {**formats, "index_format": index}) for formats in KV for index in FORMATS),
     *(("gqa", {"gqa_format": each}) for each in FORMATS),
+    *(("mla", formats) for formats in KV),
+    *(("dsa", {**formats, "index_format": index}) for formats in KV for index in FORMATS),
 ]
 
 
 @pytest.mark.parametrize(("mixer", "formats"), STORED)
 def test_cached_values_are_the_training_forwards_bit_for_bit(mixer, formats):
-    # Key-value heads of 40 dims end within a block.
-    model = build(layers=(mixer,), head_dim=40, index_head_dim=64, **formats)
+    # Key-value heads of 40 dims and latents of 152 end within a block.
+    latent = {"mixer_options": {name: {**LATENT, "kv_lora_rank": 152} for name in ("mla", "dsa")}}
+    model = build(layers=(mixer,), head_dim=40, index_head_dim=64, **latent, **formats)
     ids = torch.randint(0, 50, (1, 72))
     precision = model.layers[0].attn.precision
-    seen = {"main": [], "index": [], "gqa": []}
+    seen = {"main": [], "index": [], "gqa": [], "mla": []}
 
     original = precision.round_to
 
@@ -115,7 +122,8 @@ def test_cached_values_are_the_training_forwards_bit_for_bit(mixer, formats):
         return out
 
     def changes(role):
-        fields = {"main": ("kv_format", "rope_format"), "index": ("index_format",), "gqa": ("gqa_format",)}[role]
+        main = ("kv_format", "rope_format")
+        fields = {"main": main, "mla": main, "index": ("index_format",), "gqa": ("gqa_format",)}[role]
         return any(getattr(model.config, field) != "fp32" for field in fields)
 
     precision.round_to = spy
@@ -129,17 +137,20 @@ def test_cached_values_are_the_training_forwards_bit_for_bit(mixer, formats):
     def stored(entries):
         return unpack(entries.rows(), entries.layout)
 
+    if mixer in ("csa", "dsa"):
+        queries, keys = seen["index"]
+        assert queries.dim() == 4 and torch.equal(stored(layer.index), keys)
     if mixer == "gqa":
         assert torch.equal(stored(layer.entries), seen["gqa"][0])
+        return
+    if mixer in ("mla", "dsa"):
+        assert torch.equal(stored(layer.latents), seen["mla"][0])
         return
     window = model.config.window
     kept = unpack(layer.window.read(window), layer.window.part.layout)
     assert torch.equal(kept, seen["main"][0][:, -window:])
     if mixer != "sliding":
         assert torch.equal(stored(layer.entries), seen["main"][1])
-    if mixer == "csa":
-        queries, keys = seen["index"]
-        assert queries.dim() == 4 and torch.equal(stored(layer.index), keys)
 
 
 @pytest.mark.parametrize("body", [8, 40, 64, 96])
@@ -164,17 +175,22 @@ def test_every_layout_stores_what_training_rounds_to(body):
                 assert torch.equal(unpack(rows[row : row + 1], layout), rounded[row : row + 1]), (formats, role)
 
 
-def test_one_softmax_over_fewer_entries_than_topk_is_dense():
-    model = build(index_topk=100)
+INDEXED = [("sliding", "csa", "hca", "csa"), ("dsa", "dsa"), ("csa", "dsa")]
+
+
+@pytest.mark.parametrize("layers", INDEXED)
+def test_one_softmax_over_fewer_entries_than_topk_is_dense(layers):
+    model = build(layers=layers, index_topk=100)
     ids = torch.randint(0, 50, (1, 60))
     with torch.inference_mode():
         torch.testing.assert_close(model(ids, attention="sparse"), model(ids, attention="dense"))
-        sparse = build(index_topk=2)
+        sparse = build(layers=layers, index_topk=2)
         assert not torch.allclose(sparse(ids, attention="sparse"), sparse(ids, attention="dense"), atol=1e-3)
 
 
-def test_the_indexer_learns_from_its_own_loss_only():
-    model = build().train()
+@pytest.mark.parametrize("layers", INDEXED)
+def test_the_indexer_learns_from_its_own_loss_only(layers):
+    model = build(layers=layers).train()
     ids = torch.randint(0, 50, (2, 60))
     aux = AuxOutputs()
     logits = model(ids, attention="sparse", aux=aux)
@@ -189,8 +205,9 @@ def test_the_indexer_learns_from_its_own_loss_only():
     assert all(p.grad is None for p in others.values())
 
 
-def test_the_indexer_can_fit_its_teacher():
-    model = build(layers=("csa",), qat=False).train()
+@pytest.mark.parametrize("mixer", ["csa", "dsa"])
+def test_the_indexer_can_fit_its_teacher(mixer):
+    model = build(layers=(mixer,), qat=False).train()
     ids = torch.randint(0, 50, (4, 60))
     optimizer = torch.optim.AdamW(model.indexer_parameters(), lr=1e-2)
     losses = []
@@ -289,7 +306,7 @@ def test_cache_refuses_what_does_not_fit_and_stays_as_it_was():
         ({"index_head_dim": 24}, "power of two"),
         ({"experts_per_token": 9}, "exceeds num_experts"),
         ({"window": 0}, "window: must be at least 1"),
-        ({"kv_format": "fp2"}, "kv_format: 'fp2' is not one of fp4, fp8, bf16, fp32"),
+        ({"kv_format": "fp2"}, "kv_format: 'fp2' is not one of fp4, fp8, fp8_128, bf16, fp32"),
         ({"rope_format": "fp8"}, "rope_format: 'fp8' is not one of bf16, fp32"),
         ({"head_dim": 18, "kv_format": "fp4"}, "10 unrotated dims in kv_format fp4 end .* expected a multiple of 4"),
         ({"head_dim": 18, "rope_format": "fp32"}, "10 unrotated dims in kv_format fp8 end .* expected a multiple of 4"),

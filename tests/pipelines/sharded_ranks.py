@@ -62,3 +62,11 @@ def three_ranks(rank, world, recipe, folder):
     model = trained(recipe, folder / "three-from-two", rank, world, folder / "clipped-shards" / AT)
     if rank == world - 1:  # some parameters have fewer rows than ranks, so the last rank holds none of them
         assert any(len(to_local(p)) == 0 for p in model.parameters())
+
+
+def latent_ranks(rank, world, recipe, folder):
+    muon_adamw.newton_schulz = one_by_one(newton_schulz)
+    recipe = with_overrides(recipe_from_dict(recipe), {"train.workers": world, **PLAIN})
+    trained(recipe, folder / "replicas", rank, world)
+    model = trained(with_overrides(recipe, SHARDED), folder / "shards", rank, world)
+    assert is_sharded(model.layers[0].attn.wkv_b.weight)

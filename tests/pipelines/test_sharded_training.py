@@ -31,8 +31,9 @@ STAGES = [
 def recipe(prepared):
     return with_overrides(
         prepared,
-        {"model.layers": ["sliding", "csa", "hca", "mamba2"],
-         "model.mixer_options": {"mamba2": {"head_dim": 8, "state_size": 6, "n_groups": 2, "chunk_size": 16}},
+        {"model.layers": ["kda", "csa", "hca", "mamba2"],
+         "model.mixer_options": {"mamba2": {"head_dim": 8, "state_size": 6, "n_groups": 2, "chunk_size": 16},
+                                 "kda": {"head_dim": 16, "chunk_size": 16}},
          "model.mtp_layers": 1, "train.stages": STAGES, "train.batch_rows": 12, "train.accumulation_steps": 2,
          "train.checkpoint_every": 1, "train.validate_every": 4, "train.validation_rows": 13},
     )  # fmt: skip

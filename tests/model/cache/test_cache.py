@@ -34,6 +34,9 @@ NETWORKS = {
     "one-token window": {"window": 1, "layers": ("csa", "hca")},
     "baseline": {"layers": ("gqa", "sliding")},
     "recurrent": {"layers": ("mamba2", "csa")},
+    "delta rule": {"layers": ("hca", "kda")},
+    "latents": {"layers": ("mla", "dsa")},
+    "latents and entries": {"layers": ("dsa", "csa", "mla", "hca")},
 }
 MODELS = {name: build(**{**EXACT, **change}) for name, change in NETWORKS.items()}
 INVARIANT = {name: build(**change) for name, change in NETWORKS.items()}
@@ -99,7 +102,7 @@ class CacheMachine(RuleBasedStateMachine):
             cache.truncate(target)
         except CacheError as error:
             # Rings keep their last positions, recurrent states those at the ends of calls.
-            recurrent = "mamba2" in self.model.config.layers
+            recurrent = not {"mamba2", "kda"}.isdisjoint(self.model.config.layers)
             assert 0 < target < (length if recurrent else cache.high_water_marks[0] - self.rewind), error
             assert cache.length == length
         else:

@@ -13,7 +13,7 @@ from model.config import ModelConfig
 from model.errors import CacheError
 from tests.model.networks import SMALL, build
 
-LAYERS = ("sliding", "csa", "hca", "gqa")
+LAYERS = ("sliding", "csa", "hca", "gqa", "mla", "dsa")
 
 
 @pytest.mark.parametrize("formats", [{}, {"kv_format": "fp4", "index_format": "fp8", "gqa_format": "fp8"}])

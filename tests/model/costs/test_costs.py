@@ -273,7 +273,7 @@ def test_a_packed_baseline_is_a_precision_per_role(fmt):
     assert choices_of(config)["hybrid attention"].costs.bytes_per_token == 3 * 4096
     steps = {step.name: step for step in waterfall(config)}
     own = sum(cache_bytes_per_token(config).values())
-    assert steps[f"gqa keys and values in {fmt.upper()}"].bytes_per_token == own
+    assert steps[f"gqa layers in {fmt.upper()}"].bytes_per_token == own
     assert math.prod(step.factor for step in list(steps.values())[1:]) == pytest.approx(3 * 4096 / own)
     assert not choices_of(config.replace(layers=("gqa",), gqa_format="fp32"))["precision per role"].used
 

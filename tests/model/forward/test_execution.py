@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import kernels.index_topk.eager as streamed
 import model.mixers.csa as csa
+import model.mixers.dsa as dsa
 from kernels import native
 from model.cache import Cache
 from model.cache.pages import PagePool
@@ -27,6 +28,10 @@ NETWORKS = {
     "window 1": {"layers": ("csa", "hca"), "window": 1},
     "gqa": {"layers": ("gqa", "sliding"), "num_kv_heads": 2},
     "recurrent": {"layers": ("mamba2", "csa", "mamba2")},
+    "delta rule": {"layers": ("kda", "csa", "kda")},
+    "mla": {"layers": ("mla", "mla")},
+    "dsa": {"layers": ("dsa", "dsa"), "kv_format": "fp8_128", "index_format": "fp8_128"},
+    "latents and entries": {"layers": ("dsa", "csa", "mla", "hca")},
     "hash-routed": {"num_hash_layers": 4},
     "scored": {"num_hash_layers": 0, "num_shared_experts": 0, "experts_per_token": 3},
     "dense": {"ffn": "dense", "ffn_size": 24},
@@ -177,7 +182,7 @@ def test_scores_keep_their_bits_as_well(mode, monkeypatch):
 
 def test_bits_are_kept_over_a_long_history(mode):
     """Cover several tiles of index keys and of entries visible to all queries."""
-    model = mode(build(layers=("csa", "hca", "gqa"), max_positions=1 << 14), "batch-invariant")
+    model = mode(build(layers=("csa", "hca", "gqa", "mla", "dsa"), max_positions=1 << 14), "batch-invariant")
     ids, histories = random_ids(model, 4, 20), (60, 9000, 6500, 13_000)
     pool = PagePool(model.config, sum(-(-(n + 20) // model.config.page_tokens) for n in histories))
     caches, expected = [], []
@@ -244,7 +249,8 @@ class Choices:
             self.numbers.append(original(*arguments))
             return self.numbers[-1]
 
-        monkeypatch.setattr(csa, "index_topk", watch)
+        for mixer in (csa, dsa):
+            monkeypatch.setattr(mixer, "index_topk", watch)
 
     def take(self):
         numbers, self.numbers = self.numbers, []
@@ -271,7 +277,7 @@ def test_auto_is_close_and_chooses_alike(name, natively, mode, monkeypatch):
         assert torch.equal(choices.take(), chosen)
 
 
-@pytest.mark.parametrize("name", ["hybrid", "fp4 entries", "one index head"])
+@pytest.mark.parametrize("name", ["hybrid", "fp4 entries", "one index head", "dsa"])
 def test_released_formats_choose_alike(name, mode, monkeypatch):
     """With quantized entries logits may differ by one code, but selections are equal."""
     choices, model = Choices(monkeypatch), MODELS[name]

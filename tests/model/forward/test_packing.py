@@ -28,7 +28,20 @@ def pack(rows, width, vocab=50, seed=0):
 
 @pytest.mark.parametrize("attention", ["dense", "sparse"])
 @pytest.mark.parametrize(
-    "layers", [("sliding",), ("csa",), ("hca",), ("gqa",), ("mamba2",), ("sliding", "csa", "hca", "mamba2")]
+    "layers",
+    [
+        ("sliding",),
+        ("csa",),
+        ("hca",),
+        ("gqa",),
+        ("mla",),
+        ("dsa",),
+        ("mamba2",),
+        ("kda",),
+        ("sliding", "csa", "hca", "csa"),
+        ("dsa", "csa"),
+        ("kda", "csa", "hca", "mamba2"),
+    ],
 )
 def test_every_document_comes_out_as_if_alone(layers, attention):
     model = build(layers=layers, mtp_layers=1, **EXACT)

@@ -10,14 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 from torch import Size
 
-from model.config import ModelConfig
-
-Layout = Literal["released", "transformers"]
-WeightFormat = Literal["fp8", "fp4", "bf16", "fp32", "int64"]
+from model.hf.tensors import Layout, Source, TensorSlice, WeightFormat, split_name
 
 
 @dataclass(frozen=True)
@@ -99,33 +96,14 @@ EXPERT_STACKS = ("ffn.w1", "ffn.w2", "ffn.w3")
 above w3 and one of w2."""
 
 
-@dataclass(frozen=True)
-class TensorSlice:
-    """Destination in our model of a stored tensor, or of some rows of its matrices."""
-
-    ours: str
-    expert: int | None = None
-    rows: tuple[int, int] | None = None
-
-
-@dataclass(frozen=True)
-class Source:
-    """A stored tensor: its name, unquantized shape, released format and destinations in our model."""
-
-    name: str
-    shape: tuple[int, ...]
-    format: WeightFormat
-    parts: tuple[TensorSlice, ...]
-
-
-def sources(config: ModelConfig, shapes: dict[str, Size], layout: Layout) -> dict[str, Source]:
+def sources(shapes: dict[str, Size], layout: Layout) -> dict[str, Source]:
     """Return all tensors of a checkpoint in ``layout`` by name, for a model with tensors of these shapes.
 
     The balance bias of a hash-routed layer is unused and has no counterpart.
     """
     found = {}
     for ours, shape in shapes.items():
-        prefix, leaf = _split(ours)
+        prefix, leaf = split_name(ours)
         if leaf == "ffn.router_bias" and prefix and prefix + "ffn.tid2eid" in shapes:
             continue
         if leaf in EXPERT_STACKS:
@@ -189,12 +167,6 @@ def detect_layout(names: Iterable[str]) -> Layout:
 
 
 _ROWS = {prefix: {n.ours: n for n in rows} for prefix, rows in (("", MODEL), ("layers", BLOCK), ("mtp", MTP + BLOCK))}
-
-
-def _split(ours: str) -> tuple[str, str]:
-    match = re.match(r"(layers\.\d+\.|mtp\.\d+\.)?(.*)", ours)
-    assert match
-    return match[1] or "", match[2]
 
 
 def _names_of(prefix: str, leaf: str) -> Names:

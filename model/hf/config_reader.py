@@ -1,0 +1,105 @@
+"""Typed access to the keys of a ``config.json``."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from model.config import ModelConfig
+from model.errors import CheckpointError, ConfigError
+
+
+class ConfigReader:
+    """Keys of one file. Errors name the key, the expected and the found value."""
+
+    def __init__(self, path: Path, content: dict[str, Any]):
+        self.path, self.content = path, content
+
+    def error(self, message: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {message}")
+
+    def wrong(self, key: str, expected: str, found: Any) -> CheckpointError:
+        return self.error(f"key '{key}': expected {expected}, found {found!r}")
+
+    def missing(self, *keys: str) -> CheckpointError:
+        """Return the error for a key, or for alternative keys, none of which exists. It names the same keys of inner
+        mappings."""
+        nested = [
+            f"'{outer}.{key}'"
+            for key in keys
+            for outer, inner in self.content.items()
+            if isinstance(inner, dict) and inner.get(key) is not None
+        ]
+        named = " and ".join(f"'{key}'" for key in keys)
+        text = f"key {named} is missing" if len(keys) == 1 else f"keys {named} are both missing"
+        return self.error(text + (f" at the top level; there is {', '.join(nested)}" if nested else ""))
+
+    def has(self, key: str) -> bool:
+        """Return whether the key exists and is not null."""
+        return self.content.get(key) is not None
+
+    def require(self, key: str) -> Any:
+        if not self.has(key):
+            raise self.missing(key)
+        return self.content[key]
+
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.require(key) if default is None else self.content.get(key, default)
+        if type(value) is not int:
+            raise self.wrong(key, "an integer", value)
+        return value
+
+    def number(self, key: str, mapping: dict[str, Any] | None = None, inside: str = "") -> float:
+        value = self.require(key) if mapping is None else mapping.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.wrong(f"{inside}{key}", "a number", value)
+        return float(value)
+
+    def items(self, key: str) -> list[Any]:
+        value = self.require(key)
+        if not isinstance(value, list):
+            raise self.wrong(key, "a list", value)
+        return value
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        """Return the mapping under ``key``; empty if the key is missing."""
+        value = self.content.get(key)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise self.wrong(key, "a mapping", value)
+        return value
+
+    def one_per_layer(self, key: str, layers: int, known: tuple[str, ...]) -> list[str]:
+        """Return the list of names under ``key``, one of ``known`` for each layer."""
+        names = self.items(key)
+        if len(names) != layers:
+            raise self.error(
+                f"key '{key}': has {len(names)} entries, but 'num_hidden_layers' is {layers}; correct either of them"
+            )
+        for layer, name in enumerate(names):
+            if not isinstance(name, str) or name not in known:
+                raise self.wrong(f"{key}[{layer}]", f"one of {', '.join(known)}", name)
+        return names
+
+    def fixed(self, values: Mapping[str, Any]) -> None:
+        """Check keys of which the network implements one value, which is also the default."""
+        for key, expected in values.items():
+            if self.content.get(key, expected) != expected:
+                raise self.wrong(key, repr(expected), self.content[key])
+
+    def build(self, fields: dict[str, Any], key_of: Mapping[str, str]) -> ModelConfig:
+        """Return the configuration with these fields. Errors use the file's keys, ``key_of`` our names."""
+
+        def key(match: re.Match[str]) -> str:
+            return key_of.get(match[0], match[0])
+
+        try:
+            return ModelConfig.from_dict(fields)
+        except ConfigError as error:
+            name, _, rest = str(error).removeprefix("model.").partition(":")
+            message = re.sub(r"\b[a-z]+(_[a-z]+)+\b", key, rest)
+            raise self.error(f"key '{key_of.get(name, name)}':{message}") from error

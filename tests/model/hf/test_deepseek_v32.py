@@ -1,0 +1,276 @@
+"""DeepSeek-V3.2 checkpoints to and from transformers."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
+
+from model.config import ModelConfig
+from model.errors import CheckpointError, ConfigError
+from model.hf import export_pretrained, import_pretrained, read_pretrained_config
+from model.transformer import Transformer
+from tests.model.hf.family_parity import (
+    assert_equal_logits,
+    assert_same_folder,
+    change_config,
+    change_tensors,
+    load_oracle,
+    randomize,
+)
+from tests.model.networks import FP32
+
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "index_topk": 64,
+    "index_head_dim": 16,
+    "index_n_heads": 8,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
+CONFIGURATIONS = {
+    "as released": {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
+    "selection": {"index_topk": 8, "index_n_heads": 32, "num_hidden_layers": 2},
+    "one group, two shared experts": {"n_group": 1, "topk_group": 1, "n_shared_experts": 2, "rms_norm_eps": 1e-3},
+    "dense": {"first_k_dense_replace": 3},
+    "experts only, 3 heads": {
+        "first_k_dense_replace": 0,
+        "routed_scaling_factor": 1.0,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+    },
+    "YaRN without mscale": {"rope_parameters": {**YARN, "beta_fast": 16, "beta_slow": 2}},
+    "YaRN with two mscales": {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}},
+}
+OURS = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "hyper_connections": False,
+    "num_hash_layers": 0,
+    "scoring_func": "sigmoid",
+    "swiglu_limit": 0.0,
+    "num_experts": 8,
+    "experts_per_token": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "expert_size": 32,
+    "layers": ("dsa", "dsa", "dsa"),
+    "first_k_dense_replace": 2,
+    "index_head_dim": 16,
+    "index_topk": 64,
+    "max_positions": 128,
+}
+
+
+def draw(**changes):
+    config = DeepseekV32Config(**{**SIZES, **changes})
+    return randomize(DeepseekV32ForCausalLM._from_config(config, attn_implementation="eager"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    draw().save_pretrained(tmp_path / "a")
+    return tmp_path / "a"
+
+
+@pytest.mark.parametrize("changes", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+def test_a_network_of_transformers_is_read_and_written_back(tmp_path, changes):
+    oracle = draw(**changes)
+    oracle.save_pretrained(tmp_path / "a", max_shard_size="200KB")
+    ours = assert_same_folder(DeepseekV32ForCausalLM, oracle, tmp_path / "a", tmp_path)
+    assert_equal_logits(ours, oracle, torch.randint(0, 50, (2, 40)))
+
+
+def test_stacked_experts_are_read(folder, tmp_path):
+    draw().save_pretrained(tmp_path / "modules", save_original_format=False)
+    stacked, single = (import_pretrained(path).state_dict() for path in (tmp_path / "modules", folder))
+    assert all(torch.equal(tensor, single[name]) for name, tensor in stacked.items())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"yarn_factor": 4.0, "yarn_original_positions": 32, "mixer_options": {"dsa": {"mscale": 0.5}}},
+        {"ffn": "dense", "first_k_dense_replace": 0, "mixer_options": {"dsa": {"q_lora_rank": 12, "v_head_dim": 20}}},
+        {"qat": True, "kv_format": "fp8_128", "mixer_options": {"dsa": {"kv_lora_rank": 128}}},
+    ],
+)
+def test_a_network_of_ours_is_read_by_transformers_and_back(tmp_path, overrides):
+    model = randomize(Transformer(ModelConfig(**{**OURS, "qat": False, **overrides})))
+    export_pretrained(model, tmp_path / "a")
+    oracle = load_oracle(DeepseekV32ForCausalLM, tmp_path / "a")
+    assert_equal_logits(import_pretrained(tmp_path / "a", **FP32), oracle, torch.randint(0, 50, (1, 20)))
+    again = import_pretrained(tmp_path / "a")
+    assert again.config == model.config
+    rounded = {name for name, _ in model.named_parameters() if model.config.qat and name.endswith(("w1", "w2", "w3"))}
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]) is (name not in rounded), name
+
+
+def released_config(**changes):
+    """The published configuration, without quantization."""
+    content = {
+        "architectures": ["DeepseekV32ForCausalLM"],
+        "model_type": "deepseek_v32",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "ep_size": 1,
+        "first_k_dense_replace": 3,
+        "hidden_act": "silu",
+        "hidden_size": 7168,
+        "index_head_dim": 128,
+        "index_n_heads": 64,
+        "index_topk": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 18432,
+        "kv_lora_rank": 512,
+        "max_position_embeddings": 163840,
+        "moe_intermediate_size": 2048,
+        "moe_layer_freq": 1,
+        "n_group": 8,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_attention_heads": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 61,
+        "num_key_value_heads": 128,
+        "num_nextn_predict_layers": 1,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 40,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        },
+        "rope_theta": 10000,
+        "routed_scaling_factor": 2.5,
+        "scoring_func": "sigmoid",
+        "tie_word_embeddings": False,
+        "topk_group": 4,
+        "topk_method": "noaux_tc",
+        "v_head_dim": 128,
+        "vocab_size": 129280,
+    }
+    return {**content, **changes}
+
+
+def test_the_released_configuration_is_read_as_transformers_reads_it(tmp_path):
+    for name, content in (
+        ("ours", released_config()),
+        ("theirs", json.loads(DeepseekV32Config(**released_config()).to_json_string(use_diff=False))),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+    config = read_pretrained_config(tmp_path / "ours")
+    assert config == read_pretrained_config(tmp_path / "theirs")
+    assert config.ffn_kinds == ["dense"] * 3 + ["moe"] * 58 and set(config.layers) == {"dsa"}
+    assert (config.yarn_factor, config.n_group, config.topk_group, config.num_experts) == (40.0, 8, 4, 256)
+    assert (
+        config.mixer_options["dsa"] | {"q_lora_rank": 1536, "kv_lora_rank": 512, "v_head_dim": 128}
+        == (config.mixer_options["dsa"])
+    )
+
+
+def test_the_prediction_layer_after_the_last_is_left_out(folder):
+    def add(tensors):
+        extra = {n.replace("layers.2.", "layers.3."): t.clone() for n, t in tensors.items() if ".layers.2." in n}
+        return tensors | extra | {"model.layers.3.eh_proj.weight": torch.ones(64, 128)}
+
+    expected = import_pretrained(folder).state_dict()
+    change_tensors(folder, add)
+    change_config(folder, num_nextn_predict_layers=1)
+    lines = []
+    found = import_pretrained(folder, report=lines.append).state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(t, expected[name]) for name, t in found.items())
+    assert len(lines) == 1 and "draft modules" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            "'quantization_config': quantized weights are not supported",
+        ),
+        ({"scoring_func": "softmax"}, "'scoring_func': expected 'sigmoid', found 'softmax'"),
+        ({"norm_topk_prob": False}, "'norm_topk_prob': expected True, found False"),
+        ({"num_key_value_heads": 2}, "'num_key_value_heads': expected 4 as in 'num_attention_heads', found 2"),
+        ({"q_lora_rank": None}, "'q_lora_rank' is missing"),
+        ({"kv_lora_rank": 0}, "key 'kv_lora_rank': expected a positive whole number"),
+        ({"index_head_dim": 12}, "key 'index_head_dim': must be a power of two"),
+        ({"topk_group": 1}, "key 'num_experts_per_tok': 3 exceeds the 2 experts of topk_group 1 groups"),
+        ({"n_group": 3}, r"key 'n_group': 8 experts \(n_routed_experts\) do not divide into 3 groups"),
+        (
+            {"layer_types": ["full_attention"] * 3},
+            r"'layer_types\[0\]': expected one of indexed_attention, found 'full_",
+        ),
+        ({"mlp_layer_types": ["sparse", "dense", "sparse"]}, r"entry 1 \(from 0\) is 'dense' after a 'sparse' entry"),
+        ({"moe_layer_freq": 2}, "'moe_layer_freq': expected 1, found 2"),
+        ({"rope_parameters": {"rope_type": "default"}}, "'rope_theta' is missing, at the top level and in"),
+        ({"rope_theta": 1e4, "rope_parameters": {"rope_type": "linear"}}, "'rope_parameters.rope_type': expected 'def"),
+        ({"rope_parameters": {**YARN, "attention_factor": 1.1}}, "'rope_parameters.attention_factor': expected none"),
+        ({"kv_lora_rank": 48}, r"kv_a.* has shape .* by 'kv_lora_rank' 48.* of config.json"),
+        (
+            {"num_hidden_layers": 2, "layer_types": None, "mlp_layer_types": None},
+            "'num_hidden_layers' is 2, but the folder has tensors of 3 layers",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(folder, changes, message):
+    change_config(folder, **changes)
+    with pytest.raises(CheckpointError, match=message) as error:
+        import_pretrained(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"layers": ("dsa", "dsa", "csa")}, "model.layers: no checkpoint format has layers of dsa, csa together"),
+        ({"scoring_func": "sqrtsoftplus"}, "model.scoring_func: a DeepSeek-V3.2 checkpoint needs 'sigmoid'"),
+        ({"num_shared_experts": 0}, "model.num_shared_experts: .* needs at least 1, found 0"),
+        ({"swiglu_limit": 10.0}, "model.swiglu_limit: .* needs 0.0, found 10.0"),
+        ({"tie_word_embeddings": True}, "model.tie_word_embeddings: .* needs False"),
+        ({"ffn": "none", "first_k_dense_replace": 0}, "model.ffn: .* needs 'moe' or 'dense', found 'none'"),
+    ],
+)
+def test_networks_that_the_format_cannot_describe_are_refused(tmp_path, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        export_pretrained(Transformer(ModelConfig(**{**OURS, **overrides})), tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
