@@ -235,10 +235,10 @@ def test_training_rounds_what_the_convolution_reads_as_the_cache_does():
     assert (trained - plain).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("state_format", ["fp32", "bf16"])
+@pytest.mark.parametrize("options", [{}, {"state_format": "bf16"}, {"num_heads": 3, "head_dim": 4}])
 @torch.no_grad()
-def test_batch_invariant_bits_do_not_depend_on_pieces_or_company(state_format):
-    model = network(options={"state_format": state_format})
+def test_batch_invariant_bits_do_not_depend_on_pieces_or_company(options):
+    model = network(options=options)
     model.execution = Execution("batch-invariant")
     ids = random_ids(3, 40)
     expected = model(ids)
