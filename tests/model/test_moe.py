@@ -61,6 +61,20 @@ def test_balance_loss_is_one_when_even_and_more_when_not():
     assert sequence_balance(skewed, torch.tensor([[[0, 1], [0, 2], [0, 3], [0, 1]]])) > 1.3
 
 
+@pytest.mark.parametrize(
+    ("scoring", "affinity"),
+    [("sigmoid", torch.sigmoid), ("sqrtsoftplus", lambda logits: torch.nn.functional.softplus(logits).sqrt())],
+)
+def test_the_balance_loss_compares_load_and_affinity(scoring, affinity):
+    moe = build(scoring_func=scoring).train()
+    x, ids, aux = torch.randn(1, 9, 16), torch.zeros(1, 9, dtype=torch.int64), AuxOutputs()
+    moe(x, ids, replace(CONTEXT, aux=aux))
+    affinities = affinity(x[0] @ moe.router.weight.T)
+    share = (affinities / affinities.sum(-1, keepdim=True)).mean(0)
+    load = torch.bincount(aux.expert_ids[1].flatten(), minlength=4) * 4 / (2 * 9)
+    torch.testing.assert_close(aux.losses["balance"][1], (load * share).sum())
+
+
 def test_kept_rounded_experts_follow_the_weights():
     moe = build(qat=True).eval()
     x, ids = torch.randn(1, 6, 16), torch.zeros(1, 6, dtype=torch.int64)

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from model.cache import Cache
 from model.hf import export_pretrained, import_pretrained
 from model.hf.registry import FAMILIES
+from model.transformer import Transformer
 
 TOLERANCE = 1e-4
 """Maximum absolute difference of logits of unit scale."""
@@ -30,6 +31,12 @@ def randomize(network, seed=0):
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(std=0.2)
     return network.eval()
+
+
+def meta_network(config):
+    """Return a network without memory for its weights."""
+    with torch.device("meta"):
+        return Transformer(config)
 
 
 def tensors_of(folder):

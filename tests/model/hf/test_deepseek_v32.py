@@ -8,6 +8,7 @@ import transformers
 from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
 
 from model.config import ModelConfig
+from model.costs import count_parameters
 from model.errors import CheckpointError, ConfigError
 from model.hf import export_pretrained, import_pretrained, read_pretrained_config
 from model.transformer import Transformer
@@ -17,6 +18,7 @@ from tests.model.hf.family_parity import (
     change_config,
     change_tensors,
     load_oracle,
+    meta_network,
     randomize,
 )
 from tests.model.networks import FP32
@@ -201,10 +203,11 @@ def test_the_released_configuration_is_read_as_transformers_reads_it(tmp_path):
     assert config == read_pretrained_config(tmp_path / "theirs")
     assert config.ffn_kinds == ["dense"] * 3 + ["moe"] * 58 and set(config.layers) == {"dsa"}
     assert (config.yarn_factor, config.n_group, config.topk_group, config.num_experts) == (40.0, 8, 4, 256)
-    assert (
-        config.mixer_options["dsa"] | {"q_lora_rank": 1536, "kv_lora_rank": 512, "v_head_dim": 128}
-        == (config.mixer_options["dsa"])
-    )
+    options = {"q_lora_rank": 1536, "kv_lora_rank": 512, "v_head_dim": 128, "mscale": 1.0, "mscale_all_dim": 1.0}
+    assert options.items() <= config.mixer_options["dsa"].items()
+    counted = count_parameters(meta_network(config))
+    # DeepSeek-V3 has 671.03B without its prediction module; V3.2 adds the indexers.
+    assert counted.total - counted.components["indexers"][0] == pytest.approx(671.03e9, rel=1e-5)
 
 
 def test_the_prediction_layer_after_the_last_is_left_out(folder):

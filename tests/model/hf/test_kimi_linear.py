@@ -8,6 +8,7 @@ import transformers
 from transformers import KimiLinearConfig, KimiLinearForCausalLM
 
 from model.config import ModelConfig
+from model.costs import count_parameters
 from model.errors import CheckpointError, ConfigError
 from model.hf import export_pretrained, import_pretrained, read_pretrained_config
 from model.transformer import Transformer
@@ -17,6 +18,7 @@ from tests.model.hf.family_parity import (
     change_config,
     change_tensors,
     load_oracle,
+    meta_network,
     randomize,
     tensors_of,
 )
@@ -211,6 +213,8 @@ def test_the_released_configuration_is_read_as_transformers_reads_it(tmp_path):
     assert [n for n, name in enumerate(config.layers, start=1) if name == "mla"] == [4, 8, 12, 16, 20, 24, 27]
     assert config.layers.count("kda") == 20
     assert config.ffn_kinds == ["dense"] + ["moe"] * 26
+    counted = count_parameters(meta_network(config))
+    assert (round(counted.total / 1e9), round(counted.active / 1e9)) == (49, 3)  # published: 48B, 3B active
     assert config.mixer_options["mla"] | {"rope": False, "q_lora_rank": None} == config.mixer_options["mla"]
     assert config.mixer_options["kda"] | {"num_heads": 32, "head_dim": 128} == config.mixer_options["kda"]
 
