@@ -24,7 +24,9 @@ from model import checkpoint as checkpoints
 from model.cache import Cache
 from model.errors import ConfigError
 from model.generation import prefill
-from model.tokenizer import load_tokenizer
+from model.tokenizer import Tokenizer, load_tokenizer
+from model.tokenizer.stop_strings import StopStrings, remove_marks
+from model.tokenizer.streaming import decoding_context
 
 Tokens = tuple[int, ...]
 Item = TypeVar("Item")
@@ -48,7 +50,7 @@ class CheckpointLM(TemplateLM):
         self.checkpoint = Path(checkpoint)
         self._device = torch.device(device)
         self._model = checkpoints.load(self.checkpoint, device=self._device)
-        self._tokenizer = load_tokenizer(self.checkpoint)
+        self._tokenizer = load_tokenizer(self.checkpoint, model_vocab_size=self._model.config.vocab_size)
         self._prefill_chunk = prefill_chunk
         self._batch_tokens = batch_tokens
 
@@ -74,19 +76,47 @@ class CheckpointLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Return token IDs, with BOS in front unless ``add_special_tokens`` is False."""
-        ids = self._tokenizer.encode(string)
-        return ids if add_special_tokens is False else [self._tokenizer.bos_id, *ids]
+        return self._tokenizer.encode(string) if add_special_tokens is False else self._tokenizer.encode_prompt(string)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return (log-likelihood in nats, whether greedy decoding yields it) of each continuation after its context.
+
+        An empty context is BOS. Raises ConfigError for an empty continuation.
+        """
+        pairs = [(request.args, *self._encode_pair(*request.args)) for request in requests]
+        return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the token IDs of a context, with BOS in front, and those of its continuation.
+
+        The continuation is what encoding the joined text adds to the context's tokens. Where a token of the joined text
+        reaches across the border, the continuation is encoded on its own. As in lm-eval, spaces at the end of a context
+        belong to the continuation.
+        """
+        if not continuation:
+            raise ConfigError(f"loglikelihood: {_describe(context, continuation)}: the continuation is empty")
+        stripped = context.rstrip()
+        continuation = context[len(stripped) :] + continuation
+        context_ids, ids = self.tok_encode(stripped), self.tok_encode(stripped + continuation)
+        if ids[: len(context_ids)] == context_ids:
+            ids = ids[len(context_ids) :]
+        else:
+            ids = self._tokenizer.encode_inside(continuation)
+        return context_ids, ids
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each text in nats.
 
-        Texts longer than the context are scored in context-sized windows that predict every token once.
+        Texts longer than the context are scored in context-sized windows that predict every token once. Raises
+        ConfigError for a text without tokens.
         """
         windows: list[tuple[tuple[str, str], list[int], list[int]]] = []
         window_requests: list[int] = []
         for i, request in enumerate(requests):
             (text,) = request.args
             ids = self.tok_encode(text, add_special_tokens=False)
+            if text and not ids:
+                raise ConfigError(f"loglikelihood_rolling: the tokenizer has no tokens for the text {text[:40]!r}")
             for pair in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
                 windows.append((("", text), *make_disjoint_window(pair)))
                 window_requests.append(i)
@@ -107,11 +137,16 @@ class CheckpointLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Return (log-likelihood in nats, whether greedy decoding yields it) of each continuation after its context.
 
-        Raises ConfigError for a pair longer than the model's context; truncation would change its score.
+        Raises ConfigError for a pair longer than the model's context; truncation would change its score. Raises it for
+        a continuation without tokens, whose score would be the best possible one.
         """
         # Keyed by the network's input, so that a context with several one-token continuations is processed once.
         targets: dict[Tokens, list[tuple[int, int, list[int]]]] = defaultdict(list)
-        for i, (_, context, continuation) in enumerate(requests):
+        for i, (pair, context, continuation) in enumerate(requests):
+            if not continuation:
+                raise ConfigError(
+                    f"loglikelihood: {_describe(*pair)}: the tokenizer has no tokens for the continuation"
+                )
             inputs = (*context, *continuation)[:-1]
             self._check_length(len(inputs), "context and continuation")
             targets[inputs].append((i, len(context) - 1, continuation))
@@ -186,31 +221,33 @@ class CheckpointLM(TemplateLM):
             logits = prefill(self._model, cache, rest, self._prefill_chunk)
             # Decode on a fork, so that the next prompt extends this one alone. A single token needs no cache.
             fork = cache.fork() if max_new_tokens > 1 and turn + 1 < len(chains[0]) else cache
-            for row, text in enumerate(self._decode(fork, logits, max_new_tokens, until)):
+            contexts = [decoding_context(self._tokenizer, chain[turn]) for chain in chains]
+            for row, text in enumerate(self._decode(fork, logits, contexts, max_new_tokens, until)):
                 texts[row].append(text)
             if fork is not cache:
                 fork.release()  # before the next fork allocates as much
         return texts
 
-    def _decode(self, cache: Cache, logits: Tensor, max_new_tokens: int, until: Sequence[str]) -> list[str]:
-        """Decode greedily from ``logits`` [B, vocab]. Returns B texts."""
-        ids: list[list[int]] = [[] for _ in range(len(logits))]
-        texts: list[str | None] = [None] * len(logits)
+    def _decode(
+        self, cache: Cache, logits: Tensor, contexts: list[list[int]], max_new_tokens: int, until: Sequence[str]
+    ) -> list[str]:
+        """Decode greedily from ``logits`` [B, vocab], given the last tokens before. Returns B texts."""
+        stops = StopStrings(filter(None, until), self._tokenizer)
+        texts = [_GrowingText(self._tokenizer, context, stops) for context in contexts]
+        finished: list[str | None] = [None] * len(texts)
         for step in range(max_new_tokens):
             next_ids = logits.argmax(dim=-1)
             for row, token in enumerate(next_ids.tolist()):
-                if texts[row] is not None:
+                if finished[row] is not None:
                     continue
-                if token != self.eot_token_id:
-                    ids[row].append(token)
-                text = self._tokenizer.decode(ids[row])
-                stops = [at for stop in until if stop and (at := text.find(stop)) >= 0]
-                if stops or token == self.eot_token_id or step + 1 == max_new_tokens:
-                    texts[row] = text[: min(stops, default=None)]
-            if all(text is not None for text in texts):
+                ends = token in self._tokenizer.stop_ids
+                text, stopped = texts[row].read() if ends else texts[row].push(token)
+                if stopped or ends or step + 1 == max_new_tokens:
+                    finished[row] = text
+            if all(text is not None for text in finished):
                 break
             logits = self._model(next_ids[:, None], cache)[:, -1]
-        return [text or "" for text in texts]
+        return [text or "" for text in finished]
 
     # --- batches
 
@@ -232,6 +269,39 @@ class CheckpointLM(TemplateLM):
     def _check_length(self, tokens: int, description: str) -> None:
         if tokens > self.max_length:
             raise ConfigError(f"{description} need {tokens} positions, but the model's context has {self.max_length}")
+
+
+def _describe(context: str, continuation: str) -> str:
+    return f"the context {context[-40:]!r} and the continuation {continuation[:40]!r}"
+
+
+class _GrowingText:
+    """Text of the tokens that follow ``context``, cut before the first stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, context: list[int], stops: StopStrings):
+        self._tokenizer, self._context, self._stops = tokenizer, context, stops
+        self._start = len(tokenizer.decode(context))
+        self._ids: list[int] = []
+        self._marks: list[tuple[int, str]] = []
+        """Characters that stand for special tokens, and their places in the text."""
+
+    def push(self, token: int) -> tuple[str, bool]:
+        """Append a token and return the same as :meth:`read`."""
+        self._ids.append(token)
+        if mark := self._stops.mark(token):
+            self._marks.append((len(self._decode()), mark))
+        return self.read()
+
+    def read(self) -> tuple[str, bool]:
+        """Return the text before the first stop string, and whether there is one."""
+        text = self._decode()
+        for place, mark in reversed(self._marks):
+            text = text[:place] + mark + text[place:]
+        found = [at for pattern in self._stops.patterns if (at := text.find(pattern)) >= 0]
+        return remove_marks(text[: min(found, default=None)]), bool(found)
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._context + self._ids)[self._start :]
 
 
 def _prefix_chains(prompts: Iterable[Tokens]) -> list[list[Tokens]]:

@@ -192,7 +192,7 @@ class ModelConfig:
             content = yaml.safe_load(Path(path).read_text())
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
         if not isinstance(content, dict):
             raise ConfigError(f"{path}: expected a mapping at the top level")
@@ -224,7 +224,7 @@ class ModelConfig:
     @property
     def block_mixers(self) -> list[type[Mixer]]:
         """Mixer of each block: all layers, then the multi-token prediction module."""
-        return self.mixers + [MIXERS[MTP_MIXER]] * self.mtp_layers
+        return self.mixers + [MIXERS[MTP_MIXER]] * (self.mtp_layers > 0)
 
     @property
     def ffn_kinds(self) -> list[FeedForwardKind]:

@@ -18,7 +18,8 @@ def product_format(stored: str) -> str:
 
 WEIGHTING = (
     "equivalent FP8 FLOPs: BF16 x2, FP8 x1, FP4 index products x0.5, FP4 experts (FP8 activations) x1; "
-    "core attention counts as BF16, and so does what runs in FP32 (head, router, compressors, hyper-connections)"
+    "core attention counts as BF16, and so does what runs in FP32 (head, router, compressors, hyper-connections, "
+    "recurrent states)"
 )
 
 WorkKind = Literal["linear", "index", "core", "residual"]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import os
 import signal
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from model.errors import ConfigError, FiftyfoldError
 from pipelines.ray_runtime.signals import handle_sigterm
+from pipelines.recipe.paths import path_option
 
 if TYPE_CHECKING:
     from pipelines.steps import Step
@@ -34,7 +38,7 @@ class Invocation(NamedTuple):
     """A parsed command line."""
 
     step: str
-    files: list[str]
+    files: list[Path]
     overrides: list[str]
     """``key=value`` pairs."""
     print_config: bool
@@ -49,8 +53,9 @@ def load_step(name: str) -> Step:
 
 
 def parse(arguments: list[str]) -> Invocation:
-    """Parse a command line. Options of a step's own are known where the step comes first."""
-    parser = argparse.ArgumentParser(
+    """Parse a command line. Options of a step's own are known where the step comes first. Raises ConfigError."""
+    arguments, overrides = _split_overrides(arguments)
+    parser = _Parser(
         prog="python -m pipelines",
         usage="%(prog)s <step> --config FILE [--config FILE] [--section.key value ...]",
         description="Any setting of the recipe can be given as --section.key value; --print-config shows them all.",
@@ -59,30 +64,46 @@ def parse(arguments: list[str]) -> Invocation:
         allow_abbrev=False,
     )
     parser.add_argument("step", choices=STEPS, metavar="step")
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="a recipe; later files win")
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        type=path_option("--config"),
+        help="a recipe; later files win",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the merged recipe and stop")
     if arguments and arguments[0] in STEPS:
         load_step(arguments[0]).add_options(parser)
     known, rest = parser.parse_known_args(arguments)
+    if rest:
+        raise ConfigError(f"command line: '{rest[0]}' is neither an option nor --section.key value")
     options: dict[str, Any] = vars(known)
     step, files, print_config = (options.pop(name) for name in ("step", "config", "print_config"))
-    return Invocation(step, files, _parse_overrides(rest), print_config, argparse.Namespace(**options))
+    return Invocation(step, files, overrides, print_config, argparse.Namespace(**options))
 
 
-def _parse_overrides(arguments: list[str]) -> list[str]:
-    pairs = []
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"command line: {message} (see --help)")
+
+
+def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Return the other arguments and the settings as ``key=value``. argparse would interpret some of their values."""
+    others, overrides = [], []
     items = iter(arguments)
     for item in items:
-        if not item.startswith("--") or "." not in item:
-            raise ConfigError(f"command line: '{item}' is neither an option nor --section.key value")
         key, equals, value = item[2:].partition("=")
+        if not item.startswith("--") or "." not in key:
+            others.append(item)
+            continue
         if not equals:
             following = next(items, None)
             if following is None:
                 raise ConfigError(f"command line: --{key} has no value")
             value = following
-        pairs.append(f"{key}={value}")
-    return pairs
+        overrides.append(f"{key}={value}")
+    return others, overrides
 
 
 def main(arguments: list[str]) -> int:
@@ -94,27 +115,38 @@ def main(arguments: list[str]) -> int:
         step = load_step(name)
         recipe = step.load(options, files, overrides)
         if print_config:
-            import yaml
+            from pipelines.recipe.yaml_format import dump_yaml
 
-            print(yaml.safe_dump(recipe.to_dict(), sort_keys=False), end="")
+            print(dump_yaml(recipe.to_dict()), end="")
             return 0
         step.run(recipe, **vars(options))
     except FiftyfoldError as error:
-        print(f"error: {error}", file=sys.stderr)
+        return _fail(str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail, too
         return USER_ERROR
     except OSError as error:
-        print(f"error: {error.filename or name}: {error.strerror or error}", file=sys.stderr)
-        return USER_ERROR
+        return _fail(f"{error.filename or name}: {error.strerror or error}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except MemoryError:
+        return _fail(f"{name}: not enough memory for these settings")
+    except RecursionError:
+        return _fail(f"{name}: an input file is nested too deeply")
     except Exception as error:
         mlflow = sys.modules.get("mlflow.exceptions")
         if mlflow is None or not isinstance(error, mlflow.MlflowException):
             raise
-        print(f"error: MLflow: {' '.join(str(error).split())}", file=sys.stderr)
-        return USER_ERROR
+        return _fail(f"MLflow: {' '.join(str(error).split())}")
     return 0
+
+
+def _fail(message: str) -> int:
+    """Print an error as one line, in which unprintable characters of file names are escaped; return the status."""
+    printable = (character if character.isprintable() else repr(character)[1:-1] for character in message)
+    print(f"error: {''.join(printable)}", file=sys.stderr)
+    return USER_ERROR
 
 
 def _check_imports() -> None:
@@ -133,4 +165,6 @@ def _check_imports() -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, handle_sigterm)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name or a sample may not fit the terminal's encoding
     sys.exit(main(sys.argv[1:]))

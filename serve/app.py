@@ -42,7 +42,7 @@ class CompletionsServer:
         self.engine = Engine.from_checkpoint(self.args.checkpoint, self.args, device)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.engine, self.args.model_name, self.args.max_body_bytes)
+        return create_app(self.engine, self.args.model_name, self.args)
 
     async def check_health(self) -> None:
         """Raise if the engine has failed. Ray Serve calls this and replaces a replica that raises."""

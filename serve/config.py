@@ -6,16 +6,15 @@ from typing import Annotated
 
 from pydantic import Field
 
+from serve.api.config import HttpConfig
 from serve.engine import EngineConfig
 
 
-class ServerConfig(EngineConfig):
-    """Engine settings, the resources of a replica, and the limits of its HTTP interface."""
+class ServerConfig(EngineConfig, HttpConfig):
+    """Settings of the engine and of its HTTP interface, and the resources of a replica."""
 
     replicas: Annotated[int, Field(ge=1)] = 1
     cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0.0
     threads_per_replica: Annotated[int, Field(ge=1)] = 1
     """Threads that PyTorch uses in a replica."""
-    max_body_bytes: Annotated[int, Field(ge=1024)] = 8_000_000
-    """The server answers 413 to a larger request body."""

@@ -33,8 +33,22 @@ class RetrievalDocument:
 
 
 def reserved_ids(tokenizer: Tokenizer) -> list[int]:
-    """Return the token IDs of all :data:`RESERVED` characters, to be kept out of fillers."""
-    return sorted({token for character in RESERVED for token in tokenizer.encode(character)})
+    """Return the IDs of all tokens whose text has :data:`RESERVED` characters, to be kept out of fillers."""
+    reserved = set(RESERVED)
+    text_ids = filter(tokenizer.is_text, range(tokenizer.vocab_size))
+    return [token for token in text_ids if not reserved.isdisjoint(tokenizer.decode([token]))]
+
+
+def check_tokenizer(tokenizer: Tokenizer) -> None:
+    """Raise ConfigError, naming the characters, unless the tokenizer writes facts and restores their text."""
+    problem = "tokenizer: decoding does not restore the text of the facts"
+    lost = [character for character in RESERVED if tokenizer.decode(tokenizer.encode_inside(character)) != character]
+    if lost:
+        raise ConfigError(f"{problem}, which consist of {MARKER}, A-Z and 0-9; it cannot write {' '.join(lost)}")
+    for key in KEYS:
+        for value in VALUES:
+            if (text := tokenizer.decode(_Fact(key, value, tokenizer).tokens)) != MARKER + key + value:
+                raise ConfigError(f"{problem}; '{MARKER + key + value}' becomes '{text}'")
 
 
 def mqar(
@@ -76,8 +90,8 @@ def needle(
 
 class _Fact:
     def __init__(self, key: str, value: str, tokenizer: Tokenizer):
-        self.question = tokenizer.encode(MARKER + key)
-        self.value = tokenizer.encode(value)
+        self.question = tokenizer.encode_inside(MARKER + key)
+        self.value = tokenizer.encode_inside(value)
         self.tokens = self.question + self.value
 
 

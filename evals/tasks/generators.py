@@ -16,7 +16,7 @@ from typing import Any
 import datasets
 
 from evals.documents.filler import read_filler, sample_filler
-from evals.documents.retrieval import KEYS, MARKER, RetrievalDocument, mqar, needle
+from evals.documents.retrieval import KEYS, MARKER, RetrievalDocument, check_tokenizer, mqar, needle
 from model import checkpoint as checkpoints
 from model.config import ModelConfig
 from model.errors import ConfigError
@@ -80,7 +80,8 @@ def _questions(
     config = checkpoints.load_config(checkpoint)
     if length > config.max_positions:
         raise ConfigError(f"{task}: length {length} exceeds the model's context of {config.max_positions} tokens")
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint, model_vocab_size=config.vocab_size)
+    check_tokenizer(tokenizer)
     text = read_filler(data, max(MIN_FILLER_CHARACTERS, 16 * length))
     rows = []
     for document in range(samples):

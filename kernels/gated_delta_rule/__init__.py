@@ -20,16 +20,14 @@ from kernels.backends import get_backend
 from kernels.gated_delta_rule import cpu, eager, reference
 from kernels.gated_delta_rule.batch_invariant import scan_in_fixed_order
 
-__all__ = ["BACKENDS", "MAX_NATIVE_TOKENS", "backend_for", "gated_delta_rule", "scan_in_fixed_order"]
+__all__ = ["BACKENDS", "backend_for", "gated_delta_rule", "scan_in_fixed_order"]
 
 BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu}
-MAX_NATIVE_TOKENS = 32
-"""Most tokens per sequence of a native scan. Matrix products within chunks are faster for more."""
 
 
-def backend_for(q: Tensor, positions: Tensor | None = None) -> str:
-    """Return the backend for q. The ``cpu`` backend supports neither gradients nor packed documents."""
-    return "cpu" if positions is None and q.shape[1] <= MAX_NATIVE_TOKENS and native.serves(q) else "eager"
+def backend_for(q: Tensor) -> str:
+    """Return the backend for q. The ``cpu`` backend has no gradients; without them it is the fastest for any length."""
+    return "cpu" if native.serves(q) else "eager"
 
 
 def gated_delta_rule(
@@ -59,6 +57,6 @@ def gated_delta_rule(
     Returns:
         out [B, S, H, V], and the state after the last token, [B, H, K, V].
     """
-    return get_backend(BACKENDS, backend or backend_for(q, positions)).gated_delta_rule(
+    return get_backend(BACKENDS, backend or backend_for(q)).gated_delta_rule(
         q, k, v, g, beta, state, positions, chunk_size
     )

@@ -21,11 +21,12 @@ inline void change_row(float* __restrict row, float key, const float* __restrict
   }
 }
 
-// q, k and g float32 [B, S, H, K], v [B, S, H, V], beta [B, S, H], state [B, H, K, V] or none -> out [B, S, H, V] and
-// the state after the last token.
+// q, k and g float32 [B, S, H, K], v [B, S, H, V], beta [B, S, H], state [B, H, K, V] and positions int64 [B, S] or
+// none -> out [B, S, H, V] and the state after the last token.
 std::tuple<Tensor, Tensor> gated_delta_rule(const Tensor& queries, const Tensor& keys, const Tensor& values,
                                             const Tensor& logs, const Tensor& steps,
-                                            const std::optional<Tensor>& before) {
+                                            const std::optional<Tensor>& before,
+                                            const std::optional<Tensor>& positions) {
   const Tensor q = contiguous_float(queries, "gated_delta_rule: q"), k = contiguous_float(keys, "gated_delta_rule: k"),
                v = contiguous_float(values, "gated_delta_rule: v"), g = contiguous_float(logs, "gated_delta_rule: g"),
                beta = contiguous_float(steps, "gated_delta_rule: beta");
@@ -41,6 +42,13 @@ std::tuple<Tensor, Tensor> gated_delta_rule(const Tensor& queries, const Tensor&
     TORCH_CHECK_VALUE(start.sizes() == state.sizes(), "gated_delta_rule: expected a state ", state.sizes(), ", found ",
                       start.sizes());
   }
+  Tensor places;
+  if (positions) {
+    places = positions->contiguous();
+    TORCH_CHECK_VALUE(places.sizes() == at::IntArrayRef({B, S}) && places.scalar_type() == at::kLong,
+                      "gated_delta_rule: expected positions int64 [", B, ", ", S, "]");
+  }
+  const int64_t* place = positions ? places.const_data_ptr<int64_t>() : nullptr;
   float *rows = state.mutable_data_ptr<float>(), *to = out.mutable_data_ptr<float>();
   const float *pq = q.const_data_ptr<float>(), *pk = k.const_data_ptr<float>(), *pv = v.const_data_ptr<float>(),
               *pg = g.const_data_ptr<float>(), *pbeta = beta.const_data_ptr<float>(),
@@ -55,6 +63,7 @@ std::tuple<Tensor, Tensor> gated_delta_rule(const Tensor& queries, const Tensor&
     }
     std::vector<float> change(V);
     for (int64_t t = b * S; t < (b + 1) * S; ++t) {
+      if (place && !place[t]) std::fill(own, own + K * V, 0.0f);  // a document begins
       const int64_t token = t * H + h;
       const float *query = pq + token * K, *key = pk + token * K, *log = pg + token * K, *value = pv + token * V;
       float* answer = to + token * V;
@@ -72,7 +81,8 @@ std::tuple<Tensor, Tensor> gated_delta_rule(const Tensor& queries, const Tensor&
 
 TORCH_LIBRARY_FRAGMENT(fiftyfold, m) {
   m.def(
-      "gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? state) -> (Tensor, Tensor)");
+      "gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor? state, Tensor? positions) -> "
+      "(Tensor, Tensor)");
 }
 TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) { m.impl("gated_delta_rule", gated_delta_rule); }
 

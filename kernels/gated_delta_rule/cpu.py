@@ -1,4 +1,4 @@
-"""The gated delta rule by a native operator, for few tokens."""
+"""The gated delta rule by a native operator, one token after another."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ def gated_delta_rule(
     positions: Tensor | None = None,
     chunk_size: int = 32,
 ) -> tuple[Tensor, Tensor]:
-    """Implement :func:`kernels.gated_delta_rule.gated_delta_rule` for float32, without gradients. Raises ValueError for
-    packed documents."""
-    if positions is not None:
-        raise ValueError("gated_delta_rule: the cpu backend does not support packed documents")
-    return native.op("gated_delta_rule")(q, k, v, g, beta, state)
+    """Implement :func:`kernels.gated_delta_rule.gated_delta_rule` for float32, without gradients. ``chunk_size``
+    changes nothing."""
+    return native.op("gated_delta_rule")(q, k, v, g, beta, state, positions)

@@ -18,16 +18,14 @@ from kernels.backends import get_backend
 from kernels.ssd_scan import cpu, eager, reference
 from kernels.ssd_scan.batch_invariant import scan_in_fixed_order
 
-__all__ = ["BACKENDS", "MAX_NATIVE_TOKENS", "backend_for", "scan_in_fixed_order", "ssd_scan"]
+__all__ = ["BACKENDS", "backend_for", "scan_in_fixed_order", "ssd_scan"]
 
 BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu}
-MAX_NATIVE_TOKENS = 32
-"""Most tokens per sequence of a native scan. Matrix products within chunks are faster for more."""
 
 
-def backend_for(x: Tensor, positions: Tensor | None = None) -> str:
-    """Return the backend for x. The ``cpu`` backend supports neither gradients nor packed documents."""
-    return "cpu" if positions is None and x.shape[1] <= MAX_NATIVE_TOKENS and native.serves(x) else "eager"
+def backend_for(x: Tensor) -> str:
+    """Return the backend for x. The ``cpu`` backend has no gradients; without them it is the fastest for any length."""
+    return "cpu" if native.serves(x) else "eager"
 
 
 def ssd_scan(
@@ -59,6 +57,4 @@ def ssd_scan(
     Returns:
         y [batch, S, H, P], and the state after the last token, [batch, H, P, N].
     """
-    return get_backend(BACKENDS, backend or backend_for(x, positions)).ssd_scan(
-        x, dt, A, B, C, D, state, positions, chunk_size
-    )
+    return get_backend(BACKENDS, backend or backend_for(x)).ssd_scan(x, dt, A, B, C, D, state, positions, chunk_size)

@@ -17,10 +17,11 @@ inline float update_row(float* __restrict row, float decay, float gain, const fl
   return sum;
 }
 
-// x float32 [batch, S, H, P], dt [batch, S, H], A and D [H], B and C [batch, S, G, N], state [batch, H, P, N] or none
-// -> y [batch, S, H, P] and the state after the last token.
+// x float32 [batch, S, H, P], dt [batch, S, H], A and D [H], B and C [batch, S, G, N], state [batch, H, P, N] and
+// positions int64 [batch, S] or none -> y [batch, S, H, P] and the state after the last token.
 std::tuple<Tensor, Tensor> ssd_scan(const Tensor& inputs, const Tensor& steps, const Tensor& rates, const Tensor& into,
-                                    const Tensor& out_of, const Tensor& skips, const std::optional<Tensor>& before) {
+                                    const Tensor& out_of, const Tensor& skips, const std::optional<Tensor>& before,
+                                    const std::optional<Tensor>& positions) {
   const Tensor x = contiguous_float(inputs, "ssd_scan: x"), dt = contiguous_float(steps, "ssd_scan: dt"),
                A = contiguous_float(rates, "ssd_scan: A"), B = contiguous_float(into, "ssd_scan: B"),
                C = contiguous_float(out_of, "ssd_scan: C"), D = contiguous_float(skips, "ssd_scan: D");
@@ -38,6 +39,13 @@ std::tuple<Tensor, Tensor> ssd_scan(const Tensor& inputs, const Tensor& steps, c
     TORCH_CHECK_VALUE(start.sizes() == state.sizes(), "ssd_scan: expected a state ", state.sizes(), ", found ",
                       start.sizes());
   }
+  Tensor places;
+  if (positions) {
+    places = positions->contiguous();
+    TORCH_CHECK_VALUE(places.sizes() == at::IntArrayRef({batch, S}) && places.scalar_type() == at::kLong,
+                      "ssd_scan: expected positions int64 [", batch, ", ", S, "]");
+  }
+  const int64_t* place = positions ? places.const_data_ptr<int64_t>() : nullptr;
   const float *px = x.const_data_ptr<float>(), *pdt = dt.const_data_ptr<float>(), *pA = A.const_data_ptr<float>(),
               *pB = B.const_data_ptr<float>(), *pC = C.const_data_ptr<float>(), *pD = D.const_data_ptr<float>(),
               *first = before ? start.const_data_ptr<float>() : nullptr;
@@ -50,6 +58,7 @@ std::tuple<Tensor, Tensor> ssd_scan(const Tensor& inputs, const Tensor& steps, c
       std::fill(own, own + P * N, 0.0f);
     }
     for (int64_t t = b * S; t < (b + 1) * S; ++t) {
+      if (place && !place[t]) std::fill(own, own + P * N, 0.0f);  // a document begins
       const float step = pdt[t * H + h], decay = exp_of(step * pA[h]);
       for (int64_t p = 0; p < P; ++p) {
         const float value = px[(t * H + h) * P + p];
@@ -66,7 +75,8 @@ std::tuple<Tensor, Tensor> ssd_scan(const Tensor& inputs, const Tensor& steps, c
 
 TORCH_LIBRARY_FRAGMENT(fiftyfold, m) {
   m.def(
-      "ssd_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? state) -> (Tensor, Tensor)");
+      "ssd_scan(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? state, Tensor? positions) -> "
+      "(Tensor, Tensor)");
 }
 TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) { m.impl("ssd_scan", ssd_scan); }
 

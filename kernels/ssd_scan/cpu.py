@@ -1,4 +1,4 @@
-"""The state-space scan by a native operator, for few tokens."""
+"""The state-space scan by a native operator, one token after another."""
 
 from __future__ import annotations
 
@@ -18,8 +18,5 @@ def ssd_scan(
     positions: Tensor | None = None,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """Implement :func:`kernels.ssd_scan.ssd_scan` for float32, without gradients. Raises ValueError for packed
-    documents."""
-    if positions is not None:
-        raise ValueError("ssd_scan: the cpu backend does not support packed documents")
-    return native.op("ssd_scan")(x, dt, A, B, C, D, state)
+    """Implement :func:`kernels.ssd_scan.ssd_scan` for float32, without gradients."""
+    return native.op("ssd_scan")(x, dt, A, B, C, D, state, positions)

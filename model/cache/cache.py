@@ -86,6 +86,11 @@ class Cache:
         """Positions of the next tokens: int64 [1] if all sequences have equal lengths, else [B]."""
         return self._table.starts
 
+    @property
+    def pages(self) -> list[list[int]]:
+        """Page IDs of each sequence in the pool, in order."""
+        return [list(pages) for pages in self._table.pages]
+
     # --- a step of the network
 
     def begin(self, batch_size: int, tokens: int) -> None:
@@ -99,6 +104,10 @@ class Cache:
         """Raise CacheError unless [batch_size, tokens] more IDs fit and the pool has enough pages."""
         self._check_lengths(batch_size, tokens)
         self._table.check_room(tokens)
+
+    def missing_pages(self, tokens: int) -> int:
+        """Return the number of pages that ``tokens`` more tokens of every sequence would take from the pool."""
+        return self._table.missing_pages(tokens)
 
     def _check_lengths(self, batch_size: int, tokens: int) -> None:
         if batch_size != self.batch_size:
@@ -197,13 +206,13 @@ class Cache:
             for sequence in range(self.batch_size):
                 state.truncate(sequence, 0)
 
-    def fork(self) -> Cache:
-        """Return an independent copy of the cache. Pages are shared until either cache writes to them."""
-        copy = self._like(self.batch_size)
-        self._table.fork_into(copy._table)
-        copy.high_water_marks = list(self.high_water_marks)
-        for ours, theirs in zip(self._fixed_tensors(), copy._fixed_tensors()):
-            theirs.copy_(ours)
+    def fork(self, sequences: Sequence[int] | None = None) -> Cache:
+        """Return an independent copy of all sequences, or of some in the order given. Pages are shared until either
+        cache writes to them."""
+        sequences = range(self.batch_size) if sequences is None else sequences
+        copy = self._like(len(sequences))
+        self._table.fork_into(copy._table, sequences)
+        self._copy_fixed_into(copy, sequences)
         return copy
 
     @classmethod
@@ -228,14 +237,23 @@ class Cache:
 
     def split(self) -> list[Cache]:
         """Move each sequence into a cache of its own. Return the caches in order."""
-        parts = [self._like(1) for _ in range(self.batch_size)]
-        for sequence, part in enumerate(parts):
-            part.high_water_marks = [self.high_water_marks[sequence]]
-            for ours, theirs in zip(self._fixed_tensors(), part._fixed_tensors()):
-                theirs.copy_(ours[sequence : sequence + 1])
-            part._table.adopt([(self._table, sequence)])
-        self.high_water_marks = [0] * self.batch_size
-        return parts
+        return [self.take([sequence]) for sequence in range(self.batch_size)]
+
+    def take(self, sequences: Sequence[int]) -> Cache:
+        """Move some sequences into a new cache, in the order given. They are left empty here."""
+        taken = self._like(len(sequences))
+        self._copy_fixed_into(taken, sequences)
+        taken._table.adopt([(self._table, sequence) for sequence in sequences])
+        for sequence in sequences:
+            self.high_water_marks[sequence] = 0
+        return taken
+
+    def _copy_fixed_into(self, other: Cache, sequences: Sequence[int]) -> None:
+        """Copy the fixed state of ``sequences`` to all sequences of ``other``."""
+        other.high_water_marks = [self.high_water_marks[sequence] for sequence in sequences]
+        rows = torch.tensor(list(sequences))
+        for ours, theirs in zip(self._fixed_tensors(), other._fixed_tensors()):
+            torch.index_select(ours, 0, rows.to(ours.device), out=theirs)
 
     def _like(self, batch_size: int) -> Cache:
         """Return an empty cache without pages, with the configuration, pool and rewind of this one."""

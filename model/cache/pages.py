@@ -228,10 +228,14 @@ class PageTable:
         needed = sum(missing) + copies
         return shared, missing, needed
 
+    def missing_pages(self, tokens: int) -> int:
+        """Return the number of pages to allocate for ``tokens`` more tokens of every sequence."""
+        return self._plan(tokens)[2] if self.pool.parts else 0
+
     def check_room(self, tokens: int) -> None:
         """Raise CacheError unless the pool has enough pages for ``tokens`` more tokens of every sequence."""
-        if self.pool.parts and not self.reserved:
-            self.pool.check_free(self._plan(tokens)[2])
+        if not self.reserved:
+            self.pool.check_free(self.missing_pages(tokens))
 
     def _own_pages(self, tokens: int) -> None:
         shared, missing, needed = self._plan(tokens)
@@ -266,16 +270,16 @@ class PageTable:
         self._pages_changed()
         self.lengths, self.step = lengths, 0
 
-    def fork_into(self, other: PageTable) -> None:
-        """Copy the sequences into an empty table, sharing the pages in use and reserving equally many."""
-        used = [pages[: self.pool.pages_for(n)] for pages, n in zip(self.pages, self._lengths)]
+    def fork_into(self, other: PageTable, sequences: Sequence[int]) -> None:
+        """Copy ``sequences`` into an empty table, sharing the pages in use and reserving equally many."""
+        used = [self.pages[i][: self.pool.pages_for(self._lengths[i])] for i in sequences]
         other.reserved = self.reserved
         if self.reserved:  # the rest, and one page to copy each half-filled page to
             self.pool.grow(sum(self.reserved - len(pages) + 1 for pages in used) - self.pool.free_pages)
         for pages in used:
             self.pool.share(pages)
         other.pages = [pages + self.pool.allocate(max(0, self.reserved - len(pages))) for pages in used]
-        other.lengths = list(self._lengths)
+        other.lengths = [self._lengths[i] for i in sequences]
         other._pages_changed()
 
     def adopt(self, sequences: Sequence[tuple[PageTable, int]]) -> None:

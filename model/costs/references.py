@@ -53,8 +53,8 @@ def times(more: float, less: float) -> float | None:
 def costs_of(config: ModelConfig, name: str = "model") -> CostModel:
     return CostModel(
         name,
-        "cache: packed entries with scales and padding, plus windows and the compressors' FP32 tails as fixed state; "
-        "FLOPs: the released number formats, multi-token module idle",
+        "cache: packed entries with scales and padding, plus windows, the compressors' FP32 tails and recurrent states "
+        "as fixed state; FLOPs: the released number formats, multi-token module idle",
         {part: size for part, size in cache_bytes_per_token(config).items() if size},
         {part: size for part, size in fixed_state_bytes(config).items() if size},
         lambda tokens: decode_work(config, tokens),

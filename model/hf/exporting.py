@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -19,9 +19,10 @@ from model.hf.safetensors_folder import CONFIG, write_shards
 from model.hf.tensors import Layout, Source, WeightFormat
 from model.precision import Precision
 from model.tokenizer import Tokenizer
+from model.tokenizer.side_files import GENERATION_CONFIG, TOKENIZER_CONFIG
 from model.transformer import Transformer
 
-GENERATION_CONFIG, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
+_NO_TOKENS = {"bos_token_id": None, "eos_token_id": None}
 
 
 def export_pretrained(
@@ -43,6 +44,8 @@ def export_pretrained(
       routed experts' format; by default the format they were read from, else FP4 with ``qat`` and FP8 without. Tensors
       that were read quantized and have not changed are written bit for bit.
 
+    Chat templates, special tokens and generation settings that came with the tokenizer are written as well.
+
     Both record the cache formats and ``qat`` under the key ``fiftyfold`` for :func:`import_pretrained`. transformers
     ignores it and does not quantize its cache.
 
@@ -63,35 +66,25 @@ def export_pretrained(
     writer, tensors = _writer(model, format, experts)
     with atomic_folder(folder) as scratch:
         write_shards(scratch, tensors.items(), writer.get_tensor, max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save(scratch)
+            (scratch / TOKENIZER_CONFIG).write_text(json.dumps(tokenizer.tokenizer_config(), indent=2) + "\n")
+        generation = _NO_TOKENS if tokenizer is None else tokenizer.generation_config()
         ids = {
-            "bos_token_id": tokenizer.bos_id if tokenizer else None,
-            "eos_token_id": tokenizer.eos_id if tokenizer else None,
+            key: value for key, value in generation.items() if key in ("bos_token_id", "eos_token_id", "pad_token_id")
         }
         dtype = {"dtype": "float32"} if format == "transformers" else {}
         for file, content in (
             (CONFIG, family.write_config(model.config, format, experts) | ids | dtype),
-            (GENERATION_CONFIG, ids),
+            (GENERATION_CONFIG, generation),
         ):
             (scratch / file).write_text(json.dumps(content, indent=2) + "\n")
-        if tokenizer is not None:
-            tokenizer.save(scratch)
-            (scratch / TOKENIZER_CONFIG).write_text(json.dumps(_tokenizer_config(tokenizer), indent=2) + "\n")
 
 
 def tensor_bytes(model: Transformer, format: Layout, experts: ExpertFormat = "fp4") -> dict[str, int]:
     """Return the size in bytes of every tensor that :func:`export_pretrained` would write. The model may be on the meta
     device."""
     return _writer(model, format, experts)[1]
-
-
-def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the settings that transformers' AutoTokenizer reads in addition to ``tokenizer.json``."""
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": tokenizer.bos_token,
-        "eos_token": tokenizer.eos_token,
-        "clean_up_tokenization_spaces": False,
-    }
 
 
 class _TransformersWriter:

@@ -1,8 +1,8 @@
 """Kimi Delta Attention (arXiv 2510.26692): a state of fixed size per head, corrected by the delta rule, with a decay of
 its own for every channel.
 
-Where the report and transformers differ, this follows ``KimiLinearDeltaAttention`` of transformers 5.23, which gives a
-checkpoint its meaning:
+Where the report differs or leaves a choice, this follows ``KimiLinearDeltaAttention`` of transformers 5.23, which gives
+a checkpoint its meaning:
 
 * queries are divided by sqrt(head_dim) after their L2 norm, which the report's equations leave out;
 * keys and queries are divided by sqrt(|x|^2 + 1e-6), and not by max(|x|, eps);

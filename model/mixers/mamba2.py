@@ -222,7 +222,8 @@ class Mamba2(Mixer):
         gate, channels, dt = self.in_proj(x).split((shape.inner, shape.convolved, shape.num_heads), dim=-1)
         channels = self.precision.round_to(channels.float(), "convolution", self.layout, self.training, context.aux)
         least, most = self.config.mixer_options[self.name]["time_step_limit"]
-        dt = F.softplus(dt.float() + self.dt_bias).clamp(min=least, max=most)
+        dt = F.softplus(_with_even_columns(dt.float() + self.dt_bias))[..., : shape.num_heads]
+        dt = dt.clamp(min=least, max=most)
         return Projected(F.silu(gate.float()), channels, dt)
 
     def mix(self, projected: Projected, context: Context, cache: LayerCache | None) -> Tensor:
@@ -249,7 +250,7 @@ class Mamba2(Mixer):
         o, A = self.config.mixer_options[self.name], -self.A_log.float().exp()
         if context.batch_invariant:
             assert state is not None
-            decay = in_tiles(lambda dt: (dt * A).exp(), dt)
+            decay = in_tiles(lambda logs: _with_even_columns(logs).exp(), dt * A)[..., : len(A)]
             return scan_in_fixed_order(x, dt, decay, B, C, self.D, state, STATE_FORMATS[o["state_format"]])
         positions = None if context.documents is None else context.positions
         return ssd_scan(x, dt, A, B, C, self.D, state, positions, o["chunk_size"])
@@ -260,6 +261,12 @@ class Mamba2(Mixer):
             return self.out_proj(self.norm(mixed))
         normed = rms_norm(mixed.unflatten(-1, (groups, -1)), self.norm.eps).flatten(-2)
         return self.out_proj(normed * self.norm.weight)
+
+
+def _with_even_columns(x: Tensor) -> Tensor:
+    """Append a column of zeros if the number of columns is odd. Then a tile of tokens fills pairs of vector registers;
+    PyTorch rounds transcendental functions differently in the rest of a pair."""
+    return F.pad(x, (0, 1)) if x.shape[-1] % 2 else x
 
 
 def _is_number(value: Any) -> bool:

@@ -50,6 +50,15 @@ def _clamp(value: int, upper: int) -> int:
     return min(max(value, 0), upper)
 
 
+def _idle_matrices(gradient: Tensor) -> Tensor | None:
+    """Return which matrices of a stack [..., rows, columns] have a gradient of zero, bool [...]. None if there are
+    none, or if the matrix is not part of a stack."""
+    if gradient.dim() < 3:
+        return None
+    idle = ~gradient.any(-1).any(-1)
+    return idle if idle.any() else None
+
+
 def rule_for(name: str, parameter: Tensor, rule: str, rows: Sequence[int] = ()) -> str:
     """Return ``muon`` or ``adamw`` for a parameter. A 3-D stack (experts, output groups) counts as separate matrices,
     and so do the projections with ``rows`` rows each of a fused projection."""
@@ -184,6 +193,9 @@ class MuonAdamW(torch.optim.Optimizer):
     def _muon(self, parameters: list[Tensor], lr: float) -> None:
         """Apply Nesterov momentum, orthogonalization and an RMS-matched step with decoupled decay (report algorithm 1).
 
+        Unlike there, a matrix of a stack whose gradient is zero, an expert without tokens, keeps its weights while its
+        momentum decays. Orthogonalization would turn any remainder of the momentum into a step of full size.
+
         Matrices of one shape are batched over layers and experts. A batch fits the processor's cache.
         """
         by_shape: dict[tuple[int, int], list[LocalTensors]] = {}
@@ -208,6 +220,7 @@ class MuonAdamW(torch.optim.Optimizer):
         """Apply Muon to matrices that several ranks hold: orthogonalize the matrices assigned to this rank, and update
         this rank's rows of all of them."""
         local: dict[int, LocalTensors] = {}
+        chosen: list[int] = []
         for p in parameters:
             weight, gradient, momentum = self._local_tensors(p)
             columns = weight.shape[-1]
@@ -218,8 +231,10 @@ class MuonAdamW(torch.optim.Optimizer):
             gradient = gradient.reshape(-1, columns)
             torch.add(gradient, momentum, alpha=self.config.momentum, out=momentum)
             counts = [exchange.matrices[i].shape_on(exchange.rank)[0] for i in self._shared[p]]
-            pieces = zip(weight.split(counts), gradient.split(counts), momentum.split(counts))
-            local.update(zip(self._shared[p], pieces))
+            for i, *piece in zip(self._shared[p], *(t.split(counts) for t in (weight, gradient, momentum))):
+                local[i] = (piece[0], piece[1], piece[2])
+                if p.dim() == 2 or piece[1].any():  # all ranks hold the matrices of a stack in full, and agree
+                    chosen.append(i)
 
         def read(i: int) -> Tensor:
             _, gradient, momentum = local[i]
@@ -229,7 +244,7 @@ class MuonAdamW(torch.optim.Optimizer):
             matrix = exchange.matrices[i]
             self._apply_update(local[i][0], update, matrix.rows, matrix.columns, lr)
 
-        exchange.orthogonalize(list(local), read, self._orthogonalize, write)
+        exchange.orthogonalize(chosen, read, self._orthogonalize, write)
 
     def _orthogonalize(self, matrices: list[Tensor]) -> list[Tensor]:
         """Orthogonalize matrices [rows, columns] of any shapes, with matrices of one shape in batches."""
@@ -257,8 +272,14 @@ class MuonAdamW(torch.optim.Optimizer):
             torch.add(gradient, momentum, alpha=config.momentum, out=momentum)
             torch.add(gradient, momentum, alpha=config.momentum, out=out.view(gradient.shape))
         updates = newton_schulz(ahead, config.ns_coefficients, dtype).split(counts)
-        for (weight, _, _), update in zip(batch, updates):
-            self._apply_update(weight, update, rows, columns, lr)
+        for (weight, gradient, _), update in zip(batch, updates):
+            idle = _idle_matrices(gradient)
+            if idle is None:
+                self._apply_update(weight, update, rows, columns, lr)
+            else:
+                kept = weight[idle]
+                self._apply_update(weight, update, rows, columns, lr)
+                weight[idle] = kept
 
     def _adamw(self, parameters: list[Tensor], lr: float) -> None:
         if not parameters:

@@ -13,11 +13,16 @@ from model.optim.muon_adamw import OptimizerConfig
 
 
 def muon_step(
-    weight: Tensor, gradient: Tensor, momentum: Tensor, lr: float, config: OptimizerConfig
+    weight: Tensor, gradient: Tensor, momentum: Tensor, lr: float, config: OptimizerConfig, stacked: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return the new weight and momentum of one matrix [r, c] (report algorithm 1). ``config.ns_dtype`` must be
-    resolved (:meth:`OptimizerConfig.on`)."""
+    """Return the new weight and momentum of one matrix [r, c] (report algorithm 1).
+
+    Unlike there, a matrix of a stack (``stacked``) whose gradient is zero keeps its weight. ``config.ns_dtype`` must be
+    resolved (:meth:`OptimizerConfig.on`).
+    """
     momentum = config.momentum * momentum + gradient
+    if stacked and not gradient.any():
+        return weight, momentum
     ahead = config.momentum * momentum + gradient  # Nesterov
     dtype = getattr(torch, config.ns_dtype)
     update = newton_schulz(ahead, config.ns_coefficients, dtype, backend="reference")

@@ -8,7 +8,7 @@ from pathlib import Path
 from model.errors import ConfigError, DataError
 from model.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 from pipelines.data.manifest import Manifest, file_sha256
-from pipelines.recipe.schema import Recipe
+from pipelines.recipe.schema import DataSection, Recipe
 
 
 def check_prepared(recipe: Recipe, manifest: Manifest) -> Recipe:
@@ -27,9 +27,19 @@ def check_prepared(recipe: Recipe, manifest: Manifest) -> Recipe:
                 f"data.{key}: {value}, but {folder} was prepared with {prepared.get(key)}; prepare under another "
                 "data.name"
             )
-    if recipe.data.tokenizer != manifest.tokenizer:
-        digest = tokenizer_sha256(load_tokenizer(recipe.data.tokenizer))
-        if digest != prepared["tokenizer_sha256"]:
+    chosen = recipe.data.bos_token is not None or recipe.data.eos_token is not None
+    if recipe.data.tokenizer != manifest.tokenizer or chosen:
+        tokenizer = load_data_tokenizer(recipe.data)
+        for role, found, expected in (
+            ("bos_token", tokenizer.bos_id, manifest.bos_id),
+            ("eos_token", tokenizer.eos_id, manifest.eos_id),
+        ):
+            if found != expected:
+                raise ConfigError(
+                    f"data.{role}: is ID {found}, but {folder} was prepared with ID {expected}; prepare under another "
+                    "data.name"
+                )
+        if tokenizer_sha256(tokenizer) != prepared["tokenizer_sha256"]:
             raise ConfigError(
                 f"data.tokenizer: {recipe.data.tokenizer}, but {folder} was prepared with {manifest.tokenizer}; "
                 "prepare under another data.name"
@@ -40,6 +50,14 @@ def check_prepared(recipe: Recipe, manifest: Manifest) -> Recipe:
             f"{folder} precede their questions; prepare under another data.name"
         )
     return recipe.model_copy(update={"model": recipe.model.replace(vocab_size=manifest.vocab_size)})
+
+
+def load_data_tokenizer(data: DataSection) -> Tokenizer:
+    """Return the tokenizer of a recipe. Raises ConfigError."""
+    try:
+        return load_tokenizer(data.tokenizer, data.bos_token, data.eos_token)
+    except ConfigError as error:
+        raise ConfigError(f"data.tokenizer: {error}") from error
 
 
 def tokenizer_sha256(tokenizer: Tokenizer) -> str:

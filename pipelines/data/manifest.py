@@ -17,6 +17,8 @@ from model.errors import DataError
 
 Split = Literal["train", "validation"]
 Kind = Literal["text", "mqar", "needle"]
+HeldOut = Literal["documents", "ends"]
+"""What the validation split holds: whole documents, or the end of each document."""
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
 KINDS: tuple[Kind, ...] = ("text", "mqar", "needle")
@@ -62,6 +64,7 @@ class Manifest(_Record):
     sequence_length: int
     packing: bool
     """Whether a row may hold several short documents."""
+    held_out: HeldOut = "documents"
     splits: dict[Split, SplitManifest]
 
 

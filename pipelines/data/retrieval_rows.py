@@ -39,7 +39,12 @@ class RetrievalGenerator:
         self._rng = random.Random(f"{recipe.data.seed} {split}")
 
     def check(self) -> None:
-        """Raise ConfigError if facts and questions do not fit into documents of the configured lengths."""
+        """Raise ConfigError if the tokenizer cannot write facts and questions, or if these do not fit into documents of
+        the configured lengths."""
+        try:
+            retrieval.check_tokenizer(self._tokenizer)
+        except ConfigError as error:
+            raise ConfigError(f"data.tokenizer: {self._data.tokenizer}: {error}") from error
         longest = self._data.sequence_length
         for length in self._data.retrieval_lengths:
             if length > longest:

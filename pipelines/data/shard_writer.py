@@ -1,18 +1,22 @@
 """Writing of token shards, each with its share of retrieval documents.
 
 Documents become shards in a stream: memory holds one shard. A document goes to train or validation by the hash of its
-text, whatever its name or order; exact duplicates are kept and land in the same split. Long documents are stored as
+text, whatever its name or order; exact duplicates are kept and land in the same split. If that gives a split too little
+text, as it must with a single document, the end of every document is held out instead. Long documents are stored as
 pieces of :data:`PIECE_ROWS` training rows, which mixes shards well without a global shuffle. Pieces are numbered and
 carry their document's id; each begins with BOS, and only the last ends with EOS.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,39 +25,99 @@ import pyarrow.parquet as pq
 from evals.documents import retrieval
 from model.errors import DataError
 from model.tokenizer import Tokenizer
-from pipelines.data.manifest import KINDS, SPLITS, Kind, Shard, Split, SplitManifest, file_sha256
+from pipelines.data.manifest import KINDS, SPLITS, HeldOut, Kind, Shard, Split, SplitManifest, file_sha256
 from pipelines.data.packing import count_rows
 from pipelines.data.retrieval_rows import RetrievalGenerator, StoredDocument
 from pipelines.data.shards import SHARD_SCHEMA
-from pipelines.data.sources import SourceFile, read_documents
-from pipelines.data.tokenization import encode_pieces, fingerprint, truncate
+from pipelines.data.source_files import TEXT_SUFFIXES, SourceFile
+from pipelines.data.sources import SourceDocument, read_documents
+from pipelines.data.tokenization import LostCharacters, encode_pieces, fingerprint, line_start, skip, truncate
 from pipelines.recipe.schema import Recipe
 
 PIECE_ROWS = 8
 ROW_GROUP_TOKENS = 262_144
+MIN_OF_SHARE = 0.25
+"""Least text of a split, as a part of its share of all text."""
+OpenText = Callable[[], Iterator[str]]
+
+
+class _TooLittleTextError(DataError):
+    pass
+
+
+class _Part(NamedTuple):
+    """A document, or the part of it that belongs to one split."""
+
+    split: Split
+    digest: bytes
+    size: int
+    chunks: Iterator[str]
 
 
 def write_splits(
     recipe: Recipe, tokenizer: Tokenizer, files: list[SourceFile], folder: Path
-) -> dict[Split, SplitManifest]:
+) -> tuple[HeldOut, dict[Split, SplitManifest]]:
     """Write the shards of all splits into ``folder``. Raises DataError for unreadable or too little text."""
+    if len(files) > 1 or files[0].path.suffix.lower() not in TEXT_SUFFIXES:  # possibly several documents
+        try:
+            return "documents", _write_splits(recipe, tokenizer, files, folder, _whole)
+        except _TooLittleTextError:
+            for split in SPLITS:
+                shutil.rmtree(folder / split)
+    return "ends", _write_splits(recipe, tokenizer, files, folder, _ends)
+
+
+def _write_splits(
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    files: list[SourceFile],
+    folder: Path,
+    divide: Callable[[OpenText, float], Iterator[_Part]],
+) -> dict[Split, SplitManifest]:
     data = recipe.data
     writers = {split: _SplitWriter(recipe, tokenizer, folder, split) for split in SPLITS}
-    text_bytes = 0
+    text_bytes, lost = 0, LostCharacters(tokenizer)
     for document in read_documents(files, data.text_field):
         left = None if data.max_text_bytes is None else data.max_text_bytes - text_bytes
-        digest, size = fingerprint(truncate(document.open(), left))
-        if size:
-            split: Split = "validation" if int.from_bytes(digest[:8]) < data.validation_share * 2**64 else "train"
-            chunks = truncate(document.open(), left)
-            pieces = encode_pieces(tokenizer, chunks, PIECE_ROWS * data.sequence_length)
-            writers[split].add(digest.hex()[:32], document.source, pieces, size)
-            text_bytes += size
-        if left is not None and size > left - 4:  # the limit may fall within a character of up to 4 bytes
+        before = text_bytes
+        for part in divide(functools.partial(_read, document, left), data.validation_share):
+            pieces = encode_pieces(tokenizer, lost.watch(part.chunks), PIECE_ROWS * data.sequence_length)
+            writers[part.split].add(part.digest.hex()[:32], document.source, pieces, part.size)
+            text_bytes += part.size
+        if left is not None and text_bytes - before > left - 4:  # it may fall within a character of up to 4 bytes
             break
     if not text_bytes:
         raise DataError(f"data.sources: no text in {len(files)} files")
+    writers["train"].require(MIN_OF_SHARE * (1 - data.validation_share) * text_bytes)
+    writers["validation"].require(MIN_OF_SHARE * data.validation_share * text_bytes)
+    lost.report()
     return {split: writer.finish() for split, writer in writers.items()}
+
+
+def _read(document: SourceDocument, max_bytes: int | None) -> Iterator[str]:
+    return truncate(document.open(), max_bytes)
+
+
+def _whole(read: OpenText, validation_share: float) -> Iterator[_Part]:
+    """Yield a document for the split that its hash chooses."""
+    digest, size = fingerprint(read())
+    if size:
+        split: Split = "validation" if int.from_bytes(digest[:8]) < validation_share * 2**64 else "train"
+        yield _Part(split, digest, size, read())
+
+
+def _ends(read: OpenText, validation_share: float) -> Iterator[_Part]:
+    """Yield a document in two parts, the last ``validation_share`` of it for validation."""
+    _, size = fingerprint(read())
+    place = line_start(read(), size - round(size * validation_share))
+    parts: dict[Split, OpenText] = {
+        "train": lambda: truncate(read(), place),
+        "validation": lambda: skip(read(), place),
+    }
+    for split, read_part in parts.items():
+        digest, size = fingerprint(read_part())
+        if size:
+            yield _Part(split, digest, size, read_part())
 
 
 class _SplitWriter:
@@ -97,17 +161,18 @@ class _SplitWriter:
             if self._pending_tokens >= self._shard_tokens:
                 self._close_shard()
 
+    def require(self, text_bytes: float) -> None:
+        """Raise DataError if the split has less text."""
+        if self._text_bytes < text_bytes:
+            raise self._too_little_text()
+
     def finish(self) -> SplitManifest:
         """Write the last shard. Raises DataError if the split has no rows, or no text for its retrieval documents."""
         if self._text:
             self._close_shard()
         rows = self._rows["text"] if self._keep_text else self._rows.total()
         if not rows or self._retrieval_due >= 1:
-            raise DataError(
-                f"data.sources: too little text for {self._split} ({self._documents['text']} documents with "
-                f"{self._text_bytes} bytes in total, for rows of {self._sequence_length} tokens); add documents or "
-                "change data.validation_share (a document is a whole file, a .jsonl record or a .parquet row)"
-            )
+            raise self._too_little_text()
         return SplitManifest(
             text_bytes=self._text_bytes,
             documents={kind: self._documents[kind] for kind in KINDS},
@@ -115,6 +180,13 @@ class _SplitWriter:
             tokens={kind: self._tokens[kind] for kind in KINDS},
             targets={kind: self._targets[kind] for kind in KINDS},
             shards=tuple(self._shards),
+        )
+
+    def _too_little_text(self) -> DataError:
+        change = "lower" if self._split == "train" else "raise"
+        return _TooLittleTextError(
+            f"data.sources: too little text for {self._split} ({self._text_bytes} bytes, for rows of "
+            f"{self._sequence_length} tokens); add text, {change} data.validation_share, or lower data.sequence_length"
         )
 
     def _close_shard(self) -> None:

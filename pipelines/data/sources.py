@@ -5,35 +5,33 @@ Memory holds one chunk of text and at most one JSON record or Parquet batch, how
 
 from __future__ import annotations
 
+import codecs
 import functools
-import glob
-import hashlib
 import io
+import itertools
 import json
-import os
-import sysconfig
 import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model.errors import DataError
+from pipelines.data.source_files import SourceFile
 
 CHUNK_CHARACTERS = 1 << 20
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-SUFFIXES = (*TEXT_SUFFIXES, ".jsonl", ".parquet")
-STDLIB_SKIPPED = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-"""Folders outside the library itself. Only some distributions ship its tests."""
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    name: str
-    path: Path
-    bytes: int
+_LINE_BYTES = 1 << 16
+"""Bytes of a Python file's line in which its encoding is looked for."""
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+"""Byte order marks and their encodings. That of UTF-32 LE begins with that of UTF-16 LE."""
 
 
 @dataclass(frozen=True)
@@ -42,44 +40,6 @@ class SourceDocument:
     """File name, with the line or row number of a record."""
     open: Callable[[], Iterator[str]]
     """Read the text in chunks of about CHUNK_CHARACTERS. Called twice: to choose the split and to tokenize."""
-
-
-def find_files(patterns: tuple[str, ...], seed: int) -> list[SourceFile]:
-    """Return all source files, each once, ordered by a hash of their name and ``seed``.
-
-    In alphabetical order, the first shards and anything cut off by ``max_text_bytes`` would cover one part of the
-    corpus only. Raises DataError for a pattern without files, an unsupported suffix or an unreadable file.
-    """
-    paths = {name: Path(name) for pattern in patterns for name in _expand(pattern)} if patterns else _find_stdlib()
-    files = []
-    for name, path in paths.items():
-        if path.suffix.lower() not in SUFFIXES:
-            raise DataError(f"{name}: unsupported suffix '{path.suffix}'; sources are {', '.join(SUFFIXES)} files")
-        try:
-            files.append(SourceFile(name, path, path.stat().st_size))
-        except OSError as error:
-            raise DataError(f"{name}: cannot be read ({error.strerror})") from error
-    return sorted(files, key=lambda file: hashlib.sha256(f"{seed}\0{file.name}".encode()).digest())
-
-
-def _find_stdlib() -> dict[str, Path]:
-    root = Path(sysconfig.get_path("stdlib"))
-    relative_paths = (path.relative_to(root) for path in root.rglob("*.py") if path.is_file())
-    found = {
-        f"stdlib/{path.as_posix()}": root / path for path in relative_paths if STDLIB_SKIPPED.isdisjoint(path.parts)
-    }
-    if not found:
-        raise DataError(f"{root}: has no source files of the standard library; set data.sources")
-    return found
-
-
-def _expand(pattern: str) -> list[str]:
-    found = glob.glob(os.path.expanduser(pattern), recursive=True)
-    files = [name for name in found if not os.path.isdir(name)]
-    if not files:
-        hint = f"; for the files of a folder write {pattern.rstrip('/')}/**/*.txt or the like" if found else ""
-        raise DataError(f"data.sources: '{pattern}' matches no file{hint}")
-    return files
 
 
 def read_documents(files: list[SourceFile], text_field: str) -> Iterator[SourceDocument]:
@@ -99,16 +59,35 @@ def read_documents(files: list[SourceFile], text_field: str) -> Iterator[SourceD
 
 def _file_chunks(file: SourceFile) -> Iterator[str]:
     try:
-        encoding = "utf-8-sig"
-        if file.path.suffix.lower() == ".py":
-            with file.path.open("rb") as source:
-                encoding, _ = tokenize.detect_encoding(source.readline)
-        with file.path.open(encoding=encoding, newline="") as text:
-            yield from _chunks(text)
+        with file.path.open(encoding=_find_encoding(file), newline="") as text:
+            for chunk in _chunks(text):
+                chunk.encode()  # some encodings that a Python file may declare have lone surrogates
+                if "\0" in chunk:
+                    raise DataError(f"{file.name}: is not text (it holds NUL characters)")
+                yield chunk
     except (UnicodeError, SyntaxError) as error:
         raise DataError(f"{file.name}: is not text ({error})") from error
+    except LookupError as error:  # of a codec that does not decode bytes to text
+        raise DataError(f"{file.name}: declares an encoding that is none of text ({error})") from error
     except OSError as error:
         raise DataError(f"{file.name}: cannot be read ({error.strerror})") from error
+
+
+def _find_encoding(file: SourceFile) -> str:
+    """Return the encoding of a byte order mark, or the one that a Python file declares; UTF-8 without either."""
+    with file.path.open("rb") as source:
+        start = source.read(4)
+        marked = next((encoding for mark, encoding in _MARKS if start.startswith(mark)), None)
+        if marked is not None or file.path.suffix.lower() != ".py":
+            return marked or "utf-8"
+        source.seek(0)
+        encoding, _ = tokenize.detect_encoding(lambda: _read_line(source))
+        return encoding
+
+
+def _read_line(source: BinaryIO) -> bytes:
+    line = source.readline(_LINE_BYTES)
+    return line if len(line) < _LINE_BYTES else line.decode(errors="ignore").encode()  # cut within a character
 
 
 def _chunks(text: io.TextIOBase) -> Iterator[str]:
@@ -140,6 +119,8 @@ def _parquet_documents(file: SourceFile, column: str) -> Iterator[SourceDocument
             schema = source.schema_arrow
             if column not in schema.names:
                 raise DataError(f"{file.name}: has no column '{column}' (data.text_field), only {_quote(schema.names)}")
+            if schema.names.count(column) > 1:
+                raise DataError(f"{file.name}: has {schema.names.count(column)} columns '{column}' (data.text_field)")
             dtype = schema.field(column).type
             if pa.types.is_dictionary(dtype):
                 dtype = dtype.value_type
@@ -167,4 +148,6 @@ def _text_document(source: str, text: object) -> SourceDocument:
 
 
 def _quote(names: Iterable[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names) or "nothing"
+    """Return the first names, shortened, for an error message."""
+    shown = [repr(name[:40]) for name in itertools.islice(names, 9)]
+    return ", ".join([*shown[:8], *(["..."] if len(shown) > 8 else [])]) or "nothing"

@@ -23,6 +23,56 @@ def truncate(chunks: Iterator[str], max_bytes: int | None) -> Iterator[str]:
             return
 
 
+class LostCharacters:
+    """Characters of texts that a tokenizer does not have. Shards hold unknown tokens in their place, or nothing."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._seen: set[str] = set()
+        self.found: set[str] = set()
+
+    def watch(self, chunks: Iterable[str]) -> Iterator[str]:
+        """Yield the chunks of a text and note characters that would be lost."""
+        for chunk in chunks:
+            if not isinstance(self._tokenizer, ByteTokenizer):
+                new = set(chunk) - self._seen
+                self._seen |= new
+                self.found |= self._tokenizer.lost_characters("".join(new))
+            yield chunk
+
+    def report(self) -> None:
+        """Print how many characters were lost, if any, and the first of them."""
+        if self.found:
+            first = " ".join(sorted(self.found)[:20])
+            print(f"data.tokenizer: does not have {len(self.found)} characters of the text, among them {first}")
+
+
+def skip(chunks: Iterable[str], start: int) -> Iterator[str]:
+    """Yield a text from the UTF-8 byte ``start`` on, the first one of a character."""
+    for chunk in chunks:
+        encoded = chunk.encode()
+        if start < len(encoded):
+            yield encoded[start:].decode()
+        start = max(0, start - len(encoded))
+
+
+def line_start(chunks: Iterable[str], place: int) -> int:
+    """Return the UTF-8 byte at which to cut a text near ``place``: the start of a line in the second half before it.
+
+    Without one it is the start of a character.
+    """
+    offset = line = character = 0
+    for chunk in chunks:
+        before = chunk.encode()[: place - offset]
+        if b"\n" in before:
+            line = offset + before.rindex(b"\n") + 1
+        character = offset + len(before.decode(errors="ignore").encode())
+        offset += len(before)
+        if offset == place:
+            break
+    return line if line > place // 2 else character
+
+
 def fingerprint(chunks: Iterable[str]) -> tuple[bytes, int]:
     """Return the SHA-256 and the length of a text's UTF-8 bytes."""
     digest, size = hashlib.sha256(), 0
@@ -33,18 +83,19 @@ def fingerprint(chunks: Iterable[str]) -> tuple[bytes, int]:
     return digest.digest(), size
 
 
-def encode(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Encode ``text``: int32 [tokens]. Byte tokens skip Python lists, which is ten times as fast."""
+def encode(tokenizer: Tokenizer, text: str, first: bool = True) -> np.ndarray:
+    """Encode the ``first`` or a later part of a document: int32 [tokens]. Byte tokens skip Python lists, which is ten
+    times as fast."""
     if isinstance(tokenizer, ByteTokenizer):
         return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int32) + np.int32(tokenizer.encode("\0")[0])
-    return np.array(tokenizer.encode(text), dtype=np.int32)
+    return np.array(tokenizer.encode(text) if first else tokenizer.encode_inside(text), dtype=np.int32)
 
 
 def encode_pieces(tokenizer: Tokenizer, chunks: Iterable[str], piece_tokens: int) -> Iterator[np.ndarray]:
     """Encode a document as pieces of BOS and ``piece_tokens`` tokens; the last holds the remainder and EOS."""
     pending = np.empty(0, dtype=np.int32)
-    for chunk in chunks:
-        pending = np.concatenate([pending, encode(tokenizer, chunk)])
+    for number, chunk in enumerate(chunks):
+        pending = np.concatenate([pending, encode(tokenizer, chunk, first=number == 0)])
         while len(pending) > piece_tokens:
             yield np.concatenate([[tokenizer.bos_id], pending[:piece_tokens]], dtype=np.int32)
             pending = pending[piece_tokens:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -9,6 +10,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -21,6 +23,13 @@ OBJECT_STORE_BYTES = 400 * 2**20
 MIN_LOGICAL_CPUS = 6
 """Minimum logical CPUs of a local cluster, whatever the number of cores. Besides its workers a step needs tasks that
 read data and processes of Train, Tune or Serve, which mostly wait."""
+PROJECT = Path(__file__).resolve().parents[2]
+PACKAGES = ("kernels", "model", "evals", "serve", "pipelines")
+"""Packages that workers import."""
+_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray in the driver of a submitted job; its value holds the job's runtime environment."""
+_MAX_SOCKET_BYTES = 107
+"""Maximum length of the path of a Unix socket."""
 
 
 @contextmanager
@@ -37,14 +46,19 @@ def ray_session(num_cpus: float = 0) -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS")
     handler = signal.getsignal(signal.SIGTERM)
-    # Workers of a local cluster import this project from the checkout, those of a joined one from the job's working
-    # directory.
     if address:
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env=_packages_of_job(os.environ.get(_JOB_VARIABLE)),
+            )
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise FiftyfoldError(f"RAY_ADDRESS: cannot join the Ray cluster at {address} ({error})") from error
+            reason = " ".join(str(error).split())
+            raise FiftyfoldError(f"RAY_ADDRESS: cannot join the Ray cluster at {address} ({reason})") from error
     else:
+        _check_temporary_folder()
         _start_local(math.ceil(max(num_cpus, MIN_LOGICAL_CPUS)))
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread:  # Ray has installed a handler that aborts, which would leave MLflow runs marked as running
@@ -55,6 +69,41 @@ def ray_session(num_cpus: float = 0) -> Iterator[None]:
         ray.shutdown()
         if in_main_thread:
             signal.signal(signal.SIGTERM, handler)
+
+
+def _packages_of_job(job: str | None) -> dict[str, Any]:
+    """Return a runtime environment that sends this project's packages to the workers of a joined cluster.
+
+    Their machines may have no checkout, and their processes were started in other folders. Empty if a submitted job's
+    own environment brings the packages: as ``py_modules``, or in the working directory.
+
+    Args:
+        job: The value of ``RAY_JOB_CONFIG_JSON_ENV_VAR``.
+    """
+    environment = (json.loads(job).get("runtime_env") or {}) if job else {}
+    if "py_modules" in environment or ("working_dir" in environment and Path.cwd().resolve() == PROJECT):
+        return {}
+    return {"py_modules": [str(PROJECT / name) for name in PACKAGES], "excludes": ["__pycache__"]}
+
+
+def _check_temporary_folder() -> None:
+    """Raise ConfigError if the folder of temporary files is too long for the sockets of a local cluster."""
+    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    folder = os.environ.get(name, "/tmp")
+    session = f"session_2026-01-01_00-00-00_000000_{os.getpid()}"
+    socket = os.path.join(folder, "ray", session, "sockets", "plasma_store")
+    excess = len(os.fsencode(socket)) - _MAX_SOCKET_BYTES
+    if excess > 0:
+        raise ConfigError(
+            f"{name}: {folder} is {excess} bytes too long for the sockets of Ray; set RAY_TMPDIR to a folder with a "
+            "shorter path, such as /tmp"
+        )
+
+
+def _search_path() -> str:
+    """Return a PYTHONPATH for workers of a local cluster, which run in other folders."""
+    given = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    return os.pathsep.join(dict.fromkeys(os.path.abspath(entry) for entry in (str(PROJECT), os.getcwd(), *given)))
 
 
 def _start_local(num_cpus: int) -> None:
@@ -70,7 +119,7 @@ def _start_local(num_cpus: int) -> None:
         "dashboard_host": "127.0.0.1",
         "log_to_driver": False,
         "logging_level": logging.ERROR,
-        "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join((os.getcwd(), os.environ.get("PYTHONPATH", "")))}},
+        "runtime_env": {"env_vars": {"PYTHONPATH": _search_path()}},
     }
     for last_attempt in (False, True):
         try:

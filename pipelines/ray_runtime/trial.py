@@ -11,6 +11,7 @@ import torch
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from pipelines.data.manifest import read_manifest
 from pipelines.ray_runtime.event_forwarder import try_log
 from pipelines.ray_runtime.event_queue import TrainEvent
 from pipelines.ray_runtime.fit import fit
@@ -18,12 +19,19 @@ from pipelines.recipe.loading import recipe_from_dict, with_overrides
 from pipelines.recipe.schema import Recipe, Setting
 from pipelines.reports.cache_measurement import measured_cache
 from pipelines.reports.terminal import TrainingProgress
+from pipelines.tracking.lineage import dataset_input
 from pipelines.tracking.mlflow_store import TrackedRun, Tracking, open_tracking
+from pipelines.tracking.system_metrics import system_metrics
 from pipelines.training import compute_dtype
 from pipelines.training.build import build_trainer, folder_batches
 from pipelines.training.curriculum import total_steps
 from pipelines.training.reporter import WriteCheckpoint
 from pipelines.training.search_space import short_label, trial_recipe
+
+
+def trial_storage(recipe: Recipe, trial_id: str) -> Path:
+    """Return the folder of a trial that trains on Ray Train workers."""
+    return recipe.sweep_folder / "train" / trial_id
 
 
 def run_trial(
@@ -44,12 +52,13 @@ def run_trial(
     own = with_overrides(own, {"run.name": f"{sweep_recipe.sweep.name}-{trial_id}", "tracking.uri": tracking["uri"]})
     tracked = _start_run(open_tracking(own), tracking["parent"], trial_id, settings, own)
     tracked.log_metrics(measured_cache(own.model))
-    with tracked:
+    tracked.log_dataset(dataset_input(own.data_folder, read_manifest(own.data_folder), "training"))
+    with tracked, system_metrics(tracked, own.tracking.system_metrics_interval):
         if sweep_recipe.sweep.in_process:
             _train_in_process(own, tracked)
             return
         quiet = TrainingProgress(trial_id, total_steps(own), quiet=True)
-        storage = sweep_recipe.sweep_folder / "train" / trial_id
+        storage = trial_storage(sweep_recipe, trial_id)
         metrics, last = fit(own, tracked, quiet, storage, [TuneReportCallback()])
         # A resumed trial may have nothing left to report, and Tune would keep stale metrics.
         tune.report(metrics, checkpoint=last)

@@ -6,44 +6,48 @@ range raise ConfigError with one line per key.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pydantic
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from model.errors import ConfigError
+from pipelines.recipe.keys import get_key, is_path, merge, set_key, type_of
 from pipelines.recipe.messages import describe_errors
-from pipelines.recipe.schema import Recipe
+from pipelines.recipe.overrides import nested
+from pipelines.recipe.paths import parse_path
+from pipelines.recipe.quoting import shorten
+from pipelines.recipe.schema import Recipe, Section
+from pipelines.recipe.yaml_format import parse_yaml
 
+_MAX_FILE_BYTES = 1_000_000
 _STARTING_POINTS = ("model.preset", "model.depth")
 
 
 def load_recipe(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Recipe:
     """Merge YAML ``files`` and ``key=value`` ``overrides`` into a validated recipe. Raises ConfigError."""
-    return _merge(OmegaConf.create({}), files, overrides)
+    return _merge({}, files, overrides)
 
 
 def overlay(recipe: Recipe, file: str | Path) -> Recipe:
     """Return ``recipe`` with the settings of a YAML file merged over it. Raises ConfigError, also for a preset."""
     for key in _STARTING_POINTS:
-        if OmegaConf.select(_read(file), key) is not None:
+        if get_key(read_yaml(file), key) is not None:
             raise ConfigError(f"{file}: {key}: cannot be changed here, because every field of the model is already set")
-    return _merge(OmegaConf.create(recipe.to_dict()), [file], [])
+    return _merge(recipe.to_dict(), [file], [])
 
 
 def with_overrides(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
     """Return a copy of ``recipe`` with dotted keys replaced, validated again. Raises ConfigError."""
-    base = OmegaConf.create(recipe.to_dict())
+    values = recipe.to_dict()
     for key, value in overrides.items():
         if key in _STARTING_POINTS:
             raise ConfigError(f"{key}: cannot be changed here, because every field of the model is already set")
-        OmegaConf.update(base, key, value, merge=False)
-    return recipe_from_dict(OmegaConf.to_container(base))
+        set_key(values, key, copy.deepcopy(value))
+    return recipe_from_dict(values)
 
 
 def recipe_from_dict(values: Any) -> Recipe:
@@ -58,62 +62,72 @@ def recipe_from_dict(values: Any) -> Recipe:
             "project; pass --run.folder with an absolute path"
         )
     # Ray workers run in their own folders, so a recipe sent to them must hold absolute paths.
-    return recipe.model_copy(
-        update={
-            "run": recipe.run.model_copy(update={"folder": recipe.run.folder.absolute()}),
-            "train": recipe.train.model_copy(update={"init_from": _absolute(recipe.train.init_from)}),
-            "compare": recipe.compare.model_copy(
-                update={name: tuple(map(Path.absolute, getattr(recipe.compare, name))) for name in ("qat", "plain")}
-            ),
-            "evaluate": recipe.evaluate.model_copy(update={"checkpoint": _absolute(recipe.evaluate.checkpoint)}),
-        }
-    )
+    recipe = _with_absolute_paths(recipe)
+    sweep = recipe.sweep
+    space = {key: [_absolute(f"sweep.space.{key}", key, item) for item in items] for key, items in sweep.space.items()}
+    overrides = {key: _absolute(f"sweep.overrides.{key}", key, value) for key, value in sweep.overrides.items()}
+    return recipe.model_copy(update={"sweep": sweep.model_copy(update={"space": space, "overrides": overrides})})
 
 
-def _absolute(path: Path | None) -> Path | None:
-    return None if path is None else path.absolute()
-
-
-def _read(file: str | Path) -> Any:
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """Return the mapping that a YAML file holds. Raises ConfigError naming the file."""
     try:
-        content = OmegaConf.load(file)
+        with Path(file).open("rb") as stream:  # possibly a pipe
+            text = stream.read(_MAX_FILE_BYTES + 1)
+        if len(text) > _MAX_FILE_BYTES:
+            raise ConfigError(f"larger than {_MAX_FILE_BYTES:,} bytes")
+        content = parse_yaml(text)
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from error
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not OmegaConf.is_dict(content):
+    except ConfigError as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}") from error
+    if not isinstance(content, dict):
         raise ConfigError(f"{file}: expected a mapping of sections at the top level")
     return content
 
 
-def _merge(merged: Any, files: Sequence[str | Path], overrides: Sequence[str]) -> Recipe:
+def _with_absolute_paths(value: Any) -> Any:
+    if isinstance(value, Path):
+        return value.absolute()
+    if isinstance(value, tuple):
+        return tuple(map(_with_absolute_paths, value))
+    if isinstance(value, Section):
+        return value.model_copy(update={name: _with_absolute_paths(item) for name, item in value})
+    return value
+
+
+def _absolute(name: str, key: str, value: Any) -> Any:
+    """Return the value of recipe key ``key`` in a sweep, as an absolute path if it is a path."""
+    if value is None or not is_path(type_of(key)):
+        return value
+    try:
+        return str(parse_path(value).absolute())
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}, found {shorten(value)}") from None
+
+
+def _merge(merged: dict[str, Any], files: Sequence[str | Path], overrides: Sequence[str]) -> Recipe:
     for file in files:
+        later = read_yaml(file)
         try:
-            merged = _merge_over(merged, _read(file))
-        except (OmegaConfBaseException, TypeError, ValueError) as error:
-            raise ConfigError(f"{file}: does not fit the files before it ({' '.join(str(error).split())})") from error
-    for override in overrides:  # first one by one, so that an error names the invalid override
-        try:
-            _merge_over(merged.copy(), OmegaConf.from_dotlist([override]))
-        except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
-            key, _, value = override.partition("=")
-            raise ConfigError(f"{key}: cannot be set to {value!r} ({' '.join(str(error).split())})") from error
+            merged = _merge_over(merged, later)
+        except ConfigError as error:
+            raise ConfigError(f"{file}: does not fit the files before it ({error})") from error
+    later = nested(overrides)
     try:
-        merged = _merge_over(merged, OmegaConf.from_dotlist(list(overrides)))
-    except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
-        raise ConfigError(f"command line: {' '.join(str(error).split())}") from error
-    try:
-        values = OmegaConf.to_container(merged, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"recipe: {' '.join(str(error).split())}") from error
-    return recipe_from_dict(values)
+        merged = _merge_over(merged, later)
+    except ConfigError as error:
+        key = str(error).partition(":")[0]
+        raise ConfigError(f"{key}: cannot be set to {shorten(get_key(later, key))} ({error})") from error
+    return recipe_from_dict(merged)
 
 
-def _merge_over(earlier: Any, later: Any) -> Any:
+def _merge_over(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
     """Merge ``later`` over ``earlier``. A sweep space, a preset or a depth replaces the earlier one."""
-    if OmegaConf.select(later, "sweep.space") is not None and OmegaConf.select(earlier, "sweep.space"):
-        del earlier.sweep.space
+    earlier = copy.deepcopy(earlier)
+    if get_key(later, "sweep.space") is not None and get_key(earlier, "sweep.space"):
+        del earlier["sweep"]["space"]
     for given, replaced in (("depth", "preset"), ("preset", "depth")):
-        if OmegaConf.select(later, f"model.{given}") is not None and OmegaConf.select(earlier, f"model.{replaced}"):
-            del earlier.model[replaced]
-    return OmegaConf.merge(earlier, later)
+        if get_key(later, f"model.{given}") is not None and get_key(earlier, f"model.{replaced}"):
+            del earlier["model"][replaced]
+    return merge(earlier, later)

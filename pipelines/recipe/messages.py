@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import pydantic
 
 from model.errors import unknown_key
-from pipelines.recipe.schema import Recipe
+from pipelines.recipe.keys import fields_of, find_section
+from pipelines.recipe.quoting import shorten
 
 
 def describe_errors(error: pydantic.ValidationError) -> str:
@@ -26,23 +26,13 @@ def _root_causes(error: pydantic.ValidationError) -> list[Any]:
 def _describe(item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return unknown_key(key, str(item["loc"][-1]), _sibling_keys(item["loc"]))
+        known = fields_of(find_section(item["loc"][:-1]))
+        return unknown_key(key, str(item["loc"][-1]), known)
     message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "string_type":
+        is_scalar = isinstance(item["input"], bool | int | float)
+        message = "expected text; put it in quotes" if is_scalar else "expected text"
+    elif item["type"] == "string_unicode":
+        message = "expected text in valid Unicode"
     is_section = isinstance(item["input"], dict)
-    return f"{key}: {message}" if is_section else f"{key}: {message}, found {item['input']!r}"
-
-
-def _sibling_keys(location: tuple[int | str, ...]) -> list[str]:
-    """Return the valid keys of the section in which ``location``, a path into the recipe, ends."""
-    section: Any = Recipe
-    for part in location[:-1]:
-        found = _fields(section)[part] if isinstance(part, str) else section
-        types = (found, *get_args(found), *(inner for argument in get_args(found) for inner in get_args(argument)))
-        section = next((candidate for candidate in types if _fields(candidate)), None)
-    return list(_fields(section))
-
-
-def _fields(section: Any) -> dict[str, Any]:
-    if dataclasses.is_dataclass(section):
-        return get_type_hints(section)
-    return {name: field.annotation for name, field in getattr(section, "model_fields", {}).items()}
+    return f"{key}: {message}" if is_section else f"{key}: {message}, found {shorten(item['input'])}"

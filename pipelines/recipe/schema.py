@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -23,8 +25,11 @@ from pydantic import (
 from model.config import ModelConfig
 from model.errors import ConfigError
 from model.optim import OptimizerConfig
+from pipelines.recipe.paths import LocalPath, ModelUri, SourcePattern, TokenizerSource, TrackingUri
 from serve.config import ServerConfig
 
+MAX_LENGTH = 1 << 24
+"""Limit on the tokens of a row or document."""
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -42,14 +47,14 @@ def _check_setting(value: Any) -> Any:
     return value
 
 
-def _flatten_space(space: Any, prefix: str = "") -> Any:
+def _flatten_keys(space: Any, prefix: str = "") -> Any:
     """Flatten nested mappings, as from ``--sweep.space.model.csa_ratio '[4, 8]'``, to dotted keys."""
     if not isinstance(space, dict):
         return {prefix: space} if prefix else space
     return {
         key: value
         for name, inner in space.items()
-        for key, value in _flatten_space(inner, f"{prefix}.{name}".strip(".")).items()
+        for key, value in _flatten_keys(inner, f"{prefix}.{name}".strip(".")).items()
     }
 
 
@@ -57,34 +62,65 @@ Setting = Annotated[bool | int | float | str, BeforeValidator(_check_setting)]
 """A value of a recipe key that a sweep can try."""
 
 
+def _check_alias(alias: str) -> str:
+    if alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", alias):
+        raise ValueError("MLflow reserves this alias")
+    return alias
+
+
+def _check_printable(text: str) -> str:
+    if not text.isprintable() or text.isspace():
+        raise ValueError("expected printable characters")
+    return text
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=128)]
+"""The name of a folder, an MLflow run or a registered model."""
+Alias = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=128), AfterValidator(_check_alias)]
+RecipeKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)+$", max_length=128)]
+"""A dotted key; MLflow stores those of a sweep as the names of parameters."""
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _check_integers(self) -> Self:
+        for name, value in self:
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise ValueError(f"{name}: is not a 64-bit integer")
+        return self
 
 
 class RunSection(Section):
     """Location of a run: ``<folder>/<name>`` for its own files, ``<folder>`` for data and tracking."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "hybrid"
-    folder: Path = Path("runs")
+    name: Name = "hybrid"
+    folder: LocalPath = Path("runs")
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
 
     @field_validator("name")
     @classmethod
     def _check_not_reserved(cls, name: str) -> str:
-        if name in ("data", "sweeps", "mlartifacts"):
-            raise ValueError(f"'{name}' is a reserved folder of run.folder")
+        if name in ("data", "sweeps", "mlartifacts", "served") or name.startswith("mlflow.db"):
+            raise ValueError(f"'{name}' is reserved in run.folder")
         return name
 
 
 class DataSection(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "stdlib"
-    sources: tuple[str, ...] = ()
-    """Globs of .txt, .md, .py, .jsonl and .parquet files. Empty: the standard library of the running Python."""
+    name: Name = "stdlib"
+    sources: tuple[SourcePattern, ...] = ()
+    """Paths or globs of .txt, .md, .py, .jsonl and .parquet files. Empty: the standard library of the running
+    Python."""
     text_field: str = "text"
     """Text field of .jsonl records and text column of .parquet files."""
-    tokenizer: str = "byte"
+    tokenizer: TokenizerSource = "byte"
     """``byte``, or the path of a Hugging Face ``tokenizer.json``."""
-    sequence_length: Annotated[int, Field(ge=8)] = 256
+    bos_token: str | None = None
+    """Token that begins documents and prompts. None: as declared beside the tokenizer (docs/text.md)."""
+    eos_token: str | None = None
+    """Token that ends documents. None: as declared beside the tokenizer."""
+    sequence_length: Annotated[int, Field(ge=8, le=MAX_LENGTH)] = 256
     packing: bool = True
     """Pack several short documents into a row, masked from one another. False: one document and padding per row."""
     max_text_bytes: Annotated[int, Field(ge=1)] | None = None
@@ -100,7 +136,7 @@ class DataSection(Section):
     rounds: Annotated[int, Field(ge=1)] = 1
     """Maximum number of times a training document asks for all its pairs, drawn from 1 up to this. More answers per
     step teach recall sooner. Validation documents ask once."""
-    retrieval_lengths: tuple[Annotated[int, Field(ge=8)], ...] = ()
+    retrieval_lengths: tuple[Annotated[int, Field(ge=8, le=MAX_LENGTH)], ...] = ()
     """Lengths in tokens of generated training documents, drawn uniformly. Empty: ``sequence_length``. Stages with
     shorter sequences skip documents that do not fit."""
     retrieval_validation_documents: Annotated[int, Field(ge=1)] = 512
@@ -111,9 +147,10 @@ class DataSection(Section):
     def content(self) -> dict[str, Any]:
         """Return the settings that determine the shards' content, as plain JSON values.
 
-        The tokenizer is left out: its file, not its path, determines the content.
+        The tokenizer is left out: its file, not its path, determines the content. So are BOS and EOS, which may be
+        declared or set.
         """
-        return self.model_dump(mode="json", exclude={"name", "tokenizer"})
+        return self.model_dump(mode="json", exclude={"name", "tokenizer", "bos_token", "eos_token"})
 
 
 class StageSection(Section):
@@ -126,7 +163,7 @@ class StageSection(Section):
     """Optimizer steps of the stage."""
     tokens: Annotated[int, Field(ge=1)] | None = None
     """Token budget of the stage, instead of ``steps``; rounded down to whole steps."""
-    sequence_length: Annotated[int, Field(ge=8)] | None = None
+    sequence_length: Annotated[int, Field(ge=8, le=MAX_LENGTH)] | None = None
     batch_rows: Annotated[int, Field(ge=1)] | None = None
     index_topk: Annotated[int, Field(ge=1)] | None = None
     qat: bool | None = None
@@ -180,7 +217,7 @@ class TrainSection(Section):
     use_gpu: bool = False
     max_failures: Annotated[int, Field(ge=0)] = 2
     """Restarts of the workers by Ray Train from the last checkpoint."""
-    init_from: Path | None = None
+    init_from: LocalPath | None = None
     """Checkpoint folder to initialize weights from. Position biases of a compressor whose ratio differs start at zero;
     all other shapes must match."""
     sharding: Literal["none", "fsdp"] = "none"
@@ -234,13 +271,13 @@ class TrainSection(Section):
 
 
 class SweepSection(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "sweep"
-    space: Annotated[dict[str, list[Setting]], BeforeValidator(_flatten_space)] = Field(default_factory=dict)
+    name: Name = "sweep"
+    space: Annotated[dict[RecipeKey, list[Setting]], BeforeValidator(_flatten_keys)] = Field(default_factory=dict)
     """Dotted recipe keys and the values to try, e.g. ``model.csa_ratio: [4, 8]``. The space of a later file replaces
     that of an earlier one."""
     trials: Annotated[int, Field(ge=1)] | None = None
     """Number of random combinations to try. None tries the whole grid."""
-    overrides: dict[str, Any] = Field(default_factory=dict)
+    overrides: Annotated[dict[RecipeKey, Any], BeforeValidator(_flatten_keys)] = Field(default_factory=dict)
     """Dotted recipe keys to change in every trial, e.g. for a shorter curriculum."""
     in_process: bool = True
     """Train in the trial's own process. False gives each trial Ray Train workers of its own."""
@@ -255,10 +292,10 @@ class SweepSection(Section):
 
 
 class EvaluateSection(Section):
-    checkpoint: Path | None = None
+    checkpoint: LocalPath | None = None
     """Checkpoint folder. None: the final checkpoint of ``run.name``."""
     tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("mqar", "needle")
-    lengths: Annotated[tuple[Annotated[int, Field(ge=32)], ...], Field(min_length=1)] = (256,)
+    lengths: Annotated[tuple[Annotated[int, Field(ge=32, le=MAX_LENGTH)], ...], Field(min_length=1)] = (256,)
     """Document lengths in tokens."""
     depths: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.1, 0.5, 0.9)
     """Needle positions, as a share of the distance from the start of the document to the last allowed position."""
@@ -268,15 +305,15 @@ class EvaluateSection(Section):
 
 
 class CompareSection(Section):
-    qat: tuple[Path, ...] = ()
+    qat: tuple[LocalPath, ...] = ()
     """Checkpoint folders of networks trained with ``model.qat``."""
-    plain: tuple[Path, ...] = ()
+    plain: tuple[LocalPath, ...] = ()
     """Checkpoint folders of the same networks trained without, in the same order. Several pairs give a spread."""
 
 
 class PromoteSection(Section):
-    registered_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "fiftyfold"
-    alias: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")] = "champion"
+    registered_name: Name = "fiftyfold"
+    alias: Alias = "champion"
     metric: str = "eval/recall"
     mode: Literal["min", "max"] = "max"
     """Whether the best run has the lowest or the highest ``metric``."""
@@ -284,14 +321,14 @@ class PromoteSection(Section):
 
 
 class ServeSection(Section, ServerConfig):
-    model_uri: str = "models:/fiftyfold@champion"
+    model_uri: ModelUri = "models:/fiftyfold@champion"
     """``models:/<name>@<alias>``, ``models:/<name>/<version>``, or a checkpoint folder."""
     host: Literal["127.0.0.1", "localhost", "::1"] = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
 
 
 class DemoSection(Section):
-    baseline: Path = Path("configs/baseline.yaml")
+    baseline: LocalPath = Path("configs/baseline.yaml")
     """Recipe file that turns the demo's recipe into the baseline."""
     keep_serving: bool = False
     """Keep serving after the final table, until Ctrl-C."""
@@ -302,9 +339,12 @@ class DemoSection(Section):
 
 
 class TrackingSection(Section):
-    uri: str | None = None
+    uri: TrackingUri | None = None
     """MLflow tracking URI. None: an SQLite file in ``run.folder``."""
-    experiment: str = "fiftyfold"
+    experiment: Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_check_printable)] = "fiftyfold"
+    system_metrics_interval: Annotated[float, Field(gt=0)] | None = 10.0
+    """Seconds between samples of the machine's CPU, memory, disk, network and GPU use, logged with psutil. None logs
+    none."""
 
 
 def _parse_model_config(value: Any) -> ModelConfig:

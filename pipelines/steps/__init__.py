@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipelines.recipe.loading import load_recipe
@@ -18,7 +19,7 @@ def _no_options(parser: argparse.ArgumentParser) -> None:
     pass
 
 
-def _load_files(options: argparse.Namespace, files: Sequence[str], overrides: Sequence[str]) -> Recipe:
+def _load_files(options: argparse.Namespace, files: Sequence[Path], overrides: Sequence[str]) -> Recipe:
     return load_recipe(files, overrides)
 
 
@@ -30,5 +31,5 @@ class Step:
     """``run(recipe, **options)`` with the options that ``add_options`` declares."""
     add_options: Callable[[argparse.ArgumentParser], None] = _no_options
     """Declare command-line options of the step's own."""
-    load: Callable[[argparse.Namespace, Sequence[str], Sequence[str]], Recipe] = _load_files
+    load: Callable[[argparse.Namespace, Sequence[Path], Sequence[str]], Recipe] = _load_files
     """``load(options, files, overrides)`` returns the recipe to run."""

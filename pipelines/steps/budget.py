@@ -6,11 +6,8 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
-
-import yaml
 
 from model.atomic_files import atomic_file
 from model.checkpoint import load_config
@@ -18,7 +15,9 @@ from model.config import ModelConfig
 from model.errors import ConfigError
 from model.hf import is_pretrained, read_pretrained_config
 from model.presets import PRESETS
-from pipelines.recipe.loading import load_recipe, with_overrides
+from pipelines.recipe.loading import load_recipe, read_yaml, with_overrides
+from pipelines.recipe.overrides import parse_override
+from pipelines.recipe.paths import check_creatable, path_option
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.budget import Budget, budget_of
 from pipelines.reports.budget_tables import print_budget
@@ -44,56 +43,56 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", dest="as_json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument(
-        "--figure", metavar="FILE", type=Path, help=f"draw the curves to FILE ({', '.join(FIGURE_SUFFIXES)})"
+        "--figure",
+        metavar="FILE",
+        type=path_option("--figure"),
+        help=f"draw the curves to FILE ({', '.join(FIGURE_SUFFIXES)})",
     )
 
 
-def load(options: argparse.Namespace, files: Sequence[str], overrides: Sequence[str]) -> Recipe:
+def load(options: argparse.Namespace, files: Sequence[Path], overrides: Sequence[str]) -> Recipe:
     """Return the recipe with the model: that of ``--model`` or of the files, with overrides.
 
     Raises ConfigError or CheckpointError.
     """
     if options.model is None:
         return load_recipe(files, overrides)
-    if Path(options.model).is_file() and not files and _is_recipe(options.model):
-        return load_recipe([options.model], overrides)
     if files:
         raise ConfigError("--model: names a model beside --config, which already names one; give one of the two")
-    changes = {}
-    for item in overrides:
-        key, _, value = item.partition("=")
-        try:
-            changes[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ConfigError(f"command line: {key}: '{value}' is not a valid value") from None
+    path = None if _is_named(options.model) else path_option("--model")(options.model)
+    if path is not None and path.is_file() and isinstance(read_yaml(path).get("model"), dict):
+        return load_recipe([path], overrides)  # a recipe, rather than the fields of a model
+    changes = dict(map(parse_override, overrides))
     if {"model.preset", "model.depth"} & set(changes):
         raise ConfigError(f"command line: --model {options.model} is already a starting point, give no second one")
-    recipe = load_recipe([]).model_copy(update={"model": find_model(options.model)})
-    return with_overrides(recipe, changes)
+    model = _named_model(options.model) if path is None else _read_model(path)
+    return with_overrides(load_recipe([]).model_copy(update={"model": model}), changes)
 
 
-def _is_recipe(path: str) -> bool:
-    """Return whether a YAML file holds a recipe's sections rather than the fields of a model."""
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return False  # find_model raises a better error
-    return isinstance(content, dict) and isinstance(content.get("model"), dict)
+def _is_named(name: str) -> bool:
+    return name in PRESETS or name.startswith("depth:")
 
 
-def find_model(name: str) -> ModelConfig:
-    """Return the configuration named by a preset, ``depth:N``, a YAML file or a checkpoint folder."""
+def _named_model(name: str) -> ModelConfig:
+    """Return the configuration of a preset or of ``depth:N``."""
     if name in PRESETS:
         return ModelConfig.from_preset(name)
-    if name.startswith("depth:"):
-        depth = name.removeprefix("depth:")
-        return ModelConfig.from_depth(int(depth) if depth.isdecimal() else depth)  # type: ignore[arg-type]
-    if Path(name).is_dir():
-        return read_pretrained_config(name) if is_pretrained(name) else load_config(name)
-    if Path(name).is_file():
-        return ModelConfig.from_yaml(name)
+    depth = name.removeprefix("depth:")
+    is_number = depth.isdecimal() and len(depth) < 10
+    return ModelConfig.from_depth(int(depth) if is_number else depth)  # type: ignore[arg-type]
+
+
+def _read_model(path: Path) -> ModelConfig:
+    """Return the configuration in a checkpoint folder or in a YAML file of fields."""
+    if path.is_dir():
+        return read_pretrained_config(path) if is_pretrained(path) else load_config(path)
+    if path.is_file():
+        content = read_yaml(path)
+        if "model" in content:
+            raise ConfigError(f"{path}: model: expected a mapping, found {content['model']!r}")
+        return ModelConfig.from_dict(content)
     raise ConfigError(
-        f"--model: '{name}' is no preset ({', '.join(PRESETS)}), no depth:N, no recipe file and no checkpoint folder"
+        f"--model: '{path}' is no preset ({', '.join(PRESETS)}), no depth:N, no recipe file and no checkpoint folder"
     )
 
 
@@ -150,8 +149,7 @@ def _check_figure(path: Path) -> None:
         raise ConfigError(f"--figure: {path}: is a folder")
     if not path.parent.is_dir():
         raise ConfigError(f"--figure: {path}: no such folder as {path.parent}")
-    if not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"--figure: {path}: {path.parent} cannot be written to")
+    check_creatable(path, "--figure")
 
 
 # --- figure

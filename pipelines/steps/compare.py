@@ -21,7 +21,9 @@ from pipelines.data.manifest import read_manifest
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.terminal import print_table
 from pipelines.steps import Step
-from pipelines.tracking.mlflow_store import open_tracking
+from pipelines.tracking.lineage import dataset_input
+from pipelines.tracking.mlflow_store import TrackedRun, open_tracking
+from pipelines.tracking.system_metrics import system_metrics
 from pipelines.training import compute_dtype
 from pipelines.training.validation import held_out_batches, validate
 
@@ -65,7 +67,8 @@ def run(recipe: Recipe) -> dict[str, dict[str, list[float]]]:
             f"compare: needs as many checkpoints trained with QAT as without, found {len(section.qat)} in compare.qat "
             f"and {len(section.plain)} in compare.plain"
         )
-    recipe = check_prepared(recipe, read_manifest(recipe.data_folder, verify=True))
+    manifest = read_manifest(recipe.data_folder, verify=True)
+    recipe = check_prepared(recipe, manifest)
     for with_qat, without in zip(section.qat, section.plain):
         _check_pair(with_qat, without)
         vocab_size = checkpoint.load_config(with_qat).vocab_size
@@ -74,13 +77,16 @@ def run(recipe: Recipe) -> dict[str, dict[str, list[float]]]:
                 f"compare.qat: {with_qat} has a vocabulary of {vocab_size}, {recipe.data_folder} was prepared for "
                 f"{recipe.model.vocab_size}"
             )
-    batches = held_out_batches(recipe)
-    scores: dict[str, dict[str, list[float]]] = {}
-    for variant in VARIANTS:
-        folders = section.qat if variant.trained_with_qat else section.plain
-        each = [_score(folder, variant, batches) for folder in folders]
-        scores[variant.name] = {name: [metrics[name] for metrics in each] for name in METRICS if name in each[0]}
-    _log_scores(recipe, scores)
+    tracked = open_tracking(recipe).start_run(recipe.run.name, kind="compare", recipe=recipe)
+    with tracked, system_metrics(tracked, recipe.tracking.system_metrics_interval):
+        tracked.log_dataset(dataset_input(recipe.data_folder, manifest, "evaluation"))
+        batches = held_out_batches(recipe)
+        scores: dict[str, dict[str, list[float]]] = {}
+        for variant in VARIANTS:
+            folders = section.qat if variant.trained_with_qat else section.plain
+            each = [_score(folder, variant, batches) for folder in folders]
+            scores[variant.name] = {name: [metrics[name] for metrics in each] for name in METRICS if name in each[0]}
+        _log_scores(tracked, len(section.qat), scores)
     return scores
 
 
@@ -102,18 +108,15 @@ def _score(folder: Path, variant: Variant, batches: dict[str, list[Batch]]) -> d
     return {name.removeprefix("validation/"): value for name, value in metrics.items()}
 
 
-def _log_scores(recipe: Recipe, scores: dict[str, dict[str, list[float]]]) -> None:
-    pairs = len(recipe.compare.qat)
+def _log_scores(tracked: TrackedRun, pairs: int, scores: dict[str, dict[str, list[float]]]) -> None:
     names = [name for name in METRICS if any(name in metrics for metrics in scores.values())]
     rows = [[variant, *(_with_spread(metrics.get(name)) for name in names)] for variant, metrics in scores.items()]
-    tracked = open_tracking(recipe).start_run(recipe.run.name, kind="compare", recipe=recipe)
-    with tracked:
-        for variant in VARIANTS:
-            for name, values in scores[variant.name].items():
-                tracked.log_metrics({f"compare/{variant.key}/{name}": statistics.fmean(values)})
-                if len(values) > 1:
-                    tracked.log_metrics({f"compare/{variant.key}/{name}_spread": statistics.stdev(values)})
-        tracked.log_table(dict(zip(["variant", *names], zip(*rows))), "compare/qat.json")
+    for variant in VARIANTS:
+        for name, values in scores[variant.name].items():
+            tracked.log_metrics({f"compare/{variant.key}/{name}": statistics.fmean(values)})
+            if len(values) > 1:
+                tracked.log_metrics({f"compare/{variant.key}/{name}_spread": statistics.stdev(values)})
+    tracked.log_table(dict(zip(["variant", *names], zip(*rows))), "compare/qat.json")
     title = f"QAT against quantization after training, {pairs} pair{'s' * (pairs > 1)}, mean ± standard deviation"
     print_table(title, ["variant", *names], rows)
     print(f"scores: {tracked.url_hint()}", flush=True)

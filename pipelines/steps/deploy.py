@@ -7,13 +7,14 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import sys
 import tempfile
 import threading
 import time
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -28,14 +29,17 @@ from model.errors import ConfigError, FiftyfoldError
 from model.forward.execution import Execution
 from model.tokenizer import load_tokenizer
 from pipelines.ray_runtime.session import ray_session
+from pipelines.recipe.paths import MODEL_URI
 from pipelines.recipe.schema import Recipe, ServeSection
 from pipelines.steps import Step
 from pipelines.tracking.mlflow_store import open_tracking
-from pipelines.tracking.registry import MODEL_URI, download
+from pipelines.tracking.registry import download
 from serve.app import APPLICATION, build
 from serve.config import ServerConfig
 
 HEALTH_TIMEOUT_SECONDS = 60.0
+_ERROR_LINE = re.compile(r"^[\w.]*(?:Error|Exception|Exit|Interrupt)\b.*$", re.MULTILINE)
+"""The last line of a traceback."""
 
 
 @dataclass
@@ -90,11 +94,12 @@ def start(recipe: Recipe) -> Deployment:
     damaged checkpoint. Nothing is left running then.
     """
     section = recipe.serve
+    check_port(section.host, section.port)  # before a model is downloaded
     model_name, folder = find_model(recipe)
     # Load once here: damage is then reported in one sentence, not by replicas that keep restarting.
-    checkpoints.load(folder).execution = Execution(section.execution)
-    load_tokenizer(folder)
-    check_port(section.host, section.port)
+    model = checkpoints.load(folder)
+    model.execution = Execution(section.execution)
+    load_tokenizer(folder, model_vocab_size=model.config.vocab_size)
     needed = section.replicas * section.cpus_per_replica
     with ExitStack() as undo:
         undo.enter_context(ray_session(num_cpus=max(os.cpu_count() or 1, math.ceil(needed))))
@@ -111,7 +116,7 @@ def start(recipe: Recipe) -> Deployment:
             application = build(_arguments(section, folder, model_name))
             ray_serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
         except (RuntimeError, TimeoutError, RayError) as error:  # a replica or a proxy failed to start
-            raise FiftyfoldError(f"serve: Ray Serve could not start ({_last_line(error)})") from error
+            raise FiftyfoldError(f"serve: Ray Serve could not start ({_failure(error)})") from error
         host = f"[{section.host}]" if ":" in section.host else section.host
         url = f"http://{host}:{section.port}"
         weights = _wait_until_healthy(url)["weights"]
@@ -133,10 +138,10 @@ def find_model(recipe: Recipe) -> tuple[str, Path]:
     """Return the name that clients use and the checkpoint folder of ``serve.model_uri``."""
     uri = recipe.serve.model_uri
     if not uri.startswith("models:/"):
-        folder = Path(uri).absolute()
+        folder = Path(uri)
         return "/".join(folder.parts[-2:]).lstrip("/"), folder
     match = MODEL_URI.fullmatch(uri)
-    tracking = open_tracking(recipe)
+    tracking = open_tracking(recipe, write=False)
     destination = None
     if tracking.uri.startswith("http"):
         # Replicas may run on other machines, which can read the runs' folder but not a temporary one here.
@@ -222,8 +227,19 @@ class _WithoutShutdownNotice(io.TextIOBase):
         self._out.flush()
 
 
-def _last_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+def _failure(error: Exception) -> str:
+    """Return the cause of a failed start: the error of a replica if there is one, else the last line of ``error``."""
+    messages: list[str] = []
+    if ray.is_initialized():
+        with suppress(Exception):  # Serve itself may have failed, and `error` says more about that
+            application = ray_serve.status().applications.get(APPLICATION)
+            messages = [each.message for each in application.deployments.values()] if application else []
+    for message in messages:
+        errors = _ERROR_LINE.findall(message)
+        if errors:
+            return errors[-1].strip()
+    text = "\n".join(filter(None, messages)) or str(error)
+    return (text.strip() or type(error).__name__).splitlines()[-1].strip()
 
 
 STEP = Step(run)

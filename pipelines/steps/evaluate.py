@@ -9,12 +9,16 @@ import torch
 
 from evals.run import check_settings, evaluate
 from model.errors import CheckpointError, ConfigError
+from pipelines.data.manifest import MANIFEST_NAME, read_manifest
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.recall import Score, recall_figure, scores_from_metrics
 from pipelines.reports.terminal import print_table
 from pipelines.steps import Step
+from pipelines.tracking.connection import check_writable
+from pipelines.tracking.lineage import dataset_input
 from pipelines.tracking.registry import WEIGHTS_TAG, weights_digest
 from pipelines.tracking.run_folder import run_of_checkpoint
+from pipelines.tracking.system_metrics import system_metrics
 
 TABLE_FILE = "evaluation/recall.json"
 FIGURE_FILE = "evaluation/recall.png"
@@ -42,6 +46,7 @@ def run(recipe: Recipe) -> EvaluateResult:
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint}: no checkpoint there; run the train step first")
     tracked = run_of_checkpoint(checkpoint)
+    check_writable(tracked.uri)
     if recipe.train.use_gpu and not torch.cuda.is_available():
         raise ConfigError("train.use_gpu: no CUDA device here; pass --train.use_gpu false to evaluate on the CPU")
     digest = weights_digest(checkpoint)
@@ -49,17 +54,23 @@ def run(recipe: Recipe) -> EvaluateResult:
     if not recipe.data_folder.is_dir():
         print(f"no prepared data in {recipe.data_folder}: fillers come from the standard library", flush=True)
         data_folder = None
-    metrics = evaluate(
-        checkpoint,
-        section.tasks,
-        section.lengths,
-        section.depths,
-        section.samples,
-        section.seed,
-        data_folder,
-        recipe.data.pairs,
-        device="cuda" if recipe.train.use_gpu else "cpu",
-    )
+    dataset = None
+    if data_folder is not None and (data_folder / MANIFEST_NAME).is_file():
+        dataset = dataset_input(data_folder, read_manifest(data_folder), "evaluation")
+    with system_metrics(tracked, recipe.tracking.system_metrics_interval, "system/evaluation/"):
+        metrics = evaluate(
+            checkpoint,
+            section.tasks,
+            section.lengths,
+            section.depths,
+            section.samples,
+            section.seed,
+            data_folder,
+            recipe.data.pairs,
+            device="cuda" if recipe.train.use_gpu else "cpu",
+        )
+    if dataset is not None:
+        tracked.log_dataset(dataset)
     scores = scores_from_metrics(metrics)
     tracked.log_metrics(metrics)
     tracked.set_tags({WEIGHTS_TAG: digest})

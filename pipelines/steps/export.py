@@ -14,10 +14,12 @@ from model.errors import ConfigError
 from model.gguf import WeightType, export_gguf
 from model.hf import export_pretrained, import_pretrained, is_pretrained
 from model.hf.family import ExpertFormat
+from model.tokenizer import BYTE, load_tokenizer
 from model.tokenizer import FILE_NAME as TOKENIZER_FILE
-from model.tokenizer import Tokenizer, load_tokenizer
+from model.tokenizer.side_files import CONFIG
 from model.transformer import Transformer
 from pipelines.recipe.loading import load_recipe
+from pipelines.recipe.paths import check_creatable, path_option
 from pipelines.recipe.schema import Recipe
 from pipelines.steps import Step
 
@@ -31,11 +33,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="source",
         metavar="FOLDER",
-        type=Path,
+        type=path_option("--from"),
         help="a checkpoint in our format, of DeepseekV4ForCausalLM or as released; default: the run's final checkpoint",
     )
     parser.add_argument(
-        "--to", dest="target", metavar="PATH", type=Path, help="folder to write (file for gguf); must not exist"
+        "--to",
+        dest="target",
+        metavar="PATH",
+        type=path_option("--to"),
+        help="folder to write (file for gguf); must not exist",
     )
     parser.add_argument(
         "--format", dest="target_format", help=f"{', '.join(FORMATS)}; default transformers", default="transformers"
@@ -48,10 +54,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--type", dest="weight_type", choices=get_args(WeightType), help="of the large matrices in GGUF; default f32"
     )
-    parser.add_argument("--tokenizer", metavar="FILE", help="'byte' or a tokenizer.json, for a checkpoint without one")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        type=lambda text: text if text == BYTE else str(path_option("--tokenizer")(text).absolute()),
+        help="'byte' or a tokenizer.json, for a checkpoint without one",
+    )
+    for role in ("bos", "eos"):
+        parser.add_argument(f"--{role}-token", metavar="TOKEN", help="token in place of the one declared in the source")
 
 
-def load(options: argparse.Namespace, files: Sequence[str], overrides: Sequence[str]) -> Recipe:
+def load(options: argparse.Namespace, files: Sequence[Path], overrides: Sequence[str]) -> Recipe:
     """Return the recipe, whose run is exported unless ``--from`` is given. Raises ConfigError."""
     for item in overrides:
         if item.startswith(("model.", "train.", "data.")):
@@ -68,6 +81,8 @@ def run(
     experts: ExpertFormat | None = None,
     weight_type: WeightType | None = None,
     tokenizer: str | None = None,
+    bos_token: str | None = None,
+    eos_token: str | None = None,
 ) -> Path:
     """Write ``target`` and return it. Raises ConfigError or CheckpointError; no partial output is left behind."""
     source = source or recipe.final_checkpoint
@@ -75,20 +90,23 @@ def run(
         raise ConfigError("--to: is missing")
     if target_format not in FORMATS:
         raise ConfigError(f"--format: '{target_format}' is not one of {', '.join(FORMATS)}")
-    if target.exists():
+    if os.path.lexists(target):
         raise ConfigError(f"--to: {target} already exists")
-    unused = {"experts": experts, "tokenizer": tokenizer} if target_format == GGUF else {"type": weight_type}
+    check_creatable(target, "--to")
+    tokens = {"tokenizer": tokenizer, "bos-token": bos_token, "eos-token": eos_token}
+    unused = {"experts": experts, **tokens} if target_format == GGUF else {"type": weight_type}
     for name, value in unused.items():
         if value is not None:
             raise ConfigError(f"--{name}: changes nothing in format '{target_format}'")
     model = import_pretrained(source) if is_pretrained(source) else checkpoint.load(source)
     if target_format == GGUF:
-        return _export_gguf(model, target, weight_type or "f32")
-    loaded = _load_tokenizer(source, tokenizer)
-    if loaded is not None and loaded.vocab_size > model.config.vocab_size:
-        raise ConfigError(
-            f"tokenizer: has {loaded.vocab_size} tokens, the model of {source} has {model.config.vocab_size}"
-        )
+        _export_gguf(model, target, weight_type or "f32")
+        _print_left_behind(source, target)
+        return target
+    loaded = None
+    # A link to nowhere counts as a tokenizer, so that loading it names the fault.
+    if tokenizer is not None or os.path.lexists(source / TOKENIZER_FILE):
+        loaded = load_tokenizer(tokenizer or source, bos_token, eos_token, model.config.vocab_size)
     if target_format == "fiftyfold":
         checkpoint.save(model, target, loaded)
     else:
@@ -97,18 +115,35 @@ def run(
     if target_format == "transformers":
         _print_precision_note("transformers", model)
     if loaded is None:
-        print("without a tokenizer: the source has none, and --tokenizer is not given")
+        print(f"without a tokenizer: the source has no {TOKENIZER_FILE}, and --tokenizer is not given")
+    _print_left_behind(source, target)
     return target
 
 
-def _export_gguf(model: Transformer, target: Path, weights: WeightType) -> Path:
+def _print_left_behind(source: Path, target: Path) -> None:
+    """Print the files of a checkpoint in a foreign format that have no counterpart in ``target``."""
+    if not is_pretrained(source):
+        return
+    names = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file()]
+    left = [
+        str(name)
+        for name in names
+        if not any(part.startswith(".") for part in name.parts)
+        and not name.name.endswith((".safetensors", ".safetensors.index.json"))
+        and str(name) != CONFIG
+        and not (target / name).exists()
+    ]
+    if left:
+        print(f"left behind: {', '.join(left)}")
+
+
+def _export_gguf(model: Transformer, target: Path, weights: WeightType) -> None:
     export_gguf(model, target, weights)
     print(f"wrote {target} (gguf {weights}, {model.num_parameters():,} parameters)")
     _print_precision_note("llama.cpp", model)
     print("without a vocabulary: llama.cpp reads and writes token ids")
     if model.config.mtp_layers:
         print("without the multi-token prediction module, which decoding does not use")
-    return target
 
 
 def _print_precision_note(reader: str, model: Transformer) -> None:
@@ -117,13 +152,6 @@ def _print_precision_note(reader: str, model: Transformer) -> None:
     if quantized:
         here = ", ".join(f"{name} {fmt}" for name, fmt in quantized.items())
         print(f"{reader} keeps its cache in floats: its logits differ slightly from those here ({here})")
-
-
-def _load_tokenizer(source: Path, name: str | None) -> Tokenizer | None:
-    if name is not None:
-        return load_tokenizer(name)
-    # A link to nowhere counts as a tokenizer, so that loading it names the fault.
-    return load_tokenizer(source) if os.path.lexists(source / TOKENIZER_FILE) else None
 
 
 STEP = Step(run, add_options, load)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from model.atomic_files import atomic_folder
 from model.errors import DataError
-from model.tokenizer import Tokenizer, load_tokenizer
-from pipelines.data.check import tokenizer_sha256
+from model.tokenizer import Tokenizer
+from pipelines.data.check import load_data_tokenizer, tokenizer_sha256
 from pipelines.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, read_manifest
 from pipelines.data.retrieval_rows import RetrievalGenerator
 from pipelines.data.shard_writer import write_splits
-from pipelines.data.sources import SourceFile, find_files
+from pipelines.data.source_files import SourceFile, find_files
 from pipelines.recipe.schema import Recipe
 from pipelines.steps import Step
 
@@ -35,13 +35,13 @@ def run(recipe: Recipe) -> PrepareResult:
     Raises DataError or ConfigError; existing files are untouched then, and no partial folder is left behind.
     """
     data, folder = recipe.data, recipe.data_folder
-    tokenizer = load_tokenizer(data.tokenizer)
+    tokenizer = load_data_tokenizer(data)
     files = find_files(data.sources, data.seed)
     RetrievalGenerator(recipe, tokenizer, "train").check()
     settings = _settings(recipe, files, tokenizer)
     try:
         if _holds_files(folder):
-            result = PrepareResult(folder, _read_existing(folder, settings), reused=True)
+            result = PrepareResult(folder, _read_existing(folder, settings, tokenizer), reused=True)
         else:
             result = PrepareResult(folder, _write(recipe, files, tokenizer, settings), reused=False)
     except OSError as error:
@@ -58,6 +58,7 @@ def _write(recipe: Recipe, files: list[SourceFile], tokenizer: Tokenizer, settin
     data, folder = recipe.data, recipe.data_folder
     with atomic_folder(folder) as scratch:
         tokenizer.save(scratch)
+        held_out, splits = write_splits(recipe, tokenizer, files, scratch)
         manifest = Manifest(
             format=FORMAT_VERSION,
             settings=settings,
@@ -67,7 +68,8 @@ def _write(recipe: Recipe, files: list[SourceFile], tokenizer: Tokenizer, settin
             eos_id=tokenizer.eos_id,
             sequence_length=data.sequence_length,
             packing=data.packing,
-            splits=write_splits(recipe, tokenizer, files, scratch),
+            held_out=held_out,
+            splits=splits,
         )
         (scratch / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n")
         if _holds_files(folder):
@@ -89,8 +91,9 @@ def _settings(recipe: Recipe, files: list[SourceFile], tokenizer: Tokenizer) -> 
     }
 
 
-def _read_existing(folder: Path, settings: dict[str, object]) -> Manifest:
-    """Return the manifest of an existing folder. Raises DataError unless it is intact and has ``settings``."""
+def _read_existing(folder: Path, settings: dict[str, object], tokenizer: Tokenizer) -> Manifest:
+    """Return the manifest of an existing folder. Raises DataError unless it is intact and has ``settings`` and the
+    tokenizer's BOS and EOS."""
     advice = "choose another data.name or delete the folder"
     if not (folder / MANIFEST_NAME).exists():
         raise DataError(f"{folder}: exists and holds no {MANIFEST_NAME}; {advice}")
@@ -98,7 +101,8 @@ def _read_existing(folder: Path, settings: dict[str, object]) -> Manifest:
         manifest = read_manifest(folder, verify=True)
     except DataError as error:
         raise DataError(f"{error}; {advice}") from error
-    found = manifest.settings
+    settings = {**settings, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+    found = {**manifest.settings, "bos_id": manifest.bos_id, "eos_id": manifest.eos_id}
     changed = [key for key in {**settings, **found} if settings.get(key) != found.get(key)]
     if changed == ["files_sha256"]:
         raise DataError(f"{folder}: was prepared when the source files had other sizes; {advice}")
@@ -112,6 +116,8 @@ def _read_existing(folder: Path, settings: dict[str, object]) -> Manifest:
 
 def _print_summary(result: PrepareResult) -> None:
     print(f"{'Reusing' if result.reused else 'Wrote'} token shards in {result.folder}")
+    if result.manifest.held_out == "ends":
+        print("  too few documents to hold out whole ones: validation is the end of each document")
     for split, part in result.manifest.splits.items():
         length = result.manifest.sequence_length
         rows = ", ".join(

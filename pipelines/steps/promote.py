@@ -18,7 +18,7 @@ from pipelines.reports.terminal import print_table
 from pipelines.steps import Step
 from pipelines.tracking.mlflow_store import Tracking, open_tracking
 from pipelines.tracking.registry import WEIGHTS_TAG, register, weights_digest
-from pipelines.tracking.run_folder import read_run_file
+from pipelines.tracking.run_folder import find_checkpoint, owner
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def run(recipe: Recipe) -> PromoteResult:
     refused: dict[str, str] = {}
     for stored in _trained_runs(tracking):
         try:
-            eligible.append(_to_candidate(stored, section))
+            eligible.append(_to_candidate(stored, section, recipe.run.folder))
         except _IneligibleError as error:
             refused[f"{stored.info.run_name} ({stored.info.run_id[:8]})"] = str(error)
     if not eligible:
@@ -95,7 +95,7 @@ def _trained_runs(tracking: Tracking) -> Iterator[Run]:
             return
 
 
-def _to_candidate(stored: Run, section: PromoteSection) -> Candidate:
+def _to_candidate(stored: Run, section: PromoteSection, runs: Path) -> Candidate:
     metrics, tags = stored.data.metrics, stored.data.tags
     if stored.info.status != "FINISHED":
         raise _IneligibleError(f"its status is {stored.info.status}")
@@ -111,25 +111,18 @@ def _to_candidate(stored: Run, section: PromoteSection) -> Candidate:
         raise _IneligibleError(f"its cache takes {cache:g} bytes per token, the budget is {budget:g}")
     if "checkpoint" not in tags:
         raise _IneligibleError("names no checkpoint")
-    checkpoint = Path(tags["checkpoint"])
+    checkpoint = find_checkpoint(runs, stored.info.run_id, Path(tags["checkpoint"]))
+    if checkpoint is None:
+        raise _IneligibleError(f"its checkpoint {tags['checkpoint']} is not in run.folder {runs}")
     if not checkpoint.is_dir():
         raise _IneligibleError(f"its checkpoint {checkpoint} is gone")
-    owner = _owner(checkpoint)
-    if owner != stored.info.run_id:
+    holder = owner(checkpoint)
+    if holder != stored.info.run_id:
         # A later training under the same run.name replaced the folder, so the score belongs to other weights.
         raise _IneligibleError(
-            f"its checkpoint folder {checkpoint} now belongs to {f'run {owner}' if owner else 'no run'}"
+            f"its checkpoint folder {checkpoint} now belongs to {f'run {holder}' if holder else 'no run'}"
         )
     return Candidate(stored.info.run_id, stored.info.run_name, checkpoint, score, cache, stored.info.end_time or 0)
-
-
-def _owner(checkpoint: Path) -> str | None:
-    """Return the id of the run that a checkpoint belongs to, or None if it is unknown."""
-    try:
-        reference = read_run_file(checkpoint.parent)
-    except (ConfigError, OSError):
-        return None
-    return None if reference is None else reference.run_id
 
 
 def _register(tracking: Tracking, section: PromoteSection, winner: Candidate, description: str) -> ModelVersion:

@@ -11,25 +11,27 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-from omegaconf import OmegaConf
 from ray import tune
 
 from model.atomic_files import atomic_file, write_text
 from model.config import ModelConfig
 from model.errors import ConfigError, FiftyfoldError
 from pipelines.data.check import check_prepared
-from pipelines.data.manifest import read_manifest
-from pipelines.ray_runtime.fit import finalize, unwrap_ray_error
+from pipelines.data.manifest import Manifest, read_manifest
+from pipelines.ray_runtime.fit import RAY_RUN, finalize, unwrap_ray_error
 from pipelines.ray_runtime.session import local_cpus, ray_session, require_resources
+from pipelines.ray_runtime.trial import trial_storage
 from pipelines.ray_runtime.tuner import cpus_per_trial, run_trials
+from pipelines.recipe.keys import set_key
 from pipelines.recipe.schema import Recipe, Setting
+from pipelines.recipe.yaml_format import dump_yaml
 from pipelines.reports.cache_measurement import BYTES_PER_TOKEN, measured_cache
 from pipelines.reports.figures import pareto_figure, pareto_front
 from pipelines.reports.terminal import print_table
 from pipelines.steps import Step
+from pipelines.tracking.lineage import dataset_input
 from pipelines.tracking.mlflow_store import TrackedRun, Tracking, attach, open_tracking
-from pipelines.tracking.run_folder import TRAINING_SECTIONS, lock_run_folder, write_run_file, write_settings
+from pipelines.tracking.run_folder import TRAINING_SECTIONS, bind, lock_run_folder, write_settings
 from pipelines.training.build import check_init_from
 from pipelines.training.curriculum import check_fills_batch, curriculum
 from pipelines.training.search_space import (
@@ -90,16 +92,23 @@ def run(recipe: Recipe) -> SweepResult:
                 f"sweep.name: the winner would go to {_winner_folder(recipe)}, which already exists; choose another "
                 "sweep.name or delete it"
             )
-        return _run(recipe, grid, tracking, known_run)
+        return _run(recipe, manifest, grid, tracking, known_run)
 
 
-def _run(recipe: Recipe, grid: list[dict[str, Setting]], tracking: Tracking, known_run: str | None) -> SweepResult:
+def _run(
+    recipe: Recipe,
+    manifest: Manifest,
+    grid: list[dict[str, Setting]],
+    tracking: Tracking,
+    known_run: str | None,
+) -> SweepResult:
     winner_file = _winner_file(recipe)
     tracked = tracking.start_run(recipe.sweep.name, kind="sweep", recipe=recipe, run_id=known_run)
-    write_run_file(recipe.sweep_folder, tracked)
+    bind(recipe.sweep_folder, tracked)
     # Capped at this machine's CPUs; a trial that needs more is rejected below.
     cpus = min(recipe.sweep.max_concurrent * cpus_per_trial(recipe), local_cpus()) + 1
     with tracked, ray_session(num_cpus=cpus):
+        tracked.log_dataset(dataset_input(recipe.data_folder, manifest, "training"))
         require_resources("train.workers", cpus_per_trial(recipe))
         seconds, started = tracked.metrics().get(WALL_SECONDS, 0.0), time.monotonic()
         try:
@@ -225,14 +234,16 @@ def _keep_winner(recipe: Recipe, result: tune.Result, tracked: TrackedRun) -> Pa
     """Write a run folder for the winner, bound to its settings; return its checkpoint folder."""
     folder = _winner_folder(recipe)
     last = result.checkpoint
+    trained = trial_storage(recipe, result.metrics["trial_id"]) if result.metrics else folder
     if last is None and result.metrics and result.metrics.get("checkpoint_path"):
-        last = tune.Checkpoint(result.metrics["checkpoint_path"])  # Tune has only the path of Ray Train's checkpoints
+        # Tune has only the path of Ray Train's checkpoints, which names the old place if the folder was moved.
+        last = tune.Checkpoint(str(trained / RAY_RUN / Path(result.metrics["checkpoint_path"]).name))
     if last is None:
         raise FiftyfoldError(f"{recipe.sweep.name}: the winning trial left no checkpoint")
     finalize(last, folder / "final")
     settings = result.config["settings"]  # type: ignore[index]
     write_settings(folder, trial_recipe(recipe, settings), TRAINING_SECTIONS)
-    write_run_file(folder, tracked)
+    bind(folder, tracked)
     tracked.set_tags({"checkpoint": str(folder / "final")})
     return folder / "final"
 
@@ -247,10 +258,10 @@ def _winner_folder(recipe: Recipe) -> Path:
 
 
 def _to_yaml(settings: dict[str, Setting]) -> str:
-    nested = OmegaConf.create({})
+    values: dict[str, Setting] = {}
     for key, value in settings.items():
-        OmegaConf.update(nested, key, value)
-    return yaml.safe_dump(OmegaConf.to_container(nested), sort_keys=False)
+        set_key(values, key, value)
+    return dump_yaml(values)
 
 
 STEP = Step(run)

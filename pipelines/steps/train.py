@@ -11,7 +11,7 @@ from model.optim import MuonAdamW
 from model.precision import format_table
 from model.transformer import Transformer
 from pipelines.data.check import check_prepared
-from pipelines.data.manifest import read_manifest
+from pipelines.data.manifest import Manifest, read_manifest
 from pipelines.ray_runtime.event_forwarder import WALL_SECONDS
 from pipelines.ray_runtime.fit import finalize, fit, has_begun
 from pipelines.ray_runtime.session import local_cpus, ray_session
@@ -19,8 +19,10 @@ from pipelines.recipe.schema import Recipe
 from pipelines.reports.cache_measurement import measured_cache
 from pipelines.reports.terminal import TrainingProgress, print_table
 from pipelines.steps import Step
+from pipelines.tracking.lineage import dataset_input
 from pipelines.tracking.mlflow_store import Tracking, attach, open_tracking
-from pipelines.tracking.run_folder import TRAINING_SECTIONS, lock_run_folder, write_run_file
+from pipelines.tracking.run_folder import TRAINING_SECTIONS, bind, lock_run_folder
+from pipelines.tracking.system_metrics import system_metrics
 from pipelines.training.build import check_init_from
 from pipelines.training.curriculum import check_fills_batch, curriculum, total_steps
 
@@ -50,10 +52,10 @@ def run(recipe: Recipe) -> TrainResult:
             print(f"{recipe.run.name}: starts from {recipe.train.init_from}; newly initialized: {names}")
     tracking = open_tracking(recipe)
     with lock_run_folder(recipe.run_folder, recipe, TRAINING_SECTIONS, "run.name") as known_run:
-        return _run(recipe, tracking, known_run)
+        return _run(recipe, manifest, tracking, known_run)
 
 
-def _run(recipe: Recipe, tracking: Tracking, known_run: str | None) -> TrainResult:
+def _run(recipe: Recipe, manifest: Manifest, tracking: Tracking, known_run: str | None) -> TrainResult:
     folder = recipe.run_folder
     muon_share = print_plan(recipe)
     if known_run is not None and recipe.final_checkpoint.exists():
@@ -63,10 +65,12 @@ def _run(recipe: Recipe, tracking: Tracking, known_run: str | None) -> TrainResu
             metrics = finished.metrics()
             return TrainResult(known_run, recipe.final_checkpoint, metrics, muon_share, metrics.get(WALL_SECONDS, 0.0))
     tracked = tracking.start_run(recipe.run.name, kind="train", recipe=recipe, run_id=known_run)
-    write_run_file(folder, tracked)
+    bind(folder, tracked)
     # Capped at this machine's CPUs; fit() rejects a recipe that needs more.
     cpus = min(recipe.train.workers * recipe.train.cpus_per_worker, local_cpus()) + 1
-    with tracked, ray_session(num_cpus=cpus):
+    interval = recipe.tracking.system_metrics_interval
+    with tracked, system_metrics(tracked, interval), ray_session(num_cpus=cpus):
+        tracked.log_dataset(dataset_input(recipe.data_folder, manifest, "training"))
         tracked.log_metrics({**measured_cache(recipe.model), "optimizer/muon_share": muon_share})
         tracked.set_tags({"parameters": str(_count_parameters(recipe))})
         progress = TrainingProgress(recipe.run.name, total_steps(recipe))

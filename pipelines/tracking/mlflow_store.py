@@ -7,24 +7,19 @@ the experiment and the active run in process-wide state and environment variable
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import math
-import socket
-import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import urlsplit
 
-import yaml
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import DatasetInput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import (
     MAX_METRICS_PER_BATCH,
@@ -33,6 +28,19 @@ from mlflow.utils.validation import (
 )
 
 from model.errors import ConfigError
+from pipelines.recipe.paths import sqlite_uri
+from pipelines.recipe.yaml_format import dump_yaml
+from pipelines.tracking.connection import (
+    check_writable,
+    connect,
+    default_uri,
+    first_line,
+    lock,
+    open_experiment,
+    sqlite_path,
+    without_password,
+)
+from pipelines.tracking.lineage import git_tags, source_tags
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,10 +48,6 @@ if TYPE_CHECKING:
     from pipelines.recipe.schema import Recipe
 
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
-
-SERVER_SCHEMES = ("http", "https", "databricks")
-DATABASE_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql")
-CONNECT_SECONDS = 5.0
 
 # Both announce a fresh database on the terminal.
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
@@ -70,7 +74,8 @@ class Tracking:
         """Start a run, or resume the run ``run_id``. Raises ConfigError if ``run_id`` does not exist.
 
         A new run stores the recipe as parameters with dotted keys, with long values cut to MLflow's limit, and as the
-        artifact ``config.yaml``. Its tags are ``kind``, ``git.commit`` and ``git.dirty`` ("unknown" outside git).
+        artifact ``config.yaml``. Its tags are ``kind``, MLflow's tags of the source and the user, ``git.commit`` and
+        ``git.dirty`` ("unknown" outside git).
         MLflow's parameters are immutable: resuming with a changed recipe replaces ``config.yaml`` and lists the changed
         keys in the tag ``resumed.changed``.
         """
@@ -87,7 +92,8 @@ class Tracking:
             if changed:
                 run.set_tags({"resumed.changed": "; ".join(changed)})
         else:
-            tags = {"kind": kind, **git_tags()}
+            git = git_tags()
+            tags = {"kind": kind, **git, **source_tags(kind, git)}
             if parent_run_id is not None:
                 tags["mlflow.parentRunId"] = parent_run_id
             created = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
@@ -95,7 +101,7 @@ class Tracking:
             entries = [Param(key, value) for key, value in params.items()]
             for batch in _slices(entries, MAX_PARAMS_TAGS_PER_BATCH):
                 self.client.log_batch(run.run_id, params=batch)
-        self.client.log_text(run.run_id, yaml.safe_dump(recipe.to_dict(), sort_keys=False), "config.yaml")
+        self.client.log_text(run.run_id, dump_yaml(recipe.to_dict()), "config.yaml")
         return run
 
 
@@ -143,6 +149,14 @@ class TrackedRun:
         """Return the last value of every metric."""
         return dict(self._client.get_run(self.run_id).data.metrics)
 
+    def log_dataset(self, dataset: DatasetInput) -> None:
+        """Store a data set as an input of the run. Repeating it changes nothing."""
+        self._client.log_inputs(self.run_id, datasets=[dataset])
+
+    def start_time(self) -> float:
+        """Return when the run began, in seconds since 1970."""
+        return self._client.get_run(self.run_id).info.start_time / 1000
+
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Copy a local file, or the content of a folder, to the artifacts, under ``folder`` if given."""
         if Path(path).is_dir():
@@ -182,7 +196,7 @@ class TrackedRun:
         """Return the run's address on the tracking server, or how to open it in the UI."""
         page = f"/#/experiments/{self.experiment_id}/runs/{self.run_id}"
         if urlsplit(self.uri).scheme in ("http", "https"):
-            return self.uri.rstrip("/") + page
+            return without_password(self.uri).rstrip("/") + page
         return f"{ui_command(self.uri)}, then http://127.0.0.1:5000{page}"
 
     def __enter__(self) -> TrackedRun:
@@ -202,10 +216,11 @@ class TrackedRun:
             )
 
 
-def open_tracking(recipe: Recipe) -> Tracking:
+def open_tracking(recipe: Recipe, write: bool = True) -> Tracking:
     """Open the tracking store of ``recipe``; create its database and experiment on first use.
 
-    Safe to call from several processes at once. Raises ConfigError naming a URI that cannot be opened.
+    Safe to call from several processes at once. Raises ConfigError naming a URI that cannot be opened, and unless
+    ``write`` is False, a store that cannot be written to.
     """
     folder = recipe.run.folder.absolute()
     uri = recipe.tracking.uri
@@ -214,137 +229,38 @@ def open_tracking(recipe: Recipe) -> Tracking:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"run.folder: cannot create {folder}: {error.strerror}") from error
-        uri = f"sqlite:///{quote(str(folder / 'mlflow.db'))}"
+        uri = default_uri(folder)
     elif uri.startswith("sqlite:///"):
         # Workers run in their own folders, so a URI sent to them must hold an absolute path.
-        uri = f"sqlite:///{quote(str(_sqlite_path(uri).absolute()))}"
-    client = _connect(uri)
-    with _lock(uri):
-        return Tracking(uri, _experiment(client, uri, recipe.tracking.experiment, folder), client)
+        uri = sqlite_uri(sqlite_path(uri).absolute())
+    client = connect(uri)
+    if write:
+        check_writable(uri)
+    with lock(uri):
+        return Tracking(uri, open_experiment(client, uri, recipe.tracking.experiment, folder), client)
 
 
 def attach(uri: str, run_id: str) -> TrackedRun:
     """Return an existing run, e.g. in a Ray worker. Raises ConfigError if there is none."""
-    client = _connect(uri)
+    client = connect(uri, create=False)
     try:
         info = client.get_run(run_id).info
     except MlflowException as error:
-        raise ConfigError(f"run {run_id}: not found in {_without_password(uri)} ({first_line(error)})") from error
+        raise ConfigError(
+            f"run {run_id}: not found in {without_password(uri)} ({first_line(error)}); if its folder was moved here, "
+            "move its whole runs folder instead, or delete the run.json in it"
+        ) from error
     if info.lifecycle_stage != "active":
-        raise ConfigError(f"run {run_id}: was deleted from {_without_password(uri)}")
+        raise ConfigError(f"run {run_id}: was deleted from {without_password(uri)}")
     return TrackedRun(uri, run_id, info.experiment_id, client)
 
 
 def ui_command(uri: str) -> str:
     """Return the command that opens the MLflow UI of a store without a server."""
     if not uri.startswith("sqlite:///"):
-        return f"mlflow server --backend-store-uri {_without_password(uri)}"
-    folder = _sqlite_path(uri).parent
+        return f"mlflow server --backend-store-uri {without_password(uri)}"
+    folder = sqlite_path(uri).parent
     return "make ui" if folder == Path("runs").absolute() else f"make ui RUNS={folder}"
-
-
-def git_tags() -> dict[str, str]:
-    """Return ``git.commit`` and ``git.dirty`` of this checkout, "unknown" outside of one, e.g. in a submitted job."""
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-
-    try:
-        # A copy inside another repository must not get that repository's commit.
-        if Path(git("rev-parse", "--show-toplevel")).resolve() == root:
-            dirty = "true" if git("status", "--porcelain") else "false"
-            return {"git.commit": git("rev-parse", "HEAD"), "git.dirty": dirty}
-    except (OSError, subprocess.SubprocessError):
-        pass
-    return {"git.commit": "unknown", "git.dirty": "unknown"}
-
-
-# --- opening a store
-
-
-def _connect(uri: str) -> MlflowClient:
-    """Open a client. The URI is checked first, since MLflow retries a wrong one silently for minutes."""
-    parts = urlsplit(uri)
-    scheme = parts.scheme.partition("+")[0]  # postgresql+psycopg names a driver
-    if scheme not in SERVER_SCHEMES + DATABASE_SCHEMES:
-        known = ", ".join(f"{name}://" for name in SERVER_SCHEMES + DATABASE_SCHEMES)
-        raise ConfigError(f"tracking.uri: '{_without_password(uri)}' does not begin with one of {known}")
-    if scheme in ("http", "https"):
-        port = parts.port or (443 if scheme == "https" else 80)
-        try:
-            socket.create_connection((parts.hostname or "", port), CONNECT_SECONDS).close()
-        except OSError as error:
-            reason = error.strerror or error
-            raise ConfigError(f"tracking.uri: nothing answers at {_without_password(uri)} ({reason})") from error
-    try:
-        if scheme != "sqlite":
-            return MlflowClient(uri, uri)
-        _check_sqlite(uri)
-        with _lock(uri):  # concurrent migrations of a fresh database fail
-            return MlflowClient(uri, uri)
-    except ConfigError:
-        raise
-    except Exception as error:  # MLflow lets SQLAlchemy's and the drivers' errors through
-        raise ConfigError(f"tracking.uri: cannot open {_without_password(uri)} ({first_line(error)})") from error
-
-
-def _sqlite_path(uri: str) -> Path:
-    return Path(unquote(urlsplit(uri.replace("sqlite:///", "sqlite:", 1)).path))
-
-
-def _check_sqlite(uri: str) -> None:
-    path = _sqlite_path(uri)
-    if not uri.startswith("sqlite:///") or path.name in ("", ":memory:"):
-        raise ConfigError(f"tracking.uri: '{uri}' names no file; write sqlite:///path/of/mlflow.db")
-    if not path.parent.is_dir():
-        raise ConfigError(f"tracking.uri: the folder {path.parent} of {uri} does not exist")
-    try:
-        with path.open("rb") as file:
-            header = file.read(16)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise ConfigError(f"tracking.uri: cannot read {path}: {error.strerror}") from error
-    if header and header != b"SQLite format 3\0":
-        raise ConfigError(f"tracking.uri: {path} is not an SQLite database")
-
-
-@contextmanager
-def _lock(uri: str) -> Iterator[None]:
-    """Hold the file lock of an SQLite store. Other stores handle concurrency themselves."""
-    if not uri.startswith("sqlite:"):
-        yield
-        return
-    path = _sqlite_path(uri)
-    with path.with_name(path.name + ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file closes
-        yield
-
-
-def _experiment(client: MlflowClient, uri: str, name: str, folder: Path) -> str:
-    """Return the id of the experiment ``name``; create it if it does not exist."""
-    try:
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            # A server has its own artifact location; a bare database would use the current folder.
-            local = urlsplit(uri).scheme not in SERVER_SCHEMES
-            try:
-                location = (folder / "mlartifacts").as_uri() if local else None
-                return client.create_experiment(name, artifact_location=location)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-                found = client.get_experiment_by_name(name)  # another process created it first
-    except MlflowException as error:
-        raise ConfigError(f"tracking.experiment: cannot open '{name}' ({first_line(error)})") from error
-    if found is None or found.lifecycle_stage != "active":
-        raise ConfigError(f"tracking.experiment: '{name}' was deleted; restore it or choose another name")
-    return found.experiment_id
-
-
-# --- helpers
 
 
 def _params(recipe: Recipe) -> dict[str, str]:
@@ -367,13 +283,3 @@ def _params(recipe: Recipe) -> dict[str, str]:
 def _slices(items: list[Any], size: int) -> Iterator[list[Any]]:
     for start in range(0, len(items), size):
         yield items[start : start + size]
-
-
-def _without_password(uri: str) -> str:
-    parts = urlsplit(uri)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import mlflow.artifacts
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.utils.file_utils import local_file_uri_to_path
@@ -23,10 +24,10 @@ from mlflow.utils.uri import is_local_uri
 from model import checkpoint as checkpoints
 from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
+from pipelines.recipe.paths import MODEL_URI
 from pipelines.recipe.schema import PromoteSection
 from pipelines.tracking.mlflow_store import Tracking
 
-MODEL_URI = re.compile(r"models:/(?P<name>[^/@]+)(@(?P<alias>[^/@]+)|/(?P<version>[0-9]+))")
 WEIGHTS_TAG = "eval.weights_sha256"
 """Tag of a run with the digest of the weights that its ``eval/`` metrics belong to."""
 
@@ -77,7 +78,9 @@ def register(
     metrics: Mapping[str, float],
     description: str,
 ) -> ModelVersion:
-    """Register a checkpoint as a new version and move the alias to it. Raises CheckpointError.
+    """Register a checkpoint as a new version and move the alias to it.
+
+    Raises CheckpointError if any part of it fails; the registry is as before then.
 
     Args:
         run_id: The MLflow run that trained the checkpoint.
@@ -86,46 +89,54 @@ def register(
     """
     client, name = tracking.client, section.registered_name
     try:
-        logged = client.create_logged_model(
-            tracking.experiment_id,
-            name=name,
-            source_run_id=run_id,
-            params={key: str(value) for key, value in config.to_dict().items()},
-            model_type="fiftyfold checkpoint",
-        )
-        try:
+        with ExitStack() as undo:
+            logged = client.create_logged_model(
+                tracking.experiment_id,
+                name=name.replace(".", "-"),  # MLflow allows the dot in registered names only
+                source_run_id=run_id,
+                params={key: str(value) for key, value in config.to_dict().items()},
+                model_type="fiftyfold checkpoint",
+            )
+            undo.callback(_delete_logged_model, client, logged)
             client.log_model_artifacts(logged.model_id, str(checkpoint))
             client.finalize_logged_model(logged.model_id, "READY")
-        except BaseException:
-            client.finalize_logged_model(logged.model_id, "FAILED")
-            client.delete_logged_model(logged.model_id)
-            if is_local_uri(logged.artifact_location):  # the deletion leaves the files behind
-                shutil.rmtree(local_file_uri_to_path(logged.artifact_location), ignore_errors=True)
-            raise
-        for key, value in metrics.items():
-            client.log_metric(run_id, key, value, model_id=logged.model_id)
-        _create_registered_model(client, name)
-        version = client.create_model_version(
-            name,
-            # "models:/<id>" would be looked up in the process-wide store instead of this one.
-            source=logged.artifact_location,
-            run_id=run_id,
-            model_id=logged.model_id,
-            tags={key: f"{value:g}" for key, value in metrics.items()},
-            description=description,
-        )
-        # The UI links a logged model to its version by this tag, which the client sets only with a server.
-        link = json.dumps([{"name": name, "version": str(version.version)}])
-        client.set_logged_model_tags(logged.model_id, {"mlflow.modelVersions": link})
-        client.set_registered_model_alias(name, section.alias, version.version)
+            for key, value in metrics.items():
+                client.log_metric(run_id, key, value, model_id=logged.model_id)
+            if _create_registered_model(client, name):
+                undo.callback(client.delete_registered_model, name)
+            version = client.create_model_version(
+                name,
+                # "models:/<id>" would be looked up in the process-wide store instead of this one.
+                source=logged.artifact_location,
+                run_id=run_id,
+                model_id=logged.model_id,
+                tags={key: f"{value:g}" for key, value in metrics.items()},
+                description=description,
+            )
+            undo.callback(client.delete_model_version, name, version.version)
+            # The UI links a logged model to its version by this tag, which the client sets only with a server.
+            link = json.dumps([{"name": name, "version": str(version.version)}])
+            client.set_logged_model_tags(logged.model_id, {"mlflow.modelVersions": link})
+            client.set_registered_model_alias(name, section.alias, version.version)
+            undo.pop_all()
     except (MlflowException, OSError) as error:
         raise CheckpointError(f"promote: could not register {checkpoint} as {name}: {error}") from error
     return version
 
 
-def _create_registered_model(client: MlflowClient, name: str) -> None:
+def _delete_logged_model(client: MlflowClient, logged: LoggedModel) -> None:
+    client.finalize_logged_model(logged.model_id, "FAILED")
+    client.delete_logged_model(logged.model_id)
+    if is_local_uri(logged.artifact_location):  # the deletion leaves the files behind
+        shutil.rmtree(local_file_uri_to_path(logged.artifact_location), ignore_errors=True)
+
+
+def _create_registered_model(client: MlflowClient, name: str) -> bool:
+    """Create the registered model ``name``; return whether it is new."""
     try:
         client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+        return False
+    return True

@@ -8,32 +8,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from model.atomic_files import write_text
 from model.errors import ConfigError
 from pipelines.data.manifest import MANIFEST_NAME
 from pipelines.recipe.schema import Recipe
+from pipelines.tracking.connection import DATABASE, connect, default_uri
 from pipelines.tracking.mlflow_store import TrackedRun, attach
+from pipelines.tracking.run_file import RUN_FILE, RunReference, read_run_file, write_run_file
 
-RECIPE_FILE, RUN_FILE, LOCK_FILE = "recipe.json", "run.json", "lock"
+RECIPE_FILE, LOCK_FILE = "recipe.json", "lock"
 TRAINING_SECTIONS = ("data", "model", "train")
 """Recipe sections that a resumed training must not change."""
 _MAY_CHANGE = {
-    f"train.{name}"
-    for name in (
-        *("workers", "sharding", "cpus_per_worker", "threads_per_worker", "use_gpu", "max_failures"),
-        *("log_every", "keep_checkpoints", "recompute"),
-    )
+    *("data.name", "data.sources", "data.tokenizer"),
+    *("train.workers", "train.sharding", "train.cpus_per_worker", "train.threads_per_worker", "train.use_gpu"),
+    *("train.max_failures", "train.log_every", "train.keep_checkpoints", "train.recompute"),
 }
-"""Settings of parallelism and logging. A different number of workers distributes an epoch's rows anew."""
-
-
-class RunReference(NamedTuple):
-    """The content of ``run.json``."""
-
-    run_id: str
-    tracking_uri: str
+"""Places of the data, whose content the manifest binds, and settings of parallelism and logging. A different number of
+workers distributes an epoch's rows anew."""
 
 
 @contextmanager
@@ -62,27 +56,19 @@ def lock_run_folder(folder: Path, recipe: Recipe, sections: tuple[str, ...], key
         yield None if reference is None else reference.run_id
 
 
-def read_run_file(folder: Path) -> RunReference | None:
-    """Return the MLflow run of a run folder, or None without ``run.json``. Raises ConfigError if it is damaged."""
-    path = folder / RUN_FILE
-    try:
-        content = json.loads(path.read_text())
-        return RunReference(content["run_id"], content["tracking_uri"])
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: expected JSON with run_id and tracking_uri ({error})") from error
-
-
-def write_run_file(folder: Path, tracked: TrackedRun) -> None:
-    """Store the MLflow run of a run folder in ``run.json``."""
-    content = {"run_id": tracked.run_id, "tracking_uri": tracked.uri}
-    write_text(folder / RUN_FILE, json.dumps(content) + "\n")
+def bind(folder: Path, tracked: TrackedRun) -> None:
+    """Store the MLflow run of a run folder."""
+    write_run_file(folder, RunReference(tracked.run_id, tracked.uri))
 
 
 def run_of_checkpoint(checkpoint: Path) -> TrackedRun:
     """Return the MLflow run that trained a checkpoint, from ``run.json`` next to its folder. Raises ConfigError."""
     folder = checkpoint.parent
+    if not (folder / RUN_FILE).exists() and (checkpoint.resolve().parent / RUN_FILE).exists():
+        folder = checkpoint.resolve().parent  # a link to a checkpoint
+    for runs in folder.parents[:2]:  # the runs folder of a run, and of a sweep
+        if (runs / DATABASE).is_file():
+            connect(default_uri(runs))  # mends run.json if the folder was moved
     try:
         reference = read_run_file(folder)
     except OSError as error:
@@ -90,6 +76,30 @@ def run_of_checkpoint(checkpoint: Path) -> TrackedRun:
     if reference is None:
         raise ConfigError(f"{folder / RUN_FILE}: No such file or directory, so the run of {checkpoint} is unknown")
     return attach(reference.tracking_uri, reference.run_id)
+
+
+def find_checkpoint(runs: Path, run_id: str, recorded: Path) -> Path | None:
+    """Return the folder of a run's final checkpoint in a runs folder, or None if it is elsewhere.
+
+    That is the folder ``recorded`` when the run ended, or the one that belongs to the run now, if its run folder was
+    renamed or moved into this runs folder.
+    """
+    renamed = (path.parent / recorded.name for path in sorted(runs.glob(f"*/{RUN_FILE}")))
+    here = runs / recorded.parent.name / recorded.name
+    inside = recorded.is_relative_to(runs) or recorded.resolve().is_relative_to(runs.resolve())
+    for checkpoint in (*([recorded] if inside else []), here, *renamed):
+        if checkpoint.is_dir() and owner(checkpoint) == run_id:
+            return checkpoint
+    return recorded if inside else None
+
+
+def owner(checkpoint: Path) -> str | None:
+    """Return the id of the run that a checkpoint belongs to, or None if it is unknown."""
+    try:
+        reference = read_run_file(checkpoint.parent)
+    except (ConfigError, OSError):
+        return None
+    return None if reference is None else reference.run_id
 
 
 def write_settings(folder: Path, recipe: Recipe, sections: tuple[str, ...]) -> None:
@@ -101,7 +111,18 @@ def _settings(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, Any]:
     settings = {name: value for name, value in recipe.to_dict().items() if name in sections}
     settings["run"] = {"seed": recipe.run.seed}
     settings["data"]["manifest"] = sha256((recipe.data_folder / MANIFEST_NAME).read_bytes()).hexdigest()
-    return settings
+    return _without_folder(settings, recipe.run.folder)
+
+
+def _without_folder(value: Any, folder: Path) -> Any:
+    """Replace paths in the runs folder by ``<run.folder>/...``, so that a moved folder keeps its settings."""
+    if isinstance(value, dict):
+        return {key: _without_folder(item, folder) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folder(item, folder) for item in value]
+    if isinstance(value, str) and Path(value).is_absolute() and Path(value).is_relative_to(folder):
+        return f"<run.folder>/{Path(value).relative_to(folder)}"
+    return value
 
 
 def _check_settings(folder: Path, recipe: Recipe, sections: tuple[str, ...], key: str) -> None:
@@ -113,6 +134,7 @@ def _check_settings(folder: Path, recipe: Recipe, sections: tuple[str, ...], key
         earlier = json.loads(path.read_text())
     except ValueError as error:
         raise ConfigError(f"{path}: damaged ({error}); delete the run folder or choose another {key}") from error
+    earlier = _without_folder(earlier, recipe.run.folder)
     differing = _flatten(earlier).items() ^ _flatten(_settings(recipe, sections)).items()
     changed = sorted({name for name, _ in differing} - _MAY_CHANGE)
     if changed:

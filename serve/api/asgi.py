@@ -5,22 +5,33 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from serve.api import completions, errors, models, tokenization
+from serve.api.config import HttpConfig
+from serve.api.json_body import JsonRoute
 from serve.api.logprobs import TokenFormatter
+from serve.api.middleware import CrossOrigin, Paths, RequestBodies
 from serve.api.served_model import ServedModel
 from serve.engine import Engine
 
 
-def create_app(engine: Engine, model_name: str, max_body_bytes: int) -> FastAPI:
-    """Return an application that serves ``engine`` as ``model_name`` and refuses bodies over ``max_body_bytes``."""
+def create_app(engine: Engine, model_name: str, config: HttpConfig | None = None) -> FastAPI:
+    """Return an application that serves ``engine`` as ``model_name``."""
+    config = config or HttpConfig()
     app = FastAPI(
         title="fiftyfold",
         docs_url=None,  # these pages would load scripts from external sites
         redoc_url=None,
+        redirect_slashes=False,
+        strict_content_type=False,  # JsonRoute checks it
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
+    app.router.route_class = JsonRoute
     errors.add_handlers(app)
-    app.add_middleware(errors.BodySizeLimit, max_bytes=max_body_bytes)
+    # The last one sees a request first.
+    app.add_middleware(RequestBodies, max_bytes=config.max_body_bytes)
+    app.add_middleware(CrossOrigin, origins=config.allowed_origins)
+    app.add_middleware(Paths)
     served = ServedModel(model_name, engine, TokenFormatter(engine.tokenizer))
-    for routes in (completions, models, tokenization):
-        routes.add_routes(app, served)
+    completions.add_routes(app, served, config.keep_alive_seconds)
+    models.add_routes(app, served)
+    tokenization.add_routes(app, served)
     return app

@@ -10,29 +10,28 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
 
 from model.errors import FiftyfoldError
 from model.tokenizer import Tokenizer
-from serve.api.errors import error_response
+from serve.api.errors import CLIENT_CLOSED_REQUEST, error_response
+from serve.api.event_stream import EventStreamResponse, format_event, obfuscation, with_keep_alive
+from serve.api.prompts import encode_text
 from serve.api.schemas import Choice, Completion, CompletionRequest, Extension, Logprobs, Usage
 from serve.api.served_model import ServedModel
 from serve.engine import Delta
-
-CLIENT_CLOSED_REQUEST = 499
-"""Status for access logs only; the client has disconnected."""
+from serve.engine.detokenizer import finished_text
 
 
-def add_routes(app: FastAPI, served: ServedModel) -> None:
+def add_routes(app: FastAPI, served: ServedModel, keep_alive_seconds: float) -> None:
     @app.post("/v1/completions", response_model=Completion)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         served.check_name(body.model)
+        served.engine.check_size(len(body.prompt) * body.n)  # before a million prompts are encoded
         # Run in a thread: encoding many megabytes of text must not block other streams.
-        prompts = await asyncio.to_thread(_encode, body.prompt, served.engine.tokenizer)
+        prompts = await asyncio.to_thread(_encode, body, served.engine.tokenizer)
         run = _CompletionRun(body, prompts, served)
         if body.stream:
-            return _EventStreamResponse(run)
+            return EventStreamResponse(with_keep_alive(run.events(), keep_alive_seconds), close=run.stream.abort)
         response = asyncio.ensure_future(run.response())
         disconnected = asyncio.ensure_future(_wait_for_disconnect(request))
         try:
@@ -47,9 +46,9 @@ def add_routes(app: FastAPI, served: ServedModel) -> None:
             disconnected.cancel()
 
 
-def _encode(prompts: list[str | list[int]], tokenizer: Tokenizer) -> list[list[int]]:
+def _encode(body: CompletionRequest, tokenizer: Tokenizer) -> list[list[int]]:
     """Return token IDs: text is encoded with BOS in front, token IDs are unchanged."""
-    return [[tokenizer.bos_id, *tokenizer.encode(p)] if isinstance(p, str) else p for p in prompts]
+    return [encode_text(tokenizer, p, body.parse_special) if isinstance(p, str) else p for p in body.prompt]
 
 
 class _CompletionRun:
@@ -58,14 +57,14 @@ class _CompletionRun:
     def __init__(self, body: CompletionRequest, prompts: list[list[int]], served: ServedModel):
         self._body = body
         self._formatter = served.token_formatter
-        self._choices_per_prompt = body.n or 1
+        self._choices_per_prompt = body.n
         tokenizer = served.engine.tokenizer
         choices = range(self._choices_per_prompt)
         self.stream = served.engine.submit([(tokens, body.sampling_params(i)) for tokens in prompts for i in choices])
         self._echo: list[str] | None = None
         """Prompt text to prepend, per choice."""
         if body.echo:
-            texts = [p if isinstance(p, str) else tokenizer.decode(p) for p in body.prompt]
+            texts = [p if isinstance(p, str) else finished_text(tokenizer, p) for p in body.prompt]
             self._echo = [text for text in texts for _ in choices]
         self._started: set[int] = set()
         self._common_fields: dict[str, Any] = {
@@ -85,19 +84,26 @@ class _CompletionRun:
 
     async def events(self) -> AsyncIterator[str]:
         """Yield the response as server-sent events. The chunks' texts concatenate to the JSON response's text."""
-        include_usage = self._body.stream_options is not None and self._body.stream_options.include_usage
+        include_usage = self._body.stream_options.include_usage
         optional: dict[str, Any] = {"usage": None} if include_usage else {}
         try:
             async for index, delta in self.stream:
                 if self.stream.finished and not include_usage:
                     optional["fiftyfold"] = self._extension()
-                yield _event(Completion(**self._common_fields, choices=[self._choice(index, delta)], **optional))
+                yield self._event(choices=[self._choice(index, delta)], **optional)
             if include_usage:
-                usage, extension = self._usage(), self._extension()
-                yield _event(Completion(**self._common_fields, choices=[], usage=usage, fiftyfold=extension))
+                yield self._event(choices=[], usage=self._usage(), fiftyfold=self._extension())
         except FiftyfoldError as error:
-            yield f"data: {json.dumps(error_response(error)[1])}\n\n"
-        yield "data: [DONE]\n\n"
+            yield format_event(json.dumps(error_response(error)[1]))
+        yield format_event("[DONE]")
+
+    def _event(self, **fields: Any) -> str:
+        chunk = Completion(**self._common_fields, **fields)
+        content = chunk.model_dump_json(exclude_unset=True)
+        if self._body.stream_options.include_obfuscation:
+            chunk.obfuscation = obfuscation(content)
+            content = chunk.model_dump_json(exclude_unset=True)
+        return format_event(content)
 
     def _choice(self, index: int, delta: Delta) -> Choice:
         """Convert ``delta`` to a chunk. The first chunk of a choice starts with the echoed prompt."""
@@ -109,7 +115,8 @@ class _CompletionRun:
         if self._body.logprobs is not None:
             logprobs = self._formatter.logprobs(delta.logprobs, offset=len(echo))
             if first:
-                logprobs = Logprobs.concatenate([self._formatter.logprobs(sequence.prompt_logprobs), logprobs])
+                prompt = self._formatter.logprobs(sequence.prompt_logprobs, end=len(echo))
+                logprobs = Logprobs.concatenate([prompt, logprobs])
         text = echo + delta.text if first else delta.text
         return Choice(index=index, text=text, logprobs=logprobs, finish_reason=delta.finish_reason)
 
@@ -124,22 +131,6 @@ class _CompletionRun:
         return Extension(cache_nbytes=sum(sequence.cache_nbytes for sequence in self.stream.sequences))
 
 
-class _EventStreamResponse(StreamingResponse):
-    """Server-sent events. Aborts the request when the response ends for any reason."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, run: _CompletionRun):
-        super().__init__(run.events())
-        self._stream = run.stream
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._stream.abort()
-
-
 def _merge(chunks: list[Choice]) -> Choice:
     """Merge the chunks of one choice."""
     logprobs = [chunk.logprobs for chunk in chunks if chunk.logprobs is not None]
@@ -149,10 +140,6 @@ def _merge(chunks: list[Choice]) -> Choice:
         logprobs=Logprobs.concatenate(logprobs) if logprobs else None,
         finish_reason=chunks[-1].finish_reason,
     )
-
-
-def _event(chunk: Completion) -> str:
-    return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
 
 
 async def _wait_for_disconnect(request: Request) -> None:

@@ -7,11 +7,12 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 
 from model.errors import FiftyfoldError
+from serve.api.validation import describe
 from serve.engine import EngineError, QueueFullError, RequestAbortedError, RequestError, RequestTimeoutError
 
 
@@ -36,8 +37,25 @@ _RESPONSES: tuple[tuple[type[FiftyfoldError], int, str, str | None], ...] = (
 )
 
 
+METHOD = "fiftyfold.method"
+"""Key of an ASGI scope: the method of a request that is routed as another one (HEAD as GET)."""
+CLIENT_CLOSED_REQUEST = 499
+"""Status for access logs only; the client has disconnected."""
+MAX_MESSAGE_CHARS = 500
+
+
 def error_body(message: str, type: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": type, "param": param, "code": code}}
+    """Return the body of an error response. Text that the client sent is made printable and shortened."""
+    param = None if param is None else _printable(param)
+    return {"error": {"message": _printable(message), "type": type, "param": param, "code": code}}
+
+
+def _printable(text: str) -> str:
+    """Return one printable line: escape control characters and surrogates, and cut the middle out of a long text."""
+    if len(text) > MAX_MESSAGE_CHARS:
+        half = MAX_MESSAGE_CHARS // 2
+        text = f"{text[:half]} … {text[-half:]}"
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def error_response(error: FiftyfoldError) -> tuple[int, dict[str, Any]]:
@@ -46,35 +64,6 @@ def error_response(error: FiftyfoldError) -> tuple[int, dict[str, Any]]:
     if isinstance(error, RequestError):
         return status, error_body(str(error), type, error.param, error.code)
     return status, error_body(str(error), type, code=code)
-
-
-class BodySizeLimit:
-    """ASGI middleware that refuses request bodies larger than ``max_bytes``, declared or received.
-
-    FastAPI's own limit would answer in plain text.
-    """
-
-    def __init__(self, app: ASGIApp, max_bytes: int):
-        self._app = app
-        self._max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        message = f"the request body is larger than the limit of {self._max_bytes} bytes"
-        declared = Headers(scope=scope).get("content-length", "") if scope["type"] == "http" else ""
-        if declared.isdecimal() and int(declared) > self._max_bytes:
-            response = JSONResponse(error_body(message, "invalid_request_error"), 413)
-            return await response(scope, receive, send)
-        total = 0
-
-        async def limited_receive() -> Message:
-            nonlocal total
-            event = await receive()
-            total += len(event.get("body", b""))
-            if total > self._max_bytes:
-                raise HTTPException(413, message)
-            return event
-
-        await self._app(scope, limited_receive, send)
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -87,32 +76,29 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid_body(request: Request, error: RequestValidationError) -> JSONResponse:
-        message, param = _validation_message(error.errors()[0])
+        message, param = describe(error.errors()[0])
         return JSONResponse(error_body(message, "invalid_request_error", param), 400)
 
     @app.exception_handler(HTTPException)
-    async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
+    async def on_http_error(request: Request, error: HTTPException) -> Response:
+        headers = dict(error.headers or {})
+        method, path = request.scope.get(METHOD, request.method), request.scope["path"]
+        if error.status_code == 405:
+            methods = {*headers.get("Allow", "").split(", "), "OPTIONS"}
+            methods |= {"HEAD"} if "GET" in methods else set()
+            headers["Allow"] = ", ".join(sorted(methods))
+            if method == "OPTIONS":
+                return Response(status_code=204, headers=headers)
         message = {
-            404: f"no route for {request.method} {request.url.path}",
-            405: f"{request.url.path} does not accept {request.method}",
+            404: f"no route for {method} {path}",
+            405: f"{path} does not accept {method}, only {headers.get('Allow')}",
         }.get(error.status_code, error.detail)
-        return JSONResponse(error_body(message, "invalid_request_error"), error.status_code, headers=error.headers)
+        return JSONResponse(error_body(message, "invalid_request_error"), error.status_code, headers=headers)
+
+    @app.exception_handler(ClientDisconnect)
+    async def on_disconnect(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     @app.exception_handler(Exception)
     async def on_unexpected_error(request: Request, error: Exception) -> JSONResponse:
         return JSONResponse(error_body(f"internal server error ({type(error).__name__})", "server_error"), 500)
-
-
-def _validation_message(item: Any) -> tuple[str, str | None]:
-    """Return the message and the offending field of one pydantic error."""
-    path = [str(part) for part in item["loc"] if part != "body"]
-    if item["type"] == "json_invalid":
-        return f"the body is not valid JSON: {item['ctx']['error']} at character {item['loc'][-1]}", None
-    if not path and item["type"] != "value_error":
-        return "the body must be a JSON object, sent with Content-Type: application/json", None
-    message = {"extra_forbidden": "unknown field", "missing": "missing"}.get(
-        item["type"], item["msg"].removeprefix("Value error, ")
-    )
-    if not path:  # the message of a model validator starts with the field's name
-        return message, message.split(":")[0]
-    return f"{'.'.join(path)}: {message}", path[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 from model.tokenizer import Tokenizer
@@ -23,24 +24,24 @@ class TokenFormatter:
         """Return the token's text, or ``token_id:N`` if it has none of its own (a byte within a character)."""
         if token_id in self._special:
             return self._special[token_id]
-        text = self._tokenizer.decode([token_id])
+        text = self._tokenizer.decode_inside([token_id])
         return text if text and "\N{REPLACEMENT CHARACTER}" not in text else f"token_id:{token_id}"
 
-    def encode(self, text: str) -> list[int]:
-        """Return the token IDs of ``text``. The name of a special token, given alone, encodes to that token."""
-        for token_id, name in self._special.items():
-            if text == name:
-                return [token_id]
-        return self._tokenizer.encode(text)
+    def special_token(self, text: str) -> int | None:
+        """Return the special token whose name is ``text``, if any."""
+        return next((token_id for token_id, name in self._special.items() if text == name), None)
 
-    def logprobs(self, records: Iterable[TokenLogprob], offset: int = 0) -> Logprobs:
-        """Convert ``records`` to four parallel lists, with text offsets increased by ``offset``."""
+    def logprobs(self, records: Iterable[TokenLogprob], offset: int = 0, end: int | None = None) -> Logprobs:
+        """Convert ``records`` to four parallel lists, with text offsets increased by ``offset``, at most ``end``.
+
+        A tokenizer may decode a prompt to more text than was given, as if it lengthens some characters.
+        """
         records = list(records)
         return Logprobs(
             tokens=[self.token_string(record.token_id) for record in records],
             token_logprobs=[record.logprob for record in records],
             top_logprobs=[self._top(record) if record.logprob is not None else None for record in records],
-            text_offset=[offset + record.text_offset for record in records],
+            text_offset=[min(offset + record.text_offset, sys.maxsize if end is None else end) for record in records],
         )
 
     def _top(self, record: TokenLogprob) -> dict[str, float]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
+from serve.api.neutral_fields import NEUTRAL_TYPES, NEUTRAL_VALUES, drop_neutral
+from serve.api.validation import field_error
 from serve.engine import SamplingParams
 
 MAX_LOGPROBS = 5
@@ -18,13 +20,36 @@ class RequestBody(BaseModel):
     # ignored looks like a setting without effect.
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    neutral_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    neutral_types: ClassVar[Mapping[str, tuple[type, ...]]] = {}
+    """Fields that the server does not have and accepts where they change nothing, as in
+    :mod:`serve.api.neutral_fields`."""
 
-def _check_utf8(text: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("contains an unpaired surrogate, which UTF-8 cannot encode") from None
-    return text
+    @model_validator(mode="before")
+    @classmethod
+    def _check_fields(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        fields = drop_neutral(value, cls.neutral_values, cls.neutral_types)
+        for name in fields:
+            if name not in cls.model_fields:
+                raise field_error(name, "unknown field")  # pydantic would list all of them
+        return fields
+
+
+def _integral(value: Any) -> Any:
+    """Return 16.0 as 16: JSON has one type for both, and some languages always write the point."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_integral)]
+
+
+def _parse_token_ids(value: Any) -> Any:
+    """Return a list of integers if ``value`` is a list of integral numbers, else ``value``."""
+    if not isinstance(value, list) or all(type(item) is int for item in value):
+        return value
+    return [_integral(item) for item in value]
 
 
 def _is_token_ids(value: Any) -> bool:
@@ -32,20 +57,26 @@ def _is_token_ids(value: Any) -> bool:
 
 
 def _parse_prompt(value: Any) -> list[str | list[int]]:
-    """Return one item per prompt; None and an empty list become one empty prompt."""
-    if value is None or value == []:
-        return [[]]
-    if isinstance(value, str) or _is_token_ids(value):
-        value = [value]
-    if not isinstance(value, list) or not (
-        all(isinstance(item, str) for item in value) or all(_is_token_ids(item) for item in value)
-    ):
-        raise ValueError("expected a string, a list of strings, a list of token IDs, or a list of lists of token IDs")
-    return [_check_utf8(item) if isinstance(item, str) else item for item in value]
+    """Return one item per prompt; an empty list becomes one empty prompt."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list):
+        if _is_token_ids(ids := _parse_token_ids(value)):
+            return [ids]
+        value = [_parse_token_ids(item) for item in value]
+        if all(isinstance(item, str) for item in value) or all(_is_token_ids(item) for item in value):
+            return value
+    raise ValueError("expected a string, a list of strings, a list of token IDs, or a list of lists of token IDs")
+
+
+def _parse_tokens(value: Any) -> list[int]:
+    if not _is_token_ids(ids := _parse_token_ids(value)):
+        raise ValueError("expected a list of token IDs")
+    return ids
 
 
 def _parse_stop(value: Any) -> list[str]:
-    stops = [value] if isinstance(value, str) else value or []
+    stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise ValueError("expected a string or a list of strings")
     if len(stops) > MAX_STOP_STRINGS:
@@ -55,27 +86,21 @@ def _parse_stop(value: Any) -> list[str]:
     return stops
 
 
-def _unsupported_except(*accepted: Any) -> AfterValidator:
-    """Reject an unsupported OpenAI field unless its value is one of ``accepted``, which have no effect."""
-
-    def check(value: Any) -> Any:
-        if value not in accepted:
-            raise ValueError("not supported by this server; omit the field")
-        return value
-
-    return AfterValidator(check)
-
-
 class StreamOptions(RequestBody):
     include_usage: bool = False
     """Send a final chunk with the token counts."""
+    include_obfuscation: bool = False
+    """Add an ``obfuscation`` field of random characters to each chunk, which hides the length of its text."""
+
+    neutral_values = {"continuous_usage_stats": (False,)}
 
 
 class CompletionRequest(RequestBody):
     """``POST /v1/completions``.
 
     Text prompts are encoded with BOS in front, as training documents are; lists of token IDs are used unchanged. An
-    empty prompt starts from BOS.
+    empty prompt starts from BOS. Spellings of special tokens in a prompt are text. Fields may be null, which means the
+    default. Fields of other servers are listed in :mod:`serve.api.neutral_fields`.
     """
 
     model: str | None = None
@@ -83,52 +108,55 @@ class CompletionRequest(RequestBody):
     prompt: Annotated[
         list[str | list[int]],
         PlainValidator(_parse_prompt, json_schema_input_type=str | list[str] | list[int] | list[list[int]] | None),
-    ] = Field(default=None, validate_default=True)
-    max_tokens: Annotated[int, Field(ge=0)] | None = 16
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = 1.0
-    top_k: Annotated[int, Field(ge=0)] | None = 0
-    """Extension of OpenAI's API. 0 keeps the whole vocabulary."""
-    n: Annotated[int, Field(ge=1, le=128)] | None = 1
+    ] = Field(default=[[]])
+    max_tokens: Annotated[Integer, Field(ge=0)] = 16
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
+    top_k: Annotated[Integer, Field(ge=-1)] = 0
+    """Extension of OpenAI's API. 0 and -1 keep the whole vocabulary."""
+    n: Annotated[Integer, Field(ge=1, le=128)] = 1
     """Completions per prompt. Completion i (from 0) uses ``seed + i``."""
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[list[str], PlainValidator(_parse_stop, json_schema_input_type=str | list[str] | None)] = Field(
-        default=None, validate_default=True
-    )
-    echo: bool | None = False
+    seed: Annotated[Integer, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Annotated[list[str], PlainValidator(_parse_stop, json_schema_input_type=str | list[str] | None)] = []
+    parse_special: bool = False
+    """Extension of OpenAI's API. Read spellings of special tokens in text prompts as these tokens; a BOS at the start
+    replaces the one in front."""
+    echo: bool = False
     """Prepend the prompt to each completion."""
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprobs: Annotated[Integer, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     """Report this many alternatives per position and the sampled token; with ``echo``, also for the prompt."""
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    """Accepted and ignored."""
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
 
-    best_of: int | None = None
-    suffix: Annotated[str | None, _unsupported_except(None, "")] = None
-    frequency_penalty: Annotated[float | None, _unsupported_except(None, 0)] = None
-    presence_penalty: Annotated[float | None, _unsupported_except(None, 0)] = None
-    logit_bias: Annotated[dict[str, float] | None, _unsupported_except(None, {})] = None
+    best_of: Integer | None = None
+    """Accepted if equal to ``n``."""
+    do_sample: bool | None = None
+    """Accepted if it agrees with ``temperature``: false is the same as a temperature of 0."""
+
+    neutral_values = NEUTRAL_VALUES
+    neutral_types = NEUTRAL_TYPES
 
     @model_validator(mode="after")
     def _check_combinations(self) -> CompletionRequest:
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError("best_of: not supported by this server; omit the field")
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options: allowed only if stream is true")
+        if self.best_of not in (None, self.n):
+            raise field_error("best_of", "not supported by this server except as n; omit the field")
+        if self.do_sample is False and self.temperature > 0:
+            raise field_error("do_sample", "false is not supported by this server; set temperature to 0 instead")
+        if self.stream_options.include_usage and not self.stream:
+            raise field_error("stream_options", "allowed only if stream is true")
         return self
 
     def sampling_params(self, choice: int) -> SamplingParams:
-        """Return the parameters of completion ``choice`` (from 0) of a prompt. Null means the default."""
+        """Return the parameters of completion ``choice`` (from 0) of a prompt."""
         return SamplingParams(
-            max_tokens=16 if self.max_tokens is None else self.max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=self.top_k or 0,
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(0, self.top_k),
             seed=None if self.seed is None else _wrap_int64(self.seed + choice),
             stop=tuple(self.stop),
             logprobs=self.logprobs,
-            prompt_logprobs=bool(self.echo) and self.logprobs is not None,
+            prompt_logprobs=self.echo and self.logprobs is not None,
         )
 
 
@@ -139,16 +167,20 @@ def _wrap_int64(value: int) -> int:
 class TokenizeRequest(RequestBody):
     """``POST /tokenize``."""
 
-    prompt: Annotated[str, AfterValidator(_check_utf8)]
+    prompt: str
     add_special_tokens: bool = True
     """Prepend BOS."""
+    parse_special: bool = False
+    """Read spellings of special tokens as these tokens."""
     model: str | None = None
+
+    neutral_values = {"return_token_strs": (False,)}
 
 
 class DetokenizeRequest(RequestBody):
     """``POST /detokenize``."""
 
-    tokens: list[int]
+    tokens: Annotated[list[int], PlainValidator(_parse_tokens, json_schema_input_type=list[int])]
     model: str | None = None
 
 
@@ -200,6 +232,8 @@ class Completion(BaseModel):
     choices: list[Choice]
     usage: Usage | None = None
     fiftyfold: Extension | None = None
+    obfuscation: str | None = None
+    """Random characters, in a chunk of a stream with ``include_obfuscation``."""
 
 
 class ModelCard(BaseModel):

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from serve.api.logprobs import BOS_TEXT, EOS_TEXT
+from serve.api.prompts import encode_text
 from serve.api.schemas import DetokenizeRequest, TokenizeRequest
 from serve.api.served_model import ServedModel
 from serve.engine import RequestError
@@ -30,9 +31,11 @@ def add_routes(app: FastAPI, served: ServedModel) -> None:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         served.check_name(body.model)
-        tokens = served.token_formatter.encode(body.prompt)
-        if body.add_special_tokens:
-            tokens = [tokenizer.bos_id, *tokens]
+        special = served.token_formatter.special_token(body.prompt)
+        if special is None:
+            tokens = encode_text(tokenizer, body.prompt, body.parse_special, add_bos=body.add_special_tokens)
+        else:
+            tokens = [tokenizer.bos_id, special] if body.add_special_tokens else [special]
         return {"tokens": tokens, "count": len(tokens), "max_model_len": engine.model_config.max_positions}
 
     @app.post("/detokenize")

@@ -9,8 +9,9 @@ from serve.engine.errors import (
     RequestError,
     RequestTimeoutError,
 )
-from serve.engine.sampler import TokenLogprob
-from serve.engine.sequence import Delta, SamplingParams
+from serve.engine.logprobs import TokenLogprob
+from serve.engine.sampling_params import SamplingParams
+from serve.engine.sequence import Delta
 
 __all__ = [
     "Delta",

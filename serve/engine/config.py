@@ -21,14 +21,25 @@ class EngineConfig(BaseModel):
     regardless of concurrent requests and of how its prompt is chunked (:class:`model.forward.execution.Execution`)."""
     weights: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of the weight matrices. ``auto`` is bfloat16 if the device multiplies it faster than float32."""
-    max_active_requests: Annotated[int, Field(ge=1)] = 16
+    max_active_requests: Annotated[int, Field(ge=1)] = 64
     """Completions that hold a cache and are decoded together; further ones wait."""
-    max_waiting_requests: Annotated[int, Field(ge=0)] = 64
-    """Completions that may wait; the server answers 429 to further ones."""
+    max_waiting_requests: Annotated[int, Field(ge=0)] = 16_384
+    """Completions that may wait, in order of arrival; the server answers 429 to further ones. A waiting completion
+    holds its prompt's token IDs and no cache. The default fits 100 clients with batches of 128 prompts."""
     prefill_chunk: Annotated[int, Field(ge=1)] = 512
-    """Prompt tokens read in one step."""
-    request_timeout_seconds: Annotated[float, Field(gt=0)] = 120.0
-    """Time from submission to the last token, including the time spent waiting."""
+    """Most prompt tokens read in one step."""
+    prefill_share: Annotated[float, Field(gt=0)] = 1.0
+    """Time spent on reading prompts per second of decoding, while completions are being decoded. 1 lets a long prompt
+    double the time between their tokens."""
+    cache_mebibytes: Annotated[int, Field(ge=1)] = 1024
+    """Memory of the caches of active completions and kept prefixes. A completion that finds it full waits; if a running
+    one does, the newest is stopped and read again later."""
+    kept_prefixes: Annotated[int, Field(ge=0)] = 256
+    """Prefixes of earlier prompts that are kept for prompts with the same beginning; 0 keeps none. Each costs a copy of
+    the windows and other fixed state of a sequence (:mod:`serve.engine.prefix_cache`)."""
+    request_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """Time from submission to the last token, including the time spent waiting; the server answers 504 to later ones.
+    A client with less patience disconnects, which removes its completions."""
 
     def resolve_weights(self, device: torch.device | str) -> EngineConfig:
         """Return a copy in which ``weights`` names the data type to use on ``device``."""

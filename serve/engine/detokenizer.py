@@ -5,42 +5,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from model.tokenizer import Tokenizer
-
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# A UTF-8 character has at most four bytes, so an incomplete one has at most three.
-_MAX_INCOMPLETE_TOKENS = 3
-_CONTEXT_TOKENS = 4
+from model.tokenizer.stop_strings import remove_marks
+from model.tokenizer.streaming import CONTEXT_TOKENS, decoding_context, has_unfinished_character
 
 
 class Detokenizer:
-    """Decode a stream of tokens incrementally.
+    """Decode a stream of tokens that follow ``context`` incrementally.
 
     Each token is decoded together with a few preceding tokens, because a tokenizer may join neighbors (spaces, bytes
-    of one character). Characters that later bytes may still change are held back.
+    of one character). A character that later bytes may still complete is held back. If ``context`` ends inside a
+    character, that character belongs to the stream.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()):
         self._tokenizer = tokenizer
-        self._window = self._tail(context) or list(context[-_CONTEXT_TOKENS:])
-        self._emitted = len(tokenizer.decode(self._window))
+        self._window = decoding_context(tokenizer, context)
+        self._emitted = self._final_length(tokenizer.decode(self._window))
         """Characters of the decoded window that have been returned."""
-        self._incomplete = 0
-        """Tokens since the text last ended with a complete character."""
 
     def push(self, token_id: int) -> str:
         """Append a token and return the text that became final, possibly empty."""
+        if not self._tokenizer.is_text(token_id):
+            return ""
         self._window.append(token_id)
         text = self._tokenizer.decode(self._window)
-        held = len(text) - len(text.rstrip(REPLACEMENT))
-        self._incomplete = self._incomplete + 1 if held else 0
-        if self._incomplete > _MAX_INCOMPLETE_TOKENS:
-            held = min(held, _MAX_INCOMPLETE_TOKENS)  # the oldest of these bytes can no longer become a character
-        final = len(text) - held
+        final = self._final_length(text)
         piece = text[self._emitted : final]
         self._emitted = max(self._emitted, final)
-        if not held and len(self._window) > 2 * _CONTEXT_TOKENS and (tail := self._tail(self._window)):
-            self._window = tail
-            self._emitted = len(self._tokenizer.decode(tail))
+        if final == len(text) and len(self._window) > 2 * CONTEXT_TOKENS:
+            self._window = decoding_context(self._tokenizer, self._window)
+            self._emitted = len(self._tokenizer.decode(self._window))
         return piece
 
     def flush(self) -> str:
@@ -49,38 +43,43 @@ class Detokenizer:
         self._emitted += len(piece)
         return piece
 
-    def _tail(self, tokens: Sequence[int]) -> list[int]:
-        """Return the shortest suffix of 4 to 7 tokens that starts with a complete character, or an empty list."""
-        for length in range(_CONTEXT_TOKENS, 2 * _CONTEXT_TOKENS):
-            tail = list(tokens[-length:])
-            if REPLACEMENT not in self._tokenizer.decode(tail):
-                return tail
-        return []
+    def _final_length(self, text: str) -> int:
+        return len(text) - has_unfinished_character(self._tokenizer, self._window, text)
+
+
+def finished_text(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """Return the text of ``ids`` without a character that they leave unfinished."""
+    context, text = decoding_context(tokenizer, ids), tokenizer.decode(ids)
+    unfinished = has_unfinished_character(tokenizer, context, tokenizer.decode(context))
+    return text[: len(text) - unfinished]
 
 
 class StopStringFilter:
-    """Truncate streamed text before the first stop string, which may span several pieces."""
+    """Truncate streamed text before the first of ``patterns``, which may span several pieces.
 
-    def __init__(self, stops: Sequence[str]):
-        self._stops = tuple(stops)
+    Patterns and pieces may hold marks of special tokens (:mod:`model.tokenizer.stop_strings`); returned text does not.
+    """
+
+    def __init__(self, patterns: Sequence[str]):
+        self._patterns = tuple(patterns)
         self._pending = ""
 
     def push(self, piece: str) -> tuple[str, bool]:
         """Append text. Return the text that precedes any possible stop string, and whether one was found."""
         self._pending += piece
-        found = [at for at in (self._pending.find(stop) for stop in self._stops) if at >= 0]
+        found = [at for at in (self._pending.find(pattern) for pattern in self._patterns) if at >= 0]
         if found:
             text, self._pending = self._pending[: min(found)], ""
-            return text, True
-        held = max((_overlap(self._pending, stop) for stop in self._stops), default=0)
+            return remove_marks(text), True
+        held = max((_overlap(self._pending, pattern) for pattern in self._patterns), default=0)
         cut = len(self._pending) - held
         text, self._pending = self._pending[:cut], self._pending[cut:]
-        return text, False
+        return remove_marks(text), False
 
     def flush(self) -> str:
         """Return the text held back as a possible start of a stop string, at the end of the stream."""
         text, self._pending = self._pending, ""
-        return text
+        return remove_marks(text)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -19,8 +19,11 @@ from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
 from serve.engine.config import EngineConfig
 from serve.engine.errors import EngineError, QueueFullError, RequestAbortedError, RequestError
+from serve.engine.memory import CacheMemory
+from serve.engine.sampling_params import SamplingParams
 from serve.engine.scheduler import Scheduler
-from serve.engine.sequence import Delta, SamplingParams, Sequence
+from serve.engine.sequence import Delta, Sequence
+from serve.engine.stats import EngineStats
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +82,7 @@ class Engine:
         self.config = config or EngineConfig()
         self.model_config = model.config
         self.tokenizer = tokenizer
-        self._scheduler = Scheduler(model, tokenizer, self.config)
+        self._scheduler = Scheduler(model, self.config)
         self._arrivals: list[Sequence] = []
         self._streams: dict[int, Stream] = {}
         """Keyed by the ``id`` of each unfinished sequence."""
@@ -95,18 +98,26 @@ class Engine:
         """Return an engine for the model and tokenizer of a checkpoint folder.
 
         ``config.weights`` of the engine is the data type in use, never ``auto``. Raises CheckpointError for a damaged
-        folder and ConfigError for a missing tokenizer.
+        folder and ConfigError for a tokenizer that is missing or does not fit the model.
         """
         config = (config or EngineConfig()).resolve_weights(device)
         model = checkpoints.load(folder, device=device)
         model.execution = Execution(config.execution)
         model.cast_weights(getattr(torch, config.weights))
-        return cls(model, load_tokenizer(folder), config)
+        return cls(model, load_tokenizer(folder, model_vocab_size=model.config.vocab_size), config)
 
     @property
     def unfinished(self) -> int:
         """Number of completions that are running or waiting."""
         return len(self._streams)
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._scheduler.stats
+
+    @property
+    def memory(self) -> CacheMemory:
+        return self._scheduler.memory
 
     def cache_bytes_per_token(self) -> float:
         """Return the cache bytes per token of a full context, summed over the storages (on the meta device)."""
@@ -119,16 +130,15 @@ class Engine:
         the engine has stopped.
         """
         self.check_health()
-        capacity = self.config.max_active_requests + self.config.max_waiting_requests
-        if len(requests) > capacity:
-            raise RequestError(
-                f"the request asks for {len(requests)} completions, but the server accepts at most {capacity}"
-            )
+        self.check_size(len(requests))
         requests = [(prompt or [self.tokenizer.bos_id], params) for prompt, params in requests]
         for prompt, params in requests:
             self._validate(prompt, params)
-        if self.unfinished + len(requests) > capacity:
-            raise QueueFullError(f"the server is busy with {self.unfinished} of at most {capacity} completions")
+        if self.unfinished + len(requests) > self._capacity:
+            raise QueueFullError(
+                f"the server is busy with {self.unfinished} of at most {self._capacity} completions "
+                "(max_active_requests + max_waiting_requests)"
+            )
         deadline = time.monotonic() + self.config.request_timeout_seconds
         stream = Stream([Sequence(prompt, params, self.tokenizer, deadline) for prompt, params in requests])
         for sequence in stream.sequences:
@@ -137,6 +147,18 @@ class Engine:
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._run())
         return stream
+
+    @property
+    def _capacity(self) -> int:
+        return self.config.max_active_requests + self.config.max_waiting_requests
+
+    def check_size(self, completions: int) -> None:
+        """Raise RequestError for a request of more completions than the engine ever accepts."""
+        if completions > self._capacity:
+            raise RequestError(
+                f"the request asks for {completions} completions, but the server accepts at most {self._capacity} "
+                "(max_active_requests + max_waiting_requests)"
+            )
 
     def check_health(self) -> None:
         """Raise EngineError if the engine has failed or stopped."""
@@ -166,6 +188,13 @@ class Engine:
             raise RequestError(
                 f"prompt: {len(prompt)} tokens plus max_tokens {params.max_tokens} is {total}, more than the model's "
                 f"context of {context} tokens",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        pages, most = self.memory.pages_for(total), self.memory.pool.pages
+        if pages > most:
+            raise RequestError(
+                f"prompt: {total} tokens need {pages} cache pages, but the server has {most} (cache_mebibytes)",
                 param="prompt",
                 code="context_length_exceeded",
             )

@@ -1,63 +1,120 @@
-"""Token sampling and log-probabilities."""
+"""Token sampling for a batch of completions."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """A token, its log-probability, and the most likely alternatives."""
-
-    token_id: int
-    logprob: float | None
-    """Natural logarithm; None for the first token of a prompt, which has no context."""
-    top: tuple[tuple[int, float], ...] = ()
-    """The most likely (token ID, logprob) pairs in descending order, followed by the token itself if it is not among
-    them."""
-    text_offset: int = 0
-    """Characters of text before this token."""
+from serve.engine.sampling_params import SamplingParams
 
 
-def sample(logits: Tensor, temperature: float, top_p: float, top_k: int, generator: torch.Generator) -> int:
-    """Sample a token ID from logits [vocab].
+class Sampler:
+    """Sampling state of one completion: its random numbers and the counts of its tokens."""
 
-    ``temperature`` 0 returns the most likely token. Otherwise keep the ``top_k`` most likely tokens (0: all), then the
-    smallest set of these whose probabilities at this temperature sum to at least ``top_p``, and sample from it with
-    ``generator``, a CPU generator of this request alone.
+    def __init__(self, params: SamplingParams, prompt: Sequence[int], stop_ids: Iterable[int]):
+        self.params = params
+        self.random = random.Random(params.seed)
+        self.generated = 0
+        self._stop_ids = sorted(stop_ids)
+        self._prompt = set(prompt) if params.repetition_penalty != 1 else set()
+        self._counts: Counter[int] = Counter()
+        p = params
+        self._counts_tokens = bool(p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty)
+
+    @property
+    def changes_logits(self) -> bool:
+        return self._counts_tokens or bool(self.params.logit_bias) or self.generated < self.params.min_tokens
+
+    def change_logits(self, logits: Tensor) -> None:
+        """Apply penalties, bias and ``min_tokens`` to logits [vocab], in place."""
+        p, device = self.params, logits.device
+        if p.repetition_penalty != 1 and (seen := sorted(self._prompt | self._counts.keys())):
+            ids = torch.tensor(seen, device=device)
+            chosen = logits[ids]
+            logits[ids] = torch.where(chosen > 0, chosen / p.repetition_penalty, chosen * p.repetition_penalty)
+        if (p.presence_penalty or p.frequency_penalty) and self._counts:
+            counts = torch.tensor(list(self._counts.values()), dtype=logits.dtype, device=device)
+            ids = torch.tensor(list(self._counts), device=device)
+            logits[ids] -= p.presence_penalty + p.frequency_penalty * counts
+        if p.logit_bias:
+            ids = torch.tensor(list(p.logit_bias), device=device)
+            logits[ids] += torch.tensor(list(p.logit_bias.values()), dtype=logits.dtype, device=device)
+        if self.generated < p.min_tokens:
+            logits[self._stop_ids] = float("-inf")
+
+    def count(self, token: int) -> None:
+        """Record a sampled token."""
+        self.generated += 1
+        if self._counts_tokens:
+            self._counts[token] += 1
+
+
+def sample_tokens(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """Sample the next token of every completion from logits [B, vocab], which are left unchanged.
+
+    A completion's token depends on its own logits and random number only, not on the batch.
     """
-    if temperature == 0:
-        return int(logits.argmax())
-    scaled = logits.double().cpu()  # float32 would round a tiny temperature to 0
-    # Subtract the maximum first: division by a tiny temperature must not overflow to inf - inf.
-    scaled = (scaled - scaled.max()) / temperature
-    probabilities, ids = scaled.softmax(dim=-1).sort(descending=True, stable=True)
-    if top_k:
-        probabilities = probabilities[:top_k]
-    if top_p < 1:
-        before = probabilities.cumsum(dim=0) - probabilities
-        keep = before < top_p * probabilities.sum()
-        keep[0] = True  # top_p = 0 keeps the most likely token
-        probabilities = probabilities[keep]
-    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
+    changed = [i for i, sampler in enumerate(samplers) if sampler.changes_logits]
+    if changed:
+        logits = logits.clone()
+        for i in changed:
+            samplers[i].change_logits(logits[i])
+    tokens = logits.argmax(dim=-1).tolist()
+    for truncates in (False, True):
+        rows = [
+            i for i, s in enumerate(samplers) if s.params.temperature > 0 and _truncates(s.params, logits) == truncates
+        ]
+        if rows:
+            drawn = _draw(logits[rows], [samplers[i] for i in rows], truncates)
+            for i, token in zip(rows, drawn):
+                tokens[i] = token
+    for sampler, token in zip(samplers, tokens):
+        sampler.count(token)
+    return tokens
 
 
-def token_logprobs(logits: Tensor, token_ids: list[int], top_n: int) -> list[TokenLogprob]:
-    """Return the log-probabilities of n tokens under logits [n, vocab], with ``top_n`` alternatives each.
+def _truncates(params: SamplingParams, logits: Tensor) -> bool:
+    return params.top_p < 1 or params.min_p > 0 or 0 < params.top_k < logits.shape[-1]
 
-    The distribution is the model's own, before temperature and truncation. Text offsets are left at 0.
-    """
-    logprobs = logits.float().log_softmax(dim=-1)
-    ids = torch.tensor(token_ids, device=logits.device)
-    token_values = logprobs.gather(1, ids[:, None])[:, 0].tolist()
-    top_values, top_ids = logprobs.topk(min(top_n, logprobs.shape[1]), dim=-1)
-    records = []
-    for token_id, logprob, row_ids, row in zip(token_ids, token_values, top_ids.tolist(), top_values.tolist()):
-        top = tuple(zip(row_ids, row))
-        if token_id not in row_ids:
-            top += ((token_id, logprob),)
-        records.append(TokenLogprob(token_id, logprob, top))
-    return records
+
+def _draw(logits: Tensor, samplers: list[Sampler], truncates: bool) -> list[int]:
+    """Draw one token per row of logits [B, vocab] by inverting the cumulative distribution."""
+    params = [sampler.params for sampler in samplers]
+    device = logits.device
+    # A tiny temperature would be 0 in float32. Subtracting the maximum first keeps the quotient finite.
+    scaled = logits.double()
+    temperature = torch.tensor([p.temperature for p in params], dtype=torch.float64, device=device)
+    probabilities = ((scaled - scaled.amax(-1, keepdim=True)) / temperature.unsqueeze(-1)).softmax(-1)
+    ids = None
+    if truncates:
+        probabilities, ids = probabilities.sort(dim=-1, descending=True, stable=True)
+        probabilities = _truncate(probabilities, params)
+    cumulative = probabilities.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    uniform = torch.tensor([[s.random.random()] for s in samplers], dtype=torch.float64, device=device)
+    # Below the total, so that the token found has a positive probability.
+    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    found = torch.searchsorted(cumulative, target, right=True)
+    return (found if ids is None else ids.gather(1, found))[:, 0].tolist()
+
+
+def _truncate(probabilities: Tensor, params: list[SamplingParams]) -> Tensor:
+    """Zero the probabilities [B, vocab], in descending order, of tokens outside top_k, then top_p, then min_p. The most
+    likely token is always kept."""
+    vocab, device = probabilities.shape[-1], probabilities.device
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=device).unsqueeze(-1)
+
+    rank = torch.arange(vocab, device=device)
+    probabilities = probabilities.masked_fill(rank >= column([p.top_k or vocab for p in params]), 0.0)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    top_p = column([p.top_p for p in params])
+    keep = (before < top_p * probabilities.sum(-1, keepdim=True)) | (top_p >= 1)
+    keep &= probabilities >= column([p.min_p for p in params]) * probabilities[:, :1]
+    keep[:, 0] = True
+    return probabilities.masked_fill(~keep, 0.0)

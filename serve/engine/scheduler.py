@@ -5,97 +5,218 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
-from model.cache import Cache
-from model.tokenizer import Tokenizer
+from model.errors import FiftyfoldError
 from model.transformer import Transformer
 from serve.engine.config import EngineConfig
+from serve.engine.decode_batch import DecodeBatch
 from serve.engine.errors import EngineError, RequestAbortedError, RequestTimeoutError
+from serve.engine.logprobs import token_logprobs
+from serve.engine.memory import CacheMemory
+from serve.engine.pace import PrefillPace
+from serve.engine.sampler import sample_tokens
 from serve.engine.sequence import Delta, Sequence
+from serve.engine.stats import EngineStats
 
 logger = logging.getLogger(__name__)
+
+Results = list[tuple[Sequence, Delta]]
 
 
 class Scheduler:
     """Advance sequences step by step, in order of arrival. Not thread-safe.
 
-    A step prefills one chunk of one prompt and decodes one token of every prefilled sequence, so that a long prompt
-    delays running streams by at most one chunk per step. Each sequence runs through the model separately, in chunks
-    that depend on that sequence alone, so its tokens do not depend on concurrent requests.
+    A step decodes one token of all sequences whose prompt has been read, in one forward pass, and reads a number of
+    prompt tokens that :class:`PrefillPace` allows. A sequence waits until the pool has pages for its prompt. If the
+    pool is full when a running sequence needs a page, the newest sequence loses its cache and waits to be read again.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, config: EngineConfig):
+    def __init__(self, model: Transformer, config: EngineConfig):
         self.model = model
-        self.tokenizer = tokenizer
         self.config = config
         self.device = next(model.parameters()).device
+        self.memory = CacheMemory(model.config, config, self.device)
+        self.stats = EngineStats()
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.prefilling: list[Sequence] = []
+        self.batch = DecodeBatch()
+        self._pace = PrefillPace(config.prefill_chunk, config.prefill_share)
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self.running or self.waiting)
+        return bool(self.waiting or self.prefilling or len(self.batch))
 
     @torch.inference_mode()
-    def step(self, arrivals: Iterable[Sequence] = ()) -> list[tuple[Sequence, Delta]]:
+    def step(self, arrivals: Iterable[Sequence] = ()) -> Results:
         """Admit ``arrivals``, run one step, and return its output per sequence."""
         self.waiting.extend(arrivals)
         results = self._drop_aborted_and_expired()
-        while self.waiting and len(self.running) < self.config.max_active_requests:
-            self.running.append(self.waiting.popleft())
-        decoding = [sequence for sequence in self.running if sequence.prefill_done]
-        prefilling = next((sequence for sequence in self.running if not sequence.prefill_done), None)
-        if prefilling is not None:
-            results.append((prefilling, self._run_guarded(self._prefill, prefilling)))
-        results += [(sequence, self._run_guarded(self._decode, sequence)) for sequence in decoding]
-        for sequence, delta in results:
-            if delta.final:
-                sequence.cache = None
-                if sequence in self.running:
-                    self.running.remove(sequence)
+        self._admit()
+        results += self._decode()
+        results += self._prefill()
         return results
 
-    def _prefill(self, sequence: Sequence) -> Delta:
-        if sequence.cache is None:
-            sequence.cache = Cache(self.model.config, 1, sequence.max_cached_tokens, self.device)
-            sequence.cache_nbytes = sequence.cache.nbytes()
-        chunk = sequence.prompt[sequence.prefilled : sequence.prefilled + self.config.prefill_chunk]
-        # The output head runs over the whole chunk only if the prompt's log-probabilities were requested.
-        prompt_logprobs = sequence.params.prompt_logprobs
-        logits = self.model(self._input_ids(chunk), sequence.cache, last_only=not prompt_logprobs)[0]
-        sequence.prefilled += len(chunk)
-        if prompt_logprobs:
-            sequence.add_prompt_logprobs(logits)
-        return sequence.advance(logits[-1]) if sequence.prefill_done else Delta()
+    # --- admission
 
-    def _decode(self, sequence: Sequence) -> Delta:
-        input_ids = self._input_ids([sequence.last_token])
-        return sequence.advance(self.model(input_ids, sequence.cache, last_only=True)[0, -1])
+    def _admit(self) -> None:
+        """Give waiting sequences a cache while there is room, in order."""
+        while self.waiting and len(self.prefilling) + len(self.batch) < self.config.max_active_requests:
+            sequence, prefixes = self.waiting[0], self.memory.prefixes
+            if sequence.page_digests is None:
+                sequence.page_digests = prefixes.digests(sequence.tokens)
+            # Log-probabilities of the prompt need a forward pass over all of it.
+            kept = None if sequence.params.prompt_logprobs else prefixes.find(sequence.page_digests)
+            found = kept.length if kept is not None else 0
+            needed = self.memory.pages_for(len(sequence.tokens) + 1) - self.memory.pages_for(found)
+            if not self.memory.make_room(self._promised_pages() + needed):
+                return
+            sequence.cache = kept if kept is not None else self.memory.new_cache()
+            sequence.computed = found
+            if not sequence.completion_tokens:
+                sequence.cached_tokens = found
+            sequence.boundaries = prefixes.boundaries(sequence.page_digests)
+            self.prefilling.append(self.waiting.popleft())
 
-    def _input_ids(self, tokens: list[int]) -> torch.Tensor:
-        return torch.tensor([tokens], dtype=torch.int64, device=self.device)
+    def _promised_pages(self) -> int:
+        """Return the number of pages that admitted prompts have yet to take."""
+        pages_for = self.memory.pages_for
+        return sum(pages_for(len(s.tokens) + 1) - pages_for(s.computed) for s in self.prefilling)
 
-    def _run_guarded(self, run: Callable[[Sequence], Delta], sequence: Sequence) -> Delta:
-        """Run ``run(sequence)``. An exception ends this sequence alone."""
+    # --- decoding
+
+    def _decode(self) -> Results:
+        self._make_room_for_tokens()
+        sequences = list(self.batch.sequences)
+        if not sequences:
+            return []
+        started = time.perf_counter()
         try:
-            return run(sequence)
+            logits = self.batch.forward(self.model)
+            self.stats.model_seconds += time.perf_counter() - started
+            results = self._sample(logits, sequences)
         except Exception as error:
-            logger.exception("the model failed on a request")
-            return Delta(error=EngineError(f"the model failed on this request ({type(error).__name__})"))
+            logger.exception("the model failed on %d completions", len(sequences))
+            results = [(sequence, _failure(error)) for sequence in sequences]
+        self._finish([sequence for sequence, delta in results if delta.final])
+        seconds = time.perf_counter() - started
+        self._pace.decoded(seconds)
+        self.stats.decode_steps += 1
+        self.stats.decoded_tokens += len(sequences)
+        self.stats.decode_seconds += seconds
+        return results
 
-    def _drop_aborted_and_expired(self) -> list[tuple[Sequence, Delta]]:
+    def _make_room_for_tokens(self) -> None:
+        """Free pages for one more token of every sequence in the batch, from the newest sequences if necessary."""
+        while self.batch.cache is not None:
+            if self.memory.make_room(self._promised_pages() + self.batch.cache.missing_pages(1)):
+                return
+            newest = self.prefilling.pop() if self.prefilling else self.batch.sequences[-1]
+            self.batch.remove([newest])
+            newest.drop_cache()
+            self.waiting.appendleft(newest)
+            self.stats.preemptions += 1
+
+    def _sample(self, logits: Tensor, sequences: list[Sequence]) -> Results:
+        """Sample a token of every sequence from logits [B, vocab]."""
+        tokens = sample_tokens(logits, [sequence.sampler for sequence in sequences])
+        wanting = [i for i, sequence in enumerate(sequences) if sequence.params.logprobs is not None]
+        records = dict.fromkeys(range(len(sequences)))
+        if wanting:
+            top_ns = [sequences[i].params.logprobs or 0 for i in wanting]
+            records |= dict(zip(wanting, token_logprobs(logits[wanting], [tokens[i] for i in wanting], top_ns)))
+        return [
+            (sequence, sequence.advance(token, record))
+            for sequence, token, record in zip(sequences, tokens, records.values())
+        ]
+
+    # --- reading prompts
+
+    def _prefill(self) -> Results:
+        """Read prompts in order, as far as the pace allows."""
+        results: Results = []
+        finished: list[Sequence] = []
+        decoding = bool(len(self.batch))
+        left = self.config.prefill_chunk
+        for sequence in self.prefilling:
+            while left > 0 and not sequence.prefill_done:
+                count = self._pace.tokens(min(left, len(sequence.tokens) - sequence.computed), decoding)
+                if not count:
+                    left = 0
+                    break
+                # A kept prefix needs the state at its end.
+                ends = [end for end in sequence.boundaries if end > sequence.computed]
+                count = min([count, *(end - sequence.computed for end in ends)])
+                delta = self._read(sequence, count, decoding)
+                left -= count
+                if delta is not None:
+                    results.append((sequence, delta))
+                    finished.append(sequence)
+                    break
+        if finished:
+            self.prefilling = [s for s in self.prefilling if s not in finished]
+            self._finish([sequence for sequence, delta in results if delta.final])
+            self.batch.add([sequence for sequence, delta in results if not delta.final])
+        return results
+
+    def _read(self, sequence: Sequence, count: int, decoding: bool) -> Delta | None:
+        """Read the next ``count`` tokens. Return the first output if they are the last; an error ends this sequence."""
+        started = time.perf_counter()
+        try:
+            ids = torch.tensor([sequence.tokens[sequence.computed : sequence.computed + count]], device=self.device)
+            # The output head runs over the whole chunk only if the prompt's log-probabilities were requested.
+            logits = self.model(ids, sequence.cache, last_only=not sequence.params.prompt_logprobs)[0]
+            sequence.computed += count
+            if (digest := sequence.boundaries.get(sequence.computed)) is not None:
+                assert sequence.cache is not None
+                self.memory.prefixes.keep(digest, sequence.cache)
+            if sequence.params.prompt_logprobs and len(sequence.prompt_logprobs) < sequence.prompt_length:
+                sequence.add_prompt_logprobs(logits)
+            if not sequence.prefill_done:
+                return None
+            if sequence.params.max_tokens == 0:
+                return sequence.finish_without_tokens()
+            [(_, delta)] = self._sample(logits[-1:], [sequence])
+            return delta
+        except Exception as error:
+            logger.exception("the model failed on a prompt")
+            return _failure(error)
+        finally:
+            seconds = time.perf_counter() - started
+            self._pace.read(count, seconds, decoding)
+            self.stats.prefill_tokens += count
+            self.stats.prefill_seconds += seconds
+
+    # --- ends
+
+    def _finish(self, sequences: list[Sequence]) -> None:
+        """Record the size of the caches and free them."""
+        for sequence in sequences:
+            sequence.cache_nbytes = self.memory.cache_bytes(max(1, len(sequence.tokens) - 1))
+            sequence.cache = None
+        self.batch.remove(sequences)
+
+    def _drop_aborted_and_expired(self) -> Results:
         now = time.monotonic()
-        dropped: list[tuple[Sequence, Delta]] = []
-        for sequence in [*self.running, *self.waiting]:
-            if sequence.aborted:
-                dropped.append((sequence, Delta(error=RequestAbortedError("the request was aborted"))))
-            elif now > sequence.deadline:
-                message = f"the request did not finish within {self.config.request_timeout_seconds:g} seconds"
-                dropped.append((sequence, Delta(error=RequestTimeoutError(message))))
-        dropped_ids = {id(sequence) for sequence, _ in dropped}
-        self.running = [sequence for sequence in self.running if id(sequence) not in dropped_ids]
-        self.waiting = deque(sequence for sequence in self.waiting if id(sequence) not in dropped_ids)
-        return dropped
+        running = (*self.prefilling, *self.batch.sequences)
+        dropped = [s for s in (*running, *self.waiting) if s.aborted or now > s.deadline]
+        if not dropped:
+            return []
+        ids = {id(sequence) for sequence in dropped}
+        self.prefilling = [sequence for sequence in self.prefilling if id(sequence) not in ids]
+        self.waiting = deque(sequence for sequence in self.waiting if id(sequence) not in ids)
+        self._finish(dropped)
+        return [(sequence, Delta(error=self._reason(sequence))) for sequence in dropped]
+
+    def _reason(self, sequence: Sequence) -> FiftyfoldError:
+        if sequence.aborted:
+            return RequestAbortedError("the request was aborted")
+        seconds = self.config.request_timeout_seconds
+        return RequestTimeoutError(f"the request did not finish within {seconds:g} seconds (request_timeout_seconds)")
+
+
+def _failure(error: Exception) -> Delta:
+    return Delta(error=EngineError(f"the model failed on this request ({type(error).__name__})"))

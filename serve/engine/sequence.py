@@ -1,4 +1,4 @@
-"""State of one completion: its prompt, its cache, and the text produced so far."""
+"""State of one completion: its tokens, its cache, and the text produced so far."""
 
 from __future__ import annotations
 
@@ -6,37 +6,18 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from model.cache import Cache
 from model.errors import FiftyfoldError
 from model.tokenizer import Tokenizer
+from model.tokenizer.stop_strings import StopStrings
 from serve.engine.detokenizer import Detokenizer, StopStringFilter
-from serve.engine.sampler import TokenLogprob, sample, token_logprobs
+from serve.engine.logprobs import TokenLogprob, token_logprobs
+from serve.engine.sampler import Sampler
+from serve.engine.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """Sampling parameters of one completion. The HTTP schema validates the values."""
-
-    max_tokens: int = 16
-    """Maximum number of tokens to generate; 0 only prefills the prompt."""
-    temperature: float = 1.0
-    """0 selects the most likely token."""
-    top_p: float = 1.0
-    top_k: int = 0
-    """0 keeps the whole vocabulary."""
-    seed: int | None = None
-    """A seed makes the text reproducible, regardless of concurrent requests; None uses a random seed."""
-    stop: tuple[str, ...] = ()
-    """The text ends before the first of these strings."""
-    logprobs: int | None = None
-    """Number of alternatives to report per token; 0 reports the sampled token alone, None reports nothing."""
-    prompt_logprobs: bool = False
-    """Report the prompt's tokens as well."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +27,7 @@ class Delta:
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
-    """``stop``: end-of-sequence token or stop string. ``length``: max_tokens reached. None: not finished."""
+    """``stop``: token that ends generation, or stop string. ``length``: max_tokens reached. None: not finished."""
     error: FiftyfoldError | None = None
     """Reason why the completion failed, if it did."""
 
@@ -59,73 +40,97 @@ class Sequence:
     """State of one completion. Only the engine's worker thread advances it."""
 
     def __init__(self, prompt: Tokens[int], params: SamplingParams, tokenizer: Tokenizer, deadline: float):
-        self.prompt = list(prompt)
+        self.tokens = list(prompt)
+        """The prompt and the tokens generated so far."""
+        self.prompt_length = len(self.tokens)
         self.params = params
         self.deadline = deadline
         """Seconds on the clock of :func:`time.monotonic`."""
         self.aborted = False
         """May be set from any thread; the worker then drops the sequence and its cache in the next step."""
         self.cache: Cache | None = None
+        """Cache while the prompt is read. Afterwards the decode batch holds it."""
         self.cache_nbytes = 0
-        """Bytes of the cache, kept after the cache is freed."""
-        self.prefilled = 0
-        """Prompt tokens in the cache."""
+        """Bytes of the cache at the end of the completion."""
+        self.computed = 0
+        """Number of tokens in the cache while the prompt is read."""
+        self.cached_tokens = 0
+        """Prompt tokens that were found in a kept prefix."""
+        self.page_digests: list[bytes] | None = None
+        self.boundaries: dict[int, bytes] = {}
+        """Prefixes to keep while the prompt is read (:meth:`serve.engine.prefix_cache.PrefixCache.boundaries`)."""
         self.prompt_logprobs: list[TokenLogprob] = []
-        self.completion_tokens = 0
-        self.last_token = -1
-        self._eos_id = tokenizer.eos_id
+        own_stop_ids = frozenset(params.stop_token_ids)
+        self._stop_ids = own_stop_ids if params.ignore_eos else own_stop_ids | frozenset(tokenizer.stop_ids)
+        self.sampler = Sampler(params, self.tokens, self._stop_ids)
+        self._tokenizer = tokenizer
         self._prompt_detokenizer = Detokenizer(tokenizer)
         self._prompt_chars = 0
-        self._detokenizer = Detokenizer(tokenizer, context=self.prompt)
-        self._stop_filter = StopStringFilter(params.stop)
+        self._detokenizer = Detokenizer(tokenizer, context=self.tokens)
+        self._stop_strings = StopStrings(params.stop, tokenizer)
+        self._stop_filter = StopStringFilter(self._stop_strings.patterns)
         self._decoded_chars = 0
         self._emitted_chars = 0
         self._pending_logprobs: list[TokenLogprob] = []
-        self._generator = torch.Generator()
-        if params.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(params.seed)
+
+    @property
+    def prompt(self) -> list[int]:
+        return self.tokens[: self.prompt_length]
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.tokens) - self.prompt_length
 
     @property
     def max_cached_tokens(self) -> int:
         """Tokens that the cache must hold. The last generated token is never fed back."""
-        return len(self.prompt) + max(0, self.params.max_tokens - 1)
+        return self.prompt_length + max(0, self.params.max_tokens - 1)
 
     @property
     def prefill_done(self) -> bool:
-        return self.prefilled == len(self.prompt)
+        return self.computed == len(self.tokens)
+
+    def take_cache(self) -> Cache | None:
+        """Return the cache and give it up."""
+        cache, self.cache = self.cache, None
+        return cache
+
+    def drop_cache(self) -> None:
+        """Give up the cache. All tokens, generated ones included, must be read again."""
+        self.cache, self.computed, self.page_digests, self.boundaries = None, 0, None, {}
+        if len(self.prompt_logprobs) < self.prompt_length:
+            self.prompt_logprobs.clear()
+            self._prompt_detokenizer, self._prompt_chars = Detokenizer(self._tokenizer), 0
 
     def add_prompt_logprobs(self, logits: Tensor) -> None:
         """Record the log-probabilities of the tokens that follow the next n prompt tokens, given logits [n, vocab]."""
         start = max(0, len(self.prompt_logprobs) - 1)
-        following = self.prompt[start + 1 : start + 1 + logits.shape[0]]
-        records = token_logprobs(logits[: len(following)], following, self.params.logprobs or 0)
+        following = self.tokens[start + 1 : min(self.prompt_length, start + 1 + logits.shape[0])]
+        n = len(following)
+        records = token_logprobs(logits[:n], following, [self.params.logprobs or 0] * n) if n else []
         if not self.prompt_logprobs:
-            records.insert(0, TokenLogprob(self.prompt[0], None))
+            records.insert(0, TokenLogprob(self.tokens[0], None))
         for record in records:
             self.prompt_logprobs.append(replace(record, text_offset=self._prompt_chars))
             self._prompt_chars += len(self._prompt_detokenizer.push(record.token_id))
 
-    def advance(self, logits: Tensor) -> Delta:
-        """Sample the next token from logits [vocab] and return its output."""
-        p = self.params
-        if p.max_tokens == 0:
-            return Delta(finish_reason="length")
-        token = sample(logits, p.temperature, p.top_p, p.top_k, self._generator)
-        self.last_token = token
-        self.completion_tokens += 1
-        if p.logprobs is not None:
-            [record] = token_logprobs(logits[None], [token], p.logprobs)
+    def finish_without_tokens(self) -> Delta:
+        """Return the output of a completion with ``max_tokens`` 0."""
+        return self._finish("", "length")
+
+    def advance(self, token: int, record: TokenLogprob | None) -> Delta:
+        """Append a sampled token and return its output. ``record`` is its log-probability, if requested."""
+        self.tokens.append(token)
+        if record is not None:
             self._pending_logprobs.append(replace(record, text_offset=self._decoded_chars))
-        if token == self._eos_id:
+        if token in self._stop_ids:
             return self._finish("", "stop")
         piece = self._detokenizer.push(token)
         self._decoded_chars += len(piece)
-        text, stopped = self._stop_filter.push(piece)
+        text, stopped = self._stop_filter.push(piece or self._stop_strings.mark(token))
         if stopped:
             return self._stop(text)
-        if self.completion_tokens == p.max_tokens:
+        if self.completion_tokens == self.params.max_tokens:
             return self._finish(text, "length")
         self._emitted_chars += len(text)
         return Delta(text, self._pop_logprobs())

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from tokenizer_files import byte_fallback, byte_level, unigram, write_files
 
-from evals.lm import CheckpointLM, _prefix_chains
+from evals.lm import CheckpointLM, _GrowingText, _prefix_chains
 from model import checkpoint as checkpoints
 from model.config import CACHE_FORMATS, ModelConfig
 from model.errors import CheckpointError, ConfigError
-from model.tokenizer import ByteTokenizer
+from model.tokenizer import ByteTokenizer, load_tokenizer
+from model.tokenizer.byte import byte_character
+from model.tokenizer.stop_strings import StopStrings
 from model.transformer import Transformer
 
 CONFIG = ModelConfig(
@@ -131,8 +136,100 @@ def test_stop_strings_and_eos(lm):
     # Of two stop strings that end at the same position, the one that starts first counts.
     assert generate(until=[letters[0], whole[place - 1 : place + 1]]) == whole[: place - 1]
     assert generate(until=["never this"]) == whole
-    lm._tokenizer.eos_id = lm.tok_encode(letters[0])[-1]
+    lm._tokenizer.extra_stop_ids = frozenset(lm.tok_encode(letters[0])[-1:])
     assert generate(until=[]) == whole[:place]
+
+
+def load_with(tokenizer_folder, folder):
+    """Return an lm of the model in ``folder``, with another tokenizer of at most as many IDs."""
+    lm = CheckpointLM(folder, prefill_chunk=7)
+    lm._tokenizer = load_tokenizer(tokenizer_folder, model_vocab_size=lm._model.config.vocab_size)
+    return lm
+
+
+def score(lm, context_ids, ids):
+    """Return the log-likelihood of ``ids`` after ``context_ids`` by a full forward pass."""
+    rows = full_scores(lm, [*context_ids, *ids][:-1])[-len(ids) :]
+    return rows.gather(1, torch.tensor(ids)[:, None]).sum().item()
+
+
+def loglikelihood(lm, *pairs):
+    return [total for total, _ in lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)]
+
+
+def test_a_continuation_that_merges_with_its_context(tmp_path, folder):
+    content = {**byte_level(), "added_tokens": []}
+    vocabulary = content["model"]["vocab"]
+    vocabulary["ab"] = vocabulary.pop(byte_character(255))  # the model has no room for another ID
+    content["model"]["merges"] = [["a", "b"]]
+    lm = load_with(write_files(tmp_path, content), folder)
+    a, b, c, d = (ord(letter) + 2 for letter in "abcd")
+    assert lm.tok_encode("cab") == [0, c, 257]
+    scores = loglikelihood(lm, ("ca", "b"), ("ca", "bd"), ("ca", "bb"), ("c", "ab"), ("", "ab"))
+    expected = [([0, c, a], [b]), ([0, c, a], [b, d]), ([0, c, a], [b, b]), ([0, c], [257]), ([0], [257])]
+    assert scores == pytest.approx([score(lm, *pair) for pair in expected], abs=1e-4)
+    assert max(scores) < 0
+
+
+def test_a_continuation_has_no_space_that_the_text_lacks(tmp_path, folder):
+    """The tokenizer puts a space in front of what it encodes, and "xy" is one token."""
+    content = unigram("xyz")
+    content["model"]["vocab"].append(["xy", -1.0])
+    lm = load_with(write_files(tmp_path, content), folder)
+    x, y = lm._tokenizer.encode_inside("x"), lm._tokenizer.encode_inside("y")
+    context = lm.tok_encode("zx")
+    assert context[-1:] == x and lm.tok_encode("zxy")[-1] not in (*x, *y)
+    assert loglikelihood(lm, ("zx", "y")) == pytest.approx([score(lm, context, y)], abs=1e-4)
+
+
+@pytest.mark.parametrize("context", ["", "ca", "ca "])
+def test_an_empty_continuation_is_refused(lm, context):
+    with pytest.raises(ConfigError, match=f"the context '{context}' and the continuation '': .* is empty"):
+        loglikelihood(lm, ("a", "b"), (context, ""))
+
+
+def test_a_continuation_without_tokens_is_refused(tmp_path, folder):
+    content = byte_level()
+    del content["model"]["vocab"]["z"]  # unknown characters are dropped
+    lm = load_with(write_files(tmp_path, content), folder)
+    for context in ("a", ""):
+        with pytest.raises(ConfigError, match="and the continuation 'z': the tokenizer has no tokens for"):
+            loglikelihood(lm, (context, "z"))
+    with pytest.raises(ConfigError, match="has no tokens for the text 'zz'"):
+        lm.loglikelihood_rolling(requests("loglikelihood_rolling", [("a",), ("zz",)]), disable_tqdm=True)
+
+
+def test_special_tokens_in_texts_are_text(lm):
+    spelled = lm._tokenizer.eos_token
+    assert lm.tok_encode(f"a{spelled}") == [0, *(byte + 2 for byte in f"a{spelled}".encode())]
+
+
+def test_generated_text_keeps_the_space_in_front(tmp_path):
+    """Decoding on its own would strip it."""
+    tokenizer = load_tokenizer(write_files(tmp_path, byte_fallback("abcd")))
+    text = _GrowingText(tokenizer, tokenizer.encode("ab"), StopStrings(["d"], tokenizer))
+    assert [text.push(token)[0] for token in tokenizer.encode_inside(" cd")] == [" ", " c", " c"]
+    assert text.read() == (" c", True)
+
+
+def test_stop_strings_of_special_tokens(tmp_path):
+    tokenizer = load_tokenizer(write_files(tmp_path, byte_level(added=["<|im_end|>"])))
+    a = ord("a") + 2
+    for tokens, stop, expected in [
+        ([a, 258, a], "<|im_end|>", ("a", True)),
+        ([a, a, 258], "a<|im_end|>", ("a", True)),
+        ([258, a, 258, 258], "<|im_end|><|im_end|>", ("a", True)),
+        ([a, 258, a], "im_end", ("aa", False)),
+    ]:
+        text = _GrowingText(tokenizer, [0], StopStrings([stop], tokenizer))
+        assert [text.push(token) for token in tokens][-1] == expected
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "final")
+    write_files(tmp_path / "final", byte_level(added=["<|im_end|>"]))
+    with pytest.raises(ConfigError, match="IDs up to 258, but the model has a vocabulary of 258"):
+        CheckpointLM(tmp_path / "final")
 
 
 def test_rolling_scores_every_token_once_within_the_context(lm):

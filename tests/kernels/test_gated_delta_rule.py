@@ -93,7 +93,8 @@ def test_eager_computes_long_inputs_in_pieces(monkeypatch):
     assert calls == [8, 8, 3]
 
 
-@pytest.mark.parametrize("backend", ["eager", "reference"])
+@pytest.mark.parametrize("backend", available(BACKENDS))
+@torch.no_grad()
 def test_documents_do_not_reach_one_another(backend):
     lengths = [1, 6, 2, 11, 1, 3]
     *tensors, _ = inputs(2, sum(lengths), 2, 5, 3)
@@ -104,7 +105,8 @@ def test_documents_do_not_reach_one_another(backend):
     torch.testing.assert_close(last, alone[-1][1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["eager", "reference"])
+@pytest.mark.parametrize("backend", available(BACKENDS))
+@torch.no_grad()
 def test_nothing_of_a_document_before_is_left(backend):
     """Even infinitely large values of one document leave the next one alone."""
     lengths = [5, 6]
@@ -187,13 +189,15 @@ def test_products_stay_in_float32_under_autocast():
 
 
 @needs_native
+@pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_cpu_equals_the_reference(shape):
+def test_cpu_equals_the_reference(shape, documents):
     tensors = inputs(*shape, strongest=200.0)
+    positions = random_positions(shape) if documents else None
     for given in (tensors, tensors[:-1]):
         before = [x.clone() for x in given]
-        found, expected = (gated_delta_rule(*given, backend=backend) for backend in ("cpu", "reference"))
+        found, expected = (gated_delta_rule(*given, positions=positions, backend=name) for name in ("cpu", "reference"))
         for ours, theirs in zip(found, expected):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
         assert all(map(torch.equal, given, before))
@@ -201,19 +205,18 @@ def test_cpu_equals_the_reference(shape):
 
 @needs_native
 @torch.no_grad()
-def test_the_native_scan_serves_few_tokens():
-    q, *_ = inputs(1, 32, 1, 1, 1)
-    assert backend_for(q) == "cpu" and backend_for(torch.cat((q, q), dim=1)) == "eager"
-    assert backend_for(q, torch.zeros(1, 32)) == "eager" and backend_for(q.double()) == "eager"
+def test_the_native_scan_serves_every_length_without_gradients():
+    q, *_ = inputs(1, 100, 1, 1, 1)
+    assert backend_for(q) == "cpu" and backend_for(q.double()) == "eager"
     with torch.enable_grad():
         assert backend_for(q) == "eager"
-    with pytest.raises(ValueError, match="the cpu backend does not support packed documents"):
-        gated_delta_rule(*inputs(*SHAPES[1]), positions=torch.zeros(2, 5), backend="cpu")
     q, k, v, g, beta, state = inputs(*SHAPES[1])
     with pytest.raises(ValueError, match="do not match"):
         gated_delta_rule(q, k[:, 1:], v, g, beta, backend="cpu")
     with pytest.raises(ValueError, match="expected a state"):
         gated_delta_rule(q, k, v, g, beta, state[:1], backend="cpu")
+    with pytest.raises(ValueError, match="expected positions"):
+        gated_delta_rule(q, k, v, g, beta, positions=torch.zeros(2, 5), backend="cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -91,7 +91,8 @@ def test_eager_computes_long_inputs_in_pieces(monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["eager", "reference"])
+@pytest.mark.parametrize("backend", available(BACKENDS))
+@torch.no_grad()
 def test_documents_do_not_reach_one_another(backend):
     lengths = [1, 6, 2, 11, 1, 3]
     *tensors, _ = inputs(2, sum(lengths), 4, 3, 2, 5)
@@ -147,13 +148,15 @@ def test_products_stay_in_float32_under_autocast():
 
 
 @needs_native
+@pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_cpu_equals_the_reference(shape):
+def test_cpu_equals_the_reference(shape, documents):
     tensors = inputs(*shape)
+    positions = random_positions(shape) if documents else None
     for given in (tensors, tensors[:-1]):
         before = [x.clone() for x in given]
-        found, expected = (ssd_scan(*given, backend=backend) for backend in ("cpu", "reference"))
+        found, expected = (ssd_scan(*given, positions=positions, backend=backend) for backend in ("cpu", "reference"))
         for ours, theirs in zip(found, expected):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
         assert all(map(torch.equal, given, before))
@@ -161,17 +164,15 @@ def test_cpu_equals_the_reference(shape):
 
 @needs_native
 @torch.no_grad()
-def test_the_native_scan_serves_few_tokens():
-    x, *_ = inputs(1, 32, 1, 1, 1, 1)
-    assert backend_for(x) == "cpu" and backend_for(torch.cat((x, x), dim=1)) == "eager"
-    assert backend_for(x, torch.zeros(1, 32)) == "eager" and backend_for(x.double()) == "eager"
-    with pytest.raises(ValueError, match="the cpu backend does not support packed documents"):
-        ssd_scan(*inputs(*SHAPES[1]), positions=torch.zeros(2, 5), backend="cpu")
+def test_cpu_refuses_shapes_that_do_not_match():
     x, dt, A, B, C, D, state = inputs(*SHAPES[1])
+    assert backend_for(x) == "cpu" and backend_for(x.double()) == "eager"
     with pytest.raises(ValueError, match="do not match"):
         ssd_scan(x, dt, A, B[:, 1:], C, D, backend="cpu")
     with pytest.raises(ValueError, match="expected a state"):
         ssd_scan(x, dt, A, B, C, D, state[:1], backend="cpu")
+    with pytest.raises(ValueError, match="expected positions"):
+        ssd_scan(x, dt, A, B, C, D, positions=torch.zeros(2, 4, dtype=torch.int64), backend="cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

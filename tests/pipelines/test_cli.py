@@ -58,7 +58,7 @@ def test_the_precision_table_covers_later_stages(capsys):
             ["--model.preset", "small", "--model.depth", "12"],
             "error: model.depth: 12 and model.preset 'small' are mutually",
         ),
-        (["--run.name", "data"], "error: run.name: 'data' is a reserved folder of run.folder, found 'data'"),
+        (["--run.name", "data"], "error: run.name: 'data' is reserved in run.folder, found 'data'"),
         (["--run.name", "../x"], "error: run.name: String should match pattern"),
         (["--serve.host", "0.0.0.0"], "error: serve.host: Input should be '127.0.0.1'"),
         (["--train.workers"], "error: command line: --train.workers has no value"),

@@ -1,10 +1,12 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import tokenizer_files
 import torch
+from tokenizer_files import write_files
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from model.config import ModelConfig
 from model.tokenizer import Tokenizer, load_tokenizer
@@ -33,6 +35,12 @@ def byte_tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
+def random_model_of() -> Callable[[int], Transformer]:
+    """Function that returns a random model with a vocabulary of the given size."""
+    return random_model
+
+
+@pytest.fixture(scope="session")
 def byte_model() -> Transformer:
     return random_model(258)
 
@@ -54,16 +62,15 @@ def letters(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture(scope="session")
 def byte_fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """A tokenizer like Llama's: "▁" marks spaces, decoding strips the first one, unknown characters become bytes."""
-    pieces = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghij"]
-    backend = Backend(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], byte_fallback=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    return load_tokenizer(write_files(tmp_path_factory.mktemp("fallback"), tokenizer_files.byte_fallback("abcdefghij")))
+
+
+@pytest.fixture(scope="session")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A byte-level tokenizer with a special token besides BOS and EOS, ID 258."""
+    return load_tokenizer(
+        write_files(tmp_path_factory.mktemp("level"), tokenizer_files.byte_level(added=["<|im_end|>"]))
     )
-    backend.add_special_tokens(["<s>", "</s>"])
-    path: Path = tmp_path_factory.mktemp("fallback") / "tokenizer.json"
-    backend.save(str(path))
-    return load_tokenizer(path)
 
 
 @pytest.fixture(scope="session")

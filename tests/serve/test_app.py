@@ -1,5 +1,6 @@
 """The deployed endpoint, from Ray Serve to the openai client."""
 
+import gzip
 import json
 import shlex
 import signal
@@ -53,7 +54,14 @@ def saved(tmp_path_factory, endless_model, letters) -> Path:
 
 @pytest.fixture(scope="module")
 def deployment(ray_cluster, saved) -> Iterator[Deployment]:
-    limits = {"max_active_requests": 2, "max_waiting_requests": 1, "max_body_bytes": 20_000, "prefill_chunk": 32}
+    limits = {
+        "max_active_requests": 2,
+        "max_waiting_requests": 1,
+        "max_body_bytes": 20_000,
+        "prefill_chunk": 32,
+        "keep_alive_seconds": 60,  # a busy machine must not add comments
+        "allowed_origins": ["http://localhost:3000"],
+    }
     with start(recipe_for(saved.parents[1], saved, **limits)) as deployment:
         yield deployment
 
@@ -178,6 +186,26 @@ def test_a_full_queue_answers_429(deployment, client) -> None:
         with pytest.raises(openai.RateLimitError, match="busy with 3 of at most 3"):
             client.completions.create(model=deployment.model_name, prompt="a")
     wait_until_idle(deployment)
+
+
+def test_http_conventions_hold_behind_the_proxy(deployment) -> None:
+    with httpx.Client(base_url=deployment.url) as client:
+        listing = client.get("/v1/models/")
+        assert listing.json()["object"] == "list"
+        head = client.head("/v1/models")
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-length"] == str(len(listing.content))
+        wrong = client.put("/v1/completions")
+        assert (wrong.status_code, wrong.headers["allow"]) == (405, "OPTIONS, POST")
+        assert client.options("/healthz").headers["allow"] == "GET, HEAD, OPTIONS"
+        page = {"origin": "http://localhost:3000", "access-control-request-method": "POST"}
+        allowed = client.options("/v1/completions", headers=page).headers["access-control-allow-origin"]
+        assert allowed == "http://localhost:3000"
+        body = {"prompt": "a", "max_tokens": 2, "min_p": 0, "n": None}
+        compressed = gzip.compress(json.dumps(body).encode())
+        headers = {"content-encoding": "gzip", "content-type": "application/json"}
+        assert client.post("/v1/completions/", content=compressed, headers=headers).status_code == 200
+        assert client.post("/v1/completions", content=b'{"model": "\\ud800"}').status_code == 400
 
 
 def test_a_port_in_use_is_refused_before_start(ray_cluster, saved) -> None:

@@ -10,6 +10,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from retrieval_data import CONFIG, save_checkpoint, write_shards
+from tokenizer_files import byte_fallback, unigram, write_files
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -106,6 +107,14 @@ def test_bpe_tokenizer(tmp_path):
     sizes = check_questions(questions, tokenizer, 256, CONFIG.window)
     assert max(sizes) > 230
     assert len(questions["context"][0]) > 300  # characters; lengths count the tokens of this tokenizer
+
+
+@pytest.mark.parametrize("vocabulary", [unigram, byte_fallback])
+def test_tokenizers_that_put_a_space_in_front(tmp_path, vocabulary):
+    tokenizer = load_tokenizer(write_files(tmp_path / "in", vocabulary(string.printable.strip() + "\n")))
+    checkpoint = save_checkpoint(tmp_path / "final", CONFIG.replace(vocab_size=tokenizer.vocab_size), tokenizer)
+    questions = mqar_questions(checkpoint=checkpoint, length=256, pairs=4, samples=6, seed=1)["test"]
+    assert max(check_questions(questions, tokenizer, 256, CONFIG.window)) > 250
 
 
 def test_tokenizer_that_loses_a_fact_is_refused(tmp_path):

@@ -1,5 +1,7 @@
 """The kda mixer in a network: training, caches of fixed size, batch-invariant mode, costs and options."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -105,6 +107,31 @@ def test_the_length_of_a_chunk_changes_nothing():
     for gradients in found[1:]:
         for ours, expected in zip(gradients, found[0], strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        ids = random_ids(2, 40, seed=step)
+        F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_training_resumes_bit_by_bit(tmp_path):
+    def optimizer_of(model):
+        return MuonAdamW(model.named_parameters(), OptimizerConfig(), model.split_sizes())
+
+    model = network().train()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, range(2))
+    checkpoint.save(model, tmp_path / "model")
+    state = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, range(2, 4))
+    resumed = checkpoint.load(tmp_path / "model").train()
+    again = optimizer_of(resumed)
+    again.load_state_dict(state)
+    train(resumed, again, range(2, 4))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
 
 
 # --- caches
@@ -235,10 +262,10 @@ def test_training_rounds_what_the_convolution_reads_as_the_cache_does():
     assert (trained - plain).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("state_format", ["fp32", "bf16"])
+@pytest.mark.parametrize("options", [{}, {"state_format": "bf16"}, {"num_heads": 3, "head_dim": 4}])
 @torch.no_grad()
-def test_batch_invariant_bits_do_not_depend_on_pieces_or_company(state_format):
-    model = network(options={"state_format": state_format})
+def test_batch_invariant_bits_do_not_depend_on_pieces_or_company(options):
+    model = network(options=options)
     model.execution = Execution("batch-invariant")
     ids = random_ids(3, 40)
     expected = model(ids)

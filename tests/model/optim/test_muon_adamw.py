@@ -65,6 +65,8 @@ def test_the_optimizer_is_its_readable_twin(batch, monkeypatch):
     for step in (1, 2, 3):
         for name, p in model.named_parameters():
             p.grad = torch.randn_like(p)
+            if p.dim() > 2 and step > 1:
+                p.grad[0] = 0.0  # an expert without tokens
             rows = fused.get(name, p.shape[-2:-1])
             if rule_for(name, p, "muon", rows) == "adamw":
                 weights[name], *state[name] = adamw_step(weights[name], p.grad, *state[name], step, 0.01, config)
@@ -76,7 +78,7 @@ def test_the_optimizer_is_its_readable_twin(batch, monkeypatch):
                 views = (t[..., part, :].flatten(0, -3) if t.dim() > 2 else t[None, part]
                          for t in (weights[name], p.grad, state[name][0]))  # fmt: skip
                 for weight, gradient, momentum in zip(*views):
-                    new_weight, new_momentum = muon_step(weight, gradient, momentum, 0.02, config)
+                    new_weight, new_momentum = muon_step(weight, gradient, momentum, 0.02, config, p.dim() > 2)
                     weight.copy_(new_weight)
                     momentum.copy_(new_momentum)
         optimizer.step()
@@ -108,6 +110,36 @@ def test_fused_projections_are_told_apart():
     table = {role: shown for role, _, shown, _, _ in MuonAdamW(parameters.items(), OptimizerConfig(), fused).table()}
     assert table["layers.*.attn_residual.fn"] == "4 x (2 x [4, 128] + 1 x [16, 128])"
     assert table["layers.*.ffn.w1"] == "4 x (4 x [16, 32])"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_experts_without_tokens_keep_their_weights_while_their_momentum_decays(dtype):
+    """Orthogonalization would turn what is left of the momentum into steps of full size."""
+    config = OptimizerConfig(ns_dtype=dtype)
+    experts, dense = nn.Parameter(torch.randn(4, 6, 10)), nn.Parameter(torch.randn(6, 10))
+    optimizer = MuonAdamW([("experts", experts), ("dense", dense)], config)
+    for idle in (False, True, True, False):
+        before = experts.detach().clone()
+        momentum = optimizer.state_tensors().get("experts/momentum", torch.zeros(4, 6, 10)).clone()
+        dense.grad, experts.grad = torch.zeros(6, 10), torch.randn(4, 6, 10)
+        if idle:
+            experts.grad[1:3] = 0.0
+        before_dense = dense.detach().clone()
+        optimizer.step()
+        moved = (experts != before).flatten(1).any(1).tolist()
+        assert moved == [True, not idle, not idle, True]
+        assert not torch.equal(dense, before_dense)  # weight decay
+        expected = config.momentum * momentum + experts.grad
+        torch.testing.assert_close(optimizer.state_tensors()["experts/momentum"], expected)
+
+
+def test_a_gradient_that_is_not_finite_is_no_missing_gradient():
+    experts = nn.Parameter(torch.randn(2, 6, 10))
+    optimizer = MuonAdamW([("experts", experts)], OptimizerConfig(ns_dtype="float32"))
+    experts.grad = torch.zeros(2, 6, 10)
+    experts.grad[1] = float("nan")
+    optimizer.step()
+    assert experts[0].isfinite().all() and experts[1].isnan().all()
 
 
 def test_parts_too_small_for_muon_go_to_adamw():

@@ -1,15 +1,20 @@
-"""Starting a local Ray cluster: a second attempt, then an error."""
+"""Starting a local Ray cluster, and what workers of a joined one import."""
 
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
 import ray
 import yaml
 
+from model.errors import ConfigError
 from pipelines import __main__ as cli
-from pipelines.ray_runtime.session import ray_session
+from pipelines.ray_runtime import session
+from pipelines.ray_runtime.session import PACKAGES, PROJECT, ray_session
 from pipelines.recipe.loading import with_overrides
 from pipelines.tracking.mlflow_store import open_tracking
 from pipelines.tracking.run_folder import RUN_FILE
@@ -59,3 +64,62 @@ def test_a_step_whose_cluster_does_not_start_ends_with_one_sentence(prepared, st
     assert [p.is_running() for p in processes] == [False, False]
     run_id = yaml.safe_load((recipe.run_folder / RUN_FILE).read_text())["run_id"]
     assert open_tracking(recipe).client.get_run(run_id).info.status == "FAILED"
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """Return the options of ``ray.init`` when a step joins a cluster."""
+    found = {}
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "init", lambda **options: found.update(options))
+    return found
+
+
+def job(**environment):
+    return json.dumps({"runtime_env": environment})
+
+
+@pytest.mark.parametrize("environment", [None, "{}", job(), job(working_dir="gcs://other.zip")])
+def test_a_joined_cluster_gets_the_five_packages_and_no_user_data(joined, monkeypatch, tmp_path, environment):
+    monkeypatch.chdir(tmp_path)
+    if environment is not None:
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", environment)
+    with ray_session():
+        pass
+    sent = joined["runtime_env"]["py_modules"]
+    assert {Path(path).name for path in sent} == set(PACKAGES)
+    assert all((Path(path) / "__init__.py").is_file() for path in sent)
+    assert not any(path.stat().st_size > 1e6 for folder in sent for path in Path(folder).rglob("*.*"))
+
+
+@pytest.mark.parametrize("environment", [job(working_dir="gcs://project.zip"), job(py_modules=["gcs://x.zip"])])
+def test_a_job_that_brings_the_packages_sends_nothing_more(joined, monkeypatch, environment):
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", environment)
+    with ray_session():
+        pass
+    assert joined["runtime_env"] == {}
+
+
+def test_workers_of_a_local_cluster_search_absolute_folders(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(("", "lib", str(PROJECT))))
+    assert session._search_path().split(os.pathsep) == [str(PROJECT), str(tmp_path), str(tmp_path / "lib")]
+
+
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_temporary_folder_too_long_for_sockets_is_named(started, monkeypatch, tmp_path, name):
+    processes = started(1)
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv(name, f"/tmp/{'x' * 60}")
+    with (
+        pytest.raises(ConfigError, match=rf"^{name}: /tmp/x+ is \d+ bytes too long .* set RAY_TMPDIR to"),
+        ray_session(),
+    ):
+        pass
+    assert not processes
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    with ray_session():
+        assert len(processes) == 1

@@ -112,7 +112,7 @@ def test_a_model_without_a_growing_cache_is_no_error(capsys, tmp_path):
         (["--model", "tiny", "--config", "configs/tiny.yaml"], "--model: names a model beside --config"),
         (["--model", "tiny", "--model.preset", "base"], "--model tiny is already a starting point"),
         (["--model", "tiny", "--model.windw", "3"], "model.windw: unknown key; did you mean 'window'?"),
-        (["--model", "tiny", "--model.layers", "[csa"], "command line: model.layers: '[csa' is not a valid value"),
+        (["--model", "tiny", "--model.layers", "[csa"], "model.layers: '[csa' is not one of sliding"),
         (["--model", "v4-pro", "--context", "0"], "--context: must be at least 1 token, found 0"),
         (
             ["--model", "v4-pro", "--context", "1048577"],

@@ -16,13 +16,18 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.utils import validation
 
 from model import checkpoint as checkpoints
 from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
 from model.tokenizer import ByteTokenizer, load_tokenizer
 from model.transformer import Transformer
-from pipelines.recipe.loading import recipe_from_dict, with_overrides
+from pipelines.recipe.loading import load_recipe, recipe_from_dict, with_overrides
 from pipelines.recipe.schema import Recipe
 from pipelines.steps import evaluate, promote
 from pipelines.tracking.mlflow_store import open_tracking
@@ -256,6 +261,48 @@ def test_interrupted_copy_registers_nothing(recipe, store):
     assert not tracking.client.search_logged_models([tracking.experiment_id])
     logged = (store / "mlartifacts" / "models").glob("*/artifacts/*")
     assert {path.name for path in logged} <= {"model.safetensors", "config.json", "tokenizer.json"}
+
+
+@pytest.mark.parametrize("call", ["create_model_version", "set_logged_model_tags", "set_registered_model_alias"])
+def test_a_registration_that_fails_leaves_the_registry_as_it_was(recipe, store, monkeypatch, call):
+    recipe = with_overrides(recipe, {"promote.registered_name": f"failing.{call}", "tracking.experiment": call})
+    train(recipe, "only", 0.5, 100)
+
+    def fail(*_, **__):
+        raise MlflowException("the server is gone")
+
+    tracking = open_tracking(recipe)
+    for registered in (False, True):  # as a new model, and as one more version
+        if registered:
+            promote.run(recipe)
+        before = versions(recipe), len(tracking.client.search_logged_models([tracking.experiment_id]))
+        copies = sorted((store / "mlartifacts" / "models").glob("*/artifacts/*"))
+        with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="could not register"):
+            patch.setattr(MlflowClient, call, fail)
+            promote.run(recipe)
+        after = versions(recipe), len(tracking.client.search_logged_models([tracking.experiment_id]))
+        assert (after, sorted((store / "mlartifacts" / "models").glob("*/artifacts/*"))) == (before, copies)
+        names = {model.name for model in tracking.client.search_registered_models()}
+        assert (recipe.promote.registered_name in names) == registered
+    assert str(champion(recipe).version) == "1"
+
+
+@pytest.mark.parametrize("alias", ["latest", "Latest", "LATEST", "v2", "V10", "", "a b", "a/b", "1", "a" * 129, "é"])
+def test_an_alias_that_mlflow_refuses_is_refused_when_the_recipe_is_read(alias):
+    with pytest.raises(ConfigError, match=r"^promote\.alias: "):
+        load_recipe([], [f"promote.alias={alias}"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.from_regex(r"[A-Za-z][A-Za-z0-9_-]{0,12}", fullmatch=True) | st.sampled_from(["v", "v1a", "latests", "vv1"]))
+def test_mlflow_takes_every_name_and_alias_that_a_recipe_may_hold(name):
+    try:
+        section = load_recipe([], [f"promote.alias={name}", f"promote.registered_name={name}.1"]).promote
+    except ConfigError:
+        return
+    validation._validate_model_alias_name(section.alias)
+    validation._validate_model_alias_name_reserved(section.alias)
+    validation._validate_model_name(section.registered_name)
 
 
 @pytest.mark.parametrize(

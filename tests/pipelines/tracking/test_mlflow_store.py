@@ -65,7 +65,7 @@ def test_run_records_recipe_tags_and_metrics(store):
 
 def test_default_recipe_has_no_parameter_lost(store):
     """The recipe has more than MLflow's 100 parameters per request. Values beyond its limit are truncated."""
-    recipe = recipe_in(store, data={"sources": ["x" * 7000]})
+    recipe = recipe_in(store, data={"sources": ["x" * 200] * 35})
     tracking = open_tracking(recipe)
     run_id = tracking.start_run("a", kind="train", recipe=recipe).run_id
     params = tracking.client.get_run(run_id).data.params
@@ -189,13 +189,16 @@ def test_first_use_from_four_processes_at_once(tmp_path):
     assert len(tracking.client.search_runs([tracking.experiment_id])) == 4
 
 
-def test_folder_names_that_need_escaping(tmp_path):
-    folder = tmp_path / "a b%20c#d?e"
+@pytest.mark.parametrize("name", ["a b%20c#d?e", "my runs", "*", "[v]", "é", "a+b@c:d;e&f'g"])
+def test_folder_names_that_need_escaping(tmp_path, name):
+    folder = tmp_path / name
     recipe = recipe_in(folder)
     tracking = open_tracking(recipe)
     run = tracking.start_run("a", kind="train", recipe=recipe)
     assert sorted(path.name for path in folder.iterdir()) == ["mlartifacts", "mlflow.db", "mlflow.db.lock"]
     assert (folder / "mlartifacts" / run.run_id / "artifacts" / "config.yaml").is_file()
+    if not set(name) & set("%#?"):  # MLflow creates the folder of the URI as it is escaped
+        assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_another_database_by_uri(tmp_path, monkeypatch):

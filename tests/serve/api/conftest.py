@@ -4,7 +4,11 @@ import pytest
 from fastapi.testclient import TestClient
 
 from serve.api.asgi import create_app
+from serve.api.config import HttpConfig
 from serve.engine import Engine, EngineConfig
+
+# A busy machine must not add comments to the streams that tests read.
+CONFIG = HttpConfig(max_body_bytes=20_000, keep_alive_seconds=60)
 
 
 @pytest.fixture(scope="module")
@@ -12,5 +16,11 @@ def client(endless_model, letters) -> Iterator[TestClient]:
     engine = Engine(
         endless_model, letters, EngineConfig(max_active_requests=4, max_waiting_requests=8, prefill_chunk=32)
     )
-    with TestClient(create_app(engine, "letters", max_body_bytes=20_000), raise_server_exceptions=False) as client:
+    with TestClient(create_app(engine, "letters", CONFIG), raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def byte_client(byte_model, byte_tokenizer) -> Iterator[TestClient]:
+    with TestClient(create_app(Engine(byte_model, byte_tokenizer), "bytes", CONFIG)) as client:
         yield client

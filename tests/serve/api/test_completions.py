@@ -8,16 +8,23 @@ import httpx
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from tokenizer_files import byte_level as byte_level_content
+from tokenizer_files import unigram, write_files
 
+from model.tokenizer import load_tokenizer
 from serve.api.asgi import create_app
+from serve.api.config import HttpConfig
 from serve.engine import Engine
+
+CONFIG = HttpConfig(max_body_bytes=20_000, keep_alive_seconds=60)
 
 TEXT = "the other rain "
 
 
 @pytest.fixture(scope="module")
-def byte_client(byte_model, byte_tokenizer) -> Iterator[TestClient]:
-    with TestClient(create_app(Engine(byte_model, byte_tokenizer), "bytes", max_body_bytes=20_000)) as client:
+def level_client(byte_level, random_model_of) -> Iterator[TestClient]:
+    model = random_model_of(byte_level.vocab_size)
+    with TestClient(create_app(Engine(model, byte_level), "level", CONFIG)) as client:
         yield client
 
 
@@ -175,32 +182,76 @@ def test_echo_lists_bos_as_a_token_but_not_in_the_text(client) -> None:
     assert choice["logprobs"]["token_logprobs"][1] < 0
 
 
+@pytest.mark.parametrize("kind", ["byte", "level"])
+@pytest.mark.parametrize("max_tokens", [0, 1, 8])
+def test_echo_of_a_prompt_cut_inside_a_character(byte_client, level_client, byte_tokenizer, kind, max_tokens) -> None:
+    client = byte_client if kind == "byte" else level_client
+    whole, names = byte_tokenizer.encode("ab€𝄞é"), {"<|bos|>": 0, "<|eos|>": 1}
+    for cut in range(1, len(whole) + 1):
+        body = {"prompt": whole[:cut], "echo": True, "logprobs": 0, "max_tokens": max_tokens, "seed": cut}
+        choice = ask(client, **body)["choices"][0]
+        tokens = choice["logprobs"]["tokens"]
+        ids = [int(t[9:]) if t.startswith("token_id:") else names.get(t, byte_tokenizer.encode(t)[0]) for t in tokens]
+        assert ids[:cut] == whole[:cut]
+        assert choice["text"] == byte_tokenizer.decode(ids)
+        assert "".join(chunk["choices"][0]["text"] for chunk in stream(client, **body)) == choice["text"]
+        offsets = choice["logprobs"]["text_offset"]
+        assert offsets == sorted(offsets) and max(offsets) <= len(choice["text"])
+
+
+def test_logprobs_show_the_space_in_front_of_a_token(byte_model, tmp_path) -> None:
+    content = unigram("abc")
+    content["model"]["vocab"].append(["▁a", -1.0])
+    tokenizer = load_tokenizer(write_files(tmp_path, content))
+    with TestClient(create_app(Engine(byte_model, tokenizer), "abc", max_body_bytes=20_000)) as client:
+        choice = ask(client, prompt="b a", echo=True, logprobs=0, max_tokens=0)["choices"][0]
+    assert choice["text"] == "b a"
+    assert choice["logprobs"]["tokens"] == ["<|bos|>", " ", "b", " a"]
+    assert choice["logprobs"]["text_offset"] == [0, 0, 0, 1]
+
+
+def test_special_tokens_in_a_prompt_are_text_unless_asked(level_client) -> None:
+    def count(**body) -> int:
+        return ask(level_client, max_tokens=1, **body)["usage"]["prompt_tokens"]
+
+    text = "<s>a<|im_end|>"
+    assert count(prompt=text) == 1 + len(text)
+    assert count(prompt=text, parse_special=True) == 3  # its BOS is not doubled
+    assert count(prompt="a<|im_end|>", parse_special=True) == 3
+    body = {"prompt": text, "add_special_tokens": False}
+    assert level_client.post("/tokenize", json=body).json()["count"] == len(text)
+    parsed = level_client.post("/tokenize", json={**body, "parse_special": True}).json()["tokens"]
+    assert parsed == [0, ord("a") + 2, 258]
+
+
+def test_a_prompt_that_the_tokenizer_cannot_encode_is_refused(byte_model, tmp_path) -> None:
+    tokenizer = load_tokenizer(write_files(tmp_path, unigram("abc", unknown=False)))
+    with TestClient(create_app(Engine(byte_model, tokenizer), "abc", CONFIG)) as client:
+        response = client.post("/v1/completions", json={"prompt": "abcd"})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "prompt" and "cannot encode 'd'" in response.text
+
+
+def test_offsets_of_a_prompt_that_decodes_to_more_text(byte_model, tmp_path) -> None:
+    content = {**byte_level_content(), "normalizer": {"type": "Replace", "pattern": {"String": "a"}, "content": "aaaa"}}
+    tokenizer = load_tokenizer(write_files(tmp_path, content))
+    with TestClient(create_app(Engine(byte_model, tokenizer), "abc", CONFIG)) as client:
+        choice = ask(client, prompt="ab", echo=True, logprobs=0, max_tokens=2)["choices"][0]
+    assert choice["text"].startswith("ab")
+    assert choice["logprobs"]["text_offset"][:7] == [0, 0, 1, 2, 2, 2, 2]
+
+
 def test_logprobs_of_bytes_have_distinct_strings(byte_client) -> None:
     choice = ask(byte_client, prompt="€ß", echo=True, logprobs=5, max_tokens=4)["choices"][0]
     assert choice["logprobs"]["tokens"][1:4] == [f"token_id:{byte + 2}" for byte in "€".encode()]
     assert all(len(top) in (5, 6) for top in choice["logprobs"]["top_logprobs"][1:])
 
 
-def test_neutral_values_are_accepted(client) -> None:
-    neutral = {"best_of": 1, "suffix": "", "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}}
-    nulls = {
-        "max_tokens": None,
-        "temperature": None,
-        "top_p": None,
-        "n": None,
-        "stop": None,
-        "echo": None,
-        "stream": None,
-    }
-    assert ask(client, prompt="the", **neutral)["choices"] == ask(client, prompt="the")["choices"]
-    assert ask(client, prompt="the", **nulls)["choices"] == ask(client, prompt="the", max_tokens=16)["choices"]
-
-
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_disconnect_aborts_the_request(endless_model, letters, streamed) -> None:
     async def main() -> None:
         engine = Engine(endless_model, letters)
-        app = create_app(engine, "letters", max_body_bytes=20_000)
+        app = create_app(engine, "letters")
         body = json.dumps({"prompt": "the", "max_tokens": 500, "temperature": 0, "stream": streamed}).encode()
         disconnected = asyncio.Event()
         messages = [{"type": "http.request", "body": body, "more_body": False}]
@@ -234,11 +285,66 @@ def test_a_disconnect_aborts_the_request(endless_model, letters, streamed) -> No
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+def test_a_disconnect_within_the_body_ends_the_request(letters_model, letters, encoding) -> None:
+    async def main() -> None:
+        app = create_app(Engine(letters_model, letters), "letters")
+        messages = [
+            {"type": "http.disconnect"},
+            {"type": "http.request", "body": b'{"prompt"', "more_body": True},
+        ]
+        sent = []
+
+        async def receive() -> dict:
+            return messages.pop()
+
+        async def send(message: dict) -> None:
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json"), (b"content-encoding", encoding.encode())]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
+        await app(scope, receive, send)
+        assert sent[0]["status"] == 499
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("spec_version", ["2.3", "2.4"])
+def test_a_stream_ends_quietly_if_sending_fails(endless_model, letters, spec_version) -> None:
+    """From version 2.4 of ASGI on, a server reports a disconnect by an OSError of ``send``."""
+
+    async def main() -> None:
+        engine = Engine(endless_model, letters)
+        app = create_app(engine, "letters")
+        body = json.dumps({"prompt": "the", "max_tokens": 400, "stream": True}).encode()
+        messages = [{"type": "http.disconnect"}, {"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive() -> dict:
+            if len(messages) == 1:
+                await asyncio.sleep(0.2 if spec_version == "2.3" else 60)
+            return messages.pop()
+
+        async def send(message: dict) -> None:
+            if message["type"] == "http.response.body" and spec_version == "2.4":
+                raise OSError("closed")
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
+        await asyncio.wait_for(app(scope | {"asgi": {"spec_version": spec_version}}, receive, send), 10)
+        for _ in range(1000):
+            if not engine.unfinished:
+                break
+            await asyncio.sleep(0.01)
+        assert engine.unfinished == 0
+
+    asyncio.run(main())
+
+
 def test_the_model_does_not_block_the_event_loop(endless_model, letters) -> None:
     async def main() -> None:
         engine = Engine(endless_model, letters)
         async with httpx.AsyncClient(
-            transport=httpx.ASGITransport(create_app(engine, "letters", max_body_bytes=20_000)), base_url="http://t"
+            transport=httpx.ASGITransport(create_app(engine, "letters")), base_url="http://t"
         ) as client:
             ask = asyncio.ensure_future(client.post("/v1/completions", json={"prompt": [5] * 400, "max_tokens": 1}))
             turns = 0

@@ -25,7 +25,7 @@ def test_healthz(client) -> None:
 def test_healthz_of_a_stopped_engine(letters_model, letters) -> None:
     engine = Engine(letters_model, letters)
     asyncio.run(engine.stop())
-    with TestClient(create_app(engine, "letters", max_body_bytes=20_000)) as client:
+    with TestClient(create_app(engine, "letters")) as client:
         assert client.get("/healthz").status_code == 503
         assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 500
 

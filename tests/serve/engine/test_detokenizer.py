@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.tokenizer import ByteTokenizer
-from serve.engine.detokenizer import Detokenizer, StopStringFilter
+from serve.engine.detokenizer import Detokenizer, StopStringFilter, finished_text
 
 BYTES = ByteTokenizer()
 
@@ -38,7 +38,34 @@ def test_a_character_is_emitted_with_its_last_byte() -> None:
 
 
 def test_invalid_bytes_do_not_hold_text_back_forever() -> None:
-    assert "".join(pieces_of([257] * 10)[:-1]) == "\ufffd" * 7
+    assert pieces_of([257] * 5) == ["\ufffd"] * 5 + [""]  # 0xFF starts no character
+    assert pieces_of([0xE2 + 2] * 3) == ["", "\ufffd", "\ufffd", "\ufffd"]  # 0xE2 does
+
+
+def test_a_replacement_character_in_the_text_is_not_held_back() -> None:
+    assert pieces_of(BYTES.encode("\ufffd"), BYTES.encode("a\ufffd")) == ["", "", "\ufffd", ""]
+
+
+@pytest.mark.parametrize("text", ["ab€", "€€€€€", "𝄞", "aé日𝄞b€"])
+def test_a_context_that_ends_inside_a_character(byte_level, byte_fallback, text) -> None:
+    """Whatever the split, the finished text of the context and the stream add up to the decoding of all tokens."""
+    for tokenizer in (BYTES, byte_level, byte_fallback):
+        ids = tokenizer.encode(text)
+        for last in (len(ids), len(ids) - 1):  # with the last byte of the last character, and without it
+            for cut in range(last + 1):
+                detokenizer = Detokenizer(tokenizer, context=ids[:cut])
+                pieces = [detokenizer.push(token) for token in ids[cut:last]]
+                assert not any("\ufffd" in piece for piece in pieces)
+                got = finished_text(tokenizer, ids[:cut]) + "".join(pieces) + detokenizer.flush()
+                assert got == tokenizer.decode(ids[:last])
+
+
+def test_special_and_unused_tokens_leave_the_context_alone(byte_fallback) -> None:
+    """They must not push the text out of the window: decoding strips the space in front of the first token."""
+    ids = byte_fallback.encode("a b")
+    for hidden in (byte_fallback.bos_id, 5000):
+        detokenizer = Detokenizer(byte_fallback, context=[*ids[:-2], *[hidden] * 20])
+        assert [detokenizer.push(token) for token in [*[hidden] * 20, *ids[-2:]]] == [""] * 20 + [" ", "b"]
 
 
 def test_a_tokenizer_that_joins_neighbors(letters) -> None:

@@ -124,7 +124,7 @@ def test_an_empty_prompt_starts_from_bos(letters_model, letters) -> None:
 
 def test_eos_stops_and_is_not_in_the_text(letters_model, letters) -> None:
     engine = Engine(letters_model, letters)
-    outcomes = (run(complete(engine, [0], max_tokens=60, seed=3)) for seed in range(200))
+    outcomes = (run(complete(engine, [0], max_tokens=60, seed=seed)) for seed in range(200))
     outcome = next(outcome for outcome in outcomes if outcome.finish_reason == "stop")
     assert outcome.tokens[-1] == letters.eos_id
     assert letters.eos_id not in outcome.tokens[:-1]
@@ -169,7 +169,7 @@ def test_pieces_are_complete_characters(byte_model, byte_tokenizer) -> None:
 
 
 def test_running_streams_continue_during_a_long_prefill(endless_model, letters) -> None:
-    scheduler = Scheduler(endless_model, letters, EngineConfig(prefill_chunk=32))
+    scheduler = Scheduler(endless_model, EngineConfig(prefill_chunk=32))
     far = time.monotonic() + 60
     short = Sequence([0, 5], SamplingParams(max_tokens=12, seed=3), letters, far)
     long = Sequence(prompt_of(letters, 40)[:320], SamplingParams(max_tokens=1), letters, far)
@@ -257,7 +257,7 @@ def test_deadline(endless_model, letters) -> None:
 
 
 def test_a_model_failure_ends_one_sequence_only(letters_model, letters) -> None:
-    scheduler = Scheduler(letters_model, letters, EngineConfig())
+    scheduler = Scheduler(letters_model, EngineConfig())
     far = time.monotonic() + 60
     params = SamplingParams(max_tokens=5, temperature=0, logprobs=0)
     bad = Sequence([0, 10_000], params, letters, far)  # outside the vocabulary; the engine would refuse it

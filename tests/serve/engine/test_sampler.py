@@ -3,17 +3,19 @@ import math
 import pytest
 import torch
 
-from serve.engine.sampler import sample, token_logprobs
+from serve.engine.logprobs import token_logprobs
+from serve.engine.sampler import Sampler, sample_tokens
+from serve.engine.sampling_params import SamplingParams
 
 
-def draws(
-    logits: torch.Tensor, n: int = 2000, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0
-) -> list[int]:
-    generator = torch.Generator().manual_seed(0)
-    counts = [0] * len(logits)
-    for _ in range(n):
-        counts[sample(logits, temperature, top_p, top_k, generator)] += 1
-    return counts
+def sampler(seed: int = 0, prompt=(), stop_ids=(), **params) -> Sampler:
+    return Sampler(SamplingParams(seed=seed, **params), prompt, stop_ids)
+
+
+def draws(logits: torch.Tensor, n: int = 2000, **params) -> list[int]:
+    """Return how often each token was drawn by ``n`` completions with different seeds."""
+    tokens = sample_tokens(logits.expand(n, -1), [sampler(seed, **params) for seed in range(n)])
+    return torch.tensor(tokens).bincount(minlength=len(logits)).tolist()
 
 
 LOGITS = torch.log(torch.tensor([0.1, 0.4, 0.2, 0.3]))
@@ -60,15 +62,73 @@ def test_a_tiny_temperature_is_greedy_and_finite() -> None:
         assert draws(torch.tensor([3.0e4, -3.0e4, 2.9e4]), n=10, temperature=temperature) == [10, 0, 0]
 
 
+@pytest.mark.parametrize(("min_p", "kept"), [(0.0, {0, 1, 2, 3}), (0.3, {1, 2, 3}), (0.6, {1, 3}), (1.0, {1})])
+def test_min_p_is_relative_to_the_most_likely(min_p: float, kept: set[int]) -> None:
+    assert {i for i, count in enumerate(draws(LOGITS, min_p=min_p)) if count} == kept
+
+
+def test_a_draw_does_not_depend_on_the_batch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 50, generator=generator)
+    settings = [{}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.2}, {"temperature": 0}, {"presence_penalty": 1.0}]
+    together = [sampler(i, **params) for i, params in enumerate(settings)]
+    alone = [sampler(i, **params) for i, params in enumerate(settings)]
+    for _ in range(20):
+        expected = [sample_tokens(row[None], [one])[0] for row, one in zip(logits, alone)]
+        assert sample_tokens(logits, together) == expected
+        logits = logits.roll(1, dims=1)
+
+
+def test_the_same_seed_gives_the_same_tokens() -> None:
+    logits = torch.zeros(1, 100)
+    first, second, other = ([sample_tokens(logits, [s])[0] for _ in range(8)] for s in map(sampler, (7, 7, 8)))
+    assert first == second != other
+
+
+def test_penalties_change_the_logits_as_defined() -> None:
+    logits = torch.tensor([2.0, -1.0, 0.5, 3.0, 1.0])
+    one = sampler(prompt=[0, 1], temperature=0, repetition_penalty=2.0)
+    one.count(3)
+    changed = logits.clone()
+    one.change_logits(changed)
+    assert changed.tolist() == [1.0, -2.0, 0.5, 1.5, 1.0]
+    one = sampler(prompt=[0], temperature=0, presence_penalty=0.5, frequency_penalty=0.25)
+    for token in (3, 3, 4):
+        one.count(token)
+    changed = logits.clone()
+    one.change_logits(changed)
+    assert changed.tolist() == [2.0, -1.0, 0.5, 3.0 - 0.5 - 2 * 0.25, 1.0 - 0.5 - 0.25]
+    one = sampler(temperature=0, logit_bias={1: 10.0, 3: -100.0})
+    changed = logits.clone()
+    one.change_logits(changed)
+    assert changed.tolist() == [2.0, 9.0, 0.5, -97.0, 1.0]
+    assert logits.tolist() == [2.0, -1.0, 0.5, 3.0, 1.0]
+
+
+def test_min_tokens_delays_stop_tokens() -> None:
+    logits = torch.tensor([[0.0, 5.0, 1.0, 4.0]])
+    one = sampler(stop_ids=[1, 3], temperature=0, min_tokens=2)
+    assert [sample_tokens(logits, [one])[0] for _ in range(3)] == [2, 2, 1]
+
+
+def test_sampling_leaves_the_logits_unchanged() -> None:
+    logits = torch.tensor([[1.0, 2.0]])
+    sample_tokens(logits, [sampler(logit_bias={0: 50.0})])
+    assert logits.tolist() == [[1.0, 2.0]]
+
+
+def test_a_banned_token_is_never_drawn() -> None:
+    assert draws(LOGITS, logit_bias={3: float("-inf")})[3] == 0
+
+
 def test_logprobs_equal_log_softmax() -> None:
     logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
     want = logits.log_softmax(dim=-1)
     worst = logits.argmin(dim=-1).tolist()
-    for row, (token, record) in enumerate(zip(worst, token_logprobs(logits, worst, top_n=2))):
+    for row, (token, record) in enumerate(zip(worst, token_logprobs(logits, worst, [2, 0, 1]))):
         assert record.logprob == want[row, token].item()
-        assert [i for i, _ in record.top] == [*want[row].topk(2).indices.tolist(), token]
+        assert [i for i, _ in record.top] == [*want[row].topk([2, 0, 1][row]).indices.tolist(), token]
         assert dict(record.top)[token] == record.logprob
     best = logits.argmax(dim=-1).tolist()
-    for record in token_logprobs(logits, best, top_n=1):
-        assert len(record.top) == 1
-        assert record.top[0] == (record.token_id, record.logprob)
+    for record in token_logprobs(logits, best, [1, 1, 1]):
+        assert record.top == ((record.token_id, record.logprob),)

@@ -2,10 +2,8 @@
 
 import random
 
-import pytest
 from tokenizers import Tokenizer as Backend
 
-from model.errors import ConfigError
 from model.tokenizer import ByteTokenizer, load_tokenizer
 
 TEXTS = ["", "a b\n\tc\r", "naïve 漢字 😀", "\x00\x7f\xad\xa0", " two  spaces ", "".join(map(chr, range(0x300)))]
@@ -31,8 +29,10 @@ def test_it_comes_back_as_itself_and_takes_no_text_for_a_special_token(tmp_path)
     assert 0 not in again.encode(again.bos_token)
 
 
-def test_unreadable_files_are_named(tmp_path):
-    for content in ("{", "[]", '{"model": {"vocab": {}}}', '{"model": 3}'):
-        (tmp_path / "tokenizer.json").write_text(content)
-        with pytest.raises(ConfigError, match=r"tokenizer\.json"):
-            load_tokenizer(tmp_path)
+def test_it_parses_special_tokens_on_request():
+    ours = ByteTokenizer()
+    text = f"{ours.bos_token}a€{ours.eos_token}{ours.eos_token}b"
+    assert ours.encode(text, parse_special=True) == [0, *ours.encode("a€"), 1, 1, *ours.encode("b")]
+    assert ours.decode(ours.encode(text)) == text
+    assert ours.encode_prompt(text, parse_special=True)[:2] == [0, ord("a") + 2]
+    assert ours.encode_prompt(text)[:2] == [0, ours.encode("<")[0]]

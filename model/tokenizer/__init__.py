@@ -1,0 +1,53 @@
+"""Tokenizers: bytes by default, or a Hugging Face ``tokenizer.json``. Nothing is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from model.errors import ConfigError
+from model.tokenizer.base import FILE_NAME, Tokenizer
+from model.tokenizer.byte import ByteTokenizer, is_byte_tokenizer
+from model.tokenizer.hugging_face import HuggingFaceTokenizer
+from model.tokenizer.side_files import SideFiles, read_object
+
+__all__ = ["BYTE", "FILE_NAME", "ByteTokenizer", "HuggingFaceTokenizer", "Tokenizer", "load_tokenizer"]
+
+BYTE = "byte"
+
+
+def load_tokenizer(
+    source: str | Path,
+    bos_token: str | None = None,
+    eos_token: str | None = None,
+    model_vocab_size: int | None = None,
+) -> Tokenizer:
+    """Load ``"byte"``, a ``tokenizer.json`` file, or a folder with one, and the files beside it.
+
+    ``bos_token`` and ``eos_token`` replace the declared tokens (see docs/text.md). ``model_vocab_size`` is the size of
+    the vocabulary that the tokenizer's IDs must lie in. Raises ConfigError.
+    """
+    if str(source) == BYTE:
+        for role, name, own in (
+            ("bos_token", bos_token, ByteTokenizer.bos_token),
+            ("eos_token", eos_token, ByteTokenizer.eos_token),
+        ):
+            if name not in (None, own):
+                raise ConfigError(f"{role}: '{name}' is not a token of the byte tokenizer, which has its own '{own}'")
+        return ByteTokenizer()
+    path = Path(source)
+    if path.is_dir():
+        path = path / FILE_NAME
+    if not path.exists():
+        raise ConfigError(f"tokenizer {path}: No such file or directory")
+    content, side_files = read_object(path), SideFiles.read(path.parent)
+    tokenizer: Tokenizer
+    if is_byte_tokenizer(content, side_files) and bos_token is None and eos_token is None:
+        tokenizer = ByteTokenizer(side_files)
+    else:
+        tokenizer = HuggingFaceTokenizer(path, content, side_files, bos_token, eos_token)
+    if model_vocab_size is not None and tokenizer.vocab_size > model_vocab_size:
+        raise ConfigError(
+            f"tokenizer {path}: has IDs up to {tokenizer.vocab_size - 1}, but the model has a vocabulary of "
+            f"{model_vocab_size}"
+        )
+    return tokenizer

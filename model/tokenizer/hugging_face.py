@@ -1,0 +1,241 @@
+"""Tokenizers of the ``tokenizers`` library."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from model.errors import ConfigError
+from model.tokenizer.base import Tokenizer
+from model.tokenizer.byte import byte_character
+from model.tokenizer.side_files import Role, SideFiles
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
+
+MAX_TOKEN_ID = 2**24 - 1
+"""Larger IDs are taken for damage: the network would have an embedding for every ID up to the largest."""
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_ROLES: dict[Role, str] = {"bos_token": "begin-of-sequence", "eos_token": "end-of-sequence"}
+_USUAL_NAMES: dict[Role, tuple[str, ...]] = {
+    "bos_token": ("<s>", "<bos>", "<|begin_of_text|>", "<|begin_of_sentence|>", "<｜begin▁of▁sentence｜>", "[CLS]"),
+    "eos_token": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<｜end▁of▁sentence｜>", "[SEP]"),
+}
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """The vocabulary of a ``tokenizer.json`` with ``content``, without its truncation, padding and post-processor.
+
+    Declared special tokens are those of the files beside it. ``bos_token`` and ``eos_token`` replace them.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        content: dict[str, Any],
+        side_files: SideFiles,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+    ):
+        self.path = path
+        self._content = {**content, "truncation": None, "padding": None}
+        self._declared_tokens = _add_missing_tokens(self._content, side_files)
+        self._backend = self._load()
+        self._vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        self._names = self._check_ids()
+        self.vocab_size = 1 + max(self._vocabulary.values())
+        self.eos_token, self.eos_id = self._find("eos_token", side_files, eos_token)
+        self.bos_token, self.bos_id = self._find("bos_token", side_files, bos_token)
+        self.side_files = side_files.with_tokens(self.bos_token, self.eos_token)
+        declared = [self._vocabulary[name] for name in side_files.names("eos_token") if name in self._vocabulary]
+        self.extra_stop_ids = frozenset([*declared, *side_files.ids("eos_token_id")]) - {self.eos_id}
+        self._special_names = {self.bos_token, self.eos_token} | (side_files.special_names() & self._vocabulary.keys())
+        _declare_special(self._backend, self._special_names)
+        self._backend.encode_special_tokens = True  # in the library's words: encode their spellings as text
+        added = self._backend.get_added_tokens_decoder()
+        self.special_tokens = {token.content: token_id for token_id, token in added.items() if token.special}
+        self._unknown_id = self._find_unknown()
+        self._special_ids = frozenset(self.special_tokens.values())
+        self._text_ids = frozenset(self._vocabulary.values()) - self._special_ids
+        self._reserved_ids = self._special_ids - {self._unknown_id}
+        """IDs that no text may produce."""
+        self._byte_ids = self._find_byte_ids()
+        self.continuation_ids = tuple(id for byte in (0x80, 0xBF) if (id := self._byte_ids.get(byte)) is not None)
+
+    # --- interface
+
+    def encode(self, text: str, parse_special: bool = False) -> list[int]:
+        backend = self._parsing_backend if parse_special else self._backend
+        try:
+            ids = backend.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises plain Exception
+            named = next(filter(self._fails, dict.fromkeys(text)), text[:40])
+            raise ConfigError(f"tokenizer {self.path}: cannot encode {named!r} ({error})") from error
+        if parse_special or self._reserved_ids.isdisjoint(ids):
+            return ids
+        # The vocabulary of the model itself, not only the list of added tokens, holds the spelling.
+        return [piece for token in ids for piece in (self._spell(token) if token in self._reserved_ids else (token,))]
+
+    def decode(self, ids: list[int]) -> str:
+        text = self._backend.decode(ids, skip_special_tokens=True)
+        if REPLACEMENT not in text or "<0x80>" not in self._vocabulary or self._backend.decoder is None:
+            return text
+        # The library replaces a whole run of bytes if one of them is wrong, valid characters included.
+        tokens = [self._names[token] for token in ids if self.is_text(token)]
+        return self._backend.decoder.decode(list(_replace_wrong_bytes(tokens)))
+
+    def is_text(self, token_id: int) -> bool:
+        return token_id in self._text_ids
+
+    def _loses(self, character: str) -> bool:
+        if self._fails(character):
+            return False  # encoding the text will fail
+        ids = self.encode_inside(character)
+        return not ids or self._unknown_id in ids
+
+    def _fails(self, text: str) -> bool:
+        """Return whether the library refuses a text, as it does without a token for unknown characters."""
+        try:
+            self._backend.encode(text, add_special_tokens=False)
+        except Exception:  # the library raises plain Exception
+            return True
+        return False
+
+    def _write_vocabulary(self, path: Path) -> None:
+        path.write_text(json.dumps(self._content, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    # --- loading
+
+    def _load(self) -> Backend:
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            return Backend.from_str(json.dumps(self._content))
+        except BaseException as error:  # the library raises plain Exception, and its panics derive from BaseException
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise ConfigError(f"{self.path}: not a readable tokenizer.json ({error})") from error
+
+    @cached_property
+    def _parsing_backend(self) -> Backend:
+        """A second instance that parses special tokens: switching one between threads would not be safe."""
+        backend = self._load()
+        _declare_special(backend, self._special_names)
+        return backend
+
+    def _check_ids(self) -> dict[int, str]:
+        """Return tokens by ID. Raises ConfigError unless every token has the ID that its file declares and shares it
+        with no other."""
+        if not self._vocabulary:
+            raise ConfigError(f"tokenizer {self.path}: has no tokens")
+        for token in self._declared_tokens:
+            found = self._vocabulary.get(token["content"])
+            if found != token["id"]:
+                raise ConfigError(
+                    f"tokenizer {self.path}: added token '{token['content']}' has ID {token['id']}, but the tokenizers "
+                    f"library reads it as {found}; IDs of added tokens must continue those of the vocabulary"
+                )
+        names: dict[int, str] = {}
+        for name, token_id in self._vocabulary.items():
+            if token_id > MAX_TOKEN_ID:
+                raise ConfigError(f"tokenizer {self.path}: token '{name}' has ID {token_id}, above {MAX_TOKEN_ID}")
+            if token_id in names:
+                raise ConfigError(f"tokenizer {self.path}: tokens '{names[token_id]}' and '{name}' share ID {token_id}")
+            names[token_id] = name
+        return names
+
+    def _find(self, role: Role, side_files: SideFiles, override: str | None) -> tuple[str, int]:
+        """Return name and ID of BOS or EOS: as given, declared by name, declared by ID, of a usual name, or for BOS,
+        EOS. GPT-2 style vocabularies use one token for both."""
+        declared = [override] if override is not None else side_files.names(role)[:1]
+        for name in declared:
+            if name not in self._vocabulary:
+                source = "" if override is not None else ", but the files beside it declare it"
+                raise ConfigError(
+                    f"tokenizer {self.path}: has no token '{name}'{source}; name the {_ROLES[role]} token with {role}"
+                )
+        ids = side_files.ids("bos_token_id" if role == "bos_token" else "eos_token_id")
+        declared += [self._names[token] for token in ids if token in self._names]
+        usual = [name for name in _USUAL_NAMES[role] if name in self._vocabulary]
+        for name in declared + usual:
+            return name, self._vocabulary[name]
+        if role == "bos_token":
+            return self.eos_token, self.eos_id
+        raise ConfigError(
+            f"tokenizer {self.path}: no {_ROLES[role]} token is declared beside it (eos_token in "
+            "tokenizer_config.json, eos_token_id in generation_config.json or config.json) and its vocabulary has none "
+            f"of {', '.join(_USUAL_NAMES[role])}; name one with {role}"
+        )
+
+    def _find_unknown(self) -> int | None:
+        model = self._content["model"]
+        unknown = model.get("unk_id")
+        return unknown if isinstance(unknown, int) else self._vocabulary.get(model.get("unk_token") or "")
+
+    def _find_byte_ids(self) -> dict[int, int]:
+        """Return the tokens of single bytes, in vocabularies with byte fallback and byte-level ones."""
+        if "<0x80>" in self._vocabulary:
+            names = {byte: f"<0x{byte:02X}>" for byte in range(256)}
+        elif '"ByteLevel"' in json.dumps([self._content.get("decoder"), self._content.get("pre_tokenizer")]):
+            names = {byte: byte_character(byte) for byte in range(256)}
+        else:
+            names = {}
+        return {byte: self._vocabulary[name] for byte, name in names.items() if name in self._vocabulary}
+
+    # --- text
+
+    def _spell(self, token: int) -> list[int]:
+        """Return the spelling of a special token in ordinary tokens: characters, else bytes, else unknown tokens."""
+        name = self._names[token]
+        ids: list[int] = []
+        for character in name:
+            own = self._vocabulary.get(character)
+            bytes_of = [self._byte_ids.get(byte) for byte in character.encode()]
+            if own is not None and own not in self._reserved_ids:
+                ids.append(own)
+            elif None not in bytes_of:
+                ids += [byte for byte in bytes_of if byte is not None]
+            elif self._unknown_id is not None:
+                ids.append(self._unknown_id)
+            else:
+                raise ConfigError(f"tokenizer {self.path}: has no ordinary tokens for the text '{name}'")
+        return ids
+
+
+def _add_missing_tokens(content: dict[str, Any], side_files: SideFiles) -> list[dict[str, Any]]:
+    """Add tokens that only ``tokenizer_config.json`` lists to ``content``. Return all added tokens."""
+    listed = [token for token in content.get("added_tokens") or [] if isinstance(token, dict) and "content" in token]
+    model = content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    known = {token["content"] for token in listed}
+    known |= {item[0] for item in vocabulary if item} if isinstance(vocabulary, list) else set(vocabulary or ())
+    missing = [token for token in side_files.added_tokens() if token["content"] not in known]
+    if missing:
+        content["added_tokens"] = sorted([*listed, *missing], key=lambda token: token["id"])
+    return [token for token in [*listed, *missing] if "id" in token]
+
+
+def _declare_special(backend: Backend, names: Iterable[str]) -> None:
+    """Mark tokens of the vocabulary as special."""
+    from tokenizers import AddedToken
+
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in sorted(names)])
+
+
+def _replace_wrong_bytes(tokens: list[str]) -> Iterator[str]:
+    """Replace bytes that are not UTF-8 with U+FFFD and keep the others as byte tokens."""
+    run: list[str] = []
+    for token in [*tokens, ""]:
+        if _BYTE_TOKEN.fullmatch(token):
+            run.append(token)
+            continue
+        for character in bytes(int(byte[3:5], 16) for byte in run).decode("utf-8", errors="replace"):
+            yield from [character] if character == REPLACEMENT else [f"<0x{byte:02X}>" for byte in character.encode()]
+        run = []
+        if token:
+            yield token

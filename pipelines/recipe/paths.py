@@ -1,0 +1,159 @@
+"""Local paths in a recipe or on the command line.
+
+``~`` is the home folder, ``file://`` URIs are understood, and other schemes are refused: a path with ``s3://`` would
+otherwise become a folder named ``s3:`` in the working directory.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import unquote, urlsplit
+
+from pydantic import BeforeValidator
+
+from model.errors import ConfigError
+from model.tokenizer import BYTE
+from pipelines.recipe.quoting import shorten
+
+MODEL_URI = re.compile(r"models:/(?P<name>[^/@:]+)(@(?P<alias>[^/@:]+)|/(?P<version>[0-9]+))")
+_MAX_PATH_BYTES, _MAX_NAME_BYTES = 2048, 255
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
+
+
+def parse_path(value: Any) -> Path:
+    """Return the local path that ``value``, a path or text, names. Raises ValueError with the reason alone."""
+    return Path(_resolve(value))
+
+
+def path_option(name: str) -> Callable[[str], Path]:
+    """Return a parser of the command-line option ``name``, a local path. It raises ConfigError."""
+
+    def parse(text: str) -> Path:
+        try:
+            return parse_path(text)
+        except ValueError as error:
+            raise ConfigError(f"{name}: {error}, found {shorten(text)}") from None
+
+    return parse
+
+
+def sqlite_uri(path: str | Path) -> str:
+    """Return the tracking URI of an SQLite database.
+
+    Only characters with a meaning in a URI are escaped: MLflow creates the parent folder of the path as it is written.
+    """
+    escaped = str(path).replace("%", "%25").replace("?", "%3F").replace("#", "%23")
+    return f"sqlite:///{escaped}"
+
+
+def check_creatable(path: Path, key: str) -> None:
+    """Raise ConfigError, naming ``key``, unless ``path`` can be created: in a writable folder, or in new ones there."""
+    for folder in path.absolute().parents:
+        if os.path.lexists(folder):
+            if not folder.is_dir():
+                raise ConfigError(f"{key}: {path} cannot be created, because {folder} is not a folder")
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise ConfigError(f"{key}: {path} cannot be created, because {folder} cannot be written to")
+            return
+
+
+def _parse_source(value: Any) -> str:
+    return _resolve(value)
+
+
+def _parse_tokenizer(value: Any) -> str:
+    return BYTE if value == BYTE else str(parse_path(value).absolute())
+
+
+def _parse_model_uri(value: Any) -> str:
+    if not isinstance(value, str) or not value.startswith("models:"):
+        return str(parse_path(value).absolute())
+    if not MODEL_URI.fullmatch(value):
+        raise ValueError("expected models:/<name>@<alias>, models:/<name>/<version> or a checkpoint folder")
+    return value
+
+
+def _parse_tracking_uri(value: Any) -> str:
+    """Check what every tracking URI has in common. :mod:`pipelines.tracking` knows the schemes."""
+    if not isinstance(value, str) or not value.isprintable() or " " in value:
+        raise ValueError("expected a URI without spaces")
+    home = re.fullmatch(r"sqlite:///(~[^/]*)(/.*)", value)
+    if home:
+        return f"{sqlite_uri(Path(_resolve(home[1])))}{home[2]}"
+    try:
+        parts = urlsplit(value)
+        named = parts.port is None or bool(parts.hostname)
+    except ValueError as error:
+        raise ValueError(f"not a URI ({error})") from None
+    if parts.scheme in ("http", "https") and not (named and parts.hostname):
+        raise ValueError("the URI names no host")
+    return value
+
+
+def _resolve(value: Any) -> str:
+    if not isinstance(value, str | Path):
+        raise ValueError(
+            "expected a path; put it in quotes" if isinstance(value, bool | int | float) else "expected a path"
+        )
+    text = str(value)
+    if not text or "\0" in text:
+        raise ValueError("expected a path" if not text else "a path cannot hold a NUL character")
+    try:
+        encoded = text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the path is not valid UTF-8") from None
+    if len(encoded) > _MAX_PATH_BYTES or max(map(len, encoded.split(b"/"))) > _MAX_NAME_BYTES:
+        raise ValueError("the path is too long")
+    if text[:5].lower() == "file:":
+        return _from_file_uri(text)
+    scheme = _SCHEME.match(text)
+    if scheme:
+        raise ValueError(
+            f"only local paths are supported, not {scheme[1]}:// (a folder of that name is ./{scheme[1]}:)"
+        )
+    return _expand_home(text)
+
+
+def _expand_home(text: str) -> str:
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~") and not os.path.lexists(text):
+        user = text.partition("/")[0]
+        raise ValueError(f"there is no home folder {user}; a file or folder of that name is ./{user}")
+    return expanded
+
+
+def _from_file_uri(text: str) -> str:
+    """Return the path of a ``file:`` URI (RFC 8089)."""
+    path = text[5:]
+    if path.startswith("//"):
+        host, slash, rest = path[2:].partition("/")
+        if host.lower() not in ("", "localhost"):
+            raise ValueError(f"the URI names the host '{host}', but only files of this machine are supported")
+        path = slash + rest
+    if not path.startswith("/"):
+        raise ValueError("a file: URI needs an absolute path, as in file:///data")
+    if "?" in path or "#" in path:
+        raise ValueError("write ? and # in a file: URI as %3F and %23")
+    if re.search(r"%(?![0-9A-Fa-f]{2})", path):
+        raise ValueError("write % in a file: URI as %25")
+    try:
+        decoded = unquote(path, errors="strict")
+    except UnicodeDecodeError:
+        raise ValueError("the path is not valid UTF-8") from None
+    if "\0" in decoded:
+        raise ValueError("a path cannot hold a NUL character")
+    return "/" + decoded.lstrip("/")
+
+
+LocalPath = Annotated[Path, BeforeValidator(parse_path)]
+SourcePattern = Annotated[str, BeforeValidator(_parse_source)]
+"""A path, or a glob of paths."""
+TokenizerSource = Annotated[str, BeforeValidator(_parse_tokenizer)]
+"""``byte``, or an absolute path."""
+ModelUri = Annotated[str, BeforeValidator(_parse_model_uri)]
+"""A model in the registry, or the absolute path of a checkpoint folder."""
+TrackingUri = Annotated[str, BeforeValidator(_parse_tracking_uri)]

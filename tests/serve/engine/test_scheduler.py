@@ -1,0 +1,170 @@
+"""Scheduling of a batch: together or alone, with and without room, from a kept prefix, with long prompts beside."""
+
+import time
+from collections import defaultdict
+
+import pytest
+import torch
+
+from model.errors import ConfigError
+from model.forward.execution import Execution
+from serve.engine import EngineConfig, SamplingParams
+from serve.engine.pace import PrefillPace
+from serve.engine.scheduler import Scheduler
+from serve.engine.sequence import Sequence
+
+
+def sequence(tokenizer, prompt, **params) -> Sequence:
+    return Sequence(prompt, SamplingParams(**{"max_tokens": 8, "seed": 1, **params}), tokenizer, time.monotonic() + 600)
+
+
+def finish(scheduler: Scheduler, sequences: list[Sequence]) -> dict[int, str]:
+    """Run all sequences to their ends. Return their texts by ``id``."""
+    texts: defaultdict[int, str] = defaultdict(str)
+    results = scheduler.step(sequences)
+    while scheduler.has_unfinished or results:
+        for one, delta in results:
+            assert delta.error is None, delta.error
+            texts[id(one)] += delta.text
+        results = scheduler.step() if scheduler.has_unfinished else []
+    return dict(texts)
+
+
+def random_prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, 250, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+PROMPTS = [random_prompt(length, length) for length in (1, 15, 40, 64, 65, 130, 200)]
+
+
+def config(**settings) -> EngineConfig:
+    return EngineConfig(
+        **{"cache_mebibytes": 16, "kept_prefixes": 0, "prefill_chunk": 64, "prefill_share": 1e9, **settings}
+    )
+
+
+def test_a_batch_takes_one_forward_pass_per_step(byte_model, byte_tokenizer) -> None:
+    scheduler = Scheduler(byte_model, config())
+    sequences = [sequence(byte_tokenizer, prompt, max_tokens=20, ignore_eos=True) for prompt in PROMPTS]
+    finish(scheduler, sequences)
+    assert [one.completion_tokens for one in sequences] == [20] * len(PROMPTS)
+    assert scheduler.stats.decoded_tokens == 19 * len(PROMPTS)
+    assert scheduler.stats.decode_steps < 40
+    assert scheduler.memory.used_pages == 0
+
+
+def test_batch_invariant_tokens_are_the_same_alone(byte_model, byte_tokenizer) -> None:
+    byte_model.execution = Execution("batch-invariant")
+    try:
+        make = lambda prompt: sequence(byte_tokenizer, prompt, max_tokens=12, ignore_eos=True, logprobs=1)  # noqa: E731
+        together, alone = [make(p) for p in PROMPTS[:5]], [make(p) for p in PROMPTS[:5]]
+        finish(Scheduler(byte_model, config(prefill_chunk=32)), together)
+        for one in alone:
+            finish(Scheduler(byte_model, config(prefill_chunk=512, kept_prefixes=4)), [one])
+        assert [one.tokens for one in together] == [one.tokens for one in alone]
+    finally:
+        byte_model.execution = Execution()
+
+
+def test_a_full_pool_makes_sequences_wait_and_stops_the_newest(byte_model, byte_tokenizer) -> None:
+    roomy = Scheduler(byte_model, config())
+    make = lambda: [sequence(byte_tokenizer, p, max_tokens=150, temperature=0, ignore_eos=True) for p in PROMPTS]  # noqa: E731
+    expected = finish(roomy, wanted := make())
+    tight = Scheduler(byte_model, config())
+    pool = tight.memory.pool
+    held = pool.allocate(pool.free_pages - 9)
+    sequences = make()
+    found = finish(tight, sequences)
+    assert tight.stats.preemptions > 0
+    assert [one.tokens for one in sequences] == [one.tokens for one in wanted]
+    assert [found[id(s)] for s in sequences] == [expected[id(s)] for s in wanted]
+    pool.release(held)
+    assert tight.memory.used_pages == 0
+
+
+def test_kept_prefixes_make_room_for_running_sequences(byte_model, byte_tokenizer) -> None:
+    scheduler = Scheduler(byte_model, config(kept_prefixes=8))
+    pool = scheduler.memory.pool
+    held = pool.allocate(pool.free_pages - 4)
+    for seed in range(4):
+        finish(scheduler, [sequence(byte_tokenizer, random_prompt(150, seed), ignore_eos=True)])
+    assert scheduler.stats.preemptions == 0
+    scheduler.memory.prefixes.clear()
+    pool.release(held)
+    assert scheduler.memory.used_pages == 0
+
+
+def test_a_repeated_prompt_continues_from_its_kept_prefix(byte_model, byte_tokenizer) -> None:
+    scheduler = Scheduler(byte_model, config(kept_prefixes=8))
+    page = byte_model.config.page_tokens
+    prompt = random_prompt(4 * page + 10)
+    first, second = (sequence(byte_tokenizer, prompt, temperature=0, ignore_eos=True) for _ in range(2))
+    finish(scheduler, [first])
+    assert scheduler.stats.prefill_tokens == len(prompt)
+    finish(scheduler, [second])
+    assert (first.cached_tokens, second.cached_tokens) == (0, 4 * page)
+    assert scheduler.stats.prefill_tokens == len(prompt) + 10
+    assert first.tokens == second.tokens
+    # Another ending: the first prompt with it is read from the start, the next one from the branch.
+    endings = [sequence(byte_tokenizer, prompt[: 2 * page] + random_prompt(page, seed)) for seed in (5, 6)]
+    for one in endings:
+        finish(scheduler, [one])
+    assert [one.cached_tokens for one in endings] == [0, 2 * page]
+
+
+def test_prompt_logprobs_do_not_skip_a_kept_prefix(byte_model, byte_tokenizer) -> None:
+    scheduler = Scheduler(byte_model, config(kept_prefixes=8))
+    prompt = random_prompt(150)
+    for _ in range(2):
+        one = sequence(byte_tokenizer, prompt, prompt_logprobs=True, logprobs=0)
+        finish(scheduler, [one])
+        assert [record.token_id for record in one.prompt_logprobs] == prompt
+        assert one.cached_tokens == 0
+
+
+def test_stop_token_ids_and_ignore_eos(byte_model, byte_tokenizer) -> None:
+    def generated(**params) -> list[int]:
+        one = sequence(byte_tokenizer, [5, 6], max_tokens=30, seed=3, **params)
+        finish(Scheduler(byte_model, config()), [one])
+        return one.tokens[2:]
+
+    whole = generated(ignore_eos=True)
+    assert len(whole) == 30
+    at = next(i for i in range(3, 30) if whole[i] not in whole[:i])
+    assert generated(ignore_eos=True, stop_token_ids=(whole[at],)) == whole[: at + 1]
+
+
+def test_an_expired_or_aborted_sequence_leaves_the_batch(byte_model, byte_tokenizer) -> None:
+    scheduler = Scheduler(byte_model, config())
+    sequences = [sequence(byte_tokenizer, p, max_tokens=40, ignore_eos=True) for p in PROMPTS[:3]]
+    scheduler.step(sequences)
+    scheduler.step()
+    sequences[1].aborted = True
+    sequences[2].deadline = time.monotonic() - 1
+    results = scheduler.step()
+    assert {id(one) for one, delta in results if delta.error} == {id(sequences[1]), id(sequences[2])}
+    assert scheduler.batch.sequences == [sequences[0]]
+    finish(scheduler, [])
+    assert sequences[0].completion_tokens == 40
+    assert scheduler.memory.used_pages == 0
+
+
+def test_memory_too_small_for_the_fixed_state_is_refused(byte_model) -> None:
+    with pytest.raises(ConfigError, match="cache_mebibytes: 1 MiB do not hold"):
+        Scheduler(byte_model, EngineConfig(cache_mebibytes=1, max_active_requests=10_000))
+
+
+def test_reading_takes_its_share_of_the_time() -> None:
+    pace = PrefillPace(chunk=512, share=1.0)
+    seconds_per_token, decode_seconds = 1e-4, 4e-3
+    assert pace.tokens(10_000, decoding=False) == 512
+    pace.read(512, 512 * seconds_per_token, decoding=False)
+    read = 0
+    for _ in range(1000):
+        count = pace.tokens(10_000, decoding=True)
+        if count:
+            pace.read(count, count * seconds_per_token, decoding=True)
+        read += count
+        pace.decoded(decode_seconds)
+    assert read * seconds_per_token == pytest.approx(1000 * decode_seconds, rel=0.1)
+    assert pace.tokens(10, decoding=True) in (0, 10)

@@ -1,0 +1,209 @@
+"""Clients of a listening server: the openai package, lm-eval, and raw sockets."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPResponse
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from serve.api.asgi import create_app
+from serve.api.config import HttpConfig
+from serve.engine import Engine, EngineConfig
+
+PROMPT = "the other rain"
+
+
+class Listening:
+    """A server in a thread."""
+
+    def __init__(self, engine: Engine, http: str, config: HttpConfig | None):
+        self.engine = engine
+        app = create_app(engine, "letters", config)
+        self._server = uvicorn.Server(
+            uvicorn.Config(app, host="127.0.0.1", port=0, http=http, log_level="error", timeout_graceful_shutdown=1)
+        )
+        self._thread = threading.Thread(target=self._server.run)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+        self.address = self._server.servers[0].sockets[0].getsockname()
+        self.url = f"http://127.0.0.1:{self.address[1]}"
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(30)
+
+    def send(self, request: bytes) -> bytes:
+        """Return all bytes that the server sends before it closes the connection."""
+        with socket.create_connection(self.address, timeout=30) as connection:
+            connection.sendall(request)
+            return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+@contextmanager
+def listening(engine: Engine, http: str = "auto", config: HttpConfig | None = None) -> Iterator[Listening]:
+    server = Listening(engine, http, config)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module", params=["h11", "httptools"])
+def server(request, endless_model, letters) -> Iterator[Listening]:
+    with listening(Engine(endless_model, letters), request.param) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1/", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_openai_client(client, letters) -> None:
+    [card] = client.models.list().data
+    assert client.models.retrieve("letters") == card
+    ask = dict(model="letters", prompt=PROMPT, max_tokens=20, seed=5, user="me", best_of=1, logit_bias={}, suffix=None)
+    whole = client.completions.create(**ask)
+    assert whole.usage.prompt_tokens == 1 + len(letters.encode(PROMPT))
+    options = {"include_usage": True, "include_obfuscation": True}
+    chunks = list(client.completions.create(**ask, stream=True, stream_options=options))
+    assert "".join(choice.text for chunk in chunks for choice in chunk.choices) == whole.choices[0].text
+    assert chunks[-1].usage == whole.usage
+    extra = {"top_k": -1, "repetition_penalty": 1.0, "min_p": 0, "ignore_eos": False, "metadata": {}}
+    assert client.completions.create(**ask, extra_body=extra).choices == whole.choices
+
+
+def test_openai_client_gets_errors(client, server) -> None:
+    with pytest.raises(openai.BadRequestError, match="repetition_penalty: not supported") as caught:
+        client.completions.create(model="letters", prompt="a", extra_body={"repetition_penalty": 1.1})
+    assert caught.value.param == "repetition_penalty"
+    with pytest.raises(openai.NotFoundError, match="no route for POST /v1/chat/completions"):
+        client.chat.completions.create(model="letters", messages=[])
+    with pytest.raises(openai.NotFoundError, match="is not served here") as caught:
+        client.completions.create(model="gpt-3.5-turbo-instruct", prompt="a")
+    assert caught.value.code == "model_not_found"
+
+
+def post(body: dict, version: str = "1.1", headers: str = "Connection: close\r\n", path: str = "/v1/completions"):
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/{version}\r\nHost: t\r\nContent-Type: application/json\r\n{headers}"
+    return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
+
+
+def test_http_1_0(server) -> None:
+    def ask(**fields) -> str:
+        with socket.create_connection(server.address, timeout=30) as connection:
+            connection.sendall(post({"prompt": PROMPT, "max_tokens": 5, "temperature": 0, **fields}, "1.0", ""))
+            # uvicorn's httptools implementation sends chunks, which clients of HTTP/1.0 such as nginx understand.
+            response = HTTPResponse(connection)
+            response.begin()
+            assert response.status == 200
+            return response.read().decode()
+
+    text = json.loads(ask())["choices"][0]["text"]
+    events = ask(stream=True).strip().split("\n\n")
+    assert events[-1] == "data: [DONE]"
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-1]]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
+
+
+def test_bodies_in_chunks_and_expect_continue(server) -> None:
+    content = json.dumps({"prompt": "é", "max_tokens": 1}).encode()
+    chunks = b"".join(b"1\r\n" + bytes([byte]) + b"\r\n" for byte in content) + b"0\r\n\r\n"
+    head = b"POST /v1/completions/ HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    for extra in (b"", b"Expect: 100-continue\r\n"):
+        answer = server.send(head + extra + b"Transfer-Encoding: chunked\r\n\r\n" + chunks)
+        assert (b" 100 " in answer) == bool(extra)
+        assert b"HTTP/1.1 200 OK" in answer
+
+
+def test_head_leaves_the_connection_usable(server) -> None:
+    with httpx.Client(base_url=server.url) as client:
+        for _ in range(2):
+            head, answer = client.head("/v1/models/"), client.get("/v1/models/")
+            assert (head.status_code, head.content) == (200, b"")
+            assert head.headers["content-length"] == str(len(answer.content))
+        assert client.head("/v1/completions").status_code == 405
+        assert client.options("/v1/completions").headers["allow"] == "OPTIONS, POST"
+        assert client.get("/" + "a" * 20_000, headers={"x-long": "x" * 20_000}).status_code == 404
+
+
+def test_a_silent_stream_sends_bytes_within_seconds(server, monkeypatch) -> None:
+    slow_down(server.engine, monkeypatch, seconds=3)
+    started = time.monotonic()
+    body = {"prompt": [5] * 400, "max_tokens": 1, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as response:
+        assert next(response.iter_raw()) == b": keep-alive\n\n"
+        assert time.monotonic() - started < 3
+
+
+def slow_down(engine: Engine, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Let every step take ``seconds``, as if the prompt were long."""
+    step = engine._scheduler.step
+    monkeypatch.setattr(engine._scheduler, "step", lambda arrivals: (time.sleep(seconds), step(arrivals))[1])
+
+
+@pytest.mark.parametrize("http", ["h11", "httptools"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_client_that_leaves_before_the_first_byte_frees_its_place(
+    endless_model, letters, monkeypatch, http, streamed
+) -> None:
+    engine = Engine(endless_model, letters, EngineConfig(prefill_chunk=1, max_active_requests=1))
+    slow_down(engine, monkeypatch, seconds=0.05)  # 400 steps without a byte
+    with listening(engine, http, HttpConfig(keep_alive_seconds=100)) as server:
+        body = {"prompt": [5] * 400, "max_tokens": 1, "stream": streamed}
+        connections = [socket.create_connection(server.address) for _ in range(2)]  # one runs, one waits
+        for connection in connections:
+            connection.sendall(post(body))
+        wait_for(lambda: engine.unfinished == 2)
+        for connection in connections:
+            connection.close()
+        wait_for(lambda: engine.unfinished == 0)
+
+
+def wait_for(condition, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("batch_size", [1, 128])
+def test_lm_eval_with_a_hundred_clients_waits_instead_of_failing(endless_model, letters, batch_size) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    words = ["in", "the", "other", "rain", "at", "an", "hen"]
+    pairs = [(words[i % 7], " ".join(words[j % 7] for j in range(i % 5, i % 5 + 3))) for i in range(150)]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    with listening(Engine(endless_model, letters)) as server:
+        most = 0
+
+        def watch() -> None:
+            nonlocal most
+            while not done.wait(0.005):
+                most = max(most, server.engine.unfinished)
+
+        done = threading.Event()
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        settings = {"base_url": f"{server.url}/v1/completions", "model": "letters", "max_length": 512}
+        try:
+            # Without retries, a single refusal would end the evaluation.
+            many = LocalCompletionsAPI(**settings, num_concurrent=100, batch_size=batch_size, max_retries=1)
+            scores = many.loglikelihood(requests)
+        finally:
+            done.set()
+            watcher.join()
+        assert most > 80  # more than may run, so the others waited
+        one = LocalCompletionsAPI(**settings).loglikelihood(requests[:10])
+    assert [score for score, _ in scores[:10]] == pytest.approx([score for score, _ in one], abs=1e-3)
