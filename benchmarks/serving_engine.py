@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import statistics
 import time
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ async def read(engine: Engine, prompt: list[int], new_tokens: int, seed: int = 0
     async for _, delta in engine.submit([(prompt, params)]):
         if delta.logprobs:
             times.append(time.perf_counter())
-    return Arrivals(times[0] - started, [b - a for a, b in zip(times, times[1:])])
+    return Arrivals(times[0] - started, [b - a for a, b in itertools.pairwise(times)])
 
 
 def prompt(tokens: int, seed: int) -> list[int]:
