@@ -128,7 +128,9 @@ def test_its_cache_forks_joins_splits_and_is_saved(tmp_path):
     cache.pool.grow(2)
     model(random_ids(1, 13), other)
     together = Cache.join([cache, other])
-    assert torch.equal(model(torch.cat((ids[:, 40:], ids[:, :1])), together.fork())[:1], expected)
+    # Products of two rows may be summed in another order.
+    found = model(torch.cat((ids[:, 40:], ids[:, :1])), together.fork())[:1]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     for again in (restored, together.split()[0]):
         assert torch.equal(model(ids[:, 40:], again), expected)
 
