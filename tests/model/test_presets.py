@@ -149,20 +149,20 @@ def test_the_smallest_member_runs():
 
 
 def test_a_depth_that_could_change_nothing_is_refused():
-    with pytest.raises(ConfigError, match=r"^model\.depth: 8 has no effect"):
+    with pytest.raises(ConfigError, match=r"^depth: 8 has no effect"):
         ModelConfig.from_dict({**ModelConfig().to_dict(), "depth": 8})
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"depth": 3}, "model.depth: expected a whole number from 4 to 61, found 3"),
-        ({"depth": 62}, "model.depth: expected a whole number from 4 to 61, found 62"),
-        ({"depth": "12"}, "model.depth: expected a whole number from 4 to 61, found '12'"),
-        ({"depth": True}, "model.depth: expected a whole number from 4 to 61, found True"),
-        ({"depth": 12, "preset": "tiny"}, "model.depth: 12 and model.preset 'tiny' are mutually exclusive"),
-        ({"depth": 12, "window": 0}, "model.window: must be at least 1, found 0"),
-        ({"preset": "v5"}, "model.preset: unknown preset 'v5'; there are tiny, small, base, v4-flash, v4-pro"),
+        ({"depth": 3}, "depth: expected a whole number from 4 to 61, found 3"),
+        ({"depth": 62}, "depth: expected a whole number from 4 to 61, found 62"),
+        ({"depth": "12"}, "depth: expected a whole number from 4 to 61, found '12'"),
+        ({"depth": True}, "depth: expected a whole number from 4 to 61, found True"),
+        ({"depth": 12, "preset": "tiny"}, "depth: 12 and preset 'tiny' are mutually exclusive"),
+        ({"depth": 12, "window": 0}, "window: must be at least 1, found 0"),
+        ({"preset": "v5"}, "preset: unknown preset 'v5'; there are tiny, small, base, v4-flash, v4-pro"),
     ],
 )
 def test_a_wrong_starting_point_is_named(values, message):

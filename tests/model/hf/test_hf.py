@@ -116,10 +116,10 @@ def test_a_prediction_module_is_built_where_there_is_one_and_wanted(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"layers": ("sliding", "gqa")}, "model.layers: no checkpoint format has layers of sliding, gqa together"),
-        ({"hyper_connections": False}, "model.hyper_connections: .* needs True, found False"),
-        ({"ffn": "dense"}, "model.ffn: .* needs 'moe', found 'dense'"),
-        ({"num_shared_experts": 2}, "model.num_shared_experts: .* needs 1, found 2"),
+        ({"layers": ("sliding", "gqa")}, "layers: no checkpoint format has layers of sliding, gqa together"),
+        ({"hyper_connections": False}, "hyper_connections: .* needs True, found False"),
+        ({"ffn": "dense"}, "ffn: .* needs 'moe', found 'dense'"),
+        ({"num_shared_experts": 2}, "num_shared_experts: .* needs 1, found 2"),
     ],
 )
 def test_networks_that_no_such_checkpoint_can_describe_are_refused(tmp_path, overrides, message):

@@ -291,7 +291,7 @@ def test_a_token_projects_to_the_same_bits_at_every_place_of_a_tile(heads):
 
 def test_widths_that_cannot_keep_their_bits_are_named():
     model = network(options={"head_dim": 2})
-    with pytest.raises(ConfigError, match=r"multiples of 4, model\.mixer_options\.kda\.head_dim is 2"):
+    with pytest.raises(ConfigError, match=r"multiples of 4, mixer_options\.kda\.head_dim is 2"):
         model.execution = Execution("batch-invariant")
 
 
@@ -353,7 +353,7 @@ def test_the_waterfall_covers_recurrent_layers(layers):
     ],
 )
 def test_bad_options_are_named(options, message):
-    with pytest.raises(ConfigError, match=rf"^model\.mixer_options\.kda\.{message}"):
+    with pytest.raises(ConfigError, match=rf"^mixer_options\.kda\.{message}"):
         ModelConfig(**{**SMALL, "layers": ("kda",), "mixer_options": {"kda": {**OPTIONS, **options}}})
 
 
