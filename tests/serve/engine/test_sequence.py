@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from model.tokenizer import Tokenizer
-from serve.engine import SamplingParams
+from serve.engine import SamplingParams, TokenLogprob
 from serve.engine.sequence import Sequence
 
 
@@ -16,8 +14,8 @@ def complete(tokenizer: Tokenizer, prompt: list[int], tokens: list[int], **param
     settings = SamplingParams(**{"max_tokens": len(tokens), "temperature": 0, "logprobs": 0, **params})
     sequence = Sequence(prompt, settings, tokenizer, deadline=math.inf)
     text, offsets = "", []
-    for token in tokens or [0]:
-        delta = sequence.advance(torch.nn.functional.one_hot(torch.tensor(token), tokenizer.vocab_size).float())
+    advances = (sequence.advance(token, TokenLogprob(token, 0.0)) for token in tokens)
+    for delta in advances if tokens else [sequence.finish_without_tokens()]:
         text += delta.text
         offsets += [record.text_offset for record in delta.logprobs]
         if delta.final:
