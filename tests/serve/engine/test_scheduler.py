@@ -112,6 +112,31 @@ def test_a_repeated_prompt_continues_from_its_kept_prefix(byte_model, byte_token
     assert [one.cached_tokens for one in endings] == [0, 2 * page]
 
 
+def test_completions_of_one_prompt_read_it_once(byte_model, byte_tokenizer) -> None:
+    scheduler = Scheduler(byte_model, config(kept_prefixes=8))
+    page = byte_model.config.page_tokens
+    prompt = random_prompt(2 * page + 10)
+    sequences = [sequence(byte_tokenizer, prompt, temperature=0, ignore_eos=True) for _ in range(4)]
+    finish(scheduler, sequences)
+    assert [one.cached_tokens for one in sequences] == [0, *[2 * page] * 3]
+    assert scheduler.stats.prefill_tokens == len(prompt) + 3 * 10
+    assert len({tuple(one.tokens) for one in sequences}) == 1
+    scheduler.memory.prefixes.clear()
+    assert scheduler.memory.used_pages == 0
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_a_prompt_may_fill_all_pages(byte_model, byte_tokenizer, max_tokens) -> None:
+    scheduler = Scheduler(byte_model, config())
+    pool = scheduler.memory.pool
+    pool.allocate(pool.free_pages - 2)
+    one = sequence(byte_tokenizer, random_prompt(2 * byte_model.config.page_tokens), max_tokens=max_tokens)
+    results = scheduler.step([one])
+    for _ in range(4):
+        results += scheduler.step()
+    assert [delta.finish_reason for found, delta in results if found is one] == ["length"]
+
+
 def test_prompt_logprobs_do_not_skip_a_kept_prefix(byte_model, byte_tokenizer) -> None:
     scheduler = Scheduler(byte_model, config(kept_prefixes=8))
     prompt = random_prompt(150)
