@@ -107,7 +107,7 @@ def test_documents_do_not_reach_one_another(backend):
 
 @pytest.mark.parametrize("backend", available(BACKENDS))
 @torch.no_grad()
-def test_nothing_of_a_document_before_is_left(backend):
+def test_large_values_of_a_document_do_not_reach_the_next(backend):
     """Even infinitely large values of one document leave the next one alone."""
     lengths = [5, 6]
     q, k, v, g, beta, _ = inputs(1, 11, 2, 5, 3)
@@ -221,7 +221,7 @@ def test_the_native_scan_serves_every_length_without_gradients():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_the_scan_in_fixed_order_keeps_its_bits_in_any_company_and_pieces(dtype):
+def test_bits_in_fixed_order_do_not_depend_on_the_batch_or_pieces(dtype):
     q, k, v, g, beta, state = inputs(3, 18, 3, 5, 7)
     decay, state = g.exp(), state.to(dtype).float()
     expected, last = scan_in_fixed_order(q, k, v, decay, beta, state, dtype)

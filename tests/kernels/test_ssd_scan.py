@@ -177,7 +177,7 @@ def test_cpu_refuses_shapes_that_do_not_match():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_the_scan_in_fixed_order_keeps_its_bits_in_any_company_and_pieces(dtype):
+def test_bits_in_fixed_order_do_not_depend_on_the_batch_or_pieces(dtype):
     x, dt, A, B, C, D, state = inputs(3, 18, 6, 5, 2, 7)
     decay, state = (dt * A).exp(), state.to(dtype).float()
     expected, last = scan_in_fixed_order(x, dt, decay, B, C, D, state, dtype)

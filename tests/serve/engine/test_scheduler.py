@@ -179,7 +179,7 @@ def test_memory_too_small_for_the_fixed_state_is_refused(byte_model) -> None:
         Scheduler(byte_model, EngineConfig(cache_mebibytes=1, max_active_requests=10_000))
 
 
-def test_reading_takes_its_share_of_the_time() -> None:
+def test_prompts_are_read_in_their_share_of_the_time() -> None:
     pace = PrefillPace(chunk=512, share=1.0)
     seconds_per_token, decode_seconds = 1e-4, 4e-3
     assert pace.tokens(10_000, decoding=False) == 512
