@@ -125,7 +125,13 @@ class Scheduler:
             self.stats.preemptions += 1
 
     def _sample(self, logits: Tensor, sequences: list[Sequence]) -> Results:
-        """Sample a token of every sequence from logits [B, vocab]."""
+        """Sample a token of every sequence from logits [B, vocab]. Non-finite logits fail only their sequence."""
+        finite = logits.amax(-1).isfinite().tolist()
+        if not all(finite):
+            failure = Delta(error=EngineError("the model computed logits that are not finite"))
+            rows = [i for i, is_finite in enumerate(finite) if is_finite]
+            failed = [(sequence, failure) for sequence, is_finite in zip(sequences, finite) if not is_finite]
+            return failed + (self._sample(logits[rows], [sequences[i] for i in rows]) if rows else [])
         tokens = sample_tokens(logits, [sequence.sampler for sequence in sequences])
         wanting = [i for i, sequence in enumerate(sequences) if sequence.params.logprobs is not None]
         records: list[TokenLogprob | None] = [None] * len(sequences)

@@ -174,6 +174,26 @@ def test_an_expired_or_aborted_sequence_leaves_the_batch(byte_model, byte_tokeni
     assert scheduler.memory.used_pages == 0
 
 
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"temperature": 0}])
+def test_logits_that_are_not_finite_fail_their_sequence_only(byte_model, byte_tokenizer, params, monkeypatch) -> None:
+    scheduler = Scheduler(byte_model, config())
+    sequences = [sequence(byte_tokenizer, p, ignore_eos=True, **params) for p in PROMPTS[:3]]
+    scheduler.step(sequences)
+    forward = scheduler.batch.forward
+
+    def broken(model) -> torch.Tensor:
+        logits = forward(model).clone()
+        logits[1] = float("nan")
+        return logits
+
+    monkeypatch.setattr(scheduler.batch, "forward", broken)
+    results = scheduler.step()
+    assert [one for one, delta in results if delta.error is not None] == [sequences[1]]
+    monkeypatch.undo()
+    finish(scheduler, [])
+    assert [one.completion_tokens for one in sequences] == [8, 1, 8]
+
+
 def test_memory_too_small_for_the_fixed_state_is_refused(byte_model) -> None:
     with pytest.raises(ConfigError, match="cache_mebibytes: 1 MiB do not hold"):
         Scheduler(byte_model, EngineConfig(cache_mebibytes=1, max_active_requests=10_000))

@@ -13,9 +13,12 @@ def complete(tokenizer: Tokenizer, prompt: list[int], tokens: list[int], **param
     """Return text, finish reason and text offsets of a completion that samples ``tokens``."""
     settings = SamplingParams(**{"max_tokens": len(tokens), "temperature": 0, "logprobs": 0, **params})
     sequence = Sequence(prompt, settings, tokenizer, deadline=math.inf)
+    if not tokens:
+        delta = sequence.finish_without_tokens()
+        return delta.text, delta.finish_reason, []
     text, offsets = "", []
-    advances = (sequence.advance(token, TokenLogprob(token, 0.0)) for token in tokens)
-    for delta in advances if tokens else [sequence.finish_without_tokens()]:
+    for token in tokens:
+        delta = sequence.advance(token, TokenLogprob(token, 0.0))
         text += delta.text
         offsets += [record.text_offset for record in delta.logprobs]
         if delta.final:
