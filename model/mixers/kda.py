@@ -1,8 +1,8 @@
 """Kimi Delta Attention (arXiv 2510.26692): a state of fixed size per head, corrected by the delta rule, with a decay of
 its own for every channel.
 
-Where the report differs or leaves a choice, this follows ``KimiLinearDeltaAttention`` of transformers 5.23, which gives
-a checkpoint its meaning:
+Where the report differs or leaves a choice, this follows ``KimiLinearDeltaAttention`` of transformers 5.23, which runs
+the published weights:
 
 * queries are divided by sqrt(head_dim) after their L2 norm, which the report's equations leave out;
 * keys and queries are divided by sqrt(|x|^2 + 1e-6), and not by max(|x|, eps);
@@ -116,7 +116,7 @@ class KimiDeltaAttention(RecurrentMixer):
         return [
             Work("kda projections", "linear", "fp8", 2.0 * projections),
             Work("kda convolution", "linear", "bf16", 2.0 * kernel * 3 * inner),
-            # The state answers to the key, takes the change and answers to the query.
+            # Products of the state with the key and the query, and of the key with the change.
             Work("core delta rule, kda", "core", "bf16", 2.0 * 3 * inner * head_dim),
         ]
 
