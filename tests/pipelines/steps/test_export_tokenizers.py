@@ -93,6 +93,8 @@ def test_ids_of_the_model_configuration_are_kept(tmp_path):
 def test_a_tokenizer_without_declared_tokens_takes_them_from_options(tmp_path, capsys):
     checkpoint.save(Transformer(ModelConfig()), tmp_path / "ours")
     folder = write_files(tmp_path / "tokenizer", byte_level(names=("<|start|>", "<|return|>")))
+    assert export(tmp_path / "ours", tmp_path / "out", "--eos-token", "<|return|>") == 2
+    assert "--eos-token: " in (error := capsys.readouterr().err) and "has no tokenizer.json; name one with" in error
     options = ("--tokenizer", str(folder), "--format", "fiftyfold")
     assert export(tmp_path / "ours", tmp_path / "out", *options) == 2
     assert "name one with eos_token" in capsys.readouterr().err
