@@ -20,7 +20,7 @@ from model.errors import FiftyfoldError
 from model.tokenizer import ByteTokenizer
 from model.transformer import Transformer
 from pipelines import __main__ as cli
-from pipelines.recipe.keys import fields_of, is_list_of_text, is_text, type_of
+from pipelines.recipe.key_types import fields_of, is_list_of_text, is_text, type_of
 from pipelines.recipe.loading import with_overrides
 from pipelines.recipe.schema import Recipe
 from pipelines.recipe.yaml_format import dump_yaml

@@ -101,7 +101,7 @@ def test_every_path_of_a_recipe(key, home, tmp_path, monkeypatch):
 
 def test_the_schema_has_no_path_of_another_type():
     """A new path setting must use a type of pipelines.recipe.paths, or it would take s3:// for a folder."""
-    from pipelines.recipe.keys import fields_of, is_path
+    from pipelines.recipe.key_types import fields_of, is_path
 
     def paths(section, prefix):
         for name, annotation in fields_of(section).items():
