@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pipelines.steps import Step
 
 STEPS = {
-    "demo": "the whole loop with one recipe: prepare, sweep, train, baseline, evaluate, promote, deploy, ask",
+    "demo": "the whole loop with one recipe: prepare, train hybrid and baseline, sweep, evaluate, promote, deploy, ask",
     "prepare": "tokenize text into Parquet shards, with retrieval documents mixed in",
     "train": "train one model under Ray Train",
     "sweep": "search cache settings with Ray Tune",
@@ -27,7 +27,7 @@ STEPS = {
     "compare": "quantization-aware training against post-training quantization",
     "promote": "register the best evaluated run as a model version",
     "deploy": "serve a registered model over an OpenAI-style HTTP API on Ray Serve",
-    "export": "convert a checkpoint to or from transformers, the released format or GGUF (export --help)",
+    "export": "convert a checkpoint to or from transformers and the released format, or to GGUF (export --help)",
     "budget": "cache bytes, FLOPs and parameters of a model beside its references (budget --help)",
 }
 """Summary of each step. ``pipelines/steps/<name>.py`` defines it."""
@@ -53,7 +53,7 @@ def load_step(name: str) -> Step:
 
 
 def parse(arguments: list[str]) -> Invocation:
-    """Parse a command line. Options of a step's own are known where the step comes first. Raises ConfigError."""
+    """Parse a command line. Options of a single step are known only after its name. Raises ConfigError."""
     arguments, overrides = _split_overrides(arguments)
     parser = _Parser(
         prog="python -m pipelines",

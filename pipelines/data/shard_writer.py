@@ -128,7 +128,7 @@ class _SplitWriter:
         self._folder, self._split = folder, split
         self._sequence_length, self._packing = data.sequence_length, data.packing
         self._shard_tokens = data.shard_tokens
-        # Fillers must hold neither special tokens nor the characters that facts are written with.
+        # Fillers must hold neither BOS and EOS nor the characters that facts are written with.
         self._reserved_ids = [tokenizer.bos_id, tokenizer.eos_id, *retrieval.reserved_ids(tokenizer)]
         self._retrieval = RetrievalGenerator(recipe, tokenizer, split)
         self._rng = np.random.default_rng([data.seed, SPLITS.index(split)])

@@ -61,14 +61,14 @@ def _file_chunks(file: SourceFile) -> Iterator[str]:
     try:
         with file.path.open(encoding=_find_encoding(file), newline="") as text:
             for chunk in _chunks(text):
-                chunk.encode()  # some encodings that a Python file may declare have lone surrogates
+                chunk.encode()  # a Python file may declare an encoding with lone surrogates
                 if "\0" in chunk:
                     raise DataError(f"{file.name}: is not text (it holds NUL characters)")
                 yield chunk
     except (UnicodeError, SyntaxError) as error:
         raise DataError(f"{file.name}: is not text ({error})") from error
-    except LookupError as error:  # of a codec that does not decode bytes to text
-        raise DataError(f"{file.name}: declares an encoding that is none of text ({error})") from error
+    except LookupError as error:  # the codec does not decode bytes to text
+        raise DataError(f"{file.name}: declares an encoding that is not for text ({error})") from error
     except OSError as error:
         raise DataError(f"{file.name}: cannot be read ({error.strerror})") from error
 
