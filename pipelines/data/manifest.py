@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from model.errors import DataError
 
@@ -67,6 +67,14 @@ class Manifest(_Record):
     held_out: HeldOut = "documents"
     splits: dict[Split, SplitManifest]
 
+    @field_validator("settings")
+    @classmethod
+    def _check_settings(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        for name, kind in (("window", int), ("tokenizer_sha256", str)):
+            if not isinstance(settings.get(name), kind):
+                raise ValueError(f"{name} is missing or not of type {kind.__name__}")
+        return settings
+
 
 class _FormatVersion(BaseModel):
     """The part of a manifest that all versions share."""
@@ -92,8 +100,8 @@ def read_manifest(folder: str | Path, verify: bool = False) -> Manifest:
         manifest = Manifest.model_validate_json(content)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{path}: damaged manifest ({f'{key}: ' if key else ''}{first['msg']})") from error
+        key, reason = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
+        raise DataError(f"{path}: damaged manifest ({f'{key}: ' if key else ''}{reason})") from error
     for split in SPLITS:
         if split not in manifest.splits:
             raise DataError(f"{path}: damaged manifest (no '{split}' split)")

@@ -90,8 +90,9 @@ def _write_splits(
         raise DataError(f"data.sources: no text in {len(files)} files")
     writers["train"].require(MIN_OF_SHARE * (1 - data.validation_share) * text_bytes)
     writers["validation"].require(MIN_OF_SHARE * data.validation_share * text_bytes)
+    splits = {split: writer.finish() for split, writer in writers.items()}
     lost.report()
-    return {split: writer.finish() for split, writer in writers.items()}
+    return splits
 
 
 def _read(document: SourceDocument, max_bytes: int | None) -> Iterator[str]:
