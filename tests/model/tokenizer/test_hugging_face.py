@@ -84,7 +84,7 @@ def test_ids_that_contradict_each_other_are_refused(tmp_path, change, message):
     "content",
     ["{", "[]", '"x"', "\xff", "[" * 100_000, '{"model": {"vocab": {}}}', '{"model": 3}', '{"a": 0, "b": 1}', "{}"],
 )
-def test_other_files_are_refused(tmp_path, content):
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content, encoding="latin-1")
     with pytest.raises(ConfigError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path)
@@ -166,7 +166,7 @@ def test_text_inside_a_longer_one_has_no_space_in_front(tmp_path):
         assert merging.encode_inside(text) == merging.encode(text)
 
 
-def test_wrong_bytes_do_not_hide_their_neighbors(tmp_path):
+def test_invalid_bytes_leave_valid_neighbors_intact(tmp_path):
     tokenizer = load(tmp_path, byte_fallback("ab"))
     euro = [byte + 2 for byte in "€".encode()]
     assert tokenizer.decode([*euro, *euro]) == "€€"
@@ -229,7 +229,7 @@ def test_malformed_declarations_are_named(tmp_path, side_files, message):
         load(tmp_path, byte_level(), **side_files)
 
 
-def test_declared_tokens_are_special_whatever_the_vocabulary_says(tmp_path):
+def test_declared_tokens_are_special_even_if_not_marked(tmp_path):
     content = byte_level()
     content["added_tokens"] = [added_token("<s>", 0), added_token("</s>", 1, special=False)]
     for folder, listed in (("listed", content["added_tokens"]), ("unlisted", content["added_tokens"][:1])):
@@ -238,7 +238,7 @@ def test_declared_tokens_are_special_whatever_the_vocabulary_says(tmp_path):
         assert tokenizer.decode([ord("a") + 2, 1]) == "a"
 
 
-def test_tokens_of_the_configuration_alone_are_added(tmp_path):
+def test_tokens_listed_only_in_tokenizer_config_are_added(tmp_path):
     decoder = {"258": {"content": "<|im_end|>", "special": True}, "0": {"content": "<s>", "special": True}}
     config = {"added_tokens_decoder": decoder, "eos_token": "<|im_end|>", "extra_special_tokens": {"image": "<pic>"}}
     tokenizer = load(tmp_path, byte_level(), tokenizer_config=config)

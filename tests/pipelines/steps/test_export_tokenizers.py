@@ -62,7 +62,7 @@ def test_a_round_trip_keeps_the_tokenizer(tmp_path, in_config, capsys):
     assert load_tokenizer(tmp_path / "ours").stop_ids == {1, 259}
 
 
-def test_files_without_a_place_are_named(tmp_path, capsys):
+def test_files_left_behind_are_printed(tmp_path, capsys):
     folder = pretrained(tmp_path / "hf", in_config=False)
     (folder / "README.md").write_text("x")
     (folder / ".cache").mkdir()

@@ -20,7 +20,7 @@ from pipelines.tracking.system_metrics import system_metrics
 KNOWN, UNKNOWN = {"git.commit": "a" * 40}, {"git.commit": "unknown"}
 
 
-def test_the_source_is_the_command_and_the_commit_where_there_is_one(monkeypatch):
+def test_source_tags_hold_the_command_and_a_known_commit(monkeypatch):
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
     tags = source_tags("trial", KNOWN)
     assert tags == {
@@ -91,7 +91,7 @@ def test_an_unreachable_store_ends_system_metrics_but_not_the_block(run, monkeyp
     assert capsys.readouterr().out.count("no more system metrics (no route)") == 1
 
 
-def test_a_container_s_user_without_a_name_has_a_number(monkeypatch):
+def test_a_user_without_a_name_is_recorded_by_number(monkeypatch):
     def fail():
         raise KeyError("getpwuid(): uid not found: 1234")
 
