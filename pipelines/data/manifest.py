@@ -18,7 +18,7 @@ from model.errors import DataError
 Split = Literal["train", "validation"]
 Kind = Literal["text", "mqar", "needle"]
 HeldOut = Literal["documents", "ends"]
-"""What the validation split holds: whole documents, or the end of each document."""
+"""Content of the validation split: whole documents, or the end of each document."""
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
 KINDS: tuple[Kind, ...] = ("text", "mqar", "needle")
