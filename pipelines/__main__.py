@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from model.errors import ConfigError, FiftyfoldError
 from pipelines.ray_runtime.signals import handle_sigterm
 from pipelines.recipe.paths import path_option
+from pipelines.recipe.quoting import shorten
 
 if TYPE_CHECKING:
     from pipelines.steps import Step
@@ -32,6 +33,8 @@ STEPS = {
 }
 """Summary of each step. ``pipelines/steps/<name>.py`` defines it."""
 USER_ERROR, INTERRUPTED = 2, 130
+_MAX_CHARACTERS = 500
+"""Maximum length of an error of argparse."""
 
 
 class Invocation(NamedTuple):
@@ -77,7 +80,7 @@ def parse(arguments: list[str]) -> Invocation:
         load_step(arguments[0]).add_options(parser)
     known, rest = parser.parse_known_args(arguments)
     if rest:
-        raise ConfigError(f"command line: '{rest[0]}' is neither an option nor --section.key value")
+        raise ConfigError(f"command line: {shorten(rest[0])} is neither an option nor --section.key value")
     options: dict[str, Any] = vars(known)
     step, files, print_config = (options.pop(name) for name in ("step", "config", "print_config"))
     return Invocation(step, files, overrides, print_config, argparse.Namespace(**options))
@@ -85,7 +88,8 @@ def parse(arguments: list[str]) -> Invocation:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"command line: {message} (see --help)")
+        shown = message if len(message) <= _MAX_CHARACTERS else f"{message[:_MAX_CHARACTERS]}..."  # quotes arguments
+        raise ConfigError(f"command line: {shown} (see --help)")
 
 
 def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -93,8 +93,10 @@ def run(
     if os.path.lexists(target):
         raise ConfigError(f"--to: {target} already exists")
     check_creatable(target, "--to")
-    tokens = {"bos-token": bos_token, "eos-token": eos_token}
-    unused = {"tokenizer": tokenizer, **tokens} if target_format == GGUF else {"type": weight_type}
+    tokens: dict[str, str | None] = {"bos-token": bos_token, "eos-token": eos_token}
+    unused: dict[str, str | None] = {"type": weight_type}
+    if target_format == GGUF:
+        unused = {"tokenizer": tokenizer, **tokens}
     if target_format != "released":
         unused["experts"] = experts
     for name, value in unused.items():

@@ -202,6 +202,7 @@ def test_other_settings_succeed_or_fail_with_one_sentence(run, place, step, key,
 
 @quick(60)
 @given(st.lists(st.sampled_from([*WORDS, "--config", "--run.name", "--print-config", "--model", "--to", "--from"])))
+@example(["a" * 70_000])
 def test_arguments_in_any_order_fail_with_at_most_one_sentence(run, arguments):
     for step in ("export", "budget"):
         if "-h" not in arguments:
