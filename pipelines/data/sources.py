@@ -23,7 +23,7 @@ from pipelines.data.source_files import SourceFile
 
 CHUNK_CHARACTERS = 1 << 20
 _LINE_BYTES = 1 << 16
-"""Bytes of a Python file's line in which its encoding is looked for."""
+"""Bytes at the start of a line in which a Python file may declare its encoding."""
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -31,7 +31,7 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-"""Byte order marks and their encodings. That of UTF-32 LE begins with that of UTF-16 LE."""
+"""Byte order marks and their encodings. UTF-32 LE comes before UTF-16 LE, because its mark begins with the other."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class SourceDocument:
     source: str
     """File name, with the line or row number of a record."""
     open: Callable[[], Iterator[str]]
-    """Read the text in chunks of about CHUNK_CHARACTERS. Called twice: to choose the split and to tokenize."""
+    """Read the text in chunks of about CHUNK_CHARACTERS. Called several times: to choose the split and to tokenize."""
 
 
 def read_documents(files: list[SourceFile], text_field: str) -> Iterator[SourceDocument]:
@@ -61,14 +61,14 @@ def _file_chunks(file: SourceFile) -> Iterator[str]:
     try:
         with file.path.open(encoding=_find_encoding(file), newline="") as text:
             for chunk in _chunks(text):
-                chunk.encode()  # some encodings that a Python file may declare have lone surrogates
+                chunk.encode()  # a Python file may declare an encoding with lone surrogates
                 if "\0" in chunk:
                     raise DataError(f"{file.name}: is not text (it holds NUL characters)")
                 yield chunk
     except (UnicodeError, SyntaxError) as error:
         raise DataError(f"{file.name}: is not text ({error})") from error
-    except LookupError as error:  # of a codec that does not decode bytes to text
-        raise DataError(f"{file.name}: declares an encoding that is none of text ({error})") from error
+    except LookupError as error:  # the codec does not decode bytes to text
+        raise DataError(f"{file.name}: declares an encoding that is not for text ({error})") from error
     except OSError as error:
         raise DataError(f"{file.name}: cannot be read ({error.strerror})") from error
 
