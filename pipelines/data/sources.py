@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from model.errors import DataError
 from pipelines.data.source_files import SourceFile
+from pipelines.recipe.quoting import shorten
 
 CHUNK_CHARACTERS = 1 << 20
 _LINE_BYTES = 1 << 16
@@ -109,23 +110,24 @@ def _jsonl_documents(file: SourceFile, field: str) -> Iterator[SourceDocument]:
             if not isinstance(record, dict):
                 raise DataError(f"{source}: expected a JSON object, found {type(record).__name__}")
             if field not in record:
-                raise DataError(f"{source}: has no field '{field}' (data.text_field), only {_quote(record)}")
+                raise DataError(f"{source}: has no field {shorten(field)} (data.text_field), only {_quote(record)}")
             yield _text_document(source, record[field])
 
 
 def _parquet_documents(file: SourceFile, column: str) -> Iterator[SourceDocument]:
+    name = shorten(column)
     try:
         with pq.ParquetFile(file.path, pre_buffer=False) as source:
             schema = source.schema_arrow
             if column not in schema.names:
-                raise DataError(f"{file.name}: has no column '{column}' (data.text_field), only {_quote(schema.names)}")
+                raise DataError(f"{file.name}: has no column {name} (data.text_field), only {_quote(schema.names)}")
             if schema.names.count(column) > 1:
-                raise DataError(f"{file.name}: has {schema.names.count(column)} columns '{column}' (data.text_field)")
+                raise DataError(f"{file.name}: has {schema.names.count(column)} columns {name} (data.text_field)")
             dtype = schema.field(column).type
             if pa.types.is_dictionary(dtype):
                 dtype = dtype.value_type
             if not (pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or pa.types.is_string_view(dtype)):
-                raise DataError(f"{file.name}: column '{column}' holds {dtype}, not text")
+                raise DataError(f"{file.name}: column {name} holds {dtype}, not text")
             number = 0
             for batch in source.iter_batches(batch_size=64, columns=[column], use_threads=False):
                 for text in batch.column(0).to_pylist():

@@ -196,6 +196,8 @@ SECTIONS = st.sampled_from(["train", "sweep", "compare", "promote", "budget"])
 @example("train", "model.mtp_layers", "9" * 30)
 @example("train", "run.seed", "9" * 30)
 @example("train", "train.workers", "9" * 30)
+@example("train", "data.text_field", "9" * 5000)
+@example("promote", "promote.metric", "9" * 5000)
 def test_other_settings_succeed_or_fail_with_one_sentence(run, place, step, key, value):
     run(step, "--config", str(place.file), f"--{key}", value)
 
