@@ -297,7 +297,7 @@ def _check_types(config: ModelConfig) -> None:
                 raise ConfigError(f"{field.name}: '{value}' is not one of {', '.join(map(str, allowed))}")
         elif origin is tuple:
             for name in value:
-                if name not in MIXERS:
+                if not isinstance(name, str) or name not in MIXERS:
                     raise ConfigError(f"layers: '{name}' is not one of {', '.join(MIXERS)}")
         elif hint is float:
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

@@ -302,6 +302,7 @@ def test_cache_refuses_what_does_not_fit_and_stays_as_it_was():
     ("change", "message"),
     [
         ({"layers": ("csa", "lstm")}, "'lstm' is not one of"),
+        ({"layers": ({},)}, "layers: '{}' is not one of"),
         ({"num_heads": 3}, "3 heads do not divide into o_groups 2"),
         ({"index_head_dim": 24}, "power of two"),
         ({"experts_per_token": 9}, "exceeds num_experts"),

@@ -197,6 +197,7 @@ def test_gzip_bodies(client) -> None:
         (b"{}", "br", 415, "Content-Encoding: 'br' is not supported"),
         (b"{}", "gzip, gzip", 415, "is not supported"),
     ],
+    ids=["long", "bomb", "plain", "truncated", "followed", "empty", "br", "twice"],  # compressed bytes hold the time
 )
 def test_bodies_that_cannot_be_decompressed(client, content, encoding, status, words) -> None:
     response = post_compressed(client, content, encoding)
