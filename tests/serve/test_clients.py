@@ -83,10 +83,12 @@ def test_openai_client(client, letters) -> None:
 
 
 def test_openai_client_gets_errors(client, server) -> None:
-    with pytest.raises(openai.BadRequestError, match="repetition_penalty: not supported") as caught:
-        client.completions.create(model="letters", prompt="a", extra_body={"repetition_penalty": 1.1})
-    assert caught.value.param == "repetition_penalty"
-    with pytest.raises(openai.NotFoundError, match="no route for POST /v1/chat/completions"):
+    with pytest.raises(openai.BadRequestError, match="repeat_penalty: not supported") as caught:
+        client.completions.create(model="letters", prompt="a", extra_body={"repeat_penalty": 1.1})
+    assert caught.value.param == "repeat_penalty"
+    with pytest.raises(openai.NotFoundError, match="no route for POST /v1/embeddings"):
+        client.embeddings.create(model="letters", input="a")
+    with pytest.raises(openai.BadRequestError, match="messages: expected a list of at least one message"):
         client.chat.completions.create(model="letters", messages=[])
     with pytest.raises(openai.NotFoundError, match="is not served here") as caught:
         client.completions.create(model="gpt-3.5-turbo-instruct", prompt="a")

@@ -203,7 +203,7 @@ def test_logprobs_show_the_space_in_front_of_a_token(byte_model, tmp_path) -> No
     content = unigram("abc")
     content["model"]["vocab"].append(["▁a", -1.0])
     tokenizer = load_tokenizer(write_files(tmp_path, content))
-    with TestClient(create_app(Engine(byte_model, tokenizer), "abc", max_body_bytes=20_000)) as client:
+    with TestClient(create_app(Engine(byte_model, tokenizer), "abc", CONFIG)) as client:
         choice = ask(client, prompt="b a", echo=True, logprobs=0, max_tokens=0)["choices"][0]
     assert choice["text"] == "b a"
     assert choice["logprobs"]["tokens"] == ["<|bos|>", " ", "b", " a"]
