@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -116,17 +116,14 @@ class ChatTemplate:
 
     def _encode(self, text: str) -> list[int]:
         """Return the token IDs of rendered text with stand-ins."""
-        ids: list[int] = []
-        spelled: dict[str, list[int]] = {}
-        for i, piece in enumerate(_STAND_INS.split(text)):
-            if i % 2:
-                if piece not in spelled:
-                    spelled[piece] = self._tokenizer.encode_inside(self._stand_ins.restore(piece))
-                ids += spelled[piece]
-            elif i == 0:
-                ids += self._tokenizer.encode(piece, parse_special=True)
-            elif piece:
-                ids += self._tokenizer.encode_inside(piece, parse_special=True)
+        first, *pieces = _STAND_INS.split(text)
+        ids = self._tokenizer.encode(first, parse_special=True)
+        encoded: dict[str, list[int]] = {"": []}  # a message may repeat a spelling very often
+        for piece in pieces:
+            if piece not in encoded:
+                restored = self._stand_ins.restore(piece)
+                encoded[piece] = self._tokenizer.encode_inside(restored, parse_special=restored == piece)
+            ids += encoded[piece]
         return ids
 
 
@@ -134,31 +131,37 @@ class _StandIns:
     """Stand-ins for the characters of ``spellings`` of special tokens, at least one."""
 
     def __init__(self, spellings: Iterable[str]):
-        names = sorted(spellings, key=len, reverse=True)
+        names = self._names = frozenset(spellings)
+        self._lengths = sorted({len(name) for name in names}, reverse=True)
+        self._first = re.compile("[" + re.escape("".join({name[0] for name in names})) + "]")
         characters = sorted(set("".join(names)))
         if len(characters) > _MAX_STAND_INS:
             raise ConfigError(f"the spellings of special tokens hold more than {_MAX_STAND_INS} different characters")
         self._stand_in = {c: chr(_FIRST_STAND_IN + i) for i, c in enumerate(characters)}
         self._restore = {ord(stand_in): c for c, stand_in in self._stand_in.items()}
-        firsts = re.escape("".join(sorted({name[0] for name in names})))
-        # The first condition is fast and rarely holds; a vocabulary may have a thousand special tokens.
-        self._starts = re.compile(f"(?=[{firsts}])(?=({'|'.join(map(re.escape, names))}))")
         self._suffixes = tuple({name[i:] for name in names for i in range(1, len(name))})
         self._prefixes = tuple({name[:i] for name in names for i in range(1, len(name))})
 
     def protect(self, value: Any) -> Any:
         """Return ``value`` with stand-ins in all of its strings."""
         if isinstance(value, str):
-            return self._replace(value, self._inside(value) | self._edges(value))
+            return self._replace(value, self._spellings(value).keys() | self._edges(value))
         if isinstance(value, list):
             return [self.protect(item) for item in value]
         if isinstance(value, dict):
-            return {self._replace(key, self._inside(key)): self.protect(item) for key, item in value.items()}
+            return {self._replace(key, self._spellings(key)): self.protect(item) for key, item in value.items()}
         return value
 
-    def _inside(self, text: str) -> set[int]:
-        """Return where spellings begin."""
-        return {match.start() for match in self._starts.finditer(text)}
+    def _spellings(self, text: str) -> dict[int, int]:
+        """Return where spellings begin and where the longest one ends. They may overlap."""
+        found = {}
+        for match in self._first.finditer(text):
+            start = match.start()
+            for length in self._lengths:
+                if text[start : start + length] in self._names:
+                    found[start] = start + length
+                    break
+        return found
 
     def _edges(self, text: str) -> set[int]:
         """Return the edges that could be part of a spelling together with other text. A template may strip spaces."""
@@ -166,7 +169,7 @@ class _StandIns:
         edges = {start} if text.startswith(self._suffixes, start) else set()
         return edges | ({end - 1} if text[:end].endswith(self._prefixes) else set())
 
-    def _replace(self, text: str, places: set[int]) -> str:
+    def _replace(self, text: str, places: Collection[int]) -> str:
         if not places:
             return text
         characters = list(text)
@@ -183,7 +186,7 @@ class _StandIns:
         if not _STAND_INS.search(text):
             return text
         restored = self.restore(text)
-        ends = {match.start(): match.end(1) for match in self._starts.finditer(restored)}
+        ends = self._spellings(restored)
         characters: list[str] = []
         end = 0  # of the spellings that began so far
         for place, character in enumerate(text):
