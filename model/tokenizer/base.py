@@ -56,14 +56,14 @@ class Tokenizer(ABC):
     def is_text(self, token_id: int) -> bool:
         """Return whether a token takes part in decoding: it is neither special nor unused."""
 
-    def encode_inside(self, text: str) -> list[int]:
+    def encode_inside(self, text: str, parse_special: bool = False) -> list[int]:
         """Return the token IDs of ``text`` as it stands inside a longer text, without the space that some tokenizers
         put in front of their input."""
         for anchor in _ANCHORS:
-            before, whole = self.encode(anchor), self.encode(anchor + text)
+            before, whole = self.encode(anchor), self.encode(anchor + text, parse_special)
             if before and whole[: len(before)] == before:
                 return whole[len(before) :]
-        return self.encode(text)
+        return self.encode(text, parse_special)
 
     def decode_inside(self, ids: list[int]) -> str:
         """Return the text of ``ids`` as it stands inside a longer text, with a space in front that decoding strips at

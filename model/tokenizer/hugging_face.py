@@ -113,11 +113,17 @@ class HuggingFaceTokenizer(Tokenizer):
 
     # --- loading
 
-    def _load(self) -> Backend:
+    def _load(self, exact_spellings: bool = False) -> Backend:
+        """Return the library's tokenizer. ``exact_spellings`` finds special tokens before the text is normalized: other
+        texts that the normalizer changes to a spelling, such as its uppercase letters, are text."""
         from tokenizers import Tokenizer as Backend
 
+        content = self._content
+        if exact_spellings:
+            tokens = [t | {"normalized": False} if t.get("special") else t for t in content.get("added_tokens") or []]
+            content = {**content, "added_tokens": tokens}
         try:
-            return Backend.from_str(json.dumps(self._content))
+            return Backend.from_str(json.dumps(content))
         except BaseException as error:  # the library raises plain Exception, and its panics derive from BaseException
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
@@ -126,7 +132,7 @@ class HuggingFaceTokenizer(Tokenizer):
     @cached_property
     def _parsing_backend(self) -> Backend:
         """A second instance that parses special tokens: switching one between threads would not be safe."""
-        backend = self._load()
+        backend = self._load(exact_spellings=True)
         _declare_special(backend, self._special_names)
         return backend
 

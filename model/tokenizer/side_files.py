@@ -10,16 +10,16 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from model.errors import ConfigError
 
 TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
 GENERATION_CONFIG, CONFIG = "generation_config.json", "config.json"
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
-Role = Literal["bos_token", "eos_token"]
+Role = Literal["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]
 IdKey = Literal["bos_token_id", "eos_token_id", "pad_token_id"]
-_TOKEN_KEYS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_TOKEN_KEYS: tuple[Role, ...] = get_args(Role)
 _TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens")
 _ID_KEYS: tuple[IdKey, ...] = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -86,6 +86,35 @@ class SideFiles:
                 found.update(_token_names(file, key, value))
         return found | {token["content"] for token in self.added_tokens() if token.get("special")}
 
+    def special_token_map(self) -> dict[str, str]:
+        """Return the declared tokens by role."""
+        return {role: names[0] for role in _TOKEN_KEYS if (names := self.names(role))}
+
+    def chat_templates(self) -> dict[str, tuple[str, str]]:
+        """Return the Jinja source of each named chat template and the file that holds it.
+
+        ``chat_template.jinja`` and ``additional_chat_templates/`` come before ``chat_template.json``, and this before
+        ``tokenizer_config.json``. A template without a name is called ``default``. Raises ConfigError for a malformed
+        declaration.
+        """
+        found: dict[str, tuple[str, str]] = {}
+        in_json = {file: text for file, text in self.templates.items() if file.endswith(".json")}
+        declared = [(TOKENIZER_CONFIG, self.tokenizer_config.get("chat_template"))]
+        declared += [
+            (file, _parse_object(self.folder / file, text).get("chat_template")) for file, text in in_json.items()
+        ]
+        for file, value in declared:
+            for item in value if isinstance(value, list) else [{"name": "default", "template": value or ""}]:
+                named = isinstance(item, dict) and isinstance(item.get("name"), str)
+                if not (named and isinstance(item.get("template"), str)):
+                    raise ConfigError(f"{self.folder / file}: chat_template: expected a template or named templates")
+                if item["template"]:
+                    found[item["name"]] = (file, item["template"])
+        for file, text in self.templates.items():
+            if file not in in_json:
+                found["default" if "/" not in file else Path(file).stem] = (file, text)
+        return found
+
     def added_tokens(self) -> list[dict[str, Any]]:
         """Return the entries of ``added_tokens_decoder`` in the form of ``tokenizer.json``."""
         decoder = self.tokenizer_config.get("added_tokens_decoder") or {}
@@ -139,10 +168,12 @@ class SideFiles:
 
 def read_object(path: Path) -> dict[str, Any]:
     """Return a JSON object, empty if there is no such file. A byte order mark is skipped. Raises ConfigError."""
-    if not path.exists():
-        return {}
+    return _parse_object(path, _read_text(path)) if path.exists() else {}
+
+
+def _parse_object(path: Path, text: str) -> dict[str, Any]:
     try:
-        content = json.loads(_read_text(path).removeprefix("\ufeff"))
+        content = json.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):

@@ -25,6 +25,7 @@ from model.errors import ConfigError
 from model.optim import OptimizerConfig
 from pipelines.recipe.paths import LocalPath, ModelUri, SourcePattern, TokenizerSource, TrackingUri
 from pipelines.recipe.text_types import Alias, Name, PrintableText, RecipeKey, Text
+from serve.api.config import Host
 from serve.config import ServerConfig
 
 MAX_LENGTH = 1 << 24
@@ -303,7 +304,8 @@ class PromoteSection(Section):
 class ServeSection(Section, ServerConfig):
     model_uri: ModelUri = "models:/fiftyfold@champion"
     """``models:/<name>@<alias>``, ``models:/<name>/<version>``, or a checkpoint folder."""
-    host: Literal["127.0.0.1", "localhost", "::1"] = "127.0.0.1"
+    host: Host = "127.0.0.1"
+    """Address to listen on. Addresses other than loopback ones need an API key."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
 
 

@@ -41,6 +41,7 @@ def run(recipe: Recipe) -> None:
     """
     baseline = overlay(recipe, recipe.demo.baseline)
     started = time.monotonic()
+    deploy.check_key(recipe.serve)
     deploy.check_port(recipe.serve.host, recipe.serve.port)  # fails now rather than after the training
     clock: dict[str, float] = {}
     with ray_session(num_cpus=local_cpus() + 1):
@@ -116,11 +117,14 @@ def _ask(recipe: Recipe, deployment: deploy.Deployment) -> int:
         data=str(recipe.data_folder),
     )["test"]
     asked = [questions[i] for i in range(0, len(questions), recipe.data.pairs)]  # one question per document
+    headers = deploy.authorization_headers(recipe.serve)
     right = 0
     for number, question in enumerate(asked):
         context, value = question["context"], question["answer"]
         body = {"model": deployment.model_name, "prompt": context, "max_tokens": 1, "temperature": 0}
-        response = httpx.post(f"{deployment.url}/v1/completions", json=body, timeout=60, trust_env=False)
+        response = httpx.post(
+            f"{deployment.url}/v1/completions", json=body, headers=headers, timeout=60, trust_env=False
+        )
         if not response.is_success:
             raise FiftyfoldError(f"{deployment.url}: status {response.status_code}: {response.text}")
         content = response.json()

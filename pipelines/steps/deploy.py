@@ -34,6 +34,9 @@ from pipelines.recipe.schema import Recipe, ServeSection
 from pipelines.steps import Step
 from pipelines.tracking.mlflow_store import open_tracking
 from pipelines.tracking.registry import download
+from serve.api.authorization import read_key
+from serve.api.chat_template import ChatTemplate
+from serve.api.config import is_loopback
 from serve.app import APPLICATION, build
 from serve.config import ServerConfig
 
@@ -90,16 +93,18 @@ def start(recipe: Recipe) -> Deployment:
     ``serve.model_uri`` is ``models:/<name>@<alias>``, ``models:/<name>/<version>`` or a checkpoint folder. Joins the
     Ray cluster at RAY_ADDRESS, or starts one that ends with the deployment.
 
-    Raises ConfigError for a model that does not exist, a port in use or too small a cluster, and CheckpointError for a
-    damaged checkpoint. Nothing is left running then.
+    Raises ConfigError for a model that does not exist, a malformed chat template, a port in use, too small a cluster,
+    and an address other than loopback without an API key, and CheckpointError for a damaged checkpoint. Nothing is left
+    running then.
     """
     section = recipe.serve
+    check_key(section)
     check_port(section.host, section.port)  # before a model is downloaded
     model_name, folder = find_model(recipe)
     # Load once here: damage is then reported in one sentence, not by replicas that keep restarting.
     model = checkpoints.load(folder)
     model.execution = Execution(section.execution)
-    load_tokenizer(folder, model_vocab_size=model.config.vocab_size)
+    ChatTemplate(load_tokenizer(folder, model_vocab_size=model.config.vocab_size))
     needed = section.replicas * section.cpus_per_replica
     with ExitStack() as undo:
         undo.enter_context(ray_session(num_cpus=max(os.cpu_count() or 1, math.ceil(needed))))
@@ -154,7 +159,29 @@ def find_model(recipe: Recipe) -> tuple[str, Path]:
 
 def _arguments(section: ServeSection, folder: Path, model_name: str) -> dict[str, Any]:
     values = section.model_dump(include=set(ServerConfig.model_fields))
+    if section.api_key_file is not None:  # replicas run in other folders
+        values["api_key_file"] = str(Path(section.api_key_file).absolute())
     return {**values, "checkpoint": str(folder), "model_name": model_name}
+
+
+def check_key(section: ServeSection) -> None:
+    """Raise ConfigError for an unreadable key file, and without any key on an address that others can reach."""
+    if not is_loopback(section.host) and not section.needs_key:
+        raise ConfigError(
+            f"serve.host: {section.host} is not a loopback address; set serve.api_key_file or serve.api_key_variable "
+            "so that only clients with the API key are served"
+        )
+    if section.api_key_file is not None:  # a variable may be set on the cluster's nodes only
+        authorization_headers(section)
+
+
+def authorization_headers(section: ServeSection) -> dict[str, str]:
+    """Return the headers of a request to the deployment. Raises ConfigError for a key that cannot be read."""
+    try:
+        key = read_key(section)
+    except ConfigError as error:
+        raise ConfigError(f"serve.{error}") from None
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
 
 
 def check_port(host: str, port: int) -> None:
@@ -205,7 +232,11 @@ def _print_endpoint(deployment: Deployment, section: ServeSection) -> None:
     body = json.dumps({"model": deployment.model_name, "prompt": "def ", "max_tokens": 32})
     print(f"serving {deployment.checkpoint} as '{deployment.model_name}' at {deployment.url}/v1 (Ctrl-C stops)")
     print(f"  execution {section.execution}, weights in {deployment.weights}")
-    print(f"  curl {deployment.url}/v1/completions -H 'Content-Type: application/json' -d '{body}'", flush=True)
+    key = ""
+    if section.needs_key:
+        source = f"cat {section.api_key_file}" if section.api_key_file else f"printenv {section.api_key_variable}"
+        key = f' -H "Authorization: Bearer $({source})"'
+    print(f"  curl {deployment.url}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'", flush=True)
 
 
 class _WithoutShutdownNotice(io.TextIOBase):

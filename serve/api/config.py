@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 _ORIGIN = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^/\s*?#@]+")
 
@@ -20,6 +21,21 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _check_host(host: str) -> str:
+    try:
+        is_loopback(host)
+    except ValueError:
+        raise ValueError("expected an IP address, such as 127.0.0.1, or localhost") from None
+    return host
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach an address. Raises ValueError for a host name."""
+    return host == "localhost" or ipaddress.ip_address(host).is_loopback
+
+
+Host = Annotated[str, AfterValidator(_check_host)]
+"""Address to listen on."""
 Origin = Annotated[str, AfterValidator(_check_origin)]
 
 
@@ -35,3 +51,19 @@ class HttpConfig(BaseModel):
     """A stream without output for this time sends a comment, which event-stream clients skip."""
     allowed_origins: Annotated[tuple[Origin, ...], BeforeValidator(_listed)] = ()
     """Origins of web pages whose scripts may call the server (CORS), or ``*`` for all pages. May be a single one."""
+    api_key_file: str | None = None
+    """File that holds the API key, readable from every node of the cluster. Requests then need the header
+    ``Authorization: Bearer <key>`` (:mod:`serve.api.authorization`)."""
+    api_key_variable: str | None = None
+    """Environment variable of the replicas' processes that holds the API key, instead of a file."""
+
+    @field_validator("api_key_variable")
+    @classmethod
+    def _check_key_source(cls, variable: str | None, info: ValidationInfo) -> str | None:
+        if variable is not None and info.data.get("api_key_file") is not None:
+            raise ValueError("set api_key_file or api_key_variable, not both")
+        return variable
+
+    @property
+    def needs_key(self) -> bool:
+        return self.api_key_file is not None or self.api_key_variable is not None

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from model.errors import FiftyfoldError
-from serve.api.validation import describe
+from serve.api.schemas.validation import describe
 from serve.engine import EngineError, QueueFullError, RequestAbortedError, RequestError, RequestTimeoutError
 
 

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterable
 
 from model.tokenizer import Tokenizer
-from serve.api.schemas import Logprobs
+from serve.api.schemas.chat import ChatTokenLogprob, ChatTopLogprob
+from serve.api.schemas.completions import Logprobs
 from serve.engine import TokenLogprob
 
 BOS_TEXT = "<|bos|>"
@@ -43,6 +44,21 @@ class TokenFormatter:
             top_logprobs=[self._top(record) if record.logprob is not None else None for record in records],
             text_offset=[min(offset + record.text_offset, sys.maxsize if end is None else end) for record in records],
         )
+
+    def chat_logprobs(self, records: Iterable[TokenLogprob], alternatives: int) -> list[ChatTokenLogprob]:
+        """Convert the records of generated tokens to objects, with at most ``alternatives`` per token."""
+        return [
+            ChatTokenLogprob(
+                **self._chat_token(record.token_id, record.logprob or 0.0).model_dump(),
+                top_logprobs=[self._chat_token(*pair) for pair in record.top[:alternatives]],
+            )
+            for record in records
+        ]
+
+    def _chat_token(self, token_id: int, logprob: float) -> ChatTopLogprob:
+        token = self.token_string(token_id)
+        has_text = token_id not in self._special and token == self._tokenizer.decode_inside([token_id])
+        return ChatTopLogprob(token=token, logprob=logprob, bytes=list(token.encode()) if has_text else None)
 
     def _top(self, record: TokenLogprob) -> dict[str, float]:
         """Return {token string: logprob}. A duplicate string is replaced by ``token_id:N``."""

@@ -1,4 +1,4 @@
-"""Routes that describe the served model and its health."""
+"""Routes that describe the served model, its health, and the version of the server."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
 from model.errors import FiftyfoldError
+from serve import __version__
 from serve.api.errors import error_body
-from serve.api.schemas import ModelCard, ModelList
+from serve.api.schemas.models import ModelCard, ModelList
 from serve.api.served_model import ServedModel
 
 
@@ -20,6 +21,7 @@ def add_routes(app: FastAPI, served: ServedModel) -> None:
         created=int(time.time()),
         max_model_len=engine.model_config.max_positions,
         cache_bytes_per_token=engine.cache_bytes_per_token(),
+        chat_template=served.chat_template.source,
     )
 
     @app.get("/v1/models")
@@ -31,6 +33,11 @@ def add_routes(app: FastAPI, served: ServedModel) -> None:
         served.check_name(name)
         return card
 
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": __version__}
+
+    @app.get("/health")
     @app.get("/healthz")
     async def healthz() -> JSONResponse:
         """Answer 200 if the engine is healthy, else 503."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from serve.api.chat_template import ChatTemplate
 from serve.api.errors import ModelNotFoundError
 from serve.api.logprobs import TokenFormatter
 from serve.engine import Engine
@@ -16,6 +17,7 @@ class ServedModel:
     name: str
     engine: Engine
     token_formatter: TokenFormatter
+    chat_template: ChatTemplate
 
     def check_name(self, requested: str | None) -> None:
         """Raise ModelNotFoundError unless ``requested`` is this model's name or None."""

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 
 from serve.api.logprobs import BOS_TEXT, EOS_TEXT
 from serve.api.prompts import encode_text
-from serve.api.schemas import DetokenizeRequest, TokenizeRequest
+from serve.api.schemas.tokenization import DetokenizeRequest, TokenizeRequest
 from serve.api.served_model import ServedModel
 from serve.engine import RequestError
 

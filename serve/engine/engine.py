@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -84,6 +84,8 @@ class Engine:
         self.tokenizer = tokenizer
         self._scheduler = Scheduler(model, self.config)
         self._arrivals: list[Sequence] = []
+        self.observer: Callable[[Sequence, Delta], None] | None = None
+        """Called on the event loop with every output, before it is delivered."""
         self._streams: dict[int, Stream] = {}
         """Keyed by the ``id`` of each unfinished sequence."""
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fiftyfold-engine")
@@ -110,6 +112,22 @@ class Engine:
     def unfinished(self) -> int:
         """Number of completions that are running or waiting."""
         return len(self._streams)
+
+    @property
+    def running(self) -> list[Sequence]:
+        """Completions that hold a cache."""
+        return [*self._scheduler.prefilling, *self._scheduler.batch.sequences]
+
+    @property
+    def decoding(self) -> int:
+        """Number of completions that are decoded together."""
+        return len(self._scheduler.batch)
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Most tokens of prompt and completion together, by the model's context and the pages of the server."""
+        memory, context = self.memory, self.model_config.max_positions
+        return min(context, memory.pool.pages * memory.pool.page_tokens) if memory.pool.parts else context
 
     @property
     def stats(self) -> EngineStats:
@@ -217,6 +235,8 @@ class Engine:
 
     def _deliver(self, results: list[tuple[Sequence, Delta]]) -> None:
         for sequence, delta in results:
+            if self.observer is not None:
+                self.observer(sequence, delta)
             if delta == Delta():  # an unfinished prefill, or text held back
                 continue
             stream = self._streams[id(sequence)]
@@ -230,5 +250,7 @@ class Engine:
         for key, stream in list(self._streams.items()):
             for sequence in stream.sequences:
                 if id(sequence) == key:
+                    if self.observer is not None:
+                        self.observer(sequence, Delta(error=error))
                     stream.put(sequence, Delta(error=error))
         self._streams.clear()

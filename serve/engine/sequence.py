@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -34,6 +35,19 @@ class Delta:
     @property
     def final(self) -> bool:
         return self.finish_reason is not None or self.error is not None
+
+    @property
+    def mean_logprob(self) -> float:
+        """Mean of ``logprobs``, which must be those of generated tokens; 0 without any."""
+        values = [record.logprob for record in self.logprobs if record.logprob is not None]
+        return sum(values) / len(values) if values else 0.0
+
+    @classmethod
+    def join(cls, deltas: Iterable[Delta]) -> Delta:
+        """Return successive outputs of one completion as one."""
+        deltas = list(deltas)
+        logprobs = tuple(record for delta in deltas for record in delta.logprobs)
+        return cls("".join(delta.text for delta in deltas), logprobs, deltas[-1].finish_reason, deltas[-1].error)
 
 
 class Sequence:
@@ -85,6 +99,11 @@ class Sequence:
     def max_cached_tokens(self) -> int:
         """Tokens that the cache must hold. The last generated token is never fed back."""
         return self.prompt_length + max(0, self.params.max_tokens - 1)
+
+    @property
+    def stored_tokens(self) -> int:
+        """Tokens in the cache of a running completion."""
+        return self.computed if self.cache is not None else len(self.tokens) - 1
 
     @property
     def prefill_done(self) -> bool:

@@ -60,7 +60,7 @@ def test_the_precision_table_covers_later_stages(capsys):
         ),
         (["--run.name", "data"], "error: run.name: 'data' is reserved in run.folder, found 'data'"),
         (["--run.name", "../x"], "error: run.name: String should match pattern"),
-        (["--serve.host", "0.0.0.0"], "error: serve.host: Input should be '127.0.0.1'"),
+        (["--serve.host", "example.com"], "error: serve.host: expected an IP address"),
         (["--train.workers"], "error: command line: --train.workers has no value"),
         (["stray"], "error: command line: 'stray' is neither an option nor --section.key value"),
         (["--run.folder", "/dev/null/x"], "error: /dev/null/x/data/stdlib/manifest.json: Not a directory"),

@@ -104,6 +104,17 @@ def test_greedy_completion_equals_the_model(deployment, client, endless_model, l
     assert answer.fiftyfold["cache_nbytes"] == Cache(endless_model.config, 1, len(prompt) + 19).nbytes()
 
 
+def test_chat_and_reports_behind_the_proxy(deployment, client) -> None:
+    ask = dict(model=deployment.model_name, messages=[{"role": "user", "content": "the rain"}], max_tokens=20, seed=5)
+    whole = client.chat.completions.create(**ask)
+    chunks = client.chat.completions.create(**ask, stream=True)
+    text = "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
+    assert text == whole.choices[0].message.content != ""
+    assert 'fiftyfold_completions_total{outcome="length"}' in httpx.get(f"{deployment.url}/metrics").text
+    assert httpx.get(f"{deployment.url}/v1/cache").json()["pages"]["tokens"] == 64
+    assert httpx.get(f"{deployment.url}/").headers["content-type"] == "text/html; charset=utf-8"
+
+
 def test_stream_is_incremental_and_equals_the_response(deployment, client) -> None:
     ask = dict(model=deployment.model_name, prompt="the other rain", max_tokens=60, seed=5, temperature=1)
     whole = client.completions.create(**ask)
@@ -142,7 +153,7 @@ def test_concurrent_clients_get_the_same_text_as_sequential_ones(deployment, cli
         ({"model": "other"}, openai.NotFoundError, "is not served here"),
         ({"prompt": [5] * 600}, openai.BadRequestError, "the model's context of 512"),
         ({"temperature": 9}, openai.BadRequestError, "temperature"),
-        ({"logit_bias": {"1": 2}}, openai.BadRequestError, "not supported"),
+        ({"logit_bias": {"99": 2}}, openai.BadRequestError, "out of range"),
         ({"n": 9}, openai.BadRequestError, "the server accepts at most 3"),
         ({"prompt": "a" * 30_000}, openai.APIStatusError, "larger than the limit of 20000 bytes"),
     ],
@@ -278,7 +289,21 @@ def test_replicas_that_do_not_fit_the_cluster_are_refused(ray_cluster, saved) ->
         start(recipe_for(saved.parents[1], saved, replicas=50))
 
 
+def test_a_replica_serves_only_with_its_key(saved, monkeypatch) -> None:
+    server_class = CompletionsServer.func_or_class.__mro__[1]
+    server = server_class({"checkpoint": str(saved), "api_key_variable": "SOME_KEY"})
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    with pytest.raises(ConfigError, match="api_key_variable: SOME_KEY: not set in the environment of this process"):
+        server.__serve_build_asgi_app__()
+    monkeypatch.setenv("SOME_KEY", "correct-horse")
+    with TestClient(server.__serve_build_asgi_app__()) as client:
+        assert client.get("/v1/models").status_code == 401
+        assert client.get("/v1/models", headers={"Authorization": "Bearer correct-horse"}).status_code == 200
+
+
 def test_build_names_invalid_args() -> None:
+    with pytest.raises(ConfigError, match=r"^serve args: api_key_variable: .*set api_key_file or api_key_variable"):
+        build({"checkpoint": "x", "api_key_file": "a", "api_key_variable": "b"})
     with pytest.raises(ConfigError, match="serve args: prefil_chunk: Extra inputs"):
         build({"checkpoint": "x", "prefil_chunk": 5})
     with pytest.raises(ConfigError, match="serve args: checkpoint: Field required"):

@@ -1,5 +1,6 @@
 """Clients of a listening server: the openai package, lm-eval, and raw sockets."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -82,11 +83,60 @@ def test_openai_client(client, letters) -> None:
     assert client.completions.create(**ask, extra_body=extra).choices == whole.choices
 
 
+CHAT = dict(model="letters", messages=[{"role": "user", "content": PROMPT}], max_completion_tokens=20, seed=5)
+
+
+def test_openai_client_chats(client) -> None:
+    whole = client.chat.completions.create(**CHAT, n=2, logprobs=True, top_logprobs=2, user="me", tools=openai.omit)
+    [first, second] = whole.choices
+    assert first.message.role == "assistant" and first.message.content != second.message.content
+    assert len(first.logprobs.content) == 20
+    assert whole.usage.prompt_tokens_details.cached_tokens == 0
+    chunks = list(client.chat.completions.create(**CHAT, stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.delta.content or "" for chunk in chunks for c in chunk.choices) == first.message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason == first.finish_reason == "length"
+    assert chunks[-1].usage.completion_tokens == 20
+    text = first.message.content
+    # The client accumulates chunks itself, and raises if the answer ends by its length.
+    with client.chat.completions.stream(**CHAT, stop=text[10:13]) as events:
+        assert events.get_final_completion().choices[0].message.content == text[: text.index(text[10:13])]
+
+
+def test_openai_client_chats_asynchronously(server) -> None:
+    async def main() -> None:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            create = client.chat.completions.create
+            whole, other, chunks = await asyncio.gather(
+                create(**CHAT), create(**CHAT | {"seed": 6}), create(**CHAT, stream=True)
+            )
+            text = "".join([choice.delta.content or "" async for chunk in chunks for choice in chunk.choices])
+            assert text == whole.choices[0].message.content != other.choices[0].message.content
+
+    asyncio.run(main())
+
+
+def test_openai_client_sends_the_key(endless_model, letters, tmp_path) -> None:
+    (tmp_path / "key").write_text("correct-horse\n")
+    config = HttpConfig(api_key_file=str(tmp_path / "key"))
+    with listening(Engine(endless_model, letters), config=config) as server:
+        for key, fails in (("correct-horse", False), ("wrong-horse", True)):
+            with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0) as client:
+                if fails:
+                    with pytest.raises(openai.AuthenticationError, match="wrong API key") as caught:
+                        client.chat.completions.create(**CHAT)
+                    assert caught.value.code == "invalid_api_key"
+                else:
+                    assert client.chat.completions.create(**CHAT).choices[0].message.content
+
+
 def test_openai_client_gets_errors(client, server) -> None:
-    with pytest.raises(openai.BadRequestError, match="repetition_penalty: not supported") as caught:
-        client.completions.create(model="letters", prompt="a", extra_body={"repetition_penalty": 1.1})
-    assert caught.value.param == "repetition_penalty"
-    with pytest.raises(openai.NotFoundError, match="no route for POST /v1/chat/completions"):
+    with pytest.raises(openai.BadRequestError, match="repeat_penalty: not supported") as caught:
+        client.completions.create(model="letters", prompt="a", extra_body={"repeat_penalty": 1.1})
+    assert caught.value.param == "repeat_penalty"
+    with pytest.raises(openai.NotFoundError, match="no route for POST /v1/embeddings"):
+        client.embeddings.create(model="letters", input="a")
+    with pytest.raises(openai.BadRequestError, match="messages: expected a list of at least one message"):
         client.chat.completions.create(model="letters", messages=[])
     with pytest.raises(openai.NotFoundError, match="is not served here") as caught:
         client.completions.create(model="gpt-3.5-turbo-instruct", prompt="a")

@@ -150,6 +150,17 @@ def test_special_tokens_are_parsed_on_request(tmp_path):
     assert tokenizer.encode_prompt("<s>a")[:2] == [0, ord("<") + 2]
 
 
+def test_text_that_is_normalized_to_a_spelling_is_text(tmp_path):
+    content = {**byte_level(added=["<|x|>"]), "normalizer": {"type": "Lowercase"}}
+    content["added_tokens"][-1]["normalized"] = True
+    tokenizer = load(tmp_path, content)
+    special = tokenizer.special_tokens["<|x|>"]
+    assert tokenizer.encode("<|x|>a", parse_special=True)[0] == special
+    for parse_special in (False, True):
+        assert tokenizer.encode("<|X|>", parse_special) == tokenizer.encode("<|x|>")
+        assert special not in tokenizer.encode("<|X|>", parse_special)
+
+
 def test_text_without_tokens_is_refused(tmp_path):
     tokenizer = load(tmp_path, unigram("ab", unknown=False))
     with pytest.raises(ConfigError, match=r"tokenizer\.json: cannot encode 'c'"):

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import statistics
 from collections.abc import Iterator
 
 import httpx
@@ -94,6 +95,54 @@ def test_n_completions_per_prompt_in_order(client) -> None:
     assert len(set(texts)) == 4
     single = ask(client, prompt=TEXT)["fiftyfold"]["cache_nbytes"]
     assert answer["fiftyfold"]["cache_nbytes"] > 3 * single
+
+
+def test_best_of_returns_the_most_likely_completions_first(client) -> None:
+    def mean(choice: dict) -> float:
+        return statistics.mean(choice["logprobs"]["token_logprobs"])
+
+    body = {"prompt": [TEXT, "in"], "seed": 5, "max_tokens": 6, "logprobs": 0, "temperature": 1.5}
+    every = ask(client, **body, n=4)
+    best = ask(client, **body, n=2, best_of=4)
+    want = [c for start in (0, 4) for c in sorted(every["choices"][start : start + 4], key=mean, reverse=True)[:2]]
+    assert [choice["text"] for choice in best["choices"]] == [choice["text"] for choice in want]
+    assert [choice["text"] for choice in want] != [every["choices"][i]["text"] for i in (0, 1, 4, 5)]
+    assert [choice["index"] for choice in best["choices"]] == [0, 1, 2, 3]
+    assert best["usage"] == every["usage"]
+    assert best["usage"]["completion_tokens"] == 8 * 6
+    plain = ask(client, **body | {"logprobs": None}, n=2, best_of=4)
+    assert [choice["text"] for choice in plain["choices"]] == [choice["text"] for choice in want]
+    assert all(choice["logprobs"] is None for choice in plain["choices"])
+    echoed = ask(client, **body | {"logprobs": None, "max_tokens": 0}, best_of=2, echo=True)
+    assert [choice["text"] for choice in echoed["choices"]] == [TEXT, "in"]
+
+
+def test_cached_tokens_are_those_of_an_earlier_prompt(client) -> None:
+    prompt = [7, 9, *[11] * 150]
+    first = ask(client, prompt=prompt)["usage"]
+    again = ask(client, prompt=prompt)["usage"]
+    assert first["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert again["prompt_tokens_details"] == {"cached_tokens": 128}  # whole pages of 64 tokens
+    both = ask(client, prompt=[prompt, prompt], n=2)["usage"]
+    assert both["prompt_tokens_details"] == {"cached_tokens": 2 * 128}
+    assert both["prompt_tokens"] == 2 * again["prompt_tokens"]
+    chunks = stream(client, prompt=prompt, stream_options={"include_usage": True})
+    assert chunks[-1]["usage"] == again
+
+
+def test_sampling_fields_change_the_text(client, letters) -> None:
+    token = letters.encode("z")[0]
+    biased = ask(client, prompt=TEXT, logit_bias={str(token): 100}, temperature=0)
+    assert biased["choices"][0]["text"] == "z" * 12
+    stopped = ask(client, prompt=TEXT, logit_bias={str(token): 100}, stop_token_ids=[token], temperature=0)
+    assert (stopped["choices"][0]["finish_reason"], stopped["usage"]["completion_tokens"]) == ("stop", 1)
+    late = ask(client, prompt=TEXT, logit_bias={str(token): 100}, stop_token_ids=[token], temperature=0, min_tokens=3)
+    assert (late["choices"][0]["finish_reason"], late["usage"]["completion_tokens"]) == ("stop", 4)
+    eos = {str(letters.eos_id): 100}
+    assert ask(client, prompt=TEXT, logit_bias=eos)["usage"]["completion_tokens"] == 1
+    assert ask(client, prompt=TEXT, logit_bias=eos, ignore_eos=True)["usage"]["completion_tokens"] == 12
+    varied = ask(client, prompt=TEXT, logit_bias={str(token): 100}, frequency_penalty=2, temperature=0, max_tokens=100)
+    assert set(varied["choices"][0]["text"]) > {"z"}
 
 
 @pytest.mark.parametrize(
@@ -203,7 +252,7 @@ def test_logprobs_show_the_space_in_front_of_a_token(byte_model, tmp_path) -> No
     content = unigram("abc")
     content["model"]["vocab"].append(["▁a", -1.0])
     tokenizer = load_tokenizer(write_files(tmp_path, content))
-    with TestClient(create_app(Engine(byte_model, tokenizer), "abc", max_body_bytes=20_000)) as client:
+    with TestClient(create_app(Engine(byte_model, tokenizer), "abc", CONFIG)) as client:
         choice = ask(client, prompt="b a", echo=True, logprobs=0, max_tokens=0)["choices"][0]
     assert choice["text"] == "b a"
     assert choice["logprobs"]["tokens"] == ["<|bos|>", " ", "b", " a"]

@@ -9,7 +9,9 @@ import pydantic
 import pytest
 
 from serve.api.asgi import create_app
-from serve.api.schemas import CompletionRequest, DetokenizeRequest, TokenizeRequest
+from serve.api.schemas.chat import ChatRequest
+from serve.api.schemas.completions import CompletionRequest
+from serve.api.schemas.tokenization import DetokenizeRequest, TokenizeRequest
 from serve.engine import Engine, EngineConfig
 
 OK = {"prompt": "the"}
@@ -54,11 +56,29 @@ OK = {"prompt": "the"}
         (OK | {"stream_options": {"include_usage": True}}, "stream_options", "allowed only if stream is true"),
         (OK | {"stream": True, "stream_options": {"x": 1}}, "stream_options", "stream_options.x: unknown field"),
         (OK | {"suffix": "end"}, "suffix", "not supported"),
-        (OK | {"frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
-        (OK | {"presence_penalty": 0.5}, "presence_penalty", "not supported"),
-        (OK | {"logit_bias": {"5": 1.0}}, "logit_bias", "not supported"),
-        (OK | {"best_of": 3}, "best_of", "not supported"),
-        (OK | {"best_of": 1, "n": 2}, "best_of", "not supported"),
+        (OK | {"frequency_penalty": 2.5}, "frequency_penalty", "less than or equal to 2"),
+        (OK | {"presence_penalty": -2.5}, "presence_penalty", "greater than or equal to -2"),
+        (OK | {"repetition_penalty": 0}, "repetition_penalty", "greater than or equal to 0.01"),
+        (OK | {"repetition_penalty": True}, "repetition_penalty", "number"),
+        (OK | {"min_p": 1.5}, "min_p", "less than or equal to 1"),
+        (OK | {"min_p": False}, "min_p", "number"),
+        (OK | {"ignore_eos": 0}, "ignore_eos", "boolean"),
+        (OK | {"min_tokens": 17}, "min_tokens", "must not exceed the limit of 16 tokens"),
+        (OK | {"logit_bias": {"38": 1}}, "logit_bias", "token ID 38 is out of range for a vocabulary of 38"),
+        (OK | {"logit_bias": {"5": 101}}, "logit_bias", "the bias of token ID 5 must be a number from -100 to 100"),
+        (OK | {"logit_bias": {"5": True}}, "logit_bias", "the bias of token ID 5 must be a number"),
+        (OK | {"logit_bias": {"05": 1}}, "logit_bias", "'05' is not a token ID"),
+        (OK | {"logit_bias": {"-1": 1}}, "logit_bias", "'-1' is not a token ID"),
+        (OK | {"logit_bias": [[5, 1]]}, "logit_bias", "expected an object of biases by token ID"),
+        (OK | {"logit_bias": {str(i): 0 for i in range(1025)}}, "logit_bias", "at most 1024 token IDs, found 1025"),
+        (OK | {"stop_token_ids": [38]}, "stop_token_ids", "token ID 38 is out of range"),
+        (OK | {"stop_token_ids": 5}, "stop_token_ids", "expected a list of token IDs"),
+        (OK | {"stop_token_ids": [5] * 1025}, "stop_token_ids", "at most 1024 token IDs, found 1025"),
+        (OK | {"stop_token_ids": [*range(38)], "min_tokens": 1}, "stop_token_ids", "a token must remain"),
+        (OK | {"best_of": 1, "n": 2}, "best_of", "must be at least n (2)"),
+        (OK | {"best_of": 2, "stream": True}, "best_of", "not supported with stream"),
+        (OK | {"best_of": 129}, "best_of", "less than or equal to 128"),
+        (OK | {"n": 1, "best_of": 13}, None, "asks for 13 completions, but the server accepts at most 12"),
         (OK | {"do_sample": False}, "do_sample", "set temperature to 0"),
         (OK | {"max_token": 5}, "max_token", "unknown field"),
         ([OK], None, "must be a JSON object"),
@@ -83,6 +103,11 @@ def test_invalid_values(client, body, param, words) -> None:
         (CompletionRequest, {"stream_options": {f"field{i}": 1 for i in range(1000)}}),
         (CompletionRequest, {"prompt": [0.5] * 1000}),
         (CompletionRequest, {"stop": [0.5] * 1000}),
+        (CompletionRequest, {"logit_bias": {f"field{i}": 1 for i in range(1000)}}),
+        (CompletionRequest, {"stop_token_ids": [0.5] * 1000}),
+        (ChatRequest, {"messages": [{}] * 1000}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [5] * 1000}]}),
+        (ChatRequest, {"messages": [{"role": "user", "content": ""}], "tools": [5] * 100}),
         (TokenizeRequest, {f"field{i}": 1 for i in range(1000)}),
         (DetokenizeRequest, {"tokens": [0.5] * 1000}),
     ],

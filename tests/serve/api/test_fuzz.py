@@ -4,13 +4,19 @@ import gzip
 import json
 from urllib.parse import quote
 
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from serve.api.neutral_fields import NEUTRAL_TYPES, NEUTRAL_VALUES
-from serve.api.schemas import CompletionRequest
+from serve.api.schemas.chat import ChatRequest
+from serve.api.schemas.completions import CompletionRequest
+from serve.api.schemas.messages import ROLES
+from serve.api.schemas.neutral_fields import CHAT_NEUTRAL_TYPES, CHAT_NEUTRAL_VALUES, NEUTRAL_TYPES, NEUTRAL_VALUES
 
-ROUTES = ("/v1/completions", "/tokenize", "/detokenize", "/v1/models", "/v1/models/x", "/healthz", "/tokenizer_info")
+ROUTES = (
+    *("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/v1/models", "/v1/models/x"),
+    *("/", "/health", "/healthz", "/version", "/metrics", "/v1/cache", "/tokenizer_info"),
+)
 NAMES = [*CompletionRequest.model_fields, *NEUTRAL_VALUES, *NEUTRAL_TYPES, "tokens", "add_special_tokens"]
 TEXT = st.text(st.characters(codec=None), max_size=8)  # includes surrogates and control characters
 SCALARS = st.one_of(
@@ -39,13 +45,60 @@ BODIES = st.builds(
             "top_p": st.floats(0, 1),
             "top_k": st.integers(-1, 10**30),
             "stop": st.sampled_from([None, [], "a", ["a", "the"], "\0"]),
+            "stop_token_ids": st.lists(st.integers(0, 37), max_size=40),
+            "min_tokens": st.integers(0, 2),
+            "min_p": st.floats(0, 1),
+            "repetition_penalty": st.floats(0.01, 100),
+            "presence_penalty": st.floats(-2, 2),
+            "frequency_penalty": st.floats(-2, 2),
+            "logit_bias": st.dictionaries(st.integers(0, 37).map(str), st.floats(-100, 100), max_size=3),
+            "ignore_eos": st.booleans(),
+            "best_of": st.integers(1, 3),
             "stream": st.booleans(),
             "stream_options": st.dictionaries(st.sampled_from(["include_usage", "include_obfuscation"]), SCALARS),
         },
     ),
     st.dictionaries(st.sampled_from(NAMES) | TEXT, VALUES, max_size=3),
 )
+PARTS = st.fixed_dictionaries({"type": st.sampled_from(["text"] * 4 + ["image_url"])}, optional={"text": TEXT | VALUES})
+CALLS = st.lists(
+    st.fixed_dictionaries(
+        {"function": st.fixed_dictionaries({"name": TEXT}, optional={"arguments": st.sampled_from(["{}", "[", 5])})}
+    ),
+    max_size=2,
+)
+MESSAGES = st.lists(
+    st.builds(
+        lambda valid, changes: valid | changes,
+        st.fixed_dictionaries(
+            {"role": st.sampled_from(ROLES), "content": TEXT | st.sampled_from(["the", "<s>", "s>", "</s>a<"])},
+            optional={"name": TEXT},
+        ),
+        st.just({})
+        | st.dictionaries(st.sampled_from(["role", "content", "tool_calls"]) | TEXT, VALUES, max_size=1)
+        | st.fixed_dictionaries({"content": st.lists(PARTS, max_size=2)})
+        | st.fixed_dictionaries({"tool_calls": CALLS}),
+    ),
+    min_size=1,
+    max_size=3,
+)
+CHAT_NAMES = [*ChatRequest.model_fields, *CHAT_NEUTRAL_VALUES, *CHAT_NEUTRAL_TYPES]
+CHAT_BODIES = st.builds(
+    lambda valid, changes: valid | changes,
+    st.fixed_dictionaries(
+        {"messages": MESSAGES, "max_tokens": st.integers(0, 3)},
+        optional={
+            "n": st.integers(1, 3),
+            "logprobs": st.booleans(),
+            "stream": st.booleans(),
+            "tool_choice": st.sampled_from(["auto", "none", "required", {"type": "function"}]),
+            "add_generation_prompt": st.booleans(),
+        },
+    ),
+    st.dictionaries(st.sampled_from(CHAT_NAMES) | TEXT, VALUES, max_size=2),
+)
 ENCODED = st.one_of(
+    CHAT_BODIES.map(lambda body: json.dumps(body).encode()),
     BODIES.map(lambda body: json.dumps(body).encode()),
     VALUES.map(lambda body: json.dumps(body, ensure_ascii=False).encode("utf-8", "surrogatepass")),
     st.binary(max_size=30),
@@ -71,14 +124,15 @@ def check(response) -> None:
     assert "text/event-stream" not in response.headers.get("content-type", "") or '"error"' not in response.text
 
 
-def test_completion_bodies(client) -> None:
+@pytest.mark.parametrize(("path", "bodies"), [("/v1/completions", BODIES), ("/v1/chat/completions", CHAT_BODIES)])
+def test_bodies(client, path, bodies) -> None:
     answered = []
 
     @settings(FUZZ, max_examples=250)
-    @given(BODIES)
+    @given(bodies)
     def run(body) -> None:
         content = json.dumps(body).encode()
-        response = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+        response = client.post(path, content=content, headers={"content-type": "application/json"})
         check(response)
         answered.append(response.status_code)
 

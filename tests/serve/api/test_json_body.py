@@ -32,7 +32,7 @@ def post(client, content: bytes, headers=JSON, route="/v1/completions"):
         (b'{"temperature": 1e999}', "temperature", "finite number"),
         (b'{"max_tokens": NaN}', "max_tokens", "integer"),
         (b'{"prompt": [NaN]}', "prompt", "expected a string"),
-        (b'{"min_p": NaN}', "min_p", "not supported"),
+        (b'{"min_p": NaN}', "min_p", "finite number"),
     ],
 )
 def test_malformed_bodies_are_refused_in_one_sentence(client, content, param, words) -> None:

@@ -92,7 +92,7 @@ def request(app, scope: dict) -> tuple[int, dict, bytes]:
     return sent[0]["status"], dict(sent[0]["headers"]), b"".join(message.get("body", b"") for message in sent)
 
 
-@pytest.mark.parametrize("route", ["/", "/v1", "/v1/chat/completions", "/v1/completions/x", "/V1/models"])
+@pytest.mark.parametrize("route", ["/v2", "/v1", "/v1/chat", "/v1/completions/x", "/V1/models"])
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS", "DELETE"])
 def test_unknown_routes(client, route, method) -> None:
     response = client.request(method, route)

@@ -1,9 +1,7 @@
 """The engine with a real model: requests are independent of each other, and each frees its resources."""
 
 import asyncio
-import gc
 import time
-import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -169,7 +167,7 @@ def test_pieces_are_complete_characters(byte_model, byte_tokenizer) -> None:
 
 
 def test_running_streams_continue_during_a_long_prefill(endless_model, letters) -> None:
-    scheduler = Scheduler(endless_model, EngineConfig(prefill_chunk=32))
+    scheduler = Scheduler(endless_model, EngineConfig(prefill_chunk=32, prefill_share=1e9, kept_prefixes=0))
     far = time.monotonic() + 60
     short = Sequence([0, 5], SamplingParams(max_tokens=12, seed=3), letters, far)
     long = Sequence(prompt_of(letters, 40)[:320], SamplingParams(max_tokens=1), letters, far)
@@ -177,7 +175,7 @@ def test_running_streams_continue_during_a_long_prefill(endless_model, letters) 
     before = short.completion_tokens
     steps = 0
     scheduler.step([long])
-    while not long.prefill_done:
+    while not long.completion_tokens:
         scheduler.step()
         steps += 1
     assert steps == 9
@@ -214,14 +212,12 @@ def test_abort_frees_the_cache(endless_model, letters) -> None:
         async for _, delta in stream:
             if delta.text:
                 break
-        cache = weakref.ref(stream.sequences[0].cache)
-        assert cache() is not None
+        assert engine.memory.used_pages > 0
         done = stream.sequences[0].completion_tokens
         stream.abort()
         waiting.abort()
         await idle(engine)
-        gc.collect()
-        assert cache() is None
+        assert engine.memory.used_pages == 0
         assert stream.sequences[0].completion_tokens <= done + 2
         assert waiting.sequences[0].completion_tokens == 0
         with pytest.raises(RequestAbortedError):

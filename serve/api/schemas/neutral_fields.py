@@ -11,28 +11,20 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from serve.api.validation import field_error
+from serve.api.schemas.validation import field_error
 
 _NUMBER = (int, float)
 
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     # OpenAI
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({}, []),
     "suffix": ("",),
     "metadata": ({},),
     "store": (False,),
     "service_tier": ("auto", "default"),
     "response_format": ({"type": "text"},),
     # vLLM
-    "min_p": (0,),
-    "repetition_penalty": (1,),
     "use_beam_search": (False,),
-    "stop_token_ids": ([],),
     "include_stop_str_in_output": (False,),
-    "ignore_eos": (False,),
-    "min_tokens": (0,),
     "skip_special_tokens": (True,),
     "add_special_tokens": (True,),
     "allowed_token_ids": (),
@@ -147,6 +139,39 @@ NEUTRAL_TYPES: dict[str, tuple[type, ...]] = {
 }
 """Types of fields without effect on a completion, whatever their value."""
 
+_COMPLETIONS_ONLY = {"suffix", "add_special_tokens"}
+CHAT_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    **{name: values for name, values in NEUTRAL_VALUES.items() if name not in _COMPLETIONS_ONLY},
+    # OpenAI
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "reasoning_effort": (),
+    "verbosity": ("medium",),
+    # vLLM. A template may write BOS itself, so none is put in front.
+    "add_special_tokens": (False,),
+    "echo": (False,),
+    "best_of": (1,),
+    "continue_final_message": (False,),
+    "chat_template": (),
+    "documents": ([],),
+    "include_reasoning": (True,),
+    "mm_processor_kwargs": ({},),
+    "media_io_kwargs": ({},),
+    # llama.cpp
+    "reasoning_format": ("none", "auto"),
+    "parse_tool_calls": (False,),
+}
+CHAT_NEUTRAL_TYPES: dict[str, tuple[type, ...]] = {
+    **NEUTRAL_TYPES,
+    # The server does not parse tool calls
+    "parallel_tool_calls": (bool,),
+    "tool_prompt": (str,),
+}
+
 _TYPE_NAMES = {str: "a string", bool: "a boolean", list: "a list", int: "a number"}
 
 
@@ -157,7 +182,7 @@ def drop_neutral(
 ) -> dict[str, Any]:
     """Return ``fields`` without nulls, and without the fields of the two tables.
 
-    Raises a :func:`~serve.api.validation.field_error` for a value that is not neutral.
+    Raises a :func:`~serve.api.schemas.validation.field_error` for a value that is not neutral.
     """
     kept = {}
     for name, value in fields.items():
@@ -165,7 +190,7 @@ def drop_neutral(
             continue
         if name in neutral_values:
             values = neutral_values[name]
-            if not any(_equal(value, neutral) for neutral in values) and not _is_zero_bias(name, value):
+            if not any(_equal(value, neutral) for neutral in values):
                 exception = f" except as {json.dumps(values[0])}" if values else ""
                 raise field_error(name, f"not supported by this server{exception}; omit the field")
         elif name in neutral_types:
@@ -180,7 +205,3 @@ def drop_neutral(
 def _equal(value: Any, neutral: Any) -> bool:
     """Compare JSON values. In Python, False equals 0 and True equals 1; in JSON they do not."""
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
-
-
-def _is_zero_bias(name: str, value: Any) -> bool:
-    return name == "logit_bias" and isinstance(value, dict) and all(_equal(bias, 0) for bias in value.values())

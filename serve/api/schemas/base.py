@@ -1,0 +1,59 @@
+"""Base of request schemas, and types that several of them use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+
+from serve.api.schemas.neutral_fields import drop_neutral
+from serve.api.schemas.validation import field_error
+
+
+class RequestBody(BaseModel):
+    # Strict: "0.5" is not a number and true is not 1. Unknown fields are errors, because a field that is silently
+    # ignored looks like a setting without effect.
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    neutral_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    neutral_types: ClassVar[Mapping[str, tuple[type, ...]]] = {}
+    """Fields that the server does not have and accepts where they change nothing, as in
+    :mod:`serve.api.schemas.neutral_fields`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_fields(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        fields = drop_neutral(value, cls.neutral_values, cls.neutral_types)
+        for name in fields:
+            if name not in cls.model_fields:
+                raise field_error(name, "unknown field")  # pydantic would list all of them
+        return fields
+
+
+def integral(value: Any) -> Any:
+    """Return 16.0 as 16: JSON has one type for both, and some languages always write the point."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(integral)]
+
+
+def parse_token_ids(value: Any) -> Any:
+    """Return a list of integers if ``value`` is a list of integral numbers, else ``value``."""
+    if not isinstance(value, list) or all(type(item) is int for item in value):
+        return value
+    return [integral(item) for item in value]
+
+
+def is_token_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def parse_tokens(value: Any) -> list[int]:
+    """Return a list of token IDs. Raises ValueError for anything else."""
+    if not is_token_ids(ids := parse_token_ids(value)):
+        raise ValueError("expected a list of token IDs")
+    return ids

@@ -1,0 +1,120 @@
+"""Parsing of chat messages and tools into the values that a chat template reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from serve.api.schemas.validation import field_error
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MAX_MESSAGES = 10_000
+MAX_TOOLS = 128
+_STRINGS = ("name", "tool_call_id", "reasoning_content")
+"""Fields of a message that are passed to the template if they are strings."""
+
+
+def parse_messages(value: Any) -> list[dict[str, Any]]:
+    """Return messages whose content is one string each. Text parts are joined by newlines.
+
+    Raises an error that names the first invalid field.
+    """
+    if not isinstance(value, list) or not value:
+        raise ValueError("expected a list of at least one message")
+    if len(value) > MAX_MESSAGES:
+        raise ValueError(f"expected at most {MAX_MESSAGES} messages, found {len(value)}")
+    return [_parse_message(str(i), message) for i, message in enumerate(value)]
+
+
+def _parse_message(place: str, value: Any) -> dict[str, Any]:
+    fields = _object(place, value)
+    role = fields.pop("role", None)
+    if role not in ROLES:
+        raise field_error(f"{place}.role", f"expected one of {', '.join(ROLES)}")
+    message: dict[str, Any] = {"role": role}
+    content, calls = fields.pop("content", None), fields.pop("tool_calls", None)
+    if calls:
+        if role != "assistant":
+            raise field_error(f"{place}.tool_calls", "allowed in messages of the assistant only")
+        message["tool_calls"] = _parse_calls(f"{place}.tool_calls", calls)
+    if content is None and not calls:
+        raise field_error(f"{place}.content", "missing")
+    message["content"] = "" if content is None else _parse_content(f"{place}.content", content)
+    for name, item in fields.items():
+        if name not in _STRINGS:
+            raise field_error(f"{place}.{name}", "unknown field")
+        message[name] = _string(f"{place}.{name}", item)
+    return message
+
+
+def _parse_content(place: str, content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise field_error(place, "expected a string or a list of text parts")
+    return "\n".join(_parse_part(f"{place}.{i}", part) for i, part in enumerate(content))
+
+
+def _parse_part(place: str, value: Any) -> str:
+    part = _object(place, value)
+    kind = part.pop("type", None)
+    if kind != "text":
+        found = f"parts of type '{kind}' are not supported; " if isinstance(kind, str) else ""
+        raise field_error(f"{place}.type", f"{found}expected text")
+    text = _string(f"{place}.text", part.pop("text", None))
+    for name in part:
+        raise field_error(f"{place}.{name}", "unknown field")
+    return text
+
+
+def _parse_calls(place: str, value: Any) -> list[dict[str, Any]]:
+    """Return tool calls with their arguments as objects, as templates expect them."""
+    if not isinstance(value, list):
+        raise field_error(place, "expected a list of tool calls")
+    calls = []
+    for i, item in enumerate(value):
+        call = _object(f"{place}.{i}", item)
+        function = _function(f"{place}.{i}", call)
+        arguments = function.get("arguments")
+        try:
+            parsed = json.loads(arguments) if isinstance(arguments, str) else None
+        except (ValueError, RecursionError):
+            parsed = None
+        if not isinstance(parsed, dict):
+            raise field_error(f"{place}.{i}.function.arguments", "expected a JSON object in a string")
+        calls.append({**call, "function": {**function, "arguments": parsed}})
+    return calls
+
+
+def parse_tools(value: Any) -> list[dict[str, Any]]:
+    """Return descriptions of functions, as they are passed to the template."""
+    if not isinstance(value, list):
+        raise ValueError("expected a list of tools")
+    if len(value) > MAX_TOOLS:
+        raise ValueError(f"expected at most {MAX_TOOLS} tools, found {len(value)}")
+    for i, tool in enumerate(value):
+        _function(str(i), _object(str(i), tool))
+    return value
+
+
+def _function(place: str, item: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the function of a tool or a tool call."""
+    if item.get("type", "function") != "function":
+        raise field_error(f"{place}.type", "expected function")
+    function = _object(f"{place}.function", item.get("function"))
+    _string(f"{place}.function.name", function.get("name"))
+    return function
+
+
+def _object(place: str, value: Any) -> dict[str, Any]:
+    """Return the fields that are not null."""
+    if not isinstance(value, dict):
+        raise field_error(place, "expected an object")
+    return {name: item for name, item in value.items() if item is not None}
+
+
+def _string(place: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise field_error(place, "missing" if value is None else "expected a string")
+    return value
