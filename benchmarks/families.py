@@ -5,7 +5,7 @@
 
 Every network has the width, depth, experts and vocabulary of `tiny`, and within 3% its parameters (presets `tiny-*`).
 All train on the same rows, in the same order, for the same number of steps, with the same optimizer. The first seed
-selects each network's learning rates, by final validation loss, from equally many multiples (`--rates`) of the recipe's.
+selects each network's learning rates, by final validation loss, among multiples of the recipe's (`--rates`).
 
 The plain trainer runs in this process, without Ray. Every run is logged to MLflow (in `run.folder`, by default `runs`),
 and finished runs are reused. `--quick` trains a few steps on little data, to see that everything works.

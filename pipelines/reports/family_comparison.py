@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from model.config import ModelConfig
 from model.costs import WEIGHTING, CostModel, costs_of, family_config, family_costs, ssa_costs
 from model.errors import CacheError
-from pipelines.reports.cache_measurement import Measurement, measure_cache
+from pipelines.reports.cache_measurement import Measurement, check_memory, measure_cache
 from pipelines.reports.figures import binary, comparison_figure
 from pipelines.reports.terminal import print_table
 
@@ -78,13 +78,13 @@ def compare(
     """
     configs = [config, *(family_config(config, family) for family in families)]
     networks = [costs_of(config, name), *(family_costs(config, family) for family in families)]
-    measurements = []
-    for network, each in zip(networks, configs) if measure else ():
+    for network, each in zip(networks, configs) if measure else ():  # all of them, before any is allocated
         try:
-            measurements.append(measure_cache(each, context))
+            check_memory(each, context)
         except CacheError as error:
             raise CacheError(f"--measure: {network.name}: {error}; --context sets a shorter sequence") from error
-    return Comparison(config, context, (*networks, ssa_costs(config, density)), tuple(measurements))
+    measurements = tuple(measure_cache(each, context) for each in configs) if measure else ()
+    return Comparison(config, context, (*networks, ssa_costs(config, density)), measurements)
 
 
 def print_comparison(comparison: Comparison) -> None:

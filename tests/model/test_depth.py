@@ -60,7 +60,6 @@ def test_32_layers_of_gqa_are_as_large_as_llama_3_8b():
 
 @pytest.mark.parametrize("family", ["v32", "mamba2", "kimi", "gqa"])
 def test_every_depth_of_a_family_can_be_built_and_grows(family):
-    """From the second depth on, nothing shrinks; the number of kinds of layers does not depend on the depth."""
     configs = [ModelConfig.from_depth(depth, family) for depth in FAMILIES[family].depths]
     for depth, config in zip(FAMILIES[family].depths, configs):
         assert config.num_layers == depth and config.hidden_size % 128 == 0

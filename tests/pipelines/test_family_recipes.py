@@ -63,7 +63,8 @@ def test_a_recipe_trains_evaluates_and_is_exported(prepared, name, tmp_path):
         return
     export.run(recipe, folder, target)
     again = import_pretrained(target)
-    assert again.config == original.config
+    # config.json has no key for the initialization of the last projections.
+    assert again.config == original.config.replace(zero_init_output=False)
     for key, tensor in original.state_dict().items():
         assert torch.equal(again.state_dict()[key], tensor), key
 

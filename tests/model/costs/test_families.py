@@ -3,8 +3,16 @@
 import pytest
 
 from model.config import ModelConfig
-from model.costs import COMPARED, cache_bytes_per_token, costs_of, family_config, family_costs, gqa8_costs, ssa_costs
-from model.costs import v32_costs as released_v32
+from model.costs import (
+    COMPARED,
+    cache_bytes_per_token,
+    costs_of,
+    family_config,
+    family_costs,
+    gqa8_costs,
+    ssa_costs,
+    v32_costs,
+)
 from model.errors import ConfigError
 
 MILLION = 1 << 20
@@ -38,7 +46,7 @@ def test_width_layers_heads_and_feed_forward_are_the_models(config, family):
 def test_at_the_width_of_v32_it_is_v32():
     """V4-Pro has the width, layers and heads of V3.2."""
     assert family_costs(PRO, "v32").bytes_per_token == 48_068
-    released, found = released_v32(), family_costs(PRO, "v32")
+    released, found = v32_costs(), family_costs(PRO, "v32")
     attention = {name for name in parts(released, MILLION) if name in parts(found, MILLION)} - {"head"}
     kinds = ("index", "core")
     assert parts(released, MILLION, *kinds) == parts(found, MILLION, *kinds)
