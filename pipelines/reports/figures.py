@@ -105,11 +105,11 @@ def budget_figure(
         width = 2.2 if account is own else 1.5
         cache.plot(lengths, [account.cache_bytes(n) for n in lengths], color=color, linewidth=width, label=account.name)
         total.plot(lengths, [account.equivalent(n) for n in lengths], color=color, linewidth=width, label=account.name)
-    if own.fixed:
+    if own.fixed and own.per_token:
         entries = [own.bytes_per_token * n for n in lengths]
         cache.plot(lengths, entries, color=_TRIAL, linestyle="--", linewidth=1.1, label=f"{own.name}: growing entries")
         fixed = sum(own.fixed.values())
-        cache.axhline(fixed, color=_TRIAL, linestyle=":", linewidth=1.2, label=f"{own.name}: windows and tails")
+        cache.axhline(fixed, color=_TRIAL, linestyle=":", linewidth=1.2, label=f"{own.name}: fixed state")
     cache.set(title="cache of one sequence, fixed state included", ylabel="bytes")
     total.set(title="decoding one token, all operations", ylabel="FLOPs (FP8 equivalents)")
 
