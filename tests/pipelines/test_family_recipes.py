@@ -49,7 +49,7 @@ def test_a_recipe_has_the_steps_rows_and_optimizer_of_the_demo(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_recipe_trains_evaluates_and_is_exported(prepared, name, tmp_path):
+def test_a_recipe_trains_evaluates_and_is_exported(prepared, name, tmp_path, capsys):
     recipe = family_recipe(name)
     folder, record = trained(prepared, recipe, tmp_path / "final")
     assert record.reported[-1][1]["validation/loss"] > 0
@@ -62,6 +62,11 @@ def test_a_recipe_trains_evaluates_and_is_exported(prepared, name, tmp_path):
         assert not target.exists()
         return
     export.run(recipe, folder, target)
+    formats = {
+        "v32": "kv_format fp8_128, rope_format bf16, index_format fp8_128",
+        "kimi": "kv_format bf16, rope_format bf16",
+    }
+    assert f"differ slightly from those here ({formats[name]})" in capsys.readouterr().out
     again = import_pretrained(target)
     # config.json has no key for the initialization of the last projections.
     assert again.config == original.config.replace(zero_init_output=False)
