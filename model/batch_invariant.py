@@ -41,9 +41,7 @@ def check_widths(config: ModelConfig) -> None:
     for name, width in widths.items():
         if width is not None and width % 4:
             # A CPU library sums some rows of a product in another order, only at widths that 4 does not divide.
-            raise ConfigError(
-                f"execution: batch-invariant needs widths that are multiples of 4, model.{name} is {width}"
-            )
+            raise ConfigError(f"execution: batch-invariant needs widths that are multiples of 4, {name} is {width}")
 
 
 def run_block(block: Block, streams: Tensor, input_ids: Tensor, context: Context, cache: LayerCache | None) -> Tensor:

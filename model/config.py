@@ -143,7 +143,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.layers, list | tuple):
-            raise ConfigError(f"model.layers: expected a list of mixer names, found {self.layers!r}")
+            raise ConfigError(f"layers: expected a list of mixer names, found {self.layers!r}")
         object.__setattr__(self, "layers", tuple(self.layers))
         _check_types(self)
         object.__setattr__(self, "mixer_options", _complete_options(self))
@@ -155,7 +155,7 @@ class ModelConfig:
     def from_preset(cls, name: str, **overrides: Any) -> ModelConfig:
         """Return the preset ``name`` of :data:`model.presets.PRESETS` with fields replaced. Raises ConfigError."""
         if not isinstance(name, str) or name not in PRESETS:
-            raise ConfigError(f"model.preset: unknown preset '{name}'; there are {', '.join(PRESETS)}")
+            raise ConfigError(f"preset: unknown preset '{name}'; there are {', '.join(PRESETS)}")
         return cls.from_dict({**PRESETS[name], **overrides})
 
     @classmethod
@@ -165,7 +165,7 @@ class ModelConfig:
         ConfigError."""
         values = depth_values(depth, family)
         if overrides.keys() >= {field.name for field in dataclasses.fields(cls)} - {"mixer_options"}:
-            raise ConfigError(f"model.depth: {depth} has no effect, because every field of the model is already set")
+            raise ConfigError(f"depth: {depth} has no effect, because every field of the model is already set")
         return cls.from_dict({**values, **overrides})
 
     @classmethod
@@ -175,9 +175,9 @@ class ModelConfig:
         values = dict(values)
         preset, depth, family = (values.pop(key, None) for key in ("preset", "depth", "family"))
         if preset is not None and depth is not None:
-            raise ConfigError(f"model.depth: {depth!r} and model.preset '{preset}' are mutually exclusive")
+            raise ConfigError(f"depth: {depth!r} and preset '{preset}' are mutually exclusive")
         if family is not None and depth is None:
-            raise ConfigError(f"model.family: '{family}' is scaled by model.depth, which is not given")
+            raise ConfigError(f"family: '{family}' is scaled by depth, which is not given")
         if preset is not None:
             return cls.from_preset(preset, **values)
         if depth is not None:
@@ -185,7 +185,7 @@ class ModelConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         for key in values:
             if key not in known:
-                raise ConfigError(unknown_key(f"model.{key}", str(key), known))
+                raise ConfigError(unknown_key(f"{key}", str(key), known))
         return cls(**values)
 
     @classmethod
@@ -271,16 +271,16 @@ def _complete_options(config: ModelConfig) -> dict[str, dict[str, Any]]:
     """Return ``mixer_options`` with the defaults of every mixer in use filled in."""
     given = config.mixer_options
     if not isinstance(given, Mapping):
-        raise ConfigError(f"model.mixer_options: expected a mapping, found {given!r}")
+        raise ConfigError(f"mixer_options: expected a mapping, found {given!r}")
     for name, values in given.items():
         if name not in MIXERS:
-            raise ConfigError(f"model.mixer_options.{name}: unknown mixer; there are {', '.join(MIXERS)}")
+            raise ConfigError(f"mixer_options.{name}: unknown mixer; there are {', '.join(MIXERS)}")
         if not isinstance(values, Mapping):
-            raise ConfigError(f"model.mixer_options.{name}: expected a mapping, found {values!r}")
+            raise ConfigError(f"mixer_options.{name}: expected a mapping, found {values!r}")
         for key in values:
             if key not in MIXERS[name].options:
                 known = ", ".join(MIXERS[name].options) or "none"
-                raise ConfigError(f"model.mixer_options.{name}.{key}: unknown option; there are {known}")
+                raise ConfigError(f"mixer_options.{name}.{key}: unknown option; there are {known}")
     used = [mixer for mixer in dict.fromkeys(config.block_mixers) if mixer.options]
     filled = {mixer.name: {**mixer.options, **given.get(mixer.name, {})} for mixer in used}
     # JSON knows no tuples: with lists, a configuration equals the one that is read back from a checkpoint.
@@ -299,17 +299,17 @@ def _check_types(config: ModelConfig) -> None:
         if origin is Literal:
             allowed = typing.get_args(hint)
             if value not in allowed:
-                raise ConfigError(f"model.{field.name}: '{value}' is not one of {', '.join(map(str, allowed))}")
+                raise ConfigError(f"{field.name}: '{value}' is not one of {', '.join(map(str, allowed))}")
         elif origin is tuple:
             for name in value:
                 if name not in MIXERS:
-                    raise ConfigError(f"model.layers: '{name}' is not one of {', '.join(MIXERS)}")
+                    raise ConfigError(f"layers: '{name}' is not one of {', '.join(MIXERS)}")
         elif hint is float:
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ConfigError(f"model.{field.name}: expected a number, found {value!r}")
+                raise ConfigError(f"{field.name}: expected a number, found {value!r}")
             object.__setattr__(config, field.name, float(value))
         elif typing.get_origin(hint) is not Mapping and type(value) is not hint:
-            raise ConfigError(f"model.{field.name}: expected {hint.__name__}, found {value!r}")
+            raise ConfigError(f"{field.name}: expected {hint.__name__}, found {value!r}")
 
 
 def _validate(c: ModelConfig) -> None:

@@ -158,7 +158,7 @@ def check_expressible(config: ModelConfig) -> None:
 
     def require(ok: bool, key: str, expected: str, found: Any) -> None:
         if not ok:
-            raise ConfigError(f"model.{key}: llama.cpp's {ARCHITECTURE} needs {expected}, found {found}")
+            raise ConfigError(f"{key}: llama.cpp's {ARCHITECTURE} needs {expected}, found {found}")
 
     c = config
     for name in c.layers:

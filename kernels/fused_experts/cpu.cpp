@@ -5,12 +5,35 @@
 namespace fiftyfold {
 namespace {
 
+constexpr int kTogether = 4;  // tokens that share the loads of a weight row
+
 struct Pick {
   int64_t expert, token;
   float gain;
 };
 
-// Weight matrices of one kind of storage. `dot` multiplies a row by a vector that `arranged` has reordered for it.
+// Up to kTogether picks of one expert: picks[begin], ..., picks[begin + count - 1].
+struct Group {
+  int64_t begin;
+  int count;
+};
+
+// `picks` are sorted by expert.
+std::vector<Group> groups_of(const std::vector<Pick>& picks) {
+  std::vector<Group> groups;
+  for (int64_t i = 0; i < static_cast<int64_t>(picks.size()); ++i) {
+    const bool joins = !groups.empty() && groups.back().count < kTogether && picks[i - 1].expert == picks[i].expert;
+    if (joins) {
+      ++groups.back().count;
+    } else {
+      groups.push_back({i, 1});
+    }
+  }
+  return groups;
+}
+
+// Weight matrices of one kind of storage. `dots` multiplies a row by `count` vectors that `arranged` has reordered for
+// it.
 
 // float32 or BF16 elements.
 template <typename W>
@@ -19,7 +42,9 @@ struct PlainMatrices {
   int64_t columns;
 
   static const float* arranged(const float* x, int64_t, int64_t, std::vector<float>&) { return x; }
-  float dot(const float* x, int64_t row) const { return streamed_dot(x, data + row * columns, columns); }
+  void dots(const float* const* x, int count, int64_t row, float* out) const {
+    for (int t = 0; t < count; ++t) out[t] = streamed_dot(x[t], data + row * columns, columns);
+  }
 };
 
 // Packed FP4 rows.
@@ -32,7 +57,15 @@ struct PackedMatrices {
     for (int64_t r = 0; r < rows; ++r) separate_even_odd(x + r * columns, columns, out.data() + r * columns);
     return out.data();
   }
-  float dot(const float* x, int64_t row) const { return packed_dot(x, data + row * row_bytes, columns); }
+  void dots(const float* const* x, int count, int64_t row, float* out) const {
+    const uint8_t* packed = data + row * row_bytes;
+    switch (count) {
+      case 1: return packed_dots<1>(x, packed, columns, out);
+      case 2: return packed_dots<2>(x, packed, columns, out);
+      case 3: return packed_dots<3>(x, packed, columns, out);
+      default: return packed_dots<kTogether>(x, packed, columns, out);
+    }
+  }
 };
 
 // Add the weighted outputs of the chosen experts to `out`, [tokens, d].
@@ -41,17 +74,28 @@ void run_experts(const float* x, int64_t tokens, const std::vector<Pick>& picks,
   const int64_t count = static_cast<int64_t>(picks.size()), inner = w2.columns, d = w1.columns;
   std::vector<float> middle(count * inner), arranged_x, arranged_middle;
   const float* inputs = M::arranged(x, tokens, d, arranged_x);
-  // Picks are sorted by expert: tokens of one expert read its weights from the cache.
-  parallel_rows(count * inner, 2 * d, [&](int64_t i) {
-    const Pick& pick = picks[i / inner];
-    const int64_t row = pick.expert * inner + i % inner;
-    const float* input = inputs + pick.token * d;
-    middle[i] = pick.gain * swiglu_of(w1.dot(input, row), w3.dot(input, row), limit);
+  const std::vector<Group> groups = groups_of(picks);
+  parallel_rows(static_cast<int64_t>(groups.size()) * inner, 2 * d * kTogether, [&](int64_t i) {
+    const Group group = groups[i / inner];
+    const float* from[kTogether];
+    for (int t = 0; t < group.count; ++t) from[t] = inputs + picks[group.begin + t].token * d;
+    const int64_t column = i % inner, row = picks[group.begin].expert * inner + column;
+    float gate[kTogether], up[kTogether];
+    w1.dots(from, group.count, row, gate);
+    w3.dots(from, group.count, row, up);
+    for (int t = 0; t < group.count; ++t) {
+      const int64_t p = group.begin + t;
+      middle[p * inner + column] = picks[p].gain * swiglu_of(gate[t], up[t], limit);
+    }
   });
   const float* hidden = M::arranged(middle.data(), count, inner, arranged_middle);
-  parallel_rows(d, inner * count, [&](int64_t row) {
-    for (int64_t p = 0; p < count; ++p) {
-      out[picks[p].token * d + row] += w2.dot(hidden + p * inner, picks[p].expert * d + row);
+  parallel_rows(d, inner * count, [&](int64_t column) {
+    for (const Group& group : groups) {
+      const float* from[kTogether];
+      for (int t = 0; t < group.count; ++t) from[t] = hidden + (group.begin + t) * inner;
+      float sums[kTogether];
+      w2.dots(from, group.count, picks[group.begin].expert * d + column, sums);
+      for (int t = 0; t < group.count; ++t) out[picks[group.begin + t].token * d + column] += sums[t];
     }
   });
 }

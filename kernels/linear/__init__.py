@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 BACKENDS = {"reference": reference, "cpu": cpu}
-MAX_NATIVE_TOKENS = 8
+MAX_NATIVE_TOKENS = 16
 """Most tokens of a native product. Library products are faster for more."""
 
 

@@ -98,13 +98,20 @@ inline Floats load16(const uint16_t* bf16) {
   return v;
 }
 
+using Floats8 = float __attribute__((vector_size(32)));
+using Floats4 = float __attribute__((vector_size(16)));
+
+// Sum the lanes by halves: lane i and lane i + 8, then i + 4, i + 2 and i + 1.
 inline float sum_of(Floats v) {
-  float lanes[16];
-  std::memcpy(lanes, &v, sizeof(v));
-  for (int64_t half = 8; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
+  Floats8 low, high;
+  std::memcpy(&low, &v, sizeof(low));
+  std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
+  low += high;
+  Floats4 first, second;
+  std::memcpy(&first, &low, sizeof(first));
+  std::memcpy(&second, reinterpret_cast<const char*>(&low) + sizeof(first), sizeof(second));
+  first += second;
+  return (first[0] + first[2]) + (first[1] + first[3]);
 }
 
 // Dot product with a matrix row in main memory. Prefetches kAhead bytes, because rows are too short for the hardware

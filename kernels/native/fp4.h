@@ -53,17 +53,23 @@ inline void separate_even_odd(const float* x, int64_t n, float* out) {
   }
 }
 
-// Dot product of x, reordered by separate_even_odd, with a packed row of n FP4 values.
-inline float packed_dot(const float* x, const uint8_t* row, int64_t n) {
+// Dot products of T vectors, reordered by separate_even_odd, with one packed row of n FP4 values.
+template <int T>
+inline void packed_dots(const float* const* x, const uint8_t* row, int64_t n, float* out) {
   const uint8_t* scales = row + n / 2;
-  Floats sums[2] = {};
+  Floats sums[T][2] = {};
   for (int64_t b = 0; b < n / kFp4Block; ++b) {
     Floats even, odd;
     doubled_e2m1(row + b * (kFp4Block / 2), even, odd);
     const float scale = 0.5f * e8m0_to_float(scales[b]);
-    sums[b % 2] += (load16(x + b * kFp4Block) * even + load16(x + b * kFp4Block + kFp4Block / 2) * odd) * scale;
+    even *= scale;
+    odd *= scale;
+    for (int t = 0; t < T; ++t) {
+      const float* from = x[t] + b * kFp4Block;
+      sums[t][b % 2] += load16(from) * even + load16(from + kFp4Block / 2) * odd;
+    }
   }
-  return sum_of(sums[0] + sums[1]);
+  for (int t = 0; t < T; ++t) out[t] = sum_of(sums[t][0] + sums[t][1]);
 }
 
 }  // namespace fiftyfold

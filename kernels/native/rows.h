@@ -10,12 +10,54 @@ struct Rows {
   int64_t count, stride;
 };
 
+// Products of a block of tokens with a block of weight rows are computed together, so that loads are shared. Accumulators
+// of both blocks must fit the registers.
+#if defined(__AVX512F__)
+constexpr int kTokenBlock = 4, kRowBlock = 4;
+#else
+constexpr int kTokenBlock = 2, kRowBlock = 2;
+#endif
+
+// to[t, o] = from[t] . w[o] for a block of T tokens and R rows. n is a multiple of 16.
+template <int T, int R, typename W>
+inline void multiply_block(const Rows& from, int64_t t, const W* w, int64_t n, const Rows& to, int64_t o) {
+  Floats sums[T][R] = {};
+  for (int64_t i = 0; i < n; i += 16) {
+    Floats x[T];
+    for (int a = 0; a < T; ++a) x[a] = load16(from.data + (t + a) * from.stride + i);
+    for (int b = 0; b < R; ++b) {
+      const Floats row = load16(w + (o + b) * n + i);
+      for (int a = 0; a < T; ++a) sums[a][b] += x[a] * row;
+    }
+  }
+  for (int a = 0; a < T; ++a) {
+    for (int b = 0; b < R; ++b) to.data[(t + a) * to.stride + o + b] = sum_of(sums[a][b]);
+  }
+}
+
 // to[t, o] = from[t] . w[o]. Reads every row of weights once for all tokens.
 template <typename W>
 inline void multiply(Rows from, const W* w, int64_t in, int64_t out, Rows to) {
-  parallel_rows(out, in * from.count, [&](int64_t o) {
-    for (int64_t t = 0; t < from.count; ++t) {
-      to.data[t * to.stride + o] = streamed_dot(from.data + t * from.stride, w + o * in, in);
+  if (from.count < kTokenBlock || in % 16) {  // too few tokens: bound by reading the weights
+    parallel_rows(out, in * from.count, [&](int64_t o) {
+      for (int64_t t = 0; t < from.count; ++t) {
+        to.data[t * to.stride + o] = streamed_dot(from.data + t * from.stride, w + o * in, in);
+      }
+    });
+    return;
+  }
+  const int64_t blocks = (out + kRowBlock - 1) / kRowBlock, whole = from.count / kTokenBlock * kTokenBlock;
+  parallel_rows(blocks, kRowBlock * in * from.count, [&](int64_t block) {
+    const int64_t o = block * kRowBlock, rows = std::min<int64_t>(kRowBlock, out - o);
+    for (int64_t t = 0; t < whole; t += kTokenBlock) {
+      if (rows == kRowBlock) {
+        multiply_block<kTokenBlock, kRowBlock>(from, t, w, in, to, o);
+      } else {
+        for (int64_t b = 0; b < rows; ++b) multiply_block<kTokenBlock, 1>(from, t, w, in, to, o + b);
+      }
+    }
+    for (int64_t t = whole; t < from.count; ++t) {
+      for (int64_t b = 0; b < rows; ++b) multiply_block<1, 1>(from, t, w, in, to, o + b);
     }
   });
 }

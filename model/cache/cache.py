@@ -117,7 +117,8 @@ class Cache:
                 raise CacheError(
                     f"{tokens} more tokens do not fit: the cache holds {length} of at most {self.max_tokens}"
                 )
-            if not self._can_resume_at(sequence, length):
+            # Without an interrupted step or a truncation, the state ends at the length.
+            if length < self.high_water_marks[sequence] and not self._can_resume_at(sequence, length):
                 raise CacheError(
                     f"sequence {sequence} cannot continue from {length} tokens: a step was interrupted; truncate to 0"
                 )

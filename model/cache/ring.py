@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -44,12 +44,14 @@ class Ring:
         """Return the storage by name, [B, ...] each."""
         return {"": self.data}
 
-    def read(self, count: int) -> Tensor:
-        """Return the ``count`` rows before the sequences' new tokens, [B, count, width]. Rows before a sequence's start
-        are arbitrary."""
+    def read(self, count: int, sequences: list[int] | None = None) -> Tensor:
+        """Return the ``count`` rows before the new tokens of all sequences or of some, [B, count, width]. Rows before a
+        sequence's start are arbitrary."""
         lengths = self.table.lengths
+        if sequences is not None and len(sequences) < len(lengths):
+            return self._gather(sequences, [lengths[sequence] for sequence in sequences], count)
         if len(set(lengths)) > 1:
-            return self.data[self._indices(lengths, count)]
+            return self._gather(range(len(lengths)), lengths, count)
         pieces = [self.data[:, piece] for piece in self._slices(lengths[0], count)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
@@ -78,10 +80,14 @@ class Ring:
             return [slice(first, first + count)]
         return [slice(first, self.capacity), slice(0, first + count - self.capacity)]
 
-    def _indices(self, ends: list[int], count: int) -> tuple[Tensor, Tensor]:
-        after = torch.tensor(ends, device=self.data.device).unsqueeze(-1)
-        indices = (after - count + torch.arange(count, device=self.data.device)) % self.capacity
-        return torch.arange(len(ends), device=self.data.device).unsqueeze(-1), indices
+    def _gather(self, sequences: Iterable[int], ends: list[int], count: int) -> Tensor:
+        """Return the ``count`` rows before ``ends`` of ``sequences``: [len(ends), count, width]."""
+        device, width = self.data.device, self.data.shape[2]
+        first = torch.tensor([end - count for end in ends], device=device).unsqueeze(-1)
+        offsets = torch.tensor([sequence * self.capacity for sequence in sequences], device=device).unsqueeze(-1)
+        rows = (first + torch.arange(count, device=device)) % self.capacity + offsets
+        # index_select is ten times as fast on a CPU as indexing, which copies element by element.
+        return self.data.view(-1, width).index_select(0, rows.flatten()).view(len(ends), count, width)
 
 
 class WindowCache(Ring):
@@ -156,5 +162,4 @@ class CompressorState(Ring):
 
     def read_group(self, group: Completion) -> Tensor:
         """Return the kept rows of a group: float32 [sequences, past, width]."""
-        rows = self.read(group.past)
-        return rows if len(group.sequences) == len(rows) else rows[group.sequences]
+        return self.read(group.past, group.sequences)

@@ -100,6 +100,6 @@ class ConfigReader:
         try:
             return ModelConfig.from_dict(fields)
         except ConfigError as error:
-            name, _, rest = str(error).removeprefix("model.").partition(":")
+            name, _, rest = str(error).partition(":")
             message = re.sub(r"\b[a-z]+(_[a-z]+)+\b", key, rest)
             raise self.error(f"key '{key_of.get(name, name)}':{message}") from error

@@ -113,7 +113,7 @@ class Family:
     def require(self, ok: bool, key: str, expected: str, found: Any) -> None:
         """Raise ConfigError for the field ``key`` unless ``ok``."""
         if not ok:
-            raise ConfigError(f"model.{key}: a {self.title} checkpoint needs {expected}, found {found}")
+            raise ConfigError(f"{key}: a {self.title} checkpoint needs {expected}, found {found}")
 
     # --- tensors
 

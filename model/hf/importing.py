@@ -17,7 +17,7 @@ from model.hf.family import OWN_KEY, Family
 from model.hf.registry import family_of_file
 from model.hf.safetensors_folder import CONFIG, TensorHeader, iterate_tensors, list_tensors, read_json
 from model.hf.tensor_check import Plan, TensorCheck
-from model.hf.tensors import Layout, Source, WeightFormat
+from model.hf.tensors import Layout, Source, WeightFormat, split_name
 from model.transformer import Transformer
 
 
@@ -58,8 +58,8 @@ def import_pretrained(
     if not config.mtp_layers:
         stored = {name: header for name, header in stored.items() if name not in drafts}
 
-    def plan_of(content: dict[str, Any]) -> Plan:
-        return _plan(family, family.read_config(ConfigReader(r.path, content), **overrides), layout)
+    def plan_of(content: dict[str, Any], place: str) -> Plan:
+        return _plan(family, family.read_config(ConfigReader(r.path, content), **overrides), layout, place)
 
     expected = _plan(family, config, layout)
     quantized = TensorCheck(folder, r.content, plan_of, expected, stored).run()
@@ -114,10 +114,12 @@ def _by_canonical_name(folder: Path, family: Family, found: dict[str, TensorHead
     return stored
 
 
-def _plan(family: Family, config: ModelConfig, layout: Layout) -> Plan:
-    """Return the tensors of a network's checkpoint by canonical name."""
+def _plan(family: Family, config: ModelConfig, layout: Layout, place: str | None = None) -> Plan:
+    """Return the tensors of a network's checkpoint by canonical name; only those in ``place`` if given, the first part
+    of :func:`model.hf.tensors.split_name`."""
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in Transformer(config).state_dict().items()}
+        state = Transformer(config).state_dict()
+    shapes = {name: tensor.shape for name, tensor in state.items() if place in (None, split_name(name)[0])}
     return {family.canonical_name(name): source for name, source in family.sources(config, shapes, layout).items()}
 
 

@@ -32,4 +32,4 @@ def family_of_network(config: ModelConfig) -> Family:
             return family
     known = "; ".join(f"{family.title} ({', '.join(family.mixers.values())})" for family in FAMILIES.values())
     found = ", ".join(dict.fromkeys(config.layers))
-    raise ConfigError(f"model.layers: no checkpoint format has layers of {found} together; there are {known}")
+    raise ConfigError(f"layers: no checkpoint format has layers of {found} together; there are {known}")

@@ -10,7 +10,7 @@ from typing import Any
 from model.errors import CheckpointError, FiftyfoldError
 from model.hf import release_format
 from model.hf.safetensors_folder import CONFIG, TensorHeader
-from model.hf.tensors import Source, WeightFormat
+from model.hf.tensors import Source, WeightFormat, split_name
 
 Plan = dict[str, Source]
 """The tensors of a checkpoint by canonical name."""
@@ -18,13 +18,14 @@ _LAYER = re.compile(r"(?:\w+\.)?layers\.(\d+)\.")
 
 
 class TensorCheck:
-    """Checks names, shapes and dtypes. ``plan_of`` returns the expected tensors for the content of a config.json."""
+    """Checks names, shapes and dtypes. ``plan_of`` returns the expected tensors for the content of a config.json,
+    in one layer or outside of all (:func:`model.hf.tensors.split_name`)."""
 
     def __init__(
         self,
         folder: Path,
         content: dict[str, Any],
-        plan_of: Callable[[dict[str, Any]], Plan],
+        plan_of: Callable[[dict[str, Any], str], Plan],
         expected: Plan,
         stored: dict[str, TensorHeader],
     ):
@@ -84,7 +85,8 @@ class TensorCheck:
 
     def _keys_of(self, name: str, found: tuple[int, ...]) -> list[str]:
         """Return the keys of config.json on which the dims that differ depend: those whose change changes them."""
-        shape = self.expected[name].shape
+        source = self.expected[name]
+        shape, place = source.shape, split_name(source.parts[0].ours)[0]
         differing = [dim for dim, (a, b) in enumerate(zip(shape, found)) if len(shape) != len(found) or a != b]
         keys = []
         for key, value in self.content.items():
@@ -92,7 +94,7 @@ class TensorCheck:
                 continue
             for other in (2 * value, value // 2, 1):  # the first that is a valid configuration
                 try:
-                    changed = self.plan_of({**self.content, key: other}).get(name)
+                    changed = self.plan_of({**self.content, key: other}, place).get(name)
                 except FiftyfoldError:
                     continue
                 if changed is not None and any(changed.shape[dim] != shape[dim] for dim in differing):

@@ -146,4 +146,4 @@ def yarn_of(config: ModelConfig, attention_factor: float = 1.0) -> Yarn | None:
 def require(condition: bool, message: str) -> None:
     """Raise ConfigError with ``message``, which begins with a field's name, unless ``condition`` holds."""
     if not condition:
-        raise ConfigError("model." + message)
+        raise ConfigError(message)

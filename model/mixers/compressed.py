@@ -45,7 +45,7 @@ class CompressedAttention(SlidingWindowAttention):
         ratio = cls.ratio_of(config)
         if ratio > tokens:
             raise ConfigError(
-                f"model.{cls.ratio_field}: {ratio} tokens per entry leave a {tokens}-token sequence without any entry"
+                f"{cls.ratio_field}: {ratio} tokens per entry leave a {tokens}-token sequence without any entry"
             )
 
     @classmethod

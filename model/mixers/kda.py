@@ -170,6 +170,9 @@ class KimiDeltaAttention(Mixer):
     def project(self, x: Tensor, rotation: Rotation | None, context: Context, cached: bool) -> Projected:
         inner, rank, heads = self.num_heads * self.head_dim, self.head_dim, self.num_heads
         channels, decay, gate, beta = self.in_proj(x).split((3 * inner, rank, rank, heads), dim=-1)
+        # Contiguous: in a product with few outputs, a CPU library sums the rows of a slice in different orders, which
+        # the batch-invariant mode excludes.
+        decay, gate = decay.contiguous(), gate.contiguous()
         channels = self.precision.round_to(channels.float(), "convolution", self.layout, self.training, context.aux)
         steps = F.softplus(self.decay_proj(decay).float() + self.dt_bias).unflatten(-1, (heads, -1))
         log_decay = steps * -self.A_log.float().exp().unsqueeze(-1)

@@ -352,7 +352,10 @@ def _parse_model_config(value: Any) -> ModelConfig:
         return value
     if not isinstance(value, dict):
         raise ConfigError(f"model: expected a mapping, found {value!r}")
-    return ModelConfig.from_dict(value)
+    try:
+        return ModelConfig.from_dict(value)
+    except ConfigError as error:
+        raise ConfigError(f"model.{error}") from None
 
 
 class Recipe(Section):

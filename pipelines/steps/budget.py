@@ -92,12 +92,15 @@ def _is_named(name: str) -> bool:
 
 
 def _named_model(name: str, family: Any) -> ModelConfig:
-    """Return the configuration of a preset, or of ``depth:N`` in a family."""
+    """Return the configuration of a preset, or of ``depth:N`` in a family. Raises ConfigError."""
     if name in PRESETS:
         return ModelConfig.from_preset(name)
     depth = name.removeprefix("depth:")
     is_number = depth.isdecimal() and len(depth) < 10
-    return ModelConfig.from_depth(int(depth) if is_number else depth, family)  # type: ignore[arg-type]
+    try:
+        return ModelConfig.from_depth(int(depth) if is_number else depth, family)  # type: ignore[arg-type]
+    except ConfigError as error:
+        raise ConfigError(f"model.{error}") from None
 
 
 def _read_model(path: Path) -> ModelConfig:
@@ -108,7 +111,10 @@ def _read_model(path: Path) -> ModelConfig:
         content = read_yaml(path)
         if "model" in content:
             raise ConfigError(f"{path}: model: expected a mapping, found {content['model']!r}")
-        return ModelConfig.from_dict(content)
+        try:
+            return ModelConfig.from_dict(content)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
     raise ConfigError(
         f"--model: '{path}' is no preset ({', '.join(PRESETS)}), no depth:N, no recipe file and no checkpoint folder"
     )

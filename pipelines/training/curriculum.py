@@ -155,8 +155,11 @@ def _check_stage(recipe: Recipe, stage: Stage) -> None:
         not config.qat or any(loop == "yes" for _, _, loop, _ in format_table(config)),
         f"{key}: quantization-aware training is on, but quantizes no tensor",
     )
-    for mixer in set(config.mixers):
-        mixer.check_length(config, length)
+    try:
+        for mixer in set(config.mixers):
+            mixer.check_length(config, length)
+    except ConfigError as error:
+        raise ConfigError(f"model.{error}") from None
     if not config.indexed_layers:
         require(not stage.warms_up, f"{key}: indexer_warmup is set, but no layer of model.layers has an indexer")
         for name in ("index_topk", "indexer_learning_rate"):

@@ -4,6 +4,7 @@ from backend_testing import needs_native
 
 from kernels.cache_io import EntryLayout, pack, unpack
 from kernels.fused_experts import fused_experts, prefers_fused
+from kernels.linear import MAX_NATIVE_TOKENS
 
 
 @needs_native
@@ -37,7 +38,7 @@ def packed_case(tokens, d, inner, experts=4, k=3):
 
 
 @needs_native
-@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 21])
 @pytest.mark.parametrize(("d", "inner"), [(32, 96), (96, 32), (96, 96), (32, 32)])
 @torch.no_grad()
 def test_cpu_equals_the_reference_on_packed_experts(tokens, d, inner):
@@ -93,5 +94,6 @@ def test_cpu_refuses_packed_experts_that_do_not_match():
 def test_few_tokens_without_gradients_prefer_the_fused_operator():
     w1 = torch.randn(4, 32, 96)
     with torch.no_grad():
-        assert prefers_fused(torch.randn(8, 96), w1) and not prefers_fused(torch.randn(9, 96), w1)
+        assert prefers_fused(torch.randn(MAX_NATIVE_TOKENS, 96), w1)
+        assert not prefers_fused(torch.randn(MAX_NATIVE_TOKENS + 1, 96), w1)
     assert not prefers_fused(torch.randn(1, 96), w1)

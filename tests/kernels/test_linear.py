@@ -2,7 +2,7 @@ import pytest
 import torch
 from backend_testing import needs_native
 
-from kernels.linear import backend_for, grouped_linear, linear, linear_concat
+from kernels.linear import MAX_NATIVE_TOKENS, backend_for, grouped_linear, linear, linear_concat
 
 
 @pytest.mark.parametrize("rows", [0, 5])
@@ -22,7 +22,10 @@ def test_grouped_products_and_their_gradients(rows):
 
 @needs_native
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("tokens", "inputs", "outputs"), [(1, 64, 8), (3, 33, 7), (8, 5, 1), (1, 1, 3)])
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "outputs"),
+    [(1, 64, 8), (3, 33, 7), (8, 5, 1), (1, 1, 3), (4, 64, 4), (7, 48, 6), (16, 80, 13)],
+)
 @torch.no_grad()
 def test_cpu_equals_exact_products(tokens, inputs, outputs, stored):
     x, weight = torch.randn(1, tokens, inputs), torch.randn(outputs, inputs).to(stored)
@@ -45,7 +48,7 @@ def test_cpu_equals_exact_products(tokens, inputs, outputs, stored):
 @torch.no_grad()
 def test_many_tokens_gradients_and_strided_weights_run_in_pytorch():
     weight = torch.randn(6, 4)
-    assert backend_for(torch.randn(1, 9, 4), weight) == "reference"
+    assert backend_for(torch.randn(1, MAX_NATIVE_TOKENS + 1, 4), weight) == "reference"
     assert backend_for(torch.randn(1, 1, 4), torch.randn(4, 6).t()) == "reference"
     with torch.enable_grad():
         assert backend_for(torch.randn(1, 1, 4), weight) == "reference"

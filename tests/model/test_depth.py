@@ -113,35 +113,35 @@ def test_the_smallest_member_runs():
 
 
 def test_a_depth_that_could_change_nothing_is_refused():
-    with pytest.raises(ConfigError, match=r"^model\.depth: 8 has no effect"):
+    with pytest.raises(ConfigError, match=r"^depth: 8 has no effect"):
         ModelConfig.from_dict({**ModelConfig().to_dict(), "depth": 8})
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"depth": 3}, "model.depth: expected a whole number from 4 to 61, found 3"),
-        ({"depth": 62}, "model.depth: expected a whole number from 4 to 61, found 62"),
-        ({"depth": "12"}, "model.depth: expected a whole number from 4 to 61, found '12'"),
-        ({"depth": True}, "model.depth: expected a whole number from 4 to 61, found True"),
-        ({"depth": 12, "preset": "tiny"}, "model.depth: 12 and model.preset 'tiny' are mutually exclusive"),
-        ({"depth": 12, "window": 0}, "model.window: must be at least 1, found 0"),
+        ({"depth": 3}, "depth: expected a whole number from 4 to 61, found 3"),
+        ({"depth": 62}, "depth: expected a whole number from 4 to 61, found 62"),
+        ({"depth": "12"}, "depth: expected a whole number from 4 to 61, found '12'"),
+        ({"depth": True}, "depth: expected a whole number from 4 to 61, found True"),
+        ({"depth": 12, "preset": "tiny"}, "depth: 12 and preset 'tiny' are mutually exclusive"),
+        ({"depth": 12, "window": 0}, "window: must be at least 1, found 0"),
         (
             {"preset": "v5"},
-            "model.preset: unknown preset 'v5'; there are tiny, tiny-v32, tiny-mamba2, tiny-kimi, tiny-gqa, small, "
+            "preset: unknown preset 'v5'; there are tiny, tiny-v32, tiny-mamba2, tiny-kimi, tiny-gqa, small, "
             "base, v4-flash, v4-pro, v3.2, mamba2-2.7b, kimi-linear-48b-a3b",
         ),
-        ({"family": "v32"}, "model.family: 'v32' is scaled by model.depth, which is not given"),
-        ({"family": "v32", "preset": "tiny"}, "model.family: 'v32' is scaled by model.depth, which is not given"),
-        ({"family": "v5", "depth": 8}, "model.family: expected one of v4, v32, mamba2, kimi, gqa, found 'v5'"),
-        ({"family": ["v32"], "depth": 8}, "model.family: expected one of v4, v32, mamba2, kimi, gqa, found ['v32']"),
+        ({"family": "v32"}, "family: 'v32' is scaled by depth, which is not given"),
+        ({"family": "v32", "preset": "tiny"}, "family: 'v32' is scaled by depth, which is not given"),
+        ({"family": "v5", "depth": 8}, "family: expected one of v4, v32, mamba2, kimi, gqa, found 'v5'"),
+        ({"family": ["v32"], "depth": 8}, "family: expected one of v4, v32, mamba2, kimi, gqa, found ['v32']"),
         (
             {"family": "kimi", "depth": 28},
-            "model.depth: expected a whole number from 4 to 27 for model.family 'kimi', found 28",
+            "depth: expected a whole number from 4 to 27 for family 'kimi', found 28",
         ),
         (
             {"family": "kimi", "depth": 8, "preset": "tiny"},
-            "model.depth: 8 and model.preset 'tiny' are mutually exclusive",
+            "depth: 8 and preset 'tiny' are mutually exclusive",
         ),
     ],
 )

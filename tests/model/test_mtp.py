@@ -112,7 +112,7 @@ def test_it_is_saved_and_loaded(tmp_path):
 def test_asking_in_vain_is_an_error():
     with pytest.raises(ValueError, match="mtp_layers is 0"):
         build()(torch.zeros(1, 4, dtype=torch.int64), aux=AuxOutputs(predict_ahead=True))
-    with pytest.raises(ConfigError, match=r"model\.mtp_layers: must be 0 or 1, found 2"):
+    with pytest.raises(ConfigError, match=r"mtp_layers: must be 0 or 1, found 2"):
         ModelConfig(mtp_layers=2)
 
 

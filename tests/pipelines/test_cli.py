@@ -56,7 +56,7 @@ def test_the_precision_table_covers_later_stages(capsys):
         (["--model.preset", "huge"], "error: model.preset: unknown preset 'huge'"),
         (
             ["--model.preset", "small", "--model.depth", "12"],
-            "error: model.depth: 12 and model.preset 'small' are mutually",
+            "error: model.depth: 12 and preset 'small' are mutually",
         ),
         (["--run.name", "data"], "error: run.name: 'data' is reserved in run.folder, found 'data'"),
         (["--run.name", "../x"], "error: run.name: String should match pattern"),

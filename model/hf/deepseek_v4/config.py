@@ -58,8 +58,10 @@ def _schedule(r: ConfigReader) -> tuple[list[str], int, int]:
         if type(ratio) is not int:
             raise r.wrong("compress_rates", f"an integer for {name}", ratio)
     if r.has("layer_types"):
-        types = r.one_per_layer("layer_types", count, tuple(MIXERS))
-        return [MIXERS[name] for name in types], ratios["csa"], ratios["hca"]
+        layers = [MIXERS[name] for name in r.one_per_layer("layer_types", count, tuple(MIXERS))]
+        if r.has("compress_ratios"):
+            _check_agreement(r, [{"sliding": 0, **ratios}[name] for name in layers])
+        return layers, ratios["csa"], ratios["hca"]
     if not r.has("compress_ratios"):
         # transformers has a default schedule that matches neither release.
         raise r.missing("layer_types", "compress_ratios")
@@ -76,6 +78,12 @@ def _schedule(r: ConfigReader) -> tuple[list[str], int, int]:
         )
     layers = [{0: "sliding", 4: "csa"}.get(ratio, "hca") for ratio in entries]
     return layers, 4, next(iter(first_layer), ratios["hca"])
+
+
+def _check_agreement(r: ConfigReader, expected: list[int]) -> None:
+    for layer, (ratio, ours) in enumerate(zip(_compress_ratios(r, len(expected)), expected)):
+        if ratio != ours:
+            raise r.wrong(f"compress_ratios[{layer}]", f"{ours} as in 'layer_types' and 'compress_rates'", ratio)
 
 
 def _compress_ratios(r: ConfigReader, count: int) -> list[int]:

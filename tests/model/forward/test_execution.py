@@ -299,7 +299,7 @@ def test_unknown_modes_are_named():
 @pytest.mark.parametrize(("width", "size"), [("hidden_size", 37), ("head_dim", 18), ("expert_size", 13)])
 def test_widths_that_cannot_keep_their_bits_are_named(width, size):
     model = build(**{width: size})
-    with pytest.raises(ConfigError, match=f"widths that are multiples of 4, model.{width} is {size}"):
+    with pytest.raises(ConfigError, match=f"widths that are multiples of 4, {width} is {size}"):
         model.execution = Execution("batch-invariant")
     assert model.execution.mode == "auto"
 

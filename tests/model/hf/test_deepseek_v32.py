@@ -267,12 +267,12 @@ def test_what_does_not_fit_is_named(folder, changes, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"layers": ("dsa", "dsa", "csa")}, "model.layers: no checkpoint format has layers of dsa, csa together"),
-        ({"scoring_func": "sqrtsoftplus"}, "model.scoring_func: a DeepSeek-V3.2 checkpoint needs 'sigmoid'"),
-        ({"num_shared_experts": 0}, "model.num_shared_experts: .* needs at least 1, found 0"),
-        ({"swiglu_limit": 10.0}, "model.swiglu_limit: .* needs 0.0, found 10.0"),
-        ({"tie_word_embeddings": True}, "model.tie_word_embeddings: .* needs False"),
-        ({"ffn": "none", "first_k_dense_replace": 0}, "model.ffn: .* needs 'moe' or 'dense', found 'none'"),
+        ({"layers": ("dsa", "dsa", "csa")}, "layers: no checkpoint format has layers of dsa, csa together"),
+        ({"scoring_func": "sqrtsoftplus"}, "scoring_func: a DeepSeek-V3.2 checkpoint needs 'sigmoid'"),
+        ({"num_shared_experts": 0}, "num_shared_experts: .* needs at least 1, found 0"),
+        ({"swiglu_limit": 10.0}, "swiglu_limit: .* needs 0.0, found 10.0"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings: .* needs False"),
+        ({"ffn": "none", "first_k_dense_replace": 0}, "ffn: .* needs 'moe' or 'dense', found 'none'"),
     ],
 )
 def test_networks_that_the_format_cannot_describe_are_refused(tmp_path, overrides, message):

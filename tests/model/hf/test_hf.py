@@ -116,10 +116,10 @@ def test_a_prediction_module_is_built_where_there_is_one_and_wanted(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"layers": ("sliding", "gqa")}, "model.layers: no checkpoint format has layers of sliding, gqa together"),
-        ({"hyper_connections": False}, "model.hyper_connections: .* needs True, found False"),
-        ({"ffn": "dense"}, "model.ffn: .* needs 'moe', found 'dense'"),
-        ({"num_shared_experts": 2}, "model.num_shared_experts: .* needs 1, found 2"),
+        ({"layers": ("sliding", "gqa")}, "layers: no checkpoint format has layers of sliding, gqa together"),
+        ({"hyper_connections": False}, "hyper_connections: .* needs True, found False"),
+        ({"ffn": "dense"}, "ffn: .* needs 'moe', found 'dense'"),
+        ({"num_shared_experts": 2}, "num_shared_experts: .* needs 1, found 2"),
     ],
 )
 def test_networks_that_no_such_checkpoint_can_describe_are_refused(tmp_path, overrides, message):
@@ -288,6 +288,10 @@ def test_older_keys_that_transformers_folds_away(tmp_path):
             "are both missing at the top level; there is 'attention.compress_ratios'",
         ),
         ({"layer_types": ["sliding_attention"] * 42}, "'layer_types': has 42 entries, but 'num_hidden_layers' is 43"),
+        (
+            {"layer_types": ["sliding_attention"] * 43},
+            r"'compress_ratios\[2\]': expected 0 as in 'layer_types' and 'compress_rates', found 4",
+        ),
         ({"layer_types": [["csa"]] * 43}, r"'layer_types\[0\]': expected one of .*, found \['csa'\]"),
         ({"layer_types": ["full_attention"] * 43}, r"'layer_types\[0\]': expected one of .*, found 'full_attention'"),
         (
@@ -319,7 +323,11 @@ def test_older_keys_that_transformers_folds_away(tmp_path):
         ({"num_experts_per_tok": 300}, "'num_experts_per_tok': 300 exceeds n_routed_experts 256"),
         ({"qk_rope_head_dim": 512}, "'qk_rope_head_dim': 512 leaves no unrotated dims in head_dim 512"),
         (
-            {"compress_rates": {"compressed_sparse_attention": 1}, "layer_types": ["compressed_sparse_attention"] * 43},
+            {
+                "compress_ratios": None,
+                "compress_rates": {"compressed_sparse_attention": 1},
+                "layer_types": ["compressed_sparse_attention"] * 43,
+            },
             "key 'compress_rates': must be at least 2, found 1",
         ),
         ({"rope_scaling": {"type": "yarn"}}, "'rope_scaling.original_max_position_embeddings': expected an integer"),

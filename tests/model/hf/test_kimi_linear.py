@@ -260,9 +260,9 @@ def test_one_missing_piece_of_a_projection_is_named(folder):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"layers": ("kda", "csa", "kda")}, "model.layers: no checkpoint format has layers of kda, csa together"),
-        ({"mixer_options": {"mla": {"rope": True}}}, "model.mixer_options.mla.rope: .* needs False, found True"),
-        ({"num_shared_experts": 0}, "model.num_shared_experts: a Kimi Linear checkpoint needs at least 1"),
+        ({"layers": ("kda", "csa", "kda")}, "layers: no checkpoint format has layers of kda, csa together"),
+        ({"mixer_options": {"mla": {"rope": True}}}, "mixer_options.mla.rope: .* needs False, found True"),
+        ({"num_shared_experts": 0}, "num_shared_experts: a Kimi Linear checkpoint needs at least 1"),
     ],
 )
 def test_networks_that_the_format_cannot_describe_are_refused(tmp_path, overrides, message):

@@ -269,10 +269,10 @@ def test_experts_rounded_in_training_are_written_as_they_computed(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({**SIZES, "expert_size": 40}, "model.expert_size: .* a multiple of 32, .*, found 40"),
-        ({**SIZES, "hidden_size": 48}, "model.hidden_size: .* a multiple of 32, .*, found 48"),
-        ({**SIZES, "csa_ratio": 8}, "model.csa_ratio: .* needs 4 in the released layout, found 8"),
-        ({**SIZES, "hca_ratio": 4}, "model.hca_ratio: .* other than 4 in the released layout, found 4"),
+        ({**SIZES, "expert_size": 40}, "expert_size: .* a multiple of 32, .*, found 40"),
+        ({**SIZES, "hidden_size": 48}, "hidden_size: .* a multiple of 32, .*, found 48"),
+        ({**SIZES, "csa_ratio": 8}, "csa_ratio: .* needs 4 in the released layout, found 8"),
+        ({**SIZES, "hca_ratio": 4}, "hca_ratio: .* other than 4 in the released layout, found 4"),
     ],
 )
 def test_networks_that_the_format_cannot_hold_are_refused(tmp_path, overrides, message):

@@ -16,7 +16,8 @@ from model.costs import cache_bytes, cache_bytes_per_token, count_parameters, de
 from model.distributed.fsdp import sharded_names
 from model.errors import CacheError, ConfigError
 from model.forward.aux_outputs import AuxOutputs
-from model.forward.execution import Execution
+from model.forward.context import Context
+from model.forward.execution import TOKEN_TILE, Execution
 from model.generation import generate
 from model.mixers.kda import KimiDeltaAttention
 from model.optim import MuonAdamW, OptimizerConfig
@@ -262,7 +263,9 @@ def test_training_rounds_what_the_convolution_reads_as_the_cache_does():
     assert (trained - plain).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("options", [{}, {"state_format": "bf16"}, {"num_heads": 3, "head_dim": 4}])
+@pytest.mark.parametrize(
+    "options", [{}, {"state_format": "bf16"}, {"num_heads": 3, "head_dim": 4}, {"num_heads": 1, "head_dim": 4}]
+)
 @torch.no_grad()
 def test_batch_invariant_bits_do_not_depend_on_pieces_or_company(options):
     model = network(options=options)
@@ -275,9 +278,20 @@ def test_batch_invariant_bits_do_not_depend_on_pieces_or_company(options):
         assert torch.equal(found, expected[1:2])
 
 
+@pytest.mark.parametrize("heads", [1, 2, 3, 5])
+@torch.no_grad()
+def test_a_token_projects_to_the_same_bits_at_every_place_of_a_tile(heads):
+    layer = network(options={"num_heads": heads, "head_dim": 4}).layers[0].attn
+    context = Context(torch.zeros(1, 1, dtype=torch.int64), {}, execution=Execution("batch-invariant"))
+    for _ in range(10):
+        x, order = torch.randn(1, TOKEN_TILE, 32), torch.randperm(TOKEN_TILE)
+        found, expected = (layer.project(tile, None, context, cached=True) for tile in (x[:, order], x))
+        assert all(torch.equal(a, b[:, order]) for a, b in zip(found, expected, strict=True))
+
+
 def test_widths_that_cannot_keep_their_bits_are_named():
     model = network(options={"head_dim": 2})
-    with pytest.raises(ConfigError, match=r"multiples of 4, model\.mixer_options\.kda\.head_dim is 2"):
+    with pytest.raises(ConfigError, match=r"multiples of 4, mixer_options\.kda\.head_dim is 2"):
         model.execution = Execution("batch-invariant")
 
 
@@ -339,7 +353,7 @@ def test_the_waterfall_covers_recurrent_layers(layers):
     ],
 )
 def test_bad_options_are_named(options, message):
-    with pytest.raises(ConfigError, match=rf"^model\.mixer_options\.kda\.{message}"):
+    with pytest.raises(ConfigError, match=rf"^mixer_options\.kda\.{message}"):
         ModelConfig(**{**SMALL, "layers": ("kda",), "mixer_options": {"kda": {**OPTIONS, **options}}})
 
 

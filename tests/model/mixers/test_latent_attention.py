@@ -114,7 +114,7 @@ def test_odd_latents_without_rotary_keys_are_refused_in_fp4_only():
 
 def test_widths_without_a_batch_invariant_mode_are_named():
     model = build(layers=("mla",), mixer_options={"mla": {**LATENT, "v_head_dim": 10}})
-    with pytest.raises(ConfigError, match=r"multiples of 4, model\.mixer_options\.mla\.v_head_dim is 10"):
+    with pytest.raises(ConfigError, match=r"multiples of 4, mixer_options\.mla\.v_head_dim is 10"):
         model.execution = Execution("batch-invariant")
     model = build(layers=("mla",), mixer_options={"mla": {**LATENT, "q_lora_rank": None}})
     model.execution = Execution("batch-invariant")

@@ -128,7 +128,9 @@ def test_its_cache_forks_joins_splits_and_is_saved(tmp_path):
     cache.pool.grow(2)
     model(random_ids(1, 13), other)
     together = Cache.join([cache, other])
-    assert torch.equal(model(torch.cat((ids[:, 40:], ids[:, :1])), together.fork())[:1], expected)
+    # Products of two rows may be summed in another order.
+    found = model(torch.cat((ids[:, 40:], ids[:, :1])), together.fork())[:1]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     for again in (restored, together.split()[0]):
         assert torch.equal(model(ids[:, 40:], again), expected)
 
@@ -177,9 +179,9 @@ def test_its_costs_and_options_are_its_own(tmp_path):
     checkpoint.save(model, tmp_path / "model")
     loaded = checkpoint.load(tmp_path / "model")
     assert loaded.config == config
-    with pytest.raises(ConfigError, match=r"model\.mixer_options\.ema\.chanels: unknown option; there are channels"):
+    with pytest.raises(ConfigError, match=r"mixer_options\.ema\.chanels: unknown option; there are channels"):
         build(mixer_options={"ema": {"chanels": 32}})
-    with pytest.raises(ConfigError, match=r"model\.mixer_options\.ema\.channels: must be at least 1, found 0"):
+    with pytest.raises(ConfigError, match=r"mixer_options\.ema\.channels: must be at least 1, found 0"):
         build(mixer_options={"ema": {"channels": 0}})
     with pytest.raises(ConfigError, match="layers of 'ema' have no batch-invariant mode"):
         model.execution = Execution("batch-invariant")

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from model import checkpoint
 from model.config import CACHE_FORMATS, ModelConfig
@@ -150,6 +151,26 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path, capsys):
     assert export(tmp_path / "gqa", tmp_path / "out") == 2
     assert "gqa" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_left_out_of_a_folder_is_printed(ours, tmp_path, capsys):
+    assert export(ours, tmp_path / "released", "--format", "released") == 0
+    shard = next((tmp_path / "released").glob("*.safetensors"))
+    stages = {"mtp.0.main_proj.weight": torch.ones(2), "mtp.2.main_proj.weight": torch.ones(2)}
+    save_file({**load_file(shard), **stages}, tmp_path / "released" / "model.safetensors")
+    shard.unlink()
+    next((tmp_path / "released").glob("*.index.json")).unlink()
+    capsys.readouterr()
+    assert export(tmp_path / "released", tmp_path / "main", "--format", "fiftyfold") == 0
+    assert "tensors of draft modules" in capsys.readouterr().out
+    assert checkpoint.load_config(tmp_path / "main") == checkpoint.load_config(ours).replace(mtp_layers=0)
+
+
+@pytest.mark.parametrize("source", ["ours/config.json", "hf/config.json", "hf/model-00001-of-00001.safetensors"])
+def test_a_file_instead_of_a_folder_is_named(ours, tmp_path, capsys, source):
+    assert export(ours, tmp_path / "hf") == 0
+    assert export(tmp_path / source, tmp_path / "new") == 2
+    assert f"{source}: is a file, expected the checkpoint folder that holds config.json" in capsys.readouterr().err
 
 
 def test_other_steps_say_what_to_do_with_a_folder_of_another_kind(ours, tmp_path, capsys):

@@ -144,9 +144,9 @@ def test_what_does_not_fit_is_named(folder, changes, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"ffn": "moe"}, "model.ffn: a Mamba-2 checkpoint needs 'none', found 'moe'"),
-        ({"hyper_connections": True}, "model.hyper_connections: .* needs False, found True"),
-        ({"mtp_layers": 1}, "model.mtp_layers: .* needs 0, found 1"),
+        ({"ffn": "moe"}, "ffn: a Mamba-2 checkpoint needs 'none', found 'moe'"),
+        ({"hyper_connections": True}, "hyper_connections: .* needs False, found True"),
+        ({"mtp_layers": 1}, "mtp_layers: .* needs 0, found 1"),
         ({"mixer_options": {"mamba2": {"num_heads": 3, "head_dim": 8}}}, "num_heads: .* a multiple of hidden_size 32"),
     ],
 )
