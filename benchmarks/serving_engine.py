@@ -73,11 +73,12 @@ async def throughput(engine: Engine, streams: int) -> tuple[float, float]:
 async def beside_a_long_prompt(engine: Engine, long_tokens: int) -> tuple[list[float], list[float]]:
     """Return the gaps between tokens of 8 streams before and while a long prompt is read."""
     gaps: tuple[list[float], list[float]] = ([], [])
+    most = min(20_000, engine.model_config.max_positions - PROMPT_TOKENS)
     reading = asyncio.Event()
     stop = asyncio.Event()
 
     async def stream(seed: int) -> None:
-        params = SamplingParams(max_tokens=20_000, seed=seed, ignore_eos=True, logprobs=0)
+        params = SamplingParams(max_tokens=most, seed=seed, ignore_eos=True, logprobs=0)
         running, last = engine.submit([(prompt(PROMPT_TOKENS, seed), params)]), None
         async for _, delta in running:
             now = time.perf_counter()

@@ -283,10 +283,10 @@ class _GrowingText:
         self._start = len(tokenizer.decode(context))
         self._ids: list[int] = []
         self._marks: list[tuple[int, str]] = []
-        """Characters that stand for special tokens, and their places in the text."""
+        """Marks of special tokens and their places in the text."""
 
     def push(self, token: int) -> tuple[str, bool]:
-        """Append a token and return the same as :meth:`read`."""
+        """Append a token; return the result of :meth:`read`."""
         self._ids.append(token)
         if mark := self._stops.mark(token):
             self._marks.append((len(self._decode()), mark))

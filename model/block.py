@@ -41,7 +41,8 @@ class Block(nn.Module):
         """Recompute the residual streams between the two halves in the backward pass, for one matrix product."""
 
     def forward(self, streams: Tensor, input_ids: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
-        """streams [B, S, n, hidden] ([B, S, hidden] without hyper-connections), input_ids int64 [B, S] -> streams."""
+        """Return the next streams for streams [B, S, n, hidden] ([B, S, hidden] without hyper-connections) and
+        input_ids int64 [B, S]."""
         if context.batch_invariant:
             return batch_invariant.run_block(self, streams, input_ids, context, cache)
 

@@ -1,9 +1,13 @@
 """Pipeline steps on Ray and MLflow, run as ``python -m pipelines <step>``.
 
-Ray and MLflow read the variables below when they are imported, so they are set here, before any module imports either.
+Ray and MLflow read the variables set below when they are imported, so this module sets them before any other imports
+either.
 """
 
 import os
+
+RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray in the driver of a submitted job; its value is JSON and holds the job's runtime environment."""
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 if "RAY_ADDRESS" not in os.environ:

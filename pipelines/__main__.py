@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from model.errors import ConfigError, FiftyfoldError
 from pipelines.ray_runtime.signals import handle_sigterm
 from pipelines.recipe.paths import path_option
+from pipelines.recipe.quoting import shorten
 
 if TYPE_CHECKING:
     from pipelines.steps import Step
 
 STEPS = {
-    "demo": "the whole loop with one recipe: prepare, sweep, train, baseline, evaluate, promote, deploy, ask",
+    "demo": "the whole loop with one recipe: prepare, train hybrid and baseline, sweep, evaluate, promote, deploy, ask",
     "prepare": "tokenize text into Parquet shards, with retrieval documents mixed in",
     "train": "train one model under Ray Train",
     "sweep": "search cache settings with Ray Tune",
@@ -27,11 +28,13 @@ STEPS = {
     "compare": "quantization-aware training against post-training quantization",
     "promote": "register the best evaluated run as a model version",
     "deploy": "serve a registered model over an OpenAI-style HTTP API on Ray Serve",
-    "export": "convert a checkpoint to or from transformers, the released format or GGUF (export --help)",
+    "export": "convert a checkpoint to or from transformers and the released format, or to GGUF (export --help)",
     "budget": "cache bytes, FLOPs and parameters of a model beside its references (budget --help)",
 }
 """Summary of each step. ``pipelines/steps/<name>.py`` defines it."""
 USER_ERROR, INTERRUPTED = 2, 130
+_MAX_CHARACTERS = 500
+"""Maximum length of an error of argparse."""
 
 
 class Invocation(NamedTuple):
@@ -53,7 +56,7 @@ def load_step(name: str) -> Step:
 
 
 def parse(arguments: list[str]) -> Invocation:
-    """Parse a command line. Options of a step's own are known where the step comes first. Raises ConfigError."""
+    """Parse a command line. Options of a single step are known only after its name. Raises ConfigError."""
     arguments, overrides = _split_overrides(arguments)
     parser = _Parser(
         prog="python -m pipelines",
@@ -77,7 +80,7 @@ def parse(arguments: list[str]) -> Invocation:
         load_step(arguments[0]).add_options(parser)
     known, rest = parser.parse_known_args(arguments)
     if rest:
-        raise ConfigError(f"command line: '{rest[0]}' is neither an option nor --section.key value")
+        raise ConfigError(f"command line: {shorten(rest[0])} is neither an option nor --section.key value")
     options: dict[str, Any] = vars(known)
     step, files, print_config = (options.pop(name) for name in ("step", "config", "print_config"))
     return Invocation(step, files, overrides, print_config, argparse.Namespace(**options))
@@ -85,7 +88,8 @@ def parse(arguments: list[str]) -> Invocation:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"command line: {message} (see --help)")
+        shown = message if len(message) <= _MAX_CHARACTERS else f"{message[:_MAX_CHARACTERS]}..."  # quotes arguments
+        raise ConfigError(f"command line: {shown} (see --help)")
 
 
 def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:

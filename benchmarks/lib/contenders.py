@@ -74,7 +74,7 @@ class Network(Protocol):
 
 
 class OurNetwork:
-    """Our network, loaded with :func:`model.hf.import_pretrained`, with matrices stored in ``precision``.
+    """Network of this project, loaded with :func:`model.hf.import_pretrained`, with matrices stored in ``precision``.
 
     The folder's config sets the cache formats; a folder saved by transformers has none and uses unrounded floats.
     """

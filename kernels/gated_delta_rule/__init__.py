@@ -1,7 +1,7 @@
 """The gated delta rule with a decay per channel (Kimi Delta Attention, arXiv 2510.26692, equation 1).
 
-Every head has a state of K x V numbers. A token scales each of its K rows by a decay, moves what the state answers to
-the token's key towards the token's value, and reads the state with the token's query::
+Every head has a state of K x V numbers, which maps keys to values. A token scales each of its K rows by a decay, moves
+the value of the token's key towards the token's value, and reads the value of the token's query::
 
     state[t] = exp(g[t]) * state[t - 1]
     state[t] += outer(k[t], beta[t] * (v[t] - state[t].T @ k[t]))

@@ -14,8 +14,8 @@ def scan_in_fixed_order(
     """Compute :func:`kernels.gated_delta_rule.gated_delta_rule` without gradients, from decay = exp(g), float32
     [B, S, H, K].
 
-    The state is rounded to ``state_dtype`` after every token, as if each was a piece of its own. Products and sums are
-    elementwise, so every number is rounded alike wherever it lies in a tensor.
+    The state is rounded to ``state_dtype`` after every token, as if each were a separate call. Products and sums are
+    elementwise, so rounding does not depend on a number's position in a tensor.
     """
     outputs = []
     state = state.transpose(-1, -2)  # [B, H, V, K]: sums run over the last dim

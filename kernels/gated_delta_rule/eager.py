@@ -6,7 +6,7 @@ Within a chunk, the changes u of the state solve a triangular system (the WY rep
     (I + A) u = beta * (v - (k * D(begin, i)) @ state),   A[i, j] = beta[i] * sum(k[i] * k[j] * D(j, i)) for j < i
     out[i] = (q[i] * D(begin, i)) @ state + sum over j <= i of sum(q[i] * k[j] * D(j, i)) * u[j]
 
-What earlier chunks left arrives through the state before the chunk.
+Earlier chunks contribute through the state before the chunk.
 """
 
 from __future__ import annotations

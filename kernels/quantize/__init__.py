@@ -1,8 +1,8 @@
 """Fake quantization: rounding to a storage format within the forward pass.
 
 Formats: ``fp32``; ``bf16``; ``fp8``, E4M3 with one E8M0 scale per 64 values; ``fp8_128``, E4M3 with one FP32 scale, a
-power of two, per 128; ``fp4``, E2M1 with one E8M0 scale per 32.
-Rounding equals a round trip through :mod:`kernels.cache_io`. All backends produce the same bits.
+power of two, per 128; ``fp4``, E2M1 with one E8M0 scale per 32. Rounding equals a round trip through
+:mod:`kernels.cache_io`. All backends produce the same bits.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ def scan_in_fixed_order(
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`kernels.ssd_scan.ssd_scan` without gradients, from decay = exp(dt * A), float32 [batch, S, H].
 
-    The state is rounded to ``state_dtype`` after every token, as if each was a piece of its own. Products and sums are
-    elementwise, so every number is rounded alike wherever it lies in a tensor.
+    The state is rounded to ``state_dtype`` after every token, as if each were a separate call. Products and sums are
+    elementwise, so rounding does not depend on a number's position in a tensor.
     """
     heads = x.shape[2]
     B, C = (z.repeat_interleave(heads // z.shape[2], dim=2) for z in (B, C))

@@ -18,5 +18,5 @@ def ssd_scan(
     positions: Tensor | None = None,
     chunk_size: int = 64,
 ) -> tuple[Tensor, Tensor]:
-    """Implement :func:`kernels.ssd_scan.ssd_scan` for float32, without gradients."""
+    """Implement :func:`kernels.ssd_scan.ssd_scan` for float32, without gradients. ``chunk_size`` changes nothing."""
     return native.op("ssd_scan")(x, dt, A, B, C, D, state, positions)

@@ -1,7 +1,7 @@
 """The state-space scan in PyTorch, by matrix products within chunks of tokens (arXiv 2405.21060, section 6).
 
 Within a chunk, token l reads token s <= l as attention would, with weight ``(C[l] . B[s]) * exp(sum of dt * A over
-(s, l])``. What earlier chunks left arrives through the state before the chunk.
+(s, l])``. Earlier chunks contribute through the state before the chunk.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _scan_chunks(
     weights = (C @ B.transpose(3, 4)).unsqueeze(3) * decays.unflatten(2, (groups, share))
     y = (weights.flatten(2, 3) @ stepped.transpose(2, 3)).transpose(2, 3)  # [batch, n, L, H, P]
 
-    # Between chunks: what each chunk adds to the state, then the states before the chunks.
+    # Between chunks: the contribution of each chunk to the state, then the states before the chunks.
     rows = (stepped * until_end.unsqueeze(-1)).unflatten(3, (groups, share)).permute(0, 1, 3, 4, 5, 2)
     added = (rows.flatten(3, 4) @ B).reshape(batch, n, heads, P, N)
     before = []

@@ -50,10 +50,13 @@ class RecurrentState:
 
     def append(self, states: Tensor) -> None:
         """Keep the states after the new tokens, [B, *shape], replacing the oldest states. Detaches them."""
-        for sequence, (state, length) in enumerate(zip(states.detach(), self.table.new_lengths)):
-            oldest = int(self.positions[sequence].argmin())
+        lengths = zip(self.table.lengths, self.table.new_lengths)
+        for sequence, (state, (before, length)) in enumerate(zip(states.detach(), lengths)):
+            positions = self.positions[sequence]
+            positions[positions > before] = _EMPTY  # states of an interrupted step, whose tokens may be others
+            oldest = int(positions.argmin())
             self.data[sequence, oldest] = state
-            self.positions[sequence, oldest] = length
+            positions[oldest] = length
 
     def saved(self) -> dict[str, Tensor]:
         """Return a single sequence's states and positions by name."""

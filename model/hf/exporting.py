@@ -46,8 +46,8 @@ def export_pretrained(
 
     Chat templates, special tokens and generation settings that came with the tokenizer are written as well.
 
-    Both record the cache formats and ``qat`` under the key ``fiftyfold`` for :func:`import_pretrained`. transformers
-    ignores it and does not quantize its cache.
+    Both formats record the cache formats and ``qat`` under the key ``fiftyfold`` for :func:`import_pretrained`.
+    transformers ignores it and does not quantize its cache.
 
     Raises ConfigError if the format is unknown or cannot express the network, and CheckpointError if it cannot
     represent a value.

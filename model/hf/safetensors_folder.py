@@ -20,7 +20,7 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _POINTER_BYTES = 200
-"""Bytes at the start of a file that show what it is."""
+"""Bytes to read of a file to recognize a pointer to one that is stored elsewhere."""
 _MAX_HEADER_BYTES = 100_000_000
 """Limit of the safetensors library."""
 _MAPPED_BYTES = 16 << 20

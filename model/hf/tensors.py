@@ -1,4 +1,4 @@
-"""Tensors on disk and their places in the network."""
+"""Tensors on disk and their destinations in the network."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Layout = Literal["transformers", "released", "modules"]
-"""Conventions of names and dtypes: what transformers reads and writes, what the authors of a model published, or the
-names of transformers' modules where a family writes others for it."""
+"""Conventions of names and dtypes: those of transformers' files, those of the authors' release, or those of
+transformers' modules in memory where its files differ."""
 WeightFormat = Literal["fp8", "fp4", "bf16", "fp32", "int64"]
 
 

@@ -99,7 +99,7 @@ class Mixer(nn.Module):
         self.precision = Precision(config)
 
     def forward(self, x: Tensor, context: Context, cache: LayerCache | None = None) -> Tensor:
-        """x [B, S, hidden] -> [B, S, hidden]. The output for a token depends on it and earlier tokens only.
+        """Mix tokens x [B, S, hidden] to [B, S, hidden]. An output depends on its token and earlier ones only.
 
         Without a ``cache`` the tokens are whole sequences. With one they follow the tokens it holds, and their state is
         appended.

@@ -1,4 +1,4 @@
-"""Attention over a cache in batch-invariant mode: every token runs at one fixed shape, whatever runs beside it."""
+"""Attention over a cache in batch-invariant mode: every token is computed at one fixed shape in any batch."""
 
 from __future__ import annotations
 

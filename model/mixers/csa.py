@@ -131,7 +131,7 @@ class CompressedSparseAttention(CompressedAttention):
         cache.index.append(self.pool_index(history, context, cache.index_tail))
         query, weights = history.index_query, history.index_weights
         assert query is not None and weights is not None
-        if self.training:  # stored keys are rounded whatever training does, so the queries are too
+        if self.training:  # stored keys are always rounded, so the queries must be, too
             query = self.precision.round_index(query, training=False)
         chosen = index_topk(
             query,

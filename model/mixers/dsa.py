@@ -154,7 +154,7 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
         assert projected.indexed is not None
         query, weights, keys = projected.indexed
         cache.index.append(keys)
-        if self.training:  # stored keys are rounded whatever training does, so the queries are too
+        if self.training:  # stored keys are always rounded, so the queries must be, too
             query = self.precision.round_index(query, training=False)
         chosen = index_topk(
             query,

@@ -1,8 +1,8 @@
 """Kimi Delta Attention (arXiv 2510.26692): a state of fixed size per head, corrected by the delta rule, with a decay of
 its own for every channel.
 
-Where the report differs or leaves a choice, this follows ``KimiLinearDeltaAttention`` of transformers 5.23, which gives
-a checkpoint its meaning:
+Where the report differs or leaves a choice, this follows ``KimiLinearDeltaAttention`` of transformers 5.23, which runs
+the published weights:
 
 * queries are divided by sqrt(head_dim) after their L2 norm, which the report's equations leave out;
 * keys and queries are divided by sqrt(|x|^2 + 1e-6), and not by max(|x|, eps);
@@ -13,34 +13,29 @@ a checkpoint its meaning:
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.cache_io import EntryLayout
 from kernels.gated_delta_rule import gated_delta_rule, scan_in_fixed_order
 from kernels.rms_norm import rms_norm
-from model.cache.parts import CachePart, RecurrentPart
 from model.forward.context import Context
 from model.forward.execution import in_tiles
 from model.layers.linear import Linear
 from model.layers.norm import RMSNorm
 from model.layers.rope import Rotation
-from model.mixers.base import Mixer, StoredFormat, require
-from model.mixers.options import STATE_FORMATS, check_count, check_state_format
+from model.mixers.base import require
+from model.mixers.options import check_count
+from model.mixers.recurrent import RecurrentMixer, draw_rates, draw_steps
 from model.mixers.short_convolution import ShortConvolution
 from model.work import Work
 
 if TYPE_CHECKING:
-    from model.cache.layer_cache import LayerCache
     from model.config import ModelConfig
 
 _L2_EPS = 1e-6
-_MAX_RATE = 16.0
-"""Largest initial decay rate; the smallest is 1 (the authors' initialization)."""
 _INITIAL_STEPS = 1e-3, 1e-1
 """Initial step sizes, the values of softplus, drawn log-uniformly."""
 
@@ -58,7 +53,7 @@ class Projected(NamedTuple):
     """[B, S, inner], after the sigmoid."""
 
 
-class KimiDeltaAttention(Mixer):
+class KimiDeltaAttention(RecurrentMixer):
     """Kimi Delta Attention. ``inner`` are the channels of all heads."""
 
     name = "kda"
@@ -96,31 +91,22 @@ class KimiDeltaAttention(Mixer):
             )
         else:
             check_count(f"{key}.num_heads", o["num_heads"])
-        check_count(f"{key}.conv_kernel", o["conv_kernel"], least=2)
         chunk = o["chunk_size"]
         require(
             type(chunk) is int and 1 <= chunk < 1 << 31 and chunk.bit_count() == 1,
             f"{key}.chunk_size: expected a power of two, found {chunk!r}",
         )
-        check_state_format(f"{key}.state_format", o["state_format"])
+        super().check(config)
 
     @classmethod
-    def tail_layout(cls, config: ModelConfig) -> EntryLayout:
-        """Return the layout of a token in the convolution's tail."""
-        return EntryLayout(3 * math.prod(cls.heads(config)), config.mixer_options[cls.name]["state_format"])
+    def state_shape(cls, config: ModelConfig) -> tuple[int, int, int]:
+        heads, head_dim = cls.heads(config)
+        return heads, head_dim, head_dim
 
     @classmethod
-    def cache_parts(cls, config: ModelConfig) -> dict[str, CachePart]:
-        o, (heads, head_dim) = config.mixer_options[cls.name], cls.heads(config)
-        dtype = STATE_FORMATS[o["state_format"]]
-        return {
-            "state": RecurrentPart((heads, head_dim, head_dim), dtype),
-            "conv_tail": RecurrentPart((o["conv_kernel"] - 1, 3 * heads * head_dim), dtype),
-        }
-
-    @classmethod
-    def stored_formats(cls, config: ModelConfig) -> list[StoredFormat]:
-        return [StoredFormat("kda inputs of the convolution", cls.tail_layout(config).body_format, 1)]
+    def convolved_channels(cls, config: ModelConfig) -> int:
+        heads, head_dim = cls.heads(config)
+        return 3 * heads * head_dim
 
     @classmethod
     def work(cls, config: ModelConfig, tokens: int) -> list[Work]:
@@ -130,7 +116,7 @@ class KimiDeltaAttention(Mixer):
         return [
             Work("kda projections", "linear", "fp8", 2.0 * projections),
             Work("kda convolution", "linear", "bf16", 2.0 * kernel * 3 * inner),
-            # The state answers to the key, takes the change and answers to the query.
+            # Products of the state with the key and the query, and of the key with the change.
             Work("core delta rule, kda", "core", "bf16", 2.0 * 3 * inner * head_dim),
         ]
 
@@ -151,16 +137,10 @@ class KimiDeltaAttention(Mixer):
     def set_config(self, config: ModelConfig) -> None:
         super().set_config(config)
         self.num_heads, self.head_dim = self.heads(config)
-        self.layout = self.tail_layout(config)
 
     def init_weights(self, std: float) -> None:
-        self.A_log.uniform_(1.0, _MAX_RATE).log_()
-        least, most = _INITIAL_STEPS
-        steps = self.dt_bias.uniform_(math.log(least), math.log(most)).exp()
-        self.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # the inverse of softplus
-
-    def zero_output(self) -> None:
-        self.out_proj.weight.zero_()
+        draw_rates(self.A_log)
+        draw_steps(self.dt_bias, *_INITIAL_STEPS)
 
     def split_sizes(self) -> dict[str, tuple[int, ...]]:
         inner = self.num_heads * self.head_dim
@@ -178,33 +158,23 @@ class KimiDeltaAttention(Mixer):
         log_decay = steps * -self.A_log.float().exp().unsqueeze(-1)
         return Projected(channels, log_decay, beta.float().sigmoid(), self.gate_proj(gate).float().sigmoid())
 
-    def mix(self, projected: Projected, context: Context, cache: LayerCache | None) -> Tensor:
-        """Return the normalized, gated outputs of the state, float32 [B, S, inner]."""
-        state = tail = None
-        if cache is not None:
-            state, tail = cache.state.read().float(), cache.conv_tail.read().float()
-        convolved, tail = self.conv(projected.channels, context, tail)
-        heads = convolved.unflatten(-1, (3, self.num_heads, self.head_dim))
-        out, state = self._scan(heads, projected, state, context)
-        if cache is not None:
-            cache.state.append(state)
-            cache.conv_tail.append(tail)
-        normed = in_tiles(self.norm, out) if context.batch_invariant else self.norm(out)
-        return normed.flatten(2) * projected.gate
-
-    def _scan(
-        self, heads: Tensor, projected: Projected, state: Tensor | None, context: Context
+    def scan(
+        self, convolved: Tensor, projected: Projected, state: Tensor | None, context: Context
     ) -> tuple[Tensor, Tensor]:
-        """Run the rule over queries, keys and values [B, S, 3, H, head_dim]."""
+        heads = convolved.unflatten(-1, (3, self.num_heads, self.head_dim))  # queries, keys and values
         value, log_decay, beta = heads[:, :, 2], projected.log_decay, projected.beta
-        o = self.config.mixer_options[self.name]
         if context.batch_invariant:
             assert state is not None
             query, key, decay = in_tiles(lambda x, g: (*self._normalize(x), g.exp()), heads, log_decay)
-            return scan_in_fixed_order(query, key, value, decay, beta, state, STATE_FORMATS[o["state_format"]])
+            return scan_in_fixed_order(query, key, value, decay, beta, state, self.state_dtype(self.config))
         positions = None if context.documents is None else context.positions
         query, key = self._normalize(heads)
-        return gated_delta_rule(query, key, value, log_decay, beta, state, positions, o["chunk_size"])
+        chunk_size = self.config.mixer_options[self.name]["chunk_size"]
+        return gated_delta_rule(query, key, value, log_decay, beta, state, positions, chunk_size)
+
+    def gate(self, out: Tensor, projected: Projected, context: Context) -> Tensor:
+        normed = in_tiles(self.norm, out) if context.batch_invariant else self.norm(out)
+        return normed.flatten(2) * projected.gate
 
     def _normalize(self, heads: Tensor) -> tuple[Tensor, Tensor]:
         """Return queries of length 1 / sqrt(head_dim) and keys of length 1, [B, S, H, head_dim] each."""

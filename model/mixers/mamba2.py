@@ -7,36 +7,31 @@ softplus.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.cache_io import EntryLayout
 from kernels.rms_norm import rms_norm
 from kernels.ssd_scan import scan_in_fixed_order, ssd_scan
-from model.cache.parts import CachePart, RecurrentPart
 from model.forward.context import Context
 from model.forward.execution import in_tiles
 from model.layers.linear import Linear
 from model.layers.norm import RMSNorm
 from model.layers.rope import Rotation
-from model.mixers.base import Mixer, StoredFormat, require
-from model.mixers.options import STATE_FORMATS, check_count, check_state_format
+from model.mixers.base import require
+from model.mixers.options import check_count, check_flag, check_number, is_number
+from model.mixers.recurrent import RecurrentMixer, draw_rates, draw_steps
 from model.mixers.short_convolution import ShortConvolution
 from model.work import Work
 
 if TYPE_CHECKING:
-    from model.cache.layer_cache import LayerCache
     from model.config import ModelConfig
 
 EXPAND = 2
 _LEAST_STEP = 1e-4
 """Smallest initial step size."""
-_MAX_RATE = 16.0
-"""Largest initial decay rate; the smallest is 1 (the authors' initialization)."""
 
 
 class Shape(NamedTuple):
@@ -69,7 +64,7 @@ class Projected(NamedTuple):
     """[B, S, H]: step sizes."""
 
 
-class Mamba2(Mixer):
+class Mamba2(RecurrentMixer):
     """Selective state-space layer. B and C are shared by the heads of a group."""
 
     name = "mamba2"
@@ -109,26 +104,19 @@ class Mamba2(Mixer):
         key = f"mixer_options.{cls.name}"
         for name in ("head_dim", "state_size", "n_groups", "chunk_size"):
             check_count(f"{key}.{name}", o[name])
-        check_count(f"{key}.conv_kernel", o["conv_kernel"], least=2)
-        require(
-            isinstance(o["use_conv_bias"], bool),
-            f"{key}.use_conv_bias: expected true or false, found {o['use_conv_bias']!r}",
-        )
-        check_state_format(f"{key}.state_format", o["state_format"])
+        check_flag(f"{key}.use_conv_bias", o["use_conv_bias"])
+        super().check(config)
         cls._check_steps(key, o)
         cls._check_heads(key, o, config.hidden_size)
 
     @staticmethod
     def _check_steps(key: str, o: Any) -> None:
         low, high, limit = o["time_step_min"], o["time_step_max"], o["time_step_limit"]
-        require(_is_number(low) and low > 0, f"{key}.time_step_min: expected a number above 0, found {low!r}")
+        require(is_number(low) and low > 0, f"{key}.time_step_min: expected a number above 0, found {low!r}")
+        check_number(f"{key}.time_step_max", high, least=low)
+        pair = isinstance(limit, list) and len(limit) == 2 and is_number(limit[0]) and limit[0] >= 0
         require(
-            _is_number(high) and high >= low,
-            f"{key}.time_step_max: expected a number of at least {low}, found {high!r}",
-        )
-        pair = isinstance(limit, list) and len(limit) == 2 and _is_number(limit[0]) and limit[0] >= 0
-        require(
-            pair and (limit[1] is None or (_is_number(limit[1]) and limit[1] > limit[0])),
+            pair and (limit[1] is None or (is_number(limit[1]) and limit[1] > limit[0])),
             f"{key}.time_step_limit: expected two rising numbers of at least 0, the second null for no limit, "
             f"found {limit!r}",
         )
@@ -137,7 +125,7 @@ class Mamba2(Mixer):
     def _check_heads(key: str, o: Any, hidden: int) -> None:
         expand, heads, head_dim, groups = (o[name] for name in ("expand", "num_heads", "head_dim", "n_groups"))
         require(
-            expand is None or (_is_number(expand) and expand > 0 and float(hidden * expand).is_integer()),
+            expand is None or (is_number(expand) and expand > 0 and float(hidden * expand).is_integer()),
             f"{key}.expand: expected a number above 0 that makes hidden_size {hidden} a whole number, found {expand!r}",
         )
         if heads is not None:
@@ -154,22 +142,13 @@ class Mamba2(Mixer):
         require(heads % groups == 0, f"{key}.n_groups: expected a divisor of {heads} heads, found {groups}")
 
     @classmethod
-    def tail_layout(cls, config: ModelConfig) -> EntryLayout:
-        """Return the layout of a token in the convolution's tail."""
-        return EntryLayout(cls.shape(config).convolved, config.mixer_options[cls.name]["state_format"])
+    def state_shape(cls, config: ModelConfig) -> tuple[int, int, int]:
+        shape = cls.shape(config)
+        return shape.num_heads, shape.head_dim, shape.state_size
 
     @classmethod
-    def cache_parts(cls, config: ModelConfig) -> dict[str, CachePart]:
-        o, shape = config.mixer_options[cls.name], cls.shape(config)
-        dtype = STATE_FORMATS[o["state_format"]]
-        return {
-            "state": RecurrentPart((shape.num_heads, shape.head_dim, shape.state_size), dtype),
-            "conv_tail": RecurrentPart((o["conv_kernel"] - 1, shape.convolved), dtype),
-        }
-
-    @classmethod
-    def stored_formats(cls, config: ModelConfig) -> list[StoredFormat]:
-        return [StoredFormat("mamba2 inputs of the convolution", cls.tail_layout(config).body_format, 1)]
+    def convolved_channels(cls, config: ModelConfig) -> int:
+        return cls.shape(config).convolved
 
     @classmethod
     def work(cls, config: ModelConfig, tokens: int) -> list[Work]:
@@ -198,19 +177,13 @@ class Mamba2(Mixer):
     def set_config(self, config: ModelConfig) -> None:
         super().set_config(config)
         self.sizes = self.shape(config)
-        self.layout = self.tail_layout(config)
 
     def init_weights(self, std: float) -> None:
         """Draw decay rates between 1 and 16, and step sizes log-uniformly between their initial limits."""
         o = self.config.mixer_options[self.name]
-        self.A_log.uniform_(1.0, _MAX_RATE).log_()
+        draw_rates(self.A_log)
         self.D.fill_(1.0)
-        steps = self.dt_bias.uniform_(math.log(o["time_step_min"]), math.log(o["time_step_max"])).exp()
-        steps = steps.clamp(min=_LEAST_STEP)
-        self.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # the inverse of softplus
-
-    def zero_output(self) -> None:
-        self.out_proj.weight.zero_()
+        draw_steps(self.dt_bias, o["time_step_min"], o["time_step_max"], _LEAST_STEP)
 
     def split_sizes(self) -> dict[str, tuple[int, ...]]:
         shape = self.sizes
@@ -226,34 +199,24 @@ class Mamba2(Mixer):
         dt = dt.clamp(min=least, max=most)
         return Projected(F.silu(gate.float()), channels, dt)
 
-    def mix(self, projected: Projected, context: Context, cache: LayerCache | None) -> Tensor:
-        """Return the gated outputs of the state, float32 [B, S, inner]."""
-        gate, channels, dt = projected
-        shape = self.sizes
-        state = tail = None
-        if cache is not None:
-            state, tail = cache.state.read().float(), cache.conv_tail.read().float()
-        convolved, tail = self.conv(channels, context, tail)
+    def scan(
+        self, convolved: Tensor, projected: Projected, state: Tensor | None, context: Context
+    ) -> tuple[Tensor, Tensor]:
+        shape, A, dt = self.sizes, -self.A_log.float().exp(), projected.dt
         group = shape.groups * shape.state_size
         x, B, C = convolved.split((shape.inner, group, group), dim=-1)
         x = x.unflatten(-1, (shape.num_heads, shape.head_dim))
         B, C = (z.unflatten(-1, (shape.groups, shape.state_size)) for z in (B, C))
-        y, state = self._scan(x, dt, B, C, state, context)
-        if cache is not None:
-            cache.state.append(state)
-            cache.conv_tail.append(tail)
-        return y.flatten(2) * gate
-
-    def _scan(
-        self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor | None, context: Context
-    ) -> tuple[Tensor, Tensor]:
-        o, A = self.config.mixer_options[self.name], -self.A_log.float().exp()
         if context.batch_invariant:
             assert state is not None
             decay = in_tiles(lambda logs: _with_even_columns(logs).exp(), dt * A)[..., : len(A)]
-            return scan_in_fixed_order(x, dt, decay, B, C, self.D, state, STATE_FORMATS[o["state_format"]])
+            return scan_in_fixed_order(x, dt, decay, B, C, self.D, state, self.state_dtype(self.config))
         positions = None if context.documents is None else context.positions
-        return ssd_scan(x, dt, A, B, C, self.D, state, positions, o["chunk_size"])
+        chunk_size = self.config.mixer_options[self.name]["chunk_size"]
+        return ssd_scan(x, dt, A, B, C, self.D, state, positions, chunk_size)
+
+    def gate(self, out: Tensor, projected: Projected, context: Context) -> Tensor:
+        return out.flatten(2) * projected.gate
 
     def output(self, mixed: Tensor, rotation: Rotation | None) -> Tensor:
         groups = self.sizes.groups
@@ -267,7 +230,3 @@ def _with_even_columns(x: Tensor) -> Tensor:
     """Append a column of zeros if the number of columns is odd. Then a tile of tokens fills pairs of vector registers;
     PyTorch rounds transcendental functions differently in the rest of a pair."""
     return F.pad(x, (0, 1)) if x.shape[-1] % 2 else x
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

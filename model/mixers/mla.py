@@ -26,6 +26,7 @@ from model.layers.norm import RMSNorm
 from model.layers.rope import Rotary, Rotation
 from model.mixers.base import Mixer, StoredFormat, require, yarn_of
 from model.mixers.batch_invariant import invariant_attention
+from model.mixers.options import check_count, check_flag, check_number
 from model.precision import FORMAT_BITS
 from model.work import Work
 
@@ -119,23 +120,17 @@ class MultiHeadLatentAttention(Mixer):
     @classmethod
     def check(cls, config: ModelConfig) -> None:
         sizes, key = cls.sizes(config), f"mixer_options.{cls.name}"
-
-        def check(name: str, permitted: bool, expected: str) -> None:
-            require(permitted, f"{key}.{name}: expected {expected}, found {getattr(sizes, name)!r}")
-
-        check("rope", isinstance(sizes.rope, bool), "true or false")
-        for name in ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
-            optional = name == "q_lora_rank" and cls.direct_queries
-            value = getattr(sizes, name)
-            is_size = type(value) is int and 1 <= value < 1 << 31
-            check(name, is_size or (optional and value is None), f"a positive whole number{' or null' * optional}")
-        value, least = sizes.qk_rope_head_dim, 2 if sizes.rope else 0
-        is_even = type(value) is int and least <= value < 1 << 31 and value % 2 == 0
-        check("qk_rope_head_dim", is_even, f"an even number of at least {least}")
+        check_flag(f"{key}.rope", sizes.rope)
+        check_count(f"{key}.q_lora_rank", sizes.q_lora_rank, optional=cls.direct_queries)
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
+            check_count(f"{key}.{name}", getattr(sizes, name))
+        rope_dims, least = sizes.qk_rope_head_dim, 2 if sizes.rope else 0
+        require(
+            type(rope_dims) is int and least <= rope_dims < 1 << 31 and rope_dims % 2 == 0,
+            f"{key}.qk_rope_head_dim: expected an even number of at least {least}, found {rope_dims!r}",
+        )
         for name in ("mscale", "mscale_all_dim"):
-            value = getattr(sizes, name)
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            check(name, is_number and 0 <= value < math.inf, "a number of at least 0")
+            check_number(f"{key}.{name}", getattr(sizes, name))
         bits = FORMAT_BITS[config.kv_format]
         unit = FORMAT_BITS[config.rope_format] if sizes.qk_rope_head_dim else 8
         require(

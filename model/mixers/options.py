@@ -1,24 +1,30 @@
-"""Checks of mixer options, and settings that recurrent mixers share."""
+"""Checks of mixer options. ``key`` is the option's full name, which errors begin with."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
-
-import torch
 
 from model.mixers.base import require
 
-STATE_FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""Formats of recurrent states and of the tokens kept for a convolution."""
 
-
-def check_count(key: str, value: Any, least: int = 1) -> None:
-    """Raise ConfigError unless the option ``key`` is a whole number of at least ``least``."""
+def check_count(key: str, value: Any, least: int = 1, optional: bool = False) -> None:
+    """Raise ConfigError unless ``value`` is a whole number of at least ``least``, or None if it is ``optional``."""
     counts = type(value) is int and least <= value < 1 << 31
-    require(counts, f"{key}: expected a whole number of at least {least}, found {value!r}")
+    expected = f"a whole number of at least {least}{' or null' * optional}"
+    require(counts or (optional and value is None), f"{key}: expected {expected}, found {value!r}")
 
 
-def check_state_format(key: str, value: Any) -> None:
-    """Raise ConfigError unless the option ``key`` names one of :data:`STATE_FORMATS`."""
-    known = isinstance(value, str) and value in STATE_FORMATS
-    require(known, f"{key}: expected one of {', '.join(STATE_FORMATS)}, found {value!r}")
+def check_flag(key: str, value: Any) -> None:
+    """Raise ConfigError unless ``value`` is a bool."""
+    require(isinstance(value, bool), f"{key}: expected true or false, found {value!r}")
+
+
+def check_number(key: str, value: Any, least: float = 0) -> None:
+    """Raise ConfigError unless ``value`` is a finite number of at least ``least``."""
+    require(is_number(value) and value >= least, f"{key}: expected a number of at least {least}, found {value!r}")
+
+
+def is_number(value: Any) -> bool:
+    """Return whether ``value`` is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -21,7 +21,7 @@ class ShortConvolution(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
     def init_weights(self, std: float) -> None:
-        """Initialize as ``torch.nn.Conv1d`` does, whatever ``std``: every filter has ``kernel`` inputs only."""
+        """Initialize as ``torch.nn.Conv1d`` does, regardless of ``std``: a filter has only ``kernel`` inputs."""
         nn.init.uniform_(self.weight, -1 / math.sqrt(self.weight.shape[1]), 1 / math.sqrt(self.weight.shape[1]))
         if self.bias is not None:
             nn.init.zeros_(self.bias)

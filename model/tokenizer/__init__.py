@@ -27,27 +27,33 @@ def load_tokenizer(
     the vocabulary that the tokenizer's IDs must lie in. Raises ConfigError.
     """
     if str(source) == BYTE:
-        for role, name, own in (
-            ("bos_token", bos_token, ByteTokenizer.bos_token),
-            ("eos_token", eos_token, ByteTokenizer.eos_token),
-        ):
-            if name not in (None, own):
-                raise ConfigError(f"{role}: '{name}' is not a token of the byte tokenizer, which has its own '{own}'")
-        return ByteTokenizer()
-    path = Path(source)
+        tokenizer = _load_byte(bos_token, eos_token)
+    else:
+        tokenizer = _load_file(Path(source), bos_token, eos_token)
+    if model_vocab_size is not None and tokenizer.vocab_size > model_vocab_size:
+        raise ConfigError(
+            f"tokenizer {source}: has IDs up to {tokenizer.vocab_size - 1}, but the model has a vocabulary of "
+            f"{model_vocab_size}"
+        )
+    return tokenizer
+
+
+def _load_byte(bos_token: str | None, eos_token: str | None) -> Tokenizer:
+    for role, name, own in (
+        ("bos_token", bos_token, ByteTokenizer.bos_token),
+        ("eos_token", eos_token, ByteTokenizer.eos_token),
+    ):
+        if name not in (None, own):
+            raise ConfigError(f"{role}: '{name}' is not a token of the byte tokenizer, which has its own '{own}'")
+    return ByteTokenizer()
+
+
+def _load_file(path: Path, bos_token: str | None, eos_token: str | None) -> Tokenizer:
     if path.is_dir():
         path = path / FILE_NAME
     if not path.exists():
         raise ConfigError(f"tokenizer {path}: No such file or directory")
     content, side_files = read_object(path), SideFiles.read(path.parent)
-    tokenizer: Tokenizer
     if is_byte_tokenizer(content, side_files) and bos_token is None and eos_token is None:
-        tokenizer = ByteTokenizer(side_files)
-    else:
-        tokenizer = HuggingFaceTokenizer(path, content, side_files, bos_token, eos_token)
-    if model_vocab_size is not None and tokenizer.vocab_size > model_vocab_size:
-        raise ConfigError(
-            f"tokenizer {path}: has IDs up to {tokenizer.vocab_size - 1}, but the model has a vocabulary of "
-            f"{model_vocab_size}"
-        )
-    return tokenizer
+        return ByteTokenizer(side_files)
+    return HuggingFaceTokenizer(path, content, side_files, bos_token, eos_token)

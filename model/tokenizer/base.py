@@ -10,15 +10,16 @@ from typing import Any
 from model.tokenizer.side_files import SideFiles
 
 FILE_NAME = "tokenizer.json"
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _ANCHORS = ("\n", " ", "a", ".")
-"""Texts to put in front of a text to see how it is encoded inside a longer one."""
+"""Prefixes for encoding a text as part of a longer one. The first one that stays a token of its own is used."""
 
 
 class Tokenizer(ABC):
     """Text to token IDs and back.
 
-    IDs run from 0 to ``vocab_size`` - 1; a vocabulary may leave some of them unused. Text is text: the spelling of a
-    special token in it is encoded in ordinary tokens, unless the caller asks for ``parse_special``.
+    IDs run from 0 to ``vocab_size`` - 1; a vocabulary may leave some of them unused. The spelling of a special token in
+    text is encoded in ordinary tokens, unless the caller asks for ``parse_special``.
     """
 
     vocab_size: int
@@ -101,7 +102,6 @@ class Tokenizer(ABC):
         """Return the content of ``generation_config.json``, with every token that ends generation."""
         declared = self.side_files.ids("eos_token_id")
         stops = declared if self.eos_id in declared else [self.eos_id, *declared]
-        stops += sorted(self.extra_stop_ids - set(stops))
         return {
             **self.side_files.generation_config,
             "bos_token_id": self.bos_id,

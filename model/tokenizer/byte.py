@@ -28,7 +28,7 @@ class ByteTokenizer(Tokenizer):
 
     def __init__(self, side_files: SideFiles | None = None):
         self.side_files = side_files or SideFiles()
-        self.extra_stop_ids = frozenset(self.side_files.ids("eos_token_id")) - {self.eos_id}
+        self.extra_stop_ids = frozenset(self.side_files.ids("eos_token_id")) & {*range(self.vocab_size)} - {self.eos_id}
 
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         ids, start = [], 0

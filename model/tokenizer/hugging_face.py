@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.errors import ConfigError
-from model.tokenizer.base import Tokenizer
+from model.tokenizer.base import REPLACEMENT, Tokenizer
 from model.tokenizer.byte import byte_character
 from model.tokenizer.side_files import Role, SideFiles
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 MAX_TOKEN_ID = 2**24 - 1
 """Larger IDs are taken for damage: the network would have an embedding for every ID up to the largest."""
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _ROLES: dict[Role, str] = {"bos_token": "begin-of-sequence", "eos_token": "end-of-sequence"}
 _USUAL_NAMES: dict[Role, tuple[str, ...]] = {
     "bos_token": ("<s>", "<bos>", "<|begin_of_text|>", "<|begin_of_sentence|>", "<｜begin▁of▁sentence｜>", "[CLS]"),
@@ -51,9 +50,12 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = 1 + max(self._vocabulary.values())
         self.eos_token, self.eos_id = self._find("eos_token", side_files, eos_token)
         self.bos_token, self.bos_id = self._find("bos_token", side_files, bos_token)
+        named = {self._vocabulary[name] for name in side_files.names("eos_token") if name in self._vocabulary}
+        stops = named.union(side_files.ids("eos_token_id")) - {self.eos_id}
+        self.extra_stop_ids = frozenset(token for token in stops if token < self.vocab_size)
         self.side_files = side_files.with_tokens(self.bos_token, self.eos_token)
-        declared = [self._vocabulary[name] for name in side_files.names("eos_token") if name in self._vocabulary]
-        self.extra_stop_ids = frozenset([*declared, *side_files.ids("eos_token_id")]) - {self.eos_id}
+        if named - {self.eos_id}:  # the line above keeps one name
+            self.side_files = self.side_files.with_stop_ids([self.eos_id, *sorted(self.extra_stop_ids)])
         self._special_names = {self.bos_token, self.eos_token} | (side_files.special_names() & self._vocabulary.keys())
         _declare_special(self._backend, self._special_names)
         self._backend.encode_special_tokens = True  # in the library's words: encode their spellings as text
@@ -152,18 +154,18 @@ class HuggingFaceTokenizer(Tokenizer):
     def _find(self, role: Role, side_files: SideFiles, override: str | None) -> tuple[str, int]:
         """Return name and ID of BOS or EOS: as given, declared by name, declared by ID, of a usual name, or for BOS,
         EOS. GPT-2 style vocabularies use one token for both."""
-        declared = [override] if override is not None else side_files.names(role)[:1]
-        for name in declared:
+        candidates = [override] if override is not None else side_files.names(role)[:1]
+        for name in candidates:
             if name not in self._vocabulary:
                 source = "" if override is not None else ", but the files beside it declare it"
                 raise ConfigError(
                     f"tokenizer {self.path}: has no token '{name}'{source}; name the {_ROLES[role]} token with {role}"
                 )
         ids = side_files.ids("bos_token_id" if role == "bos_token" else "eos_token_id")
-        declared += [self._names[token] for token in ids if token in self._names]
-        usual = [name for name in _USUAL_NAMES[role] if name in self._vocabulary]
-        for name in declared + usual:
-            return name, self._vocabulary[name]
+        candidates += [self._names[token] for token in ids if token in self._names]
+        candidates += [name for name in _USUAL_NAMES[role] if name in self._vocabulary]
+        if candidates:
+            return candidates[0], self._vocabulary[candidates[0]]
         if role == "bos_token":
             return self.eos_token, self.eos_id
         raise ConfigError(

@@ -7,7 +7,7 @@ folders, checkpoints and exports.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -91,7 +91,9 @@ class SideFiles:
         decoder = self.tokenizer_config.get("added_tokens_decoder") or {}
         tokens = []
         for key, token in decoder.items() if isinstance(decoder, dict) else [("", decoder)]:
-            if not (key.isdecimal() and isinstance(token, dict) and isinstance(token.get("content"), str)):
+            if not (
+                key.isdecimal() and len(key) < 20 and isinstance(token, dict) and isinstance(token.get("content"), str)
+            ):
                 raise ConfigError(f"{self.folder / TOKENIZER_CONFIG}: added_tokens_decoder: not a token ({token!r})")
             flags = {name: token.get(name) is True for name in ("single_word", "lstrip", "rstrip", "special")}
             normalized = token.get("normalized", not flags["special"]) is True
@@ -106,6 +108,12 @@ class SideFiles:
             if isinstance(value, list) or list(_token_names(self.folder / TOKENIZER_CONFIG, role, value)) != [name]:
                 config[role] = name
         return replace(self, tokenizer_config=config)
+
+    def with_stop_ids(self, ids: Iterable[int]) -> SideFiles:
+        """Return files whose ``eos_token_id`` holds these IDs besides the declared ones."""
+        declared = self.ids("eos_token_id")
+        missing = [item for item in ids if item not in declared]
+        return replace(self, generation_config={**self.generation_config, "eos_token_id": [*missing, *declared]})
 
     def write(self, folder: str | Path) -> None:
         """Write the files that are not empty into ``folder``."""
@@ -143,6 +151,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def write_object(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

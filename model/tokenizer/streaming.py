@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 
-from model.tokenizer.base import Tokenizer
+from model.tokenizer.base import REPLACEMENT, Tokenizer
 
 CONTEXT_TOKENS = 4
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MAX_UNFINISHED_TOKENS = 3
 """A UTF-8 character has at most four bytes, so an unfinished one has at most three."""
 

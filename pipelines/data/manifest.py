@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from model.errors import DataError
 
 Split = Literal["train", "validation"]
 Kind = Literal["text", "mqar", "needle"]
 HeldOut = Literal["documents", "ends"]
-"""What the validation split holds: whole documents, or the end of each document."""
+"""Content of the validation split: whole documents, or the end of each document."""
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
 KINDS: tuple[Kind, ...] = ("text", "mqar", "needle")
@@ -67,6 +67,14 @@ class Manifest(_Record):
     held_out: HeldOut = "documents"
     splits: dict[Split, SplitManifest]
 
+    @field_validator("settings")
+    @classmethod
+    def _check_settings(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        for name, kind in (("window", int), ("tokenizer_sha256", str)):
+            if not isinstance(settings.get(name), kind):
+                raise ValueError(f"{name} is missing or not of type {kind.__name__}")
+        return settings
+
 
 class _FormatVersion(BaseModel):
     """The part of a manifest that all versions share."""
@@ -92,8 +100,8 @@ def read_manifest(folder: str | Path, verify: bool = False) -> Manifest:
         manifest = Manifest.model_validate_json(content)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{path}: damaged manifest ({f'{key}: ' if key else ''}{first['msg']})") from error
+        key, reason = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
+        raise DataError(f"{path}: damaged manifest ({f'{key}: ' if key else ''}{reason})") from error
     for split in SPLITS:
         if split not in manifest.splits:
             raise DataError(f"{path}: damaged manifest (no '{split}' split)")

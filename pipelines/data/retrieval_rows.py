@@ -44,7 +44,8 @@ class RetrievalGenerator:
         try:
             retrieval.check_tokenizer(self._tokenizer)
         except ConfigError as error:
-            raise ConfigError(f"data.tokenizer: {self._data.tokenizer}: {error}") from error
+            reason = str(error).removeprefix("tokenizer: ")
+            raise ConfigError(f"data.tokenizer: {self._data.tokenizer}: {reason}") from error
         longest = self._data.sequence_length
         for length in self._data.retrieval_lengths:
             if length > longest:

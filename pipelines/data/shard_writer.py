@@ -1,10 +1,10 @@
 """Writing of token shards, each with its share of retrieval documents.
 
 Documents become shards in a stream: memory holds one shard. A document goes to train or validation by the hash of its
-text, whatever its name or order; exact duplicates are kept and land in the same split. If that gives a split too little
-text, as it must with a single document, the end of every document is held out instead. Long documents are stored as
-pieces of :data:`PIECE_ROWS` training rows, which mixes shards well without a global shuffle. Pieces are numbered and
-carry their document's id; each begins with BOS, and only the last ends with EOS.
+text, not by its name or place; exact duplicates are kept and go to the same split. If a split then has too little text,
+as with a single document, the end of every document is held out instead. Long documents are stored as pieces of
+:data:`PIECE_ROWS` training rows, which mixes shards well without a global shuffle. Pieces are numbered and carry their
+document's id; each begins with BOS, and only the last ends with EOS.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pipelines.recipe.schema import Recipe
 PIECE_ROWS = 8
 ROW_GROUP_TOKENS = 262_144
 MIN_OF_SHARE = 0.25
-"""Least text of a split, as a part of its share of all text."""
+"""Minimum text of a split, as a fraction of its share of all text."""
 OpenText = Callable[[], Iterator[str]]
 
 
@@ -90,8 +90,9 @@ def _write_splits(
         raise DataError(f"data.sources: no text in {len(files)} files")
     writers["train"].require(MIN_OF_SHARE * (1 - data.validation_share) * text_bytes)
     writers["validation"].require(MIN_OF_SHARE * data.validation_share * text_bytes)
+    splits = {split: writer.finish() for split, writer in writers.items()}
     lost.report()
-    return {split: writer.finish() for split, writer in writers.items()}
+    return splits
 
 
 def _read(document: SourceDocument, max_bytes: int | None) -> Iterator[str]:
@@ -128,7 +129,7 @@ class _SplitWriter:
         self._folder, self._split = folder, split
         self._sequence_length, self._packing = data.sequence_length, data.packing
         self._shard_tokens = data.shard_tokens
-        # Fillers must hold neither special tokens nor the characters that facts are written with.
+        # Fillers must hold neither BOS and EOS nor the characters that facts are written with.
         self._reserved_ids = [tokenizer.bos_id, tokenizer.eos_id, *retrieval.reserved_ids(tokenizer)]
         self._retrieval = RetrievalGenerator(recipe, tokenizer, split)
         self._rng = np.random.default_rng([data.seed, SPLITS.index(split)])

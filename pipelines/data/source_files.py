@@ -97,7 +97,7 @@ def _keep_brackets(pattern: str) -> str:
 
 
 def _glob(pattern: str) -> Iterator[str]:
-    """Expand a glob. Unlike those of :mod:`glob`, ``**`` enters every folder once, however links loop."""
+    """Expand a glob. Unlike in :mod:`glob`, ``**`` enters every folder once, even if links form cycles."""
     parts = pattern.split("/")
     if "**" not in parts:
         yield from glob.iglob(pattern)

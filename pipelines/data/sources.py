@@ -20,10 +20,11 @@ import pyarrow.parquet as pq
 
 from model.errors import DataError
 from pipelines.data.source_files import SourceFile
+from pipelines.recipe.quoting import shorten
 
 CHUNK_CHARACTERS = 1 << 20
 _LINE_BYTES = 1 << 16
-"""Bytes of a Python file's line in which its encoding is looked for."""
+"""Bytes at the start of a line in which a Python file may declare its encoding."""
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -31,7 +32,7 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-"""Byte order marks and their encodings. That of UTF-32 LE begins with that of UTF-16 LE."""
+"""Byte order marks and their encodings. UTF-32 LE comes before UTF-16 LE, because its mark begins with the other."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class SourceDocument:
     source: str
     """File name, with the line or row number of a record."""
     open: Callable[[], Iterator[str]]
-    """Read the text in chunks of about CHUNK_CHARACTERS. Called twice: to choose the split and to tokenize."""
+    """Read the text in chunks of about CHUNK_CHARACTERS. Called several times: to choose the split and to tokenize."""
 
 
 def read_documents(files: list[SourceFile], text_field: str) -> Iterator[SourceDocument]:
@@ -61,14 +62,14 @@ def _file_chunks(file: SourceFile) -> Iterator[str]:
     try:
         with file.path.open(encoding=_find_encoding(file), newline="") as text:
             for chunk in _chunks(text):
-                chunk.encode()  # some encodings that a Python file may declare have lone surrogates
+                chunk.encode()  # a Python file may declare an encoding with lone surrogates
                 if "\0" in chunk:
                     raise DataError(f"{file.name}: is not text (it holds NUL characters)")
                 yield chunk
     except (UnicodeError, SyntaxError) as error:
         raise DataError(f"{file.name}: is not text ({error})") from error
-    except LookupError as error:  # of a codec that does not decode bytes to text
-        raise DataError(f"{file.name}: declares an encoding that is none of text ({error})") from error
+    except LookupError as error:  # the codec does not decode bytes to text
+        raise DataError(f"{file.name}: declares an encoding that is not for text ({error})") from error
     except OSError as error:
         raise DataError(f"{file.name}: cannot be read ({error.strerror})") from error
 
@@ -109,23 +110,24 @@ def _jsonl_documents(file: SourceFile, field: str) -> Iterator[SourceDocument]:
             if not isinstance(record, dict):
                 raise DataError(f"{source}: expected a JSON object, found {type(record).__name__}")
             if field not in record:
-                raise DataError(f"{source}: has no field '{field}' (data.text_field), only {_quote(record)}")
+                raise DataError(f"{source}: has no field {shorten(field)} (data.text_field), only {_quote(record)}")
             yield _text_document(source, record[field])
 
 
 def _parquet_documents(file: SourceFile, column: str) -> Iterator[SourceDocument]:
+    name = shorten(column)
     try:
         with pq.ParquetFile(file.path, pre_buffer=False) as source:
             schema = source.schema_arrow
             if column not in schema.names:
-                raise DataError(f"{file.name}: has no column '{column}' (data.text_field), only {_quote(schema.names)}")
+                raise DataError(f"{file.name}: has no column {name} (data.text_field), only {_quote(schema.names)}")
             if schema.names.count(column) > 1:
-                raise DataError(f"{file.name}: has {schema.names.count(column)} columns '{column}' (data.text_field)")
+                raise DataError(f"{file.name}: has {schema.names.count(column)} columns {name} (data.text_field)")
             dtype = schema.field(column).type
             if pa.types.is_dictionary(dtype):
                 dtype = dtype.value_type
             if not (pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or pa.types.is_string_view(dtype)):
-                raise DataError(f"{file.name}: column '{column}' holds {dtype}, not text")
+                raise DataError(f"{file.name}: column {name} holds {dtype}, not text")
             number = 0
             for batch in source.iter_batches(batch_size=64, columns=[column], use_threads=False):
                 for text in batch.column(0).to_pylist():

@@ -48,7 +48,7 @@ class LostCharacters:
 
 
 def skip(chunks: Iterable[str], start: int) -> Iterator[str]:
-    """Yield a text from the UTF-8 byte ``start`` on, the first one of a character."""
+    """Yield a text from the UTF-8 byte ``start`` on, which must be the first byte of a character."""
     for chunk in chunks:
         encoded = chunk.encode()
         if start < len(encoded):
@@ -57,9 +57,9 @@ def skip(chunks: Iterable[str], start: int) -> Iterator[str]:
 
 
 def line_start(chunks: Iterable[str], place: int) -> int:
-    """Return the UTF-8 byte at which to cut a text near ``place``: the start of a line in the second half before it.
+    """Return the UTF-8 byte at which to cut a text in two, at or before ``place``.
 
-    Without one it is the start of a character.
+    That is the last start of a line, or of a character if the line starts before half of ``place``.
     """
     offset = line = character = 0
     for chunk in chunks:

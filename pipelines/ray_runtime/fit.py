@@ -21,9 +21,9 @@ from pipelines.ray_runtime.event_forwarder import EventForwarder
 from pipelines.ray_runtime.event_queue import EventQueue
 from pipelines.ray_runtime.session import require_resources
 from pipelines.ray_runtime.worker import dataset_name, train_worker
+from pipelines.recipe.quoting import first_line
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.terminal import TrainingProgress
-from pipelines.tracking.connection import first_line
 from pipelines.tracking.mlflow_store import TrackedRun
 from pipelines.training import compute_dtype
 from pipelines.training.curriculum import curriculum

@@ -17,7 +17,9 @@ import psutil
 import ray
 
 from model.errors import ConfigError, FiftyfoldError
+from pipelines import RAY_JOB_VARIABLE
 from pipelines.ray_runtime.signals import handle_sigterm
+from pipelines.recipe.quoting import first_line
 
 OBJECT_STORE_BYTES = 400 * 2**20
 MIN_LOGICAL_CPUS = 6
@@ -26,8 +28,6 @@ read data and processes of Train, Tune or Serve, which mostly wait."""
 PROJECT = Path(__file__).resolve().parents[2]
 PACKAGES = ("kernels", "model", "evals", "serve", "pipelines")
 """Packages that workers import."""
-_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Set by Ray in the driver of a submitted job; its value holds the job's runtime environment."""
 _MAX_SOCKET_BYTES = 107
 """Maximum length of the path of a Unix socket."""
 
@@ -52,7 +52,7 @@ def ray_session(num_cpus: float = 0) -> Iterator[None]:
                 address=address,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                runtime_env=_packages_of_job(os.environ.get(_JOB_VARIABLE)),
+                runtime_env=_packages_of_job(os.environ.get(RAY_JOB_VARIABLE)),
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
@@ -78,7 +78,7 @@ def _packages_of_job(job: str | None) -> dict[str, Any]:
     own environment brings the packages: as ``py_modules``, or in the working directory.
 
     Args:
-        job: The value of ``RAY_JOB_CONFIG_JSON_ENV_VAR``.
+        job: The value of :data:`pipelines.RAY_JOB_VARIABLE`.
     """
     environment = (json.loads(job).get("runtime_env") or {}) if job else {}
     if "py_modules" in environment or ("working_dir" in environment and Path.cwd().resolve() == PROJECT):
@@ -125,7 +125,7 @@ def _start_local(num_cpus: int) -> None:
         try:
             return _init_or_clean_up(options)
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = first_line(error)
             if last_attempt:
                 raise FiftyfoldError(f"Ray: no local cluster started in two attempts ({reason})") from error
             print(f"Ray did not start ({reason}); trying once more")

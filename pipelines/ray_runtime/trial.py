@@ -51,9 +51,9 @@ def run_trial(
     own = compute_dtype.resolve(trial_recipe(sweep_recipe, settings), dtypes)
     own = with_overrides(own, {"run.name": f"{sweep_recipe.sweep.name}-{trial_id}", "tracking.uri": tracking["uri"]})
     tracked = _start_run(open_tracking(own), tracking["parent"], trial_id, settings, own)
-    tracked.log_metrics(measured_cache(own.model))
-    tracked.log_dataset(dataset_input(own.data_folder, read_manifest(own.data_folder), "training"))
     with tracked, system_metrics(tracked, own.tracking.system_metrics_interval):
+        tracked.log_metrics(measured_cache(own.model))
+        tracked.log_dataset(dataset_input(own.data_folder, read_manifest(own.data_folder), "training"))
         if sweep_recipe.sweep.in_process:
             _train_in_process(own, tracked)
             return

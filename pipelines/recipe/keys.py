@@ -1,67 +1,10 @@
-"""Types of recipe keys, and dotted keys in nested mappings."""
+"""Dotted keys in nested mappings."""
 
 from __future__ import annotations
 
-import dataclasses
-import types
-from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from model.errors import ConfigError
-from pipelines.recipe.schema import Recipe
-
-
-def fields_of(section: Any) -> dict[str, Any]:
-    """Return the types of a section's fields by name; none for other types."""
-    if dataclasses.is_dataclass(section):
-        return get_type_hints(section)
-    return {name: field.annotation for name, field in getattr(section, "model_fields", {}).items()}
-
-
-def find_section(location: tuple[int | str, ...]) -> Any:
-    """Return the section at ``location``, a path into the recipe, or None."""
-    section: Any = Recipe
-    for part in location:
-        found = fields_of(section).get(part) if isinstance(part, str) else section
-        candidates = (found, *get_args(found), *(inner for outer in get_args(found) for inner in get_args(outer)))
-        section = next((candidate for candidate in candidates if fields_of(candidate)), None)
-    return section
-
-
-def type_of(key: str) -> Any:
-    """Return the type of a dotted key, or None if it is unknown."""
-    *section, name = key.split(".")
-    return fields_of(find_section(tuple(section))).get(name)
-
-
-def is_optional(annotation: Any) -> bool:
-    return types.NoneType in _alternatives(annotation)
-
-
-def is_text(annotation: Any) -> bool:
-    """Return whether a setting of this type is text: a string, a path, or one of some words."""
-    alternatives = [item for item in _alternatives(annotation) if item is not types.NoneType]
-    return bool(alternatives) and all(
-        item in (str, Path) or (get_origin(item) is Literal and all(isinstance(word, str) for word in get_args(item)))
-        for item in alternatives
-    )
-
-
-def is_path(annotation: Any) -> bool:
-    return Path in _alternatives(annotation)
-
-
-def is_list_of_text(annotation: Any) -> bool:
-    return any(get_origin(item) in (tuple, list) and is_text(get_args(item)[0]) for item in _alternatives(annotation))
-
-
-def _alternatives(annotation: Any) -> list[Any]:
-    """Return the members of a union, or the type itself, without ``Annotated``."""
-    while get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    if get_origin(annotation) in (Union, types.UnionType):
-        return [item for member in get_args(annotation) for item in _alternatives(member)]
-    return [] if annotation is None else [annotation]
 
 
 def get_key(values: Any, key: str) -> Any:

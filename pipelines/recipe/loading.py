@@ -15,7 +15,9 @@ from typing import Any
 import pydantic
 
 from model.errors import ConfigError
-from pipelines.recipe.keys import get_key, is_path, merge, set_key, type_of
+from pipelines import RAY_JOB_VARIABLE
+from pipelines.recipe.key_types import is_path, type_of
+from pipelines.recipe.keys import get_key, merge, set_key
 from pipelines.recipe.messages import describe_errors
 from pipelines.recipe.overrides import nested
 from pipelines.recipe.paths import parse_path
@@ -25,19 +27,31 @@ from pipelines.recipe.yaml_format import parse_yaml
 
 _MAX_FILE_BYTES = 1_000_000
 _STARTING_POINTS = ("model.preset", "model.depth", "model.family")
+"""Keys from which all fields of the model follow."""
+_TOO_LATE = "cannot be changed here, because every field of the model is already set"
 
 
 def load_recipe(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> Recipe:
     """Merge YAML ``files`` and ``key=value`` ``overrides`` into a validated recipe. Raises ConfigError."""
-    return _merge({}, files, overrides)
+    merged: dict[str, Any] = {}
+    for file in files:
+        merged = _merge_file(merged, file, read_yaml(file))
+    later = nested(overrides)
+    try:
+        merged = _merge_over(merged, later)
+    except ConfigError as error:
+        key = str(error).partition(":")[0]
+        raise ConfigError(f"{key}: cannot be set to {shorten(get_key(later, key))} ({error})") from error
+    return recipe_from_dict(merged)
 
 
 def overlay(recipe: Recipe, file: str | Path) -> Recipe:
     """Return ``recipe`` with the settings of a YAML file merged over it. Raises ConfigError, also for a preset."""
+    later = read_yaml(file)
     for key in _STARTING_POINTS:
-        if get_key(read_yaml(file), key) is not None:
-            raise ConfigError(f"{file}: {key}: cannot be changed here, because every field of the model is already set")
-    return _merge(recipe.to_dict(), [file], [])
+        if get_key(later, key) is not None:
+            raise ConfigError(f"{file}: {key}: {_TOO_LATE}")
+    return recipe_from_dict(_merge_file(recipe.to_dict(), file, later))
 
 
 def with_overrides(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
@@ -45,7 +59,7 @@ def with_overrides(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
     values = recipe.to_dict()
     for key, value in overrides.items():
         if key in _STARTING_POINTS:
-            raise ConfigError(f"{key}: cannot be changed here, because every field of the model is already set")
+            raise ConfigError(f"{key}: {_TOO_LATE}")
         set_key(values, key, copy.deepcopy(value))
     return recipe_from_dict(values)
 
@@ -56,7 +70,7 @@ def recipe_from_dict(values: Any) -> Recipe:
         recipe = Recipe.model_validate(values)
     except pydantic.ValidationError as error:
         raise ConfigError(describe_errors(error)) from None
-    if not recipe.run.folder.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+    if not recipe.run.folder.is_absolute() and RAY_JOB_VARIABLE in os.environ:
         raise ConfigError(
             f"run.folder: '{recipe.run.folder}' is relative, but a submitted job runs in a temporary copy of the "
             "project; pass --run.folder with an absolute path"
@@ -106,20 +120,11 @@ def _absolute(name: str, key: str, value: Any) -> Any:
         raise ConfigError(f"{name}: {error}, found {shorten(value)}") from None
 
 
-def _merge(merged: dict[str, Any], files: Sequence[str | Path], overrides: Sequence[str]) -> Recipe:
-    for file in files:
-        later = read_yaml(file)
-        try:
-            merged = _merge_over(merged, later)
-        except ConfigError as error:
-            raise ConfigError(f"{file}: does not fit the files before it ({error})") from error
-    later = nested(overrides)
+def _merge_file(merged: dict[str, Any], file: str | Path, content: dict[str, Any]) -> dict[str, Any]:
     try:
-        merged = _merge_over(merged, later)
+        return _merge_over(merged, content)
     except ConfigError as error:
-        key = str(error).partition(":")[0]
-        raise ConfigError(f"{key}: cannot be set to {shorten(get_key(later, key))} ({error})") from error
-    return recipe_from_dict(merged)
+        raise ConfigError(f"{file}: does not fit the files before it ({error})") from error
 
 
 def _merge_over(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import pydantic
 
 from model.errors import unknown_key
-from pipelines.recipe.keys import fields_of, find_section
+from pipelines.recipe.key_types import fields_of, find_section
 from pipelines.recipe.quoting import shorten
 
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from model.errors import ConfigError
-from pipelines.recipe.keys import is_list_of_text, is_optional, is_text, merge, set_key, type_of
+from pipelines.recipe.key_types import is_list_of_text, is_optional, is_text, type_of
+from pipelines.recipe.keys import merge, set_key
 from pipelines.recipe.quoting import shorten
 from pipelines.recipe.yaml_format import parse_yaml
 

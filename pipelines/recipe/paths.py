@@ -20,6 +20,7 @@ from model.tokenizer import BYTE
 from pipelines.recipe.quoting import shorten
 
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@:]+)(@(?P<alias>[^/@:]+)|/(?P<version>[0-9]+))")
+SQLITE = "sqlite:///"
 _MAX_PATH_BYTES, _MAX_NAME_BYTES = 2048, 255
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 
@@ -47,7 +48,12 @@ def sqlite_uri(path: str | Path) -> str:
     Only characters with a meaning in a URI are escaped: MLflow creates the parent folder of the path as it is written.
     """
     escaped = str(path).replace("%", "%25").replace("?", "%3F").replace("#", "%23")
-    return f"sqlite:///{escaped}"
+    return f"{SQLITE}{escaped}"
+
+
+def sqlite_path(uri: str) -> Path:
+    """Return the path of the database of an SQLite URI."""
+    return Path(unquote(re.split("[?#]", uri.removeprefix(SQLITE), maxsplit=1)[0]))
 
 
 def check_creatable(path: Path, key: str) -> None:
@@ -59,10 +65,6 @@ def check_creatable(path: Path, key: str) -> None:
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise ConfigError(f"{key}: {path} cannot be created, because {folder} cannot be written to")
             return
-
-
-def _parse_source(value: Any) -> str:
-    return _resolve(value)
 
 
 def _parse_tokenizer(value: Any) -> str:
@@ -95,6 +97,7 @@ def _parse_tracking_uri(value: Any) -> str:
 
 
 def _resolve(value: Any) -> str:
+    """Return the text of a local path. Raises ValueError with the reason alone."""
     if not isinstance(value, str | Path):
         raise ValueError(
             "expected a path; put it in quotes" if isinstance(value, bool | int | float) else "expected a path"
@@ -150,7 +153,7 @@ def _from_file_uri(text: str) -> str:
 
 
 LocalPath = Annotated[Path, BeforeValidator(parse_path)]
-SourcePattern = Annotated[str, BeforeValidator(_parse_source)]
+SourcePattern = Annotated[str, BeforeValidator(_resolve)]
 """A path, or a glob of paths."""
 TokenizerSource = Annotated[str, BeforeValidator(_parse_tokenizer)]
 """``byte``, or an absolute path."""

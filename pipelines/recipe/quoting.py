@@ -1,4 +1,4 @@
-"""Values in error messages."""
+"""Values and other errors in error messages."""
 
 from __future__ import annotations
 
@@ -13,3 +13,8 @@ def shorten(value: Any) -> str:
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = _MAX_CHARACTERS
     return short.repr(value)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -5,12 +5,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -26,6 +24,7 @@ from model.config import ModelConfig
 from model.errors import ConfigError
 from model.optim import OptimizerConfig
 from pipelines.recipe.paths import LocalPath, ModelUri, SourcePattern, TokenizerSource, TrackingUri
+from pipelines.recipe.text_types import Alias, Name, PrintableText, RecipeKey, Text
 from serve.config import ServerConfig
 
 MAX_LENGTH = 1 << 24
@@ -62,25 +61,6 @@ Setting = Annotated[bool | int | float | str, BeforeValidator(_check_setting)]
 """A value of a recipe key that a sweep can try."""
 
 
-def _check_alias(alias: str) -> str:
-    if alias.lower() == "latest" or re.fullmatch(r"[vV]\d+", alias):
-        raise ValueError("MLflow reserves this alias")
-    return alias
-
-
-def _check_printable(text: str) -> str:
-    if not text.isprintable() or text.isspace():
-        raise ValueError("expected printable characters")
-    return text
-
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=128)]
-"""The name of a folder, an MLflow run or a registered model."""
-Alias = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$", max_length=128), AfterValidator(_check_alias)]
-RecipeKey = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)+$", max_length=128)]
-"""A dotted key; MLflow stores those of a sweep as the names of parameters."""
-
-
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
@@ -112,13 +92,13 @@ class DataSection(Section):
     sources: tuple[SourcePattern, ...] = ()
     """Paths or globs of .txt, .md, .py, .jsonl and .parquet files. Empty: the standard library of the running
     Python."""
-    text_field: str = "text"
+    text_field: Text = "text"
     """Text field of .jsonl records and text column of .parquet files."""
     tokenizer: TokenizerSource = "byte"
     """``byte``, or the path of a Hugging Face ``tokenizer.json``."""
-    bos_token: str | None = None
+    bos_token: Text | None = None
     """Token that begins documents and prompts. None: as declared beside the tokenizer (docs/text.md)."""
-    eos_token: str | None = None
+    eos_token: Text | None = None
     """Token that ends documents. None: as declared beside the tokenizer."""
     sequence_length: Annotated[int, Field(ge=8, le=MAX_LENGTH)] = 256
     packing: bool = True
@@ -285,7 +265,7 @@ class SweepSection(Section):
     grace_validations: Annotated[int, Field(ge=1)] = 1
     """Validations before ASHA may stop a trial."""
     reduction_factor: Annotated[int, Field(ge=2)] = 2
-    metric: str = "validation/loss"
+    metric: Text = "validation/loss"
     mode: Literal["min", "max"] = "min"
     max_cache_bytes_per_token: Annotated[float, Field(gt=0)] | None = None
     """Cache budget of the winner. None sets no budget."""
@@ -294,7 +274,7 @@ class SweepSection(Section):
 class EvaluateSection(Section):
     checkpoint: LocalPath | None = None
     """Checkpoint folder. None: the final checkpoint of ``run.name``."""
-    tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("mqar", "needle")
+    tasks: Annotated[tuple[Text, ...], Field(min_length=1)] = ("mqar", "needle")
     lengths: Annotated[tuple[Annotated[int, Field(ge=32, le=MAX_LENGTH)], ...], Field(min_length=1)] = (256,)
     """Document lengths in tokens."""
     depths: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.1, 0.5, 0.9)
@@ -314,7 +294,7 @@ class CompareSection(Section):
 class PromoteSection(Section):
     registered_name: Name = "fiftyfold"
     alias: Alias = "champion"
-    metric: str = "eval/recall"
+    metric: Text = "eval/recall"
     mode: Literal["min", "max"] = "max"
     """Whether the best run has the lowest or the highest ``metric``."""
     max_cache_bytes_per_token: Annotated[float, Field(gt=0)] | None = None
@@ -341,7 +321,7 @@ class DemoSection(Section):
 class TrackingSection(Section):
     uri: TrackingUri | None = None
     """MLflow tracking URI. None: an SQLite file in ``run.folder``."""
-    experiment: Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_check_printable)] = "fiftyfold"
+    experiment: PrintableText = "fiftyfold"
     system_metrics_interval: Annotated[float, Field(gt=0)] | None = 10.0
     """Seconds between samples of the machine's CPU, memory, disk, network and GPU use, logged with psutil. None logs
     none."""

@@ -38,7 +38,7 @@ class Variant:
     key: str
     """Part of the MLflow metric names. Spelled as in existing runs."""
     trained_with_qat: bool
-    """Which checkpoint of a pair is scored."""
+    """Whether to score the checkpoint trained with QAT, or the other one of a pair."""
     configure: Callable[[ModelConfig], ModelConfig]
     """Maps the checkpoint's configuration to the one to score it in."""
 

@@ -50,10 +50,9 @@ def run(recipe: Recipe) -> EvaluateResult:
     if recipe.train.use_gpu and not torch.cuda.is_available():
         raise ConfigError("train.use_gpu: no CUDA device here; pass --train.use_gpu false to evaluate on the CPU")
     digest = weights_digest(checkpoint)
-    data_folder: Path | None = recipe.data_folder
-    if not recipe.data_folder.is_dir():
+    data_folder = recipe.data_folder if recipe.data_folder.is_dir() else None
+    if data_folder is None:
         print(f"no prepared data in {recipe.data_folder}: fillers come from the standard library", flush=True)
-        data_folder = None
     dataset = None
     if data_folder is not None and (data_folder / MANIFEST_NAME).is_file():
         dataset = dataset_input(data_folder, read_manifest(data_folder), "evaluation")

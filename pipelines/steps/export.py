@@ -93,8 +93,12 @@ def run(
     if os.path.lexists(target):
         raise ConfigError(f"--to: {target} already exists")
     check_creatable(target, "--to")
-    tokens = {"tokenizer": tokenizer, "bos-token": bos_token, "eos-token": eos_token}
-    unused = {"experts": experts, **tokens} if target_format == GGUF else {"type": weight_type}
+    tokens: dict[str, str | None] = {"bos-token": bos_token, "eos-token": eos_token}
+    unused: dict[str, str | None] = {"type": weight_type}
+    if target_format == GGUF:
+        unused = {"tokenizer": tokenizer, **tokens}
+    if target_format != "released":
+        unused["experts"] = experts
     for name, value in unused.items():
         if value is not None:
             raise ConfigError(f"--{name}: changes nothing in format '{target_format}'")
@@ -107,6 +111,9 @@ def run(
     # A link to nowhere counts as a tokenizer, so that loading it names the fault.
     if tokenizer is not None or os.path.lexists(source / TOKENIZER_FILE):
         loaded = load_tokenizer(tokenizer or source, bos_token, eos_token, model.config.vocab_size)
+    for name, value in tokens.items():
+        if value is not None and loaded is None:
+            raise ConfigError(f"--{name}: {source} has no {TOKENIZER_FILE}; name one with --tokenizer")
     if target_format == "fiftyfold":
         checkpoint.save(model, target, loaded)
     else:

@@ -17,6 +17,7 @@ from pipelines.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, rea
 from pipelines.data.retrieval_rows import RetrievalGenerator
 from pipelines.data.shard_writer import write_splits
 from pipelines.data.source_files import SourceFile, find_files
+from pipelines.recipe.quoting import shorten
 from pipelines.recipe.schema import Recipe
 from pipelines.steps import Step
 
@@ -108,7 +109,9 @@ def _read_existing(folder: Path, settings: dict[str, object], tokenizer: Tokeniz
         raise DataError(f"{folder}: was prepared when the source files had other sizes; {advice}")
     if changed:
         listed = ", ".join(
-            f"{key} {found.get(key)!r} there and {settings.get(key)!r} here" for key in changed if key != "files_sha256"
+            f"{key} {shorten(found.get(key))} there and {shorten(settings.get(key))} here"
+            for key in changed
+            if key != "files_sha256"
         )
         raise DataError(f"{folder}: was prepared with other settings ({listed}); {advice}")
     return manifest

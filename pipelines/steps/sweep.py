@@ -233,11 +233,11 @@ def _log_results(recipe: Recipe, tracked: TrackedRun, trials: list[Trial], winne
 def _keep_winner(recipe: Recipe, result: tune.Result, tracked: TrackedRun) -> Path:
     """Write a run folder for the winner, bound to its settings; return its checkpoint folder."""
     folder = _winner_folder(recipe)
-    last = result.checkpoint
-    trained = trial_storage(recipe, result.metrics["trial_id"]) if result.metrics else folder
-    if last is None and result.metrics and result.metrics.get("checkpoint_path"):
+    last, metrics = result.checkpoint, result.metrics or {}
+    if last is None and metrics.get("checkpoint_path"):
         # Tune has only the path of Ray Train's checkpoints, which names the old place if the folder was moved.
-        last = tune.Checkpoint(str(trained / RAY_RUN / Path(result.metrics["checkpoint_path"]).name))
+        trained = trial_storage(recipe, metrics["trial_id"]) / RAY_RUN
+        last = tune.Checkpoint(str(trained / Path(metrics["checkpoint_path"]).name))
     if last is None:
         raise FiftyfoldError(f"{recipe.sweep.name}: the winning trial left no checkpoint")
     finalize(last, folder / "final")

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -21,7 +21,8 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
 
 from model.errors import ConfigError
-from pipelines.recipe.paths import sqlite_uri
+from pipelines.recipe.paths import SQLITE, sqlite_path, sqlite_uri
+from pipelines.recipe.quoting import first_line
 from pipelines.tracking.relocation import ARTIFACTS, adopt_default_experiment, mend_paths
 from pipelines.tracking.server import check_server
 
@@ -57,11 +58,6 @@ def default_uri(runs: Path) -> str:
     return sqlite_uri(runs.absolute() / DATABASE)
 
 
-def sqlite_path(uri: str) -> Path:
-    """Return the path of the database of an SQLite URI."""
-    return Path(unquote(urlsplit(uri.replace("sqlite:///", "sqlite:", 1)).path))
-
-
 def _open_sqlite(uri: str, create: bool) -> MlflowClient:
     is_new = _check_sqlite(uri)
     path = sqlite_path(uri)
@@ -83,7 +79,7 @@ def _open_sqlite(uri: str, create: bool) -> MlflowClient:
 def _check_sqlite(uri: str) -> bool:
     """Return whether the database is still to be created. Raises ConfigError for a URI that cannot name one."""
     path = sqlite_path(uri)
-    if not uri.startswith("sqlite:///") or path.name in ("", ":memory:"):
+    if not uri.startswith(SQLITE) or path.name in ("", ":memory:"):
         raise ConfigError(f"tracking.uri: '{uri}' names no file; write sqlite:///path/of/mlflow.db")
     if not path.parent.is_dir():
         raise ConfigError(f"tracking.uri: the folder {path.parent} of {uri} does not exist")
@@ -177,8 +173,3 @@ def without_password(uri: str) -> str:
     """Return a URI without user name and password."""
     parts = urlsplit(uri)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

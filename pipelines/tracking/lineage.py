@@ -17,6 +17,7 @@ from mlflow.utils.mlflow_tags import (
     MLFLOW_USER,
 )
 
+from pipelines import RAY_JOB_VARIABLE
 from pipelines.data.manifest import MANIFEST_NAME, Manifest, file_sha256
 
 _STEPS = {"trial": "sweep"}
@@ -50,7 +51,7 @@ def source_tags(kind: str, git: dict[str, str]) -> dict[str, str]:
     """
     tags = {
         MLFLOW_SOURCE_NAME: f"python -m pipelines {_STEPS.get(kind, kind)}",
-        MLFLOW_SOURCE_TYPE: "JOB" if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else "LOCAL",
+        MLFLOW_SOURCE_TYPE: "JOB" if RAY_JOB_VARIABLE in os.environ else "LOCAL",
     }
     try:
         tags[MLFLOW_USER] = getpass.getuser()

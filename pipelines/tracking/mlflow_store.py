@@ -28,16 +28,15 @@ from mlflow.utils.validation import (
 )
 
 from model.errors import ConfigError
-from pipelines.recipe.paths import sqlite_uri
+from pipelines.recipe.paths import SQLITE, sqlite_path, sqlite_uri
+from pipelines.recipe.quoting import first_line
 from pipelines.recipe.yaml_format import dump_yaml
 from pipelines.tracking.connection import (
     check_writable,
     connect,
     default_uri,
-    first_line,
     lock,
     open_experiment,
-    sqlite_path,
     without_password,
 )
 from pipelines.tracking.lineage import git_tags, source_tags
@@ -230,7 +229,7 @@ def open_tracking(recipe: Recipe, write: bool = True) -> Tracking:
         except OSError as error:
             raise ConfigError(f"run.folder: cannot create {folder}: {error.strerror}") from error
         uri = default_uri(folder)
-    elif uri.startswith("sqlite:///"):
+    elif uri.startswith(SQLITE):
         # Workers run in their own folders, so a URI sent to them must hold an absolute path.
         uri = sqlite_uri(sqlite_path(uri).absolute())
     client = connect(uri)
@@ -257,7 +256,7 @@ def attach(uri: str, run_id: str) -> TrackedRun:
 
 def ui_command(uri: str) -> str:
     """Return the command that opens the MLflow UI of a store without a server."""
-    if not uri.startswith("sqlite:///"):
+    if not uri.startswith(SQLITE):
         return f"mlflow server --backend-store-uri {without_password(uri)}"
     folder = sqlite_path(uri).parent
     return "make ui" if folder == Path("runs").absolute() else f"make ui RUNS={folder}"

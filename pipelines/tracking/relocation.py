@@ -1,7 +1,7 @@
 """Paths in an SQLite store whose folder was moved or copied.
 
-MLflow stores the absolute location of all artifacts. After a move, they name a folder that is gone or, worse, the
-original of a copy. The locations in the database tell where it was before; :func:`mend_paths` makes them follow it.
+MLflow stores absolute locations of all artifacts. After a move they name a folder that is gone; in a copy, they name
+the original. :func:`mend_paths` reads the old place of the database from them and replaces it with the new one.
 """
 
 from __future__ import annotations

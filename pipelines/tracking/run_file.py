@@ -6,14 +6,12 @@ import json
 import os
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import unquote
 
 from model.atomic_files import write_text
 from model.errors import ConfigError
-from pipelines.recipe.paths import sqlite_uri
+from pipelines.recipe.paths import SQLITE, sqlite_path, sqlite_uri
 
 RUN_FILE = "run.json"
-_SQLITE = "sqlite:///"
 
 
 class RunReference(NamedTuple):
@@ -29,8 +27,8 @@ def read_run_file(folder: Path) -> RunReference | None:
     try:
         content = json.loads(path.read_text())
         run_id, uri = content["run_id"], content["tracking_uri"]
-        if uri.startswith(_SQLITE):
-            uri = sqlite_uri(os.path.normpath(folder.absolute() / unquote(uri.removeprefix(_SQLITE))))
+        if uri.startswith(SQLITE):
+            uri = sqlite_uri(os.path.normpath(folder.absolute() / sqlite_path(uri)))
         return RunReference(run_id, uri)
     except FileNotFoundError:
         return None
@@ -45,8 +43,8 @@ def write_run_file(folder: Path, reference: RunReference) -> None:
     moved.
     """
     run_id, uri = reference
-    if uri.startswith(_SQLITE):
-        database = Path(unquote(uri.removeprefix(_SQLITE)))
+    if uri.startswith(SQLITE):
+        database = sqlite_path(uri)
         if database.parent in folder.absolute().parents:
             uri = sqlite_uri(os.path.relpath(database, folder.absolute()))
     write_text(folder / RUN_FILE, json.dumps({"run_id": run_id, "tracking_uri": uri}) + "\n")

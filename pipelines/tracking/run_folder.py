@@ -22,12 +22,12 @@ RECIPE_FILE, LOCK_FILE = "recipe.json", "lock"
 TRAINING_SECTIONS = ("data", "model", "train")
 """Recipe sections that a resumed training must not change."""
 _MAY_CHANGE = {
-    *("data.name", "data.sources", "data.tokenizer"),
+    *("data.name", "data.sources", "data.tokenizer", "data.bos_token", "data.eos_token"),
     *("train.workers", "train.sharding", "train.cpus_per_worker", "train.threads_per_worker", "train.use_gpu"),
     *("train.max_failures", "train.log_every", "train.keep_checkpoints", "train.recompute"),
 }
-"""Places of the data, whose content the manifest binds, and settings of parallelism and logging. A different number of
-workers distributes an epoch's rows anew."""
+"""Settings of the data that the hash of its manifest binds by content, and settings of parallelism and logging. A
+different number of workers redistributes an epoch's rows."""
 
 
 @contextmanager

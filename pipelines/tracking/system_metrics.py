@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import threading
 import time
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-from pipelines.tracking.connection import first_line
+from pipelines.recipe.quoting import first_line
 from pipelines.tracking.mlflow_store import TrackedRun
 
 
@@ -20,9 +19,9 @@ def system_metrics(tracked: TrackedRun, interval: float | None, prefix: str = "s
     """Log CPU, memory, disk and network use of this machine, and its GPUs, every ``interval`` seconds of the block.
 
     Steps are seconds since the run began. MLflow's own monitor stops for runs that have ended, such as an evaluated
-    one. Does nothing if ``interval`` is None or psutil is not installed.
+    one. Does nothing if ``interval`` is None.
     """
-    if interval is None or importlib.util.find_spec("psutil") is None:
+    if interval is None:
         yield
         return
     stop = threading.Event()

@@ -12,7 +12,7 @@ from model.forward.execution import Mode
 
 
 class EngineConfig(BaseModel):
-    """How an engine computes, and how much work it accepts."""
+    """Settings of the computation, and limits of the accepted work."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

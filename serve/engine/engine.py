@@ -42,7 +42,7 @@ class Stream:
 
     @property
     def finished(self) -> bool:
-        """Whether the iterator has returned the request's last delta."""
+        """True after the iterator has returned the request's last delta."""
         return not self._unfinished
 
     def put(self, sequence: Sequence, delta: Delta) -> None:

@@ -10,12 +10,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from model.cache import Cache
 from model.errors import FiftyfoldError
 from model.transformer import Transformer
 from serve.engine.config import EngineConfig
 from serve.engine.decode_batch import DecodeBatch
 from serve.engine.errors import EngineError, RequestAbortedError, RequestTimeoutError
-from serve.engine.logprobs import token_logprobs
+from serve.engine.logprobs import TokenLogprob, token_logprobs
 from serve.engine.memory import CacheMemory
 from serve.engine.pace import PrefillPace
 from serve.engine.sampler import sample_tokens
@@ -68,23 +69,26 @@ class Scheduler:
             sequence, prefixes = self.waiting[0], self.memory.prefixes
             if sequence.page_digests is None:
                 sequence.page_digests = prefixes.digests(sequence.tokens)
-            # Log-probabilities of the prompt need a forward pass over all of it.
-            kept = None if sequence.params.prompt_logprobs else prefixes.find(sequence.page_digests)
+            kept = self._find_prefix(sequence)  # before room is made, which could evict it
             found = kept.length if kept is not None else 0
-            needed = self.memory.pages_for(len(sequence.tokens) + 1) - self.memory.pages_for(found)
+            needed = self.memory.pages_for(sequence.reserved_tokens) - self.memory.pages_for(found)
             if not self.memory.make_room(self._promised_pages() + needed):
                 return
-            sequence.cache = kept if kept is not None else self.memory.new_cache()
-            sequence.computed = found
-            if not sequence.completion_tokens:
-                sequence.cached_tokens = found
+            sequence.start(kept if kept is not None else self.memory.new_cache())
             sequence.boundaries = prefixes.boundaries(sequence.page_digests)
             self.prefilling.append(self.waiting.popleft())
+
+    def _find_prefix(self, sequence: Sequence) -> Cache | None:
+        """Return a fork of the longest kept prefix. Log-probabilities of the prompt need a forward pass over all of
+        it."""
+        if sequence.params.prompt_logprobs:
+            return None
+        return self.memory.prefixes.find(sequence.page_digests or [])
 
     def _promised_pages(self) -> int:
         """Return the number of pages that admitted prompts have yet to take."""
         pages_for = self.memory.pages_for
-        return sum(pages_for(len(s.tokens) + 1) - pages_for(s.computed) for s in self.prefilling)
+        return sum(pages_for(s.reserved_tokens) - pages_for(s.computed) for s in self.prefilling)
 
     # --- decoding
 
@@ -121,16 +125,22 @@ class Scheduler:
             self.stats.preemptions += 1
 
     def _sample(self, logits: Tensor, sequences: list[Sequence]) -> Results:
-        """Sample a token of every sequence from logits [B, vocab]."""
+        """Sample a token of every sequence from logits [B, vocab]. Non-finite logits fail only their sequence."""
+        finite = logits.amax(-1).isfinite().tolist()
+        if not all(finite):
+            failure = Delta(error=EngineError("the model computed logits that are not finite"))
+            rows = [i for i, is_finite in enumerate(finite) if is_finite]
+            failed = [(sequence, failure) for sequence, is_finite in zip(sequences, finite) if not is_finite]
+            return failed + (self._sample(logits[rows], [sequences[i] for i in rows]) if rows else [])
         tokens = sample_tokens(logits, [sequence.sampler for sequence in sequences])
         wanting = [i for i, sequence in enumerate(sequences) if sequence.params.logprobs is not None]
-        records = dict.fromkeys(range(len(sequences)))
+        records: list[TokenLogprob | None] = [None] * len(sequences)
         if wanting:
             top_ns = [sequences[i].params.logprobs or 0 for i in wanting]
-            records |= dict(zip(wanting, token_logprobs(logits[wanting], [tokens[i] for i in wanting], top_ns)))
+            for i, record in zip(wanting, token_logprobs(logits[wanting], [tokens[i] for i in wanting], top_ns)):
+                records[i] = record
         return [
-            (sequence, sequence.advance(token, record))
-            for sequence, token, record in zip(sequences, tokens, records.values())
+            (sequence, sequence.advance(token, record)) for sequence, token, record in zip(sequences, tokens, records)
         ]
 
     # --- reading prompts
@@ -142,6 +152,11 @@ class Scheduler:
         decoding = bool(len(self.batch))
         left = self.config.prefill_chunk
         for sequence in self.prefilling:
+            if left <= 0:
+                break
+            # Sequences admitted together, such as the completions of one prompt, continue from what the first has read.
+            if not sequence.computed and (kept := self._find_prefix(sequence)) is not None:
+                sequence.start(kept)
             while left > 0 and not sequence.prefill_done:
                 count = self._pace.tokens(min(left, len(sequence.tokens) - sequence.computed), decoding)
                 if not count:

@@ -90,6 +90,17 @@ class Sequence:
     def prefill_done(self) -> bool:
         return self.computed == len(self.tokens)
 
+    @property
+    def reserved_tokens(self) -> int:
+        """Tokens to reserve memory for before they are read: those so far, and the next one if it will be fed back."""
+        return min(len(self.tokens) + 1, self.max_cached_tokens)
+
+    def start(self, cache: Cache) -> None:
+        """Take a cache, which holds the first tokens or none. Reading continues after them."""
+        self.cache, self.computed = cache, cache.length
+        if not self.completion_tokens:
+            self.cached_tokens = cache.length
+
     def take_cache(self) -> Cache | None:
         """Return the cache and give it up."""
         cache, self.cache = self.cache, None

@@ -157,7 +157,7 @@ def loglikelihood(lm, *pairs):
     return [total for total, _ in lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)]
 
 
-def test_a_continuation_that_merges_with_its_context(tmp_path, folder):
+def test_a_continuation_that_merges_with_its_context_is_encoded_alone(tmp_path, folder):
     content = {**byte_level(), "added_tokens": []}
     vocabulary = content["model"]["vocab"]
     vocabulary["ab"] = vocabulary.pop(byte_character(255))  # the model has no room for another ID
@@ -171,7 +171,7 @@ def test_a_continuation_that_merges_with_its_context(tmp_path, folder):
     assert max(scores) < 0
 
 
-def test_a_continuation_has_no_space_that_the_text_lacks(tmp_path, folder):
+def test_no_space_is_added_in_front_of_a_continuation(tmp_path, folder):
     """The tokenizer puts a space in front of what it encodes, and "xy" is one token."""
     content = unigram("xyz")
     content["model"]["vocab"].append(["xy", -1.0])
@@ -199,12 +199,12 @@ def test_a_continuation_without_tokens_is_refused(tmp_path, folder):
         lm.loglikelihood_rolling(requests("loglikelihood_rolling", [("a",), ("zz",)]), disable_tqdm=True)
 
 
-def test_special_tokens_in_texts_are_text(lm):
+def test_spellings_of_special_tokens_are_scored_as_text(lm):
     spelled = lm._tokenizer.eos_token
     assert lm.tok_encode(f"a{spelled}") == [0, *(byte + 2 for byte in f"a{spelled}".encode())]
 
 
-def test_generated_text_keeps_the_space_in_front(tmp_path):
+def test_generated_text_keeps_a_leading_space(tmp_path):
     """Decoding on its own would strip it."""
     tokenizer = load_tokenizer(write_files(tmp_path, byte_fallback("abcd")))
     text = _GrowingText(tokenizer, tokenizer.encode("ab"), StopStrings(["d"], tokenizer))
@@ -212,7 +212,7 @@ def test_generated_text_keeps_the_space_in_front(tmp_path):
     assert text.read() == (" c", True)
 
 
-def test_stop_strings_of_special_tokens(tmp_path):
+def test_stop_strings_may_spell_special_tokens(tmp_path):
     tokenizer = load_tokenizer(write_files(tmp_path, byte_level(added=["<|im_end|>"])))
     a = ord("a") + 2
     for tokens, stop, expected in [

@@ -20,3 +20,26 @@ def output_and_gradients(function, *inputs):
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     out.backward(upstream.to(out.dtype))
     return out.detach(), *(leaf.grad for leaf in leaves)
+
+
+def outputs_and_gradients(function, tensors, **options):
+    """Return both outputs of ``function(*tensors, **options)``, a pair, and the gradients of all tensors, for fixed
+    gradients of the outputs."""
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    outputs = function(*leaves, **options)
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in outputs]
+    torch.autograd.backward(outputs, upstream)
+    return *(x.detach() for x in outputs), *(leaf.grad for leaf in leaves)
+
+
+def positions_of(lengths, rows=1):
+    """Return the positions of documents of these lengths, int64 [rows, tokens]."""
+    return torch.cat([torch.arange(n) for n in lengths]).expand(rows, -1)
+
+
+def random_positions(shape):
+    """Return the positions of random documents, int64 ``shape[:2]``. The first row begins within a document."""
+    batch, tokens = shape[:2]
+    rows = [positions_of(torch.randint(1, 9, (tokens,)).tolist())[0] for _ in range(batch)]
+    return torch.stack([row[2 * (i == 0) :][:tokens] for i, row in enumerate(rows)])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from backend_testing import available, needs_native
+from backend_testing import available, needs_native, positions_of
 
 from kernels.causal_conv import BACKENDS, causal_conv
 
@@ -18,10 +18,6 @@ def inputs(batch, tokens, channels, kernel, dtype=torch.float32):
         torch.randn(channels, dtype=dtype),
         torch.randn(batch, kernel - 1, channels, dtype=dtype),
     )
-
-
-def positions_of(lengths, rows=1):
-    return torch.cat([torch.arange(n) for n in lengths]).expand(rows, -1)
 
 
 @pytest.mark.parametrize("backend", available(BACKENDS))

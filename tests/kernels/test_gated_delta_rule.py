@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from backend_testing import available, needs_native
+from backend_testing import available, needs_native, outputs_and_gradients, positions_of, random_positions
 
 from kernels.gated_delta_rule import BACKENDS, backend_for, eager, gated_delta_rule, scan_in_fixed_order
 from kernels.gated_delta_rule.decayed_products import decayed_products
@@ -28,26 +28,6 @@ def inputs(batch, tokens, heads, key_dim, value_dim, dtype=torch.float32, strong
         torch.rand(batch, tokens, heads, dtype=dtype),
         normal(batch, heads, key_dim, value_dim),
     )
-
-
-def positions_of(lengths, rows=1):
-    return torch.cat([torch.arange(n) for n in lengths]).expand(rows, -1)
-
-
-def random_positions(shape):
-    """Positions of random documents; the first row's first document continues an earlier one."""
-    batch, tokens = shape[:2]
-    rows = [positions_of(torch.randint(1, 9, (tokens,)).tolist())[0] for _ in range(batch)]
-    return torch.stack([row[2 * (i == 0) :][:tokens] for i, row in enumerate(rows)])
-
-
-def outputs_and_gradients(tensors, **options):
-    leaves = [x.clone().requires_grad_() for x in tensors]
-    out, state = gated_delta_rule(*leaves, **options)
-    generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in (out, state)]
-    torch.autograd.backward((out, state), upstream)
-    return out.detach(), state.detach(), *(leaf.grad for leaf in leaves)
 
 
 def assert_equal(found, expected, tolerance=1e-4):
@@ -78,18 +58,20 @@ def test_eager_equals_the_reference(shape, chunk, documents):
     tensors = inputs(*shape)
     positions = random_positions(shape) if documents else None
     for given in (tensors, tensors[:-1]):  # with and without an initial state
-        found = outputs_and_gradients(given, positions=positions, chunk_size=chunk, backend="eager")
-        assert_equal(found, outputs_and_gradients(given, positions=positions, backend="reference"))
+        found = outputs_and_gradients(gated_delta_rule, given, positions=positions, chunk_size=chunk, backend="eager")
+        assert_equal(found, outputs_and_gradients(gated_delta_rule, given, positions=positions, backend="reference"))
 
 
 def test_eager_computes_long_inputs_in_pieces(monkeypatch):
     shape = SHAPES[2]
     tensors, positions = inputs(*shape), random_positions(shape)
-    expected = outputs_and_gradients(tensors, positions=positions, chunk_size=4, backend="eager")
+    expected = outputs_and_gradients(gated_delta_rule, tensors, positions=positions, chunk_size=4, backend="eager")
     monkeypatch.setattr(eager, "_MAX_ELEMENTS", 2 * 2 * 3 * 4 * 7)  # two chunks at once
     calls, scan = [], eager._scan_chunks
     monkeypatch.setattr(eager, "_scan_chunks", lambda *a: calls.append(a[0][0].shape[1]) or scan(*a))
-    assert_equal(outputs_and_gradients(tensors, positions=positions, chunk_size=4, backend="eager"), expected)
+    assert_equal(
+        outputs_and_gradients(gated_delta_rule, tensors, positions=positions, chunk_size=4, backend="eager"), expected
+    )
     assert calls == [8, 8, 3]
 
 
@@ -107,7 +89,7 @@ def test_documents_do_not_reach_one_another(backend):
 
 @pytest.mark.parametrize("backend", available(BACKENDS))
 @torch.no_grad()
-def test_nothing_of_a_document_before_is_left(backend):
+def test_large_values_of_a_document_do_not_reach_the_next(backend):
     """Even infinitely large values of one document leave the next one alone."""
     lengths = [5, 6]
     q, k, v, g, beta, _ = inputs(1, 11, 2, 5, 3)
@@ -154,8 +136,8 @@ def test_decays_of_any_strength_stay_finite_and_exact(strongest):
     tensors = list(inputs(*shape))
     mixed = 10 ** torch.empty(shape[:4]).uniform_(-6, 1)
     tensors[3] = -torch.where(torch.rand(shape[:4]) < 0.3, strongest * torch.rand(shape[:4]), mixed)
-    found = outputs_and_gradients(tensors, chunk_size=32, backend="eager")
-    wide = outputs_and_gradients([z.double() for z in tensors], backend="reference")
+    found = outputs_and_gradients(gated_delta_rule, tensors, chunk_size=32, backend="eager")
+    wide = outputs_and_gradients(gated_delta_rule, [z.double() for z in tensors], backend="reference")
     assert_equal(found, wide)
 
 
@@ -181,9 +163,9 @@ def test_repeated_keys_are_replaced():
 
 def test_products_stay_in_float32_under_autocast():
     tensors = inputs(2, 20, 2, 8, 16)
-    expected = outputs_and_gradients(tensors, chunk_size=8)
+    expected = outputs_and_gradients(gated_delta_rule, tensors, chunk_size=8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = outputs_and_gradients(tensors, chunk_size=8)
+        found = outputs_and_gradients(gated_delta_rule, tensors, chunk_size=8)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[:2], expected[:2]))
     assert_equal(found, expected, 0.05)
 
@@ -221,7 +203,7 @@ def test_the_native_scan_serves_every_length_without_gradients():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_the_scan_in_fixed_order_keeps_its_bits_in_any_company_and_pieces(dtype):
+def test_bits_in_fixed_order_do_not_depend_on_the_batch_or_pieces(dtype):
     q, k, v, g, beta, state = inputs(3, 18, 3, 5, 7)
     decay, state = g.exp(), state.to(dtype).float()
     expected, last = scan_in_fixed_order(q, k, v, decay, beta, state, dtype)

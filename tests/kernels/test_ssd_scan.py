@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backend_testing import available, needs_native
+from backend_testing import available, needs_native, outputs_and_gradients, positions_of, random_positions
 
 from kernels.ssd_scan import BACKENDS, backend_for, eager, scan_in_fixed_order, ssd_scan
 
@@ -26,26 +26,6 @@ def inputs(batch, tokens, heads, head_dim, groups, state_size, dtype=torch.float
         normal(heads),
         normal(batch, heads, head_dim, state_size),
     )
-
-
-def positions_of(lengths, rows=1):
-    return torch.cat([torch.arange(n) for n in lengths]).expand(rows, -1)
-
-
-def random_positions(shape):
-    """Positions of random documents; the first row's first document continues an earlier one."""
-    batch, tokens = shape[:2]
-    rows = [positions_of(torch.randint(1, 9, (tokens,)).tolist())[0] for _ in range(batch)]
-    return torch.stack([row[2 * (i == 0) :][:tokens] for i, row in enumerate(rows)])
-
-
-def outputs_and_gradients(tensors, **options):
-    leaves = [x.clone().requires_grad_() for x in tensors]
-    y, state = ssd_scan(*leaves, **options)
-    generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(out.shape, generator=generator).to(out.dtype) for out in (y, state)]
-    torch.autograd.backward((y, state), upstream)
-    return y.detach(), state.detach(), *(leaf.grad for leaf in leaves)
 
 
 def test_the_reference_is_a_product_with_a_semiseparable_matrix():
@@ -73,19 +53,19 @@ def test_eager_equals_the_reference(shape, chunk, documents):
     tensors = inputs(*shape)
     positions = random_positions(shape) if documents else None
     for given in (tensors, tensors[:-1]):  # with and without an initial state
-        found = outputs_and_gradients(given, positions=positions, chunk_size=chunk, backend="eager")
-        expected = outputs_and_gradients(given, positions=positions, backend="reference")
+        found = outputs_and_gradients(ssd_scan, given, positions=positions, chunk_size=chunk, backend="eager")
+        expected = outputs_and_gradients(ssd_scan, given, positions=positions, backend="reference")
         for ours, theirs in zip(found, expected):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * max(1.0, theirs.abs().max().item()))
 
 
 def test_eager_computes_long_inputs_in_pieces(monkeypatch):
     tensors, positions = inputs(*SHAPES[2]), random_positions(SHAPES[2])
-    expected = outputs_and_gradients(tensors, positions=positions, chunk_size=4, backend="eager")
+    expected = outputs_and_gradients(ssd_scan, tensors, positions=positions, chunk_size=4, backend="eager")
     monkeypatch.setattr(eager, "_MAX_WEIGHTS", 2 * 2 * 6 * 4 * 4)  # two chunks at once
     calls, scan = [], eager._scan_chunks
     monkeypatch.setattr(eager, "_scan_chunks", lambda *a: calls.append(a[0].shape[1]) or scan(*a))
-    found = outputs_and_gradients(tensors, positions=positions, chunk_size=4, backend="eager")
+    found = outputs_and_gradients(ssd_scan, tensors, positions=positions, chunk_size=4, backend="eager")
     assert calls == [8, 8, 3]
     for ours, theirs in zip(found, expected):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -133,8 +113,8 @@ def test_steps_of_any_size_stay_finite_and_exact():
     x, _, A, B, C, D, state = inputs(2, 24, 3, 2, 1, 5)
     dt = 10.0 ** torch.randint(-6, 5, (2, 24, 3))
     tensors = (x, dt.float(), A, B, C, D, state)
-    found = outputs_and_gradients(tensors, chunk_size=8, backend="eager")
-    wide = outputs_and_gradients([z.double() for z in tensors], backend="reference")
+    found = outputs_and_gradients(ssd_scan, tensors, chunk_size=8, backend="eager")
+    wide = outputs_and_gradients(ssd_scan, [z.double() for z in tensors], backend="reference")
     for ours, expected in zip(found, wide):
         torch.testing.assert_close(ours.double(), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
@@ -177,7 +157,7 @@ def test_cpu_refuses_shapes_that_do_not_match():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_the_scan_in_fixed_order_keeps_its_bits_in_any_company_and_pieces(dtype):
+def test_bits_in_fixed_order_do_not_depend_on_the_batch_or_pieces(dtype):
     x, dt, A, B, C, D, state = inputs(3, 18, 6, 5, 2, 7)
     decay, state = (dt * A).exp(), state.to(dtype).float()
     expected, last = scan_in_fixed_order(x, dt, decay, B, C, D, state, dtype)

@@ -44,3 +44,8 @@ def build(seed=0, **overrides):
             if name.endswith((".sink", ".ape", ".base", ".scale")):
                 p.normal_(std=0.5)
     return model.eval()
+
+
+def random_ids(*shape, seed=1):
+    """Return token IDs of :data:`SMALL`'s vocabulary."""
+    return torch.randint(0, SMALL["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))

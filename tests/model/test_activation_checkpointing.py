@@ -22,7 +22,7 @@ def objective(model, ids, positions, attention):
 
 
 @pytest.mark.parametrize("attention", ["sparse", "dense"])
-def test_gradients_and_counts_are_those_of_a_kept_pass(attention):
+def test_recomputation_changes_no_gradient_or_count(attention):
     ids = torch.randint(50, (2, 49), generator=torch.Generator().manual_seed(1))
     positions = torch.cat((torch.arange(20), torch.arange(28))).repeat(2, 1)
     found = []
@@ -41,7 +41,7 @@ def test_gradients_and_counts_are_those_of_a_kept_pass(attention):
     assert all(map(torch.equal, loads, loads_again)) and loads[0].sum() > 0
 
 
-def test_the_second_pass_reports_nothing():
+def test_recomputation_reports_no_auxiliary_outputs():
     """Aux outputs of the recomputed pass would keep its activations until the end of the step."""
     model = build(layers=LAYERS).train()
     model.activation_checkpointing = True
@@ -56,7 +56,7 @@ def test_the_second_pass_reports_nothing():
 
 
 @pytest.mark.parametrize(("recompute", "products"), [(False, 1), (True, 2)])
-def test_streams_between_a_layers_halves_are_computed_again(monkeypatch, recompute, products):
+def test_streams_between_the_halves_of_a_layer_are_recomputed(monkeypatch, recompute, products):
     """Products of a layer in the backward pass. A recomputed layer recomputes all its streams once."""
     model = build(layers=LAYERS).train()
     model.activation_checkpointing = recompute
@@ -72,7 +72,7 @@ def test_streams_between_a_layers_halves_are_computed_again(monkeypatch, recompu
     assert len(made) == products * len(LAYERS)
 
 
-def test_only_the_layers_inputs_are_kept():
+def test_only_the_inputs_of_layers_are_saved():
     """Bytes saved for the backward pass by the layers once and twice."""
     ids = torch.randint(50, (1, 97))
 

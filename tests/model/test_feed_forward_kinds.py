@@ -65,7 +65,7 @@ def test_decoding_equals_the_whole_sequence(overrides, ids):
 
 
 @torch.no_grad()
-def test_batch_invariant_mode_has_no_other_bits(overrides, ids):
+def test_batch_invariant_bits_do_not_depend_on_the_batch(overrides, ids):
     model = build(**overrides)
     plain = model(ids)
     model.execution = Execution("batch-invariant")

@@ -57,7 +57,7 @@ def test_ids_that_cannot_be_read_are_named_and_change_nothing(ids, options, mess
             generate(model, ids, 3)
 
 
-def test_fewer_than_no_tokens_are_refused():
+def test_a_negative_number_of_tokens_is_refused():
     model = build().eval()
     prompt = torch.tensor([[3]])
     assert torch.equal(generate(model, prompt, 0), prompt)

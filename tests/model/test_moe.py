@@ -110,7 +110,7 @@ def test_gradients_are_those_of_every_expert_over_every_token():
 
 
 @pytest.mark.parametrize("qat", [False, True])
-def test_narrow_products_in_filled_up_rows_are_those_of_the_rows(qat, monkeypatch):
+def test_padding_rows_do_not_change_bf16_products(qat, monkeypatch):
     moe = build(qat=qat, hidden_size=32, expert_size=32).train()
     x, ids = torch.randn(2, 21, 32), torch.zeros(2, 21, dtype=torch.int64)
     results = []

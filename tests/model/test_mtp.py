@@ -64,7 +64,7 @@ def test_its_input_is_the_sum_of_two_projections(hyper):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_logits_proper_do_not_know_of_it():
+def test_main_logits_do_not_depend_on_the_module():
     with_it, without = build(mtp_layers=1), build()
     state = {name: p for name, p in with_it.state_dict().items() if not name.startswith("mtp.")}
     without.load_state_dict(state)
@@ -109,7 +109,7 @@ def test_it_is_saved_and_loaded(tmp_path):
         assert torch.equal(ahead(model, ids)[1], ahead(again, ids)[1])
 
 
-def test_asking_in_vain_is_an_error():
+def test_predictions_without_a_module_are_an_error():
     with pytest.raises(ValueError, match="mtp_layers is 0"):
         build()(torch.zeros(1, 4, dtype=torch.int64), aux=AuxOutputs(predict_ahead=True))
     with pytest.raises(ConfigError, match=r"mtp_layers: must be 0 or 1, found 2"):

@@ -62,7 +62,7 @@ def step(mixer, history, tokens, mode="auto"):
 
 
 @pytest.mark.parametrize("mixer", MODELS)
-def test_prefill_makes_nothing_of_tokens_times_history(mixer):
+def test_prefill_memory_does_not_grow_with_tokens_times_history(mixer):
     small = max(step(mixer, LONG, 64).all)
     # Memory of the new tokens is small here, and the history is processed in runs.
     assert max(step(mixer, LONG, 256).all) < max(1.05 * small, 2**18)
@@ -71,7 +71,7 @@ def test_prefill_makes_nothing_of_tokens_times_history(mixer):
 
 
 @pytest.mark.parametrize("mixer", MODELS)
-def test_batch_invariant_prefill_makes_no_more_for_more_tokens(mixer):
+def test_batch_invariant_prefill_memory_does_not_grow_with_tokens(mixer):
     small = max(step(mixer, 1 << 15, 16, "batch-invariant").all)
     assert max(step(mixer, 1 << 15, 64, "batch-invariant").all) < max(1.05 * small, 2**17)
 
@@ -89,7 +89,7 @@ def test_decoding_reads_only_the_chosen_entries(mixer, mode):
     assert max(made.all) < 1.05 * one_row_of_scores
 
 
-def test_native_operators_take_no_more_for_more_tokens_or_a_longer_history(monkeypatch):
+def test_native_operators_use_constant_memory(monkeypatch):
     """Measure peak resident memory. Scores of full runs of queries would take 256 MiB."""
     monkeypatch.undo()
     status = Path("/proc/self/status")

@@ -234,7 +234,7 @@ SWITCHES = {
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-def test_each_choice_can_be_taken_away_alone(switch):
+def test_each_component_can_be_switched_off_alone(switch):
     full, without = build(), build(**SWITCHES[switch])
     ids = torch.randint(0, 50, (1, 40))
     with torch.no_grad():
@@ -324,7 +324,7 @@ def test_bad_configurations_are_named(change, message):
         ModelConfig.from_dict({"index_topkk": 3})
 
 
-def test_what_decides_stays_float32_under_autocast():
+def test_routers_compressors_and_residuals_stay_float32_under_autocast():
     model = build().train()
     block = model.layers[1]
     streams, x = torch.randn(2, 24, 4, 32), torch.randn(2, 24, 32)
@@ -349,7 +349,7 @@ def test_what_decides_stays_float32_under_autocast():
         assert model(torch.randint(0, 50, (1, 24))).dtype == torch.float32
 
 
-def test_bf16_weights_halve_the_matrices_and_leave_what_decides_alone():
+def test_bf16_weights_halve_all_but_full_precision_matrices():
     model = build().eval()
     exact = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     experts = [m.stored_experts() for m in model.moe_layers()]

@@ -20,7 +20,7 @@ from model.errors import FiftyfoldError
 from model.tokenizer import ByteTokenizer
 from model.transformer import Transformer
 from pipelines import __main__ as cli
-from pipelines.recipe.keys import fields_of, is_list_of_text, is_text, type_of
+from pipelines.recipe.key_types import fields_of, is_list_of_text, is_text, type_of
 from pipelines.recipe.loading import with_overrides
 from pipelines.recipe.schema import Recipe
 from pipelines.recipe.yaml_format import dump_yaml
@@ -180,7 +180,7 @@ STEPS = [step for step in cli.STEPS if step not in ("export", "budget")]
 @example("prepare", "run.folder", "s3://bucket/runs")
 @example("prepare", "data.sources", "~nobody/x")
 @example("deploy", "serve.model_uri", "models:/x@y/z")
-def test_text_settings(run, place, step, key, value):
+def test_text_settings_succeed_or_fail_with_one_sentence(run, place, step, key, value):
     run(step, "--config", str(place.file), f"--{key}", value)
     stray = {path for path in Path.cwd().iterdir() if path.name != "sqlite"}
     for path in stray:
@@ -196,13 +196,16 @@ SECTIONS = st.sampled_from(["train", "sweep", "compare", "promote", "budget"])
 @example("train", "model.mtp_layers", "9" * 30)
 @example("train", "run.seed", "9" * 30)
 @example("train", "train.workers", "9" * 30)
-def test_other_settings(run, place, step, key, value):
+@example("train", "data.text_field", "9" * 5000)
+@example("promote", "promote.metric", "9" * 5000)
+def test_other_settings_succeed_or_fail_with_one_sentence(run, place, step, key, value):
     run(step, "--config", str(place.file), f"--{key}", value)
 
 
 @quick(60)
 @given(st.lists(st.sampled_from([*WORDS, "--config", "--run.name", "--print-config", "--model", "--to", "--from"])))
-def test_arguments_in_any_order(run, arguments):
+@example(["a" * 70_000])
+def test_arguments_in_any_order_fail_with_at_most_one_sentence(run, arguments):
     for step in ("export", "budget"):
         if "-h" not in arguments:
             run(step, *arguments)
@@ -219,7 +222,7 @@ def test_arguments_in_any_order(run, arguments):
 @example("train", b"train: [1]")
 @example("train", b"model: {1: 2, preset: tiny}")
 @example("budget", b"model: []")
-def test_recipe_files(run, place, step, content):
+def test_any_recipe_file_is_read_or_refused_with_one_sentence(run, place, step, content):
     path = place.folder / "any.yaml"
     path.write_bytes(content)
     run(step, "--config", str(path), "--run.folder", str(place.folder / "none"))
@@ -233,7 +236,7 @@ JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dict
 
 @quick(60)
 @given(st.dictionaries(st.sampled_from(["model", "train", "sweep", "data", "run", "evaluate", "serve", "x"]), JSON))
-def test_recipes_of_any_shape(run, place, content):
+def test_recipes_of_any_structure_are_read_or_refused_with_one_sentence(run, place, content):
     path = place.folder / "any.yaml"
     path.write_text(json.dumps(content))
     run("train", "--config", str(path), "--run.folder", str(place.folder / "none"))
@@ -241,13 +244,13 @@ def test_recipes_of_any_shape(run, place, content):
 
 @pytest.mark.parametrize("target", ["FILE", "/dev/null/x", "FOLDER", "", "s3://b", "a\0", "a" * 300, "x/" * 3000])
 @pytest.mark.parametrize("format", ["transformers", "gguf"])
-def test_export_targets(run, target, format):
+def test_unusable_export_targets_are_refused(run, target, format):
     assert run("export", "--from", "FINAL", "--to", target, "--format", format) == cli.USER_ERROR
     assert not list(Path.cwd().iterdir())
 
 
 @pytest.mark.parametrize("source", ["FILE", "FOLDER", "RUNS", "/dev/null", "/dev/zero", "\udcff", "a" * 300, "loop"])
-def test_checkpoints_that_are_none(run, place, source):
+def test_paths_that_hold_no_checkpoint_are_refused(run, place, source):
     Path("loop").symlink_to("loop")
     assert run("export", "--from", source, "--to", "out") == cli.USER_ERROR
     assert run("budget", "--model", source) == cli.USER_ERROR
@@ -261,7 +264,7 @@ def test_checkpoints_that_are_none(run, place, source):
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 @pytest.mark.parametrize("content", [b"", b"null", b"{}", b"\xff" * 100, b"[" * 100_000])
-def test_damaged_checkpoints(run, place, name, content, tmp_path):
+def test_damaged_checkpoints_give_one_sentence(run, place, name, content, tmp_path):
     damaged = tmp_path / "mine/final"
     shutil.copytree(place.recipe.run_folder, damaged.parent)
     (damaged / name).write_bytes(content)
@@ -275,7 +278,7 @@ def test_damaged_checkpoints(run, place, name, content, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"null", b"{}", b"\xff", b"[" * 100_000])
 @pytest.mark.parametrize("name", ["data/small/manifest.json", "data/small/tokenizer.json", "mine/run.json", "mlflow.db",
                                   "mine/recipe.json"])  # fmt: skip
-def test_damaged_run_folders(run, place, name, content, tmp_path):
+def test_damaged_run_folders_give_one_sentence(run, place, name, content, tmp_path):
     shutil.copytree(place.recipe.run.folder, tmp_path / "runs")
     (tmp_path / "runs" / name).write_bytes(content)
     for step in ("prepare", "train", "sweep", "compare", "evaluate", "promote", "deploy"):
@@ -293,7 +296,7 @@ def test_damaged_run_folders(run, place, name, content, tmp_path):
     "name", [b"caf\xe9.txt", b"a\nb.txt", b"[v2].txt", b"~.txt", b"a\x1b[31m.txt", b"-.txt", b"x.txt"]
 )
 @pytest.mark.parametrize("content", [b"text\n" * 5000, b"", b"\0", b"\xff\xfe\0", b"# coding: hex\n"])
-def test_source_files(run, tmp_path, name, content):
+def test_source_files_are_read_or_refused_with_one_sentence(run, tmp_path, name, content):
     path = os.path.join(os.fsencode(tmp_path), name)
     with open(path, "wb") as file:
         file.write(content)
@@ -328,7 +331,7 @@ def test_a_port_in_use_is_named_before_anything_is_written(run, place, tmp_path)
     assert not (tmp_path / "runs").exists()
 
 
-def test_output_that_the_terminal_cannot_show():
+def test_output_that_the_terminal_cannot_encode_is_escaped():
     import subprocess
 
     command = [sys.executable, "-m", "pipelines", "train", "--tracking.experiment", "ü😀", "--print-config"]

@@ -37,7 +37,7 @@ def assert_equal_weights(found, expected):
         assert torch.equal(tensor, expected[name]), name
 
 
-def test_a_run_resumes_to_the_last_bit_and_the_warm_up_moves_only_indexers(recipe, tmp_path):
+def test_a_resumed_run_is_bit_identical_and_warm_up_changes_only_indexers(recipe, tmp_path):
     trained(recipe, tmp_path / "straight")
     trained(recipe, tmp_path / "resumed", source=tmp_path / "straight" / "2")
     assert_equal_weights(tmp_path / "resumed" / "4", tmp_path / "straight" / "4")
@@ -54,7 +54,7 @@ def test_a_run_resumes_to_the_last_bit_and_the_warm_up_moves_only_indexers(recip
     assert 0.5 < validated["validation/choosing_share"] < 1
 
 
-def test_sharded_ranks_train_as_replicas_do_to_the_last_bit(recipe, tmp_path):
+def test_sharded_training_is_bit_identical_to_replicated_training(recipe, tmp_path):
     on_ranks(2, latent_ranks, recipe.to_dict(), tmp_path)
     shards, replicas = (dict(map(tuple, record(tmp_path / kind)[0])) for kind in ("shards", "replicas"))
     for metrics, others in zip(shards.values(), replicas.values(), strict=True):
@@ -74,7 +74,7 @@ def test_sharded_ranks_train_as_replicas_do_to_the_last_bit(recipe, tmp_path):
         ({"model.layers": ["mla"]}, "indexer_warmup is set, but no layer of model.layers has an indexer"),
     ],
 )
-def test_a_stage_that_cannot_act_is_refused(recipe, changes, message):
+def test_stages_without_effect_are_refused(recipe, changes, message):
     assert len(curriculum(with_overrides(recipe, {"model.layers": ["dsa"], "model.index_topk": 95}))) == 3
     with pytest.raises(ConfigError, match=message):
         curriculum(with_overrides(recipe, changes))

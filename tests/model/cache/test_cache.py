@@ -152,12 +152,12 @@ def run_machine(tmp_path, examples, steps):
     )
 
 
-def test_any_interleaving_gives_the_tokens_logits(tmp_path):
+def test_interleaved_operations_keep_the_logits(tmp_path):
     run_machine(tmp_path, examples=40, steps=25)
 
 
 @pytest.mark.long
-def test_many_long_interleavings_give_the_tokens_logits(tmp_path):
+def test_many_long_interleaved_operations_keep_the_logits(tmp_path):
     run_machine(tmp_path, examples=400, steps=60)
 
 
@@ -249,7 +249,7 @@ def test_a_forks_complete_pages_are_shared():
     assert pool.free_pages == 8
 
 
-def test_a_fork_of_a_cache_with_memory_of_its_own_can_go_as_far():
+def test_a_fork_of_a_reserved_cache_has_the_same_capacity():
     model = MODELS["hybrid"]
     cache, tokens = filled(model, 100)
     twin = cache.fork()
@@ -277,7 +277,7 @@ def test_saved_bits_come_back(saved, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def test_what_the_rings_have_lost_is_not_forgotten(tmp_path):
+def test_a_restored_cache_remembers_which_rows_were_overwritten(tmp_path):
     path = tmp_path / "cache.safetensors"
     cache, _ = filled(MODELS["hybrid"], 40, rewind=8)
     cache.truncate(33)
@@ -350,7 +350,7 @@ def test_bytes_are_the_closed_form_and_follow_the_tokens(rewind, formats):
     assert cache.nbytes("csa") == 0 and pool.free_pages == 8
 
 
-def test_a_pool_of_fewer_than_no_pages_is_refused():
+def test_a_negative_number_of_pages_is_refused():
     with pytest.raises(CacheError, match="a pool cannot have -1 pages"):
         PagePool(MODELS["hybrid"].config, -1)
 
@@ -382,7 +382,7 @@ def test_a_fork_made_in_inference_mode_can_be_used_outside():
         assert torch.equal(MODELS["hybrid"](ids, cache), MODELS["hybrid"](ids, twin))
 
 
-def test_a_forgotten_cache_gives_its_memory_back_at_once():
+def test_deleting_a_cache_frees_its_memory_at_once():
     model = MODELS["hybrid"]
     gc.disable()
     try:
@@ -433,7 +433,7 @@ def test_an_interrupted_step_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["auto", "batch-invariant"])
-def test_what_a_broken_sequence_leaves_behind_harms_no_later_one(mode):
+def test_nan_left_by_a_sequence_does_not_reach_later_ones(mode):
     model = build(layers=("sliding", "csa", "hca"))
     model.execution = Execution(mode)
     with torch.no_grad():
@@ -462,7 +462,7 @@ def test_a_cache_keeps_no_graph_alive():
     assert Cache.join(caches).lengths == [3, 3]
 
 
-def test_a_prompt_with_an_id_of_no_token_is_read_not_at_all():
+def test_a_prompt_with_an_invalid_token_id_changes_nothing():
     model = build()
     cache = Cache(model.config, 1, 64)
     ids = torch.ones(1, 30, dtype=torch.int64)

@@ -18,7 +18,7 @@ LAYERS = ("sliding", "csa", "hca", "gqa", "mla", "dsa")
 
 @pytest.mark.parametrize("formats", [{}, {"kv_format": "fp4", "index_format": "fp8", "gqa_format": "fp8"}])
 @pytest.mark.parametrize("tokens", [1, 11, 72, 200])
-def test_every_row_is_that_of_a_normal_vector(tokens, formats):
+def test_rows_hold_packed_normal_vectors(tokens, formats):
     config = ModelConfig(**{**SMALL, "layers": LAYERS, **formats})
     cache = Cache(config, 3, 300)
     fill_random(cache, tokens)
@@ -46,7 +46,7 @@ def test_rows_do_not_repeat_where_memory_allows():
     assert not any(torch.equal(rows[0], other) for other in rows[1:])
 
 
-def test_a_piece_goes_round_where_it_is_short(monkeypatch):
+def test_a_short_piece_is_repeated(monkeypatch):
     monkeypatch.setattr("model.cache.random_fill._PIECE_BYTES", 1000)  # less than a page of gqa rows
     config = ModelConfig(**{**SMALL, "layers": LAYERS})
     cache = Cache(config, 2, 400)
@@ -56,7 +56,7 @@ def test_a_piece_goes_round_where_it_is_short(monkeypatch):
             assert len(rows.unique(dim=0)) == min(len(rows), 1000 // part.layout.nbytes), (layer, name)
 
 
-def test_the_seed_decides_and_decoding_goes_on(tmp_path):
+def test_the_seed_decides_the_rows_and_decoding_continues(tmp_path):
     model = build(layers=LAYERS)
     ids = torch.randint(0, 50, (1, 5))
 
@@ -76,7 +76,7 @@ def test_the_seed_decides_and_decoding_goes_on(tmp_path):
     assert torch.equal(decoded(1), decoded(1, restored=True))
 
 
-def test_what_cannot_be_filled_is_refused_and_stays_as_it_was():
+def test_a_refused_fill_changes_nothing():
     config = ModelConfig(**SMALL)
     cache = Cache(config, 1, 100)
     with pytest.raises(CacheError, match="101 more tokens do not fit: the cache holds 0 of at most 100"):

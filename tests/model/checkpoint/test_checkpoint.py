@@ -30,7 +30,7 @@ def test_round_trip(saved):
     assert tokenizer.decode(tokenizer.encode("héllo\n")) == "héllo\n"
 
 
-def test_saving_replaces_the_folder_whole(saved):
+def test_saving_replaces_the_whole_folder(saved):
     model, folder = saved
     (folder / "stray").write_text("x")
     checkpoint.save(model, folder)
@@ -93,7 +93,7 @@ def test_damaged_files_are_named(saved):
         checkpoint.load(folder / "nowhere")
 
 
-def test_warm_start_keeps_all_but_what_the_checkpoint_cannot_have(saved):
+def test_warm_start_reads_all_tensors_that_fit(saved):
     model, folder = saved
     other = Transformer(model.config.replace(csa_ratio=8))
     fresh = checkpoint.warm_start(other, folder)

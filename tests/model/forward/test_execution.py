@@ -123,7 +123,7 @@ THOROUGH = {"deadline": None, "derandomize": True, "suppress_health_check": list
 
 @settings(max_examples=20, **THOROUGH)
 @given(**SITUATIONS)
-def test_bits_do_not_depend_on_company_or_pieces(**situation):
+def test_bits_do_not_depend_on_other_sequences_or_pieces(**situation):
     same_bits(**situation)
 
 
@@ -131,7 +131,7 @@ def test_bits_do_not_depend_on_company_or_pieces(**situation):
 @pytest.mark.timeout(1800)
 @settings(max_examples=600, **THOROUGH)
 @given(**SITUATIONS)
-def test_bits_depend_on_company_or_pieces_nowhere(**situation):
+def test_bits_do_not_depend_on_other_sequences_or_pieces_in_many_situations(**situation):
     same_bits(**situation)
 
 
@@ -263,7 +263,7 @@ def assert_close(found, expected):
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("natively", [True, False])
-def test_auto_is_close_and_chooses_alike(name, natively, mode, monkeypatch):
+def test_auto_mode_is_close_and_selects_the_same_entries(name, natively, mode, monkeypatch):
     if not natively:
         monkeypatch.setattr(native, "level", lambda: None)
     choices = Choices(monkeypatch)
@@ -278,7 +278,7 @@ def test_auto_is_close_and_chooses_alike(name, natively, mode, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["hybrid", "fp4 entries", "one index head", "dsa"])
-def test_released_formats_choose_alike(name, mode, monkeypatch):
+def test_released_formats_select_the_same_entries(name, mode, monkeypatch):
     """With quantized entries logits may differ by one code, but selections are equal."""
     choices, model = Choices(monkeypatch), MODELS[name]
     ids = random_ids(model, 1, MAX_TOKENS)
@@ -304,7 +304,7 @@ def test_widths_that_cannot_keep_their_bits_are_named(width, size):
     assert model.execution.mode == "auto"
 
 
-def test_without_a_cache_the_bits_are_those_of_one(mode):
+def test_passes_without_a_cache_have_the_bits_of_cached_ones(mode):
     model = mode(MODELS["hybrid"], "batch-invariant")
     ids = random_ids(model, 2, 50)
     with torch.inference_mode():

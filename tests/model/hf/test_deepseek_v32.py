@@ -237,7 +237,7 @@ def test_the_prediction_layer_after_the_last_is_left_out(folder):
         ({"norm_topk_prob": False}, "'norm_topk_prob': expected True, found False"),
         ({"num_key_value_heads": 2}, "'num_key_value_heads': expected 4 as in 'num_attention_heads', found 2"),
         ({"q_lora_rank": None}, "'q_lora_rank' is missing"),
-        ({"kv_lora_rank": 0}, "key 'kv_lora_rank': expected a positive whole number"),
+        ({"kv_lora_rank": 0}, "key 'kv_lora_rank': expected a whole number of at least 1"),
         ({"index_head_dim": 12}, "key 'index_head_dim': must be a power of two"),
         ({"topk_group": 1}, "key 'num_experts_per_tok': 3 exceeds the 2 experts of topk_group 1 groups"),
         ({"n_group": 3}, r"key 'n_group': 8 experts \(n_routed_experts\) do not divide into 3 groups"),

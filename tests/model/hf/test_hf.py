@@ -152,7 +152,7 @@ def test_a_value_that_is_not_finite_is_not_written(tmp_path):
         ModelConfig.from_preset("v4-pro"),
     ],
 )
-def test_a_configuration_survives_the_way_out_and_back(tmp_path, config, layout):
+def test_configurations_round_trip(tmp_path, config, layout):
     content = json.loads(json.dumps(write_config(config, layout, "fp4")))
     assert read_config(tmp_path, content) == config
 
@@ -236,14 +236,14 @@ def test_the_released_configurations_are_the_presets(tmp_path):
     assert read_config(tmp_path, pro) == ModelConfig.from_preset("v4-pro")
 
 
-def test_transformers_understands_a_released_configuration_as_we_do(tmp_path):
+def test_transformers_reads_released_configurations_alike(tmp_path):
     oracle = DeepseekV4Config(**{k: v for k, v in released_config().items() if k != "quantization_config"})
     ours = read_config(tmp_path, released_config())
     theirs = read_config(tmp_path, oracle.to_dict())
     assert theirs == ours
 
 
-def test_older_keys_that_transformers_folds_away(tmp_path):
+def test_older_keys_are_read(tmp_path):
     content = released_config(compress_rate_csa=4, compress_rate_hca=128, partial_rotary_factor=0.125)
     assert read_config(tmp_path, content) == ModelConfig.from_preset("v4-flash")
     draft_stages = released_config(compress_ratios=[0, 0, *[4, 128] * 20, 4, 0, 0, 0])

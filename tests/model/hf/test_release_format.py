@@ -309,7 +309,7 @@ def test_quantized_tensors_that_do_not_fit_are_named(tmp_path, name, change, mes
     assert "\n" not in str(error.value)
 
 
-def test_quantized_tensors_without_a_word_in_the_configuration_are_refused(tmp_path):
+def test_quantized_tensors_without_quantization_config_are_refused(tmp_path):
     export_pretrained(build(**SIZES), tmp_path / "a", format="released")
     path = tmp_path / "a/config.json"
     content = json.loads(path.read_text())

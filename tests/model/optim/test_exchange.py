@@ -100,7 +100,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ranks_that_divide_the_matrices_make_the_update_of_one(folder, monkeypatch, dtype):
+def test_several_ranks_compute_the_update_of_one(folder, monkeypatch, dtype):
     """Results are bit-exact with batches of one matrix: several ranks and one process batch differently."""
     monkeypatch.setattr(muon_adamw, "newton_schulz", one_by_one(newton_schulz))
     named = parameters()

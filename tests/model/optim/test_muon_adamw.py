@@ -53,7 +53,7 @@ def test_roles_get_the_published_rules():
 
 
 @pytest.mark.parametrize("batch", [1, 700, 1 << 22])
-def test_the_optimizer_is_its_readable_twin(batch, monkeypatch):
+def test_the_optimizer_equals_the_reference(batch, monkeypatch):
     """All parameters of a network, with experts, output groups and fused projections as separate matrices."""
     monkeypatch.setattr("model.optim.muon_adamw._MAX_BATCH_ELEMENTS", batch)
     model = tiny()
@@ -87,7 +87,7 @@ def test_the_optimizer_is_its_readable_twin(batch, monkeypatch):
 
 
 @pytest.mark.parametrize(("fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
-def test_auto_is_the_faster_type_of_the_parameters_device(fast, dtype, monkeypatch):
+def test_auto_selects_the_faster_dtype_of_the_device(fast, dtype, monkeypatch):
     monkeypatch.setattr("model.optim.config.multiplies_bf16_fast", lambda device: fast and device.type == "cpu")
     parameter = nn.Parameter(torch.randn(5, 7))
     assert MuonAdamW([("w", parameter)], OptimizerConfig()).config.ns_dtype == dtype
@@ -99,7 +99,7 @@ def test_an_update_has_the_size_of_an_adamw_step():
     assert 0.12 < update.square().mean().sqrt() < 0.24
 
 
-def test_fused_projections_are_told_apart():
+def test_fused_projections_are_updated_separately():
     model = tiny()
     fused, parameters = model.split_sizes(), dict(model.named_parameters())
     assert all(sum(rows) == parameters[name].shape[-2] for name, rows in fused.items())
@@ -133,7 +133,7 @@ def test_experts_without_tokens_keep_their_weights_while_their_momentum_decays(d
         torch.testing.assert_close(optimizer.state_tensors()["experts/momentum"], expected)
 
 
-def test_a_gradient_that_is_not_finite_is_no_missing_gradient():
+def test_a_nonfinite_gradient_is_not_a_missing_gradient():
     experts = nn.Parameter(torch.randn(2, 6, 10))
     optimizer = MuonAdamW([("experts", experts)], OptimizerConfig(ns_dtype="float32"))
     experts.grad = torch.zeros(2, 6, 10)
@@ -153,12 +153,12 @@ def test_parts_too_small_for_muon_go_to_adamw():
 
 
 @pytest.mark.parametrize("coefficients", [(), ((3.0, float("nan"), 1.0),)])
-def test_an_iteration_of_nothing_is_refused(coefficients):
+def test_invalid_newton_schulz_coefficients_are_refused(coefficients):
     with pytest.raises(ConfigError, match=r"ns_coefficients: expected at least one step of finite \(a, b, c\)"):
         OptimizerConfig(ns_coefficients=coefficients)
 
 
-def test_adamw_is_torchs():
+def test_adamw_equals_torch():
     torch.manual_seed(0)
     ours, theirs = nn.Parameter(torch.randn(5, 7)), None
     theirs = nn.Parameter(ours.detach().clone())
@@ -172,7 +172,7 @@ def test_adamw_is_torchs():
     torch.testing.assert_close(ours, theirs)
 
 
-def test_state_round_trips_and_strangers_are_refused():
+def test_state_round_trips_and_foreign_states_are_refused():
     model = tiny()
     optimizer = MuonAdamW(model.named_parameters(), OptimizerConfig())
     for p in model.parameters():
@@ -211,7 +211,7 @@ def test_asking_for_muon_without_matrices_is_an_error():
         OptimizerConfig(learning_rate=0.0)
 
 
-def test_table_and_share_count_every_number():
+def test_table_and_share_count_every_element():
     model = tiny()
     optimizer = MuonAdamW(model.named_parameters(), OptimizerConfig())
     assert sum(row[3] for row in optimizer.table()) == model.num_parameters()

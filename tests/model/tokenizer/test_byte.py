@@ -9,7 +9,7 @@ from model.tokenizer import ByteTokenizer, load_tokenizer
 TEXTS = ["", "a b\n\tc\r", "naïve 漢字 😀", "\x00\x7f\xad\xa0", " two  spaces ", "".join(map(chr, range(0x300)))]
 
 
-def test_its_file_is_a_tokenizer_that_the_library_reads_the_same_way(tmp_path):
+def test_the_tokenizers_library_reads_the_saved_file_with_equal_ids(tmp_path):
     ours = ByteTokenizer()
     ours.save(tmp_path)
     theirs = Backend.from_file(str(tmp_path / "tokenizer.json"))
@@ -22,14 +22,14 @@ def test_its_file_is_a_tokenizer_that_the_library_reads_the_same_way(tmp_path):
         assert theirs.decode(ids) == ours.decode(ids) == text
 
 
-def test_it_comes_back_as_itself_and_takes_no_text_for_a_special_token(tmp_path):
+def test_a_saved_byte_tokenizer_loads_as_one_and_encodes_special_spellings_as_text(tmp_path):
     ByteTokenizer().save(tmp_path)
     again = load_tokenizer(tmp_path)
     assert isinstance(again, ByteTokenizer)
     assert 0 not in again.encode(again.bos_token)
 
 
-def test_it_parses_special_tokens_on_request():
+def test_the_byte_tokenizer_parses_special_tokens_on_request():
     ours = ByteTokenizer()
     text = f"{ours.bos_token}a€{ours.eos_token}{ours.eos_token}b"
     assert ours.encode(text, parse_special=True) == [0, *ours.encode("a€"), 1, 1, *ours.encode("b")]

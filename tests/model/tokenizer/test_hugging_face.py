@@ -84,7 +84,7 @@ def test_ids_that_contradict_each_other_are_refused(tmp_path, change, message):
     "content",
     ["{", "[]", '"x"', "\xff", "[" * 100_000, '{"model": {"vocab": {}}}', '{"model": 3}', '{"a": 0, "b": 1}', "{}"],
 )
-def test_other_files_are_refused(tmp_path, content):
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content, encoding="latin-1")
     with pytest.raises(ConfigError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path)
@@ -94,6 +94,11 @@ def test_a_folder_in_place_of_the_file_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").mkdir()
     with pytest.raises(ConfigError, match=r"tokenizer\.json: Is a directory"):
         load_tokenizer(tmp_path)
+
+
+def test_the_byte_tokenizer_is_refused_by_a_smaller_model():
+    with pytest.raises(ConfigError, match="tokenizer byte: has IDs up to 257, but the model has a vocabulary of 257"):
+        load_tokenizer("byte", model_vocab_size=257)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
@@ -161,7 +166,7 @@ def test_text_inside_a_longer_one_has_no_space_in_front(tmp_path):
         assert merging.encode_inside(text) == merging.encode(text)
 
 
-def test_wrong_bytes_do_not_hide_their_neighbors(tmp_path):
+def test_invalid_bytes_leave_valid_neighbors_intact(tmp_path):
     tokenizer = load(tmp_path, byte_fallback("ab"))
     euro = [byte + 2 for byte in "€".encode()]
     assert tokenizer.decode([*euro, *euro]) == "€€"
@@ -214,6 +219,7 @@ def test_a_vocabulary_without_declared_or_usual_tokens_is_refused(tmp_path):
         ({"tokenizer_config": []}, "tokenizer_config.json: expected a JSON object, found list"),
         ({"tokenizer_config": {"eos_token": 3}}, "tokenizer_config.json: eos_token: expected a token"),
         ({"tokenizer_config": {"added_tokens_decoder": {"x": {}}}}, "added_tokens_decoder: not a token"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"9" * 5000: {"content": "x"}}}}, "added_tokens_decoder: not a"),
         ({"generation_config": {"eos_token_id": "1"}}, "eos_token_id of generation_config.json .* is '1'"),
         ({"config": {"eos_token_id": [1, True]}}, r"eos_token_id of .* config.json is \[1, True\]"),
     ],
@@ -223,7 +229,7 @@ def test_malformed_declarations_are_named(tmp_path, side_files, message):
         load(tmp_path, byte_level(), **side_files)
 
 
-def test_declared_tokens_are_special_whatever_the_vocabulary_says(tmp_path):
+def test_declared_tokens_are_special_even_if_not_marked(tmp_path):
     content = byte_level()
     content["added_tokens"] = [added_token("<s>", 0), added_token("</s>", 1, special=False)]
     for folder, listed in (("listed", content["added_tokens"]), ("unlisted", content["added_tokens"][:1])):
@@ -232,7 +238,7 @@ def test_declared_tokens_are_special_whatever_the_vocabulary_says(tmp_path):
         assert tokenizer.decode([ord("a") + 2, 1]) == "a"
 
 
-def test_tokens_of_the_configuration_alone_are_added(tmp_path):
+def test_tokens_listed_only_in_tokenizer_config_are_added(tmp_path):
     decoder = {"258": {"content": "<|im_end|>", "special": True}, "0": {"content": "<s>", "special": True}}
     config = {"added_tokens_decoder": decoder, "eos_token": "<|im_end|>", "extra_special_tokens": {"image": "<pic>"}}
     tokenizer = load(tmp_path, byte_level(), tokenizer_config=config)
@@ -269,6 +275,27 @@ def test_saved_folders_keep_tokens_templates_and_settings(tmp_path):
     assert again.generation_config() == {"top_p": 0.9, "bos_token_id": 259, "eos_token_id": [1, 258]}
     for name, text in templates.items():
         assert (tmp_path / "out" / name).read_bytes() == text.encode()
+
+
+@pytest.mark.parametrize(
+    ("declared", "chosen", "stops"),
+    [(["<|return|>", "<|call|>"], None, {1, 258}), ("<|return|>", "<|call|>", {1, 258})],
+)
+def test_saved_folders_keep_every_token_that_ends_generation(tmp_path, declared, chosen, stops):
+    content = byte_level(names=NAMES, added=["<|call|>"])
+    folder = write_files(tmp_path / "in", content, tokenizer_config={"eos_token": declared})
+    tokenizer = load_tokenizer(folder, eos_token=chosen)
+    (tmp_path / "out").mkdir()
+    tokenizer.save(tmp_path / "out")
+    again = load_tokenizer(tmp_path / "out")
+    assert tokenizer.stop_ids == again.stop_ids == stops
+    assert again.eos_id == tokenizer.eos_id
+    assert again.generation_config()["eos_token_id"] == [again.eos_id, *(stops - {again.eos_id})]
+
+
+def test_stop_ids_outside_the_vocabulary_are_ignored(tmp_path):
+    folder = write_files(tmp_path, byte_level(names=NAMES), generation_config={"eos_token_id": [1, 258]})
+    assert load_tokenizer(folder).stop_ids == {1}
 
 
 def test_the_byte_tokenizer_keeps_the_files_beside_it(tmp_path):

@@ -6,7 +6,7 @@ from model.tokenizer import load_tokenizer
 from model.tokenizer.stop_strings import StopStrings, remove_marks
 
 
-def test_patterns_hold_text_and_marks(tmp_path):
+def test_patterns_contain_text_and_marks(tmp_path):
     tokenizer = load_tokenizer(write_files(tmp_path, byte_level(added=["<|im|>", "<|im|>x"])))
     plain = StopStrings(["a", "b"], tokenizer)
     assert plain.patterns == ("a", "b") and plain.mark(258) == ""

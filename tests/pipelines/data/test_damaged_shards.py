@@ -53,6 +53,7 @@ def _no_manifest(folder: Path) -> Path:
         (_break_json, "damaged manifest"),
         (_change_manifest(format=99), "has format 99, this version reads format 2"),
         (_change_manifest(vocab_size="many"), "damaged manifest .vocab_size: "),
+        (_change_manifest(settings={"window": 16}), "damaged manifest .settings: .*tokenizer_sha256 is missing"),
         (_change_manifest(splits={}), "no 'train' split"),
         (_no_manifest, "No such file or directory; run the prepare step first"),
     ],

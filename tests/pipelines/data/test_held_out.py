@@ -59,7 +59,7 @@ def test_one_file_is_split_at_a_line_near_its_end(tmp_path, capsys):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 13])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_small_numbers_of_files_always_work(tmp_path, count, seed):
+def test_few_files_give_both_splits_enough_text(tmp_path, count, seed):
     """Whatever the hashes say, neither split gets less than a quarter of its share."""
     files = [write(tmp_path, f"{i}.txt", TEXT[seed * 7 + i * 97 :][: 6000 + 2000 * i]) for i in range(count)]
     result = prepare.run(recipe(tmp_path, *files))
@@ -69,7 +69,7 @@ def test_small_numbers_of_files_always_work(tmp_path, count, seed):
     assert result.manifest.splits["validation"].rows["text"] > 0
 
 
-def test_two_files_of_which_the_hash_holds_out_the_large_one(tmp_path):
+def test_ends_are_held_out_if_the_hash_would_hold_out_most_text(tmp_path):
     """A split by whole files would be possible, and would train on 1% of the text."""
     for number in range(1000):
         large = f"{number}\n{TEXT}"
@@ -88,14 +88,14 @@ def _is_validation(text: str) -> bool:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) < 0.05 * 2**64
 
 
-def test_one_record_of_a_jsonl_file(tmp_path):
+def test_a_jsonl_file_with_one_record_is_split(tmp_path):
     path = write(tmp_path, "one.jsonl", json.dumps({"text": TEXT}) + "\n")
     result = prepare.run(recipe(tmp_path, path, max_text_bytes=50_000))
     assert TEXT.startswith(texts(result, "train") + texts(result, "validation"))
     assert sum(part.text_bytes for part in result.manifest.splits.values()) == 50_000
 
 
-def test_chunks_do_not_change_the_split(tmp_path, monkeypatch):
+def test_the_split_does_not_depend_on_the_chunk_size(tmp_path, monkeypatch):
     path = write(tmp_path, "input.txt", TEXT[:20_000])
     first = prepare.run(recipe(tmp_path / "a", path))
     monkeypatch.setattr(sources, "CHUNK_CHARACTERS", 11)
@@ -110,7 +110,7 @@ def test_a_single_line_is_cut_between_characters(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "\n", "a", "é", "ab\ncd\nef", "€€€", "x\n" * 50, "no line at all"])
-def test_the_parts_join_to_the_text(text):
+def test_the_two_parts_join_to_the_text(text):
     encoded = text.encode()
     for chunk in (1, 3, 100):
         chunks = [text[i : i + chunk] for i in range(0, len(text), chunk)]
@@ -121,7 +121,7 @@ def test_the_parts_join_to_the_text(text):
             assert start == line if line > place // 2 else place - 3 <= start <= place
 
 
-def test_too_little_text_says_what_to_do(tmp_path):
+def test_too_little_text_is_refused_with_advice(tmp_path):
     made = recipe(tmp_path, write(tmp_path, "input.txt", TEXT[:600]))
     with pytest.raises(DataError) as caught:
         prepare.run(made)
@@ -132,6 +132,6 @@ def test_too_little_text_says_what_to_do(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", " \n\t ", "\r\n" * 3])
-def test_empty_and_blank_files_are_one_sentence(tmp_path, text):
+def test_empty_and_blank_files_are_refused(tmp_path, text):
     with pytest.raises(DataError, match=r"no text in 1 files|too little text for"):
         prepare.run(recipe(tmp_path, write(tmp_path, "input.txt", text)))

@@ -32,7 +32,7 @@ def refusal(path: Path, field: str = "text") -> str:
 @pytest.mark.parametrize(
     "codec", sorted({*encodings.aliases.aliases.values(), "undefined", "idna", "punycode", "aliases"})
 )
-def test_a_python_file_may_declare_any_codec(tmp_path, codec):
+def test_any_declared_codec_is_decoded_or_refused_by_name(tmp_path, codec):
     path = tmp_path / "a.py"
     path.write_bytes(f"# -*- coding: {codec} -*-\nx = 1\n".encode())
     try:
@@ -42,7 +42,7 @@ def test_a_python_file_may_declare_any_codec(tmp_path, codec):
 
 
 @pytest.mark.parametrize("codec", ["hex", "rot13", "base64", "bz2", "zip", "uu", "quopri"])
-def test_codecs_that_are_not_of_text_are_named(tmp_path, codec):
+def test_codecs_that_are_not_for_text_are_named(tmp_path, codec):
     (tmp_path / "a.py").write_bytes(f"# coding: {codec}\nx = 1\n".encode())
     assert f"'{codec}' is not a text encoding" in refusal(tmp_path / "a.py")
 
@@ -88,7 +88,7 @@ def test_a_byte_order_mark_names_the_encoding(tmp_path, suffix, codec):
     ],
 )
 @pytest.mark.parametrize("suffix", [".txt", ".py"])
-def test_what_is_not_text_is_named(tmp_path, content, suffix):
+def test_a_file_that_is_not_text_is_named(tmp_path, content, suffix):
     (tmp_path / f"a{suffix}").write_bytes(content)
     assert refusal(tmp_path / f"a{suffix}").startswith(": is not text (")
 
@@ -174,7 +174,7 @@ def test_odd_parquet_columns_are_named(tmp_path):
 @given(st.sampled_from([".txt", ".md", ".py", ".jsonl", ".parquet"]), st.binary(max_size=60))
 @example(".py", b"# coding: hex")
 @example(".jsonl", b'{"text": "x"}')
-def test_any_bytes(tmp_path_factory, suffix, content):
+def test_any_bytes_are_read_or_refused_by_name(tmp_path_factory, suffix, content):
     path = tmp_path_factory.getbasetemp() / f"any{suffix}"
     path.write_bytes(content)
     try:

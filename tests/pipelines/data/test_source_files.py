@@ -22,7 +22,7 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def test_patterns(folder, monkeypatch):
+def test_patterns_match_files_at_any_depth_except_hidden_ones(folder, monkeypatch):
     def relative(*patterns: str) -> list[str]:
         return [str(Path(name).relative_to(folder)) for name in names(*(folder / pattern for pattern in patterns))]
 
@@ -37,7 +37,7 @@ def test_patterns(folder, monkeypatch):
     assert names("a.txt", "./a.txt", folder / "a.txt", "*.txt") == ["a.txt"]
 
 
-def test_a_name_with_brackets_that_exists_is_that_file(tmp_path):
+def test_an_existing_name_with_brackets_is_literal(tmp_path):
     (tmp_path / "in [v2]").mkdir()
     for name in ("notes[v2].txt", "notesv.txt", "in [v2]/x.txt"):
         (tmp_path / name).touch()
@@ -51,7 +51,7 @@ def test_a_name_with_brackets_that_exists_is_that_file(tmp_path):
 
 
 @pytest.mark.timeout(20)
-def test_links_that_loop_lead_to_each_file_once(folder):
+def test_link_cycles_yield_each_file_once(folder):
     (folder / "sub/up").symlink_to(folder)
     (folder / "sub/deep/self").symlink_to(folder / "sub/deep")
     (folder / "again").symlink_to(folder / "sub")
@@ -67,7 +67,7 @@ def test_links_that_loop_lead_to_each_file_once(folder):
     ("name", "shown"),
     [(b"caf\xe9.txt", r"caf\xe9.txt"), (b"a\nb.txt", "a\nb.txt"), (b"~x.txt", "~x.txt"), ("ü.txt".encode(), "ü.txt")],
 )
-def test_any_name_is_found_and_has_a_name_in_utf_8(tmp_path, name, shown):
+def test_file_names_are_found_and_stored_as_utf_8(tmp_path, name, shown):
     path = os.path.join(os.fsencode(tmp_path), name)
     Path(os.fsdecode(path)).write_text("x")
     (file,) = find_files((f"{tmp_path}/*",), 0)
@@ -96,7 +96,7 @@ def _socket(path: Path) -> None:
     ],
 )
 @pytest.mark.timeout(20)
-def test_what_is_no_file_is_named(tmp_path, monkeypatch, make, message):
+def test_anything_but_a_regular_file_is_named(tmp_path, monkeypatch, make, message):
     monkeypatch.chdir(tmp_path)
     make(Path("x.txt"))
     for pattern in ("x.txt", "*.txt", "**/x.*"):

@@ -55,7 +55,7 @@ def test_a_second_attempt_kills_the_processes_of_the_first(started, capsys):
     assert capsys.readouterr().out == f"Ray did not start ({TIMED_OUT}); trying once more\n"
 
 
-def test_a_step_whose_cluster_does_not_start_ends_with_one_sentence(prepared, started, tmp_path, capsys):
+def test_a_failed_cluster_start_ends_the_step_with_one_sentence(prepared, started, tmp_path, capsys):
     recipe = with_overrides(prepared, {"run.name": "no-cluster"})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
     processes = started(3)
@@ -95,7 +95,7 @@ def test_a_joined_cluster_gets_the_five_packages_and_no_user_data(joined, monkey
 
 
 @pytest.mark.parametrize("environment", [job(working_dir="gcs://project.zip"), job(py_modules=["gcs://x.zip"])])
-def test_a_job_that_brings_the_packages_sends_nothing_more(joined, monkeypatch, environment):
+def test_a_job_that_brings_the_packages_sends_nothing_else(joined, monkeypatch, environment):
     monkeypatch.chdir(PROJECT)
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", environment)
     with ray_session():

@@ -45,7 +45,7 @@ def test_any_printable_text_survives_a_printed_recipe(text):
     assert recipe_from_dict(parse_yaml(dump_yaml(recipe.to_dict()))) == recipe
 
 
-def test_lists_of_text():
+def test_a_list_of_text_is_one_value_as_typed_or_a_bracketed_list():
     def sources(value: str) -> tuple[str, ...]:
         return load_recipe([], [f"data.sources={value}"]).data.sources
 
@@ -62,7 +62,7 @@ def test_lists_of_text():
         sources("[a: b]")
 
 
-def test_numbers_booleans_and_lists_still_parse():
+def test_other_settings_are_parsed_as_yaml():
     recipe = load_recipe(
         [],
         [
@@ -105,7 +105,7 @@ def test_overrides_of_a_sweep_merge_into_sections():
 
 
 @pytest.mark.parametrize("key", ["a..b", ".x", "run.", "run.name.x", "run.name[0]", "train.stages.0.steps", "é.x", "."])
-def test_odd_keys_are_named(key, capsys):
+def test_malformed_keys_are_refused_with_one_sentence(key, capsys):
     assert cli.main(["train", "--config", "configs/tiny.yaml", f"--{key}", "3"]) == cli.USER_ERROR
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -132,14 +132,14 @@ BOMB = "a: &k0 [x]\n" + "".join(f"b{i}: &k{i} [{', '.join([f'*k{i - 1}'] * 9)}]\
         ("a: b\x00", "unacceptable character"),
     ],
 )
-def test_malformed_content_is_one_sentence(content, message, tmp_path):
+def test_malformed_yaml_is_refused_with_one_sentence(content, message, tmp_path):
     (tmp_path / "r.yaml").write_text(content)
     with pytest.raises(ConfigError, match=message) as caught:
         read_yaml(tmp_path / "r.yaml")
     assert str(caught.value).startswith(f"{tmp_path}/r.yaml: not valid YAML: ") and "\n" not in str(caught.value)
 
 
-def test_a_quoted_value_is_short():
+def test_quoted_values_are_shortened():
     with pytest.raises(ConfigError) as caught:
         recipe_from_dict({"run": {"seed": "x" * 100_000, "name": ["y" * 1000] * 1000}})
     assert len(str(caught.value)) < 2000

@@ -18,7 +18,7 @@ def home(tmp_path, monkeypatch) -> Path:
     return tmp_path / "my home"
 
 
-def test_home_and_file_uris(home):
+def test_home_folders_and_file_uris_are_resolved(home):
     root = Path.home()
     assert parse_path("~") == root
     assert parse_path("~/runs") == root / "runs"
@@ -57,12 +57,12 @@ def test_home_and_file_uris(home):
         (["a"], "expected a path"),
     ],
 )
-def test_other_text_is_refused(text, reason):
+def test_text_that_names_no_local_path_is_refused(text, reason):
     with pytest.raises(ValueError, match=reason):
         parse_path(text)
 
 
-def test_a_file_whose_name_looks_like_a_home_is_itself(tmp_path, monkeypatch):
+def test_an_existing_file_with_a_tilde_is_not_a_home_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "~notes.txt").touch()
     assert parse_path("~notes.txt") == Path("~notes.txt")
@@ -88,7 +88,7 @@ def at(recipe, key: str) -> str:
 
 
 @pytest.mark.parametrize("key", PATH_KEYS)
-def test_every_path_of_a_recipe(key, home, tmp_path, monkeypatch):
+def test_every_path_setting_is_resolved_and_refuses_other_schemes(key, home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert at(load_recipe([], [f"{key}=~/x"]), key) == str(home / "x")
     assert at(load_recipe([], [f"{key}=file://{tmp_path}/a%20b"]), key) == f"{tmp_path}/a b"
@@ -99,9 +99,9 @@ def test_every_path_of_a_recipe(key, home, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def test_the_schema_has_no_path_of_another_type():
+def test_every_path_setting_of_the_schema_is_tested():
     """A new path setting must use a type of pipelines.recipe.paths, or it would take s3:// for a folder."""
-    from pipelines.recipe.keys import fields_of, is_path
+    from pipelines.recipe.key_types import fields_of, is_path
 
     def paths(section, prefix):
         for name, annotation in fields_of(section).items():
@@ -153,7 +153,7 @@ def test_options_expand_the_home_folder(home, capsys):
     assert path_option("--to")("~/x") == home / "x"
 
 
-def test_tracking_uris(home):
+def test_tracking_uris_are_checked_when_the_recipe_is_read(home):
     assert load_recipe([], ["tracking.uri=sqlite:///~/m.db"]).tracking.uri == f"sqlite:///{home}/m.db"
     assert load_recipe([], ["tracking.uri=null"]).tracking.uri is None
     for uri in ("http://host:99999", "http://[::1", "http://", "https:///x", "http://a b", "http://a\nb"):
@@ -167,7 +167,7 @@ def test_a_malformed_model_uri_is_refused_when_the_recipe_is_read(uri):
         load_recipe([], [f"serve.model_uri={uri}"])
 
 
-def test_where_nothing_can_be_created(tmp_path):
+def test_check_creatable_names_the_obstacle(tmp_path):
     (tmp_path / "file").touch()
     check_creatable(tmp_path / "a/b/c", "--to")
     with pytest.raises(ConfigError, match=r"--to: .*file/x/y cannot be created, because .*file is not a folder"):

@@ -31,18 +31,18 @@ def messages(monkeypatch):
     return set_messages
 
 
-def test_the_error_of_a_replica_is_the_cause(messages):
+def test_failure_is_the_error_of_a_replica(messages):
     messages("", TRACEBACK)
     assert deploy._failure(SERVE) == "ModuleNotFoundError: No module named 'serve'"
 
 
-def test_a_message_without_a_traceback_is_the_cause(messages):
+def test_failure_is_a_replica_message_without_traceback(messages):
     messages("Deployment 'completions' has 1 replicas that have taken more than 30s to initialize.")
     assert deploy._failure(SERVE).endswith("30s to initialize.")
 
 
 @pytest.mark.parametrize("broken", ["no message", "no status"])
-def test_without_a_message_the_error_s_last_line_is_the_cause(messages, monkeypatch, broken):
+def test_failure_is_the_last_line_of_the_error_without_replica_messages(messages, monkeypatch, broken):
     messages("")
     if broken == "no status":
 

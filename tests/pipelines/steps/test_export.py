@@ -131,6 +131,7 @@ def test_a_file_for_llama_cpp(tmp_path, capsys):
         (["--from", "OURS", "--to", "OURS"], "already exists"),
         (["--from", "OURS", "--to", "new", "--format", "onnx"], "'onnx' is not one of fiftyfold"),
         (["--from", "OURS", "--to", "new", "--format", "gguf", "--experts", "fp4"], "--experts: changes nothing in"),
+        (["--from", "OURS", "--to", "new", "--experts", "fp8"], "--experts: changes nothing in format 'transformers'"),
         (["--from", "OURS", "--to", "new", "--type", "f16"], "--type: changes nothing in format 'transformers'"),
         (["--from", "OURS", "--to", "new", "--format", "gguf"], "needs at least 64, found 16"),
         (["--from", "OURS", "--to", "new", "--model.window", "4"], "--model.window would change nothing"),

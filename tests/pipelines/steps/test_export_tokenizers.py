@@ -62,7 +62,7 @@ def test_a_round_trip_keeps_the_tokenizer(tmp_path, in_config, capsys):
     assert load_tokenizer(tmp_path / "ours").stop_ids == {1, 259}
 
 
-def test_files_without_a_place_are_named(tmp_path, capsys):
+def test_files_left_behind_are_printed(tmp_path, capsys):
     folder = pretrained(tmp_path / "hf", in_config=False)
     (folder / "README.md").write_text("x")
     (folder / ".cache").mkdir()
@@ -93,6 +93,8 @@ def test_ids_of_the_model_configuration_are_kept(tmp_path):
 def test_a_tokenizer_without_declared_tokens_takes_them_from_options(tmp_path, capsys):
     checkpoint.save(Transformer(ModelConfig()), tmp_path / "ours")
     folder = write_files(tmp_path / "tokenizer", byte_level(names=("<|start|>", "<|return|>")))
+    assert export(tmp_path / "ours", tmp_path / "out", "--eos-token", "<|return|>") == 2
+    assert "--eos-token: " in (error := capsys.readouterr().err) and "has no tokenizer.json; name one with" in error
     options = ("--tokenizer", str(folder), "--format", "fiftyfold")
     assert export(tmp_path / "ours", tmp_path / "out", *options) == 2
     assert "name one with eos_token" in capsys.readouterr().err

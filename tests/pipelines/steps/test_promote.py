@@ -264,7 +264,7 @@ def test_interrupted_copy_registers_nothing(recipe, store):
 
 
 @pytest.mark.parametrize("call", ["create_model_version", "set_logged_model_tags", "set_registered_model_alias"])
-def test_a_registration_that_fails_leaves_the_registry_as_it_was(recipe, store, monkeypatch, call):
+def test_a_failed_registration_leaves_the_registry_unchanged(recipe, store, monkeypatch, call):
     recipe = with_overrides(recipe, {"promote.registered_name": f"failing.{call}", "tracking.experiment": call})
     train(recipe, "only", 0.5, 100)
 

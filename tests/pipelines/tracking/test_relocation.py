@@ -94,7 +94,7 @@ def test_a_moved_or_copied_folder_is_used_instead_of_the_original(original, tmp_
         assert deploy.find_model(recipe_in(original))[1].is_relative_to(original)
 
 
-def test_the_copy_s_checkpoint_is_promoted(original, tmp_path):
+def test_a_copied_folder_promotes_its_own_checkpoint(original, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(original, folder)
     recipe = recipe_in(folder)
@@ -106,7 +106,7 @@ def test_the_copy_s_checkpoint_is_promoted(original, tmp_path):
     assert weights_digest(deploy.find_model(recipe_in(original))[1]) != weights_digest(recipe.final_checkpoint)
 
 
-def test_a_link_to_the_folder_is_the_folder(original, tmp_path, capsys):
+def test_a_link_to_a_runs_folder_changes_nothing_stored(original, tmp_path, capsys):
     link = tmp_path / "link"
     link.symlink_to(original)
     before = artifact_uris(original)
@@ -152,7 +152,7 @@ def test_a_run_of_another_runs_folder_is_refused(tmp_path):
     assert not (tmp_path / "one" / "mlartifacts").exists()
 
 
-def test_with_a_shared_store_a_moved_folder_s_own_checkpoint_is_promoted(tmp_path):
+def test_a_moved_folder_with_a_shared_store_promotes_its_own_checkpoint(tmp_path):
     tracking = {"uri": f"sqlite:///{tmp_path}/shared.db"}
     train(recipe_in(tmp_path / "old", tracking=tracking))
     shutil.copytree(tmp_path / "old", tmp_path / "new")
@@ -171,7 +171,7 @@ def test_artifacts_left_behind_are_named(original, tmp_path):
         promote.run(recipe_in(folder))
 
 
-def test_a_moved_folder_that_is_read_only_says_so(original, tmp_path, monkeypatch):
+def test_a_moved_read_only_folder_is_refused_with_advice(original, tmp_path, monkeypatch):
     folder = tmp_path / "moved"
     original.rename(folder)
     database = folder / "mlflow.db"

@@ -66,7 +66,7 @@ def test_a_server_behind_a_proxy_answers(name, monkeypatch):
     assert [target for target, _ in requests] == ["http://mlflow.invalid:5000/health"]
 
 
-def test_no_proxy_goes_to_the_server_itself(monkeypatch):
+def test_no_proxy_bypasses_the_proxy(monkeypatch):
     with answering() as (proxy, through), answering() as (address, direct):
         monkeypatch.setenv("http_proxy", f"http://{proxy}")
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")

@@ -23,7 +23,7 @@ STAGE = Stage(
 )
 
 
-def test_divergences_of_microbatches_add_up_to_the_mean_over_tokens_and_layers():
+def test_indexer_losses_of_microbatches_sum_to_the_mean_over_tokens_and_layers():
     # Of the first row's tokens 6 have a token to score and 3 an entry of 4 tokens; of the second's, 5 and none.
     positions = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, -1]])
     divergences = [{0: 1.0, 1: 2.0, 2: 3.0}, {0: 5.0, 2: 7.0}]

@@ -112,6 +112,31 @@ def test_a_repeated_prompt_continues_from_its_kept_prefix(byte_model, byte_token
     assert [one.cached_tokens for one in endings] == [0, 2 * page]
 
 
+def test_completions_of_one_prompt_read_it_once(byte_model, byte_tokenizer) -> None:
+    scheduler = Scheduler(byte_model, config(kept_prefixes=8))
+    page = byte_model.config.page_tokens
+    prompt = random_prompt(2 * page + 10)
+    sequences = [sequence(byte_tokenizer, prompt, temperature=0, ignore_eos=True) for _ in range(4)]
+    finish(scheduler, sequences)
+    assert [one.cached_tokens for one in sequences] == [0, *[2 * page] * 3]
+    assert scheduler.stats.prefill_tokens == len(prompt) + 3 * 10
+    assert len({tuple(one.tokens) for one in sequences}) == 1
+    scheduler.memory.prefixes.clear()
+    assert scheduler.memory.used_pages == 0
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_a_prompt_may_fill_all_pages(byte_model, byte_tokenizer, max_tokens) -> None:
+    scheduler = Scheduler(byte_model, config())
+    pool = scheduler.memory.pool
+    pool.allocate(pool.free_pages - 2)
+    one = sequence(byte_tokenizer, random_prompt(2 * byte_model.config.page_tokens), max_tokens=max_tokens)
+    results = scheduler.step([one])
+    for _ in range(4):
+        results += scheduler.step()
+    assert [delta.finish_reason for found, delta in results if found is one] == ["length"]
+
+
 def test_prompt_logprobs_do_not_skip_a_kept_prefix(byte_model, byte_tokenizer) -> None:
     scheduler = Scheduler(byte_model, config(kept_prefixes=8))
     prompt = random_prompt(150)
@@ -149,12 +174,32 @@ def test_an_expired_or_aborted_sequence_leaves_the_batch(byte_model, byte_tokeni
     assert scheduler.memory.used_pages == 0
 
 
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"temperature": 0}])
+def test_logits_that_are_not_finite_fail_their_sequence_only(byte_model, byte_tokenizer, params, monkeypatch) -> None:
+    scheduler = Scheduler(byte_model, config())
+    sequences = [sequence(byte_tokenizer, p, ignore_eos=True, **params) for p in PROMPTS[:3]]
+    scheduler.step(sequences)
+    forward = scheduler.batch.forward
+
+    def broken(model) -> torch.Tensor:
+        logits = forward(model).clone()
+        logits[1] = float("nan")
+        return logits
+
+    monkeypatch.setattr(scheduler.batch, "forward", broken)
+    results = scheduler.step()
+    assert [one for one, delta in results if delta.error is not None] == [sequences[1]]
+    monkeypatch.undo()
+    finish(scheduler, [])
+    assert [one.completion_tokens for one in sequences] == [8, 1, 8]
+
+
 def test_memory_too_small_for_the_fixed_state_is_refused(byte_model) -> None:
     with pytest.raises(ConfigError, match="cache_mebibytes: 1 MiB do not hold"):
         Scheduler(byte_model, EngineConfig(cache_mebibytes=1, max_active_requests=10_000))
 
 
-def test_reading_takes_its_share_of_the_time() -> None:
+def test_prompts_are_read_in_their_share_of_the_time() -> None:
     pace = PrefillPace(chunk=512, share=1.0)
     seconds_per_token, decode_seconds = 1e-4, 4e-3
     assert pace.tokens(10_000, decoding=False) == 512

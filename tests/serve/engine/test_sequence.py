@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from model.tokenizer import Tokenizer
-from serve.engine import SamplingParams
+from serve.engine import SamplingParams, TokenLogprob
 from serve.engine.sequence import Sequence
 
 
@@ -15,9 +13,12 @@ def complete(tokenizer: Tokenizer, prompt: list[int], tokens: list[int], **param
     """Return text, finish reason and text offsets of a completion that samples ``tokens``."""
     settings = SamplingParams(**{"max_tokens": len(tokens), "temperature": 0, "logprobs": 0, **params})
     sequence = Sequence(prompt, settings, tokenizer, deadline=math.inf)
+    if not tokens:
+        delta = sequence.finish_without_tokens()
+        return delta.text, delta.finish_reason, []
     text, offsets = "", []
-    for token in tokens or [0]:
-        delta = sequence.advance(torch.nn.functional.one_hot(torch.tensor(token), tokenizer.vocab_size).float())
+    for token in tokens:
+        delta = sequence.advance(token, TokenLogprob(token, 0.0))
         text += delta.text
         offsets += [record.text_offset for record in delta.logprobs]
         if delta.final:
