@@ -31,6 +31,8 @@ COLORS = {
     "window": "#5b8c5a",
     "tail": "#8e6c8a",
     "gqa": "#7f8c8d",
+    "mla": "#8e44ad",
+    "dsa": "#2e8b57",
     "state": "#3b3b3b",
 }
 LABELS = {"index": "index keys", "window": "windows", "tail": "tails"}

@@ -19,12 +19,9 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,88 +31,18 @@ from matplotlib.figure import Figure
 
 from benchmarks.lib.harness import Result, make_parser, run_benchmark, run_main
 from benchmarks.lib.report import table
-from model.atomic_files import atomic_folder
+from benchmarks.lib.trained_runs import LOSS, Curve, prepared, spread, trained
 from model.errors import ConfigError
-from pipelines.data.check import check_prepared
-from pipelines.data.manifest import read_manifest
 from pipelines.recipe.loading import load_recipe, with_overrides
 from pipelines.recipe.schema import Recipe
-from pipelines.steps import compare, prepare
+from pipelines.steps import compare
 from pipelines.steps.compare import METRICS as COMPARED
 from pipelines.steps.compare import VARIANTS
-from pipelines.tracking.mlflow_store import TrackedRun, open_tracking
-from pipelines.tracking.run_folder import TRAINING_SECTIONS, lock_run_folder
-from pipelines.training import compute_dtype
-from pipelines.training.build import build_trainer, folder_batches
-from pipelines.training.trainer import Trainer
+from pipelines.tracking.mlflow_store import open_tracking
 
 RECIPE = Path(__file__).parents[1] / "configs/study.yaml"
 STUDIES = ("muon", "curriculum", "qat")
-CURVE = "curve.json"
-LOSS = "validation/loss"
 RATES = {"muon": (3.2e-2, 6.4e-2, 0.128), "adamw": (1e-3, 3e-3, 1e-2)}
-
-
-@dataclass
-class Curve:
-    """Validation metrics of a run: (tokens seen, metrics) in order."""
-
-    points: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-
-    def line(self, metric: str) -> list[tuple[int, float]]:
-        return [(tokens, metrics[metric]) for tokens, metrics in self.points if metric in metrics]
-
-    def last(self, metric: str) -> float:
-        return self.line(metric)[-1][1]
-
-
-class Recorder:
-    """Reporter that records validation metrics and logs all metrics to an MLflow run."""
-
-    def __init__(self, tracked: TrackedRun, tokens_per_step: int):
-        self.tracked, self.tokens_per_step, self.curve = tracked, tokens_per_step, Curve()
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        self.tracked.log_metrics(metrics, step)
-
-    def log_event(self, step: int, message: str) -> None:
-        self.tracked.log_event(step, message)
-
-    def report(self, step: int, metrics: dict[str, float], write: Callable[[Path], None] | None) -> None:
-        self.tracked.log_metrics(metrics, step)
-        if metrics:
-            self.curve.points.append((step * self.tokens_per_step, metrics))
-
-
-def trained(recipe: Recipe, name: str, seed: int, overrides: Mapping[str, Any]) -> tuple[Curve, Path]:
-    """Return the curve and checkpoint folder of a run, training it unless it exists."""
-    recipe = with_overrides(recipe, {**overrides, "run.name": f"{name}-seed{seed}", "run.seed": seed})
-    folder = recipe.final_checkpoint
-    with lock_run_folder(recipe.run_folder, recipe, TRAINING_SECTIONS, "run.name"):
-        if not folder.exists():
-            _train(recipe, seed)
-    points = json.loads((folder / CURVE).read_text())
-    return Curve([(int(tokens), metrics) for tokens, metrics in points]), folder
-
-
-def _train(recipe: Recipe, seed: int) -> None:
-    started = time.monotonic()
-    # Seed the order of the data too; the prepared folder depends on the recipe's own seed.
-    trainer, recorder = _trainer(with_overrides(recipe, {"data.seed": seed}))
-    with recorder.tracked, atomic_folder(recipe.final_checkpoint) as scratch:
-        trainer.run()
-        trainer.snapshot().write(scratch)
-        (scratch / CURVE).write_text(json.dumps(recorder.curve.points) + "\n")
-    loss = recorder.curve.last(LOSS)
-    print(f"{recipe.run.name}: {LOSS} {loss:.4f} after {time.monotonic() - started:.0f} s", flush=True)
-
-
-def _trainer(recipe: Recipe) -> tuple[Trainer, Recorder]:
-    tracked = open_tracking(recipe).start_run(recipe.run.name, kind="train", recipe=recipe)
-    recorder = Recorder(tracked, recipe.train.batch_rows * recipe.data.sequence_length)
-    trainer = build_trainer(recipe, folder_batches(recipe), recorder)
-    tracked.set_tags(compute_dtype.settings_of(trainer.recipe))
-    return trainer, recorder
 
 
 def tokens_to(line: Sequence[tuple[int, float]], loss: float) -> float:
@@ -221,12 +148,6 @@ def _key(name: str) -> str:
     return name.replace(",", "").replace(" ", "-").lower()
 
 
-def spread(values: Sequence[float], digits: int = 4) -> str:
-    """Format the mean and the range."""
-    low, high = min(values), max(values)
-    return f"{statistics.fmean(values):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-
 def draw(axes: Axes, curves: Mapping[str, Iterable[Curve]], metric: str, label: str) -> None:
     """Plot the mean over the runs of each name, with the range as a band."""
     for (name, each), color in zip(curves.items(), ("#2c5f8a", "#c0392b", "#b07d2b")):
@@ -248,8 +169,7 @@ def measure(options: argparse.Namespace) -> Result:
     stages = recipe.train.stages
     if len(stages) < 2 or any(s.steps is None or s.sequence_length or s.batch_rows for s in stages):
         raise ConfigError("train.stages: expected at least two stages, given in steps, with the same batch shape")
-    prepare.run(recipe)
-    recipe = check_prepared(recipe, read_manifest(recipe.data_folder))
+    recipe = prepared(recipe)
     studies = Studies(recipe, options.seeds)
     text = "\n".join(getattr(studies, name)() for name in options.studies)
     text = f"Seeds {', '.join(map(str, options.seeds))}; mean and range over them.\n\n{text}"

@@ -1,6 +1,7 @@
 """Configuration of the network: shapes, formats and the layer schedule.
 
-Field names follow DeepSeek-V4's release where possible. Presets and depth scaling are in :mod:`model.presets`.
+Field names follow DeepSeek-V4's release where possible. Presets are in :mod:`model.presets`, depth scaling
+in :mod:`model.depth`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from model.cache.parts import GrowingPart
+from model.depth import depth_values
 from model.errors import ConfigError, unknown_key
 from model.mixers import MIXERS
 from model.mixers.base import Mixer, require
-from model.presets import MAX_DEPTH, MIN_DEPTH, PRESETS, depth_values
+from model.presets import PRESETS
 
 MTP_MIXER = "sliding"
 """Mixer of the multi-token prediction module's block."""
@@ -157,26 +159,29 @@ class ModelConfig:
         return cls.from_dict({**PRESETS[name], **overrides})
 
     @classmethod
-    def from_depth(cls, depth: int, **overrides: Any) -> ModelConfig:
-        """Return the network scaled to ``depth`` layers (:func:`model.presets.depth_values`; 43 is Flash) with fields
-        replaced. Replacing ``layers`` keeps the widths of ``depth``. Raises ConfigError."""
-        if type(depth) is not int or not MIN_DEPTH <= depth <= MAX_DEPTH:
-            raise ConfigError(f"depth: expected a whole number from {MIN_DEPTH} to {MAX_DEPTH}, found {depth!r}")
+    def from_depth(cls, depth: int, family: str = "v4", **overrides: Any) -> ModelConfig:
+        """Return the network of a family (:data:`model.depth.FAMILIES`) scaled to ``depth`` layers, with fields
+        replaced; 43 layers of ``v4`` are Flash. Replacing ``layers`` keeps the widths of ``depth``. Raises
+        ConfigError."""
+        values = depth_values(depth, family)
         if overrides.keys() >= {field.name for field in dataclasses.fields(cls)} - {"mixer_options"}:
             raise ConfigError(f"depth: {depth} has no effect, because every field of the model is already set")
-        return cls.from_dict({**depth_values(depth), **overrides})
+        return cls.from_dict({**values, **overrides})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
-        """Build from plain values, as read from YAML or JSON, on top of a ``preset`` or ``depth`` if given."""
+        """Build from plain values, as read from YAML or JSON, on top of a ``preset`` or ``depth`` (of ``family``) if
+        given."""
         values = dict(values)
-        preset, depth = values.pop("preset", None), values.pop("depth", None)
+        preset, depth, family = (values.pop(key, None) for key in ("preset", "depth", "family"))
         if preset is not None and depth is not None:
             raise ConfigError(f"depth: {depth!r} and preset '{preset}' are mutually exclusive")
+        if family is not None and depth is None:
+            raise ConfigError(f"family: '{family}' is scaled by depth, which is not given")
         if preset is not None:
             return cls.from_preset(preset, **values)
         if depth is not None:
-            return cls.from_depth(depth, **values)
+            return cls.from_depth(depth, "v4" if family is None else family, **values)
         known = {f.name for f in dataclasses.fields(cls)}
         for key in values:
             if key not in known:

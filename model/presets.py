@@ -1,8 +1,7 @@
-"""Named configurations, and a scaling rule that derives all widths from the depth."""
+"""Named configurations. :mod:`model.depth` scales the published ones."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 _RELEASE: dict[str, Any] = {
@@ -24,8 +23,46 @@ _RELEASE: dict[str, Any] = {
     "num_hash_layers": 3,
 }
 
+_EXPERTS_OF_V3: dict[str, Any] = {
+    # Routing of DeepSeek-V3 and Kimi Linear, on plain residuals without FP4 training.
+    "hyper_connections": False,
+    "qat": False,
+    "scoring_func": "sigmoid",
+    "swiglu_limit": 0.0,
+    "num_hash_layers": 0,
+}
+_TINY: dict[str, Any] = {"zero_init_output": True, "init_std": 0.04}
+_TINY_BASELINE: dict[str, Any] = {**_TINY, **_EXPERTS_OF_V3}
+"""Width, depth, experts and vocabulary of ``tiny``. Mixers take the place of its attention and hyper-connections, such
+that the parameters, all and active, differ by less than 3%."""
+
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {"zero_init_output": True, "init_std": 0.04},
+    "tiny": _TINY,
+    "tiny-v32": {
+        **_TINY_BASELINE,
+        "layers": ("dsa",) * 4,
+        "kv_format": "fp8_128",
+        "index_format": "fp8_128",
+        "index_head_dim": 32,
+        "index_topk": 32,  # as many tokens as tiny's 8 entries of 4
+        "mixer_options": {"dsa": {"kv_lora_rank": 128}},
+    },
+    # Within these parameters the published expansion of 2 leaves 16 numbers of state per channel.
+    "tiny-mamba2": {
+        **_TINY_BASELINE,
+        "layers": ("mamba2",) * 4,
+        "mixer_options": {"mamba2": {"expand": 1, "head_dim": 32, "state_size": 192}},
+    },
+    "tiny-kimi": {
+        **_TINY_BASELINE,
+        "layers": ("kda", "kda", "kda", "mla"),
+        "kv_format": "bf16",
+        "mixer_options": {
+            "kda": {"num_heads": 5, "head_dim": 32},
+            "mla": {"q_lora_rank": None, "kv_lora_rank": 128, "rope": False},
+        },
+    },
+    "tiny-gqa": {**_TINY_BASELINE, "layers": ("gqa",) * 4},
     # 35.3M parameters with the byte vocabulary; used by the benchmarks.
     "small": {
         "hidden_size": 512,
@@ -90,55 +127,84 @@ PRESETS: dict[str, dict[str, Any]] = {
         "expert_size": 3072,
         "routed_scaling_factor": 2.5,
     },
+    # config.json of deepseek-ai/DeepSeek-V3.2, with the cache formats of its FP8 kernels. Its multi-token prediction
+    # module, a layer of its own kind, is not implemented.
+    "v3.2": {
+        **_EXPERTS_OF_V3,
+        "vocab_size": 129_280,
+        "hidden_size": 7168,
+        "layers": ("dsa",) * 61,
+        "max_positions": 163_840,
+        "num_heads": 128,
+        "yarn_factor": 40.0,
+        "yarn_original_positions": 4096,
+        "index_heads": 64,
+        "index_head_dim": 128,
+        "index_topk": 2048,
+        "kv_format": "fp8_128",
+        "index_format": "fp8_128",
+        "mixer_options": {
+            "dsa": {
+                "q_lora_rank": 1536,
+                "kv_lora_rank": 512,
+                "qk_nope_head_dim": 128,
+                "qk_rope_head_dim": 64,
+                "v_head_dim": 128,
+            }
+        },
+        "first_k_dense_replace": 3,
+        "ffn_size": 18_432,
+        "num_experts": 256,
+        "experts_per_token": 8,
+        "expert_size": 2048,
+        "n_group": 8,
+        "topk_group": 4,
+        "routed_scaling_factor": 2.5,
+    },
+    # config.json of state-spaces/mamba2-2.7b and the defaults of its code. num_heads is that of the mixer, for the
+    # references of the budget step. There are no positions; max_positions is the longest sequence of a cache.
+    "mamba2-2.7b": {
+        "vocab_size": 50_288,
+        "hidden_size": 2560,
+        "layers": ("mamba2",) * 64,
+        "max_positions": 1_048_576,
+        "norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "num_heads": 80,
+        "mixer_options": {
+            "mamba2": {"expand": 2, "num_heads": 80, "head_dim": 64, "state_size": 128, "chunk_size": 256}
+        },
+        "hyper_connections": False,
+        "qat": False,
+        "ffn": "none",
+    },
+    # config.json of moonshotai/Kimi-Linear-48B-A3B-Instruct. Of the 27 layers, every fourth one and the last have
+    # latent attention.
+    "kimi-linear-48b-a3b": {
+        **_EXPERTS_OF_V3,
+        "vocab_size": 163_840,
+        "hidden_size": 2304,
+        "layers": (*("kda", "kda", "kda", "mla") * 6, "kda", "kda", "mla"),
+        "max_positions": 1_048_576,
+        "norm_eps": 1e-5,
+        "num_heads": 32,
+        "kv_format": "bf16",
+        "mixer_options": {
+            "kda": {"num_heads": 32, "head_dim": 128},
+            "mla": {
+                "q_lora_rank": None,
+                "kv_lora_rank": 512,
+                "qk_nope_head_dim": 128,
+                "qk_rope_head_dim": 64,
+                "v_head_dim": 128,
+                "rope": False,
+            },
+        },
+        "first_k_dense_replace": 1,
+        "ffn_size": 9216,
+        "num_experts": 256,
+        "experts_per_token": 8,
+        "expert_size": 1024,
+        "routed_scaling_factor": 2.446,
+    },
 }
-
-MIN_DEPTH, MAX_DEPTH = 4, 61
-"""Depth of the shallowest schedule with every kind of layer, and of the largest release."""
-
-
-def depth_values(depth: int) -> dict[str, Any]:
-    """Return the fields of a network with ``depth`` layers, MIN_DEPTH <= depth <= MAX_DEPTH.
-
-    Proportions are those of Flash (report 4.2.1), so 43 layers give Flash. Pro's are in brackets where they differ:
-
-    * hidden: 4096 / 43 per layer, to a multiple of 128 [7168 / 61];
-    * head: the power of two nearest to hidden / 8, from 64 to 512; rotary dims 1/8 and index head 1/4 of it;
-    * query heads: 8 per output group, total width about 8 * hidden [9.1]; output latent 1/4 of a group;
-    * query latent: hidden / 4 [0.21];
-    * indexer: hidden / 64 heads to a multiple of 8, at most 64 [64]; top-k hidden / 8 [1/7], which covers
-      hidden / 2 tokens at ratio 4;
-    * experts: 256 / 43 per layer to a multiple of 8 [384 / 61], inner width hidden / 2 [0.43], 6 per token or an
-      eighth of the experts if that is fewer;
-    * layers: 2 sliding layers, or 1 if the depth is even, then alternating csa and hca, ending with csa;
-      the first 3 route by token ID, fewer below 12 layers;
-    * window 128 = hca ratio, csa ratio 4, vocabulary, positions, YaRN and multi-token module as released.
-    """
-    release, flash = PRESETS["v4-flash"], len(PRESETS["v4-flash"]["layers"])
-    hidden = 128 * max(1, _nearest(depth * release["hidden_size"] / flash / 128))
-    head = min(512, max(64, 2 ** _nearest(math.log2(hidden / 8))))
-    groups = _nearest(hidden / head)
-    experts = 8 * max(1, _nearest(depth * release["num_experts"] / flash / 8))
-    sliding = 2 if depth % 2 else 1
-    return {
-        **release,
-        "hidden_size": hidden,
-        "layers": ("sliding",) * sliding + ("csa", "hca") * ((depth - sliding - 1) // 2) + ("csa",),
-        "num_heads": 8 * groups,
-        "head_dim": head,
-        "rope_head_dim": head // 8,
-        "q_lora_rank": hidden // 4,
-        "o_groups": groups,
-        "o_lora_rank": 8 * head // 4,
-        "index_heads": min(64, 8 * max(1, _nearest(hidden / 64 / 8))),
-        "index_head_dim": head // 4,
-        "index_topk": hidden // 8,
-        "num_experts": experts,
-        "experts_per_token": min(release["experts_per_token"], experts // 8),
-        "expert_size": hidden // 2,
-        "num_hash_layers": min(release["num_hash_layers"], depth // 4),
-    }
-
-
-def _nearest(x: float) -> int:
-    """Round halves up. Python's ``round`` rounds them to even, so widths would not grow evenly with depth."""
-    return math.floor(x + 0.5)

@@ -44,7 +44,7 @@ def find_crossovers(config: ModelConfig, references: tuple[CostModel, ...] = ())
         found.append(Crossover(key, name, raw, weighted, rule))
 
     if own.fixed and own.per_token:
-        rule = "packed entries against windows and tails, in bytes"
+        rule = "packed entries against windows, tails and recurrent states, in bytes"
         growing, fixed = own.bytes_per_token, float(sum(own.fixed.values()))
         crossing("fixed", "growing cache passes the fixed state", rule, lambda n, _: growing * n, lambda *_: fixed, 1)
     indexed = list(dict.fromkeys(config.mixers[layer] for layer in config.indexed_layers))

@@ -61,66 +61,18 @@ def costs_of(config: ModelConfig, name: str = "model") -> CostModel:
     )
 
 
-def v32_config() -> ModelConfig:
-    """Return the attention of DeepSeek-V3.2 at its published sizes (V3.2 report, shapes of V3).
-
-    Its feed-forward blocks, 3 dense ones and 58 with routed experts, are in :func:`v32_costs`.
-    """
-    sizes = {
-        "q_lora_rank": 1536,
-        "kv_lora_rank": 512,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
-    }
-    return ModelConfig(
-        layers=("dsa",) * 61,
-        mixer_options={"dsa": sizes},
-        vocab_size=129_280,
-        hidden_size=7168,
-        num_heads=128,
-        max_positions=163_840,
-        yarn_factor=40.0,
-        yarn_original_positions=4096,
-        index_heads=64,
-        index_head_dim=128,
-        index_topk=2048,
-        kv_format="fp8_128",
-        index_format="fp8_128",
-        hyper_connections=False,
-        qat=False,
-    )
-
-
 def v32_costs() -> CostModel:
-    """Return the costs of DeepSeek-V3.2 served in FP8: 61 layers of latent attention with a lightning indexer.
+    """Return the costs of DeepSeek-V3.2, preset ``v3.2``, served in FP8.
 
     Decoding absorbs the latent's up-projection into query and output (BF16). Core attention reads 576 dims per key and
     sums 512, for 128 heads and at most 2,048 tokens. Per token and layer the cache holds a latent of 656 bytes and an
     index key of 132.
     """
-    config = v32_config()
-    layers, dense, d = config.num_layers, 3, config.hidden_size
-    sparse, experts, expert_size, dense_size, active = layers - dense, 256, 2048, 18_432, 8 + 1
-    others = [
-        Work("router", "linear", "bf16", 2.0 * sparse * d * experts),
-        Work("dense feed-forward", "linear", "fp8", 2.0 * dense * 3 * d * dense_size),
-        Work("shared and routed experts", "linear", "fp8", 2.0 * sparse * active * 3 * d * expert_size),
-        Work("head", "linear", "bf16", 2.0 * d * config.vocab_size),
-    ]
-    attention = config.mixers[0]
-
-    def work(tokens: int) -> list[Work]:
-        own = attention.work(config, tokens)
-        return [*(dataclasses.replace(part, flops=layers * part.flops) for part in own), *others]
-
-    return CostModel(
-        "V3.2 (MLA + DSA, FP8)",
-        "61 layers at their published sizes; 656 bytes of latent, scales and rotary dims and 132 of FP8 index key per "
-        "token and layer; index products FP8, core attention and absorbed projections BF16",
-        cache_bytes_per_token(config),
-        {},
-        work,
+    return dataclasses.replace(
+        costs_of(ModelConfig.from_preset("v3.2")),
+        name="V3.2 (MLA + DSA, FP8)",
+        rule="61 layers at their published sizes; 656 bytes of latent, scales and rotary dims and 132 of FP8 index key "
+        "per token and layer; index products FP8, core attention and absorbed projections BF16",
     )
 
 

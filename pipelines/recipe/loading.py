@@ -26,7 +26,7 @@ from pipelines.recipe.schema import Recipe, Section
 from pipelines.recipe.yaml_format import parse_yaml
 
 _MAX_FILE_BYTES = 1_000_000
-_STARTING_POINTS = ("model.preset", "model.depth")
+_STARTING_POINTS = ("model.preset", "model.depth", "model.family")
 """Keys from which all fields of the model follow."""
 _TOO_LATE = "cannot be changed here, because every field of the model is already set"
 
@@ -128,11 +128,12 @@ def _merge_file(merged: dict[str, Any], file: str | Path, content: dict[str, Any
 
 
 def _merge_over(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
-    """Merge ``later`` over ``earlier``. A sweep space, a preset or a depth replaces the earlier one."""
+    """Merge ``later`` over ``earlier``. A sweep space, a preset or a depth replaces the earlier one. A preset also
+    replaces the family of a depth."""
     earlier = copy.deepcopy(earlier)
     if get_key(later, "sweep.space") is not None and get_key(earlier, "sweep.space"):
         del earlier["sweep"]["space"]
-    for given, replaced in (("depth", "preset"), ("preset", "depth")):
+    for given, replaced in (("depth", "preset"), ("preset", "depth"), ("preset", "family")):
         if get_key(later, f"model.{given}") is not None and get_key(earlier, f"model.{replaced}"):
             del earlier["model"][replaced]
     return merge(earlier, later)

@@ -66,11 +66,8 @@ class Measurement:
         }
 
 
-def measure_cache(config: ModelConfig, tokens: int) -> Measurement:
-    """Allocate and fill the cache of one sequence of ``tokens`` tokens, and measure it.
-
-    Raises CacheError, before anything is allocated, if memory is short or the model does not allow the length.
-    """
+def check_memory(config: ModelConfig, tokens: int) -> None:
+    """Raise CacheError if memory is short for :func:`measure_cache` or the model does not allow the length."""
     needed = Cache(config, 1, tokens, device="meta").nbytes()
     available = psutil.virtual_memory().available
     if needed + SPARE_BYTES > available:
@@ -78,6 +75,14 @@ def measure_cache(config: ModelConfig, tokens: int) -> Measurement:
             f"a cache of {tokens:,} tokens takes {needed:,} bytes, and filling it up to {SPARE_BYTES:,} more, "
             f"but {available:,} bytes of memory are available"
         )
+
+
+def measure_cache(config: ModelConfig, tokens: int) -> Measurement:
+    """Allocate and fill the cache of one sequence of ``tokens`` tokens, and measure it.
+
+    Raises CacheError, before anything is allocated, if memory is short or the model does not allow the length.
+    """
+    check_memory(config, tokens)
     fill_random(Cache(config, 1, 1), 1)  # warm up: code loaded by the first use would count otherwise
     before = _resident()
     cache = Cache(config, 1, tokens)

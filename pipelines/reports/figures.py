@@ -105,11 +105,11 @@ def budget_figure(
         width = 2.2 if account is own else 1.5
         cache.plot(lengths, [account.cache_bytes(n) for n in lengths], color=color, linewidth=width, label=account.name)
         total.plot(lengths, [account.equivalent(n) for n in lengths], color=color, linewidth=width, label=account.name)
-    if own.fixed:
+    if own.fixed and own.per_token:
         entries = [own.bytes_per_token * n for n in lengths]
         cache.plot(lengths, entries, color=_TRIAL, linestyle="--", linewidth=1.1, label=f"{own.name}: growing entries")
         fixed = sum(own.fixed.values())
-        cache.axhline(fixed, color=_TRIAL, linestyle=":", linewidth=1.2, label=f"{own.name}: windows and tails")
+        cache.axhline(fixed, color=_TRIAL, linestyle=":", linewidth=1.2, label=f"{own.name}: fixed state")
     cache.set(title="cache of one sequence, fixed state included", ylabel="bytes")
     total.set(title="decoding one token, all operations", ylabel="FLOPs (FP8 equivalents)")
 
@@ -163,19 +163,7 @@ def budget_figure(
     dominant = crossings["attention"].tokens_equivalent if "attention" in crossings else None
     mark(total, dominant, own.equivalent, "black", f"{own.name}: attention and index dominate from here")
     for axes in (cache, total, parts):
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xlim(lengths[0], lengths[-1])
-        axes.set_xticks([n for n in (1 << i for i in range(0, 64, 2)) if lengths[0] <= n <= lengths[-1]])
-        axes.xaxis.set_major_formatter(lambda n, _: binary(n))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("tokens in the sequence")
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=8, loc="upper left")
-        low, high = axes.get_ylim()
-        axes.set_ylim(low / (high / low) ** 0.05, high * (high / low) ** 0.22)  # room for labels and legend
-        if config.max_positions < lengths[-1]:
-            axes.axvspan(config.max_positions, lengths[-1], color=_LINE, alpha=0.18, linewidth=0)
+        _format_lengths(axes, lengths, config.max_positions)
     figure.supxlabel(
         "Dots: lengths at which the closed forms cross. Gray: extrapolation beyond the model's maximum positions. "
         f"{WEIGHTING[0].upper()}{WEIGHTING[1:]}.",
@@ -183,6 +171,71 @@ def budget_figure(
         wrap=True,
     )
     return figure
+
+
+_COMPARED = ("#2c5f8a", "#c0392b", "#2e8b57", "#8e44ad", "#7f8c8d")
+_ASSUMED = "#d98e04"
+
+
+def comparison_figure(
+    lengths: Sequence[int],
+    networks: Sequence[CostModel],
+    assumption: CostModel,
+    measured: Sequence[tuple[int, int]],
+) -> Figure:
+    """Draw cache bytes and decode FLOPs against sequence length, with a line per network.
+
+    Args:
+        networks: The model, then at most four others.
+        assumption: A network that is not implemented, drawn dashed.
+        measured: Tokens and bytes of measured caches, in the order of ``networks``, drawn as dots.
+    """
+    figure = Figure(figsize=(12, 5.4), layout="constrained")
+    cache, work = figure.subplots(1, 2)
+    lines = [(network, color, "-") for network, color in zip(networks, _COMPARED)]
+    for network, color, style in (*lines, (assumption, _ASSUMED, "--")):
+        own = network is networks[0]
+        for axes, cost in ((cache, network.cache_bytes), (work, network.flops)):
+            axes.plot(
+                lengths,
+                [cost(n) for n in lengths],
+                color=color,
+                linestyle=style,
+                linewidth=2.4 if own else 1.6,
+                zorder=3 if own else 2,
+                label=network.name,
+            )
+    for (tokens, size), color in zip(measured, _COMPARED):
+        cache.plot(tokens, size, "o", color=color, markersize=6, zorder=4)
+    cache.set(title="cache of one sequence, fixed state included", ylabel="bytes")
+    work.set(title="decoding one token, all operations", ylabel="FLOPs")
+    for axes in (cache, work):
+        _format_lengths(axes, lengths, lengths[-1])
+    dots = "Dots: measured. " if measured else ""
+    figure.supxlabel(
+        f"{dots}Equal width, number of layers, number of heads and feed-forward. Dashed: an assumption, not a "
+        "published design, with the cache of GQA.",
+        fontsize=8,
+        wrap=True,
+    )
+    return figure
+
+
+def _format_lengths(axes: Axes, lengths: Sequence[int], max_positions: int) -> None:
+    """Format logarithmic axes over sequence lengths. Lengths beyond ``max_positions`` are shaded."""
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlim(lengths[0], lengths[-1])
+    axes.set_xticks([n for n in (1 << i for i in range(0, 64, 2)) if lengths[0] <= n <= lengths[-1]])
+    axes.xaxis.set_major_formatter(lambda n, _: binary(n))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("tokens in the sequence")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, loc="upper left")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low / (high / low) ** 0.05, high * (high / low) ** 0.22)  # room for labels and legend
+    if max_positions < lengths[-1]:
+        axes.axvspan(max_positions, lengths[-1], color=_LINE, alpha=0.18, linewidth=0)
 
 
 def binary(tokens: float) -> str:

@@ -6,12 +6,16 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
+
+from matplotlib.figure import Figure
 
 from model.atomic_files import atomic_file
 from model.checkpoint import load_config
 from model.config import ModelConfig
+from model.costs import COMPARED, SSA_DENSITY
 from model.errors import ConfigError
 from model.hf import is_pretrained, read_pretrained_config
 from model.presets import PRESETS
@@ -22,12 +26,14 @@ from pipelines.recipe.schema import Recipe
 from pipelines.reports.budget import Budget, budget_of
 from pipelines.reports.budget_tables import print_budget
 from pipelines.reports.cache_measurement import measure_cache
+from pipelines.reports.family_comparison import Comparison, compare, draw_comparison, print_comparison
 from pipelines.reports.figures import FIGURE_SUFFIXES, budget_figure
 from pipelines.steps import Step
 
 CURVE_TOKENS = (1 << 10, 1 << 22)
 """First and last sequence length of the curves."""
 _POINTS_PER_DOUBLING = 8
+_Result = TypeVar("_Result", Budget, Comparison)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +54,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=path_option("--figure"),
         help=f"draw the curves to FILE ({', '.join(FIGURE_SUFFIXES)})",
     )
+    parser.add_argument(
+        "--against",
+        metavar="FAMILY,...",
+        help=f"compare with families ({', '.join(COMPARED)}) at the model's width, layers and heads instead",
+    )
+    parser.add_argument(
+        "--ssa-density",
+        metavar="SHARE",
+        help="with --against: assumed core attention of SSA as a share of dense attention; default 1/64.5",
+    )
 
 
 def load(options: argparse.Namespace, files: Sequence[Path], overrides: Sequence[str]) -> Recipe:
@@ -63,9 +79,11 @@ def load(options: argparse.Namespace, files: Sequence[Path], overrides: Sequence
     if path is not None and path.is_file() and isinstance(read_yaml(path).get("model"), dict):
         return load_recipe([path], overrides)  # a recipe, rather than the fields of a model
     changes = dict(map(parse_override, overrides))
-    if {"model.preset", "model.depth"} & set(changes):
+    scales = options.model.startswith("depth:")
+    if {"model.preset", "model.depth", *(["model.family"] if not scales else [])} & set(changes):
         raise ConfigError(f"command line: --model {options.model} is already a starting point, give no second one")
-    model = _named_model(options.model) if path is None else _read_model(path)
+    family = changes.pop("model.family", "v4")
+    model = _named_model(options.model, family) if path is None else _read_model(path)
     return with_overrides(load_recipe([]).model_copy(update={"model": model}), changes)
 
 
@@ -73,13 +91,16 @@ def _is_named(name: str) -> bool:
     return name in PRESETS or name.startswith("depth:")
 
 
-def _named_model(name: str) -> ModelConfig:
-    """Return the configuration of a preset or of ``depth:N``."""
+def _named_model(name: str, family: Any) -> ModelConfig:
+    """Return the configuration of a preset, or of ``depth:N`` in a family. Raises ConfigError."""
     if name in PRESETS:
         return ModelConfig.from_preset(name)
     depth = name.removeprefix("depth:")
     is_number = depth.isdecimal() and len(depth) < 10
-    return ModelConfig.from_depth(int(depth) if is_number else depth)  # type: ignore[arg-type]
+    try:
+        return ModelConfig.from_depth(int(depth) if is_number else depth, family)  # type: ignore[arg-type]
+    except ConfigError as error:
+        raise ConfigError(f"model.{error}") from None
 
 
 def _read_model(path: Path) -> ModelConfig:
@@ -90,7 +111,10 @@ def _read_model(path: Path) -> ModelConfig:
         content = read_yaml(path)
         if "model" in content:
             raise ConfigError(f"{path}: model: expected a mapping, found {content['model']!r}")
-        return ModelConfig.from_dict(content)
+        try:
+            return ModelConfig.from_dict(content)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
     raise ConfigError(
         f"--model: '{path}' is no preset ({', '.join(PRESETS)}), no depth:N, no recipe file and no checkpoint folder"
     )
@@ -103,8 +127,11 @@ def run(
     measure: bool = False,
     as_json: bool = False,
     figure: Path | None = None,
-) -> Budget:
-    """Print the budget as tables or JSON; measure a cache and draw a figure if asked to.
+    against: str | None = None,
+    ssa_density: str | None = None,
+) -> Budget | Comparison:
+    """Print the budget, or the comparison with ``against``, as tables or JSON; measure caches and draw a figure if
+    asked to.
 
     Raises ConfigError, or CacheError for a cache too large to measure.
     """
@@ -113,18 +140,60 @@ def run(
     if figure is not None:
         _check_figure(figure)
     name = Path(model).name if model else recipe.run.name
+    if against is not None:
+        density = _parse_density(ssa_density)
+        comparison = compare(config, name, _parse_families(against), tokens, density, measure)
+        _report(comparison, as_json, print_comparison, figure, draw_comparison)
+        return comparison
+    if ssa_density is not None:
+        raise ConfigError("--ssa-density: changes nothing without --against")
     budget = budget_of(config, tokens, name, muon=recipe.train.optimizer.rule == "muon")
     if measure:
         budget = dataclasses.replace(budget, measurement=measure_cache(config, tokens))
-    if figure is not None:
-        write_figure(budget, figure)
-    if as_json:
-        print(json.dumps(budget.to_dict(), indent=2))
-    else:
-        print_budget(budget)
-        if figure is not None:
-            print(f"figure: {figure}")
+    _report(budget, as_json, print_budget, figure, _draw_budget)
     return budget
+
+
+def _report(
+    result: _Result,
+    as_json: bool,
+    show: Callable[[_Result], None],
+    figure: Path | None,
+    draw: Callable[[_Result], Figure],
+) -> None:
+    """Draw the figure to ``figure`` atomically, if given, and print the result."""
+    if figure is not None:
+        drawn = draw(result)
+        with atomic_file(figure) as scratch:
+            drawn.savefig(scratch, dpi=130, format=figure.suffix[1:])
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+        return
+    show(result)
+    if figure is not None:
+        print(f"figure: {figure}")
+
+
+def _parse_families(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for place, name in enumerate(names):
+        if name not in COMPARED:
+            raise ConfigError(f"--against: '{name}' is not one of {', '.join(COMPARED)}")
+        if name in names[:place]:
+            raise ConfigError(f"--against: names '{name}' twice")
+    return names
+
+
+def _parse_density(text: str | None) -> float:
+    if text is None:
+        return SSA_DENSITY
+    try:
+        density = float(text)
+    except ValueError:
+        density = math.nan
+    if not 0 < density <= 1:
+        raise ConfigError(f"--ssa-density: expected a number above 0 and at most 1, found '{text}'")
+    return density
 
 
 def _parse_context(text: str | None, config: ModelConfig) -> int:
@@ -155,13 +224,9 @@ def _check_figure(path: Path) -> None:
 # --- figure
 
 
-def write_figure(budget: Budget, path: Path) -> None:
-    """Draw the curves to ``path`` atomically."""
-    figure = budget_figure(
-        _lengths(), budget.own, budget.references, {regime.key: regime for regime in budget.crossovers}, budget.config
-    )
-    with atomic_file(path) as scratch:
-        figure.savefig(scratch, dpi=130, format=path.suffix[1:])
+def _draw_budget(budget: Budget) -> Figure:
+    crossings = {regime.key: regime for regime in budget.crossovers}
+    return budget_figure(_lengths(), budget.own, budget.references, crossings, budget.config)
 
 
 def _lengths() -> list[int]:

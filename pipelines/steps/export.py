@@ -155,7 +155,8 @@ def _export_gguf(model: Transformer, target: Path, weights: WeightType) -> None:
 
 def _print_precision_note(reader: str, model: Transformer) -> None:
     """Print that ``reader`` does not quantize cache entries, if this network does."""
-    quantized = {name: fmt for name in CACHE_FORMATS if (fmt := getattr(model.config, name)) != "fp32"}
+    used = {name for mixer in model.config.mixers for name in mixer.formats}
+    quantized = {name: fmt for name in CACHE_FORMATS if name in used and (fmt := getattr(model.config, name)) != "fp32"}
     if quantized:
         here = ", ".join(f"{name} {fmt}" for name, fmt in quantized.items())
         print(f"{reader} keeps its cache in floats: its logits differ slightly from those here ({here})")

@@ -1,15 +1,11 @@
-"""Released sizes, and scaling by depth."""
-
-import itertools
+"""Released sizes, and tiny networks of equal size."""
 
 import pytest
 import torch
 
-from model.cache import Cache
 from model.config import ModelConfig
-from model.costs import cache_bytes_per_token, count_parameters
-from model.errors import ConfigError
-from model.presets import MAX_DEPTH, MIN_DEPTH, PRESETS
+from model.costs import count_parameters
+from model.presets import PRESETS
 from model.transformer import Transformer
 
 SHARED = {
@@ -72,6 +68,11 @@ RELEASED = {
 COMPRESS_RATIOS = {"v4-flash": [0, 0, *[4, 128] * 20, 4], "v4-pro": [128, 128, *[4, 128] * 29, 4]}
 
 
+def on_meta(config):
+    with torch.device("meta"):
+        return Transformer(config)
+
+
 @pytest.mark.parametrize("name", RELEASED)
 def test_a_preset_carries_the_released_numbers(name):
     config = ModelConfig.from_preset(name)
@@ -84,88 +85,53 @@ def test_a_preset_carries_the_released_numbers(name):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_can_be_built(name):
-    with torch.device("meta"):
-        model = Transformer(ModelConfig.from_preset(name))
-    assert all(p.is_meta for p in model.parameters())
+    assert all(p.is_meta for p in on_meta(ModelConfig.from_preset(name)).parameters())
 
 
-def test_depth_43_is_flash():
-    assert ModelConfig.from_depth(43) == ModelConfig.from_preset("v4-flash")
-    assert ModelConfig.from_dict({"depth": 43, "window": 64}) == ModelConfig.from_preset("v4-flash", window=64)
+@pytest.mark.parametrize("name", ["tiny-v32", "tiny-mamba2", "tiny-kimi", "tiny-gqa"])
+def test_a_tiny_network_of_another_family_is_as_large_as_tiny(name):
+    tiny, other = ModelConfig.from_preset("tiny"), ModelConfig.from_preset(name)
+    for field in ("hidden_size", "num_layers", "num_heads", "vocab_size", "block_ffn_kinds", "num_experts",
+                  "experts_per_token", "num_shared_experts", "expert_size", "max_positions", "init_std",
+                  "zero_init_output", "window"):  # fmt: skip
+        assert getattr(other, field) == getattr(tiny, field), field
+    counts = [count_parameters(on_meta(config)) for config in (tiny, other)]
+    for part in ("routed experts", "shared experts", "router", "embedding", "head"):
+        assert counts[1].components[part] == counts[0].components[part], part
+    # Residuals are plain, and tiny's hyper-connections count.
+    assert "hyper-connections" in counts[0].components and "hyper-connections" not in counts[1].components
+    assert counts[1].total == pytest.approx(counts[0].total, rel=0.03)
+    assert counts[1].active == pytest.approx(counts[0].active, rel=0.03)
 
 
-DEPTHS = range(MIN_DEPTH, MAX_DEPTH + 1)
-
-
-@pytest.mark.parametrize("depth", DEPTHS)
-def test_every_depth_keeps_the_proportions(depth):
-    c = ModelConfig.from_depth(depth)
-    assert c.num_layers == depth
-    csa, hca, sliding = (c.layers.count(mixer) for mixer in ("csa", "hca", "sliding"))
-    assert sliding in (1, 2) and c.layers[:sliding] == ("sliding",) * sliding
-    assert c.layers[sliding:] == ("csa", "hca") * hca + ("csa",) and csa == hca + 1
-    # Multiples of block and tile sizes.
-    assert c.hidden_size % 128 == 0 and c.q_lora_rank % 32 == 0 and c.expert_size % 64 == 0
-    assert c.index_topk % 16 == 0 and c.index_heads % 8 == 0 and c.num_experts % 8 == 0
-    assert c.head_dim in (64, 128, 256, 512) and c.window == c.hca_ratio == 128
-    assert c.rope_head_dim * 8 == c.index_head_dim * 4 == c.head_dim
-    assert c.num_heads == 8 * c.o_groups and 8 * c.head_dim == 4 * c.o_lora_rank
-    assert 0.85 <= c.num_heads * c.head_dim / (8 * c.hidden_size) <= 1.15
-    assert 5 <= c.num_experts / depth <= 7 and c.experts_per_token <= c.num_experts / 8 + 1
-    assert 85 <= c.hidden_size / depth <= 105
-
-
-def test_sizes_grow_with_depth():
-    names = ("hidden_size", "head_dim", "q_lora_rank", "index_heads", "index_topk", "num_experts", "expert_size")
-    configs = [ModelConfig.from_depth(depth) for depth in DEPTHS]
-    for less, more in itertools.pairwise(configs):
-        assert all(getattr(less, name) <= getattr(more, name) for name in names)
-        assert less.num_heads * less.head_dim <= more.num_heads * more.head_dim
-        assert less.experts_per_token <= more.experts_per_token and less.num_hash_layers <= more.num_hash_layers
-        assert sum(cache_bytes_per_token(less).values()) <= sum(cache_bytes_per_token(more).values())
-    with torch.device("meta"):
-        counts = [count_parameters(Transformer(config)) for config in configs[::6]]
-    for few, many in itertools.pairwise(counts):
-        assert few.total < many.total and few.active < many.active
-
-
-def test_every_derived_number_can_be_overridden():
-    plain = ModelConfig.from_depth(12)
-    changed = {"hidden_size": 256, "vocab_size": 258, "layers": ["csa"] * 12, "num_experts": 8, "yarn_factor": 1.0}
-    config = ModelConfig.from_depth(12, **changed)
-    assert config == plain.replace(**{**changed, "layers": ("csa",) * 12})
-
-
-def test_the_smallest_member_runs():
-    torch.manual_seed(0)
-    model = Transformer(ModelConfig.from_depth(MIN_DEPTH, vocab_size=64, num_experts=8)).eval()
-    ids = torch.randint(64, (1, 140))
-    with torch.inference_mode():
-        whole = model(ids)
-        cache = Cache(model.config, 1, 140)
-        pieces = torch.cat((model(ids[:, :139], cache), model(ids[:, 139:], cache)), dim=1)
-    assert whole.isfinite().all()
-    torch.testing.assert_close(pieces, whole, atol=1e-3, rtol=1e-4)  # borderline values may round either way
-
-
-def test_a_depth_that_could_change_nothing_is_refused():
-    with pytest.raises(ConfigError, match=r"^depth: 8 has no effect"):
-        ModelConfig.from_dict({**ModelConfig().to_dict(), "depth": 8})
+def test_tiny_v32_selects_as_many_tokens_as_tiny():
+    tiny, other = ModelConfig.from_preset("tiny"), ModelConfig.from_preset("tiny-v32")
+    assert other.index_topk == tiny.index_topk * tiny.csa_ratio
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("name", "total", "active", "tolerance"),
     [
-        ({"depth": 3}, "depth: expected a whole number from 4 to 61, found 3"),
-        ({"depth": 62}, "depth: expected a whole number from 4 to 61, found 62"),
-        ({"depth": "12"}, "depth: expected a whole number from 4 to 61, found '12'"),
-        ({"depth": True}, "depth: expected a whole number from 4 to 61, found True"),
-        ({"depth": 12, "preset": "tiny"}, "depth: 12 and preset 'tiny' are mutually exclusive"),
-        ({"depth": 12, "window": 0}, "window: must be at least 1, found 0"),
-        ({"preset": "v5"}, "preset: unknown preset 'v5'; there are tiny, small, base, v4-flash, v4-pro"),
+        # DeepSeek-V3's published 671B, 37B active, and the indexers.
+        ("v3.2", 671.9e9, 37e9, 0.015),
+        ("mamba2-2.7b", 2.7e9, 2.7e9, 0.002),
+        ("kimi-linear-48b-a3b", 48e9, 3e9, 0.04),
     ],
 )
-def test_a_wrong_starting_point_is_named(values, message):
-    with pytest.raises(ConfigError) as error:
-        ModelConfig.from_dict(values)
-    assert str(error.value) == message
+def test_parameters_are_the_published_ones(name, total, active, tolerance):
+    count = count_parameters(on_meta(ModelConfig.from_preset(name)))
+    assert count.total == pytest.approx(total, rel=min(tolerance, 0.025))
+    assert count.active == pytest.approx(active, rel=tolerance)
+
+
+def test_v32_without_and_with_its_prediction_module():
+    """The checkpoint's 685B also hold a 62nd layer with a product of 2 * hidden x hidden, three norms, and copies of
+    embedding and head."""
+    config = ModelConfig.from_preset("v3.2")
+    main, longer = (count_parameters(on_meta(c)) for c in (config, config.replace(layers=("dsa",) * 62)))
+    assert main.total / 1e9 == pytest.approx(671.88, abs=0.005)
+    assert (main.total - main.components["indexers"][0]) / 1e9 == pytest.approx(671.03, abs=0.005)
+    hidden, vocabulary = config.hidden_size, config.vocab_size
+    module = longer.total - main.total + 2 * hidden**2 + 3 * hidden + 2 * vocabulary * hidden
+    assert (main.total + module) / 1e9 == pytest.approx(685.4, abs=0.5)
+    assert round(main.active / 1e9) == 37

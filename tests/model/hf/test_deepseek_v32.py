@@ -206,6 +206,8 @@ def test_the_released_configuration_is_read_as_transformers_reads_it(tmp_path):
     options = {"q_lora_rank": 1536, "kv_lora_rank": 512, "v_head_dim": 128, "mscale": 1.0, "mscale_all_dim": 1.0}
     assert options.items() <= config.mixer_options["dsa"].items()
     counted = count_parameters(meta_network(config))
+    preset = ModelConfig.from_preset("v3.2")
+    assert config.replace(kv_format="fp8_128", index_format="fp8_128", qat=False) == preset
     # DeepSeek-V3 has 671.03B without its prediction module; V3.2 adds the indexers.
     assert counted.total - counted.components["indexers"][0] == pytest.approx(671.03e9, rel=1e-5)
 

@@ -213,6 +213,7 @@ def test_the_released_configuration_is_read_as_transformers_reads_it(tmp_path):
     assert [n for n, name in enumerate(config.layers, start=1) if name == "mla"] == [4, 8, 12, 16, 20, 24, 27]
     assert config.layers.count("kda") == 20
     assert config.ffn_kinds == ["dense"] + ["moe"] * 26
+    assert config.replace(kv_format="bf16", qat=False) == ModelConfig.from_preset("kimi-linear-48b-a3b")
     counted = count_parameters(meta_network(config))
     assert (round(counted.total / 1e9), round(counted.active / 1e9)) == (49, 3)  # published: 48B, 3B active
     assert config.mixer_options["mla"] | {"rope": False, "q_lora_rank": None} == config.mixer_options["mla"]

@@ -155,3 +155,15 @@ def test_networks_that_the_format_cannot_describe_are_refused(tmp_path, override
     with pytest.raises(ConfigError, match=message):
         export_pretrained(Transformer(ModelConfig(**values)), tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_preset_has_the_released_configuration(tmp_path):
+    """state-spaces/mamba2-2.7b as transformers converts it: a vocabulary of 50,277 padded to a multiple of 16."""
+    released = Mamba2Config(
+        hidden_size=2560, num_heads=80, num_hidden_layers=64, n_groups=1, vocab_size=50_288, tie_word_embeddings=True,
+        pad_token_id=None, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(released.to_json_string(use_diff=False))
+    preset = ModelConfig.from_preset("mamba2-2.7b")
+    # transformers' default initialization is not that of the authors, who use std 0.02.
+    assert read_pretrained_config(tmp_path).replace(qat=False, num_heads=80, init_std=0.02) == preset

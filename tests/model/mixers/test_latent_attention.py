@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from model import checkpoint
 from model.cache import Cache
 from model.config import ModelConfig
-from model.costs import cache_bytes_per_token, v32_config
+from model.costs import cache_bytes_per_token
 from model.errors import ConfigError
 from model.forward.aux_outputs import AuxOutputs
 from model.forward.execution import Execution
@@ -37,7 +37,7 @@ def small(mixer="mla", fields=(), **options):
     ],
 )
 def test_a_token_takes_the_released_bytes_at_full_size(formats, size):
-    config = v32_config().replace(**{"index_format": "fp4", **formats})
+    config = ModelConfig.from_preset("v3.2").replace(**{"index_format": "fp4", **formats})
     assert sum(cache_bytes_per_token(config).values()) == 61 * size
     tokens = 2 * config.page_tokens
     assert Cache(config, 1, tokens, "meta").nbytes() == tokens * 61 * size
@@ -45,7 +45,7 @@ def test_a_token_takes_the_released_bytes_at_full_size(formats, size):
 
 def test_the_full_size_network_on_the_meta_device():
     """Projections of the published 671B: 187.1M of attention and 14.0M of indexer per layer."""
-    config = v32_config().replace(layers=("dsa",), ffn="dense", num_hash_layers=0)
+    config = ModelConfig.from_preset("v3.2").replace(layers=("dsa",), ffn="dense", first_k_dense_replace=0)
     with torch.device("meta"):
         attention = Transformer(config).layers[0].attn
     indexer = sum(p.numel() for p in attention.indexer.parameters())

@@ -7,6 +7,7 @@ import torch
 
 from model.checkpoint import save
 from model.config import ModelConfig
+from model.presets import PRESETS
 from model.transformer import Transformer
 from pipelines import __main__ as cli
 from pipelines.reports.figures import binary
@@ -69,6 +70,58 @@ def test_every_way_to_name_a_model(capsys, tmp_path):
     assert answer(capsys, "--model", "depth:12", "--model.window", "64")["model"]["config"] == deep
 
 
+def test_a_family_is_scaled_by_depth(capsys, tmp_path):
+    (tmp_path / "deep.yaml").write_text("model: {depth: 9, family: kimi, window: 64}\n")
+    expected = json.loads(json.dumps(ModelConfig.from_depth(9, "kimi", window=64).to_dict()))
+    for arguments in (
+        ["--config", str(tmp_path / "deep.yaml")],
+        ["--model", "depth:9", "--model.family", "kimi", "--model.window", "64"],
+        ["--config", "configs/tiny.yaml", "--model.depth", "9", "--model.family", "kimi", "--model.window", "64"],
+    ):
+        assert answer(capsys, *arguments)["model"]["config"] == expected, arguments
+    again = answer(capsys, "--config", str(tmp_path / "deep.yaml"), "--model.preset", "tiny")["model"]["config"]
+    assert again == json.loads(json.dumps(ModelConfig.from_preset("tiny", window=64).to_dict()))
+
+
+AGAINST = ["--model", "tiny", "--against", "v32,mamba2,kimi,gqa", "--context", "4096"]
+NAMES = ["tiny", "DeepSeek-V3.2 (MLA + DSA, FP8)", "Mamba-2", "Kimi Linear (KDA and MLA 3:1)", "GQA (BF16)"]
+
+
+def test_families_are_compared_from_1k_to_1m_tokens(capsys):
+    found = answer(capsys, *AGAINST, "--measure", "--ssa-density", "0.5")
+    *networks, ssa = found["networks"]
+    assert [each["name"] for each in networks] == NAMES and ssa["name"] == "SSA (assumption)"
+    for each in found["networks"]:
+        assert [cost["tokens"] for cost in each["costs"]] == [1 << power for power in (10, 12, 14, 16, 18, 20)]
+        for cost in each["costs"]:
+            growing = each["cache_bytes_per_token"] * cost["tokens"]
+            assert cost["cache_bytes"] == growing + each["fixed_state_bytes"]
+            assert cost["decode_flops"] > 0 and cost["decode_fp8_equivalent"] > 0
+    for each in networks:
+        measured = each["measured"]
+        assert measured["tokens"] == 4096 and measured["measured"] == each["costs"][1]["cache_bytes"]
+    assert ssa["measured"] is None and "assumption" in ssa["rule"] and "0.5 of its dense cost" in ssa["rule"]
+    gqa = networks[-1]
+    assert [cost["cache_bytes"] for cost in ssa["costs"]] == [cost["cache_bytes"] for cost in gqa["costs"]]
+    assert ssa["costs"][-1]["decode_flops"] == pytest.approx(gqa["costs"][-1]["decode_flops"] / 2, rel=0.01)
+
+
+def test_the_comparison_is_printed_and_drawn(capsys, tmp_path):
+    path = tmp_path / "families.png"
+    assert cli.main(["budget", *AGAINST, "--measure", "--figure", str(path)]) == 0
+    printed = capsys.readouterr().out
+    for text in (*NAMES, "SSA (assumption)", "0.0155 of its dense", "cache at 4,096 tokens", "+0.00%", str(path)):
+        assert text in printed, text
+    assert "…" not in printed and path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_family_fits_every_preset(capsys):
+    for preset in PRESETS:
+        found = answer(capsys, "--model", preset, "--against", "v32,mamba2,kimi,gqa", "--context", "1024")
+        assert len(found["networks"]) == 6
+        assert answer(capsys, "--model", preset, "--context", "1024")["parameters"]["total"] > 0
+
+
 def test_the_recipe_says_whether_muon_is_used(capsys):
     arguments = ["--config", "configs/tiny.yaml", "--config", "configs/baseline.yaml"]
     assert not any(choice["used"] for choice in answer(capsys, *arguments)["without"])
@@ -105,12 +158,37 @@ def test_a_model_without_a_growing_cache_is_no_error(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "v5"], "--model: 'v5' is no preset (tiny, small, base, v4-flash, v4-pro), no depth:N, no recipe"),
+        (["--model", "v5"], "--model: 'v5' is no preset (tiny, tiny-v32, tiny-mamba2, "),
         (["--model", "depth:3"], "model.depth: expected a whole number from 4 to 61, found 3"),
         (["--model", "depth:x"], "model.depth: expected a whole number from 4 to 61, found 'x'"),
         (["--model", "tests"], "tests/config.json: No such file or directory"),
         (["--model", "tiny", "--config", "configs/tiny.yaml"], "--model: names a model beside --config"),
         (["--model", "tiny", "--model.preset", "base"], "--model tiny is already a starting point"),
+        (["--model", "tiny", "--model.family", "v32"], "--model tiny is already a starting point"),
+        (["--model", "depth:8", "--model.depth", "9"], "--model depth:8 is already a starting point"),
+        (["--model", "depth:8", "--model.family", "v5"], "model.family: expected one of v4, v32, mamba2, kimi, gqa,"),
+        (
+            ["--model", "depth:28", "--model.family", "kimi"],
+            "model.depth: expected a whole number from 4 to 27 for",
+        ),
+        (["--config", "configs/tiny.yaml", "--model.family", "kimi"], "model.family: 'kimi' is scaled by depth"),
+        (["--model", "tiny", "--against", "v32,v5"], "--against: 'v5' is not one of v32, mamba2, kimi, gqa"),
+        (["--model", "tiny", "--against", "v4"], "--against: 'v4' is not one of v32, mamba2, kimi, gqa"),
+        (["--model", "tiny", "--against", ""], "--against: '' is not one of v32, mamba2, kimi, gqa"),
+        (["--model", "tiny", "--against", "gqa,v32,gqa"], "--against: names 'gqa' twice"),
+        (["--model", "tiny", "--ssa-density", "0.1"], "--ssa-density: changes nothing without --against"),
+        (
+            ["--model", "tiny", "--against", "gqa", "--ssa-density", "0"],
+            "--ssa-density: expected a number above 0 and at most 1, found '0'",
+        ),
+        (
+            ["--model", "tiny", "--against", "gqa", "--ssa-density", "nan"],
+            "--ssa-density: expected a number above 0 and at most 1, found 'nan'",
+        ),
+        (
+            ["--model", "v4-pro", "--against", "gqa", "--measure", "--context", "1048576"],
+            "--measure: GQA (BF16): a cache of 1,048,576 tokens takes",
+        ),
         (["--model", "tiny", "--model.windw", "3"], "model.windw: unknown key; did you mean 'window'?"),
         (["--model", "tiny", "--model.layers", "[csa"], "model.layers: '[csa' is not one of sliding"),
         (["--model", "v4-pro", "--context", "0"], "--context: must be at least 1 token, found 0"),
@@ -138,7 +216,7 @@ def test_a_figure_cannot_take_a_folders_place(tmp_path, capsys):
     assert "curves.png: is a folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["model:\n", "model: 3\n", "- 1\n"])
+@pytest.mark.parametrize("content", ["model:\n", "model: 3\n", "- 1\n", "window: 0\n"])
 def test_a_model_file_that_holds_no_model(content, tmp_path, capsys):
     (tmp_path / "m.yaml").write_text(content)
     assert cli.main(["budget", "--model", str(tmp_path / "m.yaml")]) == cli.USER_ERROR
