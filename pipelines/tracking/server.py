@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Iterator
 
 from mlflow.exceptions import MlflowException
@@ -57,7 +58,9 @@ def _reason(error: BaseException) -> str:
     """Return the cause of a failed request in a few words. The error itself holds the URI with its password."""
     causes = list(_causes(error))
     names = " ".join(type(cause).__name__ for cause in causes)
-    system = [cause.strerror for cause in causes if isinstance(cause, OSError) and cause.strerror]
+    # TLS errors are operating system errors to Python, with codes of OpenSSL for a text.
+    plain = (cause for cause in causes if isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError))
+    system = [cause.strerror for cause in plain if cause.strerror]
     reason = system[-1] if system else next((text for name, text in _REASONS.items() if name in names), "no connection")
     return f"proxy: {reason}" if "Proxy" in names else reason
 

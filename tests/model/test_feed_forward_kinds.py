@@ -66,11 +66,13 @@ def test_decoding_equals_the_whole_sequence(overrides, ids):
 
 @torch.no_grad()
 def test_batch_invariant_bits_do_not_depend_on_the_batch(overrides, ids):
+    exact = build(**EXACT, **overrides)  # a rounded value next to a border could differ by a whole step
+    plain = exact(ids)
+    exact.execution = Execution("batch-invariant")
+    torch.testing.assert_close(exact(ids), plain, rtol=1e-4, atol=1e-4)
     model = build(**overrides)
-    plain = model(ids)
     model.execution = Execution("batch-invariant")
     whole = model(ids)
-    torch.testing.assert_close(whole, plain, rtol=2e-3, atol=2e-3)
     cache = Cache(model.config, 1, 45)
     alone = torch.cat([model(piece, cache) for piece in ids[:1].split([7, 1, 37], dim=1)], dim=1)
     assert torch.equal(alone, whole[:1])
@@ -210,5 +212,5 @@ def test_sharded_networks_have_the_gradients_of_whole_ones(ids):
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes, message):
-    with pytest.raises(ConfigError, match="model." + message):
+    with pytest.raises(ConfigError, match=message):
         ModelConfig(**{**V32, **changes})
