@@ -1,6 +1,6 @@
 """Throughput, latency and memory of the serving engine, without HTTP.
 
-    python -m benchmarks.serving_engine [--preset tiny] [--threads 2] [--rounds 3] [--write docs/serving-speed.md]
+    python -m benchmarks.serving_engine [--preset tiny] [--threads 1] [--rounds 3] [--write docs/serving-speed.md]
 
 Measures a randomly initialized network with the byte tokenizer:
 
@@ -160,7 +160,7 @@ def measure(options: argparse.Namespace) -> Result:
 
 
 def main(arguments: list[str] | None = None) -> str:
-    parser = make_parser(__doc__, threads=2)
+    parser = make_parser(__doc__, threads=1)
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--rounds", type=positive_int, default=3)
     parser.add_argument("--long", type=positive_int, default=32_768)
