@@ -37,7 +37,7 @@ _NAMES = NameTable(
 _INTEGERS = ("expand", "num_heads", "head_dim", "state_size", "n_groups", "conv_kernel", "chunk_size")
 _NUMBERS = ("time_step_min", "time_step_max")
 _INFINITY = {"__float__": "Infinity"}
-"""As transformers writes it, because JSON has no infinite numbers."""
+"""Spelling of infinity in transformers, because JSON has no infinite numbers."""
 _MAX_POSITIONS = 1 << 20
 """The format has no limit, because there are no positions."""
 

@@ -38,7 +38,7 @@ class Variant:
     key: str
     """Part of the MLflow metric names. Spelled as in existing runs."""
     trained_with_qat: bool
-    """Whether to score the checkpoint trained with QAT, or the other one of a pair."""
+    """True to score the checkpoint trained with QAT, False to score the other one of a pair."""
     configure: Callable[[ModelConfig], ModelConfig]
     """Maps the checkpoint's configuration to the one to score it in."""
 

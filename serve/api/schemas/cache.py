@@ -43,7 +43,7 @@ class KeptPrefixes(BaseModel):
 class CacheReport(BaseModel):
     object: Literal["cache"] = "cache"
     total: CacheSize
-    """Of running completions and kept prefixes; shared pages count once."""
+    """Bytes of running completions and kept prefixes; shared pages count once."""
     sequences: list[SequenceCache]
     pages: Pages
     kept_prefixes: KeptPrefixes

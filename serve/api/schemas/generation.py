@@ -114,7 +114,7 @@ class GenerationRequest(RequestBody):
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether the prompt's log-probabilities are reported."""
+        """True if the prompt's log-probabilities are reported."""
         return False
 
     @model_validator(mode="after")

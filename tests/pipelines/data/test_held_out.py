@@ -60,7 +60,7 @@ def test_one_file_is_split_at_a_line_near_its_end(tmp_path, capsys):
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 13])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_few_files_give_both_splits_enough_text(tmp_path, count, seed):
-    """Whatever the hashes say, neither split gets less than a quarter of its share."""
+    """Check that neither split gets less than a quarter of its share, for many hashes."""
     files = [write(tmp_path, f"{i}.txt", TEXT[seed * 7 + i * 97 :][: 6000 + 2000 * i]) for i in range(count)]
     result = prepare.run(recipe(tmp_path, *files))
     size = {split: part.text_bytes for split, part in result.manifest.splits.items()}

@@ -48,7 +48,7 @@ def test_a_replacement_character_in_the_text_is_not_held_back() -> None:
 
 @pytest.mark.parametrize("text", ["ab€", "€€€€€", "𝄞", "aé日𝄞b€"])
 def test_a_context_that_ends_inside_a_character(byte_level, byte_fallback, text) -> None:
-    """Whatever the split, the finished text of the context and the stream add up to the decoding of all tokens."""
+    """Check that the finished text of the context and the stream add up to the decoding of all tokens."""
     for tokenizer in (BYTES, byte_level, byte_fallback):
         ids = tokenizer.encode(text)
         for last in (len(ids), len(ids) - 1):  # with the last byte of the last character, and without it
