@@ -83,9 +83,6 @@ class PrefixCache:
         """Drop the least recently used prefix."""
         self._kept.popitem(last=False)
 
-    def clear(self) -> None:
-        self._kept.clear()
-
     def evictable_pages(self, pool: PagePool) -> int:
         """Return the number of pages that are used by kept prefixes only."""
         holders = Counter(page for cache in self._kept.values() for page in cache.pages[0])

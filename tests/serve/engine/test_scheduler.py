@@ -89,7 +89,8 @@ def test_kept_prefixes_make_room_for_running_sequences(byte_model, byte_tokenize
     for seed in range(4):
         finish(scheduler, [sequence(byte_tokenizer, random_prompt(150, seed), ignore_eos=True)])
     assert scheduler.stats.preemptions == 0
-    scheduler.memory.prefixes.clear()
+    while len(scheduler.memory.prefixes):
+        scheduler.memory.prefixes.evict()
     pool.release(held)
     assert scheduler.memory.used_pages == 0
 
@@ -121,7 +122,8 @@ def test_completions_of_one_prompt_read_it_once(byte_model, byte_tokenizer) -> N
     assert [one.cached_tokens for one in sequences] == [0, *[2 * page] * 3]
     assert scheduler.stats.prefill_tokens == len(prompt) + 3 * 10
     assert len({tuple(one.tokens) for one in sequences}) == 1
-    scheduler.memory.prefixes.clear()
+    while len(scheduler.memory.prefixes):
+        scheduler.memory.prefixes.evict()
     assert scheduler.memory.used_pages == 0
 
 
