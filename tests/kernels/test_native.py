@@ -18,7 +18,7 @@ pytestmark = needs_native
 
 def run(code, **environment):
     settings = {**os.environ, **environment, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True)
 
 
 DECODE = """

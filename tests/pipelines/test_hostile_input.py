@@ -337,5 +337,5 @@ def test_output_that_the_terminal_cannot_encode_is_escaped():
     command = [sys.executable, "-m", "pipelines", "train", "--tracking.experiment", "ü😀", "--print-config"]
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "experiment:" in done.stdout

@@ -33,7 +33,7 @@ build_trainer(recipe, folder_batches(recipe), Terminal()).run()
 def test_the_plain_trainer_needs_neither_ray_nor_mlflow(prepared, tmp_path):
     ended = subprocess.run(
         [sys.executable, "-c", ALONE, json.dumps(prepared.to_dict()), str(tmp_path)],
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120, check=False,
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert [int(line.split()[0]) for line in ended.stdout.splitlines()] == [1, 2, 3, 4, 5, 6]

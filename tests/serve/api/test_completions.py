@@ -323,12 +323,9 @@ def test_a_disconnect_aborts_the_request(endless_model, letters, streamed) -> No
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.2)
         disconnected.set()
-        await asyncio.wait_for(answer, 5)
-        for _ in range(100):
-            if not engine.unfinished:
-                break
+        await answer
+        while engine.unfinished:
             await asyncio.sleep(0.01)
-        assert engine.unfinished == 0
         assert b"[DONE]" not in b"".join(message.get("body", b"") for message in sent)
 
     asyncio.run(main())
@@ -370,7 +367,7 @@ def test_a_stream_ends_quietly_if_sending_fails(endless_model, letters, spec_ver
 
         async def receive() -> dict:
             if len(messages) == 1:
-                await asyncio.sleep(0.2 if spec_version == "2.3" else 60)
+                await asyncio.sleep(0.2 if spec_version == "2.3" else 3600)
             return messages.pop()
 
         async def send(message: dict) -> None:
@@ -379,12 +376,9 @@ def test_a_stream_ends_quietly_if_sending_fails(endless_model, letters, spec_ver
 
         headers = [(b"content-type", b"application/json")]
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
-        await asyncio.wait_for(app(scope | {"asgi": {"spec_version": spec_version}}, receive, send), 10)
-        for _ in range(1000):
-            if not engine.unfinished:
-                break
+        await app(scope | {"asgi": {"spec_version": spec_version}}, receive, send)
+        while engine.unfinished:
             await asyncio.sleep(0.01)
-        assert engine.unfinished == 0
 
     asyncio.run(main())
 
