@@ -11,24 +11,17 @@ run a part of this.
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from benchmarks.lib.harness import Result, make_parser, run_benchmark, run_main
-from model.cache import Cache
-from model.hf import import_pretrained
-from model.hf.deepseek_v4.names import sources
-from model.transformer import Transformer
+from benchmarks.lib.parity import TOKENS, Pair, comparisons, make_pair, table
 
-TOKENS = 300
 VOCAB = 64
 S, C, H = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 BASE: dict[str, Any] = {
@@ -127,23 +120,6 @@ SEEDS = {
 }
 MARGIN = 1e-4
 """Minimum gap between selected and unselected scores for a valid comparison."""
-TOLERANCE = 1e-4
-"""Maximum absolute difference of logits of unit scale."""
-GRADIENT_TOLERANCE = 2e-3
-"""Relative to a parameter's largest gradient entry. The largest differences are in scalars (the stream mixing scales),
-whose gradients are sums over all tokens that nearly cancel."""
-
-
-@dataclass
-class Pair:
-    """One network in both implementations, with inputs and expected outputs."""
-
-    oracle: DeepseekV4ForCausalLM
-    ours: Transformer
-    ids: Tensor
-    """int64 [B, 300]."""
-    logits: Tensor
-    """Logits of the oracle for the full sequences."""
 
 
 def draw(configuration: dict[str, Any], seed: int = 0) -> DeepseekV4ForCausalLM:
@@ -173,20 +149,7 @@ def draw(configuration: dict[str, Any], seed: int = 0) -> DeepseekV4ForCausalLM:
 
 def pair(name: str, batch: int = 1) -> Pair:
     """Initialize configuration ``name`` in transformers, save it with transformers' defaults, and import it."""
-    oracle = draw(CONFIGURATIONS[name], SEEDS.get(name, 0))
-    ids = torch.randint(0, VOCAB, (batch, TOKENS))
-    with tempfile.TemporaryDirectory() as folder:
-        oracle.save_pretrained(folder)
-        ours = import_pretrained(folder)
-    with torch.no_grad():
-        logits = oracle(ids, use_cache=False).logits
-    return Pair(oracle, ours, ids, logits)
-
-
-def max_difference(a: Tensor, b: Tensor) -> float:
-    """Return the largest absolute difference; infinity for NaN."""
-    difference = (a - b).abs()
-    return float("inf") if difference.isnan().any() else float(difference.max())
+    return make_pair(draw(CONFIGURATIONS[name], SEEDS.get(name, 0)), batch)
 
 
 @torch.no_grad()
@@ -215,95 +178,10 @@ def selection_margin(p: Pair) -> float:
     return smallest
 
 
-@torch.no_grad()
-def full_forward(p: Pair, lengths: list[int]) -> float:
-    """Compare full sequences of the given lengths."""
-    return max(
-        max_difference(
-            p.ours(p.ids[:, :n]),
-            p.logits if n == TOKENS else p.oracle(p.ids[:, :n], use_cache=False).logits,
-        )
-        for n in lengths
-    )
-
-
-@torch.no_grad()
-def decode(p: Pair, tokens: int = TOKENS) -> float:
-    """Compare decoding from our cache with the oracle's full forward pass."""
-    cache = Cache(p.ours.config, p.ids.shape[0], tokens)
-    steps = [p.ours(p.ids[:, t : t + 1], cache) for t in range(tokens)]
-    return max_difference(torch.cat(steps, dim=1), p.logits[:, :tokens])
-
-
-@torch.no_grad()
-def chunked(p: Pair, length: int, cuts: range | None = None) -> float:
-    """Compare prompts in two chunks, split at every position, with the oracle's full forward pass."""
-    largest = 0.0
-    for cut in cuts or range(1, length):
-        cache = Cache(p.ours.config, p.ids.shape[0], length)
-        chunks = [p.ours(p.ids[:, :cut], cache), p.ours(p.ids[:, cut:length], cache)]
-        largest = max(largest, max_difference(torch.cat(chunks, dim=1), p.logits[:, :length]))
-    return largest
-
-
-def gradients(p: Pair, tokens: int) -> tuple[float, str, int]:
-    """Compare the gradients of the next-token loss.
-
-    Returns the largest difference relative to a gradient's largest entry, the name of its parameter, and the number of
-    parameters that transformers trains. Raises AssertionError if a parameter has a gradient in one network only.
-    """
-    ids = p.ids[:, : tokens + 1]
-    ours, oracle = p.ours.train(), p.oracle.train()
-    for network, forward in ((ours, ours), (oracle, lambda x: oracle(x, use_cache=False).logits)):
-        network.zero_grad()
-        F.cross_entropy(forward(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
-    ours.eval(), oracle.eval()
-    parameters = dict(ours.named_parameters())
-    plan = sources({name: tensor.shape for name, tensor in ours.state_dict().items()}, "transformers")
-    largest, where, count = 0.0, "", 0
-    for name, parameter in oracle.named_parameters():
-        source = plan[name]
-        grads = [parameters[part.ours].grad for part in source.parts]
-        has = [g is not None and bool(g.any()) for g in grads]
-        expected = parameter.grad is not None and bool(parameter.grad.any())
-        assert all(h is expected for h in has), f"{name}: a gradient in one network only"
-        if not expected:
-            continue
-        whole = grads[0].reshape(source.shape) if len(grads) == 1 else torch.cat(grads, dim=-2)
-        count += 1
-        difference = max_difference(whole, parameter.grad) / float(parameter.grad.abs().max())
-        if difference > largest:
-            largest, where = difference, name
-    return largest, where, count
-
-
 def measure(name: str) -> dict[str, Any]:
     """Run all comparisons for one configuration."""
     p = pair(name)
-    gradient, _, parameters = gradients(p, TOKENS - 1)
-    return {
-        "name": name,
-        "scale": float(p.logits.std()),
-        "margin": selection_margin(p),
-        "full": full_forward(p, list(range(1, TOKENS + 1))),
-        "decode": decode(p),
-        "chunked": max(chunked(p, length) for length in (21, 70, 133)),
-        "gradient": gradient,
-        "parameters": parameters,
-    }
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| configuration | logits' std | lengths 1..300 | decode | two pieces | gradients | parameters |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        numbers = " | ".join(f"{r[key]:.1e}" for key in ("full", "decode", "chunked", "gradient"))
-        lines.append(f"| {r['name']} | {r['scale']:.2f} | {numbers} | {r['parameters']} |")
-    worst_of = " | ".join(f"{max(r[key] for r in rows):.1e}" for key in ("full", "decode", "chunked", "gradient"))
-    lines.append(f"| **worst** | | {worst_of} | |")
-    return "\n".join(lines) + "\n"
+    return {"name": name, "margin": selection_margin(p)} | comparisons(p)
 
 
 def run(options: argparse.Namespace) -> Result:

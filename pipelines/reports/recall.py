@@ -59,7 +59,8 @@ def recall_figure(scores: list[Score]) -> Figure:
     axes[0].minorticks_off()
     axes[0].set(xlabel="document length (tokens)", ylabel="recall", ylim=(-0.03, 1.03), title="Recall by length")
     axes[0].grid(alpha=0.3)
-    axes[0].legend()
+    if scores:
+        axes[0].legend()
 
     if needles:
         depths = sorted({score.depth for score in needles if score.depth is not None})

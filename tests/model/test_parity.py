@@ -10,11 +10,12 @@ import torch
 import transformers
 
 from benchmarks import parity
+from benchmarks.lib import parity as comparison
 from model.generation import generate
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
-LENGTHS = [1, 2, 3, 4, 5, 7, 8, 17, 129, parity.TOKENS]
+LENGTHS = [1, 2, 3, 4, 5, 7, 8, 17, 129, comparison.TOKENS]
 CUTS = (1, 3, 4, 6, 8, 13, 16, 20)  # at block boundaries of both ratios, within blocks, and one token from the end
 DECODED_WHOLE = ("top-k 8", "schedule as in Flash")
 
@@ -24,18 +25,18 @@ def test_logits_and_gradients_agree(name):
     p = parity.pair(name)
     assert 0.5 < p.logits.std() < 2
     assert parity.selection_margin(p) > parity.MARGIN
-    assert parity.full_forward(p, LENGTHS) < parity.TOLERANCE
-    assert parity.decode(p, parity.TOKENS if name in DECODED_WHOLE else 25) < parity.TOLERANCE
-    assert parity.chunked(p, 21, CUTS) < parity.TOLERANCE
-    worst, where, count = parity.gradients(p, 150)
-    assert worst < parity.GRADIENT_TOLERANCE, where
+    assert comparison.full_forward(p, LENGTHS) < comparison.TOLERANCE
+    assert comparison.decode(p, comparison.TOKENS if name in DECODED_WHOLE else 25) < comparison.TOLERANCE
+    assert comparison.chunked(p, 21, CUTS) < comparison.TOLERANCE
+    worst, where, count = comparison.gradients(p, 150)
+    assert worst < comparison.GRADIENT_TOLERANCE, where
     assert count > 50
 
 
 def test_two_sequences_at_once():
     p = parity.pair("schedule as in Pro", batch=2)
-    assert parity.full_forward(p, [40, 133]) < parity.TOLERANCE
-    assert parity.chunked(p, 133, range(16, 133, 29)) < parity.TOLERANCE
+    assert comparison.full_forward(p, [40, 133]) < comparison.TOLERANCE
+    assert comparison.chunked(p, 133, range(16, 133, 29)) < comparison.TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["top-k 8", "schedule as in Flash", "YaRN, factor 16 over 64"])
@@ -58,5 +59,5 @@ def test_greedy_decoding_gives_the_same_tokens(name):
 def test_every_length_every_cut_every_gradient(name):
     found = parity.measure(name)
     assert found["margin"] > parity.MARGIN
-    assert max(found[key] for key in ("full", "decode", "chunked")) < parity.TOLERANCE
-    assert found["gradient"] < parity.GRADIENT_TOLERANCE
+    assert max(found[key] for key in ("full", "decode", "chunked")) < comparison.TOLERANCE
+    assert found["gradient"] < comparison.GRADIENT_TOLERANCE

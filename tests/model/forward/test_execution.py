@@ -118,7 +118,7 @@ SITUATIONS = {
     "place": st.integers(0, 5),
     "start": st.integers(0, MAX_TOKENS),
 }
-THOROUGH = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
+THOROUGH = {"suppress_health_check": list(HealthCheck)}
 
 
 @settings(max_examples=20, **THOROUGH)

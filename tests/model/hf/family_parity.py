@@ -14,25 +14,6 @@ TOLERANCE = 1e-4
 """Maximum absolute difference of logits of unit scale."""
 
 
-def randomize(network, seed=0):
-    """Draw all weights such that logits have unit scale and no parameter has a value that hides a mistake."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, p in network.named_parameters():
-            if name.endswith(("A_log", "dt_bias")):
-                p.uniform_(-2.0, 1.0)
-            elif name.endswith("bias"):
-                p.normal_(std=0.2)
-            elif p.dim() == 1:
-                p.normal_(mean=1.0, std=0.2)
-            else:
-                p.normal_(std=p.shape[-1] ** -0.5)
-        for name, buffer in network.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                buffer.normal_(std=0.2)
-    return network.eval()
-
-
 def meta_network(config):
     """Return a network without memory for its weights."""
     with torch.device("meta"):

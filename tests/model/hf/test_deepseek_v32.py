@@ -7,6 +7,7 @@ import torch
 import transformers
 from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
 
+from benchmarks.lib.family_networks import CONFIGURATIONS, YARN, draw, randomize
 from model.config import ModelConfig
 from model.costs import count_parameters
 from model.errors import CheckpointError, ConfigError
@@ -19,60 +20,12 @@ from tests.model.hf.family_parity import (
     change_tensors,
     load_oracle,
     meta_network,
-    randomize,
 )
 from tests.model.networks import FP32
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "n_group": 4,
-    "topk_group": 2,
-    "kv_lora_rank": 32,
-    "q_lora_rank": 24,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 12,
-    "index_topk": 64,
-    "index_head_dim": 16,
-    "index_n_heads": 8,
-    "first_k_dense_replace": 1,
-    "max_position_embeddings": 512,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 1e4,
-    "factor": 8.0,
-    "original_max_position_embeddings": 64,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-}
-CONFIGURATIONS = {
-    "as released": {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
-    "selection": {"index_topk": 8, "index_n_heads": 32, "num_hidden_layers": 2},
-    "one group, two shared experts": {"n_group": 1, "topk_group": 1, "n_shared_experts": 2, "rms_norm_eps": 1e-3},
-    "dense": {"first_k_dense_replace": 3},
-    "experts only, 3 heads": {
-        "first_k_dense_replace": 0,
-        "routed_scaling_factor": 1.0,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 3,
-    },
-    "YaRN without mscale": {"rope_parameters": {**YARN, "beta_fast": 16, "beta_slow": 2}},
-    "YaRN with two mscales": {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}},
-}
 OURS = {
     "vocab_size": 50,
     "hidden_size": 32,
@@ -93,27 +46,22 @@ OURS = {
 }
 
 
-def draw(**changes):
-    config = DeepseekV32Config(**{**SIZES, **changes})
-    return randomize(DeepseekV32ForCausalLM._from_config(config, attn_implementation="eager"))
-
-
 @pytest.fixture
 def folder(tmp_path):
-    draw().save_pretrained(tmp_path / "a")
+    draw("deepseek_v32").save_pretrained(tmp_path / "a")
     return tmp_path / "a"
 
 
-@pytest.mark.parametrize("changes", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+@pytest.mark.parametrize("changes", CONFIGURATIONS["deepseek_v32"].values(), ids=CONFIGURATIONS["deepseek_v32"])
 def test_a_network_of_transformers_is_read_and_written_back(tmp_path, changes):
-    oracle = draw(**changes)
+    oracle = draw("deepseek_v32", **changes)
     oracle.save_pretrained(tmp_path / "a", max_shard_size="200KB")
     ours = assert_same_folder(DeepseekV32ForCausalLM, oracle, tmp_path / "a", tmp_path)
     assert_equal_logits(ours, oracle, torch.randint(0, 50, (2, 40)))
 
 
 def test_stacked_experts_are_read(folder, tmp_path):
-    draw().save_pretrained(tmp_path / "modules", save_original_format=False)
+    draw("deepseek_v32").save_pretrained(tmp_path / "modules", save_original_format=False)
     stacked, single = (import_pretrained(path).state_dict() for path in (tmp_path / "modules", folder))
     assert all(torch.equal(tensor, single[name]) for name, tensor in stacked.items())
 

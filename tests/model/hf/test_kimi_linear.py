@@ -7,6 +7,7 @@ import torch
 import transformers
 from transformers import KimiLinearConfig, KimiLinearForCausalLM
 
+from benchmarks.lib.family_networks import CONFIGURATIONS, F, K, draw, randomize
 from model.config import ModelConfig
 from model.costs import count_parameters
 from model.errors import CheckpointError, ConfigError
@@ -19,7 +20,6 @@ from tests.model.hf.family_parity import (
     change_tensors,
     load_oracle,
     meta_network,
-    randomize,
     tensors_of,
 )
 from tests.model.networks import FP32
@@ -27,37 +27,6 @@ from tests.model.networks import FP32
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
-K, F = "linear_attention", "full_attention"
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 3,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 12,
-    "linear_head_dim": 16,
-    "linear_num_heads": 3,
-    "layer_types": [K, F, K],
-    "mlp_layer_types": ["dense", "sparse", "sparse"],
-    "max_position_embeddings": 512,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-CONFIGURATIONS = {
-    "as released": {},
-    "latent queries, norm_eps 1e-3": {"q_lora_rank": 24, "rms_norm_eps": 1e-3},
-    "groups, two shared experts": {"n_group": 4, "topk_group": 2, "n_shared_experts": 2},
-    "kda only, dense": {"layer_types": [K] * 3, "mlp_layer_types": ["dense"] * 3, "linear_conv_kernel_dim": 3},
-    "latent attention only": {"layer_types": [F] * 3, "mlp_layer_types": ["sparse"] * 3},
-}
 OURS = {
     "vocab_size": 50,
     "hidden_size": 32,
@@ -74,20 +43,15 @@ OURS = {
 }
 
 
-def draw(**changes):
-    config = KimiLinearConfig(**{**SIZES, **changes})
-    return randomize(KimiLinearForCausalLM._from_config(config, attn_implementation="eager"))
-
-
 @pytest.fixture
 def folder(tmp_path):
-    draw().save_pretrained(tmp_path / "a")
+    draw("kimi_linear").save_pretrained(tmp_path / "a")
     return tmp_path / "a"
 
 
-@pytest.mark.parametrize("changes", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+@pytest.mark.parametrize("changes", CONFIGURATIONS["kimi_linear"].values(), ids=CONFIGURATIONS["kimi_linear"])
 def test_a_network_of_transformers_is_read_and_written_back(tmp_path, changes):
-    oracle = draw(**changes)
+    oracle = draw("kimi_linear", **changes)
     oracle.save_pretrained(tmp_path / "a", max_shard_size="200KB")
     types = oracle.config.layer_types
     unused = (("linear_",) if K not in types else ()) + (
@@ -115,7 +79,7 @@ def test_the_names_written_are_the_released_ones(folder, tmp_path):
 
 
 def test_the_names_of_the_modules_are_read(folder, tmp_path):
-    draw().save_pretrained(tmp_path / "modules", save_original_format=False)
+    draw("kimi_linear").save_pretrained(tmp_path / "modules", save_original_format=False)
     assert "model.layers.0.self_attn.forget_gate.A_log" in tensors_of(tmp_path / "modules")
     stacked, single = (import_pretrained(path).state_dict() for path in (tmp_path / "modules", folder))
     assert all(torch.equal(tensor, single[name]) for name, tensor in stacked.items())

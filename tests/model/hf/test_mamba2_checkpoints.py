@@ -8,6 +8,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
+from benchmarks.lib.family_networks import CONFIGURATIONS, draw, randomize
 from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
 from model.hf import export_pretrained, import_pretrained, read_pretrained_config
@@ -19,46 +20,21 @@ from tests.model.hf.family_parity import (
     change_config,
     change_tensors,
     load_oracle,
-    randomize,
 )
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "num_heads": 4,
-    "head_dim": 16,
-    "state_size": 8,
-    "n_groups": 2,
-    "num_hidden_layers": 2,
-    "chunk_size": 8,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-CONFIGURATIONS = {
-    "two groups": {},
-    "one group": {"n_groups": 1, "conv_kernel": 3},
-    "tied, without bias": {"tie_word_embeddings": True, "use_conv_bias": False},
-    "bounded steps": {"time_step_limit": (0.3, 0.9), "expand": 1, "num_heads": 2},
-}
-
-
-def draw(**changes):
-    return randomize(Mamba2ForCausalLM(Mamba2Config(**{**SIZES, **changes})))
-
 
 @pytest.fixture
 def folder(tmp_path):
-    draw().save_pretrained(tmp_path / "a")
+    draw("mamba2").save_pretrained(tmp_path / "a")
     return tmp_path / "a"
 
 
-@pytest.mark.parametrize("changes", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+@pytest.mark.parametrize("changes", CONFIGURATIONS["mamba2"].values(), ids=CONFIGURATIONS["mamba2"])
 def test_a_network_of_transformers_is_read_and_written_back(tmp_path, changes):
-    oracle = draw(**changes)
+    oracle = draw("mamba2", **changes)
     oracle.save_pretrained(tmp_path / "a", max_shard_size="20KB")
     ours = assert_same_folder(Mamba2ForCausalLM, oracle, tmp_path / "a", tmp_path)
     assert ours.config.layers == ("mamba2", "mamba2") and ours.config.ffn == "none"

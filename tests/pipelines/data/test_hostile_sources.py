@@ -170,7 +170,7 @@ def test_odd_parquet_columns_are_named(tmp_path):
         refusal(path)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from([".txt", ".md", ".py", ".jsonl", ".parquet"]), st.binary(max_size=60))
 @example(".py", b"# coding: hex")
 @example(".jsonl", b'{"text": "x"}')

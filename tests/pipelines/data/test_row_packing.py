@@ -83,7 +83,7 @@ def document(draw):
     return draw(st.sampled_from(["mqar", "needle"])), tokens, list(zip(edges[::2], edges[1::2]))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(document(), max_size=8), st.integers(8, 40))
 def test_rows_without_packing_equal_the_reference(documents, length):
     rows = cut_rows(table(documents), length, packing=False)
@@ -96,7 +96,7 @@ def test_rows_without_packing_equal_the_reference(documents, length):
     assert count_rows(lengths, length, packing=False) == len(expected)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(document(), max_size=24), st.integers(8, 40))
 def test_packed_rows_hold_every_segment_once_and_no_two_rows_fit_into_one(documents, length):
     pieces = list(plain_pieces(documents, length))

@@ -35,7 +35,7 @@ def test_text_is_taken_as_typed(text, tmp_path, capsys):
     assert with_overrides(again, {"run.seed": 1}).tracking.experiment == text
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(st.characters(exclude_categories=["C", "Zl", "Zp"]), min_size=1, max_size=20).filter(str.strip))
 def test_any_printable_text_survives_a_printed_recipe(text):
     if not text.isprintable() or text.isspace():

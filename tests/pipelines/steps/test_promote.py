@@ -293,7 +293,7 @@ def test_an_alias_that_mlflow_refuses_is_refused_when_the_recipe_is_read(alias):
         load_recipe([], [f"promote.alias={alias}"])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.from_regex(r"[A-Za-z][A-Za-z0-9_-]{0,12}", fullmatch=True) | st.sampled_from(["v", "v1a", "latests", "vv1"]))
 def test_mlflow_takes_every_name_and_alias_that_a_recipe_may_hold(name):
     try:

@@ -106,9 +106,6 @@ ENCODED = st.one_of(
 TYPES = st.sampled_from(["application/json"] * 8 + [None, "application/json; charset=latin-1", "text/plain", "\xff;"])
 NAMES_IN_PATHS = st.text(max_size=5).map(lambda text: f"/v1/models/{quote(text)}")
 FUZZ = settings(
-    deadline=None,
-    derandomize=True,
-    database=None,
     phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
