@@ -27,6 +27,10 @@ class CacheError(FiftyfoldError):
     """An operation that the cache cannot perform in its present state."""
 
 
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
+"""Errors of parsing a damaged JSON file, and of taking values out of it."""
+
+
 def unknown_key(key: str, name: str, known: Iterable[str]) -> str:
     """Return the message for an unknown ``key`` whose last part is ``name``, with the most similar known name if
     any."""

@@ -14,10 +14,19 @@ SCORINGS: dict[str, Callable[[Tensor], Tensor]] = {
 LEAST_SUM = 1e-20
 """Added to the sum of affinities, which can be zero."""
 
+VECTOR_ELEMENTS = 32
+"""Elements per iteration of PyTorch's vectorized loops on CPUs. A remainder runs scalar code that rounds differently."""
+
 
 def affinity(logits: Tensor, scoring: str) -> Tensor:
-    """Return the affinities of experts with these router logits, float32 of the same shape, at least 0."""
-    return SCORINGS[scoring](logits)
+    """Return the affinities of experts with these router logits, float32 of the same shape, at least 0.
+
+    Without gradients, a token's affinities have the same bits in any batch.
+    """
+    experts = logits.shape[-1]
+    if logits.requires_grad or experts % VECTOR_ELEMENTS == 0:
+        return SCORINGS[scoring](logits)
+    return SCORINGS[scoring](F.pad(logits, (0, -experts % VECTOR_ELEMENTS)))[..., :experts]
 
 
 def route(

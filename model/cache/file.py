@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.atomic_files import atomic_file
 from model.cache import Cache
-from model.errors import CacheError
+from model.errors import MALFORMED, CacheError
 
 FORMAT_VERSION = "1"
 
@@ -60,7 +60,7 @@ def restore_cache(cache: Cache, path: str | Path) -> None:
         length, rewind, written = (int(metadata[key]) for key in ("length", "rewind", "written"))
         if not isinstance(model, dict) or not 0 <= length <= written:
             raise ValueError("inconsistent metadata")
-    except (KeyError, ValueError) as error:
+    except MALFORMED as error:
         raise CacheError(f"{path}: not a saved cache ({error})") from error
     if _digest(metadata, tensors) != digest:
         raise CacheError(f"{path}: the checksum does not match: the file is damaged")

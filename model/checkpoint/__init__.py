@@ -22,7 +22,7 @@ from model.checkpoint.rank_shards import RankShard, RowLookup, ShardSet, read_sh
 from model.config import ModelConfig
 from model.distributed.dtensor import local_ranges
 from model.distributed.fsdp import local_state, set_local_state
-from model.errors import CheckpointError, ConfigError
+from model.errors import MALFORMED, CheckpointError, ConfigError
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 
@@ -112,7 +112,7 @@ def _read_config(folder: Path) -> tuple[ModelConfig, ShardSet | None]:
         version, values = content["format_version"], content["model"]
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except MALFORMED as error:
         raise CheckpointError(f"{path}: not a checkpoint configuration ({error})") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format version {version!r} is not the supported {FORMAT_VERSION}")

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.distributed.dtensor import RowRange
-from model.errors import CheckpointError
+from model.errors import MALFORMED, CheckpointError
 
 RowLookup = Callable[[str], RowRange | None]
 """Maps a tensor's name to a row range; None stands for all rows."""
@@ -102,7 +102,7 @@ def _open_pieces(file: Path, shards: ShardSet | None, stack: ExitStack) -> Itera
             raise CheckpointError(f"{file}: belongs to another save than the folder's config.json")
         try:
             ranges = {name: RowRange(*map(int, rows)) for name, rows in json.loads(header["rows"]).items()}
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
+        except MALFORMED as error:
             raise CheckpointError(f"{file}: the row ranges of its tensors are missing or invalid ({error})") from error
     for name in opened.keys():  # noqa: SIM118 (not a mapping)
         yield name, ranges.get(name), opened.get_slice(name)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.errors import CheckpointError
+from model.errors import MALFORMED, CheckpointError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
@@ -238,7 +238,7 @@ def _needed_bytes(file: BinaryIO, start: bytes) -> int:
     try:
         entries = json.loads(file.read(size))
         return 8 + size + max(entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__")
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+    except MALFORMED:
         return 0
 
 

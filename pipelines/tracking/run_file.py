@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from model.atomic_files import write_text
-from model.errors import ConfigError
+from model.errors import MALFORMED, ConfigError
 from pipelines.recipe.paths import SQLITE, sqlite_path, sqlite_uri
 
 RUN_FILE = "run.json"
@@ -32,7 +32,7 @@ def read_run_file(folder: Path) -> RunReference | None:
         return RunReference(run_id, uri)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except MALFORMED as error:
         raise ConfigError(f"{path}: expected JSON with run_id and tracking_uri ({error})") from error
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from model.atomic_files import write_text
-from model.errors import ConfigError
+from model.errors import MALFORMED, ConfigError
 from pipelines.data.manifest import MANIFEST_NAME
 from pipelines.recipe.schema import Recipe
 from pipelines.tracking.connection import DATABASE, connect, default_uri
@@ -131,11 +131,10 @@ def _check_settings(folder: Path, recipe: Recipe, sections: tuple[str, ...], key
         write_settings(folder, recipe, sections)
         return
     try:
-        earlier = json.loads(path.read_text())
-    except ValueError as error:
+        earlier = _flatten(_without_folder(json.loads(path.read_text()), recipe.run.folder))
+    except MALFORMED as error:
         raise ConfigError(f"{path}: damaged ({error}); delete the run folder or choose another {key}") from error
-    earlier = _without_folder(earlier, recipe.run.folder)
-    differing = _flatten(earlier).items() ^ _flatten(_settings(recipe, sections)).items()
+    differing = earlier.items() ^ _flatten(_settings(recipe, sections)).items()
     changed = sorted({name for name, _ in differing} - _MAY_CHANGE)
     if changed:
         raise ConfigError(

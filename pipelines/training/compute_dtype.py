@@ -13,7 +13,7 @@ import torch
 
 from kernels.hardware import multiplies_bf16_fast
 from model.atomic_files import write_text
-from model.errors import CheckpointError
+from model.errors import MALFORMED, CheckpointError
 from pipelines.recipe.loading import with_overrides
 from pipelines.recipe.schema import Recipe
 from pipelines.training.collectives import broadcast_from_rank_0
@@ -64,7 +64,7 @@ def read(folder: Path) -> Dtypes:
     try:
         found = json.loads(path.read_text())
         dtypes = {key: str(found[key]) for key in BF16}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *MALFORMED) as error:
         raise CheckpointError(f"{path}: does not hold the data types of a training ({error})") from error
     for key, value in dtypes.items():
         if value not in (BF16[key], FLOAT32[key]):

@@ -22,7 +22,7 @@ from model import checkpoint
 from model.checkpoint.rank_shards import RankShard, ShardSet
 from model.distributed.dtensor import is_sharded, local_ranges
 from model.distributed.fsdp import local_state, reshard_all, set_local_state
-from model.errors import CheckpointError, FiftyfoldError
+from model.errors import MALFORMED, CheckpointError, FiftyfoldError
 from model.forward.aux_outputs import AuxOutputs
 from model.optim import MuonAdamW
 from model.tokenizer import Tokenizer
@@ -158,7 +158,7 @@ class Trainer:
             step = int(state["step"])
             best = state["best"] and (float(state["best"][0]), int(state["best"][1]))
             spikes, anticipatory, stage = state["stability"], state["anticipation"], self.stages[position.stage]
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        except (OSError, *MALFORMED) as error:
             raise CheckpointError(f"{folder / STATE}: not a training state ({error})") from error
         checkpoint.load_weights(self.model, folder)
         tensors = checkpoint.read_tensors(folder, OPTIMIZER, span_lookup(self._spans))

@@ -90,3 +90,13 @@ def test_cpu_refuses_groups_that_do_not_fit(groups, message):
 def test_cpu_refuses_experts_that_do_not_exist():
     with pytest.raises(IndexError, match="expert 4 of 4"):
         route(torch.randn(2, 4), torch.zeros(4), 1, 1.0, torch.tensor([[0], [4]]), backend="cpu")
+
+
+@pytest.mark.parametrize("scoring", ["sqrtsoftplus", "sigmoid"])
+@pytest.mark.parametrize("experts", [3, 5, 6, 24, 40])
+@torch.no_grad()
+def test_affinities_of_a_token_have_the_same_bits_in_any_batch(scoring, experts):
+    logits = torch.randn(41, experts) * 3
+    together = affinity(logits, scoring)
+    assert torch.equal(together, torch.stack([affinity(row, scoring) for row in logits]))
+    assert torch.equal(together[7:20], affinity(logits[7:20].contiguous(), scoring))

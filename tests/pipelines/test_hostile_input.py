@@ -157,6 +157,7 @@ def run(place, capsys):
             assert status == cli.USER_ERROR
             (line,) = (line for line in error.splitlines() if " WARNING mlflow" not in line)
             assert line.startswith("error: ") and len(line) < 3000
+            assert "an input file is nested" not in line  # which one?
             line.encode()
         return status
 
@@ -275,7 +276,7 @@ def test_damaged_checkpoints_give_one_sentence(run, place, name, content, tmp_pa
         run(step, *arguments, f"--{key}", str(damaged))
 
 
-@pytest.mark.parametrize("content", [b"", b"null", b"{}", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("content", [b"", b"null", b"[1]", b"{}", b"\xff", b"[" * 100_000])
 @pytest.mark.parametrize("name", ["data/small/manifest.json", "data/small/tokenizer.json", "mine/run.json", "mlflow.db",
                                   "mine/recipe.json"])  # fmt: skip
 def test_damaged_run_folders_give_one_sentence(run, place, name, content, tmp_path):
