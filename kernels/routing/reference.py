@@ -15,7 +15,7 @@ LEAST_SUM = 1e-20
 """Added to the sum of affinities, which can be zero."""
 
 VECTOR_ELEMENTS = 32
-"""Elements per iteration of PyTorch's vectorized loops on CPUs. A remainder runs scalar code that rounds differently."""
+"""Elements per iteration of PyTorch's vectorized CPU loops. A remainder runs scalar code, which rounds differently."""
 
 
 def affinity(logits: Tensor, scoring: str) -> Tensor:
