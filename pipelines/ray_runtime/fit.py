@@ -109,17 +109,23 @@ def _datasets(recipe: Recipe) -> dict[str, Any]:
 
 
 def unwrap_ray_error(error: BaseException) -> FiftyfoldError:
-    """Return the FiftyfoldError within a chain of Ray errors, or a new one with the chain's last line."""
+    """Return the FiftyfoldError within a chain of Ray errors, or a new one: running out of memory, or the chain's last
+    line."""
     queue: list[Any] = [error]
     while queue:
         current = queue.pop(0)
         if isinstance(current, FiftyfoldError) and not isinstance(current, ray.exceptions.RayTaskError):
             return current  # Ray's wrapper derives from the original type, but its message holds a traceback
-        for inner in (getattr(current, "cause", None), current.__cause__):
+        for inner in (*(getattr(current, name, None) for name in ("cause", "controller_failure")), current.__cause__):
             if isinstance(inner, BaseException):
                 queue.append(inner)
         failures = getattr(current, "worker_failures", None) or getattr(current, "_worker_failures", None)
         queue += [f for f in (failures or {}).values() if isinstance(f, BaseException)]
+        if isinstance(current, ray.exceptions.OutOfMemoryError):
+            return FiftyfoldError(
+                "training failed: the node ran out of memory, and Ray ended a worker; free memory, or lower "
+                "train.workers or train.batch_rows, and run the step again to resume"
+            )
     lines = str(error).strip().splitlines()
     return FiftyfoldError(f"training failed: {lines[-1] if lines else type(error).__name__}")
 
