@@ -6,6 +6,7 @@ is a prefix of another (as with several questions about one document) is prefill
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -38,7 +39,8 @@ class CheckpointLM(TemplateLM):
     Prefill processes ``prefill_chunk`` tokens of each prompt at a time. A batch holds at most ``batch_tokens`` tokens,
     or a single prompt, and at most ``batch_size`` prompts; ``auto`` sets no such limit. ``max_batch_size`` limits
     ``auto``. lm-eval's command line passes these arguments from ``--model_args``, ``--device``, ``--batch_size`` and
-    ``--max_batch_size``. Raises CheckpointError if the folder cannot be loaded, and ConfigError for an unknown device.
+    ``--max_batch_size``. Without a CUDA device, the CPU takes its place. Raises CheckpointError if the folder cannot be
+    loaded, and ConfigError for an unknown device or batch size.
     """
 
     def __init__(
@@ -52,15 +54,12 @@ class CheckpointLM(TemplateLM):
     ):
         super().__init__()
         self.checkpoint = Path(checkpoint)
-        try:
-            self._device = torch.device(device)
-        except RuntimeError as error:
-            raise ConfigError(f"device: '{device}' is not a device of PyTorch") from error
+        self._batch_size = _parse_batch_size(batch_size, max_batch_size)
+        self._device = _parse_device(device)
         self._model = checkpoints.load(self.checkpoint, device=self._device)
         self._tokenizer = load_tokenizer(self.checkpoint, model_vocab_size=self._model.config.vocab_size)
         self._prefill_chunk = prefill_chunk
         self._batch_tokens = batch_tokens
-        self._batch_size = _parse_batch_size(batch_size, max_batch_size)
 
     # --- interface of lm-eval's TemplateLM
 
@@ -277,6 +276,18 @@ class CheckpointLM(TemplateLM):
     def _check_length(self, tokens: int, description: str) -> None:
         if tokens > self.max_length:
             raise ConfigError(f"{description} need {tokens} positions, but the model's context has {self.max_length}")
+
+
+def _parse_device(name: str | torch.device) -> torch.device:
+    """Return a device; the CPU, with a warning, in place of a missing CUDA device, which is lm-eval's default."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: '{name}' is not a device of PyTorch") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        logging.getLogger("lm_eval").warning("device: no CUDA device here; '%s' becomes the CPU", name)
+        return torch.device("cpu")
+    return device
 
 
 def _parse_batch_size(batch_size: int | str, limit: int | None) -> int:

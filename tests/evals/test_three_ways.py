@@ -32,7 +32,7 @@ CONFIG = ModelConfig(
     qat=False,
     **dict.fromkeys(CACHE_FORMATS, "fp32"),
 )
-LENGTH = 160
+LENGTH = 200
 
 
 @pytest.fixture(scope="module")
