@@ -164,20 +164,18 @@ class RetrievalTask(Task):
             positions = [round(plan.depth * last_position)] * len(facts)
         else:
             positions = sorted(rng.randrange(last_position + 1) for _ in facts)
-        parts: list[Sequence[int] | np.ndarray] = [[speller.tokenizer.bos_id]]
-        cursor = 0
-        for fact, position in zip(facts, positions):
-            parts += [filler[cursor:position], fact]
-            cursor = position
-        parts.append(filler[cursor:text_tokens])
-        size = 1 + text_tokens + fact_tokens
+        places = np.repeat(positions, [len(fact) for fact in facts])
+        # Tokens that are inserted at the same place keep their order.
+        text = np.insert(filler[:text_tokens], places, [token for fact in facts for token in fact])
+        size = 1 + len(text)
+        tail: list[int] = []
         answers, questions = [], []
         for _ in range(rounds):
             for question in rng.sample(plan.questions, len(plan.questions)):
                 prompt, answer = speller(question.prompt), speller(question.answer)
                 answers.append((size + len(prompt), size + len(prompt) + len(answer)))
                 questions.append(question)
-                parts += [prompt, answer]
+                tail += [*prompt, *answer]
                 size += len(prompt) + len(answer)
-        tokens = np.concatenate([np.asarray(part, dtype=np.int32) for part in parts])
+        tokens = np.concatenate([[speller.tokenizer.bos_id], text, np.array(tail)]).astype(np.int32)
         return Document(tokens, answers, questions, plan.facts)
