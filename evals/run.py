@@ -146,7 +146,7 @@ def _summarize(task: str, samples: Samples) -> dict[str, float]:
     metric = TASKS[task].metric
     results = [sample[metric] for sample in samples]
     score, stderr = (cluster_mean if metric == "recall" else cluster_likelihood)(results)
-    summary = {metric: score}
+    summary: dict[str, float] = {metric: score}
     if stderr is not None:
         summary[f"{metric}_stderr"] = stderr
     if metric == "likelihood":

@@ -94,7 +94,7 @@ def test_tasks_by_name_with_settings_of_model_and_task(folder, tmp_path, monkeyp
     monkeypatch.setattr(sys, "argv", ["evals", *arguments])
     assert main() == 0
     assert built == [
-        {"checkpoint": str(folder), "prefill_chunk": 64, "batch_tokens": 1000, "batch_size": 3, "device": "cpu"}
+        {"checkpoint": str(folder), "prefill_chunk": 64, "batch_tokens": 1000, "batch_size": "3", "device": "cpu"}
     ]
     results = results_of(tmp_path)
     assert set(results["results"]) == {"mqar", "needle", "perplexity"}

@@ -48,7 +48,7 @@ def folders(tmp_path_factory):
     return folder / "final", folder / "transformers"
 
 
-def run(model, tasks, **metadata):
+def run(model, tasks, /, **metadata):
     """Return {task: (document, responses) per question} and {task: metrics}."""
     metadata = {"length": LENGTH, "samples": 16, "pairs": 3, "keys": 5, "items": 4, **metadata}
     manager = TaskManager(include_path=str(TASK_FOLDER), include_defaults=False, metadata=metadata)
