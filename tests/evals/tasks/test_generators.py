@@ -11,7 +11,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from retrieval_data import CONFIG, DISTANCE, save_checkpoint, write_shards
-from tokenizer_files import byte_fallback, unigram, write_files
+from tokenizer_files import byte_fallback, byte_level, unigram, write_files
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -236,6 +236,16 @@ def test_spans_divide_at_token_borders(tmp_path):
         context, whole = tokenizer.encode(row["context"]), tokenizer.encode(row["context"] + row["continuation"])
         assert whole[: len(context)] == context and len(whole) - len(context) == row["tokens"] >= 32
         assert len(whole) <= 199
+
+
+def test_spans_divide_no_token_that_ends_with_a_space(tmp_path):
+    tokenizer = load_tokenizer(write_files(tmp_path / "in", byte_level(merges=[("a", "Ġ")])))
+    folder = save_checkpoint(tmp_path / "final", CONFIG.replace(vocab_size=tokenizer.vocab_size), tokenizer)
+    data = write_shards(tmp_path / "data", ["xa " * 300], tokenizer)
+    rows = text_spans(task="perplexity", checkpoint=folder, data=data, length=200, samples=8, seed=1)["test"]
+    for row in rows:
+        context, whole = tokenizer.encode(row["context"]), tokenizer.encode(row["context"] + row["continuation"])
+        assert whole[: len(context)] == context and len(whole) - len(context) == row["tokens"] >= 32
 
 
 class LookupLM(LM):
