@@ -6,6 +6,7 @@ is a prefix of another (as with several questions about one document) is prefill
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -36,7 +37,10 @@ class CheckpointLM(TemplateLM):
     """lm-eval ``LM`` with greedy decoding, for the checkpoint in a folder.
 
     Prefill processes ``prefill_chunk`` tokens of each prompt at a time. A batch holds at most ``batch_tokens`` tokens,
-    or a single prompt. Raises CheckpointError if the folder cannot be loaded.
+    or a single prompt, and at most ``batch_size`` prompts; ``auto`` sets no such limit. ``max_batch_size`` limits
+    ``auto``. lm-eval's command line passes these arguments from ``--model_args``, ``--device``, ``--batch_size`` and
+    ``--max_batch_size``. Without a CUDA device, the CPU takes its place. Raises CheckpointError if the folder cannot be
+    loaded, and ConfigError for an unknown device or batch size.
     """
 
     def __init__(
@@ -45,10 +49,13 @@ class CheckpointLM(TemplateLM):
         device: str | torch.device = "cpu",
         prefill_chunk: int = 512,
         batch_tokens: int = 16_384,
+        batch_size: int | str = "auto",
+        max_batch_size: int | None = None,
     ):
         super().__init__()
         self.checkpoint = Path(checkpoint)
-        self._device = torch.device(device)
+        self._batch_size = _parse_batch_size(batch_size, max_batch_size)
+        self._device = _parse_device(device)
         self._model = checkpoints.load(self.checkpoint, device=self._device)
         self._tokenizer = load_tokenizer(self.checkpoint, model_vocab_size=self._model.config.vocab_size)
         self._prefill_chunk = prefill_chunk
@@ -254,12 +261,12 @@ class CheckpointLM(TemplateLM):
     def _batches(
         self, items: Iterable[Item], key: Callable[[Item], Hashable], tokens: Callable[[Item], int]
     ) -> Iterator[list[Item]]:
-        """Yield batches of items with equal ``key``, each within ``batch_tokens`` tokens."""
+        """Yield batches of items with equal ``key``, each within ``batch_tokens`` tokens and ``batch_size`` items."""
         groups: dict[Hashable, list[Item]] = defaultdict(list)
         for item in items:
             groups[key(item)].append(item)
         for group in groups.values():
-            size = max(1, self._batch_tokens // max(1, tokens(group[0])))
+            size = min(self._batch_size, max(1, self._batch_tokens // max(1, tokens(group[0]))))
             for start in range(0, len(group), size):
                 yield group[start : start + size]
 
@@ -269,6 +276,26 @@ class CheckpointLM(TemplateLM):
     def _check_length(self, tokens: int, description: str) -> None:
         if tokens > self.max_length:
             raise ConfigError(f"{description} need {tokens} positions, but the model's context has {self.max_length}")
+
+
+def _parse_device(name: str | torch.device) -> torch.device:
+    """Return a device; the CPU, with a warning, in place of a missing CUDA device, which is lm-eval's default."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device: '{name}' is not a device of PyTorch") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        logging.getLogger("lm_eval").warning("device: no CUDA device here; '%s' becomes the CPU", name)
+        return torch.device("cpu")
+    return device
+
+
+def _parse_batch_size(batch_size: int | str, limit: int | None) -> int:
+    if str(batch_size).startswith("auto"):
+        return sys.maxsize if limit is None else limit
+    if not str(batch_size).isdecimal() or int(batch_size) < 1:
+        raise ConfigError(f"batch_size: expected a number of prompts or auto, found {batch_size!r}")
+    return int(batch_size)
 
 
 def _describe(context: str, continuation: str) -> str:

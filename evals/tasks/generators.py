@@ -1,141 +1,144 @@
-"""Documents and metric of the retrieval tasks for lm-eval, generated offline from a seed.
+"""Documents of the tasks for lm-eval, generated offline from a seed.
 
-A task's metadata must name the ``checkpoint`` folder: its tokenizer measures lengths, and its configuration determines
-which settings are vacuous. A vacuous setting raises ConfigError: the model could answer without long-range memory,
-because the fact lies within the sliding window or a csa layer selects all compressed entries. ``data`` names a folder
-of prepared token shards, whose validation texts become the filler; the default is the standard library's source files.
+The functions here are ``custom_dataset`` of the YAML files, and get a task's metadata. :mod:`evals.source` says which
+keys name the model; all others are the settings of the task (:mod:`evals.documents`) and:
+
+* ``length``: length of the documents in tokens, with BOS and the answers;
+* ``samples``: number of documents, and ``seed``;
+* ``distance``: tokens between the last fact and the first question; by default the model's stacked windows;
+* ``data``: a folder of prepared token shards, whose validation texts become the text; by default the standard library's
+  source files.
+
+Equal metadata and tokenizers give equal documents.
 """
 
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import datasets
 
-from evals.documents.filler import read_filler, sample_filler
-from evals.documents.retrieval import KEYS, MARKER, RetrievalDocument, check_tokenizer, mqar, needle
-from model import checkpoint as checkpoints
-from model.config import ModelConfig
+from evals.documents import task_class
+from evals.documents.base import Document, RetrievalTask, Task
+from evals.documents.facts import MARKER, Speller
+from evals.documents.filler import Filler, read_documents, read_filler
+from evals.documents.perplexity import Perplexity
+from evals.source import Source, load_source
 from model.errors import ConfigError
-from model.tokenizer import Tokenizer, load_tokenizer
+from model.tokenizer import Tokenizer
 
-MIN_FILLER_CHARACTERS = 1_000_000
-"""Amount of text from which fillers are sampled; more for longer documents."""
 MAX_ATTEMPTS = 20
-QUESTION = re.compile(f"{MARKER}[{KEYS}]")
 
-Question = dict[str, Any]
-DocumentBuilder = Callable[[random.Random, Tokenizer, list[int], int, int], RetrievalDocument]
+Row = dict[str, Any]
 
 
-def mqar_questions(
-    *,
-    length: int,
-    pairs: int,
-    samples: int,
-    seed: int,
-    checkpoint: str | None = None,
-    data: str | None = None,
-    **_: Any,
+def retrieval_questions(
+    *, task: str, length: int, samples: int, seed: int, **metadata: Any
 ) -> dict[str, datasets.Dataset]:
-    """Return ``samples`` documents of ``length`` tokens with ``pairs`` facts and one question per fact."""
+    """Return rows {"document", "length", "context", "answer"}: one per question of ``samples`` documents.
 
-    def build(rng: random.Random, tokenizer: Tokenizer, filler: list[int], size: int, window: int) -> RetrievalDocument:
-        return mqar(rng, tokenizer, filler, size, pairs, window)
-
-    return _questions("mqar", build, length, samples, f"{seed} mqar {length} {pairs}", checkpoint, data)
-
-
-def needle_questions(
-    *,
-    length: int,
-    depth: float,
-    samples: int,
-    seed: int,
-    checkpoint: str | None = None,
-    data: str | None = None,
-    **_: Any,
-) -> dict[str, datasets.Dataset]:
-    """Return ``samples`` documents of ``length`` tokens with one fact at ``depth`` (see :func:`needle`)."""
-
-    def build(rng: random.Random, tokenizer: Tokenizer, filler: list[int], size: int, window: int) -> RetrievalDocument:
-        return needle(rng, tokenizer, filler, size, depth, window)
-
-    return _questions("needle", build, length, samples, f"{seed} needle {length} {depth}", checkpoint, data)
-
-
-def recall(doc: Question, results: list[str]) -> dict[str, float]:
-    """Score 1 if the generated text starts with the value, else 0."""
-    return {"recall": float(results[0].startswith(doc["answer"]))}
-
-
-def _questions(
-    task: str, build: DocumentBuilder, length: int, samples: int, seed: str, checkpoint: str | None, data: str | None
-) -> dict[str, datasets.Dataset]:
-    if checkpoint is None:
-        raise ConfigError(f'{task}: the metadata must name a checkpoint folder, as in {{"checkpoint": "runs/a/final"}}')
-    config = checkpoints.load_config(checkpoint)
-    if length > config.max_positions:
-        raise ConfigError(f"{task}: length {length} exceeds the model's context of {config.max_positions} tokens")
-    tokenizer = load_tokenizer(checkpoint, model_vocab_size=config.vocab_size)
-    check_tokenizer(tokenizer)
-    text = read_filler(data, max(MIN_FILLER_CHARACTERS, 16 * length))
-    rows = []
+    Raises ConfigError for a vacuous or impossible setting, CheckpointError and DataError for unreadable files.
+    """
+    _check_counts(task, length=length, samples=samples)
+    source = load_source(task, metadata)
+    source.check_length(task, length)
+    built = _create(task, metadata, source)
+    assert isinstance(built, RetrievalTask)
+    distance = source.distance(task, metadata.get("distance"))
+    lengths = built.lengths(length)
+    if samples < len(lengths):
+        raise ConfigError(f"{task}: {samples} samples are too few for one document of each of {len(lengths)} lengths")
+    speller = Speller(source.tokenizer)
+    speller.check()
+    filler = read_filler(metadata.get("data"), source.tokenizer, length)
+    rows: list[Row] = []
     for document in range(samples):
-        rng = random.Random(f"{seed} {document}")
-        questions = _generate_document(rng, build, tokenizer, text, length, config)
-        _check_selection(task, length, 1 + len(tokenizer.encode(questions[0][0])), config)
-        rows += [{"document": document, "context": context, "answer": answer} for context, answer in questions]
+        rng = random.Random(f"{seed} {task} {length} {_settings(built)} {document}")
+        size = lengths[document % len(lengths)]
+        pairs, tokens = _generate(rng, built, speller, filler, size, distance)
+        source.check_selection(task, size, tokens)
+        rows += [{"document": document, "length": size, "context": text, "answer": answer} for text, answer in pairs]
     return {"test": datasets.Dataset.from_list(rows)}
 
 
-def _generate_document(
-    rng: random.Random, build: DocumentBuilder, tokenizer: Tokenizer, text: str, length: int, config: ModelConfig
-) -> list[tuple[str, str]]:
-    """Return the questions of one document as (context, answer).
+def text_spans(*, task: str, length: int, samples: int, seed: int, **metadata: Any) -> dict[str, datasets.Dataset]:
+    """Return rows {"document", "length", "context", "continuation", "tokens"}, one per span of a held-out document.
+
+    Where there are fewer documents than ``samples``, they take turns. Errors are those of :func:`retrieval_questions`.
+    """
+    _check_counts(task, length=length, samples=samples)
+    source = load_source(task, metadata)
+    source.check_length(task, length)
+    built = _create(task, metadata, source)
+    assert isinstance(built, Perplexity)
+    texts = read_documents(metadata.get("data"), source.tokenizer, length - 1, samples)
+    rows: list[Row] = []
+    for sample in range(samples):
+        document = sample % len(texts)
+        rng = random.Random(f"{seed} {task} {length} {sample}")  # the same text at every depth
+        context, continuation, tokens = built.span(rng, source.tokenizer, texts[document], length)
+        row: Row = {"document": document, "length": length, "context": context, "continuation": continuation}
+        rows.append({**row, "tokens": tokens})
+    return {"test": datasets.Dataset.from_list(rows)}
+
+
+def _create(task: str, metadata: Mapping[str, Any], source: Source) -> Task:
+    made = task_class(task)
+    return made.create({name: metadata[name] for name in made.settings() if name in metadata}, source.config)
+
+
+def _settings(task: Task) -> str:
+    return " ".join(str(getattr(task, name)) for name in task.settings())
+
+
+def _check_counts(task: str, **counts: Any) -> None:
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{task}: {name}: expected a number of at least 1, found {value!r}")
+
+
+def _generate(
+    rng: random.Random, task: RetrievalTask, speller: Speller, filler: Filler, length: int, distance: int
+) -> tuple[list[tuple[str, str]], int]:
+    """Return the questions of one document as (context, answer), and the tokens before the first question.
 
     lm-eval passes text to models, so lengths refer to the re-encoded text: exactly ``length`` tokens with BOS if
     encoding restores the tokens, as for ASCII bytes, and at most ``length`` otherwise.
     """
+    tokenizer = speller.tokenizer
     size, problem = length, ""
     for _ in range(MAX_ATTEMPTS):
-        document = build(rng, tokenizer, sample_filler(rng, tokenizer, text, length), size, config.window)
-        excess = 1 + len(tokenizer.encode(tokenizer.decode(document.tokens[1:]))) - length
+        document = task.document(rng, speller, filler.sample(rng, length), size, distance)
+        text = tokenizer.decode(document.tokens[1:].tolist())
+        excess = 1 + len(tokenizer.encode(text)) - length
         if excess > 0:
             size, problem = size - excess, f"length: no generated document encodes to at most {length} tokens"
             continue
-        questions = [
-            (tokenizer.decode(document.tokens[1:start]), tokenizer.decode(document.tokens[start:end]))
-            for start, end in document.answers
-        ]
-        problem = next(filter(None, (_find_problem(*question, tokenizer, config.window) for question in questions)), "")
+        body = text.removesuffix("".join(prompt + answer for prompt, answer in document.questions))
+        problem = _find_problem(document, text, body, tokenizer, distance)
         if not problem:
-            return questions
+            pairs, context = [], body
+            for prompt, answer in document.questions:
+                pairs.append((context + prompt, answer))
+                context += prompt + answer
+            return pairs, 1 + len(tokenizer.encode(body))
     raise ConfigError(problem)
 
 
-def _find_problem(context: str, answer: str, tokenizer: Tokenizer, window: int) -> str:
-    """Return a message if the question is invalid in the text that the model reads, else an empty string."""
-    question = context[-2:]
-    if not QUESTION.fullmatch(question) or context.count(question + answer) != 1 or context.count(question) != 2:
+def _find_problem(document: Document, text: str, body: str, tokenizer: Tokenizer, distance: int) -> str:
+    """Return a message if a fact is damaged or too near in the text that the model reads, else an empty string."""
+    facts = "".join("".join(fact) for fact in document.facts)
+    place = -1
+    for fact in document.facts:
+        place = body.find("".join(fact), place + 1)
+        if place < 0:
+            break
+    if body == text or place < 0 or body.count(MARKER) != facts.count(MARKER):
         return "tokenizer: decoding does not restore the text of the facts"
-    after = context[context.index(question + answer) + len(question + answer) :]
-    distance = len(tokenizer.encode(after))
-    if distance < window:
-        return f"length: a fact is {distance} tokens before its question, inside the window of {window} tokens"
+    after = body[place + len("".join(document.facts[-1])) :]
+    between = len(tokenizer.encode(after))
+    if between < distance:
+        return f"length: a fact is {between} tokens before the first question, closer than {distance} tokens"
     return ""
-
-
-def _check_selection(task: str, length: int, tokens: int, config: ModelConfig) -> None:
-    """Raise ConfigError if the indexer would select all entries."""
-    if not config.indexed_layers:
-        return
-    entries = min(tokens // ratio for ratio in config.indexer_ratios.values())
-    if entries <= config.index_topk:
-        raise ConfigError(
-            f"{task}: length {length} is vacuous: there are {entries} compressed entries before the first question, "
-            f"and indexers select {config.index_topk} of them (index_topk)"
-        )

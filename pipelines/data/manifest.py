@@ -13,15 +13,17 @@ from typing import Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from evals.documents import RETRIEVAL_TASKS
 from model.errors import DataError
 
 Split = Literal["train", "validation"]
-Kind = Literal["text", "mqar", "needle"]
+Kind = str
+"""``text``, or the name of the retrieval task that generated a document."""
 HeldOut = Literal["documents", "ends"]
 """Content of the validation split: whole documents, or the end of each document."""
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
-KINDS: tuple[Kind, ...] = ("text", "mqar", "needle")
+KINDS: tuple[Kind, ...] = ("text", *RETRIEVAL_TASKS)
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 

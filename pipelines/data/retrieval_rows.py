@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evals.documents import retrieval
+from evals.documents import RETRIEVAL_TASKS, TASKS
+from evals.documents.base import RetrievalTask
+from evals.documents.facts import Speller
 from model.errors import ConfigError
 from model.tokenizer import Tokenizer
 from pipelines.data.manifest import Kind, Split
@@ -29,20 +31,26 @@ class StoredDocument:
 
 
 class RetrievalGenerator:
-    """Generates retrieval documents of one split, from the split's own random seed."""
+    """Generates retrieval documents of one split, from the split's own random seed.
+
+    Training documents draw their settings up to the configured ones, and the number of rounds in which they ask; those
+    for validation have the configured settings and ask once.
+    """
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer, split: Split):
         self._data = recipe.data
-        self._window = recipe.model.window
-        self._tokenizer = tokenizer
+        distance = recipe.data.retrieval_distance
+        self._distance = recipe.model.window if distance is None else distance
+        self._speller = Speller(tokenizer)
         self._split = split
         self._rng = random.Random(f"{recipe.data.seed} {split}")
+        self._tasks = _weighted_tasks(recipe)
 
     def check(self) -> None:
         """Raise ConfigError if the tokenizer cannot write facts and questions, or if these do not fit into documents of
         the configured lengths."""
         try:
-            retrieval.check_tokenizer(self._tokenizer)
+            self._speller.check()
         except ConfigError as error:
             reason = str(error).removeprefix("tokenizer: ")
             raise ConfigError(f"data.tokenizer: {self._data.tokenizer}: {reason}") from error
@@ -51,39 +59,68 @@ class RetrievalGenerator:
             if length > longest:
                 raise ConfigError(f"data.retrieval_lengths: {length} exceeds data.sequence_length {longest}")
         for length in {longest, *self._data.retrieval_lengths}:
-            try:
-                if self._data.needle_share < 1:
-                    self._mqar([0] * length, full=True)
-                if self._data.needle_share > 0:
-                    self._needle([0] * length)
-            except ConfigError as error:
-                keys = "data.pairs, data.rounds and model.window"
-                lengths = "data.sequence_length and data.retrieval_lengths"
-                raise ConfigError(f"{keys} must fit {lengths}: {str(error).removeprefix('length: ')}") from error
+            for task, _ in self._tasks:
+                try:
+                    shortest = task.lengths(length)[-1]
+                    rounds = self._data.rounds if task.asks_all else 1
+                    filler = np.zeros(max(shortest, 0), dtype=np.int32)
+                    task.document(self._rng, self._speller, filler, shortest, self._distance, rounds)
+                except ConfigError as error:
+                    keys = f"data.pairs, data.rounds, data.task_settings and {self._distance_key()}"
+                    lengths = "data.sequence_length and data.retrieval_lengths"
+                    reason = str(error).removeprefix("length: ")
+                    raise ConfigError(f"{keys} must fit {lengths}: {task.name}: {reason}") from error
+
+    def _distance_key(self) -> str:
+        return "model.window" if self._data.retrieval_distance is None else "data.retrieval_distance"
 
     def generate(self, text: np.ndarray) -> StoredDocument:
         """Plant facts in a random slice of ``text``, int32 of at least ``sequence_length`` tokens."""
+        training = self._split == "train"
         length = self._data.sequence_length
-        if self._split == "train" and self._data.retrieval_lengths:
+        if training and self._data.retrieval_lengths:
             length = self._rng.choice(self._data.retrieval_lengths)
         start = self._rng.randrange(len(text) - length + 1)
-        filler = text[start : start + length].tolist()
-        document = self._needle(filler) if self._rng.random() < self._data.needle_share else self._mqar(filler)
-        tokens = np.array(document.tokens, dtype=np.int32)
-        document_id = hashlib.sha256(tokens.tobytes()).hexdigest()[:32]
-        kind: Kind = "needle" if document.kind == "needle" else "mqar"
-        return StoredDocument(document_id, 0, "generated", kind, tokens, document.answers)
+        filler = text[start : start + length]
+        task = self._draw_task()
+        if len(lengths := task.lengths(length)) > 1:
+            length = self._rng.choice(lengths)
+        rounds = 1
+        if training:
+            task = task.easier(self._rng)
+            rounds = self._rng.randint(1, self._data.rounds) if task.asks_all else 1
+        document = task.document(self._rng, self._speller, filler, length, self._distance, rounds)
+        document_id = hashlib.sha256(document.tokens.tobytes()).hexdigest()[:32]
+        return StoredDocument(document_id, 0, "generated", task.name, document.tokens, document.answers)
 
-    def _mqar(self, filler: list[int], full: bool = False) -> retrieval.RetrievalDocument:
-        """``full`` asks for the maximum of pairs and rounds instead of drawing them."""
-        data, rng = self._data, self._rng
-        pairs, rounds = data.pairs, 1
-        if self._split == "train" and not full:
-            pairs, rounds = rng.randint(min(2, pairs), pairs), rng.randint(1, data.rounds)
-        elif full:
-            rounds = data.rounds
-        return retrieval.mqar(rng, self._tokenizer, filler, len(filler), pairs, self._window, rounds)
+    def _draw_task(self) -> RetrievalTask:
+        draw = self._rng.random()
+        for task, weight in self._tasks:
+            if draw < weight:
+                return task
+            draw -= weight
+        return self._tasks[-1][0]
 
-    def _needle(self, filler: list[int]) -> retrieval.RetrievalDocument:
-        depth = self._rng.random()
-        return retrieval.needle(self._rng, self._tokenizer, filler, len(filler), depth, self._window)
+
+def _weighted_tasks(recipe: Recipe) -> list[tuple[RetrievalTask, float]]:
+    """Return the tasks of ``data.retrieval_tasks`` and their shares, in an order of their names.
+
+    Raises ConfigError, naming the setting, for unknown tasks, for vacuous settings, and for weights that are all zero.
+    """
+    data = recipe.data
+    for key, names in (("retrieval_tasks", data.retrieval_tasks), ("task_settings", data.task_settings)):
+        for name in names:
+            if name not in RETRIEVAL_TASKS and (key == "retrieval_tasks" or name not in TASKS):
+                raise ConfigError(f"data.{key}: '{name}' is not one of {', '.join(RETRIEVAL_TASKS)}")
+    total = sum(data.retrieval_tasks.values())
+    if not total:
+        raise ConfigError("data.retrieval_tasks: at least one weight must be above 0")
+    tasks: list[tuple[RetrievalTask, float]] = []
+    for name in sorted(data.retrieval_tasks, reverse=True):
+        if weight := data.retrieval_tasks[name]:
+            try:
+                task = RETRIEVAL_TASKS[name].create(data.settings_of(name), recipe.model)
+            except ConfigError as error:
+                raise ConfigError(f"data.task_settings: {error}") from None
+            tasks.append((task, weight / total))
+    return tasks

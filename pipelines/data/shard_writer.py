@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evals.documents import retrieval
+from evals.documents.facts import reserved_ids
 from model.errors import DataError
 from model.tokenizer import Tokenizer
 from pipelines.data.manifest import KINDS, SPLITS, HeldOut, Kind, Shard, Split, SplitManifest, file_sha256
@@ -130,7 +130,7 @@ class _SplitWriter:
         self._sequence_length, self._packing = data.sequence_length, data.packing
         self._shard_tokens = data.shard_tokens
         # Fillers must hold neither BOS and EOS nor the characters that facts are written with.
-        self._reserved_ids = [tokenizer.bos_id, tokenizer.eos_id, *retrieval.reserved_ids(tokenizer)]
+        self._reserved_ids = [tokenizer.bos_id, tokenizer.eos_id, *reserved_ids(tokenizer)]
         self._retrieval = RetrievalGenerator(recipe, tokenizer, split)
         self._rng = np.random.default_rng([data.seed, SPLITS.index(split)])
         share = data.retrieval_share
@@ -142,6 +142,7 @@ class _SplitWriter:
         self._pending_tokens = 0.0
         self._filler = np.empty(0, dtype=np.int32)
         self._text_bytes = 0
+        self._kinds = ["text", *(kind for kind in KINDS if data.retrieval_tasks.get(kind))]
         self._documents: Counter[Kind] = Counter()
         self._rows: Counter[Kind] = Counter()
         self._tokens: Counter[Kind] = Counter()
@@ -176,10 +177,10 @@ class _SplitWriter:
             raise self._too_little_text()
         return SplitManifest(
             text_bytes=self._text_bytes,
-            documents={kind: self._documents[kind] for kind in KINDS},
-            rows={kind: self._rows[kind] for kind in KINDS},
-            tokens={kind: self._tokens[kind] for kind in KINDS},
-            targets={kind: self._targets[kind] for kind in KINDS},
+            documents={kind: self._documents[kind] for kind in self._kinds},
+            rows={kind: self._rows[kind] for kind in self._kinds},
+            tokens={kind: self._tokens[kind] for kind in self._kinds},
+            targets={kind: self._targets[kind] for kind in self._kinds},
             shards=tuple(self._shards),
         )
 
@@ -218,7 +219,7 @@ class _SplitWriter:
             for start, end in itertools.pairwise(edges):
                 writer.write_table(_to_table(stored[start:end]))
         kinds = np.array([item.kind for item in stored])
-        for kind in KINDS:
+        for kind in self._kinds:
             of_kind = lengths[kinds == kind]
             self._rows[kind] += self._count_rows(of_kind)
             self._tokens[kind] += int(of_kind.sum())

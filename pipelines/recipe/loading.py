@@ -128,11 +128,12 @@ def _merge_file(merged: dict[str, Any], file: str | Path, content: dict[str, Any
 
 
 def _merge_over(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
-    """Merge ``later`` over ``earlier``. A sweep space, a preset or a depth replaces the earlier one. A preset also
-    replaces the family of a depth."""
+    """Merge ``later`` over ``earlier``. A sweep space, a mixture of retrieval tasks, a preset or a depth replaces the
+    earlier one. A preset also replaces the family of a depth."""
     earlier = copy.deepcopy(earlier)
-    if get_key(later, "sweep.space") is not None and get_key(earlier, "sweep.space"):
-        del earlier["sweep"]["space"]
+    for section, name in (("sweep", "space"), ("data", "retrieval_tasks")):
+        if get_key(later, f"{section}.{name}") is not None and get_key(earlier, f"{section}.{name}"):
+            del earlier[section][name]
     for given, replaced in (("depth", "preset"), ("preset", "depth"), ("preset", "family")):
         if get_key(later, f"model.{given}") is not None and get_key(earlier, f"model.{replaced}"):
             del earlier["model"][replaced]

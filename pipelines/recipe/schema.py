@@ -110,20 +110,35 @@ class DataSection(Section):
     """Share of documents held out for validation, chosen by a hash of their content."""
     retrieval_share: Share = 0.5
     """Share of training rows that are generated retrieval documents."""
-    needle_share: Share = 0.25
-    """Share of retrieval documents with one needle in text; the others hold many key-value pairs."""
-    pairs: Annotated[int, Field(ge=1)] = 8
-    """Key-value pairs of a recall document. Training documents draw their number from 2 up to this."""
+    retrieval_tasks: dict[Text, Annotated[float, Field(ge=0)]] = {"mqar": 0.75, "needle": 0.25}
+    """Evaluation tasks whose documents are generated, and the weight of each (docs/evaluation.md)."""
+    task_settings: dict[Text, dict[Text, int | float]] = {}
+    """Settings of tasks, for generated documents and for the evaluation, e.g. ``multi_key: {keys: 4}``. Training
+    documents draw them up to these."""
+    pairs: Annotated[int, Field(ge=2)] = 8
+    """Key-value pairs of an mqar document. Training documents draw their number from 2 up to this."""
     rounds: Annotated[int, Field(ge=1)] = 1
-    """Maximum number of times a training document asks for all its pairs, drawn from 1 up to this. More answers per
+    """Maximum number of times a training document asks for all its facts, drawn from 1 up to this. More answers per
     step teach recall sooner. Validation documents ask once."""
     retrieval_lengths: tuple[Annotated[int, Field(ge=8, le=MAX_LENGTH)], ...] = ()
     """Lengths in tokens of generated training documents, drawn uniformly. Empty: ``sequence_length``. Stages with
     shorter sequences skip documents that do not fit."""
+    retrieval_distance: Annotated[int, Field(ge=0)] | None = None
+    """Tokens between the last fact of a generated document and its first question. None: ``model.window``."""
     retrieval_validation_documents: Annotated[int, Field(ge=1)] = 512
     shard_tokens: Annotated[int, Field(ge=1024)] = 4_000_000
     """Tokens after which a shard is closed. Readers hold one shard in memory and pack rows within it."""
     seed: int = 1234
+
+    def settings_of(self, task: str) -> dict[str, int | float]:
+        """Return the settings of a task: ``task_settings``, and ``pairs`` for mqar."""
+        return {**self.task_settings.get(task, {}), **({"pairs": self.pairs} if task == "mqar" else {})}
+
+    @model_validator(mode="after")
+    def _check_pairs_once(self) -> DataSection:
+        if "pairs" in self.task_settings.get("mqar", {}):
+            raise ValueError("task_settings: the pairs of mqar are set by data.pairs")
+        return self
 
     def content(self) -> dict[str, Any]:
         """Return the settings that determine the shards' content, as plain JSON values.
@@ -238,7 +253,7 @@ class TrainSection(Section):
     validate_every: Annotated[int, Field(ge=1)] = 50
     """Steps between validations. A stage always ends with a validation and a checkpoint."""
     validation_rows: Annotated[int, Field(ge=1)] = 128
-    """Rows of each kind (text, key-value recall, needle) per validation."""
+    """Rows of each kind (text, and each task of ``data.retrieval_tasks``) per validation."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 50
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     optimizer: Annotated[OptimizerConfig, WrapValidator(_name_optimizer)] = OptimizerConfig()
@@ -276,10 +291,14 @@ class EvaluateSection(Section):
     checkpoint: LocalPath | None = None
     """Checkpoint folder. None: the final checkpoint of ``run.name``."""
     tasks: Annotated[tuple[Text, ...], Field(min_length=1)] = ("mqar", "needle")
+    """Names of evaluation tasks (docs/evaluation.md). ``data.task_settings`` holds their settings."""
     lengths: Annotated[tuple[Annotated[int, Field(ge=32, le=MAX_LENGTH)], ...], Field(min_length=1)] = (256,)
-    """Document lengths in tokens."""
+    """Document lengths in tokens. The first one is the training length, which effective lengths refer to."""
     depths: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.1, 0.5, 0.9)
-    """Needle positions, as a share of the distance from the start of the document to the last allowed position."""
+    """Positions of needles and of the ends of scored spans, from 0 at the start to 1 at the last position allowed."""
+    distance: Annotated[int, Field(ge=0)] | None = None
+    """Tokens between the last fact of a document and its first question. None: the model's stacked windows,
+    ``layers * window``; less is refused. An equal distance gives models equal documents."""
     samples: Annotated[int, Field(ge=1)] = 64
     """Documents per task, length and depth."""
     seed: int = 4321

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from evals.tasks.generators import mqar_questions
+from evals.tasks.generators import retrieval_questions
 from model import checkpoint
 from model.costs import cache_bytes_per_token
 from model.errors import FiftyfoldError
@@ -108,7 +108,8 @@ def run(recipe: Recipe) -> None:
 def _ask(recipe: Recipe, deployment: deploy.Deployment) -> int:
     """Ask held-out recall questions over HTTP and print the first; return the number of correct answers."""
     tokenizer = load_tokenizer(deployment.checkpoint)
-    questions = mqar_questions(
+    questions = retrieval_questions(
+        task="mqar",
         length=recipe.data.sequence_length,
         pairs=recipe.data.pairs,
         samples=recipe.demo.questions,

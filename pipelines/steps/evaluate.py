@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from evals.run import check_settings, evaluate
+from evals.scores import EFFECTIVE_SHARE
 from model.errors import CheckpointError, ConfigError
 from pipelines.data.manifest import MANIFEST_NAME, read_manifest
 from pipelines.recipe.schema import Recipe
@@ -21,6 +23,7 @@ from pipelines.tracking.run_folder import run_of_checkpoint
 from pipelines.tracking.system_metrics import system_metrics
 
 TABLE_FILE = "evaluation/recall.json"
+PERPLEXITY_FILE = "evaluation/perplexity.json"
 FIGURE_FILE = "evaluation/recall.png"
 
 
@@ -42,6 +45,11 @@ def run(recipe: Recipe) -> EvaluateResult:
         check_settings(section.tasks, section.lengths, section.depths)
     except ConfigError as error:
         raise ConfigError(f"evaluate.{error}") from None
+    settings = {task: recipe.data.settings_of(task) for task in section.tasks}
+    try:
+        check_settings(section.tasks, section.lengths, section.depths, settings)
+    except ConfigError as error:
+        raise ConfigError(f"data.task_settings: {error}") from None
     checkpoint = (section.checkpoint or recipe.final_checkpoint).absolute()
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint}: no checkpoint there; run the train step first")
@@ -65,7 +73,8 @@ def run(recipe: Recipe) -> EvaluateResult:
             section.samples,
             section.seed,
             data_folder,
-            recipe.data.pairs,
+            settings,
+            section.distance,
             device="cuda" if recipe.train.use_gpu else "cpu",
         )
     if dataset is not None:
@@ -73,19 +82,27 @@ def run(recipe: Recipe) -> EvaluateResult:
     scores = scores_from_metrics(metrics)
     tracked.log_metrics(metrics)
     tracked.set_tags({WEIGHTS_TAG: digest})
-    tracked.log_table(
-        {
-            "task": [score.task for score in scores],
-            "length": [score.length for score in scores],
-            "depth": [score.depth for score in scores],
-            "recall": [score.recall for score in scores],
-            "standard error": [score.stderr for score in scores],
-            "questions": [score.questions for score in scores],
-        },
-        TABLE_FILE,
-    )
-    tracked.log_figure(recall_figure(scores), FIGURE_FILE)
-    _print_scores(scores, str(checkpoint))
+    if scores:
+        tracked.log_table(
+            {
+                "task": [score.task for score in scores],
+                "length": [score.length for score in scores],
+                "depth": [score.depth for score in scores],
+                "recall": [score.recall for score in scores],
+                "standard error": [score.stderr for score in scores],
+                "questions": [score.questions for score in scores],
+            },
+            TABLE_FILE,
+        )
+        tracked.log_figure(recall_figure(scores), FIGURE_FILE)
+        _print_scores(scores, str(checkpoint))
+    if perplexities := _perplexities(metrics):
+        columns = ["length", "depth", "perplexity", "likelihood", "standard error"]
+        tracked.log_table(dict(zip(columns, map(list, zip(*perplexities)))), PERPLEXITY_FILE)
+        rows = [[str(n), f"{depth:g}", f"{p:.3f}", f"{q:.4f} ± {e:.4f}"] for n, depth, p, q, e in perplexities]
+        print_table("perplexity by position", ["length", "depth", "perplexity", "probability of a token"], rows)
+    if len(section.lengths) > 1:
+        _print_effective_lengths(recipe, metrics)
     print(f"scores: {tracked.url_hint()}", flush=True)
     return EvaluateResult(tracked.run_id, checkpoint, metrics)
 
@@ -97,6 +114,27 @@ def _print_scores(scores: list[Score], title: str) -> None:
         depth = "" if score.depth is None else f"{score.depth:g}"
         rows.append([score.task, str(score.length), depth, f"{score.recall:.3f}{spread}", str(score.questions)])
     print_table(title, ["task", "length", "depth", "recall", "questions"], rows)
+
+
+def _perplexities(metrics: dict[str, float]) -> list[tuple[int, float, float, float, float]]:
+    """Return (length, depth, perplexity, likelihood, its standard error) of each point, in the order of evaluation."""
+    found = []
+    for name, perplexity in metrics.items():
+        if name.endswith("/perplexity"):
+            setting = name.removesuffix("perplexity")
+            _, _, length, depth, _ = name.split("/")
+            stderr = metrics.get(f"{setting}likelihood_stderr", math.nan)
+            found.append((int(length), float(depth), perplexity, metrics[f"{setting}likelihood"], stderr))
+    return found
+
+
+def _print_effective_lengths(recipe: Recipe, metrics: dict[str, float]) -> None:
+    rows = []
+    for task in recipe.evaluate.tasks:
+        effective = metrics.get(f"eval/{task}/effective_length")
+        rows.append([task, "no better than chance" if effective is None else f"{effective:.0f}"])
+    title = f"effective length: score above {EFFECTIVE_SHARE:.0%} of that at {recipe.evaluate.lengths[0]} tokens"
+    print_table(title, ["task", "tokens"], rows)
 
 
 STEP = Step(run)

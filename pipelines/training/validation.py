@@ -19,7 +19,8 @@ from pipelines.recipe.schema import Recipe
 from pipelines.training.collectives import max_over_ranks, sum_over_ranks
 
 NAMES = (
-    *("loss", "text_loss", "answer_loss", "recall", "needle_answer_loss", "needle_recall", "mtp_loss"),
+    *("loss", "text_loss", "answer_loss", "recall", "mtp_loss"),
+    *(f"{kind}_{name}" for kind in KINDS[2:] for name in ("answer_loss", "recall")),
     *("indexer_kl", "recall_at_k", "recall_at_k_of_best", "choosing_share"),
 )
 """Metrics of :func:`validate`, without the prefix ``validation/``."""
@@ -41,11 +42,11 @@ def held_out_batches(recipe: Recipe, rank: int = 0, world: int = 1) -> dict[str,
 
 @torch.no_grad()
 def validate(model: Transformer, batches: dict[str, list[Batch]], attention: AttentionMode) -> dict[str, float]:
-    """Return held-out metrics over all ranks' ``batches`` by kind ("text", "mqar", "needle").
+    """Return held-out metrics over all ranks' ``batches`` by kind (``KINDS``).
 
     * ``validation/text_loss``: mean loss of text tokens.
-    * ``validation/recall``, ``validation/needle_recall``: share of key-value or needle answers whose every token is
-      the most likely one, teacher-forced.
+    * ``validation/recall`` of mqar documents and ``validation/<kind>_recall`` of others: share of answers whose every
+      token is the most likely one, teacher-forced.
     * ``validation/loss``: mean loss of text and answer tokens, with equal weight for each kind of document;
       ``validation/mtp_loss`` likewise for multi-token prediction.
     * ``validation/choosing_share``: share of queries with more entries than ``index_topk``, over layers with an

@@ -266,6 +266,27 @@ def test_sampling_is_refused(lm):
         lm.generate_until(requests("generate_until", [("x", {"do_sample": True, "temperature": 1.0})]))
 
 
+def record_batches(model):
+    """Return a list to which every forward pass appends its number of rows."""
+    sizes, forward = [], model.forward
+    model.forward = lambda ids, *rest, **more: (sizes.append(len(ids)), forward(ids, *rest, **more))[1]
+    return sizes
+
+
+def test_batches_hold_at_most_batch_size_prompts(folder):
+    pairs = [(TEXT[i : i + 20], "ab") for i in range(6)]
+    expected = CheckpointLM(folder).loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+    for given, limit, size in ((3, None, 3), ("2", None, 2), ("auto", None, 6), ("auto:4", 5, 5)):
+        lm = CheckpointLM(folder, batch_size=given, max_batch_size=limit)
+        sizes = record_batches(lm._model)
+        found = lm.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+        assert [total for total, _ in found] == pytest.approx([total for total, _ in expected], abs=1e-4)
+        assert max(sizes) == size
+    for wrong in (0, -1, "many"):
+        with pytest.raises(ConfigError, match=r"^batch_size: expected a number of prompts or auto, found"):
+            CheckpointLM(folder, batch_size=wrong)
+
+
 def test_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
         CheckpointLM(tmp_path / "nowhere")

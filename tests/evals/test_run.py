@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import statistics
-
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from retrieval_data import write_shards
 
-from evals.run import _summarize, evaluate
+from evals.documents import TASKS
+from evals.run import evaluate
 from model.errors import CheckpointError, ConfigError, DataError
 from model.tokenizer import ByteTokenizer
 
+FOUR = {"mqar": {"pairs": 4}}
+
 
 def test_evaluate_names_its_metrics(checkpoint):
-    metrics = evaluate(checkpoint, lengths=[128, 256], depths=[0.0, 0.5], samples=5, pairs=4)
+    metrics = evaluate(checkpoint, lengths=[128, 256], depths=[0.0, 0.5], samples=5, settings=FOUR)
     settings = [f"{name}/{n}" for n in (128, 256) for name in ("mqar",)]
     settings += [f"needle/{n}/{depth}" for n in (128, 256) for depth in ("0", "0.5")]
     names = {f"eval/{s}/{part}" for s in settings for part in ("recall", "recall_stderr", "questions", "documents")}
@@ -25,27 +26,43 @@ def test_evaluate_names_its_metrics(checkpoint):
     assert metrics["eval/mqar/256/documents"] == 5
     assert metrics["eval/needle/256/0.5/questions"] == 5
     assert all(metrics[f"eval/{setting}/recall"] < 0.5 for setting in settings)  # the model is untrained
-    assert evaluate(checkpoint, lengths=[128, 256], depths=[0.0, 0.5], samples=5, pairs=4) == metrics
+    assert evaluate(checkpoint, lengths=[128, 256], depths=[0.0, 0.5], samples=5, settings=FOUR) == metrics
 
 
-def test_standard_error_counts_documents_not_questions():
-    scores = {0: [1, 1], 1: [1, 1], 2: [0, 0], 3: [0, 1]}
-    samples = [{"doc": {"document": d}, "recall": float(r)} for d, rs in scores.items() for r in rs]
-    expected = statistics.stdev([1, 1, 0, 0.5]) / 2
-    assert _summarize(samples) == {
-        "recall": 0.625,
-        "recall_stderr": pytest.approx(expected),
-        "questions": 8,
-        "documents": 4,
-    }
-    assert "recall_stderr" not in _summarize(samples[:2])
+def test_every_task_is_evaluated(checkpoint):
+    metrics = evaluate(checkpoint, list(TASKS), lengths=[300, 320], depths=[0.5], samples=32)
+    for task, made in TASKS.items():
+        setting = f"eval/{task}/300" + "/0.5" * made.per_depth
+        assert 0 <= metrics[f"{setting}/{made.metric}"] < 0.5
+        assert metrics[f"{setting}/{made.metric}_stderr"] >= 0
+        assert metrics[f"{setting}/documents"] == 32
+    assert metrics["eval/residue/300/worst_recall"] <= metrics["eval/residue/300/recall"]
+    # An untrained model predicts bytes almost uniformly, at any length.
+    assert 200 < metrics["eval/perplexity/300/0.5/perplexity"] < 320
+    assert metrics["eval/perplexity/effective_length"] == 320
+    assert "eval/mqar/effective_length" not in metrics  # no better than chance
+
+
+def test_effective_length_needs_several_lengths(checkpoint):
+    assert not any("effective" in name for name in evaluate(checkpoint, ["perplexity"], samples=2, depths=[1.0]))
+
+
+def test_settings_of_tasks_and_distance(checkpoint):
+    scores = evaluate(checkpoint, ["mqar"], [256], samples=3, settings={"mqar": {"pairs": 5}}, distance=100)
+    assert scores["eval/mqar/256/questions"] == 15
+    with pytest.raises(ConfigError, match="mqar: distance 47 is vacuous: 3 stacked windows of 16 tokens reach"):
+        evaluate(checkpoint, ["mqar"], [256], samples=3, distance=47)
 
 
 def test_evaluate_refuses_invalid_arguments(checkpoint, tmp_path):
-    with pytest.raises(ConfigError, match=r"^tasks: 'hellaswag' is not one of mqar, needle"):
+    with pytest.raises(ConfigError, match=r"^tasks: 'hellaswag' is not one of mqar, needle, .*, perplexity$"):
         evaluate(checkpoint, ["mqar", "hellaswag"])
     with pytest.raises(ConfigError, match=r"^lengths: .* without duplicates"):
         evaluate(checkpoint, lengths=[256, 256])
+    with pytest.raises(ConfigError, match=r"^mqar: 'keys' is not one of its settings \(pairs\)"):
+        evaluate(checkpoint, settings={"mqar": {"keys": 3}})
+    with pytest.raises(ConfigError, match=r"^needle: depth is set by depths"):
+        evaluate(checkpoint, settings={"needle": {"depth": 0.3}})
     with pytest.raises(CheckpointError, match="nowhere"):
         evaluate(tmp_path / "nowhere")
     with pytest.raises(DataError, match="no validation shards found"):

@@ -53,7 +53,9 @@ def test_a_recipe_trains_evaluates_and_is_exported(prepared, name, tmp_path, cap
     recipe = family_recipe(name)
     folder, record = trained(prepared, recipe, tmp_path / "final")
     assert record.reported[-1][1]["validation/loss"] > 0
-    scores = evaluate(folder, ["mqar"], lengths=[96], samples=1, pairs=3, data_folder=prepared.data_folder)
+    scores = evaluate(
+        folder, ["mqar"], lengths=[96], samples=1, settings={"mqar": {"pairs": 3}}, data_folder=prepared.data_folder
+    )
     assert 0 <= scores["eval/mqar/96/recall"] <= 1
     original, target = checkpoint.load(folder), tmp_path / "transformers"
     if name in ("mamba2", "gqa"):  # transformers has no network of these mixers with these experts

@@ -1,0 +1,84 @@
+"""The evaluate step: tasks, their settings, and what is logged and printed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import checkpoint as checkpoints
+from model.config import ModelConfig
+from model.errors import ConfigError
+from model.tokenizer import ByteTokenizer
+from model.transformer import Transformer
+from pipelines.recipe.loading import recipe_from_dict
+from pipelines.recipe.schema import Recipe
+from pipelines.steps import evaluate
+from pipelines.tracking.mlflow_store import open_tracking
+from pipelines.tracking.run_folder import bind
+
+MODEL = ModelConfig(hidden_size=32, layers=("sliding", "csa", "hca"), max_positions=512)
+
+
+def recipe_with(folder: Path, data: dict | None = None, **section) -> Recipe:
+    section = {"lengths": [128, 256], "depths": [0.5, 1.0], "samples": 3, **section}
+    return recipe_from_dict({"run": {"folder": str(folder)}, "evaluate": section, "data": data or {}})
+
+
+def train(recipe: Recipe) -> None:
+    """Write the results of a training."""
+    with open_tracking(recipe).start_run(recipe.run.name, kind="train", recipe=recipe) as run:
+        torch.manual_seed(0)
+        checkpoints.save(Transformer(MODEL), recipe.final_checkpoint, ByteTokenizer())
+        bind(recipe.run_folder, run)
+
+
+def test_scores_perplexities_and_effective_lengths_are_logged(tmp_path, capsys):
+    settings = {"task_settings": {"multi_key": {"keys": 3}}, "pairs": 4}
+    recipe = recipe_with(tmp_path, settings, tasks=["mqar", "multi_key", "perplexity"], distance=60)
+    train(recipe)
+    result = evaluate.run(recipe)
+    logged = open_tracking(recipe).client.get_run(result.run_id).data.metrics
+    for name in (
+        "mqar/128/recall",
+        "multi_key/256/recall",
+        "perplexity/256/0.5/perplexity",
+        "perplexity/effective_length",
+    ):
+        assert logged[f"eval/{name}"] == result.metrics[f"eval/{name}"]
+    assert result.metrics["eval/mqar/128/questions"] == 12
+    output = capsys.readouterr().out
+    assert "perplexity by position" in output and "effective length: score above 85% of that at 128 tokens" in output
+    assert "no better than chance" in output
+    artifacts = tmp_path / "mlartifacts" / result.run_id / "artifacts" / "evaluation"
+    assert {path.name for path in artifacts.iterdir()} == {"recall.json", "recall.png", "perplexity.json"}
+
+
+def test_perplexity_alone_has_no_recall(tmp_path):
+    recipe = recipe_with(tmp_path, tasks=["perplexity"], lengths=[128])
+    train(recipe)
+    result = evaluate.run(recipe)
+    artifacts = tmp_path / "mlartifacts" / result.run_id / "artifacts" / "evaluation"
+    assert [path.name for path in artifacts.iterdir()] == ["perplexity.json"]
+
+
+@pytest.mark.parametrize(
+    ("data", "section", "message"),
+    [
+        ({}, {"tasks": ["ruler"]}, r"^evaluate\.tasks: 'ruler' is not one of mqar, needle, .*, perplexity$"),
+        ({}, {"lengths": [128, 128]}, r"^evaluate\.lengths: expected at least one value without duplicates"),
+        (
+            {"task_settings": {"multi_key": {"pairs": 3}}},
+            {"tasks": ["multi_key"]},
+            r"^data\.task_settings: multi_key: 'pairs' is not one of its settings \(keys\)$",
+        ),
+        ({}, {"lengths": [4096]}, "mqar: length 4096 exceeds the model's context; choose lengths up to 512 tokens"),
+        ({}, {"distance": 20}, "mqar: distance 20 is vacuous"),
+    ],
+)
+def test_unknown_and_vacuous_settings_are_refused(tmp_path, data, section, message):
+    recipe = recipe_with(tmp_path, data, **section)
+    train(recipe)
+    with pytest.raises(ConfigError, match=message):
+        evaluate.run(recipe)
