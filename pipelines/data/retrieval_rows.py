@@ -33,7 +33,7 @@ class RetrievalGenerator:
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer, split: Split):
         self._data = recipe.data
-        self._window = recipe.model.window
+        self._window = max(recipe.model.window, recipe.data.answer_distance or 0)
         self._tokenizer = tokenizer
         self._split = split
         self._rng = random.Random(f"{recipe.data.seed} {split}")
@@ -57,7 +57,7 @@ class RetrievalGenerator:
                 if self._data.needle_share > 0:
                     self._needle([0] * length)
             except ConfigError as error:
-                keys = "data.pairs, data.rounds and model.window"
+                keys = "data.pairs, data.rounds, data.answer_distance and model.window"
                 lengths = "data.sequence_length and data.retrieval_lengths"
                 raise ConfigError(f"{keys} must fit {lengths}: {str(error).removeprefix('length: ')}") from error
 

@@ -188,7 +188,7 @@ def test_text_settings_succeed_or_fail_with_one_sentence(run, place, step, key, 
     assert not stray or key == "run.folder"
 
 
-SECTIONS = st.sampled_from(["train", "sweep", "compare", "promote", "budget"])
+SECTIONS = st.sampled_from(["train", "sweep", "ablate", "compare", "report", "promote", "budget"])
 
 
 @quick(80)
@@ -256,10 +256,6 @@ def test_paths_that_hold_no_checkpoint_are_refused(run, place, source):
     assert run("budget", "--model", source) == cli.USER_ERROR
     for step, key in (("evaluate", "evaluate.checkpoint"), ("train", "train.init_from"), ("deploy", "serve.model_uri")):
         assert run(step, "--config", str(place.file), "--run.name", "new", f"--{key}", source) == cli.USER_ERROR
-    assert (
-        run("compare", "--config", str(place.file), "--compare.qat", source, "--compare.plain", source)
-        == cli.USER_ERROR
-    )
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
@@ -281,7 +277,7 @@ def test_damaged_checkpoints_give_one_sentence(run, place, name, content, tmp_pa
 def test_damaged_run_folders_give_one_sentence(run, place, name, content, tmp_path):
     shutil.copytree(place.recipe.run.folder, tmp_path / "runs")
     (tmp_path / "runs" / name).write_bytes(content)
-    for step in ("prepare", "train", "sweep", "compare", "evaluate", "promote", "deploy"):
+    for step in ("prepare", "train", "sweep", "ablate", "compare", "report", "evaluate", "promote", "deploy"):
         run(
             step,
             "--config",
