@@ -28,7 +28,7 @@ TITLES = {
     "precision": "BF16 for mixed precision",
     "muon": "AdamW for Muon",
     "hyper_connections": "plain residuals for mHC",
-    "qat": "quantized after training for QAT",
+    "qat": "quantized after, for QAT",
     NONE: "none of the five",
 }
 

@@ -38,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def load(options: argparse.Namespace, files: Sequence[Path], overrides: Sequence[str]) -> Recipe:
     """Return the recipe, in its quick form if asked for. Raises ConfigError."""
     if options.write is not None:
-        check_creatable(options.write, "--write")
+        check_creatable(options.write / RESULTS, "--write")
     recipe = load_recipe(files, overrides)
     return quick(recipe) if options.quick else recipe
 

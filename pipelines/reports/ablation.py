@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -32,7 +32,7 @@ METRICS = {
     "recall": "validation/recall",
     "needle recall": "validation/needle_recall",
 }
-"""Metrics of the tables by title. The first one is tested, and so is recall."""
+"""Metrics of the tables by title."""
 TESTED = ("validation loss", "recall")
 _CLOSED, _MEASURED, _BAND = "#2c5f8a", "#c0392b", "#9aa7b1"
 
@@ -126,9 +126,9 @@ class AblationResult:
 
 def tables(result: AblationResult) -> list[Table]:
     """Return the tables: equal tokens, equal FLOPs, tokens to a loss, quantization, learning rates and costs."""
-    found = [_scores(result, f"{result.name}: equal tokens ({result.tokens:,})", equal_flops=False)]
+    found = _scores(result, f"{result.name}: equal tokens ({result.tokens:,})", equal_flops=False)
     if any(arm.equal_flops for arm in result.arms):
-        found.append(_scores(result, f"{result.name}: equal training FLOPs", equal_flops=True))
+        found += _scores(result, f"{result.name}: equal training FLOPs", equal_flops=True)
     found += _tokens_to_loss(result) + _quantization(result)
     return [*found, _rates(result), _costs(result)]
 
@@ -137,34 +137,41 @@ def _runs(arm: ArmResult, equal_flops: bool) -> Runs:
     return arm.equal_flops or arm.equal_tokens if equal_flops else arm.equal_tokens
 
 
-def _scores(result: AblationResult, title: str, equal_flops: bool) -> Table:
-    full, *others = result.arms
-    reference = _runs(full, equal_flops)
-    names = [name for name, metric in METRICS.items() if metric in reference.metrics]
-    tested = [name for name in TESTED if name in names]
-    differences = {
-        (arm.name, name): paired(_runs(arm, equal_flops).metrics[METRICS[name]], reference.metrics[METRICS[name]])
-        for arm in others
+def _scores(result: AblationResult, title: str, equal_flops: bool) -> list[Table]:
+    """Return a table of the scores, and one of the differences from the full recipe."""
+    arms = {arm.title: _runs(arm, equal_flops) for arm in result.arms}
+    rows = [
+        [name, str(runs.steps), f"{runs.flops:.3g}", *score_cells(runs.metrics, METRICS)] for name, runs in arms.items()
+    ]
+    note = too_few(result.seeds) or f"mean ± half width of the 95% t interval over {len(result.seeds)} seeds"
+    scores = Table(title, ["arm", "steps", "FLOPs", *METRICS], rows, note)
+    return [scores, differences(f"{title}: difference from the full recipe", arms, result.seeds)]
+
+
+def score_cells(metrics: Mapping[str, list[float]], names: Mapping[str, str]) -> list[str]:
+    """Return the estimates of the metrics ``names`` as text, "-" where one was not measured."""
+    return [format_estimate(estimate(metrics[metric])) if metric in metrics else "-" for metric in names.values()]
+
+
+def differences(title: str, arms: Mapping[str, Runs], seeds: Sequence[int]) -> Table:
+    """Return the table of paired differences from the first arm, with tests."""
+    (_, reference), *others = arms.items()
+    tested = [name for name in TESTED if METRICS[name] in reference.metrics]
+    found = {
+        (arm, name): paired(runs.metrics[METRICS[name]], reference.metrics[METRICS[name]])
+        for arm, runs in others
         for name in tested
     }
-    corrected = {name: adjusted({arm.name: differences[arm.name, name].p for arm in others}) for name in tested}
+    corrected = {name: adjusted({arm: found[arm, name].p for arm, _ in others}) for name in tested}
     rows = []
-    for arm in result.arms:
-        runs = _runs(arm, equal_flops)
-        row = [arm.title, str(runs.steps), f"{runs.flops:.3g}"]
-        row += [format_estimate(estimate(runs.metrics[METRICS[name]])) for name in names]
-        for name in tested:
-            if arm is full:
-                row += ["", ""]
-            else:
-                row += [format_difference(differences[arm.name, name]), format_p(corrected[name][arm.name])]
-        rows.append(row)
-    columns = ["arm", "steps", "FLOPs", *names, *itertools.chain(*([f"Δ {name}", "p"] for name in tested))]
-    note = too_few(result.seeds) or (
-        f"mean ± half width of the 95% t interval over {len(result.seeds)} seeds; Δ: paired difference from the full "
-        "recipe; p: two-sided paired t-test, Holm's correction over the arms"
+    for arm, _ in others:
+        cells = ((format_difference(found[arm, name]), format_p(corrected[name][arm])) for name in tested)
+        rows.append([arm, *itertools.chain(*cells)])
+    note = too_few(seeds) or (
+        "paired by seed, ± half width of the 95% t interval; p: two-sided paired t-test, with Holm's correction over "
+        "the rows"
     )
-    return Table(title, columns, rows, note)
+    return Table(title, ["arm", *itertools.chain(*([name, "p"] for name in tested))], rows, note)
 
 
 def _tokens_to_loss(result: AblationResult) -> list[Table]:
@@ -263,7 +270,7 @@ def _bars(axes: Axes, closed: Sequence[float], measured: Sequence[float], label:
     total = closed[0] / closed[-1]
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high * (high / low) ** 0.25)
+    axes.set_ylim(min(closed) / 2, high * (high / low) ** 0.25)
     change = f"÷ {total:.3g}" if total > 1 else f"× {1 / total:.3g}"
     axes.text(0.99, 0.93, f"in all {change}", transform=axes.transAxes, ha="right", va="top", fontsize=10)
     axes.legend(fontsize=8, loc="upper center", ncols=2)

@@ -11,16 +11,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from model.work import WEIGHTING
-from pipelines.reports.ablation import METRICS, TESTED, Runs
+from pipelines.reports.ablation import METRICS, TESTED, Runs, differences, score_cells
 from pipelines.reports.figures import binary
 from pipelines.reports.statistics import (
     MIN_SEEDS,
-    adjusted,
     estimate,
-    format_difference,
     format_estimate,
-    format_p,
-    paired,
     too_few,
 )
 from pipelines.reports.tables import Table
@@ -126,7 +122,7 @@ def task_scores(metrics: dict[str, list[float]]) -> dict[str, dict[int, list[flo
 def tables(result: ComparisonResult) -> list[Table]:
     """Return the tables: quality, tasks, cache, FLOPs, time, learning rates and the published networks."""
     return [
-        _quality(result),
+        *_quality(result),
         *_tasks(result),
         _cache(result),
         _flops(result),
@@ -136,33 +132,25 @@ def tables(result: ComparisonResult) -> list[Table]:
     ]
 
 
-def _quality(result: ComparisonResult) -> Table:
-    hybrid, *others = result.arms
-    names = [name for name, metric in METRICS.items() if metric in hybrid.runs.metrics]
-    tested = [name for name in TESTED if name in names]
-    differences = {
-        (arm.name, name): paired(arm.runs.metrics[METRICS[name]], hybrid.runs.metrics[METRICS[name]])
-        for arm in others
-        for name in tested
-    }
-    corrected = {name: adjusted({arm.name: differences[arm.name, name].p for arm in others}) for name in tested}
-    rows = []
-    for arm in result.arms:
-        row = [arm.name, f"{arm.parameters:,}", f"{arm.active:,}", f"{arm.runs.flops:.3g}"]
-        row += [format_estimate(estimate(arm.runs.metrics[METRICS[name]])) for name in names]
-        for name in tested:
-            if arm is hybrid:
-                row += ["", ""]
-            else:
-                row += [format_difference(differences[arm.name, name]), format_p(corrected[name][arm.name])]
-        rows.append(row)
-    changes = itertools.chain(*([f"Δ {name}", "p"] for name in tested))
-    columns = ["network", "parameters", "active", "training FLOPs", *names, *changes]
-    note = too_few(result.seeds) or (
-        f"mean ± half width of the 95% t interval over {len(result.seeds)} seeds; Δ: paired difference from the "
-        "hybrid; p: two-sided paired t-test, Holm's correction over the networks"
-    )
-    return Table(f"{result.name}: {result.tokens:,} tokens each", columns, rows, note)
+def _quality(result: ComparisonResult) -> list[Table]:
+    title = f"{result.name}: {result.tokens:,} tokens each"
+    rows = [
+        [
+            arm.name,
+            f"{arm.parameters:,}",
+            f"{arm.active:,}",
+            f"{arm.runs.flops:.3g}",
+            *score_cells(arm.runs.metrics, METRICS),
+        ]
+        for arm in result.arms
+    ]
+    note = too_few(result.seeds) or f"mean ± half width of the 95% t interval over {len(result.seeds)} seeds"
+    columns = ["network", "parameters", "active", "training FLOPs", *METRICS]
+    arms = {arm.name: arm.runs for arm in result.arms}
+    return [
+        Table(title, columns, rows, note),
+        differences(f"{title}: difference from the hybrid", arms, result.seeds),
+    ]
 
 
 def _tasks(result: ComparisonResult) -> list[Table]:
@@ -252,7 +240,7 @@ def own_table(result: ComparisonResult) -> Table:
     base = next((arm for arm in result.arms if arm.name == "v32"), result.arms[0])
     rows = []
     for arm in result.arms:
-        scores = [format_estimate(estimate(arm.runs.metrics[METRICS[name]])) for name in TESTED]
+        scores = score_cells(arm.runs.metrics, {name: METRICS[name] for name in TESTED})
         size, work = arm.costs.cache_bytes[-1], arm.costs.equivalent[-1]
         shares = (size / base.costs.cache_bytes[-1], work / base.costs.equivalent[-1])
         rows.append([arm.name, f"{size / 1e6:,.1f}", f"{shares[0]:.1%}", f"{work / 1e6:,.1f}", f"{shares[1]:.1%}"])

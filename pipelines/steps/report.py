@@ -122,7 +122,6 @@ def _sections(results: dict[str, dict[str, Any]]) -> tuple[list[Section], dict[s
         figures[name] = figure
         return {name: png_bytes(figure)}
 
-    first, *others = comparison.tables(compared)[:-1]
     sections = [
         Section(
             "DeepSeek-V3.2 against V4, and this project's networks",
@@ -156,7 +155,7 @@ def _sections(results: dict[str, dict[str, Any]]) -> tuple[list[Section], dict[s
         Section(
             "Five networks",
             [],
-            [first, *others],
+            comparison.tables(compared)[:-1],
             draw("families-quality", lambda: comparison.quality_figure(compared)),
             origins["compare"],
         ),

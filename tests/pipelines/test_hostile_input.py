@@ -20,6 +20,7 @@ from model.errors import FiftyfoldError
 from model.tokenizer import ByteTokenizer
 from model.transformer import Transformer
 from pipelines import __main__ as cli
+from pipelines.experiments import experiment
 from pipelines.recipe.key_types import fields_of, is_list_of_text, is_text, type_of
 from pipelines.recipe.loading import with_overrides
 from pipelines.recipe.schema import Recipe
@@ -135,7 +136,7 @@ def place(prepared, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch, place):
     """Neither Ray nor an evaluation starts; the working folder is one to look for stray files in."""
-    for step in (train, sweep, demo, deploy):
+    for step in (train, sweep, demo, deploy, experiment):
         monkeypatch.setattr(step, "ray_session", no_ray)
     monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: {"eval/recall": 0.5})
     work = place.folder / "work"
