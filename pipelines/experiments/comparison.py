@@ -15,6 +15,7 @@ from pipelines.experiments.arms import Arm, comparison_arms
 from pipelines.experiments.experiment import open_experiment, with_common_dtypes
 from pipelines.experiments.outputs import command_line, publish
 from pipelines.experiments.timing import describe_machine, time_decoding, time_prefill
+from pipelines.experiments.trial_process import check_tasks
 from pipelines.experiments.trials import plan
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.cache_measurement import measure_cache
@@ -39,6 +40,7 @@ def run_comparison(recipe: Recipe, write: Path | None) -> ComparisonResult:
     section, arms = recipe.compare, comparison_arms(recipe)
     configs = {arm.name: _long(arm.recipe.model) for arm in arms}
     with open_experiment("compare", recipe, section, arms) as experiment:
+        _check_tasks(arms, section.seeds[0])
         experiment.expect(len(arms) * (len(section.rates) + len(section.seeds)))
         rates = experiment.select_rates(arms)
         trials = [plan(arm, seed, rates[arm.name].rate, evaluated=True) for arm in arms for seed in section.seeds]
@@ -87,6 +89,16 @@ def run_comparison(recipe: Recipe, write: Path | None) -> ComparisonResult:
         experiment.tracked.log_metrics(means)
         publish(experiment.tracked, "compare", result.to_dict(), tables(result), figures, write)
     return result
+
+
+def _check_tasks(arms: list[Arm], seed: int) -> None:
+    """Raise ConfigError for tasks that an arm cannot be scored on, unless it has been scored before."""
+    for arm in arms:
+        try:
+            if not plan(arm, seed, 1.0, evaluated=True).evaluation_file.exists():
+                check_tasks(arm.recipe)
+        except ConfigError as error:
+            raise ConfigError(f"compare: arm {arm.name}: {error}") from None
 
 
 def _long(config: ModelConfig) -> ModelConfig:

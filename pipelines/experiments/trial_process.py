@@ -19,6 +19,7 @@ from model.transformer import Transformer
 from pipelines.data.manifest import read_manifest
 from pipelines.experiments.trials import FINAL, LAST, LOSS, RESULT, TRIAL, Trial, only_process
 from pipelines.recipe.loading import recipe_from_dict, with_overrides
+from pipelines.recipe.schema import Recipe
 from pipelines.reports.cache_measurement import measured_cache
 from pipelines.tracking.lineage import dataset_input
 from pipelines.tracking.mlflow_store import TrackedRun, open_tracking
@@ -120,9 +121,6 @@ def _validate_scored(trial: Trial, trainer: Trainer, device: str) -> dict[str, f
 
 
 def _evaluate(trial: Trial, folder: Path, tracked: TrackedRun) -> None:
-    from evals.run import evaluate  # importing lm-eval takes longer than a short training
-
-    section, recipe = trial.recipe.evaluate, trial.recipe
     with tempfile.TemporaryDirectory() as scratch:
         network = folder / FINAL
         if trial.scored:
@@ -130,19 +128,36 @@ def _evaluate(trial: Trial, folder: Path, tracked: TrackedRun) -> None:
             model = Transformer(trial.recipe.model.replace(**trial.scored))
             checkpoint.load_weights(model, folder / FINAL)
             checkpoint.save(model, network, load_tokenizer(folder / FINAL))
-        metrics = evaluate(
-            network,
-            section.tasks,
-            section.lengths,
-            section.depths,
-            section.samples,
-            section.seed,
-            recipe.data_folder,
-            recipe.data.pairs,
-            device="cuda" if recipe.train.use_gpu else "cpu",
-        )
+        metrics = score_tasks(network, trial.recipe, trial.recipe.evaluate.samples)
     tracked.log_metrics(metrics)
     write_text(trial.evaluation_file, json.dumps(metrics) + "\n")
+
+
+def score_tasks(network: Path, recipe: Recipe, samples: int) -> dict[str, float]:
+    """Return the scores of a checkpoint on the tasks of the evaluate section. Raises ConfigError."""
+    from evals.run import evaluate  # importing lm-eval takes longer than a short training
+
+    section = recipe.evaluate
+    return evaluate(
+        network,
+        section.tasks,
+        section.lengths,
+        section.depths,
+        samples,
+        section.seed,
+        recipe.data_folder,
+        recipe.data.pairs,
+        device="cuda" if recipe.train.use_gpu else "cpu",
+    )
+
+
+def check_tasks(recipe: Recipe) -> None:
+    """Score a network with random weights on one sample per setting, so that a setting that the model cannot hold, or
+    that proves nothing, is refused before any training. Raises ConfigError."""
+    with tempfile.TemporaryDirectory() as scratch:
+        network = Path(scratch) / "untrained"
+        checkpoint.save(Transformer(recipe.model), network, load_tokenizer(recipe.data_folder))
+        score_tasks(network, recipe, 1)
 
 
 class _Recorder:

@@ -150,6 +150,21 @@ def test_a_report_shows_all_figures_and_their_runs(recipe, ablated, compared, tm
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"evaluate.lengths": [512]}, r"compare: arm hybrid: .*512 exceeds the model's context of 256"),
+        ({"evaluate.tasks": ["nothing"]}, r"compare: arm hybrid: tasks: 'nothing' is not one of"),
+        ({"compare.arms": {"gqa": {**GQA, "max_positions": 64}}}, r"compare: arm gqa: .*96.* exceeds"),
+    ],
+)
+def test_a_comparison_that_cannot_be_scored_is_refused_before_any_trial(recipe, changes, message):
+    recipe = with_overrides(recipe, {**changes, "compare.name": "refused-comparison"})
+    with pytest.raises(ConfigError, match=message):
+        compare.run(recipe)
+    assert not (recipe.experiments_folder / "refused-comparison/tune").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"ablate.context": 512}, r"ablate\.context: 512 exceeds model\.max_positions 256"),
         ({"model.qat": False}, "the recipe does not use qat"),
         ({"ablate.variants": {"wide": {"model.window": 64}}, "ablate.choices": []},
