@@ -78,7 +78,7 @@ def _is_scaled(arm: Arm, flops: dict[str, float]) -> bool:
 
 
 def _log(experiment: Experiment, result: AblationResult, write: Path | None) -> None:
-    metrics = {}
+    metrics: dict[str, float] = {}
     for arm in result.arms:
         for budget, runs in (("equal_tokens", arm.equal_tokens), ("equal_flops", arm.equal_flops)):
             if runs is not None:

@@ -111,12 +111,13 @@ def ablation_arms(recipe: Recipe) -> list[Arm]:
     """
     section = recipe.ablate
     arms = [Arm(FULL, TITLES[FULL], recipe)]
-    for choice in section.choices:
+    choices: tuple[str, ...] = section.choices
+    for choice in choices:
         if not uses(recipe, choice):
             raise ConfigError(f"ablate.choices: the recipe does not use {choice}, so it cannot be taken away")
         scored = {"qat": True} if choice == "qat" else {}
         arms.append(Arm(choice, TITLES[choice], WITHOUT[choice](recipe), scored))
-    if set(section.choices) == set(CHOICES):
+    if set(choices) == set(CHOICES):
         nothing = recipe
         for choice in CHOICES:
             nothing = WITHOUT[choice](nothing)

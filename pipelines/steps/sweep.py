@@ -174,7 +174,7 @@ def _run(
             if not winner_file.exists():
                 seconds += time.monotonic() - started
                 tracked.log_metrics({WALL_SECONDS: seconds})
-        errors = {}
+        errors: dict[str, str] = {}
         for result in results:
             if result.error is not None:
                 label, error = trial_label(_settings(result)), unwrap_ray_error(result.error)

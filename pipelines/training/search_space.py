@@ -37,9 +37,10 @@ def combinations(recipe: Recipe) -> list[dict[str, Setting]]:
     """Return the settings of each trial by dotted key: the whole grid, or ``sweep.trials`` random points."""
     space, trials = recipe.sweep.space, recipe.sweep.trials
     rng = random.Random(recipe.run.seed)
-    if any(isinstance(values, Range) for values in space.values()):
+    lists = {key: values for key, values in space.items() if not isinstance(values, Range)}
+    if len(lists) < len(space):
         return [_draw(recipe, rng) for _ in range(trials or 0)]
-    grid = [dict(zip(space, values)) for values in itertools.product(*space.values())]
+    grid = [dict(zip(lists, values)) for values in itertools.product(*lists.values())]
     return rng.sample(grid, trials) if trials is not None and trials < len(grid) else grid
 
 

@@ -24,8 +24,7 @@ def flat(value, prefix=""):
 def changed(recipe, arm):
     """Return the keys that differ, without the stages."""
     before, after = flat(recipe.to_dict()), flat(arm.recipe.to_dict())
-    assert before.keys() == after.keys()
-    return {key for key in before if before[key] != after[key]} - {"train.stages"}
+    return {key for key in before | after if before.get(key) != after.get(key)} - {"train.stages"}
 
 
 def test_each_arm_takes_one_choice_away(tiny):
@@ -71,7 +70,7 @@ def test_variants_are_further_arms(tiny):
 def test_networks_of_a_comparison_have_equal_parameters_and_steps(tiny):
     arms = comparison_arms(tiny)
     assert [arm.name for arm in arms] == ["hybrid", "gqa", "v32", "mamba2", "kimi"]
-    assert all(changed(tiny, arm) <= {key for key in flat(arm.recipe.to_dict()) if "model." in key} for arm in arms[1:])
+    assert all(key.startswith("model.") for arm in arms for key in changed(tiny, arm))
     assert {total_steps(arm.recipe) for arm in arms} == {total_steps(tiny)}
     warms_up = {arm.name: any(s.warms_up for s in curriculum(arm.recipe)) for arm in arms}
     assert warms_up == {"hybrid": True, "gqa": False, "v32": True, "mamba2": False, "kimi": False}
