@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from ray import tune
 
 from model.errors import ConfigError, FiftyfoldError
@@ -172,7 +173,13 @@ def _check_arm(step: str, arm: Arm, manifest: Manifest) -> None:
 
 
 def with_common_dtypes(recipe: Recipe) -> Recipe:
-    """Return the recipe with the data types of this machine in place of ``auto``, common to all arms."""
+    """Return the recipe with the data types of this machine in place of ``auto``, common to all arms. Raises
+    ConfigError if trials run on GPUs and this machine has none."""
+    auto = [key for key, value in compute_dtype.settings_of(recipe).items() if value == "auto"]
+    if auto and recipe.train.use_gpu and not torch.cuda.is_available():
+        raise ConfigError(
+            f"train.use_gpu: this machine has no CUDA device to choose {' and '.join(auto)} for; set them in the recipe"
+        )
     return compute_dtype.resolve(recipe, compute_dtype.choose("cuda" if recipe.train.use_gpu else "cpu"))
 
 

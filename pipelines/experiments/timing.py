@@ -22,7 +22,7 @@ def describe_machine() -> str:
     """Return a note on the machine and the method."""
     threads = torch.get_num_threads()
     return (
-        f"{platform.machine()}, {threads} thread{'s' * (threads > 1)}; networks take turns, medians of {_ROUNDS} "
+        f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}; networks take turns, medians of {_ROUNDS} "
         "decoded tokens; random weights and cache entries"
     )
 

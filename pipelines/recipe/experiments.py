@@ -98,6 +98,8 @@ class SweepSection(Section):
     reduction_factor: Annotated[int, Field(ge=2)] = 2
     metric: Text = "validation/loss"
     mode: Literal["min", "max"] = "min"
+    evaluate_front: bool = False
+    """Score the points on the Pareto front on the tasks and lengths of the evaluate section, for the verdict."""
     max_cache_bytes_per_token: Annotated[float, Field(gt=0)] | None = None
     """Cache budget of the winner. None sets no budget. Refused, before any trial, if no point of the space fits."""
 

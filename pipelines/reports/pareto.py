@@ -48,7 +48,7 @@ class SweepReport:
     skipped: dict[str, str]
     """Invalid points and why."""
     by_length: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Scores of points on the front by task and document length, by label."""
+    """Scores by "<task> at <length> tokens", then by the run of a point on the front."""
 
     @property
     def higher(self) -> bool:
@@ -151,9 +151,13 @@ def verdict(report: SweepReport) -> list[str]:
         )
     elif front:
         found.append(f"One point is better than all others: {front[0].label}, run {front[0].run_id}.")
-    for label, scores in report.by_length.items():
-        listed = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
-        found.append(f"{label}: {listed}.")
+    for setting, scores in report.by_length.items():
+        listed = [
+            f"{scores[point.run_id]:.3f} with {point.cost:.1f} bytes per token ({point.label})"
+            for point in reversed(front)
+            if point.run_id in scores
+        ]
+        found.append(f"{setting}: {', '.join(listed)}.")
     chosen = report.points[report.chosen]
     found.append(f"Chosen: {chosen.label}, {chosen.cost:.1f} bytes per token, run {chosen.run_id}.")
     return found

@@ -6,6 +6,7 @@ The sweep is one MLflow run with a nested run per trial.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ray import tune
+from ray.tune import Checkpoint
 
 from model.atomic_files import write_text
 from model.costs import cache_bytes
@@ -20,6 +22,7 @@ from model.errors import CheckpointError, ConfigError, DataError, FiftyfoldError
 from pipelines.data.check import check_prepared
 from pipelines.data.manifest import Manifest, read_manifest
 from pipelines.experiments.outputs import command_line, publish
+from pipelines.experiments.trial_process import score_tasks
 from pipelines.ray_runtime.fit import RAY_RUN, finalize, unwrap_ray_error
 from pipelines.ray_runtime.session import local_cpus, ray_session, require_resources
 from pipelines.ray_runtime.trial import trial_storage
@@ -29,6 +32,7 @@ from pipelines.recipe.keys import set_key
 from pipelines.recipe.schema import Recipe
 from pipelines.recipe.yaml_format import dump_yaml
 from pipelines.reports.cache_measurement import BYTES_PER_TOKEN, MEASURED_TOKENS, measured_cache
+from pipelines.reports.comparison import task_scores
 from pipelines.reports.pareto import Point, SweepReport, hypervolume, verdict
 from pipelines.reports.pareto import figure as pareto_figure
 from pipelines.reports.pareto import table as pareto_table
@@ -188,7 +192,8 @@ def _run(
             reasons = "; ".join(sorted({*errors.values(), *skipped.values()}))
             raise FiftyfoldError(f"{recipe.sweep.name}: no trial finished ({reasons})")
         winner = choose_winner(trials, recipe)
-        _log_results(recipe, tracked, trials, winner, skipped)
+        by_run = {trial.run_id: result for trial, result in zip(trials, reported)}
+        _log_results(recipe, tracked, trials, winner, skipped, by_run)
         target = _keep_winner(recipe, reported[trials.index(winner)], attach(tracked.uri, winner.run_id))
         write_text(winner_file, _to_yaml(winner.settings))
         tracked.log_artifact(winner_file)
@@ -243,7 +248,12 @@ def _settings(result: tune.Result) -> dict[str, Setting]:
 
 
 def _log_results(
-    recipe: Recipe, tracked: TrackedRun, trials: list[Trial], winner: Trial, skipped: dict[str, str]
+    recipe: Recipe,
+    tracked: TrackedRun,
+    trials: list[Trial],
+    winner: Trial,
+    skipped: dict[str, str],
+    results: dict[str, tune.Result],
 ) -> None:
     """Print the trials and the verdict, and log them with the Pareto figure to MLflow."""
     section = recipe.sweep
@@ -260,6 +270,8 @@ def _log_results(
         ordered.index(winner),
         skipped,
     )
+    if section.evaluate_front:
+        report = _score_front(recipe, report, results)
     front = report.front
     tracked.log_table(
         {
@@ -282,16 +294,35 @@ def _log_results(
     tracked.set_tags({"winner": trial_label(winner.settings), "winner.run_id": winner.run_id})
 
 
-def _keep_winner(recipe: Recipe, result: tune.Result, tracked: TrackedRun) -> Path:
-    """Write a run folder for the winner, bound to its settings; return its checkpoint folder."""
-    folder = _winner_folder(recipe)
+def _last_checkpoint(recipe: Recipe, result: tune.Result) -> Checkpoint:
+    """Return a trial's checkpoint. Raises FiftyfoldError if it left none."""
     last, metrics = result.checkpoint, result.metrics or {}
     if last is None and metrics.get("checkpoint_path"):
         # Tune has only the path of Ray Train's checkpoints, which names the old place if the folder was moved.
         trained = trial_storage(recipe, metrics["trial_id"]) / RAY_RUN
         last = tune.Checkpoint(str(trained / Path(metrics["checkpoint_path"]).name))
     if last is None:
-        raise FiftyfoldError(f"{recipe.sweep.name}: the winning trial left no checkpoint")
+        raise FiftyfoldError(f"{recipe.sweep.name}: trial {trial_label(_settings(result))} left no checkpoint")
+    return last
+
+
+def _score_front(recipe: Recipe, report: SweepReport, results: dict[str, tune.Result]) -> SweepReport:
+    """Return the report with the scores of the points on the front. ``results`` are by run id."""
+    by_length: dict[str, dict[str, float]] = {}
+    for index in sorted(report.front):
+        run_id = report.points[index].run_id
+        with _last_checkpoint(recipe, results[run_id]).as_directory() as folder:
+            metrics = score_tasks(Path(folder), recipe, recipe.evaluate.samples)
+        for task, lengths in task_scores({name: [value] for name, value in metrics.items()}).items():
+            for length, (value,) in lengths.items():
+                by_length.setdefault(f"{task} at {length} tokens", {})[run_id] = value
+    return dataclasses.replace(report, by_length=by_length)
+
+
+def _keep_winner(recipe: Recipe, result: tune.Result, tracked: TrackedRun) -> Path:
+    """Write a run folder for the winner, bound to its settings; return its checkpoint folder."""
+    folder = _winner_folder(recipe)
+    last = _last_checkpoint(recipe, result)
     finalize(last, folder / "final")
     settings = _settings(result)
     write_settings(folder, trial_recipe(recipe, settings), TRAINING_SECTIONS)

@@ -53,6 +53,12 @@ def test_a_verdict_names_what_a_setting_costs_and_at_which_length():
     assert text.endswith("Chosen: topk=2, 30.0 bytes per token, run run2.")
 
 
+def test_a_verdict_lists_the_scores_of_the_front_by_length():
+    by_length = {"mqar at 512 tokens": {"run0": 0.25, "run1": 0.5}}
+    text = "\n".join(verdict(report([(10.0, 0.5), (20.0, 0.7)], by_length=by_length)))
+    assert "mqar at 512 tokens: 0.500 with 20.0 bytes per token (topk=1), 0.250 with 10.0 bytes per token" in text
+
+
 def test_stopped_trials_do_not_count_in_the_verdict():
     points = report([(10.0, 0.9), (20.0, 0.7)]).points
     stopped = Point(**{**vars(points[0]), "steps": 5})

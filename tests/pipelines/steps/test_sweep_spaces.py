@@ -45,7 +45,14 @@ def test_optuna_searches_ranges_and_schedules_and_skips_invalid_points(base):
 
 
 def test_an_invalid_point_of_a_grid_is_skipped_with_its_reason(base, capsys):
-    recipe = with_overrides(base, {"sweep.name": "skips", "sweep.space": {"model.index_topk": [2, 24]}})
+    recipe = with_overrides(
+        base,
+        {"sweep.name": "skips", "sweep.space": {"model.index_topk": [2, 24]}, "sweep.evaluate_front": True,
+         "evaluate": {"tasks": ["mqar"], "lengths": [96, 128], "samples": 1}},
+    )  # fmt: skip
     result = sweep.run(recipe)
+    report = json.loads((recipe.sweep_folder / "sweep.json").read_text())["result"]
+    assert list(report["by_length"]) == ["mqar at 96 tokens", "mqar at 128 tokens"]
+    assert all(list(scores) == [result.winner.run_id] for scores in report["by_length"].values())
     assert [trial.settings for trial in result.trials] == [{"model.index_topk": 2}]
     assert "skips: skipped model.index_topk=24: train.stages.0: index_topk 24 is not" in capsys.readouterr().out
