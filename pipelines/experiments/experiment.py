@@ -176,7 +176,9 @@ def with_common_dtypes(recipe: Recipe) -> Recipe:
     """Return the recipe with the data types of this machine in place of ``auto``, common to all arms. Raises
     ConfigError if trials run on GPUs and this machine has none."""
     auto = [key for key, value in compute_dtype.settings_of(recipe).items() if value == "auto"]
-    if auto and recipe.train.use_gpu and not torch.cuda.is_available():
+    if not auto:
+        return recipe
+    if recipe.train.use_gpu and not torch.cuda.is_available():
         raise ConfigError(
             f"train.use_gpu: this machine has no CUDA device to choose {' and '.join(auto)} for; set them in the recipe"
         )
