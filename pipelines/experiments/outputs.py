@@ -79,7 +79,7 @@ def quick(recipe: Recipe) -> Recipe:
 
 def command_line(step: str) -> str:
     """Return the command of this process, or the step's name where another program runs the step."""
-    arguments = sys.argv[1:] if Path(sys.argv[0]).name == "__main__.py" else [step]
+    arguments = sys.argv[1:] if Path(sys.argv[0]).parts[-2:] == ("pipelines", "__main__.py") else [step]
     return shlex.join(["python", "-m", "pipelines", *arguments])
 
 
