@@ -17,6 +17,7 @@ from ray import tune
 from ray.tune import Checkpoint
 
 from model.atomic_files import write_text
+from model.config import ModelConfig
 from model.costs import cache_bytes
 from model.errors import CheckpointError, ConfigError, DataError, FiftyfoldError
 from pipelines.data.check import check_prepared
@@ -45,6 +46,7 @@ from pipelines.training.search_space import (
     check_space,
     combinations,
     decode,
+    extreme_models,
     sample_points,
     search_of,
     short_label,
@@ -91,7 +93,8 @@ def run(recipe: Recipe) -> SweepResult:
     points, skipped = _valid_points(recipe, sample_points(recipe) if optuna else combinations(recipe))
     if not points:
         raise ConfigError(f"sweep.space: holds no valid point ({'; '.join(dict.fromkeys(skipped.values()))})")
-    _check_budget(recipe, points)
+    models = extreme_models(recipe) if optuna else (trial_recipe(recipe, settings).model for settings in points)
+    _check_budget(recipe, models)
     if optuna:
         skipped = {}  # these are examples; trials are checked when Optuna proposes them
     for label, reason in skipped.items():
@@ -137,20 +140,19 @@ def _init_problem(trial: Recipe) -> str | None:
     return None
 
 
-def _check_budget(recipe: Recipe, points: list[dict[str, Setting]]) -> None:
-    """Raise ConfigError if no point fits the cache budget."""
+def _check_budget(recipe: Recipe, models: Iterable[ModelConfig]) -> None:
+    """Raise ConfigError if there are models and none of their caches fits the budget."""
     budget = recipe.sweep.max_cache_bytes_per_token
     if budget is None:
         return
-    smallest = math.inf
-    for settings in points:
-        model = trial_recipe(recipe, settings).model
+    sizes = []
+    for model in models:
         tokens = min(MEASURED_TOKENS, model.max_positions)
-        smallest = min(smallest, cache_bytes(model, tokens) / tokens)
-    if smallest > budget:
+        sizes.append(cache_bytes(model, tokens) / tokens)
+    if sizes and min(sizes) > budget:
         raise ConfigError(
             f"sweep.max_cache_bytes_per_token: no point of sweep.space fits {budget:g} bytes; the smallest takes "
-            f"{smallest:.1f}"
+            f"{min(sizes):.1f}"
         )
 
 
@@ -183,7 +185,8 @@ def _run(
             if result.error is not None:
                 label, error = trial_label(_settings(result)), unwrap_ray_error(result.error)
                 invalid = isinstance(error, ConfigError)
-                print(f"{recipe.sweep.name}: {'skipped' if invalid else 'trial'} {label}: {error}", flush=True)
+                what = f"skipped {label}" if invalid else f"trial {label} failed"
+                print(f"{recipe.sweep.name}: {what}: {error}", flush=True)
                 (skipped if invalid else errors)[label] = str(error)
         reported = [result for result in results if not result.error and "trial_id" in (result.metrics or {})]
         run_ids = _end_trial_runs(tracking, tracked.run_id, {result.metrics["trial_id"] for result in reported})

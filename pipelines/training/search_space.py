@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from model.config import ModelConfig
 from model.errors import ConfigError
 from pipelines.recipe.experiments import Range, Setting
 from pipelines.recipe.loading import with_overrides
@@ -23,8 +24,8 @@ _STAGE_SETTINGS = {
 }
 """Recipe keys that a stage may override, and the stage's field."""
 _LIST = "list:"
-_MAX_EXTREMES = 4096
 _SAMPLES = 128
+_MAX_MODELS = 20_000
 
 
 def search_of(recipe: Recipe) -> Literal["random", "optuna"]:
@@ -44,14 +45,28 @@ def combinations(recipe: Recipe) -> list[dict[str, Setting]]:
     return rng.sample(grid, trials) if trials is not None and trials < len(grid) else grid
 
 
-def sample_points(recipe: Recipe) -> Iterator[dict[str, Setting]]:
-    """Yield points of a space with ranges: combinations of values and bounds if there are few, then random points."""
-    space = recipe.sweep.space
-    ends = [_ends(values) for values in space.values()]
-    if math.prod(map(len, ends)) <= _MAX_EXTREMES:
-        yield from (dict(zip(space, values)) for values in itertools.product(*ends))
+def sample_points(recipe: Recipe) -> list[dict[str, Setting]]:
+    """Return random points of a space."""
     rng = random.Random(recipe.run.seed)
-    yield from (_draw(recipe, rng) for _ in range(_SAMPLES))
+    return [_draw(recipe, rng) for _ in range(_SAMPLES)]
+
+
+def extreme_models(recipe: Recipe) -> Iterator[ModelConfig]:
+    """Yield the valid models of a space at all values of lists and at both ends of ranges.
+
+    Caches are smallest and largest there, because their closed form is monotonic in every number. Yields nothing if
+    there are too many, or if the space changes options of single mixers.
+    """
+    space = {key: _ends(values) for key, values in recipe.sweep.space.items() if key.startswith("model.")}
+    fields = [key.removeprefix("model.") for key in space]
+    if math.prod(map(len, space.values())) > _MAX_MODELS or any("." in name for name in fields):
+        return
+    base = trial_recipe(recipe, {}).model
+    for values in itertools.product(*space.values()):
+        try:
+            yield base.replace(**dict(zip(fields, values)))
+        except ConfigError:
+            continue
 
 
 def _ends(values: list[Setting] | Range) -> list[Setting]:

@@ -4,7 +4,7 @@ import pytest
 
 from model.errors import ConfigError
 from pipelines.recipe.loading import recipe_from_dict
-from pipelines.training.search_space import combinations, decode, encode, sample_points, search_of, short_label
+from pipelines.training.search_space import combinations, decode, encode, extreme_models, search_of, short_label
 
 
 def space(values, **changes):
@@ -30,9 +30,17 @@ def test_random_points_lie_within_the_ranges():
     assert points == combinations(space(RANGES, trials=200, search="random"))
 
 
-def test_samples_contain_the_bounds():
-    points = list(sample_points(space(RANGES, trials=3)))
-    assert {p["model.index_topk"] for p in points[:32]} == {2, 5} and points[0]["train.grad_clip"] == 0.5
+def test_extreme_models_have_both_ends_of_ranges_and_skip_invalid_ones():
+    values = {
+        "model.csa_ratio": {"int": [2, 7]},
+        "model.index_format": ["fp4", "bf16"],
+        "model.index_head_dim": [32, 48],
+        "train.grad_clip": {"uniform": [0.5, 2.0]},
+    }
+    found = [(m.csa_ratio, m.index_format, m.index_head_dim) for m in extreme_models(space(values, trials=3))]
+    assert {ratio for ratio, _, _ in found} == {2, 7} and len(found) == len(set(found)) < 8
+    assert (2, "fp4", 32) in found and (2, "fp4", 48) not in found  # no power of two
+    assert not list(extreme_models(space({"model.mixer_options.dsa.kv_lora_rank": [64, 128]})))
 
 
 def test_a_space_with_a_range_is_searched_by_optuna():
