@@ -16,7 +16,7 @@ ALLOWED = {
 }
 TORCH_ONLY = {"torch", "triton", "safetensors", "numpy", "yaml", "tokenizers", "gguf"}
 """Imports allowed in the two lower rooms, which run on machines without Ray, MLflow or a web server."""
-PIPELINES = ("steps", "ray_runtime", "training", "tracking", "data", "reports", "recipe")
+PIPELINES = ("steps", "experiments", "ray_runtime", "training", "tracking", "data", "reports", "recipe")
 """Packages of pipelines/, from top to bottom."""
 MODEL = ("hf", "checkpoint", "optim", "costs", "mixers", "cache", "forward", "layers", "distributed", "tokenizer")
 """Packages of model/, from top to bottom."""

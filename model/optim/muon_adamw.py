@@ -162,6 +162,17 @@ class MuonAdamW(torch.optim.Optimizer):
         each = " + ".join(f"{stack * count} x [{rows}, {columns}]" for rows, count in parts.items())
         return f"({each})"
 
+    def multiplications(self) -> float:
+        """Return the multiply-adds of orthogonalizing all matrices once, in their data type of this machine."""
+        segment, steps = STEPS_PER_GRAM_MATRIX[getattr(torch, self.config.ns_dtype)], len(self.config.ns_coefficients)
+        parameters = [p for group in self.param_groups if group["rule"] == "muon" for p in group["params"]]
+        total = 0.0
+        for p in parameters:
+            sizes = [(rows, p.shape[-1]) for rows in self._rows[p]]
+            each = sum(count_multiplications(min(size), max(size), steps, segment) for size in sizes)
+            total += math.prod(p.shape[:-2]) * each
+        return total
+
     def muon_share(self) -> float:
         """Return the share of all trained elements that Muon updates."""
         total = {"muon": 0, "adamw": 0}

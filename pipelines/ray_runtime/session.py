@@ -151,6 +151,14 @@ def local_cpus() -> int:
     return max(MIN_LOGICAL_CPUS, os.cpu_count() or 1)
 
 
+def usable_cpus() -> float:
+    """Return the CPUs to fill with trials: those of the cluster at RAY_ADDRESS, or the cores of this machine.
+
+    A local cluster has more logical CPUs than cores.
+    """
+    return ray.cluster_resources()["CPU"] if "RAY_ADDRESS" in os.environ else float(os.cpu_count() or 1)
+
+
 def require_resources(key: str, cpus: float, gpus: float = 0) -> None:
     """Raise ConfigError naming ``key`` if the cluster has fewer resources; Ray would wait for them forever."""
     available = ray.cluster_resources()

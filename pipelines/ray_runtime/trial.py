@@ -15,18 +15,19 @@ from pipelines.data.manifest import read_manifest
 from pipelines.ray_runtime.event_forwarder import try_log
 from pipelines.ray_runtime.event_queue import TrainEvent
 from pipelines.ray_runtime.fit import fit
+from pipelines.recipe.experiments import Setting
 from pipelines.recipe.loading import recipe_from_dict, with_overrides
-from pipelines.recipe.schema import Recipe, Setting
+from pipelines.recipe.schema import Recipe
 from pipelines.reports.cache_measurement import measured_cache
 from pipelines.reports.terminal import TrainingProgress
 from pipelines.tracking.lineage import dataset_input
 from pipelines.tracking.mlflow_store import TrackedRun, Tracking, open_tracking
 from pipelines.tracking.system_metrics import system_metrics
 from pipelines.training import compute_dtype
-from pipelines.training.build import build_trainer, folder_batches
+from pipelines.training.build import build_trainer, check_point, folder_batches
 from pipelines.training.curriculum import total_steps
 from pipelines.training.reporter import WriteCheckpoint
-from pipelines.training.search_space import short_label, trial_recipe
+from pipelines.training.search_space import decode, short_label, trial_recipe
 
 
 def trial_storage(recipe: Recipe, trial_id: str) -> Path:
@@ -45,10 +46,11 @@ def run_trial(
         dtypes: Data types in place of ``auto``.
         tracking: ``uri`` of the MLflow store and the sweep's run id as ``parent``.
     """
-    settings = config["settings"]
+    settings = decode(config["settings"])
     sweep_recipe = recipe_from_dict(recipe)
     trial_id = tune.get_context().get_trial_id()
     own = compute_dtype.resolve(trial_recipe(sweep_recipe, settings), dtypes)
+    check_point(own)
     own = with_overrides(own, {"run.name": f"{sweep_recipe.sweep.name}-{trial_id}", "tracking.uri": tracking["uri"]})
     tracked = _start_run(open_tracking(own), tracking["parent"], trial_id, settings, own)
     with tracked, system_metrics(tracked, own.tracking.system_metrics_interval):

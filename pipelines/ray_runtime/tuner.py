@@ -3,28 +3,57 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.optuna import OptunaSearch
 
+from pipelines.ray_runtime.session import usable_cpus
 from pipelines.ray_runtime.trial import run_trial
-from pipelines.recipe.schema import Recipe, Setting
+from pipelines.recipe.experiments import Range, Setting
+from pipelines.recipe.schema import Recipe
 from pipelines.tracking.mlflow_store import TrackedRun
 from pipelines.training import compute_dtype
 from pipelines.training.curriculum import validation_steps
-from pipelines.training.search_space import trial_label, trial_recipe
+from pipelines.training.search_space import decode, encode, search_of, trial_label, trial_recipe
 
 
 def cpus_per_trial(recipe: Recipe) -> float:
     """Return the logical CPUs that one trial occupies, with its workers."""
     train = trial_recipe(recipe, {}).train
-    return 1.0 if recipe.sweep.in_process else train.workers * train.cpus_per_worker + 1
+    return recipe.sweep.cpus_per_trial if recipe.sweep.in_process else train.workers * train.cpus_per_worker + 1
 
 
-def run_trials(recipe: Recipe, combinations: list[dict[str, Setting]], tracked: TrackedRun) -> tune.ResultGrid:
-    """Run all trials under ASHA, or resume those that an earlier process left."""
+def _concurrent_trials(recipe: Recipe) -> int:
+    """Return the number of trials to run at a time. More would wait for each other's workers and deadlock."""
+    section, each = recipe.sweep, cpus_per_trial(recipe)
+    fitting = int(ray.cluster_resources()["CPU"] // each)
+    wanted = int(usable_cpus() // each) if section.max_concurrent is None else section.max_concurrent
+    return max(1, min(wanted, fitting))
+
+
+def _space(recipe: Recipe) -> dict[str, Any]:
+    """Return the space as Tune's distributions, for Optuna."""
+    found: dict[str, Any] = {}
+    for key, values in recipe.sweep.space.items():
+        if not isinstance(values, Range):
+            found[key] = tune.choice([encode(value) for value in values])
+        elif values.int is not None:
+            low, high = values.int
+            found[key] = tune.randint(low, high + 1)
+        else:
+            found[key] = (tune.loguniform if values.log_uniform is not None else tune.uniform)(*values.bounds)
+    return found
+
+
+def run_trials(recipe: Recipe, points: list[dict[str, Setting]], tracked: TrackedRun) -> tune.ResultGrid:
+    """Run all trials under ASHA, or resume those that an earlier process left.
+
+    ``points`` are the trials' settings, or examples of them if Optuna proposes the trials.
+    """
     sweep = recipe.sweep
     trial = tune.with_parameters(
         run_trial,
@@ -32,21 +61,26 @@ def run_trials(recipe: Recipe, combinations: list[dict[str, Setting]], tracked: 
         dtypes=_choose_dtypes(recipe, tracked),
         tracking={"uri": tracked.uri, "parent": tracked.run_id},
     )
-    trial = tune.with_resources(trial, {"CPU": 1.0 if sweep.in_process else 0.1})
-    validations = max(len(validation_steps(trial_recipe(recipe, settings))) for settings in combinations)
+    trial = tune.with_resources(trial, {"CPU": sweep.cpus_per_trial if sweep.in_process else 0.1})
+    validations = max(len(validation_steps(trial_recipe(recipe, settings))) for settings in points)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints tracebacks of failed trials; the step reports
-    cpus = ray.cluster_resources()["CPU"]  # trials waiting for each other's workers would deadlock
     path = recipe.sweep_folder / "tune"
     if tune.Tuner.can_restore(str(path)):
         print(f"{sweep.name}: resuming from {path}")
         return tune.Tuner.restore(str(path), trainable=trial, resume_unfinished=True, restart_errored=True).fit()
+    optuna = search_of(recipe) == "optuna"
+    total = (sweep.trials or 0) if optuna else len(points)
     return tune.Tuner(
         trial,
-        param_space={"settings": tune.grid_search(combinations)},
+        param_space={"settings": _space(recipe) if optuna else tune.grid_search(points)},
         tune_config=tune.TuneConfig(
             metric=sweep.metric,
             mode=sweep.mode,
-            max_concurrent_trials=max(1, min(sweep.max_concurrent, int(cpus // cpus_per_trial(recipe)))),
+            max_concurrent_trials=_concurrent_trials(recipe),
+            num_samples=total if optuna else 1,
+            search_alg=OptunaSearch(metric=sweep.metric, mode=sweep.mode, seed=recipe.run.seed % 2**32)
+            if optuna
+            else None,
             scheduler=ASHAScheduler(
                 time_attr="training_iteration",
                 # One more than a trial has, so that the scheduler does not stop a trial that is about to finish.
@@ -59,7 +93,7 @@ def run_trials(recipe: Recipe, combinations: list[dict[str, Setting]], tracked: 
             name="tune",
             storage_path=str(recipe.sweep_folder),
             verbose=0,
-            callbacks=[_TrialPrinter(recipe, len(combinations))],
+            callbacks=[_TrialPrinter(recipe, total)],
         ),
     ).fit()
 
@@ -88,12 +122,15 @@ class _TrialPrinter(tune.Callback):
     def __init__(self, recipe: Recipe, total: int):
         self.name, self.metric, self.total = recipe.sweep.name, recipe.sweep.metric, total
         self.done = 0
+        self.started = time.monotonic()
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self.done += 1
         result = trial.last_result
+        left = (time.monotonic() - self.started) / self.done * max(0, self.total - self.done)
         print(
-            f"{self.name}: trial {self.done}/{self.total} {trial_label(trial.config['settings'])}  "
-            f"{self.metric} {result.get(self.metric, float('nan')):.3f} after {result.get('step', 0):.0f} steps",
+            f"{self.name}: trial {self.done}/{self.total} {trial_label(decode(trial.config['settings']))}  "
+            f"{self.metric} {result.get(self.metric, float('nan')):.3f} after {result.get('step', 0):.0f} steps, "
+            f"about {left / 60:.0f} min left",
             flush=True,
         )

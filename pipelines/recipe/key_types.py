@@ -23,7 +23,7 @@ def find_section(location: tuple[int | str, ...]) -> Any:
     for part in location:
         found = fields_of(section).get(part) if isinstance(part, str) else section
         candidates = (found, *get_args(found), *(inner for outer in get_args(found) for inner in get_args(outer)))
-        section = next((candidate for candidate in candidates if fields_of(candidate)), None)
+        section = next((each for each in candidates if isinstance(each, type) and fields_of(each)), None)
     return section
 
 

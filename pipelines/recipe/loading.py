@@ -16,13 +16,15 @@ import pydantic
 
 from model.errors import ConfigError
 from pipelines import RAY_JOB_VARIABLE
+from pipelines.recipe.experiments import Range
 from pipelines.recipe.key_types import is_path, type_of
 from pipelines.recipe.keys import get_key, merge, set_key
 from pipelines.recipe.messages import describe_errors
 from pipelines.recipe.overrides import nested
 from pipelines.recipe.paths import parse_path
 from pipelines.recipe.quoting import shorten
-from pipelines.recipe.schema import Recipe, Section
+from pipelines.recipe.schema import Recipe
+from pipelines.recipe.section import Section
 from pipelines.recipe.yaml_format import parse_yaml
 
 _MAX_FILE_BYTES = 1_000_000
@@ -78,7 +80,10 @@ def recipe_from_dict(values: Any) -> Recipe:
     # Ray workers run in their own folders, so a recipe sent to them must hold absolute paths.
     recipe = _with_absolute_paths(recipe)
     sweep = recipe.sweep
-    space = {key: [_absolute(f"sweep.space.{key}", key, item) for item in items] for key, items in sweep.space.items()}
+    space = {
+        key: items if isinstance(items, Range) else [_absolute(f"sweep.space.{key}", key, item) for item in items]
+        for key, items in sweep.space.items()
+    }
     overrides = {key: _absolute(f"sweep.overrides.{key}", key, value) for key, value in sweep.overrides.items()}
     return recipe.model_copy(update={"sweep": sweep.model_copy(update={"space": space, "overrides": overrides})})
 

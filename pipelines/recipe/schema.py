@@ -1,15 +1,15 @@
 """The recipe schema: every number that a run depends on, with its type, bounds and default.
 
-:mod:`pipelines.recipe.loading` reads recipes from YAML files and the command line.
+:mod:`pipelines.recipe.experiments` has the sections of the experiments. :mod:`pipelines.recipe.loading` reads recipes
+from YAML files and the command line.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -23,14 +23,12 @@ from pydantic import (
 from model.config import ModelConfig
 from model.errors import ConfigError
 from model.optim import OptimizerConfig
+from pipelines.recipe.experiments import AblateSection, CompareSection, ReportSection, SweepSection
 from pipelines.recipe.paths import LocalPath, ModelUri, SourcePattern, TokenizerSource, TrackingUri
-from pipelines.recipe.text_types import Alias, Name, PrintableText, RecipeKey, Text
+from pipelines.recipe.section import MAX_LENGTH, Section, Share
+from pipelines.recipe.text_types import Alias, Name, PrintableText, Text
 from serve.api.config import Host
 from serve.config import ServerConfig
-
-MAX_LENGTH = 1 << 24
-"""Limit on the tokens of a row or document."""
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 def _name_optimizer(value: Any, validate: ValidatorFunctionWrapHandler) -> OptimizerConfig:
@@ -39,38 +37,6 @@ def _name_optimizer(value: Any, validate: ValidatorFunctionWrapHandler) -> Optim
         return validate(value)
     except ConfigError as error:
         raise ConfigError(f"train.optimizer.{error}") from None
-
-
-def _check_setting(value: Any) -> Any:
-    if not isinstance(value, bool | int | float | str):
-        raise ValueError("values must be numbers, strings or booleans")
-    return value
-
-
-def _flatten_keys(space: Any, prefix: str = "") -> Any:
-    """Flatten nested mappings, as from ``--sweep.space.model.csa_ratio '[4, 8]'``, to dotted keys."""
-    if not isinstance(space, dict):
-        return {prefix: space} if prefix else space
-    return {
-        key: value
-        for name, inner in space.items()
-        for key, value in _flatten_keys(inner, f"{prefix}.{name}".strip(".")).items()
-    }
-
-
-Setting = Annotated[bool | int | float | str, BeforeValidator(_check_setting)]
-"""A value of a recipe key that a sweep can try."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
-
-    @model_validator(mode="after")
-    def _check_integers(self) -> Self:
-        for name, value in self:
-            if isinstance(value, int) and not -(2**63) <= value < 2**63:
-                raise ValueError(f"{name}: is not a 64-bit integer")
-        return self
 
 
 class RunSection(Section):
@@ -83,7 +49,7 @@ class RunSection(Section):
     @field_validator("name")
     @classmethod
     def _check_not_reserved(cls, name: str) -> str:
-        if name in ("data", "sweeps", "mlartifacts", "served") or name.startswith("mlflow.db"):
+        if name in ("data", "sweeps", "experiments", "mlartifacts", "served") or name.startswith("mlflow.db"):
             raise ValueError(f"'{name}' is reserved in run.folder")
         return name
 
@@ -266,27 +232,6 @@ class TrainSection(Section):
         return self
 
 
-class SweepSection(Section):
-    name: Name = "sweep"
-    space: Annotated[dict[RecipeKey, list[Setting]], BeforeValidator(_flatten_keys)] = Field(default_factory=dict)
-    """Dotted recipe keys and the values to try, e.g. ``model.csa_ratio: [4, 8]``. The space of a later file replaces
-    that of an earlier one."""
-    trials: Annotated[int, Field(ge=1)] | None = None
-    """Number of random combinations to try. None tries the whole grid."""
-    overrides: Annotated[dict[RecipeKey, Any], BeforeValidator(_flatten_keys)] = Field(default_factory=dict)
-    """Dotted recipe keys to change in every trial, e.g. for a shorter curriculum."""
-    in_process: bool = True
-    """Train in the trial's own process. False gives each trial Ray Train workers of its own."""
-    max_concurrent: Annotated[int, Field(ge=1)] = 2
-    grace_validations: Annotated[int, Field(ge=1)] = 1
-    """Validations before ASHA may stop a trial."""
-    reduction_factor: Annotated[int, Field(ge=2)] = 2
-    metric: Text = "validation/loss"
-    mode: Literal["min", "max"] = "min"
-    max_cache_bytes_per_token: Annotated[float, Field(gt=0)] | None = None
-    """Cache budget of the winner. None sets no budget."""
-
-
 class EvaluateSection(Section):
     checkpoint: LocalPath | None = None
     """Checkpoint folder. None: the final checkpoint of ``run.name``."""
@@ -302,13 +247,6 @@ class EvaluateSection(Section):
     samples: Annotated[int, Field(ge=1)] = 64
     """Documents per task, length and depth."""
     seed: int = 4321
-
-
-class CompareSection(Section):
-    qat: tuple[LocalPath, ...] = ()
-    """Checkpoint folders of networks trained with ``model.qat``."""
-    plain: tuple[LocalPath, ...] = ()
-    """Checkpoint folders of the same networks trained without, in the same order. Several pairs give a spread."""
 
 
 class PromoteSection(Section):
@@ -368,7 +306,9 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     sweep: SweepSection = SweepSection()
     evaluate: EvaluateSection = EvaluateSection()
+    ablate: AblateSection = AblateSection()
     compare: CompareSection = CompareSection()
+    report: ReportSection = ReportSection()
     promote: PromoteSection = PromoteSection()
     serve: ServeSection = ServeSection()
     demo: DemoSection = DemoSection()
@@ -390,6 +330,10 @@ class Recipe(Section):
     @property
     def sweep_folder(self) -> Path:
         return self.run.folder / "sweeps" / self.sweep.name
+
+    @property
+    def experiments_folder(self) -> Path:
+        return self.run.folder / "experiments"
 
     @property
     def final_checkpoint(self) -> Path:

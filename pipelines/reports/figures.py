@@ -1,4 +1,4 @@
-"""Figures of the sweep and budget steps, drawn with matplotlib's object interface: no window, no global state."""
+"""Figures of the budget step, drawn with matplotlib's object interface: no window, no global state."""
 
 from __future__ import annotations
 
@@ -11,72 +11,7 @@ from matplotlib.ticker import NullLocator
 from model.config import ModelConfig
 from model.costs import WEIGHTING, CostModel, Crossover
 
-_WINNER, _TRIAL, _LINE = "#c0392b", "#2c5f8a", "#9aa7b1"
-
-
-def pareto_front(points: Sequence[tuple[float, float]], higher: bool) -> set[int]:
-    """Return the indices of the points (cost, score) on the Pareto front.
-
-    Args:
-        higher: Whether higher scores are better.
-    """
-    sign = 1 if higher else -1
-    return {
-        i
-        for i, (cost, score) in enumerate(points)
-        if not any(
-            (c <= cost and sign * s >= sign * score) and (c < cost or sign * s > sign * score) for c, s in points
-        )
-    }
-
-
-def pareto_figure(
-    trials: Sequence[tuple[float, float, float, int]],
-    labels: Sequence[str],
-    winner: int,
-    budget: float | None,
-) -> Figure:
-    """Draw recall and validation loss against cache bytes per token.
-
-    Points are numbered and listed beside the panels, since labels of nearly equal caches would overlap.
-
-    Args:
-        trials: Rows (bytes, recall, loss, steps).
-        winner: Index of the winner.
-        budget: Maximum bytes per token, if any.
-    """
-    figure = Figure(figsize=(12, 4.4), layout="constrained")
-    panels = figure.subplots(1, 3, width_ratios=(1, 1, 0.62))
-    max_steps = max(steps for *_, steps in trials)
-    for axes, column, title, higher in (
-        (panels[0], 1, "recall of key-value pairs", True),
-        (panels[1], 2, "validation loss", False),
-    ):
-        points = [(row[0], row[column]) for row in trials]
-        line = sorted(points[i] for i in pareto_front(points, higher))
-        axes.plot(*zip(*line), color=_LINE, linewidth=1.2, label="Pareto front", zorder=1)
-        for i, (x, y) in enumerate(points):
-            color = _WINNER if i == winner else _TRIAL
-            face = color if trials[i][3] == max_steps else "white"
-            axes.scatter(x, y, s=210, edgecolor=color, facecolor=face, zorder=2 + i)
-            ink = "white" if face == color else color
-            axes.annotate(str(i + 1), (x, y), ha="center", va="center", fontsize=8, color=ink, zorder=2 + i)
-        if budget is not None:
-            axes.axvline(budget, color=_LINE, linestyle="--", linewidth=1, label=f"budget {budget:g} B")
-        axes.set(xlabel="cache bytes per token (measured)", title=title)
-        axes.margins(0.15)
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=8, loc="lower right" if higher else "upper right")
-    panels[2].axis("off")
-    listed = [
-        f"{i + 1}  {label}" + (f"  ({trials[i][3]} steps)" if trials[i][3] < max_steps else "")
-        for i, label in enumerate(labels)
-    ]
-    for i, text in enumerate(listed):
-        color = _WINNER if i == winner else "#333333"
-        panels[2].text(0, 0.95 - 0.075 * i, text, fontsize=8.5, color=color, transform=panels[2].transAxes)
-    panels[2].set_title("trials (red: winner, hollow: stopped early)", fontsize=9, loc="left")
-    return figure
+_OWN, _LINE = "#2c5f8a", "#9aa7b1"
 
 
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
@@ -100,16 +35,16 @@ def budget_figure(
     """
     figure = Figure(figsize=(15, 5.4), layout="constrained")
     cache, total, parts = figure.subplots(1, 3)
-    colors = (_TRIAL, *_REFERENCES)
+    colors = (_OWN, *_REFERENCES)
     for account, color in zip((own, *references), colors):
         width = 2.2 if account is own else 1.5
         cache.plot(lengths, [account.cache_bytes(n) for n in lengths], color=color, linewidth=width, label=account.name)
         total.plot(lengths, [account.equivalent(n) for n in lengths], color=color, linewidth=width, label=account.name)
     if own.fixed and own.per_token:
         entries = [own.bytes_per_token * n for n in lengths]
-        cache.plot(lengths, entries, color=_TRIAL, linestyle="--", linewidth=1.1, label=f"{own.name}: growing entries")
+        cache.plot(lengths, entries, color=_OWN, linestyle="--", linewidth=1.1, label=f"{own.name}: growing entries")
         fixed = sum(own.fixed.values())
-        cache.axhline(fixed, color=_TRIAL, linestyle=":", linewidth=1.2, label=f"{own.name}: fixed state")
+        cache.axhline(fixed, color=_OWN, linestyle=":", linewidth=1.2, label=f"{own.name}: fixed state")
     cache.set(title="cache of one sequence, fixed state included", ylabel="bytes")
     total.set(title="decoding one token, all operations", ylabel="FLOPs (FP8 equivalents)")
 

@@ -6,44 +6,56 @@ The sweep is one MLflow run with a nested run per trial.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ray import tune
+from ray.tune import Checkpoint
 
-from model.atomic_files import atomic_file, write_text
+from model.atomic_files import write_text
 from model.config import ModelConfig
-from model.errors import ConfigError, FiftyfoldError
+from model.costs import cache_bytes
+from model.errors import CheckpointError, ConfigError, DataError, FiftyfoldError
 from pipelines.data.check import check_prepared
 from pipelines.data.manifest import Manifest, read_manifest
+from pipelines.experiments.outputs import command_line, publish
+from pipelines.experiments.trial_process import score_tasks
 from pipelines.ray_runtime.fit import RAY_RUN, finalize, unwrap_ray_error
 from pipelines.ray_runtime.session import local_cpus, ray_session, require_resources
 from pipelines.ray_runtime.trial import trial_storage
 from pipelines.ray_runtime.tuner import cpus_per_trial, run_trials
+from pipelines.recipe.experiments import Setting
 from pipelines.recipe.keys import set_key
-from pipelines.recipe.schema import Recipe, Setting
+from pipelines.recipe.schema import Recipe
 from pipelines.recipe.yaml_format import dump_yaml
-from pipelines.reports.cache_measurement import BYTES_PER_TOKEN, measured_cache
-from pipelines.reports.figures import pareto_figure, pareto_front
-from pipelines.reports.terminal import print_table
+from pipelines.reports.cache_measurement import BYTES_PER_TOKEN, MEASURED_TOKENS, measured_cache
+from pipelines.reports.comparison import task_scores
+from pipelines.reports.pareto import Point, SweepReport, hypervolume, verdict
+from pipelines.reports.pareto import figure as pareto_figure
+from pipelines.reports.pareto import table as pareto_table
 from pipelines.steps import Step
 from pipelines.tracking.lineage import dataset_input
 from pipelines.tracking.mlflow_store import TrackedRun, Tracking, attach, open_tracking
 from pipelines.tracking.run_folder import TRAINING_SECTIONS, bind, lock_run_folder, write_settings
-from pipelines.training.build import check_init_from
-from pipelines.training.curriculum import check_fills_batch, curriculum
+from pipelines.training.build import check_init_from, check_point
 from pipelines.training.search_space import (
     check_space,
-    check_trial,
     combinations,
+    decode,
+    extreme_models,
+    sample_points,
+    search_of,
     short_label,
     trial_label,
     trial_recipe,
 )
 
 WALL_SECONDS = "sweep/wall_seconds"
+_SHOWN = (BYTES_PER_TOKEN, "validation/recall", "validation/loss")
 _SWEEP_SECTIONS = (*TRAINING_SECTIONS, "sweep")
 
 
@@ -71,20 +83,22 @@ class SweepResult:
 def run(recipe: Recipe) -> SweepResult:
     """Run or resume the sweep ``sweep.name`` and keep its winner.
 
-    Raises ConfigError, before any trial starts, if the space is empty or holds a combination that cannot train.
+    Points that cannot be trained are skipped. Raises ConfigError, before any trial starts, if the space holds no valid
+    point or none within the cache budget.
     """
     manifest = read_manifest(recipe.data_folder, verify=True)
     recipe = check_prepared(recipe, manifest)
     check_space(recipe)
-    grid = combinations(recipe)
-    checked: list[ModelConfig] = []
-    for settings in grid:
-        trial = check_prepared(trial_recipe(recipe, settings), manifest)
-        check_trial(trial)
-        check_fills_batch(curriculum(trial), recipe.data_folder, manifest)
-        if trial.model not in checked and not _winner_file(recipe).exists():
-            checked.append(trial.model)
-            check_init_from(trial)
+    optuna = search_of(recipe) == "optuna"
+    points, skipped = _valid_points(recipe, sample_points(recipe) if optuna else combinations(recipe))
+    if not points:
+        raise ConfigError(f"sweep.space: holds no valid point ({'; '.join(dict.fromkeys(skipped.values()))})")
+    models = extreme_models(recipe) if optuna else (trial_recipe(recipe, settings).model for settings in points)
+    _check_budget(recipe, models)
+    if optuna:
+        skipped = {}  # these are examples; trials are checked when Optuna proposes them
+    for label, reason in skipped.items():
+        print(f"{recipe.sweep.name}: skipped {label}: {reason}", flush=True)
     tracking = open_tracking(recipe)
     with lock_run_folder(recipe.sweep_folder, recipe, _SWEEP_SECTIONS, "sweep.name") as known_run:
         if known_run is None and _winner_folder(recipe).exists():
@@ -92,13 +106,61 @@ def run(recipe: Recipe) -> SweepResult:
                 f"sweep.name: the winner would go to {_winner_folder(recipe)}, which already exists; choose another "
                 "sweep.name or delete it"
             )
-        return _run(recipe, manifest, grid, tracking, known_run)
+        return _run(recipe, manifest, points, skipped, tracking, known_run)
+
+
+def _valid_points(
+    recipe: Recipe, points: Iterable[dict[str, Setting]]
+) -> tuple[list[dict[str, Setting]], dict[str, str]]:
+    """Return the points that can be trained, and the reasons why others cannot, by label."""
+    valid, skipped = [], {}
+    reasons: dict[str, str | None] = {}
+    """Why a model cannot start from ``train.init_from``."""
+    for settings in points:
+        try:
+            trial = check_point(trial_recipe(recipe, settings))
+            model = repr(trial.model)
+            if model not in reasons and not _winner_file(recipe).exists():
+                reasons[model] = _init_problem(trial)
+            problem = reasons.get(model)
+        except (ConfigError, DataError) as error:
+            problem = str(error)
+        if problem is None:
+            valid.append(settings)
+        else:
+            skipped[trial_label(settings)] = problem
+    return valid, skipped
+
+
+def _init_problem(trial: Recipe) -> str | None:
+    try:
+        check_init_from(trial)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def _check_budget(recipe: Recipe, models: Iterable[ModelConfig]) -> None:
+    """Raise ConfigError if there are models and none of their caches fits the budget."""
+    budget = recipe.sweep.max_cache_bytes_per_token
+    if budget is None:
+        return
+    sizes = []
+    for model in models:
+        tokens = min(MEASURED_TOKENS, model.max_positions)
+        sizes.append(cache_bytes(model, tokens) / tokens)
+    if sizes and min(sizes) > budget:
+        raise ConfigError(
+            f"sweep.max_cache_bytes_per_token: no point of sweep.space fits {budget:g} bytes; the smallest takes "
+            f"{min(sizes):.1f}"
+        )
 
 
 def _run(
     recipe: Recipe,
     manifest: Manifest,
-    grid: list[dict[str, Setting]],
+    points: list[dict[str, Setting]],
+    skipped: dict[str, str],
     tracking: Tracking,
     known_run: str | None,
 ) -> SweepResult:
@@ -106,31 +168,35 @@ def _run(
     tracked = tracking.start_run(recipe.sweep.name, kind="sweep", recipe=recipe, run_id=known_run)
     bind(recipe.sweep_folder, tracked)
     # Capped at this machine's CPUs; a trial that needs more is rejected below.
-    cpus = min(recipe.sweep.max_concurrent * cpus_per_trial(recipe), local_cpus()) + 1
+    at_once = recipe.sweep.max_concurrent or local_cpus()
+    cpus = min(at_once * cpus_per_trial(recipe), local_cpus()) + 1
     with tracked, ray_session(num_cpus=cpus):
         tracked.log_dataset(dataset_input(recipe.data_folder, manifest, "training"))
         require_resources("train.workers", cpus_per_trial(recipe))
         seconds, started = tracked.metrics().get(WALL_SECONDS, 0.0), time.monotonic()
         try:
-            results = list(run_trials(recipe, grid, tracked))  # type: ignore[call-overload]
+            results = list(run_trials(recipe, points, tracked))  # type: ignore[call-overload]
         finally:
             if not winner_file.exists():
                 seconds += time.monotonic() - started
                 tracked.log_metrics({WALL_SECONDS: seconds})
-        errors = {
-            trial_label(result.config["settings"]): str(unwrap_ray_error(result.error))
-            for result in results
-            if result.error
-        }
-        for label, error in errors.items():
-            print(f"{recipe.sweep.name}: trial {label} failed: {error}")
+        errors: dict[str, str] = {}
+        for result in results:
+            if result.error is not None:
+                label, error = trial_label(_settings(result)), unwrap_ray_error(result.error)
+                invalid = isinstance(error, ConfigError)
+                what = f"skipped {label}" if invalid else f"trial {label} failed"
+                print(f"{recipe.sweep.name}: {what}: {error}", flush=True)
+                (skipped if invalid else errors)[label] = str(error)
         reported = [result for result in results if not result.error and "trial_id" in (result.metrics or {})]
         run_ids = _end_trial_runs(tracking, tracked.run_id, {result.metrics["trial_id"] for result in reported})
         trials = [_to_trial(recipe, result, run_ids) for result in reported]
         if not trials:
-            raise FiftyfoldError(f"{recipe.sweep.name}: no trial finished ({'; '.join(sorted(set(errors.values())))})")
+            reasons = "; ".join(sorted({*errors.values(), *skipped.values()}))
+            raise FiftyfoldError(f"{recipe.sweep.name}: no trial finished ({reasons})")
         winner = choose_winner(trials, recipe)
-        _log_results(recipe, tracked, trials, winner)
+        by_run = {trial.run_id: result for trial, result in zip(trials, reported)}
+        _log_results(recipe, tracked, trials, winner, skipped, by_run)
         target = _keep_winner(recipe, reported[trials.index(winner)], attach(tracked.uri, winner.run_id))
         write_text(winner_file, _to_yaml(winner.settings))
         tracked.log_artifact(winner_file)
@@ -173,75 +239,95 @@ def _end_trial_runs(tracking: Tracking, parent: str, succeeded: set[str]) -> dic
 
 
 def _to_trial(recipe: Recipe, result: tune.Result, run_ids: dict[str, str]) -> Trial:
-    settings = result.config["settings"]  # type: ignore[index]
+    settings = _settings(result)
     reported = result.metrics or {}
     metrics = {k: float(v) for k, v in reported.items() if isinstance(v, int | float) and "/" in k}
     metrics |= measured_cache(trial_recipe(recipe, settings).model)
     return Trial(settings, metrics, run_ids[reported["trial_id"]], int(reported.get("step", 0)))
 
 
-def _log_results(recipe: Recipe, tracked: TrackedRun, trials: list[Trial], winner: Trial) -> None:
-    """Print a table of the trials, and log it with the Pareto figure to MLflow."""
-    keys = list(trials[0].settings)
-    shown = [BYTES_PER_TOKEN, "validation/recall", "validation/loss"]
+def _settings(result: tune.Result) -> dict[str, Setting]:
+    return decode((result.config or {})["settings"])
+
+
+def _log_results(
+    recipe: Recipe,
+    tracked: TrackedRun,
+    trials: list[Trial],
+    winner: Trial,
+    skipped: dict[str, str],
+    results: dict[str, tune.Result],
+) -> None:
+    """Print the trials and the verdict, and log them with the Pareto figure to MLflow."""
+    section = recipe.sweep
     ordered = sorted(trials, key=lambda t: t.metrics[BYTES_PER_TOKEN])
-    front = pareto_front(
-        [(t.metrics[BYTES_PER_TOKEN], t.metrics[recipe.sweep.metric]) for t in ordered],
-        higher=recipe.sweep.mode == "max",
+    report = SweepReport(
+        section.name,
+        command_line("sweep"),
+        recipe.run.seed,
+        section.metric,
+        section.mode,
+        recipe.data.sequence_length,
+        section.max_cache_bytes_per_token,
+        [Point(short_label(t.settings), t.settings, t.metrics, t.run_id, t.steps) for t in ordered],
+        ordered.index(winner),
+        skipped,
     )
-    rows = [
-        [
-            short_label(t.settings),
-            *(f"{t.metrics.get(name, float('nan')):.3f}" for name in shown),
-            str(t.steps),
-            "winner" if t is winner else "front" if i in front else "",
-        ]
-        for i, t in enumerate(ordered)
-    ]
-    print_table(f"{recipe.sweep.name}: trials", ["settings", *shown, "steps", ""], rows)
+    if section.evaluate_front:
+        report = _score_front(recipe, report, results)
+    front = report.front
     tracked.log_table(
         {
-            **{key: [t.settings[key] for t in ordered] for key in keys},
-            **{name: [t.metrics.get(name, float("nan")) for t in ordered] for name in shown},
+            **{key: [str(t.settings[key]) for t in ordered] for key in trials[0].settings},
+            **{name: [t.metrics.get(name, float("nan")) for t in ordered] for name in _SHOWN},
             "steps": [t.steps for t in ordered],
+            "front": [i in front for i in range(len(ordered))],
             "winner": [t is winner for t in ordered],
             "run_id": [t.run_id for t in ordered],
         },
         "trials.json",
     )
-    figure = pareto_figure(
-        [
-            (
-                t.metrics[BYTES_PER_TOKEN],
-                t.metrics.get("validation/recall", float("nan")),
-                t.metrics["validation/loss"],
-                t.steps,
-            )
-            for t in ordered
-        ],
-        [short_label(t.settings) for t in ordered],
-        ordered.index(winner),
-        recipe.sweep.max_cache_bytes_per_token,
-    )
-    tracked.log_figure(figure, "pareto.png")
-    with atomic_file(recipe.sweep_folder / "pareto.png") as scratch:
-        figure.savefig(scratch, dpi=150, format="png")
-    tracked.log_metrics({f"winner/{name}": winner.metrics[name] for name in shown if name in winner.metrics})
+    sentences = verdict(report)
+    figure = pareto_figure(report)
+    publish(tracked, "sweep", report.to_dict(), [pareto_table(report)], {"pareto": figure}, recipe.sweep_folder)
+    tracked.log_dict({"verdict": sentences, "skipped": skipped}, "verdict.json")
+    print("\n".join(f"  {sentence}" for sentence in sentences), flush=True)
+    tracked.log_metrics({f"winner/{name}": winner.metrics[name] for name in _SHOWN if name in winner.metrics})
+    tracked.log_metrics({"sweep/hypervolume": hypervolume(report.scores, report.higher)})
     tracked.set_tags({"winner": trial_label(winner.settings), "winner.run_id": winner.run_id})
 
 
-def _keep_winner(recipe: Recipe, result: tune.Result, tracked: TrackedRun) -> Path:
-    """Write a run folder for the winner, bound to its settings; return its checkpoint folder."""
-    folder = _winner_folder(recipe)
+def _last_checkpoint(recipe: Recipe, result: tune.Result) -> Checkpoint:
+    """Return a trial's checkpoint. Raises FiftyfoldError if it left none."""
     last, metrics = result.checkpoint, result.metrics or {}
     if last is None and metrics.get("checkpoint_path"):
         # Tune has only the path of Ray Train's checkpoints, which names the old place if the folder was moved.
         trained = trial_storage(recipe, metrics["trial_id"]) / RAY_RUN
         last = tune.Checkpoint(str(trained / Path(metrics["checkpoint_path"]).name))
     if last is None:
-        raise FiftyfoldError(f"{recipe.sweep.name}: the winning trial left no checkpoint")
+        raise FiftyfoldError(f"{recipe.sweep.name}: trial {trial_label(_settings(result))} left no checkpoint")
+    return last
+
+
+def _score_front(recipe: Recipe, report: SweepReport, results: dict[str, tune.Result]) -> SweepReport:
+    """Return the report with the scores of the points on the front. ``results`` are by run id."""
+    by_length: dict[str, dict[str, float]] = {}
+    for index in sorted(report.front):
+        run_id = report.points[index].run_id
+        with _last_checkpoint(recipe, results[run_id]).as_directory() as folder:
+            metrics = score_tasks(Path(folder), recipe, recipe.evaluate.samples)
+        for task, lengths in task_scores({name: [value] for name, value in metrics.items()}).items():
+            for length, (value,) in lengths.items():
+                by_length.setdefault(f"{task} at {length} tokens", {})[run_id] = value
+    return dataclasses.replace(report, by_length=by_length)
+
+
+def _keep_winner(recipe: Recipe, result: tune.Result, tracked: TrackedRun) -> Path:
+    """Write a run folder for the winner, bound to its settings; return its checkpoint folder."""
+    folder = _winner_folder(recipe)
+    last = _last_checkpoint(recipe, result)
     finalize(last, folder / "final")
-    settings = result.config["settings"]  # type: ignore[index]
+    settings = _settings(result)
     write_settings(folder, trial_recipe(recipe, settings), TRAINING_SECTIONS)
     bind(folder, tracked)
     tracked.set_tags({"checkpoint": str(folder / "final")})

@@ -20,7 +20,7 @@ from mlflow.utils.mlflow_tags import (
 from pipelines import RAY_JOB_VARIABLE
 from pipelines.data.manifest import MANIFEST_NAME, Manifest, file_sha256
 
-_STEPS = {"trial": "sweep"}
+_STEPS = {"trial": "sweep", "ablate_trial": "ablate", "compare_trial": "compare"}
 """Step that starts runs of a kind, where its name differs."""
 _DIGEST_LENGTH = 32
 """Digits of a digest; MLflow accepts 36."""

@@ -107,6 +107,13 @@ def write_settings(folder: Path, recipe: Recipe, sections: tuple[str, ...]) -> N
     write_text(folder / RECIPE_FILE, json.dumps(_settings(recipe, sections), indent=2) + "\n")
 
 
+def training_identity(recipe: Recipe) -> str:
+    """Return a hash of everything that determines a training's result: sections, seed and data."""
+    settings = _flatten(_settings(recipe, TRAINING_SECTIONS))
+    kept = {key: value for key, value in settings.items() if key not in _MAY_CHANGE}
+    return sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
 def _settings(recipe: Recipe, sections: tuple[str, ...]) -> dict[str, Any]:
     settings = {name: value for name, value in recipe.to_dict().items() if name in sections}
     settings["run"] = {"seed": recipe.run.seed}

@@ -12,10 +12,13 @@ from model.errors import CheckpointError
 from model.tokenizer import load_tokenizer
 from model.transformer import Transformer
 from pipelines.data.batches import TrainBatches, train_batches
+from pipelines.data.check import check_prepared
+from pipelines.data.manifest import read_manifest
 from pipelines.recipe.schema import Recipe
 from pipelines.training import compute_dtype
-from pipelines.training.curriculum import Stage, curriculum
+from pipelines.training.curriculum import Stage, check_fills_batch, curriculum
 from pipelines.training.reporter import Reporter
+from pipelines.training.search_space import check_trial
 from pipelines.training.trainer import OpenBatches, Trainer
 from pipelines.training.validation import held_out_batches
 
@@ -72,6 +75,18 @@ def folder_batches(recipe: Recipe) -> OpenBatches:
         return train_batches(recipe.data_folder, stage.sequence_length, rows, recipe.data.seed, epoch, skip)
 
     return open_batches
+
+
+def check_point(recipe: Recipe) -> Recipe:
+    """Return the recipe of a sweep's trial with the vocabulary of the prepared data.
+
+    Raises ConfigError or DataError if it cannot be trained.
+    """
+    manifest = read_manifest(recipe.data_folder)
+    recipe = check_prepared(recipe, manifest)
+    check_trial(recipe)
+    check_fills_batch(curriculum(recipe), recipe.data_folder, manifest)
+    return recipe
 
 
 def check_init_from(recipe: Recipe) -> list[str] | None:

@@ -1,14 +1,19 @@
-"""The search space of a sweep: combinations, trial recipes and their checks."""
+"""The search space of a sweep: points, trial recipes and their checks."""
 
 from __future__ import annotations
 
 import itertools
+import json
+import math
 import random
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Literal
 
+from model.config import ModelConfig
 from model.errors import ConfigError
+from pipelines.recipe.experiments import Range, Setting
 from pipelines.recipe.loading import with_overrides
-from pipelines.recipe.schema import Recipe, Setting
+from pipelines.recipe.schema import Recipe
 from pipelines.training.validation import NAMES
 
 _STAGE_SETTINGS = {
@@ -18,15 +23,82 @@ _STAGE_SETTINGS = {
     "train.optimizer.indexer_learning_rate": "indexer_learning_rate",
 }
 """Recipe keys that a stage may override, and the stage's field."""
+_LIST = "list:"
+_SAMPLES = 128
+_MAX_MODELS = 20_000
+
+
+def search_of(recipe: Recipe) -> Literal["random", "optuna"]:
+    """Return how the points of the space are chosen."""
+    ranges = any(isinstance(values, Range) for values in recipe.sweep.space.values())
+    return recipe.sweep.search or ("optuna" if ranges else "random")
 
 
 def combinations(recipe: Recipe) -> list[dict[str, Setting]]:
-    """Return the settings of each trial by dotted key: the whole grid, or ``sweep.trials`` random points of it."""
-    space = recipe.sweep.space
-    grid = [dict(zip(space, values)) for values in itertools.product(*space.values())]
-    if recipe.sweep.trials is not None and recipe.sweep.trials < len(grid):
-        grid = random.Random(recipe.run.seed).sample(grid, recipe.sweep.trials)
-    return grid
+    """Return the settings of each trial by dotted key: the whole grid, or ``sweep.trials`` random points."""
+    space, trials = recipe.sweep.space, recipe.sweep.trials
+    rng = random.Random(recipe.run.seed)
+    lists = {key: values for key, values in space.items() if not isinstance(values, Range)}
+    if len(lists) < len(space):
+        return [_draw(recipe, rng) for _ in range(trials or 0)]
+    grid = [dict(zip(lists, values)) for values in itertools.product(*lists.values())]
+    return rng.sample(grid, trials) if trials is not None and trials < len(grid) else grid
+
+
+def sample_points(recipe: Recipe) -> list[dict[str, Setting]]:
+    """Return random points of a space."""
+    rng = random.Random(recipe.run.seed)
+    return [_draw(recipe, rng) for _ in range(_SAMPLES)]
+
+
+def extreme_models(recipe: Recipe) -> Iterator[ModelConfig]:
+    """Yield the valid models of a space at all values of lists and at both ends of ranges.
+
+    Caches are smallest and largest there, because their closed form is monotonic in every number. Yields nothing if
+    there are too many, or if the space changes options of single mixers.
+    """
+    space = {key: _ends(values) for key, values in recipe.sweep.space.items() if key.startswith("model.")}
+    fields = [key.removeprefix("model.") for key in space]
+    if math.prod(map(len, space.values())) > _MAX_MODELS or any("." in name for name in fields):
+        return
+    base = trial_recipe(recipe, {}).model
+    for values in itertools.product(*space.values()):
+        try:
+            yield base.replace(**dict(zip(fields, values)))
+        except ConfigError:
+            continue
+
+
+def _ends(values: list[Setting] | Range) -> list[Setting]:
+    return list(values.bounds) if isinstance(values, Range) else values
+
+
+def _draw(recipe: Recipe, rng: random.Random) -> dict[str, Setting]:
+    return {key: _draw_value(values, rng) for key, values in recipe.sweep.space.items()}
+
+
+def _draw_value(values: list[Setting] | Range, rng: random.Random) -> Setting:
+    if not isinstance(values, Range):
+        return rng.choice(values)
+    if values.int is not None:
+        return rng.randint(*values.int)
+    low, high = values.bounds
+    if values.log_uniform is not None:
+        return math.exp(rng.uniform(math.log(low), math.log(high)))
+    return rng.uniform(low, high)
+
+
+def encode(value: Setting) -> bool | int | float | str:
+    """Return a value for Optuna, whose categories are scalars."""
+    return f"{_LIST}{json.dumps(value)}" if isinstance(value, list) else value
+
+
+def decode(settings: dict[str, Any]) -> dict[str, Setting]:
+    """Return settings with the lists that :func:`encode` wrote as text."""
+    return {
+        key: json.loads(value[len(_LIST) :]) if isinstance(value, str) and value.startswith(_LIST) else value
+        for key, value in settings.items()
+    }
 
 
 def trial_recipe(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
@@ -42,19 +114,28 @@ def trial_recipe(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
 
 def trial_label(settings: dict[str, Setting]) -> str:
     """Return the settings as text."""
-    return " ".join(f"{key}={value}" for key, value in settings.items())
+    return " ".join(f"{key}={_format(value)}" for key, value in settings.items())
+
+
+def _format(value: Setting) -> str:
+    if isinstance(value, list):
+        return ",".join(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def short_label(settings: dict[str, Setting]) -> str:
     """Return the settings as text, with shortened keys."""
-    return trial_label(settings).replace("model.", "").replace("_ratio", "").replace("index_", "")
+    label = trial_label(settings)
+    for part in ("model.", "train.optimizer.", "_ratio", "index_"):
+        label = label.replace(part, "")
+    return label
 
 
 def check_space(recipe: Recipe) -> None:
     """Raise ConfigError for a space or metric without effect."""
     section = recipe.sweep
     for key, values in section.space.items():
-        if not values:
+        if not isinstance(values, Range) and not values:
             raise ConfigError(f"sweep.space: '{key}' has no values")
         if not key.startswith(("model.", "train.")) and key != "run.seed":
             raise ConfigError(f"sweep.space: '{key}' changes nothing in a trial; keys begin with model. or train.")
@@ -62,10 +143,15 @@ def check_space(recipe: Recipe) -> None:
             raise ConfigError(f"sweep.space: '{key}' names an item of a list; only whole settings can be tried")
         if key in ("train.checkpoint_every", "train.keep_checkpoints"):
             raise ConfigError(f"sweep.space: '{key}' changes nothing, because a sweep sets it itself")
-        if len(set(map(repr, values))) < len(values):
+        if isinstance(values, Range):
+            if section.trials is None:
+                raise ConfigError(f"sweep.trials: is not set, but '{key}' has a range of values")
+        elif len(set(map(repr, values))) < len(values):
             raise ConfigError(f"sweep.space: '{key}' has a value twice")
     if not section.space:
         raise ConfigError("sweep.space: is empty")
+    if section.search == "optuna" and section.trials is None:
+        raise ConfigError("sweep.trials: is not set, but sweep.search is optuna")
     prefix, _, name = section.metric.partition("/")
     if prefix != "validation" or name.partition("/layer_")[0] not in NAMES:
         known = ", ".join(f"validation/{name}" for name in NAMES)

@@ -1,20 +1,11 @@
 """Training benchmarks: equal work in both networks, and timed steps."""
 
-import math
-
 import pytest
 import torch
 
 from benchmarks.lib.contenders import TransformersNetwork, write_weights
-from benchmarks.quality import tokens_to
 from benchmarks.training_step import EQUAL_WORK, OURS, THEIRS, Contender, measure_step, our_step, split_parameters
 from model.config import ModelConfig
-
-
-def test_tokens_to_a_loss_are_interpolated():
-    line = [(0, 3.0), (10, 1.0), (20, 1.5), (30, 0.5)]
-    assert [tokens_to(line, loss) for loss in (3.5, 2.0, 1.0, 0.75)] == [0, 5, 10, 27.5]
-    assert math.isinf(tokens_to(line, 0.4))
 
 
 @pytest.fixture(scope="module")

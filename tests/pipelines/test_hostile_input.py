@@ -20,6 +20,7 @@ from model.errors import FiftyfoldError
 from model.tokenizer import ByteTokenizer
 from model.transformer import Transformer
 from pipelines import __main__ as cli
+from pipelines.experiments import experiment
 from pipelines.recipe.key_types import fields_of, is_list_of_text, is_text, type_of
 from pipelines.recipe.loading import with_overrides
 from pipelines.recipe.schema import Recipe
@@ -135,7 +136,7 @@ def place(prepared, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def cheap(monkeypatch, place):
     """Neither Ray nor an evaluation starts; the working folder is one to look for stray files in."""
-    for step in (train, sweep, demo, deploy):
+    for step in (train, sweep, demo, deploy, experiment):
         monkeypatch.setattr(step, "ray_session", no_ray)
     monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: {"eval/recall": 0.5})
     work = place.folder / "work"
@@ -189,7 +190,7 @@ def test_text_settings_succeed_or_fail_with_one_sentence(run, place, step, key, 
     assert not stray or key == "run.folder"
 
 
-SECTIONS = st.sampled_from(["train", "sweep", "compare", "promote", "budget"])
+SECTIONS = st.sampled_from(["train", "sweep", "ablate", "compare", "report", "promote", "budget"])
 
 
 @quick(80)
@@ -257,10 +258,6 @@ def test_paths_that_hold_no_checkpoint_are_refused(run, place, source):
     assert run("budget", "--model", source) == cli.USER_ERROR
     for step, key in (("evaluate", "evaluate.checkpoint"), ("train", "train.init_from"), ("deploy", "serve.model_uri")):
         assert run(step, "--config", str(place.file), "--run.name", "new", f"--{key}", source) == cli.USER_ERROR
-    assert (
-        run("compare", "--config", str(place.file), "--compare.qat", source, "--compare.plain", source)
-        == cli.USER_ERROR
-    )
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
@@ -282,7 +279,7 @@ def test_damaged_checkpoints_give_one_sentence(run, place, name, content, tmp_pa
 def test_damaged_run_folders_give_one_sentence(run, place, name, content, tmp_path):
     shutil.copytree(place.recipe.run.folder, tmp_path / "runs")
     (tmp_path / "runs" / name).write_bytes(content)
-    for step in ("prepare", "train", "sweep", "compare", "evaluate", "promote", "deploy"):
+    for step in ("prepare", "train", "sweep", "ablate", "compare", "report", "evaluate", "promote", "deploy"):
         run(
             step,
             "--config",

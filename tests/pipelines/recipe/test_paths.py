@@ -74,8 +74,6 @@ PATH_KEYS = (
     "data.sources",
     "train.init_from",
     "evaluate.checkpoint",
-    "compare.qat",
-    "compare.plain",
     "demo.baseline",
     "serve.model_uri",
 )

@@ -237,7 +237,10 @@ def test_a_tie_goes_to_the_smaller_cache_and_nan_never_wins():
     [
         ({"sweep.space": {}}, "sweep.space: is empty"),
         ({"sweep.space": {"model.index_topk": []}}, "'model.index_topk' has no values"),
-        ({"sweep.space": {"model.index_topk": [2, 24]}}, "24 is not below the 24 entries"),
+        (
+            {"sweep.space": {"model.index_topk": [24, 30]}},
+            r"holds no valid point \(.*24 is not below the 24 entries.*30 is",
+        ),
         ({"sweep.space": {"model.topk": [2]}}, "model.topk: unknown key"),
         (
             {"sweep.space": {"model.index_topk": [2]}, "train.stages": [{"steps": 2, "index_topk": 3}]},
@@ -247,14 +250,28 @@ def test_a_tie_goes_to_the_smaller_cache_and_nan_never_wins():
             {"sweep.space": {"model.index_topk": [2]}, "train.workers": 2},
             r"sweep\.in_process: trials .* but train\.workers is 2",
         ),
-        ({"sweep.space": {"model.qat": [True, 1.5]}}, r"model\.qat: .*1\.5"),
+        ({"sweep.space": {"model.qat": [1.5]}}, r"holds no valid point \(model\.qat: .*1\.5"),
         ({"sweep.space": {"model.index_topk": [2, 2]}}, "'model.index_topk' has a value twice"),
+        (
+            {"sweep.space": {"model.csa_ratio": [2, 4]}, "sweep.max_cache_bytes_per_token": 5},
+            r"sweep\.max_cache_bytes_per_token: no point of sweep\.space fits 5 bytes; the smallest takes \d+",
+        ),
+        (
+            {
+                "sweep.space": {"model.csa_ratio": {"int": [2, 6]}},
+                "sweep.trials": 2,
+                "sweep.max_cache_bytes_per_token": 5,
+            },
+            r"sweep\.max_cache_bytes_per_token: no point of sweep\.space fits 5 bytes",
+        ),
+        ({"sweep.space": {"model.csa_ratio": {"int": [2, 6]}}}, r"sweep\.trials: is not set, but 'model\.csa_ratio'"),
+        ({"sweep.space": {"model.index_topk": {"int": [30, 40]}}, "sweep.trials": 2}, "holds no valid point"),
         ({"sweep.space": {"run.name": ["a", "b"]}}, "'run.name' changes nothing in a trial"),
         ({"sweep.space": {"train.checkpoint_every": [2, 3]}}, "'train.checkpoint_every' changes nothing"),
         ({"sweep.space": {"train.stages.0.steps": [2, 3]}}, "'train.stages.0.steps' names an item of a list"),
         (
             {"sweep.space": {"model.qat": [None]}},
-            "model.qat.0: values must be numbers, strings or booleans, found None",
+            "model.qat.0: values must be numbers, strings, booleans or lists of names, found None",
         ),
         (
             {"sweep.space": {"model.index_topk": [2]}, "sweep.metric": "validation/los"},
@@ -268,14 +285,13 @@ def test_a_bad_space_is_refused_before_any_trial(prepared, changes, message):
     assert not prepared.sweep_folder.exists()
 
 
-def test_a_trial_that_cannot_begin_is_refused_before_any_begins(trained):
+def test_a_space_without_a_point_that_can_begin_is_refused(trained):
     recipe, result = trained
-    space = {"model.hyper_connections": [True, False]}
     recipe = with_overrides(
-        recipe, {"train.init_from": str(result.checkpoint), "sweep.space": space, "sweep.name": "odd",
-                 "sweep.overrides": {"train.workers": 1, "train.sharding": "none"}},
+        recipe, {"train.init_from": str(result.checkpoint), "sweep.space": {"model.hyper_connections": [False]},
+                 "sweep.name": "odd", "sweep.overrides": {"train.workers": 1, "train.sharding": "none"}},
     )  # fmt: skip
-    with pytest.raises(CheckpointError, match=r"train\.init_from: .*'hyper_head\.base' is not part of this model"):
+    with pytest.raises(ConfigError, match=r"no valid point \(train\.init_from: .*'hyper_head\.base' is not part of"):
         sweep.run(recipe)
     assert not recipe.sweep_folder.exists()
 

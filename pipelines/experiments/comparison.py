@@ -1,0 +1,140 @@
+"""The comparison: the hybrid against other families of equal size, tokens and recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from model.config import ModelConfig
+from model.costs import CostModel, costs_of, count_parameters, ssa_costs, v32_costs
+from model.errors import ConfigError
+from model.transformer import Transformer
+from pipelines.experiments.ablation import runs_of
+from pipelines.experiments.arms import Arm, comparison_arms
+from pipelines.experiments.experiment import open_experiment, with_common_dtypes
+from pipelines.experiments.outputs import command_line, publish
+from pipelines.experiments.timing import describe_machine, time_decoding, time_prefill
+from pipelines.experiments.trial_process import check_tasks
+from pipelines.experiments.trials import plan
+from pipelines.recipe.schema import Recipe
+from pipelines.reports.cache_measurement import measure_cache
+from pipelines.reports.comparison import (
+    LENGTHS,
+    PUBLISHED_LENGTH,
+    ComparedArm,
+    ComparisonResult,
+    NetworkCosts,
+    PublishedCosts,
+    costs_figure,
+    lengths_figure,
+    quality_figure,
+    tables,
+)
+from pipelines.training.curriculum import curriculum
+
+
+def run_comparison(recipe: Recipe, write: Path | None) -> ComparisonResult:
+    """Train and score all arms, measure their costs; log and print tables and figures. Raises FiftyfoldError."""
+    recipe = with_common_dtypes(recipe)
+    section, arms = recipe.compare, comparison_arms(recipe)
+    configs = {arm.name: _long(arm.recipe.model) for arm in arms}
+    with open_experiment("compare", recipe, section, arms) as experiment:
+        _check_tasks(arms, section.seeds[0])
+        experiment.expect(len(arms) * (len(section.rates) + len(section.seeds)))
+        rates = experiment.select_rates(arms)
+        trials = [plan(arm, seed, rates[arm.name].rate, evaluated=True) for arm in arms for seed in section.seeds]
+        results = experiment.run_seeds(trials)
+        print(f"{section.name}: measuring caches and times", flush=True)
+        decode = time_decoding(configs, section.timed_lengths)
+        prompts = time_prefill(configs, section.timed_lengths, section.timed_prefill)
+        compared = []
+        for arm in arms:
+            rate, parameters = rates[arm.name], _count(arm)
+            compared.append(
+                ComparedArm(
+                    arm.name,
+                    *parameters,
+                    rate.rate,
+                    {f"{tried:g}": loss for tried, loss in rate.losses.items()},
+                    runs_of(next(t.recipe for t in trials if t.arm == arm.name), results[arm.name]),
+                    _costs(costs_of(configs[arm.name]), configs[arm.name], section.max_measured_bytes),
+                    decode[arm.name],
+                    prompts[arm.name],
+                )
+            )
+        ssa = ssa_costs(recipe.model)
+        result = ComparisonResult(
+            section.name,
+            command_line("compare"),
+            list(section.seeds),
+            sum(stage.steps * stage.tokens_per_step for stage in curriculum(recipe)),
+            recipe.data.sequence_length,
+            list(section.timed_lengths),
+            describe_machine(),
+            compared,
+            _costs(ssa, None, 0),
+            ssa.rule,
+            published_costs(),
+        )
+        figures = {"families-costs": costs_figure(result), "families-quality": quality_figure(result)}
+        lengths = lengths_figure(result)
+        if lengths is not None:
+            figures["families-lengths"] = lengths
+        means = {
+            f"{arm.name}/{name}": sum(values) / len(values)
+            for arm in compared
+            for name, values in arm.runs.metrics.items()
+        }
+        experiment.tracked.log_metrics(means)
+        publish(experiment.tracked, "compare", result.to_dict(), tables(result), figures, write)
+    return result
+
+
+def _check_tasks(arms: list[Arm], seed: int) -> None:
+    """Raise ConfigError for tasks that an arm cannot be scored on, unless it has been scored before."""
+    for arm in arms:
+        try:
+            if not plan(arm, seed, 1.0, evaluated=True).evaluation_file.exists():
+                check_tasks(arm.recipe)
+        except ConfigError as error:
+            raise ConfigError(f"compare: arm {arm.name}: {error}") from None
+
+
+def _long(config: ModelConfig) -> ModelConfig:
+    """Return the configuration for the longest sequence of the costs."""
+    return config.replace(max_positions=max(LENGTHS[-1], config.max_positions))
+
+
+def _count(arm: Arm) -> tuple[int, int]:
+    with torch.device("meta"):
+        count = count_parameters(Transformer(arm.recipe.model))
+    return count.total, count.active
+
+
+def _costs(costs: CostModel, config: ModelConfig | None, limit: int) -> NetworkCosts:
+    """Return costs at all lengths, with measured caches of up to ``limit`` bytes."""
+    measured = [
+        measure_cache(config, n).measured if config is not None and costs.cache_bytes(n) <= limit else None
+        for n in LENGTHS
+    ]
+    closed, flops, equivalent = (
+        [cost(n) for n in LENGTHS] for cost in (costs.cache_bytes, costs.flops, costs.equivalent)
+    )
+    return NetworkCosts(closed, flops, equivalent, measured)
+
+
+def published_costs() -> list[PublishedCosts]:
+    """Return closed forms of V3.2 and of V4 at PUBLISHED_LENGTH tokens."""
+    networks = [("DeepSeek-V3.2", v32_costs())]
+    for name, preset in (("DeepSeek-V4-Pro", "v4-pro"), ("DeepSeek-V4-Flash", "v4-flash")):
+        config = ModelConfig.from_preset(preset)
+        if config.max_positions < PUBLISHED_LENGTH:
+            raise ConfigError(f"preset {preset}: has fewer than {PUBLISHED_LENGTH} positions")
+        networks.append((name, costs_of(config)))
+    return [
+        PublishedCosts(
+            name, each.bytes_per_token, each.bytes_per_token * PUBLISHED_LENGTH, each.equivalent(PUBLISHED_LENGTH)
+        )
+        for name, each in networks
+    ]

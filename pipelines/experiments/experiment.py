@@ -1,0 +1,220 @@
+"""An experiment: one MLflow run, whose nested runs are trials under Ray Tune. Finished trials are reused."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import tune
+
+from model.errors import ConfigError, FiftyfoldError
+from pipelines.data.check import check_prepared
+from pipelines.data.manifest import Manifest, read_manifest
+from pipelines.experiments.arms import Arm
+from pipelines.experiments.trial_process import run_trial
+from pipelines.experiments.trials import LOSS, Result, Trial, plan
+from pipelines.ray_runtime.fit import unwrap_ray_error
+from pipelines.ray_runtime.session import local_cpus, ray_session, require_resources, usable_cpus
+from pipelines.recipe.experiments import ExperimentSection
+from pipelines.recipe.schema import Recipe
+from pipelines.reports.statistics import too_few
+from pipelines.tracking.lineage import dataset_input
+from pipelines.tracking.mlflow_store import TrackedRun, open_tracking
+from pipelines.tracking.run_folder import bind, lock_run_folder
+from pipelines.training import compute_dtype
+from pipelines.training.curriculum import check_fills_batch, curriculum
+
+
+@dataclass(frozen=True)
+class SelectedRate:
+    """The learning rate of an arm, and the loss of the first seed at every rate that was tried."""
+
+    rate: float
+    losses: dict[float, float]
+
+    @property
+    def at_the_edge(self) -> bool:
+        """Whether a rate outside the list may be better."""
+        return len(self.losses) > 1 and self.rate in (min(self.losses), max(self.losses))
+
+
+class Experiment:
+    """Runs trials of a step, with progress and the time left."""
+
+    def __init__(self, step: str, name: str, section: ExperimentSection, recipe: Recipe, tracked: TrackedRun):
+        self.step, self.name, self.section, self.recipe, self.tracked = step, name, section, recipe, tracked
+        self._progress = _Progress(name)
+
+    @property
+    def folder(self) -> Path:
+        return self.recipe.experiments_folder / self.name
+
+    def expect(self, trials: int) -> None:
+        """Count trials that will be run later in the time left."""
+        self._progress.total += trials
+
+    def run(self, trials: Sequence[Trial]) -> dict[str, str]:
+        """Run all trials that have not finished; return messages of failed ones by label."""
+        pending = {trial.folder: trial for trial in trials if not trial.is_finished}
+        self._progress.skip(len(trials) - len(pending))
+        if not pending:
+            return {}
+        for trial in pending.values():
+            trial.write()
+        section, use_gpu = self.section, self.recipe.train.use_gpu
+        tracking = {"uri": self.tracked.uri, "parent": self.tracked.run_id, "kind": f"{self.step}_trial"}
+        trainable = tune.with_resources(
+            tune.with_parameters(run_trial, tracking=tracking),
+            {"CPU": section.cpus_per_trial, **({"GPU": 1.0} if use_gpu else {})},
+        )
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints tracebacks; failures are reported below
+        at_once = max(1, int(usable_cpus() // section.cpus_per_trial))
+        results = tune.Tuner(
+            trainable,
+            param_space={"folder": tune.grid_search([str(folder) for folder in pending])},
+            tune_config=tune.TuneConfig(
+                max_concurrent_trials=min(at_once, section.max_concurrent or at_once), reuse_actors=True
+            ),
+            run_config=tune.RunConfig(
+                name=f"{self.tracked.run_id[:8]}-{time.time_ns()}",
+                storage_path=str(self.folder / "tune"),
+                verbose=0,
+                callbacks=[self._progress.callback(pending)],
+            ),
+        ).fit()
+        failures = {}
+        for result in results:  # type: ignore[attr-defined]
+            if result.error is not None:
+                trial = pending[Path((result.config or {})["folder"])]
+                failures[trial.label] = str(unwrap_ray_error(result.error))
+                print(f"{self.name}: {trial.label} failed: {failures[trial.label]}", flush=True)
+        return failures
+
+    def select_rates(self, arms: Sequence[Arm]) -> dict[str, SelectedRate]:
+        """Return the best of the section's learning rates by arm: the lowest final loss with the first seed.
+
+        Raises FiftyfoldError for an arm without a finite loss. All finished trials are kept.
+        """
+        rates, seed = self.section.rates, self.section.seeds[0]
+        trials = {(arm.name, rate): plan(arm, seed, rate) for arm in arms for rate in rates}
+        failures = self.run(list(trials.values()))
+        found = {}
+        for arm in arms:
+            finished = {rate: trials[arm.name, rate] for rate in rates if trials[arm.name, rate].is_finished}
+            found[arm.name] = choose_rate(
+                {rate: trial.result().metrics[LOSS] for rate, trial in finished.items()},
+                f"{self.name}: no learning rate of {arm.name} ended with a finite loss "
+                f"({'; '.join(sorted(set(failures.values()))) or 'all diverged'}); finished trials are kept",
+            )
+        return found
+
+    def run_seeds(self, trials: Sequence[Trial]) -> dict[str, list[Result]]:
+        """Run trials; return their results by arm, in the order of the seeds.
+
+        Raises FiftyfoldError if some fail. All finished trials are kept.
+        """
+        failures = self.run(trials)
+        if failures:
+            reasons = "; ".join(f"{label}: {reason}" for label, reason in failures.items())
+            raise FiftyfoldError(
+                f"{self.name}: {len(failures)} of {len(trials)} trials failed ({reasons}); the others are kept, run "
+                "the step again to finish"
+            )
+        found: dict[str, list[Result]] = {}
+        for trial in trials:
+            found.setdefault(trial.arm, []).append(trial.result())
+        return found
+
+
+def choose_rate(losses: dict[float, float], failure: str) -> SelectedRate:
+    """Return the rate with the lowest finite loss. Raises FiftyfoldError with the message ``failure`` if none is."""
+    finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
+    if not finite:
+        raise FiftyfoldError(failure)
+    return SelectedRate(min(finite, key=lambda rate: finite[rate]), finite)
+
+
+@contextmanager
+def open_experiment(step: str, recipe: Recipe, section: Any, arms: Sequence[Arm]) -> Iterator[Experiment]:
+    """Start or resume the experiment ``section.name`` of a step on a Ray cluster.
+
+    Raises ConfigError or DataError, before any compute, for an arm that cannot be trained on the prepared data.
+    """
+    manifest = read_manifest(recipe.data_folder, verify=True)
+    for arm in arms:
+        _check_arm(step, arm, manifest)
+    few = too_few(section.seeds)
+    if few is not None:
+        print(f"{section.name}: {few}", flush=True)
+    tracking = open_tracking(recipe)
+    folder = recipe.experiments_folder / section.name
+    with lock_run_folder(folder, recipe, ("data",), f"{step}.name") as known_run:
+        tracked = tracking.start_run(section.name, kind=step, recipe=recipe, run_id=known_run)
+        bind(folder, tracked)
+        with tracked, ray_session(num_cpus=local_cpus()):
+            require_resources(f"{step}.cpus_per_trial", section.cpus_per_trial, 1.0 if recipe.train.use_gpu else 0.0)
+            tracked.log_dataset(dataset_input(recipe.data_folder, manifest, "training"))
+            yield Experiment(step, section.name, section, recipe, tracked)
+
+
+def _check_arm(step: str, arm: Arm, manifest: Manifest) -> None:
+    try:
+        check_prepared(arm.recipe, manifest)
+        check_fills_batch(curriculum(arm.recipe), arm.recipe.data_folder, manifest)
+    except ConfigError as error:
+        raise ConfigError(f"{step}: arm {arm.name}: {error}") from None
+
+
+def with_common_dtypes(recipe: Recipe) -> Recipe:
+    """Return the recipe with the data types of this machine in place of ``auto``, common to all arms. Raises
+    ConfigError if trials run on GPUs and this machine has none."""
+    auto = [key for key, value in compute_dtype.settings_of(recipe).items() if value == "auto"]
+    if not auto:
+        return recipe
+    if recipe.train.use_gpu and not torch.cuda.is_available():
+        raise ConfigError(
+            f"train.use_gpu: this machine has no CUDA device to choose {' and '.join(auto)} for; set them in the recipe"
+        )
+    return compute_dtype.resolve(recipe, compute_dtype.choose("cuda" if recipe.train.use_gpu else "cpu"))
+
+
+class _Progress:
+    """Counts finished trials and estimates the time left."""
+
+    def __init__(self, name: str):
+        self.name, self.total = name, 0
+        self._finished = self._trained = 0
+        self._started = time.monotonic()
+
+    def skip(self, trials: int) -> None:
+        """Count trials that are reused."""
+        if trials:
+            self._finished += trials
+            print(f"{self.name}: {trials} finished trials are reused", flush=True)
+
+    def callback(self, pending: dict[Path, Trial]) -> tune.Callback:
+        progress = self
+
+        class _Printer(tune.Callback):
+            def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+                progress.finish(pending[Path(trial.config["folder"])], trial.last_result.get(LOSS, math.nan))
+
+        return _Printer()
+
+    def finish(self, trial: Trial, loss: float) -> None:
+        self._finished += 1
+        self._trained += 1
+        elapsed = time.monotonic() - self._started
+        left = max(0, self.total - self._finished) * elapsed / self._trained
+        print(
+            f"{self.name}: trial {self._finished}/{self.total}: {trial.label}: {LOSS} {loss:.4f}, "
+            f"about {left / 60:.0f} min left",
+            flush=True,
+        )

@@ -1,0 +1,119 @@
+"""Results of a step in MLflow and in a folder, and the quick form of a recipe."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from model.atomic_files import atomic_file, write_text
+from pipelines.recipe.loading import load_recipe, with_overrides
+from pipelines.recipe.paths import check_creatable, path_option
+from pipelines.recipe.schema import Recipe
+from pipelines.reports.tables import Table
+from pipelines.tracking.mlflow_store import TrackedRun
+from pipelines.training.curriculum import curriculum
+
+RESULTS = "results.json"
+"""Artifact with the results of a step, from which its figures are drawn."""
+_QUICK_STEPS, _QUICK_ROWS = 16, 4
+_SECTIONS = ("ablate", "compare")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of a step with results."""
+    parser.add_argument("--quick", action="store_true", help="the same shape with a few short trainings")
+    parser.add_argument(
+        "--write", metavar="FOLDER", type=path_option("--write"), help="also write results and figures to FOLDER"
+    )
+
+
+def load(options: argparse.Namespace, files: Sequence[Path], overrides: Sequence[str]) -> Recipe:
+    """Return the recipe, in its quick form if asked for. Raises ConfigError."""
+    if options.write is not None:
+        check_creatable(options.write / RESULTS, "--write")
+    recipe = load_recipe(files, overrides)
+    return quick(recipe) if options.quick else recipe
+
+
+def quick(recipe: Recipe) -> Recipe:
+    """Return the recipe with short trainings and few samples. Stages, arms, seeds and tasks stay."""
+    stages = recipe.to_dict()["train"]["stages"]
+    planned = curriculum(recipe)
+    for stage, full in zip(stages, planned):
+        steps = max(2, round(full.steps * _QUICK_STEPS / planned[-1].end))
+        stage |= {"steps": steps, "tokens": None, "batch_rows": None}
+    changes: dict[str, Any] = {
+        "train.stages": stages,
+        "train.workers": 1,
+        "train.batch_rows": _QUICK_ROWS,
+        "train.accumulation_steps": 1,
+        "train.warmup_steps": 2,
+        "train.validation_rows": 16,
+        "train.validate_every": 4,
+        "train.checkpoint_every": 4,
+        "train.log_every": 4,
+        "tracking.system_metrics_interval": None,
+        "evaluate.samples": 2,
+        "evaluate.lengths": recipe.evaluate.lengths[:2],
+        "evaluate.depths": recipe.evaluate.depths[:1],
+        "ablate.context": 4096,
+        "compare.timed_lengths": [256, 1024],
+        "compare.timed_prefill": 256,
+        "compare.max_measured_bytes": 1 << 24,
+    }
+    for name in _SECTIONS:
+        section = getattr(recipe, name)
+        rates = list(section.rates)
+        changes[f"{name}.rates"] = rates if len(rates) < 3 else [rates[len(rates) // 2], rates[-1]]
+        changes[f"{name}.name"] = f"{section.name}-quick"
+    return with_overrides(recipe, changes)
+
+
+def command_line(step: str) -> str:
+    """Return the command of this process, or the step's name where another program runs the step."""
+    arguments = sys.argv[1:] if Path(sys.argv[0]).parts[-2:] == ("pipelines", "__main__.py") else [step]
+    return shlex.join(["python", "-m", "pipelines", *arguments])
+
+
+def publish(
+    tracked: TrackedRun,
+    step: str,
+    result: Mapping[str, Any],
+    tables: Sequence[Table],
+    figures: Mapping[str, Figure],
+    folder: Path | None,
+) -> None:
+    """Print the tables, and log results, tables and figures; also write them to ``folder`` if it is given."""
+    for table in tables:
+        table.show()
+    text = json.dumps({"step": step, "run_id": tracked.run_id, "result": result}, indent=1) + "\n"
+    tracked.log_dict(json.loads(text), RESULTS)
+    tracked.log_dict({"tables": [vars(table) for table in tables]}, "tables.json")
+    for name, figure in figures.items():
+        tracked.log_figure(figure, f"{name}.png")
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / f"{step}.json", text)
+        for name, figure in figures.items():
+            save_png(figure, folder / f"{name}.png")
+        print(f"results: {folder}", flush=True)
+    print(f"run: {tracked.run_id} ({tracked.url_hint()})", flush=True)
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    with atomic_file(path) as scratch:
+        figure.savefig(scratch, dpi=130, format="png")
+
+
+def png_bytes(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, dpi=130, format="png")
+    return stream.getvalue()

@@ -1,0 +1,55 @@
+"""Networks trained with and without quantization, scored in four ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from model import checkpoint
+from model.config import CACHE_FORMATS, ModelConfig
+from model.transformer import Transformer
+from pipelines.recipe.schema import Recipe
+from pipelines.training.validation import held_out_batches, validate
+
+METRICS = ("loss", "text_loss", "recall", "needle_recall", "recall_at_k", "recall_at_k_of_best")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to score a pair of networks."""
+
+    name: str
+    trained_with_qat: bool
+    """True to score the network trained with QAT, False to score the other one of a pair."""
+    configure: Callable[[ModelConfig], ModelConfig]
+    """Maps the network's configuration to the one to score it in."""
+
+
+VARIANTS = (
+    Variant(
+        "without QAT, not quantized",
+        False,
+        lambda c: c.replace(**dict.fromkeys(CACHE_FORMATS, "fp32"), qat=False),
+    ),
+    Variant("without QAT, quantized after", False, lambda c: c.replace(qat=True)),
+    Variant("with QAT, quantized", True, lambda c: c),
+    Variant("with QAT, BF16 index keys", True, lambda c: c.replace(index_format="bf16")),
+)
+
+
+def score_variants(
+    recipe: Recipe, with_qat: Sequence[Path], without: Sequence[Path]
+) -> dict[str, dict[str, list[float]]]:
+    """Score pairs of checkpoints on the held-out rows; return {variant: {metric: one value per pair}}."""
+    batches = held_out_batches(recipe)
+    found = {}
+    for variant in VARIANTS:
+        each = []
+        for folder in with_qat if variant.trained_with_qat else without:
+            model = Transformer(variant.configure(checkpoint.load_config(folder)))
+            checkpoint.load_weights(model, folder)
+            metrics = validate(model.eval(), batches, "sparse")
+            each.append({name.removeprefix("validation/"): value for name, value in metrics.items()})
+        found[variant.name] = {name: [scores[name] for scores in each] for name in METRICS if name in each[0]}
+    return found

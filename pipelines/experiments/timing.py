@@ -1,0 +1,65 @@
+"""Times of decoding and prefill on this machine, with random weights and entries."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from model.cache import Cache
+from model.cache.random_fill import fill_random
+from model.config import ModelConfig
+from model.generation import prefill
+from model.transformer import Transformer
+
+_ROUNDS = 5
+
+
+def describe_machine() -> str:
+    """Return a note on the machine and the method."""
+    threads = torch.get_num_threads()
+    return (
+        f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}; networks take turns, medians of {_ROUNDS} "
+        "decoded tokens; random weights and cache entries"
+    )
+
+
+@torch.inference_mode()
+def time_decoding(configs: Mapping[str, ModelConfig], lengths: Sequence[int]) -> dict[str, list[float]]:
+    """Return the seconds per decoded token of each network behind ``lengths`` tokens. Networks take turns."""
+    models = {name: Transformer(config).eval() for name, config in configs.items()}
+    found: dict[str, list[float]] = {name: [] for name in configs}
+    token = torch.zeros((1, 1), dtype=torch.int64)
+    for length in lengths:
+        caches = {name: Cache(config, 1, length + _ROUNDS + 1) for name, config in configs.items()}
+        for cache in caches.values():
+            fill_random(cache, length)
+        times: dict[str, list[float]] = {name: [] for name in configs}
+        for _ in range(_ROUNDS + 1):
+            for name, model in models.items():
+                started = time.perf_counter()
+                model(token, caches[name], last_only=True)
+                times[name].append(time.perf_counter() - started)
+        for name, seconds in times.items():
+            found[name].append(statistics.median(seconds[1:]))  # the first one warms up
+    return found
+
+
+def time_prefill(configs: Mapping[str, ModelConfig], lengths: Sequence[int], longest: int) -> dict[str, list]:
+    """Return the seconds of a prompt of each of ``lengths`` tokens per network; None for prompts above ``longest``."""
+    found: dict[str, list[float | None]] = {}
+    for name, config in configs.items():
+        model = Transformer(config).eval()
+        found[name] = []
+        for length in lengths:
+            if length > longest:
+                found[name].append(None)
+                continue
+            prompt, cache = torch.zeros((1, length), dtype=torch.int64), Cache(config, 1, length)
+            started = time.perf_counter()
+            prefill(model, cache, prompt)
+            found[name].append(time.perf_counter() - started)
+    return found

@@ -1,0 +1,199 @@
+"""The process of one trial under Ray Tune."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import tune
+
+from model import checkpoint
+from model.atomic_files import atomic_folder, write_text
+from model.tokenizer import load_tokenizer
+from model.transformer import Transformer
+from pipelines.data.manifest import read_manifest
+from pipelines.experiments.trials import FINAL, LAST, LOSS, RESULT, TRIAL, Trial, only_process
+from pipelines.recipe.loading import recipe_from_dict, with_overrides
+from pipelines.recipe.schema import Recipe
+from pipelines.reports.cache_measurement import measured_cache
+from pipelines.tracking.lineage import dataset_input
+from pipelines.tracking.mlflow_store import TrackedRun, open_tracking
+from pipelines.tracking.run_file import read_run_file
+from pipelines.tracking.run_folder import bind
+from pipelines.training import compute_dtype
+from pipelines.training.build import build_trainer, folder_batches
+from pipelines.training.curriculum import curriculum
+from pipelines.training.reporter import WriteCheckpoint
+from pipelines.training.trainer import Trainer
+from pipelines.training.validation import held_out_batches, validate
+
+CURVE = "curve.json"
+STEP_SECONDS = "train/step_seconds"
+
+
+def run_trial(config: dict[str, str], tracking: dict[str, str]) -> None:
+    """Train and score one trial, as far as that has not been done, and report its loss to Tune.
+
+    Args:
+        config: Tune's parameters: the trial's ``folder``.
+        tracking: ``uri`` of the MLflow store, the experiment's run id as ``parent``, and the ``kind`` of the run.
+    """
+    folder = Path(config["folder"])
+    values = json.loads((folder / TRIAL).read_text())
+    trial = Trial(**{**values, "recipe": recipe_from_dict(values["recipe"])})
+    torch.set_num_threads(trial.recipe.train.threads_per_worker)
+    complete(trial, tracking)
+    tune.report({LOSS: trial.result().metrics[LOSS]})
+
+
+def complete(trial: Trial, tracking: dict[str, str]) -> None:
+    """Train and score a trial whose folder exists, as far as that has not been done."""
+    folder = trial.folder
+    with only_process(folder):
+        if trial.is_finished:
+            return
+        with _start_run(trial, tracking) as tracked:
+            if not (folder / RESULT).exists():
+                _train(trial, folder, tracked)
+            if trial.evaluated:
+                _evaluate(trial, folder, tracked)
+
+
+def _start_run(trial: Trial, tracking: dict[str, str]) -> TrackedRun:
+    """Resume the trial's nested MLflow run, or start it."""
+    recipe = with_overrides(trial.recipe, {"tracking.uri": tracking["uri"]})
+    known = read_run_file(trial.folder)
+    tracked = open_tracking(recipe).start_run(
+        trial.label,
+        kind=tracking["kind"],
+        recipe=recipe,
+        parent_run_id=tracking["parent"],
+        run_id=None if known is None else known.run_id,
+    )
+    bind(trial.folder, tracked)
+    tracked.set_tags({"arm": trial.arm, "seed": str(trial.seed), "rate": f"{trial.rate:g}"})
+    return tracked
+
+
+def _train(trial: Trial, folder: Path, tracked: TrackedRun) -> None:
+    recipe, device = trial.recipe, "cuda" if trial.recipe.train.use_gpu else "cpu"
+    tracked.log_metrics(measured_cache(recipe.model))
+    tracked.log_dataset(dataset_input(recipe.data_folder, read_manifest(recipe.data_folder), "training"))
+    last = folder / LAST
+    recorder = _Recorder(_step_tokens(trial), tracked, last)
+    # The seed also determines the order of the data, while the prepared folder depends on the recipe's own seed.
+    batches = folder_batches(with_overrides(recipe, {"data.seed": trial.seed}))
+    trainer = build_trainer(recipe, batches, recorder, device=device, last=last if last.exists() else None)
+    trainer.run()
+    metrics = recorder.curve[-1][1]
+    if trial.scored:
+        metrics = metrics | _validate_scored(trial, trainer, device)
+        tracked.log_metrics({f"scored/{name}": value for name, value in metrics.items() if "/" in name})
+    with atomic_folder(folder / FINAL) as scratch:
+        model, tokenizer = trainer.model, load_tokenizer(recipe.data_folder)
+        state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+        checkpoint.write(state, model.config, scratch, tokenizer)
+        compute_dtype.write(scratch, compute_dtype.settings_of(trainer.recipe))
+    result = {
+        "run_id": tracked.run_id,
+        "metrics": metrics,
+        "curve": recorder.curve,
+        "seconds": recorder.seconds(),
+    }
+    write_text(folder / RESULT, json.dumps(result) + "\n")
+
+
+def _step_tokens(trial: Trial) -> list[int]:
+    """Return the tokens of every optimizer step, in order."""
+    return [stage.tokens_per_step for stage in curriculum(trial.recipe) for _ in range(stage.steps)]
+
+
+def _validate_scored(trial: Trial, trainer: Trainer, device: str) -> dict[str, float]:
+    """Return the validation metrics of the trained network in the configuration in which it is scored."""
+    model = Transformer(trainer.model.config.replace(**trial.scored)).to(device)
+    model.load_state_dict(trainer.model.state_dict())
+    return validate(model.eval(), held_out_batches(trial.recipe), curriculum(trial.recipe)[-1].attends)
+
+
+def _evaluate(trial: Trial, folder: Path, tracked: TrackedRun) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        network = folder / FINAL
+        if trial.scored:
+            network = Path(scratch) / "scored"
+            model = Transformer(trial.recipe.model.replace(**trial.scored))
+            checkpoint.load_weights(model, folder / FINAL)
+            checkpoint.save(model, network, load_tokenizer(folder / FINAL))
+        metrics = score_tasks(network, trial.recipe, trial.recipe.evaluate.samples)
+    tracked.log_metrics(metrics)
+    write_text(trial.evaluation_file, json.dumps(metrics) + "\n")
+
+
+def score_tasks(network: Path, recipe: Recipe, samples: int) -> dict[str, float]:
+    """Return the scores of a checkpoint on the tasks of the evaluate section. Raises ConfigError."""
+    from evals.run import evaluate  # importing lm-eval takes longer than a short training
+
+    section = recipe.evaluate
+    return evaluate(
+        network,
+        section.tasks,
+        section.lengths,
+        section.depths,
+        samples,
+        section.seed,
+        recipe.data_folder,
+        recipe.data.pairs,
+        device="cuda" if recipe.train.use_gpu else "cpu",
+    )
+
+
+def check_tasks(recipe: Recipe) -> None:
+    """Score a network with random weights on one sample per setting, so that a setting that the model cannot hold, or
+    that proves nothing, is refused before any training. Raises ConfigError."""
+    with tempfile.TemporaryDirectory() as scratch:
+        network = Path(scratch) / "untrained"
+        checkpoint.save(Transformer(recipe.model), network, load_tokenizer(recipe.data_folder))
+        score_tasks(network, recipe, 1)
+
+
+class _Recorder:
+    """Reporter that keeps the points of a curve, logs to MLflow, and writes checkpoints to resume from."""
+
+    def __init__(self, step_tokens: list[int], tracked: TrackedRun, last: Path):
+        self.tracked, self.last = tracked, last
+        self.curve: list[tuple[int, dict[str, float]]] = []
+        self._earlier = 0.0
+        self._started = time.monotonic()
+        self._step_tokens, self._seconds = step_tokens, list[float]()
+        if (last / CURVE).exists():
+            kept: dict[str, Any] = json.loads((last / CURVE).read_text())
+            self.curve, self._earlier = [(tokens, metrics) for tokens, metrics in kept["curve"]], kept["seconds"]
+
+    def seconds(self) -> float:
+        """Return the time of the training, over all processes that ran it."""
+        return self._earlier + time.monotonic() - self._started
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self.tracked.log_metrics(metrics, step)
+        if STEP_SECONDS in metrics:
+            self._seconds.append(metrics[STEP_SECONDS])
+
+    def log_event(self, step: int, message: str) -> None:
+        self.tracked.log_event(step, message)
+
+    def report(self, step: int, metrics: dict[str, float], write: WriteCheckpoint | None) -> None:
+        self.tracked.log_metrics(metrics, step)
+        tokens = sum(self._step_tokens[:step])
+        if metrics and (not self.curve or self.curve[-1][0] < tokens):
+            times = {STEP_SECONDS: statistics.median(self._seconds)} if self._seconds else {}
+            self._seconds.clear()
+            self.curve.append((tokens, metrics | times))
+        if write is not None:
+            with atomic_folder(self.last) as scratch:
+                write(scratch)
+                kept = {"curve": self.curve, "seconds": self.seconds()}
+                (scratch / CURVE).write_text(json.dumps(kept) + "\n")

@@ -1,0 +1,296 @@
+"""Tables and the figure of an ablation, from its results alone."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from model.work import WEIGHTING
+from pipelines.reports.statistics import (
+    MIN_SEEDS,
+    adjusted,
+    estimate,
+    format_difference,
+    format_estimate,
+    format_p,
+    paired,
+    tokens_to,
+    too_few,
+)
+from pipelines.reports.tables import Table
+
+LOSS = "validation/loss"
+METRICS = {
+    "validation loss": LOSS,
+    "loss on text": "validation/text_loss",
+    "recall": "validation/recall",
+    "needle recall": "validation/needle_recall",
+}
+"""Metrics of the tables by title."""
+TESTED = ("validation loss", "recall")
+_CLOSED, _MEASURED, _BAND = "#2c5f8a", "#c0392b", "#9aa7b1"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Trainings of an arm, one per seed."""
+
+    steps: int
+    flops: float
+    """Of one training."""
+    run_ids: list[str]
+    metrics: dict[str, list[float]]
+    """Values by metric, in the order of the seeds."""
+    curves: list[list[tuple[int, float]]] = field(default_factory=list)
+    """(tokens, validation loss) of each training."""
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    name: str
+    title: str
+    rate: float
+    """Selected multiple of the recipe's learning rates."""
+    rate_losses: dict[str, float]
+    """Final loss with the first seed by rate."""
+    equal_tokens: Runs
+    equal_flops: Runs | None = None
+    """None where steps cost as many FLOPs as the full recipe's, or where it was not asked for."""
+
+    @property
+    def trainings(self) -> list[Runs]:
+        return [self.equal_tokens, *([self.equal_flops] if self.equal_flops else [])]
+
+    @property
+    def rate_at_the_edge(self) -> bool:
+        rates = [float(rate) for rate in self.rate_losses]
+        return len(rates) > 1 and self.rate in (min(rates), max(rates))
+
+
+@dataclass(frozen=True)
+class CostStage:
+    """A stage of the waterfall: the network after one more choice."""
+
+    name: str
+    title: str
+    cache_bytes: float
+    """Closed form, of one sequence of the context."""
+    measured_bytes: float
+    flops: float
+    """Closed form, of decoding the last token of the context."""
+    counted_flops: float
+    equivalent: float
+    """Closed form in FP8 equivalents."""
+
+
+@dataclass(frozen=True)
+class AblationResult:
+    name: str
+    command: str
+    seeds: list[int]
+    context: int
+    tokens: int
+    """Of one training."""
+    arms: list[ArmResult]
+    waterfall: list[CostStage]
+    quantization: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    """Values by variant and metric: QAT against quantization after training."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> AblationResult:
+        """Build from plain values, as read from JSON."""
+        arms = [
+            ArmResult(
+                **{
+                    **arm,
+                    "equal_tokens": Runs(**arm["equal_tokens"]),
+                    "equal_flops": None if arm["equal_flops"] is None else Runs(**arm["equal_flops"]),
+                }
+            )
+            for arm in values["arms"]
+        ]
+        return cls(**{**values, "arms": arms, "waterfall": [CostStage(**stage) for stage in values["waterfall"]]})
+
+
+# --- tables
+
+
+def tables(result: AblationResult) -> list[Table]:
+    """Return the tables: equal tokens, equal FLOPs, tokens to a loss, quantization, learning rates and costs."""
+    found = _scores(result, f"{result.name}: equal tokens ({result.tokens:,})", equal_flops=False)
+    if any(arm.equal_flops for arm in result.arms):
+        found += _scores(result, f"{result.name}: equal training FLOPs", equal_flops=True)
+    found += _tokens_to_loss(result) + _quantization(result)
+    return [*found, _rates(result), _costs(result)]
+
+
+def _runs(arm: ArmResult, equal_flops: bool) -> Runs:
+    return arm.equal_flops or arm.equal_tokens if equal_flops else arm.equal_tokens
+
+
+def _scores(result: AblationResult, title: str, equal_flops: bool) -> list[Table]:
+    """Return a table of the scores, and one of the differences from the full recipe."""
+    arms = {arm.title: _runs(arm, equal_flops) for arm in result.arms}
+    rows = [
+        [name, str(runs.steps), f"{runs.flops:.3g}", *score_cells(runs.metrics, METRICS)] for name, runs in arms.items()
+    ]
+    note = too_few(result.seeds) or f"mean ± half width of the 95% t interval over {len(result.seeds)} seeds"
+    scores = Table(title, ["arm", "steps", "FLOPs", *METRICS], rows, note)
+    return [scores, differences(f"{title}: difference from the full recipe", arms, result.seeds)]
+
+
+def score_cells(metrics: Mapping[str, list[float]], names: Mapping[str, str]) -> list[str]:
+    """Return the estimates of the metrics ``names`` as text, "-" where one was not measured."""
+    return [format_estimate(estimate(metrics[metric])) if metric in metrics else "-" for metric in names.values()]
+
+
+def differences(title: str, arms: Mapping[str, Runs], seeds: Sequence[int]) -> Table:
+    """Return the table of paired differences from the first arm, with tests."""
+    (_, reference), *others = arms.items()
+    tested = [name for name in TESTED if METRICS[name] in reference.metrics]
+    found = {
+        (arm, name): paired(runs.metrics[METRICS[name]], reference.metrics[METRICS[name]])
+        for arm, runs in others
+        for name in tested
+    }
+    corrected = {name: adjusted({arm: found[arm, name].p for arm, _ in others}) for name in tested}
+    rows = []
+    for arm, _ in others:
+        cells = ((format_difference(found[arm, name]), format_p(corrected[name][arm])) for name in tested)
+        rows.append([arm, *itertools.chain(*cells)])
+    note = too_few(seeds) or (
+        "paired by seed, ± half width of the 95% t interval; p: two-sided paired t-test, with Holm's correction over "
+        "the rows"
+    )
+    return Table(title, ["arm", *itertools.chain(*([name, "p"] for name in tested))], rows, note)
+
+
+def _tokens_to_loss(result: AblationResult) -> list[Table]:
+    """Return a table of the share of tokens after which the full recipe reaches the final loss of each other arm."""
+    full, *others = result.arms
+    rows = []
+    for arm in others:
+        pairs = zip(full.equal_tokens.curves, arm.equal_tokens.curves)
+        shares = [tokens_to(own, theirs[-1][1]) / theirs[-1][0] for own, theirs in pairs if own and theirs]
+        reached = [share for share in shares if math.isfinite(share)]
+        if shares:
+            value = format_estimate(estimate(reached), 2) if len(reached) == len(shares) else "-"
+            rows.append([arm.title, value, f"{len(reached)} of {len(shares)}"])
+    title = f"{result.name}: share of the tokens after which the full recipe has the arm's final validation loss"
+    return [Table(title, ["arm", "share", "seeds that reach it"], rows)] if rows else []
+
+
+def _quantization(result: AblationResult) -> list[Table]:
+    if not result.quantization:
+        return []
+    metrics = list(next(iter(result.quantization.values())))
+    rows = [
+        [variant, *(format_estimate(estimate(values[name])) for name in metrics)]
+        for variant, values in result.quantization.items()
+    ]
+    title = f"{result.name}: quantization-aware training against quantization after training"
+    return [Table(title, ["network", *metrics], rows)]
+
+
+def _rates(result: AblationResult) -> Table:
+    rates = sorted({float(rate) for arm in result.arms for rate in arm.rate_losses})
+    rows = []
+    for arm in result.arms:
+        losses = {float(rate): loss for rate, loss in arm.rate_losses.items()}
+        cells = [f"{losses[rate]:.4f}{' *' if rate == arm.rate else ''}" if rate in losses else "-" for rate in rates]
+        rows.append([arm.title, *cells, "at the edge of the list" if arm.rate_at_the_edge else ""])
+    columns = ["arm", *(f"{rate:g}" for rate in rates), ""]
+    note = "*: selected. At the edge, a rate outside the list may be better"
+    title = f"{result.name}: validation loss by multiple of the learning rates, seed {result.seeds[0]}"
+    return Table(title, columns, rows, note)
+
+
+def _costs(result: AblationResult) -> Table:
+    rows = []
+    for before, stage in zip([None, *result.waterfall], result.waterfall):
+        factor = "" if before is None else f"{before.cache_bytes / stage.cache_bytes:.3g}"
+        less = "" if before is None else f"{before.equivalent / stage.equivalent:.3g}"
+        rows.append(
+            [
+                stage.title,
+                *(f"{value:,.0f}" for value in (stage.cache_bytes, stage.measured_bytes)),
+                factor,
+                *(f"{value:,.0f}" for value in (stage.flops, stage.counted_flops, stage.equivalent)),
+                less,
+            ]
+        )
+    columns = ["choices", "cache bytes", "measured", "factor", "decode FLOPs", "counted", "FP8 equivalents", "factor"]
+    title = f"{result.name}: cost of the choices, one after another, at {result.context:,} tokens"
+    note = f"measured: bytes of an allocated and filled cache; counted: on PyTorch's operators; {WEIGHTING}"
+    return Table(title, columns, rows, note)
+
+
+# --- figure
+
+
+def figure(result: AblationResult) -> Figure:
+    """Draw the waterfall of cache bytes and FLOPs, and below each choice the quality without it."""
+    stages = result.waterfall
+    drawn = Figure(figsize=(1.9 * len(stages) + 2.6, 10.5), layout="constrained")
+    cache, work, loss, recall = drawn.subplots(4, 1, sharex=True, height_ratios=(1.2, 1.2, 1, 1))
+    _bars(cache, [s.cache_bytes for s in stages], [s.measured_bytes for s in stages], "measured")
+    _bars(work, [s.flops for s in stages], [s.counted_flops for s in stages], "counted")
+    cache.set(ylabel="bytes", title=f"cache of one sequence of {result.context:,} tokens")
+    work.set(ylabel="FLOPs", title=f"decoding token {result.context:,}")
+    by_name = {arm.name: arm for arm in result.arms}
+    for axes, name in ((loss, "validation loss"), (recall, "recall")):
+        _quality(axes, result, by_name, METRICS[name])
+        axes.set(ylabel=name, title=f"{name} without the choice, equal tokens")
+    recall.set_xticks(range(len(stages)), [stage.title for stage in stages], fontsize=9)
+    caption = f"Seeds {', '.join(map(str, result.seeds))}. "
+    if len(result.seeds) >= MIN_SEEDS:
+        caption += "Bars: 95% t intervals. Band: the full recipe."
+    else:
+        caption += f"{too_few(result.seeds)}."
+    drawn.supxlabel(caption, fontsize=9)
+    return drawn
+
+
+def _bars(axes: Axes, closed: Sequence[float], measured: Sequence[float], label: str) -> None:
+    axes.bar([i - 0.2 for i in range(len(closed))], closed, 0.38, color=_CLOSED, label="closed form")
+    axes.bar([i + 0.2 for i in range(len(measured))], measured, 0.38, color=_MEASURED, label=label)
+    for i, (before, after) in enumerate(itertools.pairwise(closed), 1):
+        ratio = before / after
+        text = "× 1" if abs(ratio - 1) < 0.005 else f"÷ {ratio:.3g}" if ratio > 1 else f"× {1 / ratio:.3g}"
+        axes.annotate(text, (i, max(after, measured[i])), ha="center", va="bottom", fontsize=10)
+    total = closed[0] / closed[-1]
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(closed) / 2, high * (high / low) ** 0.25)
+    change = f"÷ {total:.3g}" if total > 1 else f"× {1 / total:.3g}"
+    axes.text(0.99, 0.93, f"in all {change}", transform=axes.transAxes, ha="right", va="top", fontsize=10)
+    axes.legend(fontsize=8, loc="upper center", ncols=2)
+    axes.grid(alpha=0.25, axis="y")
+
+
+def _quality(axes: Axes, result: AblationResult, arms: dict[str, ArmResult], metric: str) -> None:
+    full = estimate(result.arms[0].equal_tokens.metrics[metric])
+    half = full.half_width or 0.0
+    axes.axhspan(full.mean - half, full.mean + half, color=_BAND, alpha=0.3, linewidth=0)
+    axes.axhline(full.mean, color=_CLOSED, linewidth=1.2, label="full recipe")
+    for place, stage in enumerate(result.waterfall):
+        arm = arms.get(stage.name)
+        if arm is None:
+            continue
+        found = estimate(arm.equal_tokens.metrics[metric])
+        axes.errorbar(place, found.mean, yerr=found.half_width, fmt="o", color=_MEASURED, capsize=4, zorder=3)
+        axes.plot([place] * len(found.values), found.values, ".", color=_MEASURED, alpha=0.5, markersize=5)
+        label = f" {found.mean:.3f}"
+        axes.annotate(label, (place, found.mean), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.set_xlim(-0.6, len(result.waterfall) - 0.4)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, loc="best")

@@ -1,0 +1,166 @@
+"""Write one HTML page from MLflow runs: ``python -m pipelines report --config configs/evidence.yaml``.
+
+The page needs the newest finished run of ``ablate``, ``compare`` and ``sweep``, or those named in the recipe. It holds
+all figures and refers to no other file. The figures are also written as PNG files.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow.artifacts
+from mlflow.exceptions import MlflowException
+
+from model.atomic_files import write_text
+from model.errors import ConfigError
+from pipelines.experiments.outputs import RESULTS, png_bytes, save_png
+from pipelines.recipe.schema import Recipe
+from pipelines.reports import ablation, comparison, pareto
+from pipelines.reports.ablation import AblationResult
+from pipelines.reports.comparison import ComparisonResult
+from pipelines.reports.evidence_page import Origin, Section, page
+from pipelines.reports.pareto import SweepReport
+from pipelines.steps import Step
+from pipelines.tracking.mlflow_store import Tracking, open_tracking
+
+SOURCES = ("ablate", "compare", "sweep")
+"""Steps whose runs the page shows, and fields of the report section."""
+PAGE = "report.html"
+
+
+def run(recipe: Recipe) -> Path:
+    """Write the page and its figures to ``experiments/<report.name>``, and log them; return the page's path.
+
+    Raises ConfigError that names the step to run if a run is missing or has no results.
+    """
+    tracking = open_tracking(recipe)
+    found = {step: _find(tracking, recipe, step) for step in SOURCES}
+    sections, figures = _sections({step: _results(tracking, step, run_id) for step, run_id in found.items()})
+    folder = recipe.experiments_folder / recipe.report.name
+    tracked = tracking.start_run(recipe.report.name, kind="report", recipe=recipe)
+    with tracked:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures.items():
+            save_png(figure, folder / f"{name}.png")
+            tracked.log_figure(figure, f"{name}.png")
+        write_text(folder / PAGE, page("fiftyfold: evidence", sections))
+        tracked.log_artifact(folder / PAGE)
+        tracked.set_tags({f"source.{step}": run_id for step, run_id in found.items()})
+    print(f"report: {folder / PAGE}")
+    print(f"run: {tracked.run_id} ({tracked.url_hint()})", flush=True)
+    return folder / PAGE
+
+
+def _find(tracking: Tracking, recipe: Recipe, step: str) -> str:
+    """Return the id of the run that the recipe names, or of the newest finished run of a step."""
+    named = getattr(recipe.report, step)
+    if named is not None:
+        return named
+    runs = tracking.client.search_runs(
+        [tracking.experiment_id],
+        f"tags.kind = '{step}' and attributes.status = 'FINISHED'",
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+    )
+    if not runs:
+        raise ConfigError(
+            f"report: experiment '{recipe.tracking.experiment}' has no finished run of {step}; run "
+            f"`python -m pipelines {step}` first"
+        )
+    return runs[0].info.run_id
+
+
+def _results(tracking: Tracking, step: str, run_id: str) -> dict[str, Any]:
+    """Return the results of a run. Raises ConfigError if it has none."""
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            path = mlflow.artifacts.download_artifacts(
+                run_id=run_id, artifact_path=RESULTS, dst_path=scratch, tracking_uri=tracking.uri
+            )
+            found = json.loads(Path(path).read_text())
+        if found["step"] != step:
+            raise ConfigError(f"report.{step}: run {run_id} is one of {found['step']}")
+        return found
+    except (MlflowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"report.{step}: run {run_id} has no {RESULTS}; run `python -m pipelines {step}` again"
+        ) from error
+
+
+def _sections(results: dict[str, dict[str, Any]]) -> tuple[list[Section], dict[str, Any]]:
+    """Return the sections of the page and its figures by name."""
+    ablated = AblationResult.from_dict(results["ablate"]["result"])
+    compared = ComparisonResult.from_dict(results["compare"]["result"])
+    swept = SweepReport.from_dict(results["sweep"]["result"])
+    origins = {
+        "ablate": Origin(
+            results["ablate"]["run_id"],
+            [run_id for arm in ablated.arms for runs in arm.trainings for run_id in runs.run_ids],
+            ablated.seeds,
+            ablated.command,
+        ),
+        "compare": Origin(
+            results["compare"]["run_id"],
+            [run_id for arm in compared.arms for run_id in arm.runs.run_ids],
+            compared.seeds,
+            compared.command,
+        ),
+        "sweep": Origin(
+            results["sweep"]["run_id"], [point.run_id for point in swept.points], [swept.seed], swept.command
+        ),
+    }
+    figures: dict[str, Any] = {}
+
+    def draw(name: str, drawn: Callable[[], Any]) -> dict[str, bytes]:
+        figure = drawn()
+        if figure is None:
+            return {}
+        figures[name] = figure
+        return {name: png_bytes(figure)}
+
+    sections = [
+        Section(
+            "DeepSeek-V3.2 against V4, and this project's networks",
+            [],
+            [comparison.published_table(compared), comparison.own_table(compared)],
+            {},
+            origins["compare"],
+        ),
+        Section(
+            "The five choices",
+            [],
+            ablation.tables(ablated),
+            draw("waterfall", lambda: ablation.figure(ablated)),
+            origins["ablate"],
+        ),
+        Section(
+            "Pareto front",
+            pareto.verdict(swept),
+            [pareto.table(swept)],
+            draw("pareto", lambda: pareto.figure(swept)),
+            origins["sweep"],
+        ),
+        Section(
+            "Curves over length",
+            [],
+            [],
+            draw("families-costs", lambda: comparison.costs_figure(compared))
+            | draw("families-lengths", lambda: comparison.lengths_figure(compared)),
+            origins["compare"],
+        ),
+        Section(
+            "Five networks",
+            [],
+            comparison.tables(compared)[:-1],
+            draw("families-quality", lambda: comparison.quality_figure(compared)),
+            origins["compare"],
+        ),
+    ]
+    return sections, figures
+
+
+STEP = Step(run)

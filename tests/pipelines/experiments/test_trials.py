@@ -1,0 +1,65 @@
+"""Identity and planning of trials."""
+
+import json
+
+import pytest
+
+from model.errors import FiftyfoldError
+from pipelines.experiments.arms import Arm
+from pipelines.experiments.experiment import choose_rate
+from pipelines.experiments.outputs import quick
+from pipelines.experiments.trials import RESULT, plan
+from pipelines.recipe.loading import load_recipe, with_overrides
+from pipelines.training.curriculum import curriculum, total_steps
+
+
+def test_equal_trainings_of_different_experiments_share_a_folder(prepared):
+    trial = plan(Arm("full", "all", prepared), 1, 2.0)
+    assert plan(Arm("hybrid", "own", with_overrides(prepared, {"train.log_every": 7})), 1, 2.0).folder == trial.folder
+    others = [
+        plan(Arm("full", "all", prepared), 2, 2.0),
+        plan(Arm("full", "all", prepared), 1, 1.0),
+        plan(Arm("full", "all", with_overrides(prepared, {"model.qat": False})), 1, 2.0),
+        plan(Arm("full", "all", prepared, {"qat": False}), 1, 2.0),
+        plan(Arm("full", "all", with_overrides(prepared, {"train.grad_clip": 0.5})), 1, 2.0),
+    ]
+    assert len({trial.folder, *(other.folder for other in others)}) == 1 + len(others)
+
+
+def test_a_trial_is_finished_once_what_is_asked_for_exists(prepared, tmp_path):
+    recipe = with_overrides(prepared, {"run.seed": 77})
+    trained, evaluated = (plan(Arm("full", "all", recipe), 77, 1.0, evaluated=asked) for asked in (False, True))
+    assert trained.folder == evaluated.folder and not trained.is_finished
+    trained.folder.mkdir(parents=True)
+    result = {
+        "run_id": "a",
+        "metrics": {"validation/loss": 1.0},
+        "curve": [[8, {"validation/loss": 1.0}]],
+        "seconds": 1,
+    }
+    (trained.folder / RESULT).write_text(json.dumps(result))
+    assert trained.is_finished and not evaluated.is_finished
+    evaluated.evaluation_file.write_text(json.dumps({"eval/recall": 0.5}))
+    assert evaluated.is_finished
+    assert evaluated.result().metrics == {"validation/loss": 1.0, "eval/recall": 0.5}
+    assert evaluated.result().line("validation/loss") == [(8, 1.0)]
+    more = with_overrides(recipe, {"evaluate.samples": 3})
+    assert not plan(Arm("full", "all", more), 77, 1.0, evaluated=True).is_finished
+
+
+def test_the_lowest_finite_loss_selects_the_rate():
+    found = choose_rate({0.5: 2.0, 1.0: 1.5, 2.0: float("nan")}, "none")
+    assert found.rate == 1.0 and found.at_the_edge  # the highest rate that trained
+    assert not choose_rate({0.5: 2.0, 1.0: 1.5, 2.0: 1.8}, "none").at_the_edge
+    with pytest.raises(FiftyfoldError, match="none of them"):
+        choose_rate({1.0: float("nan")}, "none of them")
+
+
+def test_the_quick_form_keeps_stages_arms_and_seeds():
+    recipe = load_recipe(["configs/tiny.yaml"])
+    short = quick(recipe)
+    assert [s.attention for s in curriculum(short)] == [s.attention for s in curriculum(recipe)]
+    assert total_steps(short) < 20 and short.model == recipe.model and short.data == recipe.data
+    assert short.ablate.seeds == recipe.ablate.seeds and short.compare.arms == recipe.compare.arms
+    assert short.ablate.choices == recipe.ablate.choices and short.evaluate.tasks == recipe.evaluate.tasks
+    assert short.ablate.name == "ablation-quick" and len(short.ablate.rates) == 2

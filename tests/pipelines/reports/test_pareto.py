@@ -1,0 +1,80 @@
+"""The Pareto front of a sweep."""
+
+import json
+
+import pytest
+
+from pipelines.reports.cache_measurement import BYTES_PER_TOKEN
+from pipelines.reports.pareto import Point, SweepReport, figure, hypervolume, pareto_front, table, verdict
+
+
+def report(scores, **changes):
+    """A sweep over one key with a point per (cache bytes, recall)."""
+    points = [
+        Point(
+            f"topk={i}",
+            {"model.index_topk": i, "model.kv_format": "fp8"},
+            {BYTES_PER_TOKEN: cost, "validation/recall": recall, "validation/loss": 1 - recall},
+            f"run{i}",
+            10,
+        )
+        for i, (cost, recall) in enumerate(scores)
+    ]
+    values = {
+        "name": "sweep", "command": "python -m pipelines sweep", "seed": 0, "metric": "validation/recall",
+        "mode": "max", "length": 256, "budget": None, "points": points, "chosen": 0, "skipped": {},
+    }  # fmt: skip
+    return SweepReport(**{**values, **changes})
+
+
+def test_dominated_and_nan_points_are_not_on_the_front():
+    points = [(1.0, 0.5), (2.0, 0.9), (2.0, 0.8), (3.0, 0.9), (0.5, float("nan"))]
+    assert pareto_front(points, higher=True) == {0, 1}
+    assert pareto_front([(cost, -score) for cost, score in points], higher=False) == {0, 1}
+
+
+def test_hypervolume_is_the_dominated_share_of_the_rectangle():
+    # Rectangle 1..3 x 0..1: (1, 0.5) covers the lower half, (2, 1) the right half of the upper one.
+    points = [(1.0, 0.5), (2.0, 1.0), (3.0, 0.0)]
+    assert hypervolume(points, higher=True) == pytest.approx(0.5 + 0.25)
+    assert hypervolume([(cost, -score) for cost, score in points], higher=False) == pytest.approx(0.75)
+    assert hypervolume([*points, (2.5, 0.7)], higher=True) == pytest.approx(0.75)  # dominated
+    assert hypervolume([(1.0, 1.0), (3.0, 0.0)], higher=True) == 1.0
+    assert hypervolume([(1.0, float("nan"))], higher=True) == 0.0
+
+
+def test_a_verdict_names_what_a_setting_costs_and_at_which_length():
+    found = report([(10.0, 0.5), (20.0, 0.7), (30.0, 0.8), (40.0, 0.6)], chosen=2)
+    text = "\n".join(verdict(found))
+    assert "model.index_topk 0 → 3: cache 10.0 → 40.0" not in text  # four values of four points: halves are compared
+    assert "model.index_topk below 1.5 → from 1.5: cache 15.0 → 35.0 bytes per token, validation/recall 0.600 → 0.700 at 256 tokens" in text  # fmt: skip  # noqa: E501
+    assert "kv_format" not in text
+    assert "from 30.0 to 10.0 bytes per token (÷ 3.00), and validation/recall goes from 0.800 to 0.500" in text
+    assert text.endswith("Chosen: topk=2, 30.0 bytes per token, run run2.")
+
+
+def test_a_verdict_lists_the_scores_of_the_front_by_length():
+    by_length = {"mqar at 512 tokens": {"run0": 0.25, "run1": 0.5}}
+    text = "\n".join(verdict(report([(10.0, 0.5), (20.0, 0.7)], by_length=by_length)))
+    assert "mqar at 512 tokens: 0.500 with 20.0 bytes per token (topk=1), 0.250 with 10.0 bytes per token" in text
+
+
+def test_stopped_trials_do_not_count_in_the_verdict():
+    points = report([(10.0, 0.9), (20.0, 0.7)]).points
+    stopped = Point(**{**vars(points[0]), "steps": 5})
+    assert verdict(report([], points=[stopped, points[1]]))[0].startswith("1 of 2 trials ran to the end (10 steps)")
+
+
+def test_every_point_of_the_table_has_its_run():
+    found = report([(10.0, 0.5), (20.0, 0.7), (30.0, 0.6)], chosen=1, skipped={"x": "invalid"})
+    rows = table(found).rows
+    assert [row[-2:] for row in rows] == [["front", "run0"], ["chosen", "run1"], ["dominated", "run2"]]
+    assert "1 invalid points skipped" in table(found).note
+
+
+def test_a_report_survives_json_and_is_drawn():
+    found = report([(10.0, 0.5), (20.0, 0.7)], budget=15.0)
+    again = SweepReport.from_dict(json.loads(json.dumps(found.to_dict())))
+    assert again == found
+    text = [each.get_text() for each in figure(again).axes[2].texts]
+    assert text == ["1  topk=0  run0", "2  topk=1  run1"]

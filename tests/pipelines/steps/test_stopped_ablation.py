@@ -1,0 +1,52 @@
+"""A killed ablation resumes where it stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.experiments.trials import RESULT
+from pipelines.recipe.loading import with_overrides
+from pipelines.steps import ablate
+from pipelines.tracking.mlflow_store import open_tracking
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_killed_ablation_keeps_its_finished_trials(prepared, tmp_path):
+    recipe = with_overrides(
+        prepared,
+        {
+            "tracking.experiment": "killed-ablation",
+            "tracking.system_metrics_interval": None,
+            "model.index_topk": 2,
+            "ablate": {"name": "killed", "choices": ["qat"], "seeds": [11, 12], "rates": [1.0], "context": 256,
+                       "max_concurrent": 1},
+        },
+    )  # fmt: skip
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe.to_dict()))
+    command = [sys.executable, "-m", "pipelines", "ablate", "--config", str(file)]
+    process = subprocess.Popen(
+        command, cwd=Path(__file__).parents[3], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    for line in process.stdout:
+        if "trial 2/4" in line:
+            break
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    folder = recipe.experiments_folder / "trials"
+    finished = {path: path.stat().st_mtime_ns for path in folder.glob(f"*/{RESULT}")}
+    assert len(finished) >= 2
+
+    result = ablate.run(recipe)
+    assert all(path.stat().st_mtime_ns == made for path, made in finished.items())
+    assert [len(arm.equal_tokens.run_ids) for arm in result.arms] == [2, 2]
+    tracking = open_tracking(recipe)
+    runs = tracking.client.search_runs([tracking.experiment_id])
+    assert sorted(run.data.tags["kind"] for run in runs) == ["ablate", *["ablate_trial"] * 4]
+    assert {run.info.status for run in runs} == {"FINISHED"}

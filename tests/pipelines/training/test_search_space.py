@@ -1,0 +1,70 @@
+"""Points of a sweep's space."""
+
+import pytest
+
+from model.errors import ConfigError
+from pipelines.recipe.loading import recipe_from_dict
+from pipelines.training.search_space import combinations, decode, encode, extreme_models, search_of, short_label
+
+
+def space(values, **changes):
+    return recipe_from_dict({"sweep": {"space": values, **changes}})
+
+
+RANGES = {
+    "train.optimizer.learning_rate": {"log_uniform": [1e-3, 1e-1]},
+    "train.grad_clip": {"uniform": [0.5, 2.0]},
+    "model.index_topk": {"int": [2, 5]},
+    "model.kv_format": {"choice": ["fp8", "bf16"]},
+    "model.layers": [["csa", "hca"], ["hca", "csa"]],
+}
+
+
+def test_random_points_lie_within_the_ranges():
+    points = combinations(space(RANGES, trials=200, search="random"))
+    rates, clips, topk = ([p[key] for p in points] for key in list(RANGES)[:3])
+    assert len(points) == 200 and all(1e-3 <= rate <= 1e-1 for rate in rates)
+    assert 60 < sum(rate < 1e-2 for rate in rates) < 140  # uniform in the logarithm
+    assert all(0.5 <= clip <= 2.0 for clip in clips) and set(topk) == {2, 3, 4, 5}
+    assert {point["model.kv_format"] for point in points} == {"fp8", "bf16"}
+    assert points == combinations(space(RANGES, trials=200, search="random"))
+
+
+def test_extreme_models_have_both_ends_of_ranges_and_skip_invalid_ones():
+    values = {
+        "model.csa_ratio": {"int": [2, 7]},
+        "model.index_format": ["fp4", "bf16"],
+        "model.index_head_dim": [32, 48],
+        "train.grad_clip": {"uniform": [0.5, 2.0]},
+    }
+    found = [(m.csa_ratio, m.index_format, m.index_head_dim) for m in extreme_models(space(values, trials=3))]
+    assert {ratio for ratio, _, _ in found} == {2, 7} and len(found) == len(set(found)) < 8
+    assert (2, "fp4", 32) in found and (2, "fp4", 48) not in found  # no power of two
+    assert not list(extreme_models(space({"model.mixer_options.dsa.kv_lora_rank": [64, 128]})))
+
+
+def test_a_space_with_a_range_is_searched_by_optuna():
+    assert search_of(space(RANGES, trials=3)) == "optuna"
+    assert search_of(space({"model.csa_ratio": [2, 4]})) == "random"
+    assert search_of(space({"model.csa_ratio": [2, 4]}, search="optuna", trials=1)) == "optuna"
+
+
+def test_layer_schedules_survive_as_categories_of_optuna():
+    settings = {"model.layers": ["csa", "hca"], "model.kv_format": "fp8", "model.qat": True}
+    assert decode({key: encode(value) for key, value in settings.items()}) == settings
+    assert isinstance(encode(settings["model.layers"]), str)
+    assert short_label({**settings, "model.csa_ratio": 4}) == "layers=csa,hca kv_format=fp8 qat=True csa=4"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"int": [5, 2]}, "the lower bound 5 is not below the upper bound 2"),
+        ({"log_uniform": [0, 1]}, "log_uniform: expected bounds above 0, found 0"),
+        ({"uniform": [0, 1], "int": [0, 1]}, "expected one of log_uniform, uniform and int"),
+        ({"int": [1.5, 2]}, r"int\.0: Input should be a valid integer"),
+    ],
+)
+def test_bad_ranges_are_refused(values, message):
+    with pytest.raises(ConfigError, match=rf"sweep\.space\.model\.index_topk\.?:? ?{message}"):
+        space({"model.index_topk": values})
