@@ -265,9 +265,10 @@ class PageTable:
                 for page in pages[: min(kept, self.pool.pages_for(before))]:
                     if self.pool.references(page) == 1:
                         self.pool.clear(page)
-            self.pool.release(pages[kept:])
-            del pages[kept:]
-        self._pages_changed()
+            if len(pages) > kept:
+                self.pool.release(pages[kept:])
+                del pages[kept:]
+                self._pages_changed()
         self.lengths, self.step = lengths, 0
 
     def fork_into(self, other: PageTable, sequences: Sequence[int]) -> None:
