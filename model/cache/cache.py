@@ -200,11 +200,12 @@ class Cache:
         ``with`` block. ``starts`` lie within ``rewind`` tokens of the sequences' ends."""
         table = self._table
         lengths = table.lengths
-        table.lengths, table.step = starts, tokens
+        table.lengths = starts
+        table.step = tokens
         try:
             yield
         finally:
-            table.lengths, table.step = lengths, 0
+            table.lengths = lengths
 
     def _can_resume_at(self, sequence: int, length: int) -> bool:
         """Return whether the fixed state has everything that tokens from position ``length`` on need."""

@@ -160,7 +160,7 @@ class Scheduler:
         return 0
 
     def _make_room(self, tokens: int) -> bool:
-        """Return whether ``tokens`` more tokens of every sequence in the batch fit. Frees kept prefixes if necessary."""
+        """Return whether ``tokens`` more tokens of every sequence in the batch fit, and free kept prefixes for them."""
         assert self.batch.cache is not None
         return self.memory.make_room(self._promised_pages() + self.batch.cache.missing_pages(tokens))
 

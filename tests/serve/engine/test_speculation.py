@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
+from kernels.cache_io import unpack
 from model.cache import Cache
 from model.config import ModelConfig
 from model.errors import ConfigError
@@ -105,7 +106,7 @@ def test_completions_are_those_without_drafts(model, byte_tokenizer, drafts, set
     plain, _ = run(model, byte_tokenizer, 0, settings)
     drafted, scheduler = run(model, byte_tokenizer, drafts, settings, kept_prefixes=4)
     assert drafted == plain
-    assert 0 < scheduler.stats.accepted_tokens < scheduler.stats.drafted_tokens
+    assert 0 < scheduler.stats.accepted_tokens <= scheduler.stats.drafted_tokens
 
 
 def test_accepted_drafts_save_steps(model, byte_tokenizer) -> None:
@@ -113,7 +114,7 @@ def test_accepted_drafts_save_steps(model, byte_tokenizer) -> None:
     _, drafted = run(model, byte_tokenizer, 2, {"temperature": 0})
     stats = drafted.stats
     assert stats.decoded_tokens == plain.stats.decoded_tokens == 23 * len(LENGTHS)
-    assert stats.accepted_tokens > 0.2 * stats.decoded_tokens
+    assert 0.2 * stats.decoded_tokens < stats.accepted_tokens < stats.drafted_tokens
     assert stats.decode_steps < plain.stats.decode_steps
 
 
@@ -188,8 +189,6 @@ def test_the_module_reads_what_the_network_read(byte_tokenizer) -> None:
             model.read_ahead(streams, torch.tensor([sequence.tokens[1:]]), fresh, [0])
         assert fresh.ahead is not None and cache.ahead is not None
         layout = model.mtp[0].precision.main_layout
-        from kernels.cache_io import unpack
-
         reach = min(length, model.config.window - 1)
         rows = [unpack(c.ahead.window.read(reach), layout) for c in (fresh, cache)]
         different = ((rows[0] - rows[1]).abs() > 0.1 * rows[0].abs().amax()).float().mean()
