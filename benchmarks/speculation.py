@@ -1,10 +1,10 @@
 """Speed of speculative decoding with a trained model, beside decoding without drafts.
 
-    python -m benchmarks.speculation --checkpoint runs/hybrid/final [--threads 1] [--rounds 3] [--write docs/speculation.md]
+    python -m benchmarks.speculation --checkpoint FOLDER [--threads 1] [--rounds 3] [--write docs/speculation.md]
 
-The checkpoint needs a multi-token prediction module (``model.mtp_layers 1``). Streams continue pieces of a Python module
-of the standard library. Reports tokens per step and stream, the share of accepted drafts, and tokens per second relative
-to no drafts. Settings are measured in turn.
+The checkpoint needs a multi-token prediction module (``model.mtp_layers 1``). Streams continue pieces of a module of
+Python's standard library. Reports tokens per step and stream, the share of accepted drafts, and tokens per second
+relative to no drafts. Settings are measured in turn.
 """
 
 from __future__ import annotations

@@ -229,11 +229,15 @@ class PageTable:
         the total number of pages to allocate."""
         shared: list[tuple[int, int]] = []
         missing = []
+        size, references = self.pool.page_tokens, self.pool.references
         for sequence, (pages, length) in enumerate(zip(self.pages, self._lengths)):
-            end = self.pool.pages_for(length + tokens)
-            missing.append(max(0, end - len(pages)))
-            touched = range(length // self.pool.page_tokens, min(end, len(pages)))
-            shared += [(sequence, index) for index in touched if self.pool.references(pages[index]) > 1]
+            end, owned = -(-(length + tokens) // size), len(pages)
+            missing.append(end - owned if end > owned else 0)
+            for index in range(length // size, min(end, owned)):
+                if references(pages[index]) > 1:
+                    shared.append((sequence, index))
+        if not shared:
+            return shared, missing, sum(missing)
         # The last holder of a page keeps it.
         holders = Counter(self.pages[sequence][index] for sequence, index in shared)
         copies = sum(n - (n == self.pool.references(page)) for page, n in holders.items())

@@ -19,7 +19,7 @@ class DecodeBatch:
         self.sequences: list[Sequence] = []
         self.cache: Cache | None = None
         self.streams: Tensor | None = None
-        """Streams of the newest step, [B, S, ...]."""
+        """Streams of the newest step, [B, S, ...], until other sequences join."""
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -31,6 +31,7 @@ class DecodeBatch:
         caches = [cache for cache in (self.cache, *(s.take_cache() for s in sequences)) if cache is not None]
         self.cache = caches[0] if len(caches) == 1 else Cache.join(caches)
         self.sequences += sequences
+        self.streams = None
 
     def remove(self, sequences: Collection[Sequence]) -> None:
         """Remove sequences, if they are in the batch, and free their caches."""

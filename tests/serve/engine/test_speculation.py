@@ -149,6 +149,20 @@ def test_a_full_pool_and_a_full_context(model, byte_tokenizer, settings) -> None
     assert len(full.tokens) == 512
 
 
+def test_a_sequence_leaves_after_another_has_joined(model, byte_tokenizer) -> None:
+    scheduler = Scheduler(model, config(2))
+    first, second = (make(byte_tokenizer, prompt_of(length)) for length in (15, 40))
+    scheduler.step([first])
+    scheduler.step([second])
+    assert scheduler.batch.sequences == [first, second]
+    first.aborted = True
+    [left] = [sequence for sequence, delta in scheduler.step() if delta.error]
+    assert left is first
+    finish(scheduler, [])
+    assert second.completion_tokens == 24
+    assert scheduler.memory.used_pages == 0
+
+
 def test_a_draft_is_the_prediction_of_the_whole_sequence(byte_tokenizer) -> None:
     """The first draft after a prompt, in any pieces, equals the module's prediction without a cache."""
     model = random_model()
