@@ -50,7 +50,7 @@ class ModelConfig:
     layers: tuple[str, ...] = ("sliding", "csa", "hca", "csa")
     mtp_layers: int = 0
     """1 adds a multi-token prediction module: a ``sliding`` block that is trained to predict the token after next.
-    Decoding does not use it."""
+    Speculative decoding drafts with it."""
     max_positions: int = 65_536
     norm_eps: float = 1e-6
     init_std: float = 0.02

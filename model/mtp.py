@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from model.block import Block
@@ -10,6 +12,9 @@ from model.forward.context import Context
 from model.layers.hyper_connections import HyperHead
 from model.layers.linear import Linear
 from model.layers.norm import RMSNorm
+
+if TYPE_CHECKING:
+    from model.cache.layer_cache import LayerCache
 
 
 class PredictAhead(Block):
@@ -32,9 +37,23 @@ class PredictAhead(Block):
     def hidden(self, streams: Tensor, next_embedding: Tensor, next_ids: Tensor, context: Context) -> Tensor:
         """streams [B, S, n, hidden] ([B, S, hidden] without hyper-connections) of tokens t; embeddings [B, S, hidden]
         and ids int64 [B, S] of tokens t + 1 -> normalized [B, S, hidden], float32."""
+        # Not self(...): FSDP gathers this module's matrices once, around all of ``hidden``.
+        return self.combine(self.extend(streams, next_embedding, next_ids, context))
+
+    def extend(
+        self,
+        streams: Tensor,
+        next_embedding: Tensor,
+        next_ids: Tensor,
+        context: Context,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Return the module's own streams for the arguments of :meth:`hidden`, of the shape of ``streams``."""
         ahead = self.e_proj(self.enorm(next_embedding))
         past = self.h_proj(self.hnorm(streams))
         streams = (past + (ahead.unsqueeze(2) if self.hyper_head is not None else ahead)).float()
-        # Not self(...): FSDP gathers this module's matrices once, around all of ``hidden``.
-        streams = self.forward(streams, next_ids, context)
+        return self.forward(streams, next_ids, context, cache)
+
+    def combine(self, streams: Tensor) -> Tensor:
+        """Return the normalized input of the output head, [B, S, hidden], for streams of :meth:`extend`."""
         return self.norm(self.hyper_head(streams) if self.hyper_head is not None else streams)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import get_args
 
 import torch
@@ -90,23 +91,63 @@ class Transformer(nn.Module):
                 )
             cache = Cache(self.config, input_ids.shape[0], input_ids.shape[1], input_ids.device)
         self._check_arguments(input_ids, cache, positions, attention, aux)
-        embedding = self._embed(input_ids)
+        embedding = self.embed_tokens(input_ids)
         if cache is not None:
             cache.begin(*input_ids.shape)
         context = self._context(input_ids, cache, positions, attention, aux, forced_experts)
-
-        streams = self._into_streams(embedding)
-        for layer, block in enumerate(self.layers):
-            layer_cache = cache.layers[layer] if cache is not None else None
-            streams = self._run_layer(block, context, streams, input_ids, context, layer_cache)
-
+        streams = self._run_layers(input_ids, embedding, context, cache)
         if cache is not None:
             cache.advance()
         if aux is not None and aux.predict_ahead:
             aux.mtp_logits = self._predict_ahead(streams, embedding, input_ids, positions, context)
-        if last_only and streams.shape[1] > 1:
-            streams = streams[:, -1:]
-        return in_tiles(self._logits, streams) if context.batch_invariant else self._logits(streams)
+        return self.logits(streams[:, -1:] if last_only and streams.shape[1] > 1 else streams)
+
+    def read(self, input_ids: Tensor, cache: Cache) -> Tensor:
+        """Append input_ids int64 [B, S] to ``cache``, outside training. Return the last layer's streams, the input of
+        :meth:`logits`: float32 [B, S, n, hidden], without hyper-connections [B, S, hidden]. Raises as
+        :meth:`forward`."""
+        self._check_arguments(input_ids, cache, None, "sparse", None)
+        embedding = self.embed_tokens(input_ids)
+        cache.begin(*input_ids.shape)
+        streams = self._run_layers(input_ids, embedding, self._context(input_ids, cache), cache)
+        cache.advance()
+        return streams
+
+    def read_ahead(self, streams: Tensor, next_ids: Tensor, cache: Cache, starts: list[int]) -> Tensor:
+        """Run the multi-token prediction module over tokens at positions ``starts`` and following, outside training.
+
+        Args:
+            streams: of these tokens, from :meth:`read`; or from this method, of the tokens before them, in the place
+                of streams that are not known yet.
+            next_ids: int64 [B, S], the token after each.
+            cache: one with ``predicts_ahead``. Its tokens stay as they are; rows of the module are replaced.
+            starts: one position per sequence.
+
+        Returns:
+            The module's streams, the input of :meth:`ahead_logits`.
+        """
+        module = self._prediction_module()
+        with cache.at(starts, next_ids.shape[1]):
+            context = replace(self._context(next_ids, cache), execution=Execution())  # drafts may differ in any bit
+            return module.extend(streams, self.embed_tokens(next_ids), next_ids, context, cache.ahead)
+
+    def ahead_logits(self, streams: Tensor) -> Tensor:
+        """Return logits [B, S, vocab] of the token after the next one, for streams of :meth:`read_ahead`."""
+        return self.project(self._prediction_module().combine(streams))
+
+    def _prediction_module(self) -> PredictAhead:
+        if not self.mtp:
+            raise ValueError("the model has no multi-token prediction module (mtp_layers is 0)")
+        module = self.mtp[0]
+        assert isinstance(module, PredictAhead)
+        return module
+
+    def _run_layers(self, input_ids: Tensor, embedding: Tensor, context: Context, cache: Cache | None) -> Tensor:
+        streams = self._into_streams(embedding)
+        for layer, block in enumerate(self.layers):
+            layer_cache = cache.layers[layer] if cache is not None else None
+            streams = self._run_layer(block, context, streams, input_ids, context, layer_cache)
+        return streams
 
     def check_vocabulary(self, input_ids: Tensor) -> None:
         """Raise ValueError if an id is outside the vocabulary."""
@@ -139,7 +180,8 @@ class Transformer(nn.Module):
                 f"positions: expected integers {list(input_ids.shape)}, found {positions.dtype} {list(positions.shape)}"
             )
 
-    def _embed(self, input_ids: Tensor) -> Tensor:
+    def embed_tokens(self, input_ids: Tensor) -> Tensor:
+        """Return embeddings, float32 [B, S, hidden]. Raises ValueError for an id outside the vocabulary."""
         try:
             return cast(self.embed(input_ids), torch.float32)
         except IndexError:
@@ -153,11 +195,17 @@ class Transformer(nn.Module):
         # Copies, not views: the CPU library takes a token's streams as one contiguous matrix.
         return embedding.unsqueeze(2).repeat(1, 1, self.config.hc_mult, 1)
 
-    def _logits(self, streams: Tensor) -> Tensor:
+    def logits(self, streams: Tensor) -> Tensor:
         """Return logits, float32 [B, S, vocab], for the last layer's streams."""
-        return self._project(self.norm(self.hyper_head(streams) if self.hyper_head is not None else streams))
+        if self.execution.batch_invariant and not self.training:
+            return in_tiles(self._logits, streams)
+        return self._logits(streams)
 
-    def _project(self, x: Tensor) -> Tensor:
+    def _logits(self, streams: Tensor) -> Tensor:
+        return self.project(self.norm(self.hyper_head(streams) if self.hyper_head is not None else streams))
+
+    def project(self, x: Tensor) -> Tensor:
+        """Return logits for the input of the output head, [B, S, hidden]."""
         weight = self.embed.weight if self.head is None else self.head.weight
         with in_float32(x):
             return linear(x, cast(weight, torch.float32))
@@ -166,10 +214,10 @@ class Transformer(nn.Module):
         self,
         input_ids: Tensor,
         cache: Cache | None,
-        positions: Tensor | None,
-        attention: AttentionMode,
-        aux: AuxOutputs | None,
-        forced_experts: Mapping[int, Tensor] | None,
+        positions: Tensor | None = None,
+        attention: AttentionMode = "sparse",
+        aux: AuxOutputs | None = None,
+        forced_experts: Mapping[int, Tensor] | None = None,
     ) -> Context:
         documents = PackedDocuments(positions) if positions is not None else None
         if documents is not None:
@@ -190,16 +238,13 @@ class Transformer(nn.Module):
         self, streams: Tensor, embedding: Tensor, input_ids: Tensor, positions: Tensor | None, context: Context
     ) -> Tensor:
         """Return logits [B, S - 1, vocab] at token t of token t + 2. At a document's last token they are arbitrary."""
-        if not self.mtp:
-            raise ValueError("aux.predict_ahead: the model has no prediction module (mtp_layers is 0)")
-        module = self.mtp[0]
-        assert isinstance(module, PredictAhead)
+        module = self._prediction_module()
         if input_ids.shape[1] < 2:
             raise ValueError("aux.predict_ahead: needs whole sequences of at least 2 tokens")
         kept = None if positions is None else positions[:, :-1]
         context = self._context(input_ids[:, :-1], None, kept, context.attention, context.aux, context.forced_experts)
         arguments = streams[:, :-1], embedding[:, 1:], input_ids[:, 1:], context
-        return self._project(self._run_layer(module.hidden, context, *arguments))
+        return self.project(self._run_layer(module.hidden, context, *arguments))
 
     def _run_layer(self, layer: Callable[..., Tensor], context: Context, *arguments: object) -> Tensor:
         if self.activation_checkpointing and self.training and torch.is_grad_enabled():

@@ -13,7 +13,17 @@ from kernels.cache_io import cpu, reference
 from kernels.cache_io.layout import EntryLayout
 from kernels.cache_io.pages import PagedRows, Pages
 
-__all__ = ["BACKENDS", "EntryLayout", "PagedRows", "Pages", "backend_for", "pack", "unpack", "write_ring"]
+__all__ = [
+    "BACKENDS",
+    "EntryLayout",
+    "PagedRows",
+    "Pages",
+    "backend_for",
+    "pack",
+    "unpack",
+    "write_pages",
+    "write_ring",
+]
 
 BACKENDS = {"reference": reference, "cpu": cpu}
 
@@ -35,6 +45,22 @@ def pack(x: Tensor, layout: EntryLayout, backend: str | None = None) -> Tensor:
 def unpack(packed: Tensor, layout: EntryLayout, backend: str | None = None) -> Tensor:
     """Unpack rows, uint8 [..., layout.nbytes], into entries, float32 [..., layout.size]."""
     return get_backend(BACKENDS, backend or backend_for(packed)).unpack(packed, layout)
+
+
+def write_pages(
+    x: Tensor, layout: EntryLayout, pages: Pages, first: list[int], last: list[int], backend: str | None = None
+) -> None:
+    """Pack new entries and write them to the pages of every sequence, in place. No gradient.
+
+    Args:
+        x: float [B, n, layout.size], float32 for the ``cpu`` backend. A sequence's entries come first in its row, and
+            the others are not written.
+        layout: Layout of the rows.
+        pages: The rows of all sequences. No page to write to is shared.
+        first: Index of each sequence's first new entry.
+        last: One past the index of its last new entry, at most ``first + n``.
+    """
+    get_backend(BACKENDS, backend or backend_for(x)).write_pages(x, layout, pages, first, last)
 
 
 def write_ring(ring: Tensor, rows: Tensor, ends: list[int], backend: str | None = None) -> None:

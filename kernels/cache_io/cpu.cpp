@@ -1,4 +1,4 @@
-// Packing and unpacking of cache entries, and writes to ring buffers.
+// Packing and unpacking of cache entries, and writes to ring buffers and pages.
 #include "../native/common.h"
 
 namespace fiftyfold {
@@ -55,17 +55,47 @@ void write_ring(Tensor& ring, const Tensor& given, at::IntArrayRef ends) {
   }
 }
 
+// Pack the first last[b] - first[b] of x float32 [B, n, size] as entries first[b].. of sequence b, into rows of storage
+// uint8 [R, nbytes] by way of page_table int64 [B, P].
+void write_pages(Tensor& storage, const Tensor& table, int64_t page_size, const Tensor& input, at::IntArrayRef spec,
+                 at::IntArrayRef first, at::IntArrayRef last) {
+  const Layout layout(spec);
+  const Tensor x = contiguous_float(input, "write_pages: x"), pages = table.contiguous();
+  const int64_t size = layout.size(), nbytes = layout.nbytes(), B = x.size(0), n = x.size(1), P = pages.size(-1);
+  TORCH_CHECK_VALUE(storage.is_contiguous() && storage.scalar_type() == at::kByte && storage.dim() == 2 &&
+                        storage.size(1) == nbytes && x.dim() == 3 && x.size(2) == size && pages.dim() == 2 &&
+                        pages.size(0) == B && pages.scalar_type() == at::kLong &&
+                        static_cast<int64_t>(first.size()) == B && static_cast<int64_t>(last.size()) == B,
+                    "write_pages: x ", x.sizes(), ", storage ", storage.sizes(), " and page table ", pages.sizes(),
+                    " do not match");
+  const int64_t* ids = pages.const_data_ptr<int64_t>();
+  const float* from = x.const_data_ptr<float>();
+  auto* to = storage.mutable_data_ptr<uint8_t>();
+  for (int64_t b = 0; b < B; ++b) {
+    TORCH_CHECK_VALUE(0 <= first[b] && last[b] - first[b] <= n && last[b] <= P * page_size, "write_pages: entries ",
+                      first[b], " to ", last[b], " of sequence ", b, " do not fit ", n, " entries and ", P, " pages");
+    for (int64_t i = first[b]; i < last[b]; ++i) {
+      const int64_t row = ids[b * P + i / page_size] * page_size + i % page_size;
+      TORCH_CHECK_INDEX(0 <= row && row < storage.size(0), "write_pages: page ", row / page_size, " does not exist");
+      pack_row(from + (b * n + i - first[b]) * size, layout, to + row * nbytes);
+    }
+  }
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fiftyfold, m) {
   m.def("pack(Tensor x, int[] layout) -> Tensor");
   m.def("unpack(Tensor packed, int[] layout) -> Tensor");
   m.def("write_ring(Tensor(a!) ring, Tensor rows, int[] ends) -> ()");
+  m.def("write_pages(Tensor(a!) storage, Tensor page_table, int page_size, Tensor x, int[] layout, int[] first, "
+        "int[] last) -> ()");
 }
 TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) {
   m.impl("pack", pack);
   m.impl("unpack", unpack);
   m.impl("write_ring", write_ring);
+  m.impl("write_pages", write_pages);
 }
 
 }  // namespace fiftyfold

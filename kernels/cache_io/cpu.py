@@ -7,6 +7,7 @@ from torch import Tensor
 from kernels import native
 from kernels.autocast import detached
 from kernels.cache_io.layout import EntryLayout
+from kernels.cache_io.pages import Pages
 
 
 def pack(x: Tensor, layout: EntryLayout) -> Tensor:
@@ -22,3 +23,8 @@ def unpack(packed: Tensor, layout: EntryLayout) -> Tensor:
 def write_ring(ring: Tensor, rows: Tensor, ends: list[int]) -> None:
     """Implement :func:`kernels.cache_io.write_ring`."""
     native.op("write_ring")(ring, rows, ends)
+
+
+def write_pages(x: Tensor, layout: EntryLayout, pages: Pages, first: list[int], last: list[int]) -> None:
+    """Implement :func:`kernels.cache_io.write_pages` for float32 x."""
+    native.op("write_pages")(pages.storage, pages.page_table, pages.page_size, detached(x), layout.spec, first, last)

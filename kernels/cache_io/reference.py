@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels import formats
 from kernels.cache_io.layout import SCALED_FORMATS, EntryLayout
+from kernels.cache_io.pages import Pages
 
 _FLOAT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -54,6 +55,15 @@ def write_ring(ring: Tensor, rows: Tensor, ends: list[int]) -> None:
     end = torch.tensor(ends, device=ring.device).unsqueeze(-1)
     slots = (end - count + torch.arange(count, device=ring.device)) % capacity
     ring[torch.arange(len(ends), device=ring.device).unsqueeze(-1), slots] = rows
+
+
+def write_pages(x: Tensor, layout: EntryLayout, pages: Pages, first: list[int], last: list[int]) -> None:
+    """Implement :func:`kernels.cache_io.write_pages`."""
+    packed = pack(x.detach(), layout)
+    for rows, page_ids, start, end in zip(packed, pages.page_table, first, last):
+        entries = torch.arange(start, end, device=x.device)
+        places = page_ids[entries // pages.page_size] * pages.page_size + entries % pages.page_size
+        pages.storage.index_copy_(0, places, rows[: end - start])
 
 
 def _unpack_scales(packed: Tensor, layout: EntryLayout) -> Tensor:

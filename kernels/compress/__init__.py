@@ -8,7 +8,7 @@ from kernels import native
 from kernels.backends import get_backend
 from kernels.compress import cpu, reference
 
-__all__ = ["BACKENDS", "backend_for", "compress"]
+__all__ = ["BACKENDS", "backend_for", "compress", "compress_next"]
 
 BACKENDS = {"reference": reference, "cpu": cpu}
 
@@ -45,3 +45,24 @@ def compress(
     return get_backend(BACKENDS, backend or backend_for(rows, starts)).compress(
         rows, bias, overlap, has_previous, starts
     )
+
+
+def compress_next(
+    ring: Tensor, rows: Tensor, bias: Tensor, lengths: list[int], overlap: bool, backend: str | None = None
+) -> Tensor:
+    """Pool the blocks that new tokens complete, together with the rows of earlier tokens in a ring buffer.
+
+    Args:
+        ring: float32 [B, capacity, 2w]. The row of position p is at index ``p % capacity``. The capacity is at least
+            m - 1, or 2m - 1 with overlap.
+        rows: float32 [B, S, 2w], the rows of new tokens.
+        bias: float32 [m, w], as for :func:`compress`.
+        lengths: Number of tokens of each sequence before the new ones.
+        overlap: Whether entries also pool the preceding block.
+
+    Returns:
+        float32 [B, n, c], where n is the highest number of blocks that a sequence completes. Sequences with fewer have
+        theirs first, followed by zeros.
+    """
+    module = get_backend(BACKENDS, backend or backend_for(rows))
+    return module.compress_next(ring, rows, bias, lengths, overlap)

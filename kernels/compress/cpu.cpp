@@ -4,46 +4,94 @@
 namespace fiftyfold {
 namespace {
 
-// rows float32 [B, n * m, 2w] (values and gates), bias float32 [m, w], added to the gates. Without overlap, w = c and an
-// entry pools its own m rows. With overlap, w = 2c: channels [c:] belong to the block of the row, channels [:c] to the
-// next block. With `has_previous`, the first block has no entry. Returns float32 [B, n or n - 1, c].
+// Pools blocks of m tokens with biases [m, w] that are added to the gates. Without overlap, w = c and an entry pools its
+// own m rows. With overlap, w = 2c: channels [c:] belong to the block of the row, channels [:c] to the next block.
+struct Pooling {
+  const float* bias;
+  int64_t m, w, c;
+  bool overlap;
+
+  Pooling(const Tensor& biases, bool overlaps)
+      : bias(biases.const_data_ptr<float>()), m(biases.size(0)), w(biases.size(1)), c(overlaps ? w / 2 : w),
+        overlap(overlaps) {}
+
+  // Write an entry [c]. row_at(i) returns row i of the own block, or for a negative i of the one before, if `preceded`.
+  template <class RowAt>
+  void pool(RowAt row_at, bool preceded, std::vector<float>& peak, std::vector<float>& total, float* result) const {
+    std::fill(peak.begin(), peak.end(), -INFINITY);
+    std::fill(total.begin(), total.end(), 0.0f);
+    std::fill(result, result + c, 0.0f);
+    auto each = [&](auto use) {
+      for (int64_t i = overlap && preceded ? -m : 0; i < m; ++i) {
+        const int64_t place = i < 0 ? i + m : i, channel = overlap && i >= 0 ? c : 0;
+        const float* row = row_at(i) + channel;
+        use(row, row + w, bias + place * w + channel);
+      }
+    };
+    each([&](const float*, const float* gate, const float* add) {
+      for (int64_t j = 0; j < c; ++j) peak[j] = std::max(peak[j], gate[j] + add[j]);
+    });
+    each([&](const float* value, const float* gate, const float* add) {
+      for (int64_t j = 0; j < c; ++j) {
+        const float weight = exp_of(gate[j] + add[j] - peak[j]);
+        total[j] += weight;
+        result[j] += weight * value[j];
+      }
+    });
+    for (int64_t j = 0; j < c; ++j) result[j] /= total[j];
+  }
+};
+
+// rows float32 [B, n * m, 2w] (values and gates), bias float32 [m, w]. With `has_previous`, the first block has no entry.
+// Returns float32 [B, n or n - 1, c].
 Tensor compress(const Tensor& input, const Tensor& biases, bool overlap, bool has_previous) {
   const Tensor rows = contiguous_float(input, "compress: rows"), bias = contiguous_float(biases, "compress: bias");
-  const int64_t m = bias.size(0), w = bias.size(1), c = overlap ? w / 2 : w, B = rows.size(0), n = rows.size(1) / m;
+  const Pooling pooling(bias, overlap);
+  const int64_t m = pooling.m, w = pooling.w, c = pooling.c, B = rows.size(0), n = rows.size(1) / m;
   TORCH_CHECK_VALUE(rows.dim() == 3 && rows.size(2) == 2 * w && n * m == rows.size(1) && n >= has_previous,
                     "compress: rows ", rows.sizes(), " and bias ", bias.sizes(), " do not match");
   const int64_t made = n - has_previous;
   Tensor out = at::empty({B, made, c}, rows.options());
-  const float *x = rows.const_data_ptr<float>(), *a = bias.const_data_ptr<float>();
+  const float* x = rows.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();
   at::parallel_for(0, B * made, std::max<int64_t>(1, kGrain / (16 * m * c)), [&](int64_t begin, int64_t end) {
     std::vector<float> peak(c), total(c);
     for (int64_t entry = begin; entry < end; ++entry) {
       const int64_t b = entry / made, block = entry % made + has_previous;
-      float* result = to + entry * c;
-      std::fill(peak.begin(), peak.end(), -INFINITY);
-      std::fill(total.begin(), total.end(), 0.0f);
-      std::fill(result, result + c, 0.0f);
-      // Visit the pooled rows: m of the preceding block with channels [:c], then m of the own block with channels [c:].
-      const int64_t before = overlap && block > 0 ? m : 0;
-      auto each = [&](auto use) {
-        for (int64_t i = -before; i < m; ++i) {
-          const int64_t place = i < 0 ? i + m : i, channel = overlap && i >= 0 ? c : 0;
-          const float* row = x + ((b * n + block) * m + i) * 2 * w + channel;
-          use(row, row + w, a + place * w + channel);
-        }
+      auto row_at = [&](int64_t i) { return x + ((b * n + block) * m + i) * 2 * w; };
+      pooling.pool(row_at, block > 0, peak, total, to + entry * c);
+    }
+  });
+  return out;
+}
+
+// ring float32 [B, capacity, 2w]: the row of position p is at p % capacity. rows float32 [B, S, 2w] follow `lengths`
+// tokens. Returns the entries that they complete, float32 [B, n, c], padded with zeros.
+Tensor compress_next(const Tensor& kept, const Tensor& input, const Tensor& biases, at::IntArrayRef lengths, bool overlap) {
+  const Tensor rows = contiguous_float(input, "compress_next: rows"), bias = contiguous_float(biases, "compress_next: bias");
+  const Pooling pooling(bias, overlap);
+  const int64_t m = pooling.m, w = pooling.w, c = pooling.c, B = rows.size(0), S = rows.size(1);
+  TORCH_CHECK_VALUE(kept.is_contiguous() && kept.scalar_type() == at::kFloat && kept.dim() == 3 && rows.dim() == 3 &&
+                        kept.size(0) == B && static_cast<int64_t>(lengths.size()) == B && kept.size(2) == 2 * w &&
+                        rows.size(2) == 2 * w && kept.size(1) >= (overlap ? 2 * m - 1 : m - 1),
+                    "compress_next: ring ", kept.sizes(), ", rows ", rows.sizes(), ", bias ", bias.sizes(), " and ",
+                    lengths.size(), " lengths do not match");
+  int64_t n = 0;
+  for (const int64_t length : lengths) n = std::max(n, (length + S) / m - length / m);
+  Tensor out = at::zeros({B, n, c}, rows.options());
+  const float *ring = kept.const_data_ptr<float>(), *x = rows.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  const int64_t capacity = kept.size(1);
+  at::parallel_for(0, B * n, std::max<int64_t>(1, kGrain / (16 * m * c)), [&](int64_t begin, int64_t end) {
+    std::vector<float> peak(c), total(c);
+    for (int64_t entry = begin; entry < end; ++entry) {
+      const int64_t b = entry / n, length = lengths[b], block = length / m + entry % n;
+      if ((block + 1) * m > length + S) continue;
+      auto row_at = [&](int64_t i) {
+        const int64_t p = block * m + i;
+        return p < length ? ring + (b * capacity + p % capacity) * 2 * w : x + (b * S + p - length) * 2 * w;
       };
-      each([&](const float*, const float* gate, const float* add) {
-        for (int64_t j = 0; j < c; ++j) peak[j] = std::max(peak[j], gate[j] + add[j]);
-      });
-      each([&](const float* value, const float* gate, const float* add) {
-        for (int64_t j = 0; j < c; ++j) {
-          const float weight = exp_of(gate[j] + add[j] - peak[j]);
-          total[j] += weight;
-          result[j] += weight * value[j];
-        }
-      });
-      for (int64_t j = 0; j < c; ++j) result[j] /= total[j];
+      pooling.pool(row_at, block > 0, peak, total, to + entry * c);
     }
   });
   return out;
@@ -53,7 +101,11 @@ Tensor compress(const Tensor& input, const Tensor& biases, bool overlap, bool ha
 
 TORCH_LIBRARY_FRAGMENT(fiftyfold, m) {
   m.def("compress(Tensor rows, Tensor bias, bool overlap, bool has_previous) -> Tensor");
+  m.def("compress_next(Tensor ring, Tensor rows, Tensor bias, int[] lengths, bool overlap) -> Tensor");
 }
-TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) { m.impl("compress", compress); }
+TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) {
+  m.impl("compress", compress);
+  m.impl("compress_next", compress_next);
+}
 
 }  // namespace fiftyfold

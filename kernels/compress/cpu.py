@@ -14,3 +14,8 @@ def compress(
     if starts is not None:
         raise ValueError("compress: the cpu backend does not support packed documents")
     return native.op("compress")(rows, bias, overlap, has_previous)
+
+
+def compress_next(ring: Tensor, rows: Tensor, bias: Tensor, lengths: list[int], overlap: bool) -> Tensor:
+    """Implement :func:`kernels.compress.compress_next` without gradients."""
+    return native.op("compress_next")(ring, rows, bias, lengths, overlap)

@@ -26,3 +26,21 @@ def compress(
     weights = torch.cat((previous_gates, gates[..., c:]), dim=2).softmax(dim=2)
     entries = (weights * torch.cat((previous_values, values[..., c:]), dim=2)).sum(dim=2)
     return entries[:, 1:] if has_previous else entries
+
+
+def compress_next(ring: Tensor, rows: Tensor, bias: Tensor, lengths: list[int], overlap: bool) -> Tensor:
+    """Implement :func:`kernels.compress.compress_next`."""
+    m, new, capacity = bias.shape[0], rows.shape[1], ring.shape[1]
+    sequences = []
+    for kept, own, length in zip(ring, rows, lengths):
+        preceded = overlap and length >= m
+        start = length // m * m - m * preceded
+        past = kept[torch.arange(start, length, device=kept.device) % capacity]
+        whole = torch.cat((past, own))[: (length + new) // m * m - start]
+        complete = (length + new) // m > length // m
+        sequences.append(compress(whole.unsqueeze(0), bias, overlap, preceded)[0] if complete else None)
+    n = max((len(entries) for entries in sequences if entries is not None), default=0)
+    width = bias.shape[1] // 2 if overlap else bias.shape[1]
+    empty = rows.new_zeros(0, width)
+    padded = [F.pad(empty if entries is None else entries, (0, 0, 0, n)) for entries in sequences]
+    return torch.stack([entries[:n] for entries in padded])

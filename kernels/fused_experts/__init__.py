@@ -8,13 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import linear, native
+from kernels import native
 from kernels.backends import get_backend
 from kernels.fused_experts import cpu, reference
+from kernels.linear import supports_weight
 
-__all__ = ["BACKENDS", "backend_for", "fused_experts", "prefers_fused"]
+__all__ = ["BACKENDS", "MAX_TOKENS", "backend_for", "fused_experts", "prefers_fused"]
 
 BACKENDS = {"reference": reference, "cpu": cpu}
+MAX_TOKENS = 64
+"""Most tokens for which the ``cpu`` backend is the faster choice."""
 
 
 def backend_for(x: Tensor) -> str:
@@ -28,8 +31,8 @@ def prefers_fused(x: Tensor, w1: Tensor) -> bool:
     That is the case for few tokens of the ``cpu`` backend, whose time is bound by reading the weights of the chosen
     experts.
     """
-    is_small = x.numel() <= linear.MAX_NATIVE_TOKENS * x.shape[-1]
-    is_supported = linear.supports_weight(w1) and not torch.is_autocast_enabled("cpu")
+    is_small = x.numel() <= MAX_TOKENS * x.shape[-1]
+    is_supported = supports_weight(w1) and not torch.is_autocast_enabled("cpu")
     return is_small and is_supported and native.serves(x)
 
 

@@ -5,7 +5,21 @@
 namespace fiftyfold {
 namespace {
 
-constexpr int kTogether = 4;  // tokens that share the loads of a weight row
+// Tokens that share the loads of a weight row. Their sums must fit the registers.
+#if defined(__AVX512F__)
+constexpr int kTogether = 8;
+#else
+constexpr int kTogether = 4;
+#endif
+
+// Call f with `count`, from 1 to T, as a constant.
+template <int T = kTogether, typename F>
+inline void with_constant(int count, F f) {
+  if constexpr (T > 1) {
+    if (count < T) return with_constant<T - 1>(count, f);
+  }
+  f(std::integral_constant<int, T>{});
+}
 
 struct Pick {
   int64_t expert, token;
@@ -43,7 +57,25 @@ struct PlainMatrices {
 
   static const float* arranged(const float* x, int64_t, int64_t, std::vector<float>&) { return x; }
   void dots(const float* const* x, int count, int64_t row, float* out) const {
-    for (int t = 0; t < count; ++t) out[t] = streamed_dot(x[t], data + row * columns, columns);
+    const W* w = data + row * columns;
+    if (count == 1) {
+      out[0] = streamed_dot(x[0], w, columns);
+    } else {
+      with_constant(count, [&](auto constant) { shared_dots<constant.value>(x, w, out); });
+    }
+  }
+  template <int T>
+  void shared_dots(const float* const* x, const W* w, float* out) const {
+    Floats sums[T] = {};
+    int64_t i = 0;
+    for (; i + 16 <= columns; i += 16) {
+      const Floats row = load16(w + i);
+      for (int t = 0; t < T; ++t) sums[t] += load16(x[t] + i) * row;
+    }
+    for (int t = 0; t < T; ++t) {
+      out[t] = sum_of(sums[t]);
+      for (int64_t j = i; j < columns; ++j) out[t] += x[t][j] * widen(w[j]);
+    }
   }
 };
 
@@ -59,12 +91,7 @@ struct PackedMatrices {
   }
   void dots(const float* const* x, int count, int64_t row, float* out) const {
     const uint8_t* packed = data + row * row_bytes;
-    switch (count) {
-      case 1: return packed_dots<1>(x, packed, columns, out);
-      case 2: return packed_dots<2>(x, packed, columns, out);
-      case 3: return packed_dots<3>(x, packed, columns, out);
-      default: return packed_dots<kTogether>(x, packed, columns, out);
-    }
+    with_constant(count, [&](auto constant) { packed_dots<constant.value>(x, packed, columns, out); });
   }
 };
 

@@ -7,14 +7,16 @@ recurrent state. Values read from the cache equal those of fake quantization in 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from model.cache.layer_cache import FixedState, LayerCache
 from model.cache.pages import PagePool, PageTable
+from model.cache.ring import Ring
 from model.errors import CacheError
 
 if TYPE_CHECKING:
@@ -26,7 +28,8 @@ class Cache:
 
     Without a ``pool``, memory for ``max_tokens`` per sequence is allocated up front. With one, pages are allocated as
     tokens arrive and freed by :meth:`release`. ``rewind`` is the number of newest tokens that :meth:`truncate` can
-    always remove; the fixed state keeps that many more tokens.
+    always remove; the fixed state keeps that many more tokens. With ``predicts_ahead`` there is a cache of the
+    multi-token prediction module, too (:meth:`model.transformer.Transformer.read_ahead`).
 
     Raises CacheError if a size is invalid or exceeds the model's positions.
     """
@@ -40,6 +43,7 @@ class Cache:
         *,
         pool: PagePool | None = None,
         rewind: int = 0,
+        predicts_ahead: bool = False,
     ):
         if batch_size < 1 or max_tokens < 1 or rewind < 0:
             raise CacheError(
@@ -58,10 +62,19 @@ class Cache:
         self.high_water_marks = [0] * batch_size
         """Highest length each sequence has had. Rings hold the rows before it, up to their capacity."""
         # Layers refer to the table instead of the cache: a reference cycle would delay freeing the memory.
-        self.layers = [
+        caches = [
             LayerCache(mixer.cache_parts(config), layer, self._table, rewind)
-            for layer, mixer in enumerate(config.mixers)
+            for layer, mixer in enumerate(config.block_mixers if predicts_ahead else config.mixers)
         ]
+        self.layers = caches[: config.num_layers]
+        self.ahead = caches[-1] if predicts_ahead and config.mtp_layers else None
+        """Cache of the multi-token prediction module."""
+        self._recurrent = [state for state in self._fixed() if not isinstance(state, Ring)]
+
+    @property
+    def all_layers(self) -> list[LayerCache]:
+        """Caches of the layers, and then of the multi-token prediction module if there is one."""
+        return self.layers if self.ahead is None else [*self.layers, self.ahead]
 
     # --- lengths
 
@@ -132,7 +145,7 @@ class Cache:
     @property
     def components(self) -> tuple[str, ...]:
         """Components that :meth:`nbytes` reports separately."""
-        fixed = (state.part.component for layer in self.layers for state in layer.fixed())
+        fixed = (state.part.component for state in self._fixed())
         return tuple(dict.fromkeys((*(part.component for part in self.pool.parts.values()), *fixed)))
 
     def nbytes(self, component: str | None = None) -> int:
@@ -143,8 +156,7 @@ class Cache:
         pages = len({page for pages in self._table.pages for page in pages})
         fixed = sum(
             tensor.untyped_storage().nbytes()
-            for layer in self.layers
-            for state in layer.fixed()
+            for state in self._fixed()
             if component in (None, state.part.component)
             for tensor in state.tensors().values()
         )
@@ -178,14 +190,29 @@ class Cache:
         for sequence, target in enumerate(targets):
             if target == 0:
                 self.high_water_marks[sequence] = 0
-            for state in self._fixed():
+            for state in self._recurrent if target else self._fixed():
                 state.truncate(sequence, target)
         self._table.truncate(targets)
+
+    @contextmanager
+    def at(self, starts: list[int], tokens: int) -> Iterator[None]:
+        """Make :attr:`ahead` take ``tokens`` rows per sequence from positions ``starts`` on, for the duration of a
+        ``with`` block. ``starts`` lie within ``rewind`` tokens of the sequences' ends."""
+        table = self._table
+        lengths = table.lengths
+        table.lengths = starts
+        table.step = tokens
+        try:
+            yield
+        finally:
+            table.lengths = lengths
 
     def _can_resume_at(self, sequence: int, length: int) -> bool:
         """Return whether the fixed state has everything that tokens from position ``length`` on need."""
         mark = self.high_water_marks[sequence]
-        return length == 0 or all(state.can_resume_at(sequence, length, mark) for state in self._fixed())
+        # Rings keep ``rewind`` more tokens than they need.
+        states = self._recurrent if length >= mark - self.rewind else self._fixed()
+        return length == 0 or all(state.can_resume_at(sequence, length, mark) for state in states)
 
     def _limit(self, sequence: int, length: int) -> str:
         """Return the names of the kinds of state that cannot resume at ``length``."""
@@ -224,8 +251,8 @@ class Cache:
             raise CacheError("join: expected one or more distinct caches")
         first = caches[0]
         for cache in caches:
-            if cache.pool is not first.pool or cache.rewind != first.rewind:
-                raise CacheError("join: the caches differ in their page pool or rewind")
+            if cache.pool is not first.pool or cache._options != first._options:
+                raise CacheError("join: the caches differ in their page pool, rewind or predicts_ahead")
         result = first._like(sum(cache.batch_size for cache in caches))
         result.max_tokens = max(cache.max_tokens for cache in caches)
         for joined, parts in zip(result._fixed_tensors(), zip(*(cache._fixed_tensors() for cache in caches))):
@@ -258,10 +285,14 @@ class Cache:
 
     def _like(self, batch_size: int) -> Cache:
         """Return an empty cache without pages, with the configuration, pool and rewind of this one."""
-        return Cache(self.config, batch_size, self.max_tokens, pool=self.pool, rewind=self.rewind)
+        return Cache(self.config, batch_size, self.max_tokens, pool=self.pool, **self._options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"rewind": self.rewind, "predicts_ahead": self.ahead is not None}
 
     def _fixed(self) -> list[FixedState]:
-        return [state for layer in self.layers for state in layer.fixed()]
+        return [state for layer in self.all_layers for state in layer.fixed()]
 
     def _fixed_tensors(self) -> list[Tensor]:
         return [tensor for state in self._fixed() for tensor in state.tensors().values()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.cache_io import PagedRows, Pages, pack
+from kernels.cache_io import PagedRows, Pages, write_pages
 from model.cache.pages import PageTable
 
 
@@ -26,17 +26,7 @@ class PagedEntries:
         """Append new entries, float [B, n, size]. A sequence keeps the entries that its new tokens complete."""
         if not x.shape[1]:
             return
-        packed = pack(x, self.layout)
-        per_page = self.per_page
-        indices: list[int] = []
-        completed: list[int] = []
-        for sequence, (pages, first, last) in enumerate(zip(self.table.pages, *self.table.entry_counts(self.ratio))):
-            indices += [pages[i // per_page] * per_page + i % per_page for i in range(first, last)]
-            completed += range(sequence * packed.shape[1], sequence * packed.shape[1] + last - first)
-        rows = packed.flatten(0, 1)
-        if len(completed) < len(rows):
-            rows = rows[torch.tensor(completed, device=rows.device)]
-        self._rows.index_copy_(0, torch.tensor(indices, device=rows.device), rows)
+        write_pages(x, self.layout, self.pages, *self.table.entry_counts(self.ratio))
 
     @property
     def counts(self) -> list[int]:

@@ -96,7 +96,7 @@ def _rows(cache: Cache) -> dict[str, Tensor]:
     """Return the content of each part by name: rows of entries, written rows of rings, recurrent states."""
     return {
         f"layers.{layer}.{name}{suffix}": tensor
-        for layer, parts in enumerate(cache.layers)
+        for layer, parts in enumerate(cache.all_layers)
         for name, part in parts.parts.items()
         for suffix, tensor in part.saved().items()
     }
@@ -115,7 +115,7 @@ def _load_parts(cache: Cache, tensors: dict[str, Tensor], path: str | Path) -> N
                 f"{path}: tensor '{name}' is {found.dtype} {list(found.shape)}, "
                 f"expected {wanted.dtype} {list(wanted.shape)}"
             )
-    for layer, parts in enumerate(cache.layers):
+    for layer, parts in enumerate(cache.all_layers):
         for name, part in parts.parts.items():
             full = f"layers.{layer}.{name}"
             part.load({suffix: tensors[full + suffix].to(cache.device) for suffix in part.saved()})

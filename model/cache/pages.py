@@ -151,8 +151,6 @@ class PageTable:
         self._pages_changed()
         self.pages += [pool.allocate(reserved) for _ in range(sequences)]
         self.lengths = [0] * sequences
-        self.step = 0
-        """Number of tokens that the current step appends to every sequence."""
 
     def __del__(self) -> None:
         self.release()
@@ -170,6 +168,17 @@ class PageTable:
     def lengths(self, lengths: list[int]) -> None:
         self._lengths = lengths
         self._starts: Tensor | None = None
+        self.step = 0
+
+    @property
+    def step(self) -> int:
+        """Number of tokens that the current step appends to every sequence. Setting the lengths ends the step."""
+        return self._step
+
+    @step.setter
+    def step(self, tokens: int) -> None:
+        self._step = tokens
+        self._counts: dict[int, tuple[list[int], list[int]]] = {}
 
     @property
     def starts(self) -> Tensor:
@@ -197,11 +206,14 @@ class PageTable:
     @property
     def new_lengths(self) -> list[int]:
         """Number of tokens of each sequence after the current step."""
-        return [n + self.step for n in self._lengths]
+        return self.entry_counts(1)[1]
 
     def entry_counts(self, ratio: int) -> tuple[list[int], list[int]]:
         """Return each sequence's number of entries of ``ratio`` tokens before and after the current step."""
-        return [n // ratio for n in self._lengths], [(n + self.step) // ratio for n in self._lengths]
+        if ratio not in self._counts:
+            step = self._step
+            self._counts[ratio] = [n // ratio for n in self._lengths], [(n + step) // ratio for n in self._lengths]
+        return self._counts[ratio]
 
     def begin(self, tokens: int) -> None:
         """Prepare unshared pages for ``tokens`` more tokens of every sequence. Raises CacheError and changes nothing if
@@ -217,11 +229,15 @@ class PageTable:
         the total number of pages to allocate."""
         shared: list[tuple[int, int]] = []
         missing = []
+        size, references = self.pool.page_tokens, self.pool.references
         for sequence, (pages, length) in enumerate(zip(self.pages, self._lengths)):
-            end = self.pool.pages_for(length + tokens)
-            missing.append(max(0, end - len(pages)))
-            touched = range(length // self.pool.page_tokens, min(end, len(pages)))
-            shared += [(sequence, index) for index in touched if self.pool.references(pages[index]) > 1]
+            end, owned = -(-(length + tokens) // size), len(pages)
+            missing.append(end - owned if end > owned else 0)
+            for index in range(length // size, min(end, owned)):
+                if references(pages[index]) > 1:
+                    shared.append((sequence, index))
+        if not shared:
+            return shared, missing, sum(missing)
         # The last holder of a page keeps it.
         holders = Counter(self.pages[sequence][index] for sequence, index in shared)
         copies = sum(n - (n == self.pool.references(page)) for page, n in holders.items())
@@ -255,7 +271,6 @@ class PageTable:
     def advance(self) -> None:
         """Add the current step's tokens to the lengths."""
         self.lengths = [n + self.step for n in self._lengths]
-        self.step = 0
 
     def truncate(self, lengths: list[int]) -> None:
         """Truncate to ``lengths`` tokens and release pages beyond them that are not reserved."""
@@ -265,10 +280,11 @@ class PageTable:
                 for page in pages[: min(kept, self.pool.pages_for(before))]:
                     if self.pool.references(page) == 1:
                         self.pool.clear(page)
-            self.pool.release(pages[kept:])
-            del pages[kept:]
-        self._pages_changed()
-        self.lengths, self.step = lengths, 0
+            if len(pages) > kept:
+                self.pool.release(pages[kept:])
+                del pages[kept:]
+                self._pages_changed()
+        self.lengths = lengths
 
     def fork_into(self, other: PageTable, sequences: Sequence[int]) -> None:
         """Copy ``sequences`` into an empty table, sharing the pages in use and reserving equally many."""
@@ -300,4 +316,4 @@ class PageTable:
         self.pages = [[] for _ in self.pages]
         self._pages_changed()
         self.reserved = 0
-        self.lengths, self.step = [0] * len(self.pages), 0
+        self.lengths = [0] * len(self.pages)

@@ -40,23 +40,27 @@ class RecurrentState:
 
     def read(self) -> Tensor:
         """Return the states before the new tokens: [B, *shape]. Raises IndexError if none was kept."""
-        rows = []
-        for sequence, length in enumerate(self.table.lengths):
-            if length:
-                rows.append(self.data[sequence, (self.positions[sequence] == length).nonzero()[0, 0]])
-            else:
-                rows.append(torch.zeros_like(self.data[sequence, 0]))
-        return torch.stack(rows)
+        lengths = torch.tensor(self.table.lengths).unsqueeze(-1)
+        kept, empty = self.positions == lengths, lengths[:, 0] == 0
+        if not bool((kept.any(1) | empty).all()):
+            raise IndexError(f"no state was kept at the lengths {self.table.lengths}")
+        states = self.data.flatten(0, 1).index_select(0, self._rows(kept.int().argmax(1)))
+        if bool(empty.any()):  # an interrupted step may have left other values
+            states = states.masked_fill(empty.to(states.device).view(-1, *[1] * len(self.part.shape)), 0)
+        return states
 
     def append(self, states: Tensor) -> None:
         """Keep the states after the new tokens, [B, *shape], replacing the oldest states. Detaches them."""
-        lengths = zip(self.table.lengths, self.table.new_lengths)
-        for sequence, (state, (before, length)) in enumerate(zip(states.detach(), lengths)):
-            positions = self.positions[sequence]
-            positions[positions > before] = _EMPTY  # states of an interrupted step, whose tokens may be others
-            oldest = int(positions.argmin())
-            self.data[sequence, oldest] = state
-            positions[oldest] = length
+        before, after = (torch.tensor(lengths) for lengths in (self.table.lengths, self.table.new_lengths))
+        # States of an interrupted step, whose tokens may be others, are dropped.
+        self.positions.masked_fill_(self.positions > before.unsqueeze(-1), _EMPTY)
+        oldest = self.positions.argmin(1)
+        self.data.flatten(0, 1).index_copy_(0, self._rows(oldest), states.detach().to(self.data.dtype))
+        self.positions.scatter_(1, oldest.unsqueeze(-1), after.unsqueeze(-1))
+
+    def _rows(self, places: Tensor) -> Tensor:
+        """Return the indices of each sequence's place, int64 [B] each, in the states of all sequences."""
+        return (places + torch.arange(len(places)) * self.data.shape[1]).to(self.data.device)
 
     def saved(self) -> dict[str, Tensor]:
         """Return a single sequence's states and positions by name."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -117,19 +116,6 @@ class WindowCache(Ring):
         return TokenRows(self.extend(new), first - (self.part.tokens - 1), first)
 
 
-@dataclass(frozen=True)
-class Completion:
-    """Sequences whose new tokens complete the same number of blocks, starting at the same offset within a block."""
-
-    sequences: list[int]
-    past: int
-    """Number of kept rows before the new tokens' rows."""
-    has_previous: bool
-    """True if the first block is the overlap of the first pooled block, and is not pooled itself."""
-    first_entry: Tensor
-    """int64 [sequences]: index of the first new entry."""
-
-
 class CompressorState(Ring):
     """Projected values and gates of the tokens in an unfinished block, and of the block before it where blocks overlap;
     float32.
@@ -148,18 +134,3 @@ class CompressorState(Ring):
     def first_needed(self, position: int) -> int:
         ratio = self.part.ratio
         return position // ratio * ratio - (ratio if self.part.overlap else 0)
-
-    def completions(self, tokens: int) -> Iterator[Completion]:
-        """Yield the sequences that complete blocks with ``tokens`` new tokens, grouped by their offset in a block."""
-        m = self.part.ratio
-        groups: dict[tuple[int, bool], list[int]] = {}
-        for sequence, start in enumerate(self.table.lengths):
-            if (start + tokens) // m > start // m:
-                groups.setdefault((start % m, self.part.overlap and start >= m), []).append(sequence)
-        for (offset, has_previous), sequences in groups.items():
-            starts = torch.tensor([self.table.lengths[s] for s in sequences], device=self.data.device)
-            yield Completion(sequences, offset + m * has_previous, has_previous, starts // m)
-
-    def read_group(self, group: Completion) -> Tensor:
-        """Return the kept rows of a group: float32 [sequences, past, width]."""
-        return self.read(group.past, group.sequences)

@@ -20,11 +20,12 @@ def cache_bytes_per_token(config: ModelConfig) -> dict[str, float]:
     return per_token
 
 
-def fixed_state_bytes(config: ModelConfig, rewind: int = 0) -> dict[str, int]:
+def fixed_state_bytes(config: ModelConfig, rewind: int = 0, predicts_ahead: bool = False) -> dict[str, int]:
     """Return the bytes per sequence that do not grow, by component: ``window``, ``tail`` (compressors' float32 rows)
-    and ``state`` (recurrent). Each keeps ``rewind`` more tokens for :meth:`model.cache.Cache.truncate`."""
+    and ``state`` (recurrent). Each keeps ``rewind`` more tokens for :meth:`model.cache.Cache.truncate`.
+    ``predicts_ahead`` includes the multi-token prediction module."""
     fixed: dict[str, int] = {}
-    for mixer in config.mixers:
+    for mixer in config.block_mixers if predicts_ahead else config.mixers:
         for part in mixer.cache_parts(config).values():
             if not isinstance(part, GrowingPart):
                 fixed[part.component] = fixed.get(part.component, 0) + part.nbytes(rewind)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from kernels.autocast import cast, in_float32
-from kernels.compress import compress
+from kernels.compress import compress, compress_next
 from kernels.linear import linear_concat
 from model.forward.context import Context
 from model.layers.linear import Linear
@@ -63,57 +64,46 @@ class Compressor(nn.Module):
             blocks = context.documents.blocks(self.ratio)
             rows, positions, starts = blocks.gather(rows), blocks.positions, blocks.starts
             return stored(self._pool(rows, positions, starts=starts))
+        if state is not None and context.batch_invariant:
+            return self._pool_one_by_one(rows, state, stored)
         if state is not None:
-            return self._pool_completed(rows, state, stored, context.batch_invariant)
+            return self._pool_completed(rows, state, stored)
         whole = rows.shape[1] // self.ratio * self.ratio
         positions = torch.arange(0, whole, self.ratio, device=rows.device).unsqueeze(0)
         return stored(self._pool(rows[:, :whole], positions))
 
-    def _pool_completed(
-        self, rows: Tensor, state: CompressorState, stored: Callable[[Tensor], Tensor], batch_invariant: bool
-    ) -> Tensor:
+    def _pool_completed(self, rows: Tensor, state: CompressorState, stored: Callable[[Tensor], Tensor]) -> Tensor:
         """Pool the blocks that new rows complete together with kept ones: [B, n, width]. Sequences that complete fewer
-        than n have theirs first, padded with zeros."""
-        m, new = self.ratio, rows.shape[1]
-        pooled: list[tuple[list[int], Tensor]] = []
-        for group in state.completions(new):
-            own = rows if len(group.sequences) == len(rows) else rows[group.sequences]
-            together = torch.cat((state.read_group(group), own), dim=1)
-            whole = together.shape[1] // m * m
-            count = whole // m - group.has_previous
-            positions = (group.first_entry.unsqueeze(-1) + torch.arange(count, device=rows.device)) * m
-            if whole < together.shape[1]:
-                together = together[:, :whole]
-            pool = self._pool_one_by_one if batch_invariant else self._pool_together
-            pooled.append((group.sequences, pool(together, positions, group.has_previous, stored)))
+        than n have theirs first, followed by arbitrary values."""
+        entries = compress_next(state.data, rows, self.ape, state.table.lengths, self.overlap)
+        n = entries.shape[1]
+        if n:
+            first = (state.table.starts // self.ratio).unsqueeze(-1)
+            entries = stored(self._finish(entries, (first + torch.arange(n, device=rows.device)) * self.ratio))
         state.append(rows)
-        if len(pooled) == 1 and len(pooled[0][0]) == len(rows):
-            return pooled[0][1]
-        n = max((entries.shape[1] for _, entries in pooled), default=0)
-        padded = rows.new_zeros(len(rows), n, self.norm.weight.shape[0])
-        for sequences, entries in pooled:
-            padded[sequences, : entries.shape[1]] = entries
-        return padded
+        return entries
 
-    def _pool_together(
-        self, rows: Tensor, positions: Tensor, has_previous: bool, stored: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        return stored(self._pool(rows, positions, has_previous))
-
-    def _pool_one_by_one(
-        self, rows: Tensor, positions: Tensor, has_previous: bool, stored: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """Pool every entry in a call of one shape, except a sequence's first, which has no predecessor."""
-        m = self.ratio
-        sequences = []
-        for row, places in zip(rows.split(1), positions.split(1)):
+    def _pool_one_by_one(self, rows: Tensor, state: CompressorState, stored: Callable[[Tensor], Tensor]) -> Tensor:
+        """Do the same in batch-invariant mode: every entry in a call of one shape, except a sequence's first, which has
+        no predecessor."""
+        m, new = self.ratio, rows.shape[1]
+        sequences: list[Tensor] = []
+        for sequence, length in enumerate(state.table.lengths):
+            if (length + new) // m == length // m:
+                sequences.append(rows.new_zeros(0, self.width))
+                continue
+            preceded = self.overlap and length >= m
+            past = state.read(length % m + m * preceded, [sequence])[0]
+            together = torch.cat((past, rows[sequence])).unsqueeze(0)
             entries = []
-            for i, place in enumerate(places.split(1, dim=1)):
-                end = (i + 1 + has_previous) * m
-                preceded = self.overlap and end > m
-                entries.append(stored(self._pool(row[:, end - (1 + preceded) * m : end], place, preceded)))
-            sequences.append(torch.cat(entries, dim=1))
-        return torch.cat(sequences)
+            for block in range(length // m, (length + new) // m):
+                end = (block + 1) * m - length + len(past)
+                place = torch.tensor([[block * m]], device=rows.device)
+                before = m * (self.overlap and block > 0)
+                entries.append(stored(self._pool(together[:, end - m - before : end], place, before > 0))[0])
+            sequences.append(torch.cat(entries))
+        state.append(rows)
+        return pad_sequence(sequences, batch_first=True)
 
     def _pool(
         self, rows: Tensor, positions: Tensor, has_previous: bool = False, starts: Tensor | None = None
@@ -121,5 +111,8 @@ class Compressor(nn.Module):
         """Pool rows [B, whole blocks of tokens, row width] to entries [B, n, width] at positions [B or 1, n]."""
         if positions.shape[1] == 0:
             return rows.new_zeros(rows.shape[0], 0, self.norm.weight.shape[0])
-        entries = self.norm(compress(rows, self.ape, self.overlap, has_previous, starts))
-        return self.frequencies.at(positions).apply(entries)
+        return self._finish(compress(rows, self.ape, self.overlap, has_previous, starts), positions)
+
+    def _finish(self, pooled: Tensor, positions: Tensor) -> Tensor:
+        """Normalize and rotate pooled entries [B, n, width] at positions [B or 1, n]."""
+        return self.frequencies.at(positions).apply(self.norm(pooled))

@@ -38,7 +38,7 @@ class ByteTokenizer(Tokenizer):
         return ids + [byte + 2 for byte in text[start:].encode("utf-8")]
 
     def decode(self, ids: list[int]) -> str:
-        return bytes(i - 2 for i in ids if self.is_text(i)).decode("utf-8", errors="replace")
+        return bytes([i - 2 for i in ids if 2 <= i < 258]).decode("utf-8", errors="replace")
 
     def is_text(self, token_id: int) -> bool:
         return 2 <= token_id < 258

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from model.costs import cache_bytes_per_token, fixed_state_bytes, gqa8_costs
+from model.costs import cache_bytes_per_token, gqa8_costs
 from serve.api.schemas.cache import CacheReport, CacheSize, KeptPrefixes, Pages, SequenceCache
 from serve.engine import Engine
 
@@ -19,7 +19,7 @@ class CacheReporter:
         growing = [part for part, size in cache_bytes_per_token(config).items() if size]
         self.page_bytes = {part: self._pool.page_bytes(part) for part in growing}
         """Bytes of one page by component."""
-        self.state_bytes = {part: size for part, size in fixed_state_bytes(config).items() if size}
+        self.state_bytes = {part: size for part, size in engine.memory.state_components.items() if size}
         """Bytes of one sequence's fixed state by component."""
         self._reference = gqa8_costs(config)
 

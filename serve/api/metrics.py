@@ -125,6 +125,8 @@ class _EngineCollector(Collector):
             "decode_seconds": ("Time of decoding steps", stats.decode_seconds),
             "prefill_tokens": ("Prompt tokens read, without those found in kept prefixes", stats.prefill_tokens),
             "prefill_seconds": ("Time of reading prompts", stats.prefill_seconds),
+            "draft_tokens": ("Tokens drafted by speculative decoding", stats.drafted_tokens),
+            "accepted_tokens": ("Drafted tokens that were accepted", stats.accepted_tokens),
             "preemptions": ("Times that a completion lost its cache to a full memory", stats.preemptions),
         }
         for name, (text, total) in totals.items():

@@ -37,6 +37,9 @@ class EngineConfig(BaseModel):
     kept_prefixes: Annotated[int, Field(ge=0)] = 256
     """Prefixes of earlier prompts that are kept for prompts with the same beginning; 0 keeps none. Each costs a copy of
     the windows and other fixed state of a sequence (:mod:`serve.engine.prefix_cache`)."""
+    speculative_tokens: Annotated[int, Field(ge=0, le=16)] = 0
+    """Tokens that the model's multi-token prediction module drafts for every completion and step; 0 drafts none. The
+    tokens of a completion do not change (:mod:`serve.engine.speculation`)."""
     request_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
     """Time from submission to the last token, including the time spent waiting; the server answers 504 to later ones.
     A client with less patience disconnects, which removes its completions."""

@@ -18,6 +18,8 @@ class DecodeBatch:
     def __init__(self) -> None:
         self.sequences: list[Sequence] = []
         self.cache: Cache | None = None
+        self.streams: Tensor | None = None
+        """Streams of the newest step, [B, S, ...], until other sequences join."""
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -29,6 +31,7 @@ class DecodeBatch:
         caches = [cache for cache in (self.cache, *(s.take_cache() for s in sequences)) if cache is not None]
         self.cache = caches[0] if len(caches) == 1 else Cache.join(caches)
         self.sequences += sequences
+        self.streams = None
 
     def remove(self, sequences: Collection[Sequence]) -> None:
         """Remove sequences, if they are in the batch, and free their caches."""
@@ -37,10 +40,13 @@ class DecodeBatch:
         if len(kept) == len(self.sequences):
             return
         self.cache = self.cache.take(kept) if kept and self.cache is not None else None
+        self.streams = self.streams[kept] if kept and self.streams is not None else None
         self.sequences = [self.sequences[i] for i in kept]
 
-    def forward(self, model: Transformer) -> Tensor:
-        """Append each sequence's last token and return the logits of its next one, [B, vocab]."""
+    def forward(self, model: Transformer, drafts: int = 0) -> Tensor:
+        """Append each sequence's last token and that many of its drafts. Return the logits of the token after each,
+        [B, 1 + drafts, vocab]."""
         assert self.cache is not None
-        last = torch.tensor([[sequence.tokens[-1]] for sequence in self.sequences], device=self.cache.device)
-        return model(last, self.cache, last_only=True)[:, -1]
+        rows = [[sequence.tokens[-1], *sequence.drafts[:drafts]] for sequence in self.sequences]
+        self.streams = model.read(torch.tensor(rows, device=self.cache.device), self.cache)
+        return model.logits(self.streams)

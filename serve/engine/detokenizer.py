@@ -66,6 +66,8 @@ class StopStringFilter:
 
     def push(self, piece: str) -> tuple[str, bool]:
         """Append text. Return the text that precedes any possible stop string, and whether one was found."""
+        if not self._patterns:
+            return piece, False
         self._pending += piece
         found = [at for at in (self._pending.find(pattern) for pattern in self._patterns) if at >= 0]
         if found:

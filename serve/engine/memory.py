@@ -22,8 +22,10 @@ class CacheMemory:
 
     def __init__(self, model_config: ModelConfig, config: EngineConfig, device: torch.device):
         self.model_config = model_config
-        self.state_bytes = sum(fixed_state_bytes(model_config).values())
-        """Bytes of one completion's fixed state."""
+        self.speculative_tokens = config.speculative_tokens
+        self.state_components = fixed_state_bytes(model_config, self.speculative_tokens, self.speculative_tokens > 0)
+        """Bytes of one completion's fixed state by component."""
+        self.state_bytes = sum(self.state_components.values())
         budget = config.cache_mebibytes << 20
         states = (config.max_active_requests + config.kept_prefixes) * self.state_bytes
         page_bytes = PagePool(model_config, 0, "meta").page_bytes()
@@ -41,7 +43,9 @@ class CacheMemory:
 
     def new_cache(self) -> Cache:
         """Return an empty cache for one completion."""
-        return Cache(self.model_config, 1, self.model_config.max_positions, pool=self.pool)
+        drafts = self.speculative_tokens
+        most = self.model_config.max_positions
+        return Cache(self.model_config, 1, most, pool=self.pool, rewind=drafts, predicts_ahead=drafts > 0)
 
     def pages_for(self, tokens: int) -> int:
         """Return the pages of ``tokens`` tokens; 0 if no part of the cache grows."""

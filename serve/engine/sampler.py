@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -17,7 +17,8 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int], stop_ids: Iterable[int]):
         self.params = params
-        self.random = random.Random(params.seed)
+        self._random = random.Random(params.seed)
+        self._draws: deque[float] = deque()
         self.generated = 0
         self._stop_ids = sorted(stop_ids)
         self._prompt = set(prompt) if params.repetition_penalty != 1 else set()
@@ -46,9 +47,17 @@ class Sampler:
         if self.generated < p.min_tokens:
             logits[self._stop_ids] = float("-inf")
 
+    def draw(self, ahead: int = 0) -> float:
+        """Return the uniform random number of the next token, or of the one ``ahead`` tokens later."""
+        while len(self._draws) <= ahead:
+            self._draws.append(self._random.random())
+        return self._draws[ahead]
+
     def count(self, token: int) -> None:
         """Record a sampled token."""
         self.generated += 1
+        if self._draws:
+            self._draws.popleft()
         if self._counts_tokens:
             self._counts[token] += 1
 
@@ -58,6 +67,15 @@ def sample_tokens(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
 
     A completion's token depends on its own logits and random number only, not on the batch.
     """
+    tokens = predict_tokens(logits, samplers)
+    for sampler, token in zip(samplers, tokens):
+        sampler.count(token)
+    return tokens
+
+
+def predict_tokens(logits: Tensor, samplers: Sequence[Sampler], ahead: int = 0) -> list[int]:
+    """Return the tokens that completions would sample from logits [B, vocab], ``ahead`` tokens after the next one.
+    Samplers keep their state."""
     changed = [i for i, sampler in enumerate(samplers) if sampler.changes_logits]
     if changed:
         logits = logits.clone()
@@ -69,11 +87,9 @@ def sample_tokens(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
             i for i, s in enumerate(samplers) if s.params.temperature > 0 and _truncates(s.params, logits) == truncates
         ]
         if rows:
-            drawn = _draw(logits[rows], [samplers[i] for i in rows], truncates)
+            drawn = _draw(logits[rows], [samplers[i] for i in rows], truncates, ahead)
             for i, token in zip(rows, drawn):
                 tokens[i] = token
-    for sampler, token in zip(samplers, tokens):
-        sampler.count(token)
     return tokens
 
 
@@ -81,7 +97,7 @@ def _truncates(params: SamplingParams, logits: Tensor) -> bool:
     return params.top_p < 1 or params.min_p > 0 or 0 < params.top_k < logits.shape[-1]
 
 
-def _draw(logits: Tensor, samplers: list[Sampler], truncates: bool) -> list[int]:
+def _draw(logits: Tensor, samplers: list[Sampler], truncates: bool, ahead: int) -> list[int]:
     """Draw one token per row of logits [B, vocab] by inverting the cumulative distribution."""
     params = [sampler.params for sampler in samplers]
     device = logits.device
@@ -95,7 +111,7 @@ def _draw(logits: Tensor, samplers: list[Sampler], truncates: bool) -> list[int]
         probabilities = _truncate(probabilities, params)
     cumulative = probabilities.cumsum(dim=-1)
     total = cumulative[:, -1:]
-    uniform = torch.tensor([[s.random.random()] for s in samplers], dtype=torch.float64, device=device)
+    uniform = torch.tensor([[s.draw(ahead)] for s in samplers], dtype=torch.float64, device=device)
     # Below the total, so that the token found has a positive probability.
     target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     found = torch.searchsorted(cumulative, target, right=True)

@@ -21,6 +21,7 @@ from serve.engine.memory import CacheMemory
 from serve.engine.pace import PrefillPace
 from serve.engine.sampler import sample_tokens
 from serve.engine.sequence import Delta, Sequence
+from serve.engine.speculation import Drafter
 from serve.engine.stats import EngineStats
 
 logger = logging.getLogger(__name__)
@@ -31,9 +32,10 @@ Results = list[tuple[Sequence, Delta]]
 class Scheduler:
     """Advance sequences step by step, in order of arrival. Not thread-safe.
 
-    A step decodes one token of all sequences whose prompt has been read, in one forward pass, and reads a number of
-    prompt tokens that :class:`PrefillPace` allows. A sequence waits until the pool has pages for its prompt. If the
-    pool is full when a running sequence needs a page, the newest sequence loses its cache and waits to be read again.
+    A step decodes one token of all sequences whose prompt has been read (or more with speculative decoding), in one
+    forward pass, and reads a number of prompt tokens that :class:`PrefillPace` allows. A sequence waits until the pool
+    has pages for its prompt. If the pool is full when a running sequence needs a page, the newest sequence loses its
+    cache and waits to be read again.
     """
 
     def __init__(self, model: Transformer, config: EngineConfig):
@@ -45,6 +47,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.prefilling: list[Sequence] = []
         self.batch = DecodeBatch()
+        self.drafter = Drafter(model, config.speculative_tokens) if config.speculative_tokens else None
         self._pace = PrefillPace(config.prefill_chunk, config.prefill_share)
 
     @property
@@ -93,36 +96,97 @@ class Scheduler:
     # --- decoding
 
     def _decode(self) -> Results:
-        self._make_room_for_tokens()
+        drafts = self._make_room_for_tokens()
         sequences = list(self.batch.sequences)
         if not sequences:
             return []
         started = time.perf_counter()
+        before = sum(len(sequence.tokens) for sequence in sequences)
         try:
-            logits = self.batch.forward(self.model)
+            logits = self.batch.forward(self.model, drafts)
             self.stats.model_seconds += time.perf_counter() - started
-            results = self._sample(logits, sequences)
+            results = self._sample_drafted(logits, sequences)
         except Exception as error:
-            logger.exception("the model failed on %d completions", len(sequences))
-            results = [(sequence, _failure(error)) for sequence in sequences]
+            results = self._fail(sequences, error)
         self._finish([sequence for sequence, delta in results if delta.final])
+        if self.drafter is not None:
+            results = self._draft(self.drafter, results)
         seconds = time.perf_counter() - started
         self._pace.decoded(seconds)
         self.stats.decode_steps += 1
-        self.stats.decoded_tokens += len(sequences)
+        self.stats.decoded_tokens += sum(len(sequence.tokens) for sequence in sequences) - before
         self.stats.decode_seconds += seconds
         return results
 
-    def _make_room_for_tokens(self) -> None:
-        """Free pages for one more token of every sequence in the batch, from the newest sequences if necessary."""
-        while self.batch.cache is not None:
-            if self.memory.make_room(self._promised_pages() + self.batch.cache.missing_pages(1)):
-                return
+    def _draft(self, drafter: Drafter, results: Results) -> Results:
+        """Draft the next tokens of the sequences in the batch. Return the results of the step, some of which may have
+        become errors."""
+        started = time.perf_counter()
+        sequences = list(self.batch.sequences)
+        try:
+            if self.batch.cache is not None and self.batch.streams is not None:
+                drafter.draft(sequences, self.batch.cache, self.batch.streams)
+        except Exception as error:
+            self._finish(sequences)
+            return [result for result in results if result[1].final] + self._fail(sequences, error)
+        finally:
+            self.stats.model_seconds += time.perf_counter() - started
+        return results
+
+    def _fail(self, sequences: list[Sequence], error: Exception) -> Results:
+        logger.error("the model failed on %d completions", len(sequences), exc_info=error)
+        return [(sequence, _failure(error)) for sequence in sequences]
+
+    def _usable_drafts(self) -> int:
+        """Return the number of drafts that fit the context of all sequences in the batch and that one of them uses."""
+        if self.drafter is None or self.batch.cache is None:
+            return 0
+        room = self.batch.cache.max_tokens - max(self.batch.cache.lengths) - 1
+        wanted = max(s.params.max_tokens - s.completion_tokens - 1 for s in self.batch.sequences)
+        return min(self.drafter.count, room, wanted)
+
+    def _make_room_for_tokens(self) -> int:
+        """Free pages for one more token of every sequence in the batch, from the newest sequences if necessary. Return
+        the number of drafts for which there is room, too, without stopping a sequence."""
+        drafts = self._usable_drafts()
+        if drafts and self._make_room(1 + drafts):
+            return drafts
+        while self.batch.cache is not None and not self._make_room(1):
             newest = self.prefilling.pop() if self.prefilling else self.batch.sequences[-1]
             self.batch.remove([newest])
             newest.drop_cache()
             self.waiting.appendleft(newest)
             self.stats.preemptions += 1
+        return 0
+
+    def _make_room(self, tokens: int) -> bool:
+        """Return whether ``tokens`` more tokens of every sequence in the batch fit, and free kept prefixes for them."""
+        assert self.batch.cache is not None
+        return self.memory.make_room(self._promised_pages() + self.batch.cache.missing_pages(tokens))
+
+    def _sample_drafted(self, logits: Tensor, sequences: list[Sequence]) -> Results:
+        """Sample from logits [B, 1 + drafts, vocab] of each sequence's last token and drafts. A sequence goes on to its
+        next draft as long as its samples equal the drafts."""
+        drafts = logits.shape[1] - 1
+        if not drafts:
+            return self._sample(logits[:, 0], sequences)
+        self.stats.drafted_tokens += drafts * len(sequences)
+        row_of = {id(sequence): row for row, sequence in enumerate(sequences)}
+        outputs: list[list[Delta]] = [[] for _ in sequences]
+        accepted = sequences
+        for place in range(1 + drafts):
+            rows = [row_of[id(sequence)] for sequence in accepted]
+            sampled = self._sample(logits[rows, place], accepted)
+            for sequence, delta in sampled:
+                outputs[row_of[id(sequence)]].append(delta)
+            if place == drafts:
+                break
+            right = [(s, delta) for s, delta in sampled if delta.error is None and s.tokens[-1] == s.drafts[place]]
+            self.stats.accepted_tokens += len(right)
+            accepted = [sequence for sequence, delta in right if not delta.final]
+            if not accepted:
+                break
+        return [(sequence, Delta.join(deltas)) for sequence, deltas in zip(sequences, outputs)]
 
     def _sample(self, logits: Tensor, sequences: list[Sequence]) -> Results:
         """Sample a token of every sequence from logits [B, vocab]. Non-finite logits fail only their sequence."""
@@ -182,11 +246,14 @@ class Scheduler:
         started = time.perf_counter()
         try:
             ids = torch.tensor([sequence.tokens[sequence.computed : sequence.computed + count]], device=self.device)
+            assert sequence.cache is not None
+            streams = self.model.read(ids, sequence.cache)
             # The output head runs over the whole chunk only if the prompt's log-probabilities were requested.
-            logits = self.model(ids, sequence.cache, last_only=not sequence.params.prompt_logprobs)[0]
+            logits = self.model.logits(streams if sequence.params.prompt_logprobs else streams[:, -1:])[0]
             sequence.computed += count
+            if self.drafter is not None and not sequence.prefill_done:
+                self.drafter.read(sequence, streams)
             if (digest := sequence.boundaries.get(sequence.computed)) is not None:
-                assert sequence.cache is not None
                 self.memory.prefixes.keep(digest, sequence.cache)
             if sequence.params.prompt_logprobs and len(sequence.prompt_logprobs) < sequence.prompt_length:
                 sequence.add_prompt_logprobs(logits)
@@ -195,6 +262,8 @@ class Scheduler:
             if sequence.params.max_tokens == 0:
                 return sequence.finish_without_tokens()
             [(_, delta)] = self._sample(logits[-1:], [sequence])
+            if self.drafter is not None and not delta.final:
+                self.drafter.draft([sequence], sequence.cache, streams)
             return delta
         except Exception as error:
             logger.exception("the model failed on a prompt")

@@ -66,6 +66,8 @@ class Sequence:
         """Cache while the prompt is read. Afterwards the decode batch holds it."""
         self.cache_nbytes = 0
         """Bytes of the cache at the end of the completion."""
+        self.drafts: list[int] = []
+        """Tokens that may follow, to be checked in the next step (:mod:`serve.engine.speculation`)."""
         self.computed = 0
         """Number of tokens in the cache while the prompt is read."""
         self.cached_tokens = 0
@@ -127,7 +129,7 @@ class Sequence:
 
     def drop_cache(self) -> None:
         """Give up the cache. All tokens, generated ones included, must be read again."""
-        self.cache, self.computed, self.page_digests, self.boundaries = None, 0, None, {}
+        self.cache, self.computed, self.page_digests, self.boundaries, self.drafts = None, 0, None, {}, []
         if len(self.prompt_logprobs) < self.prompt_length:
             self.prompt_logprobs.clear()
             self._prompt_detokenizer, self._prompt_chars = Detokenizer(self._tokenizer), 0

@@ -18,5 +18,9 @@ class EngineStats:
     prefill_tokens: int = 0
     """Prompt tokens read, without those found in kept prefixes."""
     prefill_seconds: float = 0.0
+    drafted_tokens: int = 0
+    """Tokens drafted by speculative decoding and checked by the network."""
+    accepted_tokens: int = 0
+    """Drafted tokens that were sampled."""
     preemptions: int = 0
     """Times that a running completion lost its cache because the memory was full."""

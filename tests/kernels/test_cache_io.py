@@ -2,7 +2,7 @@ import pytest
 import torch
 from backend_testing import needs_native
 
-from kernels.cache_io import EntryLayout, PagedRows, Pages, pack, unpack, write_ring
+from kernels.cache_io import EntryLayout, PagedRows, Pages, pack, unpack, write_pages, write_ring
 from kernels.quantize import round_to_format, round_to_layout
 
 LAYOUTS = [
@@ -115,3 +115,32 @@ def test_rows_are_read_from_pages(pages):
     indices = torch.tensor([[0, 7, 2], [11, 4, 4]])
     assert torch.equal(batch.gather(indices)[1], expected[indices[1]])
     assert torch.equal(batch.gather_from(torch.tensor([1]), indices[1:]), expected[indices[1:]])
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_native)])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_new_entries_are_packed_into_pages(backend, layout):
+    x, size = values(3, 4, layout.size), 3
+    pages = Pages(
+        torch.full((7 * size, layout.nbytes), 9, dtype=torch.uint8), size, torch.tensor([[4, 0], [2, 6], [5, 5]])
+    )
+    expected = pages.storage.clone()
+    packed = pack(x, layout, backend="reference")
+    for sequence, first, last in ((0, 1, 5), (1, 2, 4), (2, 2, 2)):
+        for i in range(first, last):
+            expected[int(pages.page_table[sequence, i // size]) * size + i % size] = packed[sequence, i - first]
+    write_pages(x, layout, pages, [1, 2, 2], [5, 4, 2], backend=backend)
+    assert torch.equal(pages.storage, expected)
+
+
+@needs_native
+def test_entries_that_do_not_fit_their_pages_are_refused():
+    layout = EntryLayout(4, "fp32")
+    pages = Pages(torch.zeros(4, layout.nbytes, dtype=torch.uint8), 2, torch.tensor([[0, 9]]))
+    for first, last, error, message in (
+        (0, 3, ValueError, "do not fit 2 entries and 2 pages"),
+        (3, 5, ValueError, "do not fit 2 entries and 2 pages"),
+        (2, 3, IndexError, "page 9 does not exist"),
+    ):
+        with pytest.raises(error, match=message):
+            write_pages(torch.zeros(1, 2, 4), layout, pages, [first], [last], backend="cpu")

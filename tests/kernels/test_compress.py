@@ -2,7 +2,7 @@ import pytest
 import torch
 from backend_testing import needs_native
 
-from kernels.compress import compress
+from kernels.compress import compress, compress_next
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -49,3 +49,39 @@ def test_cpu_propagates_nan_and_refuses_packed_documents():
     assert compress(rows, bias, False, backend="cpu").isnan().any()
     with pytest.raises(ValueError, match="the cpu backend does not support packed documents"):
         compress(rows, bias, False, starts=torch.zeros(1, 1, dtype=torch.bool), backend="cpu")
+
+
+def ring_of(rows, lengths, capacity):
+    """Return a ring buffer [B, capacity, width] with the rows of the newest tokens, and noise in unused places."""
+    ring = torch.randn(len(rows), capacity, rows.shape[2])
+    for own, kept, length in zip(rows, ring, lengths):
+        for p in range(max(0, length - capacity), length):
+            kept[p % capacity] = own[p]
+    return ring
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_native)])
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("m", [2, 4, 7])
+@pytest.mark.parametrize("new", [1, 2, 9, 30])
+@torch.no_grad()
+def test_completed_blocks_of_a_ragged_batch(backend, overlap, m, new):
+    """Entries equal those of whole sequences, at every offset in a block."""
+    c, lengths = 5, [0, 1, m - 1, m, m + 1, 2 * m - 1, 2 * m, 5 * m + 2]
+    width = 2 * c if overlap else c
+    rows, bias = torch.randn(len(lengths), max(lengths) + new, 2 * width) * 3, torch.randn(m, width)
+    added = torch.stack([own[length : length + new] for own, length in zip(rows, lengths)])
+    ring = ring_of(rows, lengths, (2 * m - 1 if overlap else m - 1) + 2)
+    found = compress_next(ring, added, bias, lengths, overlap, backend=backend)
+    counts = [(length + new) // m - length // m for length in lengths]
+    assert found.shape == (len(lengths), max(counts), c)
+    for own, entries, length, count in zip(rows, found, lengths, counts):
+        whole = compress(own[None, : (length + new) // m * m], bias, overlap, backend="reference")[0]
+        torch.testing.assert_close(entries[:count], whole[length // m :], rtol=1e-5, atol=1e-5)
+        assert not entries[count:].any()
+
+
+@needs_native
+def test_rings_that_do_not_match_are_refused():
+    with pytest.raises(ValueError, match="compress_next: ring"):
+        compress_next(torch.zeros(1, 2, 4), torch.zeros(1, 1, 4), torch.zeros(4, 2), [3], False, backend="cpu")

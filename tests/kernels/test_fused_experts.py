@@ -3,8 +3,7 @@ import torch
 from backend_testing import needs_native
 
 from kernels.cache_io import EntryLayout, pack, unpack
-from kernels.fused_experts import fused_experts, prefers_fused
-from kernels.linear import MAX_NATIVE_TOKENS
+from kernels.fused_experts import MAX_TOKENS, fused_experts, prefers_fused
 
 
 @needs_native
@@ -94,6 +93,6 @@ def test_cpu_refuses_packed_experts_that_do_not_match():
 def test_few_tokens_without_gradients_prefer_the_fused_operator():
     w1 = torch.randn(4, 32, 96)
     with torch.no_grad():
-        assert prefers_fused(torch.randn(MAX_NATIVE_TOKENS, 96), w1)
-        assert not prefers_fused(torch.randn(MAX_NATIVE_TOKENS + 1, 96), w1)
+        assert prefers_fused(torch.randn(MAX_TOKENS, 96), w1)
+        assert not prefers_fused(torch.randn(MAX_TOKENS + 1, 96), w1)
     assert not prefers_fused(torch.randn(1, 96), w1)

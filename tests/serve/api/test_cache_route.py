@@ -40,6 +40,19 @@ def run_with_report(engine: Engine, requests, check) -> None:
     asyncio.run(main())
 
 
+def test_drafts_have_a_window_of_their_own(random_model_of, letters) -> None:
+    model = random_model_of(letters.vocab_size, mtp_layers=1)
+    engine = Engine(model, letters, EngineConfig(kept_prefixes=0, speculative_tokens=3))
+    params = SamplingParams(max_tokens=100, ignore_eos=True)
+
+    def check(report) -> None:
+        cache = engine._scheduler.batch.cache
+        assert report["total"]["components"] == {component: cache.nbytes(component) for component in cache.components}
+        assert report["sequences"][0]["bytes"] == cache.nbytes() > Cache(model.config, 1, 90).nbytes()
+
+    run_with_report(engine, [([5] * 90, params)], check)
+
+
 def test_live_sequences(endless_model, letters) -> None:
     engine = Engine(endless_model, letters, EngineConfig(kept_prefixes=0))
     params = SamplingParams(max_tokens=100, temperature=0)

@@ -85,6 +85,20 @@ def test_gauges_follow_running_and_waiting_completions(endless_model, letters) -
     asyncio.run(main())
 
 
+def test_drafts_are_counted(random_model_of, letters) -> None:
+    model = random_model_of(letters.vocab_size, mtp_layers=1)
+    engine = Engine(model, letters, EngineConfig(speculative_tokens=2))
+    with TestClient(create_app(engine, "letters")) as client:
+        body = {"prompt": [5] * 9, "max_tokens": 40, "ignore_eos": True}
+        answer = client.post("/v1/completions", json=body).json()
+        found = parse(client.get("/metrics").text)
+    stats = engine.stats
+    assert answer["usage"]["completion_tokens"] == found["generated_tokens_total",] == 40
+    assert found["draft_tokens_total",] == stats.drafted_tokens >= 2 * (stats.decode_steps - 1) > 0
+    assert found["accepted_tokens_total",] == stats.accepted_tokens == 39 - stats.decode_steps
+    assert found["inter_token_seconds_count",] == 39
+
+
 def sequence_of(letters, engine: Engine, now: float, prompt: int = 3) -> Sequence:
     deadline = now + engine.config.request_timeout_seconds
     return Sequence([5] * prompt, SamplingParams(max_tokens=9), letters, deadline)

@@ -183,8 +183,8 @@ def test_logits_that_are_not_finite_fail_their_sequence_only(byte_model, byte_to
     scheduler.step(sequences)
     forward = scheduler.batch.forward
 
-    def broken(model) -> torch.Tensor:
-        logits = forward(model).clone()
+    def broken(model, drafts) -> torch.Tensor:
+        logits = forward(model, drafts).clone()
         logits[1] = float("nan")
         return logits
 

@@ -1,0 +1,90 @@
+"""Speculative decoding: tokens are drafted by the multi-token prediction module and checked by the network.
+
+A decoding step reads each completion's last token and its drafts in one forward pass. Then it samples tokens in order,
+as without drafts, until one differs from its draft. Draft and sample of a token use the same random number (inverse
+transform sampling from the module's and from the network's distribution). Therefore
+
+* a completion's tokens are those of decoding without drafts, whatever is drafted: the same distribution, and the same
+  tokens for a seed, up to the rounding of logits in a wider forward pass (``batch-invariant`` gives the same bits);
+* a draft is accepted with a probability that approaches 1 as the two distributions approach each other. For a draft
+  that is certain, such as a greedy one, this is the rejection sampling of arXiv:2211.17192.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.cache import Cache
+from model.cache.parts import RecurrentPart, WindowPart
+from model.config import ModelConfig
+from model.errors import ConfigError
+from model.transformer import Transformer
+from serve.engine.sampler import predict_tokens
+from serve.engine.sequence import Sequence
+
+
+def check_speculation(config: ModelConfig) -> None:
+    """Raise ConfigError unless the network can draft tokens, and its cache can forget those that are rejected."""
+    if not config.mtp_layers:
+        raise ConfigError("speculative_tokens: the model has no multi-token prediction module (mtp_layers is 0)")
+    for mixer in config.mixers:
+        if any(isinstance(part, RecurrentPart) for part in mixer.cache_parts(config).values()):
+            raise ConfigError(
+                f"speculative_tokens: layers of '{mixer.name}' keep a recurrent state, which cannot forget rejected "
+                "tokens; set it to 0"
+            )
+
+
+class Drafter:
+    """Drafts ``count`` tokens per completion with the network's multi-token prediction module.
+
+    The module has one step of lookahead; further drafts feed its own streams back to it. Its cache has a row for each
+    token that has a successor.
+    """
+
+    def __init__(self, model: Transformer, count: int):
+        check_speculation(model.config)
+        self.model, self.count = model, count
+        parts = model.config.block_mixers[-1].cache_parts(model.config).values()
+        self._reach = max(part.tokens for part in parts if isinstance(part, WindowPart))
+        """Tokens that the module sees at a time."""
+
+    def read(self, sequence: Sequence, streams: Tensor) -> None:
+        """Let the module read prompt tokens that the network has just read, with streams [1, n, ...]. It skips those
+        that are out of its reach at all ends of interest: those of kept prefixes and of the prompt.
+
+        A kept prefix has a last row with the successor of the prompt that left it. This affects drafts only.
+        """
+        assert sequence.cache is not None
+        end = sequence.computed
+        needed = min(place for place in (*sequence.boundaries, len(sequence.tokens)) if place >= end)
+        count = min(streams.shape[1], end - (needed - self._reach))
+        if count > 0:
+            self._follow([sequence], sequence.cache, streams[:, -count:])
+
+    def draft(self, sequences: list[Sequence], cache: Cache, streams: Tensor) -> None:
+        """Draft the tokens of the next step, given the streams [B, n, ...] of the newest n tokens in ``cache``. Of
+        these, tokens that were drafted and rejected are removed from the cache."""
+        ahead = self._follow(sequences, cache, streams[:, -(self._reach + self.count) :])
+        lengths = [len(sequence.tokens) - 1 for sequence in sequences]
+        offsets = [ahead.shape[1] - 1 - (now - kept) for now, kept in zip(cache.lengths, lengths)]
+        newest = ahead[range(len(sequences)), offsets].unsqueeze(1)
+        cache.truncate(lengths)
+        samplers = [sequence.sampler for sequence in sequences]
+        drafts: list[list[int]] = []
+        for step in range(self.count):
+            if step:
+                ids = torch.tensor(drafts[-1], device=cache.device).unsqueeze(1)
+                newest = self.model.read_ahead(newest, ids, cache, [length + step - 1 for length in lengths])
+            drafts.append(predict_tokens(self.model.ahead_logits(newest)[:, -1], samplers, step))
+        for sequence, own in zip(sequences, zip(*drafts)):
+            sequence.drafts = list(own)
+
+    def _follow(self, sequences: list[Sequence], cache: Cache, streams: Tensor) -> Tensor:
+        """Run the module over the newest n tokens in the cache, with streams [B, n, ...]. Successors of rejected tokens
+        are arbitrary."""
+        count = streams.shape[1]
+        starts = [length - count for length in cache.lengths]
+        padded = [(sequence.tokens[start + 1 :] + [0] * count)[:count] for sequence, start in zip(sequences, starts)]
+        return self.model.read_ahead(streams, torch.tensor(padded, device=cache.device), cache, starts)
