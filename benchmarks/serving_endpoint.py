@@ -56,11 +56,11 @@ def prompt_text(number: int) -> str:
 
 def save_tokenizer(folder: Path) -> Path:
     """Save a byte-level tokenizer of 256 bytes, BOS and EOS for both libraries."""
-    backend = Backend(models.BPE())
+    pieces = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Backend(models.BPE(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<s>", "</s>"])
-    backend.add_tokens(sorted(pre_tokenizers.ByteLevel.alphabet()))
     path = folder / "tokenizer.json"
     backend.save(str(path))
     return path

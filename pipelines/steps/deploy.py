@@ -63,6 +63,10 @@ class Deployment:
     _section: ServeSection = field(repr=False)
     _store: ModelStore = field(repr=False)
     _started: ExitStack = field(repr=False)
+    _refused: dict[str, str | None] = field(default_factory=dict, repr=False)
+    """Damaged versions by model."""
+    _problems: dict[str, str] = field(default_factory=dict, repr=False)
+    """Problems that have been printed, by model."""
 
     @property
     def model_name(self) -> str:
@@ -86,24 +90,45 @@ class Deployment:
                 signal.signal(number, handler)
 
     def follow_aliases(self, stop: threading.Event | None = None) -> None:
-        """Serve the versions that the aliases name now. Problems are printed; the old versions then go on.
+        """Serve the versions that the aliases name now. Problems are printed once; the old versions then go on.
 
         Returns when the new replicas have replaced the old ones, or when ``stop`` is set.
         """
+        stop = stop or threading.Event()
         for place, model in enumerate(self.models):
+            if stop.is_set():
+                return
             try:
-                new = self._store.moved(model)
-                if new is None or (stop is not None and stop.is_set()):
-                    continue
-                check_model(new.checkpoint, self._section)
-                replace_model(self._section, new)
+                new = self._begin_replacement(model)
             except (FiftyfoldError, RuntimeError, RayError) as error:
-                print(f"'{model.name}' stays at version {model.version}: {first_line(error)}", flush=True)
+                problem = f"'{model.name}' stays at version {model.version}: {first_line(error)}"
+                if self._problems.get(model.name) != problem:
+                    print(problem, flush=True)
+                self._problems[model.name] = problem
                 continue
-            self.models[place] = new  # also if it does not start, which would be tried again and again
-            if self._wait_until_replaced(new, stop or threading.Event()):
+            self._problems.pop(model.name, None)
+            if new is None:
+                continue
+            self.models[place] = new
+            if self._wait_until_replaced(new, stop):
                 self._store.discard(model)
                 print(f"serving version {new.version} of '{new.name}' from {new.checkpoint}", flush=True)
+
+    def _begin_replacement(self, model: ServedModel) -> ServedModel | None:
+        """Return the version that replaces ``model``, or None if its alias has not moved.
+
+        Raises CheckpointError or ConfigError for a damaged version, which is not looked at again.
+        """
+        if (new := self._store.moved(model, self._refused.get(model.name))) is None:
+            return None
+        try:
+            check_model(new.checkpoint, self._section)
+        except FiftyfoldError:
+            self._refused[model.name] = new.version
+            self._store.discard(new)
+            raise
+        replace_model(self._section, new)
+        return new
 
     def _wait_until_replaced(self, model: ServedModel, stop: threading.Event) -> bool:
         while not stop.wait(_POLL_SECONDS):

@@ -65,16 +65,16 @@ class ModelStore:
         """Return the models, the default one first. Raises ConfigError for a model that does not exist."""
         return [self._get(*source) for source in model_sources(self._recipe.serve)]
 
-    def moved(self, model: ServedModel) -> ServedModel | None:
-        """Return the version that the alias of ``model`` names now, or None if it is the same one.
+    def moved(self, model: ServedModel, refused: str | None = None) -> ServedModel | None:
+        """Return the version that the alias of ``model`` names now, or None if it is the same one or ``refused``.
 
         Raises ConfigError if the registry has no answer.
         """
         match = MODEL_URI.fullmatch(model.uri)
         if match is None or match["alias"] is None:
             return None
-        version = find_version(self._open(), model.uri, model.key)
-        return None if str(version.version) == model.version else self._get(model.name, model.uri, model.key)
+        number = str(find_version(self._open(), model.uri, model.key).version)
+        return None if number in (model.version, refused) else self._get(model.name, model.uri, model.key)
 
     def discard(self, model: ServedModel) -> None:
         """Remove the copy of a model that is not served any more, if there is one."""
