@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -40,8 +40,9 @@ class PrefixTable:
         while len(self._holders) > self._size:
             self._holders.popitem(last=False)
 
-    def forget(self, replica: ReplicaID) -> None:
-        self._holders = OrderedDict((digest, id) for digest, id in self._holders.items() if id != replica)
+    def retain(self, replicas: Collection[ReplicaID]) -> None:
+        """Forget what all other replicas were sent."""
+        self._holders = OrderedDict((digest, id) for digest, id in self._holders.items() if id in replicas)
 
 
 class PrefixRouter(RequestRouter):
@@ -75,18 +76,22 @@ class PrefixRouter(RequestRouter):
         least = min(self._active[replica] for replica in available)
         return None if found is None or self._active[found] - least > self._imbalance else found
 
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        super().update_replicas(replicas)
+        self._table.retain({replica.replica_id for replica in replicas})
+
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         self._table.record(_prefix(pending_request), replica_id)
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        super().on_send_request(replica_id)
         self._active[replica_id] += 1
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Called once for every request sent, also for one that the replica has refused."""
         self._active[replica_id] -= 1
         if self._active[replica_id] <= 0:
             del self._active[replica_id]
-
-    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
-        super().on_replica_actor_died(replica_id)
-        self._table.forget(replica_id)
 
 
 def _prefix(request: PendingRequest) -> Sequence[bytes]:

@@ -53,8 +53,11 @@ def browse(server, tmp_path) -> Callable[..., dict[str, str]]:
         if shot:
             assert shot.read_bytes().startswith(b"\x89PNG")
             return {}
-        elements = re.findall(r'<(\w+)[^>]*\bid="(\w+)"[^>]*>(.*?)</\1>', found.stdout, re.DOTALL)
-        return {id: unescape(re.sub(r"<[^>]+>", " ", content)).strip() for _, id, content in elements}
+        texts = {}
+        for id in ("model", "context", "error", "text", "summary", "cache"):
+            [(_, content)] = re.findall(rf'<(\w+)[^>]*\bid="{id}"[^>]*>(.*?)</\1>', found.stdout, re.DOTALL)
+            texts[id] = unescape(re.sub(r"<[^>]+>", " ", content)).strip()
+        return texts
 
     return browse
 

@@ -5,7 +5,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from ray.serve.request_router import PendingRequest
+from ray.serve.request_router import PendingRequest, RequestRouter
 
 from serve.gateway.prefixes import prefix_digests
 from serve.gateway.router import PrefixRouter, PrefixTable
@@ -18,6 +18,7 @@ class Routed(PrefixRouter):
 
     def __init__(self, replicas: str, imbalance: int = 4):
         self.initialize_state(imbalance=imbalance)
+        self._use_replica_queue_len_cache = False
         self.replicas = [SimpleNamespace(replica_id=name) for name in replicas]
 
     def route(self, prompt: bytes) -> str:
@@ -28,6 +29,7 @@ class Routed(PrefixRouter):
             ranks = await self.choose_replicas(self.replicas, request)
             assert request.routing_context.should_backoff
             chosen = ranks[0][0].replica_id
+            self.on_send_request(chosen)
             self.on_request_routed(request, chosen, None)
             return chosen
 
@@ -47,7 +49,7 @@ def test_a_prompt_follows_the_longest_beginning() -> None:
     ):
         assert table.find(prefix_digests(prompt), {"A", "B"}) == holder
     assert table.find(prefix_digests(first), {"B"}) is None or table.find(prefix_digests(first), {"B"}) == "B"
-    table.forget("A")
+    table.retain({"B"})
     assert table.find(prefix_digests(first + b"more"), {"A", "B"}) in (None, "B")
 
 
@@ -84,6 +86,15 @@ def test_a_busy_holder_is_not_preferred() -> None:
         router.on_request_completed(holder, "id")
     assert router.holder(prefix_digests(SYSTEM), available) == holder
     assert not router._active
+
+
+def test_replaced_replicas_are_forgotten(monkeypatch) -> None:
+    monkeypatch.setattr(RequestRouter, "update_replicas", lambda *_: None)
+    router = Routed("AB", imbalance=100)
+    router.route(SYSTEM)
+    router.replicas = [SimpleNamespace(replica_id=name) for name in "CD"]
+    router.update_replicas(router.replicas)
+    assert len({router.route(SYSTEM + b"%d" % i * 500) for i in range(8)}) == 1
 
 
 def test_without_replicas_there_is_no_choice() -> None:
