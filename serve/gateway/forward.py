@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Mapping
 from contextlib import aclosing
 from urllib.parse import parse_qs
@@ -21,6 +22,7 @@ from serve.gateway.prefixes import Ask, read_ask
 
 ATTEMPTS = 3
 """Replicas that may end during a request before the gateway gives it up."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _LARGE_BODY = 1 << 16
 """Bytes from which a body is parsed in a thread, so that other streams go on."""
 
@@ -58,8 +60,11 @@ class Forwarder:
             disconnected.cancel()
 
     def find(self, name: object) -> Backend:
-        """Return the replicas of a model, of the first one for None. Raises ModelNotFoundError."""
-        if name is None or not isinstance(name, str):  # the replica reports a wrong type
+        """Return the replicas of a model. Raises ModelNotFoundError.
+
+        None is the first model. So is everything that can be no name; its replica reports the error.
+        """
+        if not isinstance(name, str) or _SURROGATE.search(name):
             return next(iter(self._models.values()))
         if name not in self._models:
             raise ModelNotFoundError(name, self._models)

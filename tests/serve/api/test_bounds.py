@@ -52,6 +52,7 @@ TOO_LARGE = {
     "/tokenize": (TokenizeRequest, {"model": "m" * 1001}),
     "/detokenize": (DetokenizeRequest, {"model": "m" * 1001}),
 }
+LIMITED_BY_THE_CONTEXT = {"max_tokens", "max_completion_tokens"}
 LIMITED_BY_THE_BODY = {"/tokenize": {"prompt"}, "/detokenize": {"tokens"}}
 BASES = {
     "/v1/completions": {"prompt": "a", "max_tokens": 1},
@@ -77,10 +78,11 @@ def test_every_field_has_a_limit(client, path) -> None:
     assert set(values) | switches | LIMITED_BY_THE_BODY.get(path, set()) == set(schema.model_fields)
     assert all(field.annotation is bool for field in StreamOptions.model_fields.values())
     for name, value in values.items():
-        response = client.post(path, json=BASES[path] | {name: value})
+        body = {field: base for field, base in BASES[path].items() if name not in LIMITED_BY_THE_CONTEXT}
+        body |= {"messages": [MESSAGE]} if path == "/v1/chat/completions" else {}
+        response = client.post(path, json=body | {name: value})
         assert response.status_code == 400, name
-        beyond_the_context = name in ("max_tokens", "max_completion_tokens")
-        assert response.json()["error"]["param"] == ("prompt" if beyond_the_context else name)
+        assert response.json()["error"]["param"] == ("prompt" if name in LIMITED_BY_THE_CONTEXT else name)
         check(response)
 
 

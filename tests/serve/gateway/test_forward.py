@@ -46,7 +46,9 @@ def test_the_model_field_selects_the_model(client, engines, byte_tokenizer) -> N
     wrong = client.post("/v1/completions", json={**body, "model": "none"})
     assert wrong.status_code == 404
     assert wrong.json()["error"]["message"] == "model: 'none' is not served here, only 'letters', 'raw/bytes' are"
-    assert client.post("/v1/completions", json={**body, "model": 5}).json()["error"]["param"] == "model"
+    for value in ("5", '"\\ud800"'):
+        wrong = client.post("/v1/completions", content=b'{"model": %b}' % value.encode())
+        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "model")
 
 
 def test_models_are_listed_together(client) -> None:
