@@ -1,7 +1,5 @@
 """A server that listens on loopback in a thread, for the tests of clients."""
 
-from __future__ import annotations
-
 import socket
 import threading
 import time
@@ -9,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from serve.api.asgi import create_app
 from serve.api.config import HttpConfig
@@ -18,9 +17,8 @@ from serve.engine import Engine
 class Listening:
     """A server in a thread."""
 
-    def __init__(self, engine: Engine, http: str, config: HttpConfig | None, name: str):
+    def __init__(self, app: ASGIApp, engine: Engine, http: str):
         self.engine = engine
-        app = create_app(engine, name, config)
         self._server = uvicorn.Server(
             uvicorn.Config(app, host="127.0.0.1", port=0, http=http, log_level="error", timeout_graceful_shutdown=1)
         )
@@ -46,7 +44,15 @@ class Listening:
 def listening(
     engine: Engine, http: str = "auto", config: HttpConfig | None = None, name: str = "letters"
 ) -> Iterator[Listening]:
-    server = Listening(engine, http, config, name)
+    """Serve an engine under a model name."""
+    with listening_app(create_app(engine, name, config), engine, http) as server:
+        yield server
+
+
+@contextmanager
+def listening_app(app: ASGIApp, engine: Engine, http: str = "auto") -> Iterator[Listening]:
+    """Serve an application, whose completions run in ``engine``."""
+    server = Listening(app, engine, http)
     try:
         yield server
     finally:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray.serve.schema import ServeDeploySchema
 
 from pipelines.__main__ import parse
 from pipelines.recipe.loading import load_recipe
-from serve.app import ServeArgs
+from serve.app import GATEWAY, GatewayArgs, ModelArgs, application_name
 
 CLUSTER = Path(__file__).parents[1] / "cluster"
 
@@ -25,11 +26,15 @@ def test_the_job_is_a_pipeline_step():
     assert step == "train" and recipe.run.folder.is_absolute()
 
 
-def test_the_service_runs_the_deploy_application():
+def test_the_service_runs_the_deploy_applications():
     serve = yaml.safe_load(manifest("rayservice.yaml", "RayService")["spec"]["serveConfigV2"])
-    (application,) = serve["applications"]
-    assert application["import_path"] == "serve.app:build"
-    assert ServeArgs.model_validate(application["args"]).replicas == 2
+    ServeDeploySchema.model_validate(serve)
+    gateway, model = serve["applications"]
+    assert (gateway["import_path"], model["import_path"]) == ("serve.app:build_gateway", "serve.app:build_model")
+    args = ModelArgs.model_validate(model["args"])
+    assert (args.replicas, args.most_replicas) == (2, 4)
+    assert GatewayArgs.model_validate(gateway["args"]).models == [args.model_name]
+    assert (gateway["name"], model["name"]) == (GATEWAY, application_name(args.model_name))
 
 
 @pytest.mark.parametrize("name", ["rayjob.yaml", "rayservice.yaml"])

@@ -260,7 +260,14 @@ class PromoteSection(Section):
 
 class ServeSection(Section, ServerConfig):
     model_uri: ModelUri = "models:/fiftyfold@champion"
-    """``models:/<name>@<alias>``, ``models:/<name>/<version>``, or a checkpoint folder."""
+    """``models:/<name>@<alias>``, ``models:/<name>/<version>``, or a checkpoint folder. Clients use the registered
+    name, or the last two parts of the folder's path."""
+    models: dict[PrintableText, ModelUri] = {}
+    """Further models by the names that clients use, each with a value like ``model_uri``. All have the same
+    settings."""
+    alias_poll_seconds: Annotated[float, Field(gt=0)] | None = 10.0
+    """Time between two looks at the registry for aliases that have moved. New replicas then replace the old ones.
+    None serves the versions found at the start."""
     host: Host = "127.0.0.1"
     """Address to listen on. Addresses other than loopback ones need an API key."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000

@@ -100,7 +100,7 @@ def run(recipe: Recipe) -> None:
                 )
             if recipe.demo.keep_serving:
                 print(f"endpoint: {deployment.url}/v1 (Ctrl-C stops)", flush=True)
-                deploy.wait_for_signal()
+                deployment.serve_until_signal()
             else:
                 print(f"endpoint: {deployment.url}/v1, stopped; to serve again: python -m pipelines deploy")
 

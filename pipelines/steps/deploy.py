@@ -1,61 +1,147 @@
-"""Serve a registered model, or a checkpoint folder, over HTTP on Ray Serve."""
+"""Serve registered models, or checkpoint folders, over HTTP on Ray Serve."""
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import logging
-import math
 import os
-import re
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
-from contextlib import ExitStack, redirect_stdout, suppress
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 import httpx
-import ray
+import yaml
 from ray import serve as ray_serve
 from ray.exceptions import RayError
+from ray.serve.schema import ApplicationStatus
 
 from model import checkpoint as checkpoints
+from model.atomic_files import atomic_file
 from model.errors import ConfigError, FiftyfoldError
 from model.forward.execution import Execution
 from model.tokenizer import load_tokenizer
+from pipelines.ray_runtime.serve_applications import (
+    check_cluster,
+    needed_cpus,
+    replace_model,
+    replacement_state,
+    serve_config,
+    start_applications,
+)
 from pipelines.ray_runtime.session import ray_session
-from pipelines.recipe.paths import MODEL_URI
+from pipelines.recipe.paths import check_creatable, path_option
+from pipelines.recipe.quoting import first_line
 from pipelines.recipe.schema import Recipe, ServeSection
 from pipelines.steps import Step
-from pipelines.tracking.mlflow_store import open_tracking
-from pipelines.tracking.registry import download
+from pipelines.tracking.served_models import ModelStore, ServedModel
 from serve.api.authorization import read_key
 from serve.api.chat_template import ChatTemplate
 from serve.api.config import is_loopback
-from serve.app import APPLICATION, build
-from serve.config import ServerConfig
 
 HEALTH_TIMEOUT_SECONDS = 60.0
-_ERROR_LINE = re.compile(r"^[\w.]*(?:Error|Exception|Exit|Interrupt)\b.*$", re.MULTILINE)
-"""The last line of a traceback."""
+_POLL_SECONDS = 0.5
 
 
 @dataclass
 class Deployment:
-    """A model being served, until :meth:`stop` is called or the context manager exits."""
+    """Models being served, until :meth:`stop` is called or the context manager exits."""
 
     url: str
     """Base address without a trailing slash."""
-    model_name: str
-    checkpoint: Path
+    models: list[ServedModel]
+    """The models, the default one first."""
     weights: str
     """Data type of the matrices, as reported by a replica."""
+    _section: ServeSection = field(repr=False)
+    _store: ModelStore = field(repr=False)
     _started: ExitStack = field(repr=False)
+    _refused: dict[str, str | None] = field(default_factory=dict, repr=False)
+    """Damaged versions by model."""
+    _problems: dict[str, str] = field(default_factory=dict, repr=False)
+    """Problems that have been printed, by model."""
+
+    @property
+    def model_name(self) -> str:
+        """Name of the default model."""
+        return self.models[0].name
+
+    @property
+    def checkpoint(self) -> Path:
+        """Checkpoint folder of the default model."""
+        return self.models[0].checkpoint
+
+    def serve_until_signal(self) -> None:
+        """Return on SIGINT or SIGTERM. Follow aliases that move meanwhile."""
+        stop = threading.Event()
+        handlers = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while not stop.wait(self._section.alias_poll_seconds):
+                self.follow_aliases(stop)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def follow_aliases(self, stop: threading.Event | None = None) -> None:
+        """Serve the versions that the aliases name now. Problems are printed once; the old versions then go on.
+
+        Returns when the new replicas have replaced the old ones, or when ``stop`` is set.
+        """
+        stop = stop or threading.Event()
+        for place, model in enumerate(self.models):
+            if stop.is_set():
+                return
+            try:
+                new = self._begin_replacement(model)
+            except (FiftyfoldError, RuntimeError, RayError) as error:
+                problem = f"'{model.name}' stays at version {model.version}: {first_line(error)}"
+                if self._problems.get(model.name) != problem:
+                    print(problem, flush=True)
+                self._problems[model.name] = problem
+                continue
+            self._problems.pop(model.name, None)
+            if new is None:
+                continue
+            self.models[place] = new
+            if self._wait_until_replaced(new, stop):
+                self._store.discard(model)
+                print(f"serving version {new.version} of '{new.name}' from {new.checkpoint}", flush=True)
+
+    def _begin_replacement(self, model: ServedModel) -> ServedModel | None:
+        """Return the version that replaces ``model``, or None if its alias has not moved.
+
+        Raises CheckpointError or ConfigError for a damaged version, which is not looked at again.
+        """
+        if (new := self._store.moved(model, self._refused.get(model.name))) is None:
+            return None
+        try:
+            check_model(new.checkpoint, self._section)
+        except FiftyfoldError:
+            self._refused[model.name] = new.version
+            self._store.discard(new)
+            raise
+        replace_model(self._section, new)
+        return new
+
+    def _wait_until_replaced(self, model: ServedModel, stop: threading.Event) -> bool:
+        while not stop.wait(_POLL_SECONDS):
+            try:
+                status, problem = replacement_state(model)
+            except (RuntimeError, RayError):  # Serve's controller is being restarted
+                continue
+            if status == ApplicationStatus.RUNNING:
+                return True
+            if problem:
+                print(f"version {model.version} of '{model.name}' does not start: {problem}", flush=True)
+                return False
+        return False
 
     def stop(self) -> None:
         """Stop serving, and shut the Ray cluster down if it was started here. Later calls do nothing."""
@@ -78,20 +164,24 @@ class DeployResult:
     checkpoint: Path
 
 
-def run(recipe: Recipe) -> DeployResult:
-    """Serve ``serve.model_uri`` until SIGINT or SIGTERM. Raises the errors of :func:`start`."""
+def run(recipe: Recipe, write_config: Path | None = None) -> DeployResult | Path:
+    """Serve the models of ``serve`` until SIGINT or SIGTERM, or only write a Serve config file.
+
+    Raises the errors of :func:`start`.
+    """
+    if write_config is not None:
+        return write_serve_config(recipe, write_config)
     with start(recipe) as deployment:
         _print_endpoint(deployment, recipe.serve)
-        wait_for_signal()
+        deployment.serve_until_signal()
         print("stopping", flush=True)
     return DeployResult(deployment.url, deployment.model_name, deployment.checkpoint)
 
 
 def start(recipe: Recipe) -> Deployment:
-    """Serve ``serve.model_uri`` on ``serve.host:serve.port`` and return once it is healthy.
+    """Serve the models of ``serve`` on ``serve.host:serve.port`` and return once they are healthy.
 
-    ``serve.model_uri`` is ``models:/<name>@<alias>``, ``models:/<name>/<version>`` or a checkpoint folder. Joins the
-    Ray cluster at RAY_ADDRESS, or starts one that ends with the deployment.
+    Joins the Ray cluster at RAY_ADDRESS, or starts one that ends with the deployment.
 
     Raises ConfigError for a model that does not exist, a malformed chat template, a port in use, too small a cluster,
     and an address other than loopback without an API key, and CheckpointError for a damaged checkpoint. Nothing is left
@@ -100,68 +190,51 @@ def start(recipe: Recipe) -> Deployment:
     section = recipe.serve
     check_key(section)
     check_port(section.host, section.port)  # before a model is downloaded
-    model_name, folder = find_model(recipe)
-    # Load once here: damage is then reported in one sentence, not by replicas that keep restarting.
-    model = checkpoints.load(folder)
-    model.execution = Execution(section.execution)
-    ChatTemplate(load_tokenizer(folder, model_vocab_size=model.config.vocab_size))
-    needed = section.replicas * section.cpus_per_replica
     with ExitStack() as undo:
-        undo.enter_context(ray_session(num_cpus=max(os.cpu_count() or 1, math.ceil(needed))))
-        _check_cluster(section)
+        store = ModelStore(recipe)
+        undo.callback(store.close)
+        models = store.find()
+        for model in models:
+            check_model(model.checkpoint, section)
+        undo.enter_context(ray_session(num_cpus=max(os.cpu_count() or 1, needed_cpus(section))))
+        check_cluster(section)
         undo.callback(ray_serve.shutdown)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        quiet = {"log_level": "WARNING", "enable_access_log": False}
-        try:
-            ray_serve.start(
-                proxy_location="HeadOnly",
-                http_options={"host": section.host, "port": section.port},
-                logging_config=quiet,
-            )
-            application = build(_arguments(section, folder, model_name))
-            ray_serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
-        except (RuntimeError, TimeoutError, RayError) as error:  # a replica or a proxy failed to start
-            raise FiftyfoldError(f"serve: Ray Serve could not start ({_failure(error)})") from error
+        start_applications(section, models)
         host = f"[{section.host}]" if ":" in section.host else section.host
         url = f"http://{host}:{section.port}"
-        weights = _wait_until_healthy(url)["weights"]
-        return Deployment(url, model_name, folder, weights, undo.pop_all())
+        weights = _wait_until_healthy(url)["models"][0]["weights"]
+        return Deployment(url, models, weights, section, store, undo.pop_all())
 
 
-def wait_for_signal() -> None:
-    """Return on SIGINT or SIGTERM."""
-    stop = threading.Event()
-    handlers = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+def check_model(checkpoint: Path, section: ServeSection) -> None:
+    """Load a checkpoint. Damage is then reported in one sentence, not by replicas that keep restarting.
+
+    Raises CheckpointError or ConfigError.
+    """
+    model = checkpoints.load(checkpoint)
+    model.execution = Execution(section.execution)
+    ChatTemplate(load_tokenizer(checkpoint, model_vocab_size=model.config.vocab_size))
+
+
+def write_serve_config(recipe: Recipe, path: Path) -> Path:
+    """Write a config file for ``serve deploy`` with the models of a recipe. Raises the errors of :func:`start`.
+
+    Copies of a tracking server's checkpoints stay, because the config names them.
+    """
+    section = recipe.serve
+    check_key(section)
+    check_creatable(path, "--write-config")
+    models = ModelStore(recipe).find()
+    for model in models:
+        check_model(model.checkpoint, section)
     try:
-        stop.wait()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def find_model(recipe: Recipe) -> tuple[str, Path]:
-    """Return the name that clients use and the checkpoint folder of ``serve.model_uri``."""
-    uri = recipe.serve.model_uri
-    if not uri.startswith("models:/"):
-        folder = Path(uri)
-        return "/".join(folder.parts[-2:]).lstrip("/"), folder
-    match = MODEL_URI.fullmatch(uri)
-    tracking = open_tracking(recipe, write=False)
-    destination = None
-    if tracking.uri.startswith("http"):
-        # Replicas may run on other machines, which can read the runs' folder but not a temporary one here.
-        target = recipe.run.folder / "served"
-        target.mkdir(parents=True, exist_ok=True)
-        destination = Path(tempfile.mkdtemp(dir=target))
-    folder = download(tracking, uri, destination)
-    return match["name"] if match else APPLICATION, folder
-
-
-def _arguments(section: ServeSection, folder: Path, model_name: str) -> dict[str, Any]:
-    values = section.model_dump(include=set(ServerConfig.model_fields))
-    if section.api_key_file is not None:  # replicas run in other folders
-        values["api_key_file"] = str(Path(section.api_key_file).absolute())
-    return {**values, "checkpoint": str(folder), "model_name": model_name}
+        with atomic_file(path) as scratch:
+            scratch.write_text(yaml.safe_dump(serve_config(section, models), sort_keys=False))
+    except OSError as error:
+        raise ConfigError(f"--write-config: {path}: {error.strerror}") from error
+    print(f"wrote {path}; deploy it with: serve deploy {path}")
+    return path
 
 
 def check_key(section: ServeSection) -> None:
@@ -195,23 +268,6 @@ def check_port(host: str, port: int) -> None:
             raise ConfigError(f"serve.port: cannot listen on {host}:{port} ({error.strerror})") from error
 
 
-def _check_cluster(section: ServeSection) -> None:
-    """Raise ConfigError if Ray Serve would wait forever for resources, or replace another application."""
-    resources = ray.cluster_resources()
-    for kind, each in (("CPU", section.cpus_per_replica), ("GPU", section.gpus_per_replica)):
-        available, needed = resources.get(kind, 0), section.replicas * each
-        if needed > available:
-            raise ConfigError(
-                f"serve.replicas: {section.replicas} replicas of {each:g} {kind} need {needed:g} {kind}, "
-                f"the Ray cluster has {available:g}"
-            )
-    if ray_serve.status().proxies:
-        raise ConfigError(
-            "serve: the Ray cluster already runs Ray Serve; add the application there with `serve deploy` and "
-            "import_path serve.app:build, or stop the running application"
-        )
-
-
 def _wait_until_healthy(url: str) -> dict[str, Any]:
     """Return the response of ``/healthz`` once it is healthy."""
     deadline = time.monotonic() + HEALTH_TIMEOUT_SECONDS
@@ -229,13 +285,15 @@ def _wait_until_healthy(url: str) -> dict[str, Any]:
 
 
 def _print_endpoint(deployment: Deployment, section: ServeSection) -> None:
-    body = json.dumps({"model": deployment.model_name, "prompt": "def ", "max_tokens": 32})
-    print(f"serving {deployment.checkpoint} as '{deployment.model_name}' at {deployment.url}/v1 (Ctrl-C stops)")
+    for model in deployment.models:
+        version = "" if model.version is None else f", version {model.version}"
+        print(f"serving {model.checkpoint} as '{model.name}'{version} at {deployment.url}/v1 (Ctrl-C stops)")
     print(f"  execution {section.execution}, weights in {deployment.weights}")
     key = ""
     if section.needs_key:
         source = f"cat {section.api_key_file}" if section.api_key_file else f"printenv {section.api_key_variable}"
         key = f' -H "Authorization: Bearer $({source})"'
+    body = json.dumps({"model": deployment.model_name, "prompt": "def ", "max_tokens": 32})
     print(f"  curl {deployment.url}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'", flush=True)
 
 
@@ -258,19 +316,13 @@ class _WithoutShutdownNotice(io.TextIOBase):
         self._out.flush()
 
 
-def _failure(error: Exception) -> str:
-    """Return the cause of a failed start: the error of a replica if there is one, else the last line of ``error``."""
-    messages: list[str] = []
-    if ray.is_initialized():
-        with suppress(Exception):  # Serve itself may have failed, and `error` says more about that
-            application = ray_serve.status().applications.get(APPLICATION)
-            messages = [each.message for each in application.deployments.values()] if application else []
-    for message in messages:
-        errors = _ERROR_LINE.findall(message)
-        if errors:
-            return errors[-1].strip()
-    text = "\n".join(filter(None, messages)) or str(error)
-    return (text.strip() or type(error).__name__).splitlines()[-1].strip()
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--write-config",
+        metavar="FILE",
+        type=path_option("--write-config"),
+        help="write a config file for Ray's `serve deploy` and stop",
+    )
 
 
-STEP = Step(run)
+STEP = Step(run, _add_options)

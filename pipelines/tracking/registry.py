@@ -44,28 +44,38 @@ def weights_digest(checkpoint: Path) -> str:
     return digest.hexdigest()
 
 
-def download(tracking: Tracking, model_uri: str, destination: Path | None = None) -> Path:
-    """Return the checkpoint folder of ``models:/<name>@<alias>`` or ``models:/<name>/<version>``.
+def find_version(tracking: Tracking, model_uri: str, key: str = "serve.model_uri") -> ModelVersion:
+    """Return the version that ``models:/<name>@<alias>`` or ``models:/<name>/<version>`` names.
 
-    Artifacts of a server are downloaded into ``destination``, or a new temporary folder if it is None. Local artifacts
-    are used in place, so the folder must not be written to. Raises ConfigError if there is no such version.
+    Raises ConfigError, naming the recipe's ``key``, if there is none.
     """
     match = MODEL_URI.fullmatch(model_uri)
     if match is None:
-        raise ConfigError(
-            f"serve.model_uri: '{model_uri}' is neither models:/<name>@<alias> nor models:/<name>/<version>"
-        )
+        raise ConfigError(f"{key}: '{model_uri}' is neither models:/<name>@<alias> nor models:/<name>/<version>")
     name, alias, number = match["name"], match["alias"], match["version"]
     client = tracking.client
     try:
-        version = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+        return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+    except (MlflowException, OSError) as error:
+        raise ConfigError(f"{key}: cannot get {model_uri} ({error}); run the promote step first") from error
+
+
+def download(tracking: Tracking, model_uri: str, destination: Path | None = None, key: str = "serve.model_uri") -> Path:
+    """Return the checkpoint folder of ``models:/<name>@<alias>`` or ``models:/<name>/<version>``.
+
+    Artifacts of a server are downloaded into ``destination``, or a new temporary folder if it is None. Local artifacts
+    are used in place, so the folder must not be written to. Raises ConfigError, naming the recipe's ``key``, if there
+    is no such version.
+    """
+    version = find_version(tracking, model_uri, key)
+    try:
         # download_artifacts(model_uri) would look the name up in the process-wide registry instead of this one.
-        source = client.get_model_version_download_uri(name, version.version)
+        source = tracking.client.get_model_version_download_uri(version.name, version.version)
         folder = mlflow.artifacts.download_artifacts(
             artifact_uri=source, dst_path=None if destination is None else str(destination), tracking_uri=tracking.uri
         )
     except (MlflowException, OSError) as error:
-        raise ConfigError(f"serve.model_uri: cannot get {model_uri} ({error}); run the promote step first") from error
+        raise ConfigError(f"{key}: cannot get {model_uri} ({error}); run the promote step first") from error
     return Path(folder)
 
 

@@ -6,13 +6,14 @@ import asyncio
 
 from fastapi import FastAPI, Request, Response
 
+from serve.api.event_stream import Pace
 from serve.api.formats import ChatFormat
 from serve.api.run import Run, respond
 from serve.api.schemas.chat import ChatCompletion, ChatRequest
 from serve.api.served_model import ServedModel
 
 
-def add_routes(app: FastAPI, served: ServedModel, keep_alive_seconds: float) -> None:
+def add_routes(app: FastAPI, served: ServedModel, pace: Pace) -> None:
     @app.post("/v1/chat/completions", response_model=ChatCompletion)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         served.check_name(body.model)
@@ -25,4 +26,4 @@ def add_routes(app: FastAPI, served: ServedModel, keep_alive_seconds: float) -> 
             body.chat_template_kwargs,
         )
         run = Run(body, [prompt], served, ChatFormat(body, served.token_formatter))
-        return await respond(run, request, keep_alive_seconds)
+        return await respond(run, request, pace)

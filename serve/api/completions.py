@@ -7,6 +7,7 @@ import asyncio
 from fastapi import FastAPI, Request, Response
 
 from model.tokenizer import Tokenizer
+from serve.api.event_stream import Pace
 from serve.api.formats import CompletionFormat
 from serve.api.prompts import encode_text
 from serve.api.run import Run, respond
@@ -15,7 +16,7 @@ from serve.api.served_model import ServedModel
 from serve.engine.detokenizer import finished_text
 
 
-def add_routes(app: FastAPI, served: ServedModel, keep_alive_seconds: float) -> None:
+def add_routes(app: FastAPI, served: ServedModel, pace: Pace) -> None:
     tokenizer = served.engine.tokenizer
 
     @app.post("/v1/completions", response_model=Completion)
@@ -28,7 +29,7 @@ def add_routes(app: FastAPI, served: ServedModel, keep_alive_seconds: float) -> 
         if body.echo:
             echoes = [prompt if isinstance(prompt, str) else finished_text(tokenizer, prompt) for prompt in body.prompt]
         run = Run(body, prompts, served, CompletionFormat(body, served.token_formatter, echoes))
-        return await respond(run, request, keep_alive_seconds)
+        return await respond(run, request, pace)
 
 
 def _encode(body: CompletionRequest, tokenizer: Tokenizer) -> list[list[int]]:

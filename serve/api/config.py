@@ -49,6 +49,9 @@ class HttpConfig(BaseModel):
     IDs of six digits."""
     keep_alive_seconds: Annotated[float, Field(gt=0)] = 1.0
     """A stream without output for this time sends a comment, which event-stream clients skip."""
+    stream_interval_seconds: Annotated[float, Field(ge=0)] = 0.03
+    """Least time between two chunks of a stream, which then hold all text of that time. The first chunk, and the last
+    text of a completion, are sent at once. 0 sends one chunk per token."""
     allowed_origins: Annotated[tuple[Origin, ...], BeforeValidator(_listed)] = ()
     """Origins of web pages whose scripts may call the server (CORS), or ``*`` for all pages. May be a single one."""
     api_key_file: str | None = None
@@ -67,3 +70,7 @@ class HttpConfig(BaseModel):
     @property
     def needs_key(self) -> bool:
         return self.api_key_file is not None or self.api_key_variable is not None
+
+    def behind_gateway(self) -> HttpConfig:
+        """Return the settings of a replica, whose gateway checks keys and origins."""
+        return self.model_copy(update={"api_key_file": None, "api_key_variable": None, "allowed_origins": ()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -19,10 +20,17 @@ from serve.engine import EngineError, QueueFullError, RequestAbortedError, Reque
 class ModelNotFoundError(RequestError):
     """The request names a model that is not served."""
 
-    def __init__(self, requested: str, served: str):
+    def __init__(self, requested: str, served: Collection[str]):
+        names = ", ".join(f"'{name}'" for name in served)
         super().__init__(
-            f"model: '{requested}' is not served here, only '{served}' is", param="model", code="model_not_found"
+            f"model: '{requested}' is not served here, only {names} {'is' if len(served) == 1 else 'are'}",
+            param="model",
+            code="model_not_found",
         )
+
+
+class UnavailableError(FiftyfoldError):
+    """No replica of the model can answer now; the request may succeed later."""
 
 
 # The first matching class decides: HTTP status, error type, and a code for errors without their own.
@@ -32,6 +40,7 @@ _RESPONSES: tuple[tuple[type[FiftyfoldError], int, str, str | None], ...] = (
     (QueueFullError, 429, "rate_limit_error", "rate_limit_exceeded"),
     (RequestTimeoutError, 504, "timeout_error", "request_timeout"),
     (RequestAbortedError, 503, "server_error", "aborted"),
+    (UnavailableError, 503, "server_error", "unavailable"),
     (EngineError, 500, "server_error", "engine_error"),
     (FiftyfoldError, 500, "server_error", None),
 )
@@ -42,6 +51,12 @@ METHOD = "fiftyfold.method"
 CLIENT_CLOSED_REQUEST = 499
 """Status for access logs only; the client has disconnected."""
 MAX_MESSAGE_CHARS = 500
+
+
+async def wait_for_disconnect(request: Request) -> None:
+    """Return when the client has disconnected. The body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def error_body(message: str, type: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -6,15 +6,63 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+T = TypeVar("T")
 KEEP_ALIVE = ": keep-alive\n\n"
 """A comment, which clients skip."""
+DONE = "data: [DONE]\n\n"
+"""The last event of every stream."""
 OBFUSCATION_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How often a stream sends something."""
+
+    interval: float = 0.0
+    """Least seconds between two chunks of text."""
+    keep_alive: float = 1.0
+    """Seconds of silence after which a comment is sent."""
+
+
+async def in_batches(items: AsyncIterator[T], interval: float) -> AsyncIterator[list[T]]:
+    """Yield all of ``items`` in lists: the first one at once, later ones at least ``interval`` seconds apart.
+
+    Nothing waits after the last item. Raises the error of ``items`` after what came before it. With an interval of 0,
+    every list has one item.
+    """
+    if not interval:
+        async for item in items:
+            yield [item]
+        return
+    ready: list[T] = []
+    arrived = asyncio.Event()
+
+    async def collect() -> None:
+        async for item in items:
+            ready.append(item)
+            arrived.set()
+
+    collecting = asyncio.ensure_future(collect())
+    collecting.add_done_callback(lambda _: arrived.set())
+    try:
+        while not (collecting.done() and not ready):
+            await arrived.wait()
+            arrived.clear()
+            if ready:
+                batch = ready.copy()
+                ready.clear()
+                yield batch
+                await asyncio.wait({collecting}, timeout=interval)
+        collecting.result()
+    finally:
+        collecting.cancel()
 
 
 def format_event(content: str) -> str:

@@ -18,6 +18,7 @@ def add_routes(app: FastAPI, served: ServedModel) -> None:
     engine = served.engine
     card = ModelCard(
         id=served.name,
+        version=served.version,
         created=int(time.time()),
         max_model_len=engine.model_config.max_positions,
         cache_bytes_per_token=engine.cache_bytes_per_token(),

@@ -13,8 +13,16 @@ from fastapi import Request, Response
 from pydantic import BaseModel
 
 from model.errors import FiftyfoldError
-from serve.api.errors import CLIENT_CLOSED_REQUEST, error_response
-from serve.api.event_stream import EventStreamResponse, format_event, obfuscation, with_keep_alive
+from serve.api.errors import CLIENT_CLOSED_REQUEST, error_response, wait_for_disconnect
+from serve.api.event_stream import (
+    DONE,
+    EventStreamResponse,
+    Pace,
+    format_event,
+    in_batches,
+    obfuscation,
+    with_keep_alive,
+)
 from serve.api.formats import ResponseFormat
 from serve.api.schemas.generation import GenerationRequest
 from serve.api.schemas.usage import Extension, PromptTokensDetails, Usage
@@ -22,12 +30,12 @@ from serve.api.served_model import ServedModel
 from serve.engine import Delta
 
 
-async def respond(run: Run, request: Request, keep_alive_seconds: float) -> Response:
+async def respond(run: Run, request: Request, pace: Pace) -> Response:
     """Return the response of a run: JSON, or an event stream if the request asks for one."""
     if run.body.stream:
-        return EventStreamResponse(with_keep_alive(run.events(), keep_alive_seconds), close=run.stream.abort)
+        return EventStreamResponse(with_keep_alive(run.events(pace.interval), pace.keep_alive), close=run.stream.abort)
     response = asyncio.ensure_future(run.response())
-    disconnected = asyncio.ensure_future(_wait_for_disconnect(request))
+    disconnected = asyncio.ensure_future(wait_for_disconnect(request))
     try:
         await asyncio.wait({response, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         if not response.done():
@@ -38,11 +46,6 @@ async def respond(run: Run, request: Request, keep_alive_seconds: float) -> Resp
         run.stream.abort()
         response.cancel()
         disconnected.cancel()
-
-
-async def _wait_for_disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 class Run:
@@ -89,25 +92,34 @@ class Run:
             chosen += sorted(group, key=lambda i: -outputs[i].mean_logprob)[: self.body.n]
         return chosen
 
-    async def events(self) -> AsyncIterator[str]:
-        """Yield the response as server-sent events. The chunks' texts concatenate to the JSON response's text."""
+    async def events(self, interval: float) -> AsyncIterator[str]:
+        """Yield the response as server-sent events, ``interval`` seconds apart.
+
+        The chunks' texts concatenate to the JSON response's text.
+        """
         include_usage = self.body.stream_options.include_usage
         optional: dict[str, Any] = {"usage": None} if include_usage else {}
         started: set[int] = set()
+        unfinished = len(self.stream.sequences)
         try:
-            async for index, delta in self.stream:
-                sequence, prompt, first = self.stream.sequences[index], index // self._candidates, index not in started
-                started.add(index)
-                choices = self._format.chunk_choices(index, prompt, sequence, delta, first)
-                for number, choice in enumerate(choices, 1):
-                    if self.stream.finished and number == len(choices) and not include_usage:
-                        optional["fiftyfold"] = self._extension()
-                    yield self._event(choices=[choice], **optional)
+            async for batch in in_batches(self.stream, interval):
+                parts: dict[int, list[Delta]] = {}
+                for index, part in batch:
+                    parts.setdefault(index, []).append(part)
+                for index, deltas in parts.items():
+                    delta, sequence, first = Delta.join(deltas), self.stream.sequences[index], index not in started
+                    started.add(index)
+                    unfinished -= delta.final
+                    choices = self._format.chunk_choices(index, index // self._candidates, sequence, delta, first)
+                    for number, choice in enumerate(choices, 1):
+                        if not unfinished and number == len(choices) and not include_usage:
+                            optional["fiftyfold"] = self._extension()
+                        yield self._event(choices=[choice], **optional)
             if include_usage:
                 yield self._event(choices=[], usage=self._usage(), fiftyfold=self._extension())
         except FiftyfoldError as error:
             yield format_event(json.dumps(error_response(error)[1]))
-        yield format_event("[DONE]")
+        yield DONE
 
     def _event(self, **fields: Any) -> str:
         chunk = self._message(self._format.chunk, **fields)

@@ -18,8 +18,10 @@ class ServedModel:
     engine: Engine
     token_formatter: TokenFormatter
     chat_template: ChatTemplate
+    version: str | None = None
+    """Version of the model registry."""
 
     def check_name(self, requested: str | None) -> None:
         """Raise ModelNotFoundError unless ``requested`` is this model's name or None."""
         if requested not in (None, self.name):
-            raise ModelNotFoundError(str(requested), self.name)
+            raise ModelNotFoundError(str(requested), [self.name])

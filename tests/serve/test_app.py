@@ -17,7 +17,9 @@ import httpx
 import openai
 import pytest
 import torch
+from deployments import recipe_for
 from fastapi.testclient import TestClient
+from ray import serve as ray_serve
 from ray.exceptions import RayActorError
 
 from model import checkpoint
@@ -25,24 +27,11 @@ from model.cache import Cache
 from model.errors import CheckpointError, ConfigError, FiftyfoldError
 from model.generation import prefill
 from model.transformer import Transformer
-from pipelines.recipe.loading import recipe_from_dict
-from pipelines.recipe.schema import Recipe
 from pipelines.steps import deploy
-from pipelines.steps.deploy import Deployment, find_model, start
+from pipelines.steps.deploy import Deployment, start
 from pipelines.tracking.mlflow_store import open_tracking
-from serve.app import CompletionsServer, build
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def recipe_for(folder: Path, model_uri: str | Path, **serve) -> Recipe:
-    # Keep the weights in float32 on every processor: completions are compared with the network's.
-    serve = {"model_uri": str(model_uri), "port": free_port(), "cpus_per_replica": 0.5, "weights": "float32", **serve}
-    return recipe_from_dict({"run": {"folder": str(folder)}, "serve": serve})
+from pipelines.tracking.served_models import ModelStore
+from serve.app import Gateway, ModelServer, build_gateway, build_model
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +49,7 @@ def deployment(ray_cluster, saved) -> Iterator[Deployment]:
         "max_body_bytes": 20_000,
         "prefill_chunk": 32,
         "keep_alive_seconds": 60,  # a busy machine must not add comments
+        "stream_interval_seconds": 0,
         "allowed_origins": ["http://localhost:3000"],
     }
     with start(recipe_for(saved.parents[1], saved, **limits)) as deployment:
@@ -236,9 +226,9 @@ def test_a_proxy_that_fails_to_start_is_reported(saved, monkeypatch, error) -> N
         raise error
 
     monkeypatch.setattr(deploy, "ray_session", lambda **_: nullcontext())
-    monkeypatch.setattr(deploy, "_check_cluster", lambda section: None)
-    monkeypatch.setattr(deploy.ray_serve, "start", fail)
-    monkeypatch.setattr(deploy.ray_serve, "shutdown", lambda: None)
+    monkeypatch.setattr(deploy, "check_cluster", lambda section: None)
+    monkeypatch.setattr(ray_serve, "start", fail)
+    monkeypatch.setattr(ray_serve, "shutdown", lambda: None)
     with pytest.raises(FiftyfoldError, match=r"^serve: Ray Serve could not start \(.+\)$"):
         start(recipe_for(saved.parents[1], saved))
 
@@ -276,11 +266,11 @@ def test_a_registered_model_is_found_by_alias(tmp_path, saved) -> None:
     client.create_registered_model("letters")
     version = client.create_model_version("letters", saved.as_uri())
     client.set_registered_model_alias("letters", "champion", version.version)
-    name, folder = find_model(recipe)
-    assert name == "letters"
-    assert checkpoint.load_config(folder) == checkpoint.load_config(saved)
-    with pytest.raises(ConfigError, match="models:/letters@other"):
-        find_model(recipe_for(tmp_path, "models:/letters@other"))
+    [model] = ModelStore(recipe).find()
+    assert (model.name, model.version) == ("letters", "1")
+    assert checkpoint.load_config(model.checkpoint) == checkpoint.load_config(saved)
+    with pytest.raises(ConfigError, match=r"^serve\.model_uri: cannot get models:/letters@other"):
+        ModelStore(recipe_for(tmp_path, "models:/letters@other")).find()
 
 
 def test_replicas_that_do_not_fit_the_cluster_are_refused(ray_cluster, saved) -> None:
@@ -289,25 +279,31 @@ def test_replicas_that_do_not_fit_the_cluster_are_refused(ray_cluster, saved) ->
         start(recipe_for(saved.parents[1], saved, replicas=50))
 
 
-def test_a_replica_serves_only_with_its_key(saved, monkeypatch) -> None:
-    server_class = CompletionsServer.func_or_class.__mro__[1]
-    server = server_class({"checkpoint": str(saved), "api_key_variable": "SOME_KEY"})
+def test_a_gateway_serves_only_with_its_key(monkeypatch) -> None:
+    gateway_class = Gateway.func_or_class.__mro__[1]  # Ray Serve's own initializer is a coroutine
+    gateway = gateway_class({"models": ["letters"], "api_key_variable": "SOME_KEY"})
     monkeypatch.delenv("SOME_KEY", raising=False)
     with pytest.raises(ConfigError, match="api_key_variable: SOME_KEY: not set in the environment of this process"):
-        server.__serve_build_asgi_app__()
+        gateway.__serve_build_asgi_app__()
     monkeypatch.setenv("SOME_KEY", "correct-horse")
-    with TestClient(server.__serve_build_asgi_app__()) as client:
-        assert client.get("/v1/models").status_code == 401
-        assert client.get("/v1/models", headers={"Authorization": "Bearer correct-horse"}).status_code == 200
+    with TestClient(gateway.__serve_build_asgi_app__()) as client:
+        for path in ("/v1/models", "/v1/cache", "/metrics", "/v1/completions", "/none"):
+            assert client.get(path).status_code == 401
+        headers = {"Authorization": "Bearer correct-horse"}
+        assert client.get("/v1/cache?model=other", headers=headers).status_code == 404
 
 
 def test_build_names_invalid_args() -> None:
     with pytest.raises(ConfigError, match=r"^serve args: api_key_variable: .*set api_key_file or api_key_variable"):
-        build({"checkpoint": "x", "api_key_file": "a", "api_key_variable": "b"})
+        build_gateway({"models": ["x"], "api_key_file": "a", "api_key_variable": "b"})
+    with pytest.raises(ConfigError, match="serve args: models: List should have at least 1 item"):
+        build_gateway({"models": []})
     with pytest.raises(ConfigError, match="serve args: prefil_chunk: Extra inputs"):
-        build({"checkpoint": "x", "prefil_chunk": 5})
+        build_model({"checkpoint": "x", "model_name": "x", "prefil_chunk": 5})
     with pytest.raises(ConfigError, match="serve args: checkpoint: Field required"):
-        build({})
+        build_model({"model_name": "x"})
+    with pytest.raises(ConfigError, match=r"serve args: .*max_replicas \(1\) must be at least replicas \(2\)"):
+        build_model({"checkpoint": "x", "model_name": "x", "replicas": 2, "max_replicas": 1})
 
 
 @pytest.mark.long
@@ -338,11 +334,9 @@ def test_auto_weights_use_the_faster_data_type(saved, monkeypatch, fast, dtype) 
     stored = []
     monkeypatch.setattr(Transformer, "cast_weights", lambda model, dtype: stored.append(dtype))
     monkeypatch.setattr("serve.engine.config.multiplies_bf16_fast", lambda device: fast)
-    server_class = CompletionsServer.func_or_class.__mro__[1]  # Ray Serve's own initializer is a coroutine
-    server = server_class({"checkpoint": str(saved)})
+    server = ModelServer.func_or_class({"checkpoint": str(saved), "model_name": "letters"})
     assert stored == [getattr(torch, dtype)]
-    with TestClient(server.__serve_build_asgi_app__()) as client:
-        assert client.get("/healthz").json()["weights"] == dtype
+    assert server.engine.config.weights == dtype
 
 
 def test_missing_and_damaged_models(tmp_path, saved, endless_model, letters) -> None:

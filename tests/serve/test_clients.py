@@ -2,11 +2,15 @@
 
 import asyncio
 import json
+import re
+import shlex
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from http.client import HTTPResponse
+from pathlib import Path
 
 import httpx
 import openai
@@ -217,3 +221,36 @@ def test_lm_eval_with_a_hundred_clients_waits_instead_of_failing(endless_model, 
         assert most > 80  # more than may run, so the others waited
         one = LocalCompletionsAPI(**settings).loglikelihood(requests[:10])
     assert [score for score, _ in scores[:10]] == pytest.approx([score for score, _ in one], abs=1e-3)
+
+
+def test_curl_as_in_the_documentation(server) -> None:
+    """The commands of docs/serving.md, at another address."""
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    blocks = re.findall(r"```\n(curl .*?)```", text, re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        command = block.replace("http://127.0.0.1:8000", server.url).replace("\\\n", " ")
+        answer = subprocess.run(shlex.split(command), capture_output=True, text=True, check=True).stdout
+        if "-N" in shlex.split(command):
+            assert answer.endswith("data: [DONE]\n\n") and '"error"' not in answer
+        else:
+            assert "error" not in json.loads(answer)
+
+
+def test_the_openai_client_completes_asynchronously_and_streams(server) -> None:
+    async def main() -> None:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            ask = dict(model="letters", prompt=[PROMPT, "in"], max_tokens=10, seed=5)
+            whole = await client.completions.create(**ask)
+            texts = ["", ""]
+            async for chunk in await client.completions.create(**ask, stream=True):
+                for choice in chunk.choices:
+                    texts[choice.index] += choice.text
+            assert texts == [choice.text for choice in whole.choices]
+            stream = await client.completions.create(**ask | {"max_tokens": 400}, stream=True)
+            await anext(aiter(stream))
+            await stream.close()  # cancels the rest
+            while server.engine.unfinished:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(main())

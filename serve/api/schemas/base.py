@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from serve.api.schemas.neutral_fields import drop_neutral
 from serve.api.schemas.validation import field_error
@@ -39,6 +39,9 @@ def integral(value: Any) -> Any:
 
 
 Integer = Annotated[int, BeforeValidator(integral)]
+MAX_INTEGER = 2**31 - 1
+"""Limit on counts that the model's context or vocabulary limits further."""
+ModelName = Annotated[str, Field(max_length=1000)]
 
 
 def parse_token_ids(value: Any) -> Any:

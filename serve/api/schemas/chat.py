@@ -14,6 +14,7 @@ from serve.api.schemas.usage import Extension, Usage
 from serve.api.schemas.validation import field_error
 
 MAX_TOP_LOGPROBS = 20
+MAX_TEMPLATE_VARIABLES = 64
 
 
 def _parse_tool_choice(value: Any) -> str:
@@ -47,7 +48,7 @@ class ChatRequest(GenerationRequest):
     """``none`` withholds the tools from the template."""
     add_generation_prompt: bool = True
     """End the prompt with the beginning of an assistant's message."""
-    chat_template_kwargs: dict[str, Any] = Field(default={})
+    chat_template_kwargs: dict[str, Any] = Field(default={}, max_length=MAX_TEMPLATE_VARIABLES)
     """Further variables of the template, such as ``enable_thinking``."""
 
     neutral_values = CHAT_NEUTRAL_VALUES

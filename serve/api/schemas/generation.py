@@ -9,12 +9,13 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, PlainValidator, model_validator
 
 from model.tokenizer import Tokenizer
-from serve.api.schemas.base import Integer, RequestBody, parse_tokens
+from serve.api.schemas.base import MAX_INTEGER, Integer, ModelName, RequestBody, parse_tokens
 from serve.api.schemas.validation import field_error
 from serve.engine import RequestError, SamplingParams
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 4096
 MAX_STOP_TOKEN_IDS = 1024
 MAX_BIASES = 1024
 MAX_BIAS = 100.0
@@ -26,6 +27,8 @@ def _parse_stop(value: Any) -> list[str]:
         raise ValueError("expected a string or a list of strings")
     if len(stops) > MAX_STOP_STRINGS:
         raise ValueError(f"expected at most {MAX_STOP_STRINGS} stop strings, found {len(stops)}")
+    if any(len(stop) > MAX_STOP_CHARS for stop in stops):
+        raise ValueError(f"expected stop strings of at most {MAX_STOP_CHARS} characters")
     if "" in stops:
         raise ValueError("an empty stop string is not allowed")
     return stops
@@ -68,14 +71,14 @@ class StreamOptions(RequestBody):
 class GenerationRequest(RequestBody):
     """Sampling and streaming fields, with the names of OpenAI's and vLLM's APIs. Null means the default."""
 
-    model: str | None = None
-    """Name of the served model; may be omitted."""
+    model: ModelName | None = None
+    """Name of a served model; the default one if omitted."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
-    top_k: Annotated[Integer, Field(ge=-1)] = 0
+    top_k: Annotated[Integer, Field(ge=-1, le=MAX_INTEGER)] = 0
     """0 and -1 keep the whole vocabulary."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    min_tokens: Annotated[Integer, Field(ge=0)] = 0
+    min_tokens: Annotated[Integer, Field(ge=0, le=MAX_INTEGER)] = 0
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0

@@ -12,6 +12,8 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "fiftyfold"
+    version: str | None
+    """Version of the model registry; null for a checkpoint folder."""
     max_model_len: int
     """Maximum tokens of prompt and completion together."""
     cache_bytes_per_token: float

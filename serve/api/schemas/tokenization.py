@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import PlainValidator
 
-from serve.api.schemas.base import RequestBody, parse_tokens
+from serve.api.schemas.base import ModelName, RequestBody, parse_tokens
 
 
 class TokenizeRequest(RequestBody):
@@ -17,7 +17,7 @@ class TokenizeRequest(RequestBody):
     """Prepend BOS."""
     parse_special: bool = False
     """Read spellings of special tokens as these tokens."""
-    model: str | None = None
+    model: ModelName | None = None
 
     neutral_values: ClassVar = {"return_token_strs": (False,)}
 
@@ -26,4 +26,4 @@ class DetokenizeRequest(RequestBody):
     """``POST /detokenize``."""
 
     tokens: Annotated[list[int], PlainValidator(parse_tokens, json_schema_input_type=list[int])]
-    model: str | None = None
+    model: ModelName | None = None

@@ -1,16 +1,30 @@
 """The deploy step: the key it requires, and its account of a deployment that failed."""
 
+import importlib
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import ray
+import torch
+import yaml
 from ray import serve as ray_serve
+from ray.serve import Application
+from ray.serve.schema import ServeDeploySchema
 
-from model.errors import ConfigError
+from model import checkpoint
+from model.config import ModelConfig
+from model.errors import CheckpointError, ConfigError
+from model.tokenizer import load_tokenizer
+from model.transformer import Transformer
+from pipelines.ray_runtime.serve_applications import failure, gateway_arguments, model_arguments
 from pipelines.recipe.loading import recipe_from_dict
 from pipelines.recipe.schema import Recipe, ServeSection
 from pipelines.steps import deploy
+from pipelines.tracking import served_models
+from pipelines.tracking.served_models import ModelStore, ServedModel, model_sources
+from serve.app import GATEWAY, application_name, build_model
 
 TRACEBACK = """The deployment failed to start 3 times in a row. This may be due to a problem with its constructor or \
 initial health check failing. See controller logs for details. Error:
@@ -28,7 +42,7 @@ def messages(monkeypatch):
 
     def set_messages(*texts):
         deployments = {str(i): SimpleNamespace(message=text) for i, text in enumerate(texts)}
-        status = SimpleNamespace(applications={deploy.APPLICATION: SimpleNamespace(deployments=deployments)})
+        status = SimpleNamespace(applications={GATEWAY: SimpleNamespace(deployments=deployments)})
         monkeypatch.setattr(ray, "is_initialized", lambda: True)
         monkeypatch.setattr(ray_serve, "status", lambda: status)
 
@@ -37,12 +51,12 @@ def messages(monkeypatch):
 
 def test_failure_is_the_error_of_a_replica(messages):
     messages("", TRACEBACK)
-    assert deploy._failure(SERVE) == "ModuleNotFoundError: No module named 'serve'"
+    assert failure(SERVE, [GATEWAY]) == "ModuleNotFoundError: No module named 'serve'"
 
 
 def test_failure_is_a_replica_message_without_traceback(messages):
     messages("Deployment 'completions' has 1 replicas that have taken more than 30s to initialize.")
-    assert deploy._failure(SERVE).endswith("30s to initialize.")
+    assert failure(SERVE, [GATEWAY]).endswith("30s to initialize.")
 
 
 @pytest.mark.parametrize("broken", ["no message", "no status"])
@@ -54,7 +68,7 @@ def test_failure_is_the_last_line_of_the_error_without_replica_messages(messages
             raise RuntimeError("Serve is gone")
 
         monkeypatch.setattr(ray_serve, "status", fail)
-    assert deploy._failure(RuntimeError("first\nlast")) == "last"
+    assert failure(RuntimeError("first\nlast"), [GATEWAY]) == "last"
 
 
 def recipe_with(**serve) -> Recipe:
@@ -90,11 +104,113 @@ def test_replicas_get_the_path_of_the_key_and_not_the_key(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     Path("key").write_text("correct-horse")
     section = recipe_with(api_key_file="key").serve
-    arguments = deploy._arguments(section, tmp_path, "name")
-    assert arguments["api_key_file"] == str(tmp_path / "key")
+    model = ServedModel("name", "c", "serve.model_uri", Path("c"))
+    arguments = [gateway_arguments(section, [model]), model_arguments(section, model)]
+    assert arguments[0]["api_key_file"] == str(tmp_path / "key")
     deploy._print_endpoint(
-        SimpleNamespace(checkpoint="c", model_name="name", url="http://t", weights="float32"), section
+        SimpleNamespace(models=[model], model_name="name", url="http://t", weights="float32"), section
     )
     printed = capsys.readouterr().out
     assert '-H "Authorization: Bearer $(cat key)"' in printed
     assert "correct-horse" not in printed + repr(arguments)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints") / "small" / "final"
+    torch.manual_seed(0)
+    checkpoint.save(Transformer(ModelConfig.from_preset("tiny", max_positions=256)), folder, load_tokenizer("byte"))
+    return folder
+
+
+def test_write_config_is_a_valid_serve_config(tmp_path, folder):
+    key = tmp_path / "key"
+    key.write_text("correct-horse")
+    recipe = recipe_with(
+        model_uri=str(folder), models={"other": str(folder)}, host="0.0.0.0", port=8123, api_key_file=str(key),
+        max_replicas=3, target_requests_per_replica=5, allowed_origins=["http://a"],
+    )  # fmt: skip
+    path = tmp_path / "serve.yaml"
+    assert deploy.run(recipe, path) == path
+    text = path.read_text()
+    assert "correct-horse" not in text
+    config = ServeDeploySchema.model_validate(yaml.safe_load(text))
+    assert (config.http_options.host, config.http_options.port) == ("0.0.0.0", 8123)
+    gateway, first, second = config.applications
+    assert (gateway.name, gateway.route_prefix) == (GATEWAY, "/")
+    assert [gateway.args["models"], first.args["model_name"], second.args["model_name"]] == [
+        ["small/final", "other"], "small/final", "other",
+    ]  # fmt: skip
+    for application in config.applications:
+        module, _, name = application.import_path.partition(":")
+        assert application.route_prefix in ("/", None)
+        built = getattr(importlib.import_module(module), name)(application.args)
+        assert isinstance(built, Application)
+
+
+def test_write_config_refuses_what_deploy_refuses(tmp_path, folder):
+    with pytest.raises(ConfigError, match=r"^serve.host: 0\.0\.0\.0 is not a loopback address"):
+        deploy.run(recipe_with(model_uri=str(folder), host="0.0.0.0"), tmp_path / "serve.yaml")
+    with pytest.raises(ConfigError, match=r"^--write-config: .* cannot be created, because"):
+        deploy.run(recipe_with(model_uri=str(folder)), folder / "config.json" / "serve.yaml")
+    with pytest.raises(CheckpointError, match="no such checkpoint folder"):
+        deploy.run(recipe_with(model_uri=str(tmp_path / "none")), tmp_path / "serve.yaml")
+    assert not (tmp_path / "serve.yaml").exists()
+
+
+def options_of(**settings):
+    """Return the options of a model's deployment."""
+    application = build_model({"model_name": "m", "checkpoint": "c", **settings})
+    return application._bound_deployment._deployment_config
+
+
+def test_autoscaling_follows_the_queue_within_bounds():
+    assert options_of(replicas=2).autoscaling_config is None
+    assert options_of(replicas=2).num_replicas == 2
+    scaling = options_of(replicas=2, max_replicas=5, max_active_requests=7, upscale_delay_seconds=3).autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas) == (2, 5)
+    assert scaling.target_ongoing_requests == 7  # more requests than that wait in the engine's queue
+    assert (scaling.upscale_delay_s, scaling.downscale_delay_s) == (3, 300)
+    assert options_of(max_replicas=2, target_requests_per_replica=3).autoscaling_config.target_ongoing_requests == 3
+
+
+def test_replicas_are_checked_drained_and_replaced_by_new_ones_first():
+    options = options_of(health_check_seconds=2, drain_seconds=45)
+    assert (options.health_check_period_s, options.graceful_shutdown_timeout_s) == (2, 45)
+    assert options.max_surge_percent == 100
+    assert options.request_router_config.get_request_router_class().__name__ == "PrefixRouter"
+
+
+def test_names_of_models():
+    sources = model_sources(recipe_with(model_uri="models:/a@b", models={"c": "models:/a/3"}).serve)
+    assert sources == [("a", "models:/a@b", "serve.model_uri"), ("c", "models:/a/3", "serve.models.c")]
+    with pytest.raises(ConfigError, match=r"^serve.models: 'a' is the name of serve.model_uri already$"):
+        model_sources(recipe_with(model_uri="models:/a@b", models={"a": "models:/a/3"}).serve)
+    assert len({application_name(name) for name in ("a/b", "a-b", "a b", "é", "ü")}) == 5
+
+
+def test_copies_of_a_tracking_server_are_removed(tmp_path, folder, monkeypatch):
+    recipe = recipe_from_dict({"run": {"folder": str(tmp_path)}, "serve": {"model_uri": "models:/small@champion"}})
+    number = 1
+
+    def copy(tracking, uri, destination, key):
+        assert uri == f"models:/small/{number}"
+        return Path(shutil.copytree(folder, destination / "final"))
+
+    monkeypatch.setattr(served_models, "open_tracking", lambda *_, **__: SimpleNamespace(uri="http://tracking"))
+    monkeypatch.setattr(served_models, "find_version", lambda *_: SimpleNamespace(version=number))
+    monkeypatch.setattr(served_models, "download", copy)
+    store = ModelStore(recipe)
+    [first] = store.find()
+    assert (first.version, store.moved(first)) == ("1", None)
+    number = 2
+    second = store.moved(first)
+    assert second.version == "2" and second.checkpoint != first.checkpoint
+    store.discard(first)
+    assert not first.checkpoint.exists() and second.checkpoint.is_dir()
+    monkeypatch.setattr(served_models, "download", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        store.find()
+    assert len(list((tmp_path / "served").iterdir())) == 1
+    store.close()
+    assert not (tmp_path / "served").exists()

@@ -8,7 +8,7 @@ from serve.api.config import HttpConfig
 from serve.engine import Engine, EngineConfig
 
 # A busy machine must not add comments to the streams that tests read.
-CONFIG = HttpConfig(max_body_bytes=20_000, keep_alive_seconds=60)
+CONFIG = HttpConfig(max_body_bytes=20_000, keep_alive_seconds=60, stream_interval_seconds=0)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from serve.api.schemas.neutral_fields import CHAT_NEUTRAL_TYPES, CHAT_NEUTRAL_VA
 from serve.engine import Engine
 
 HELLO = [{"role": "user", "content": "the other rain"}]
-CONFIG = HttpConfig(max_body_bytes=20_000, keep_alive_seconds=60)
+CONFIG = HttpConfig(max_body_bytes=20_000, keep_alive_seconds=60, stream_interval_seconds=0)
 TOOL = {"type": "function", "function": {"name": "f"}}
 
 

@@ -17,7 +17,7 @@ from serve.api.asgi import create_app
 from serve.api.config import HttpConfig
 from serve.engine import Engine
 
-CONFIG = HttpConfig(max_body_bytes=20_000, keep_alive_seconds=60)
+CONFIG = HttpConfig(max_body_bytes=20_000, keep_alive_seconds=60, stream_interval_seconds=0)
 
 TEXT = "the other rain "
 

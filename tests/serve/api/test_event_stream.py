@@ -10,7 +10,7 @@ import pytest
 
 from serve.api.asgi import create_app
 from serve.api.config import HttpConfig
-from serve.api.event_stream import KEEP_ALIVE, with_keep_alive
+from serve.api.event_stream import KEEP_ALIVE, in_batches, with_keep_alive
 from serve.engine import Engine, EngineConfig
 
 
@@ -29,6 +29,33 @@ def test_comments_fill_pauses_only() -> None:
     assert events[0] == "event 0"
     assert set(events[1:-3]) == {KEEP_ALIVE}
     assert 2 <= events.count(KEEP_ALIVE) <= 5
+
+
+def test_items_that_come_fast_are_sent_together() -> None:
+    async def batches(events: AsyncIterator[str], interval: float) -> list[list[str]]:
+        return [batch async for batch in in_batches(events, interval)]
+
+    found = asyncio.run(batches(slow_events(*[0.01] * 30), 60))
+    assert found[0] == ["event 0"]  # the first one at once
+    assert len(found) == 2 and found[1][-1] == "event 29"  # the rest when they end, and not after a minute
+    assert [len(batch) for batch in asyncio.run(batches(slow_events(*[0.01] * 5), 0))] == [1] * 5
+    assert asyncio.run(batches(slow_events(), 60)) == []
+
+
+def test_an_error_comes_after_the_items_before_it() -> None:
+    async def failing() -> AsyncIterator[str]:
+        yield "first"
+        await asyncio.sleep(0.01)
+        yield "second"
+        raise KeyError("x")
+
+    async def main() -> None:
+        batches = in_batches(failing(), 60)
+        assert [await anext(batches), await anext(batches)] == [["first"], ["second"]]
+        with pytest.raises(KeyError):
+            await anext(batches)
+
+    asyncio.run(main())
 
 
 def test_errors_and_the_end_of_the_client_reach_the_events() -> None:
@@ -67,7 +94,7 @@ def test_a_long_prompt_sends_comments_and_then_the_same_stream(endless_model, le
         return step(arrivals)
 
     async def main() -> list[str]:
-        config = HttpConfig(keep_alive_seconds=0.02)
+        config = HttpConfig(keep_alive_seconds=0.02, stream_interval_seconds=0)
         transport = httpx.ASGITransport(create_app(engine, "letters", config))
         async with httpx.AsyncClient(transport=transport, base_url="http://t") as client:
             texts = []

@@ -47,7 +47,7 @@ def test_the_script_uses_existing_elements_and_routes(client) -> None:
     page.feed(PAGE.read_text(encoding="utf-8"))
     used = set(re.findall(r'\$\("(\w+)"\)', page.scripts))
     assert used and used <= page.ids
-    paths = set(re.findall(r'"(/v1/[\w/]+)"', page.scripts))
+    paths = set(re.findall(r'["`](/v1/[\w/]+)', page.scripts))
     assert paths == {"/v1/models", "/v1/cache", "/v1/completions", "/v1/chat/completions"}
     assert paths <= set(client.get("/openapi.json").json()["paths"])
     report = client.get("/v1/cache").json()

@@ -1,0 +1,111 @@
+"""The models of a recipe's ``serve`` section: their names, checkpoint folders and versions of the registry."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from model.errors import ConfigError
+from pipelines.recipe.paths import MODEL_URI
+from pipelines.recipe.schema import Recipe, ServeSection
+from pipelines.tracking.mlflow_store import Tracking, open_tracking
+from pipelines.tracking.registry import download, find_version
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model that is served."""
+
+    name: str
+    """Name that clients use."""
+    uri: str
+    key: str
+    """The recipe's key of the URI, for error messages."""
+    checkpoint: Path
+    version: str | None = None
+    """Version of the registry; None for a checkpoint folder."""
+
+
+def name_in(uri: str) -> str | None:
+    """Return the registered name of a model URI, or None for a checkpoint folder."""
+    match = MODEL_URI.fullmatch(uri)
+    return match["name"] if match else None
+
+
+def model_sources(section: ServeSection) -> list[tuple[str, str, str]]:
+    """Return name, URI and recipe key of each model, the default one first.
+
+    Raises ConfigError for a name used twice.
+    """
+    uri = section.model_uri
+    name = name_in(uri) or "/".join(Path(uri).parts[-2:]).lstrip("/")
+    if name in section.models:
+        raise ConfigError(f"serve.models: '{name}' is the name of serve.model_uri already")
+    others = [(other, uri, f"serve.models.{other}") for other, uri in section.models.items()]
+    return [(name, uri, "serve.model_uri"), *others]
+
+
+class ModelStore:
+    """Checkpoint folders of a recipe's models.
+
+    Checkpoints of a tracking server are copied to ``<run.folder>/served``, which replicas on other machines can read.
+    :meth:`close` removes the copies.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self._folder = recipe.run.folder / "served"
+        self._recipe = recipe
+        self._tracking: Tracking | None = None
+        self._copies: dict[Path, Path] = {}
+        """Folders of copies by checkpoint folder."""
+
+    def find(self) -> list[ServedModel]:
+        """Return the models, the default one first. Raises ConfigError for a model that does not exist."""
+        return [self._get(*source) for source in model_sources(self._recipe.serve)]
+
+    def moved(self, model: ServedModel, refused: str | None = None) -> ServedModel | None:
+        """Return the version that the alias of ``model`` names now, or None if it is the same one or ``refused``.
+
+        Raises ConfigError if the registry has no answer.
+        """
+        match = MODEL_URI.fullmatch(model.uri)
+        if match is None or match["alias"] is None:
+            return None
+        number = str(find_version(self._open(), model.uri, model.key).version)
+        return None if number in (model.version, refused) else self._get(model.name, model.uri, model.key)
+
+    def discard(self, model: ServedModel) -> None:
+        """Remove the copy of a model that is not served any more, if there is one."""
+        if (copy := self._copies.pop(model.checkpoint, None)) is not None:
+            shutil.rmtree(copy, ignore_errors=True)
+
+    def close(self) -> None:
+        for copy in self._copies.values():
+            shutil.rmtree(copy, ignore_errors=True)
+        self._copies.clear()
+        if self._folder.is_dir() and not any(self._folder.iterdir()):
+            self._folder.rmdir()
+
+    def _open(self) -> Tracking:
+        self._tracking = self._tracking or open_tracking(self._recipe, write=False)
+        return self._tracking
+
+    def _get(self, name: str, uri: str, key: str) -> ServedModel:
+        if not uri.startswith("models:/"):
+            return ServedModel(name, uri, key, Path(uri))
+        tracking = self._open()
+        number = str(find_version(tracking, uri, key).version)
+        exact = f"models:/{name_in(uri)}/{number}"  # the alias may move meanwhile
+        if not tracking.uri.startswith("http"):
+            return ServedModel(name, uri, key, download(tracking, exact, key=key), number)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        copy = Path(tempfile.mkdtemp(dir=self._folder))
+        try:
+            checkpoint = download(tracking, exact, copy, key)
+        except BaseException:
+            shutil.rmtree(copy, ignore_errors=True)
+            raise
+        self._copies[checkpoint] = copy
+        return ServedModel(name, uri, key, checkpoint, number)

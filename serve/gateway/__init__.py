@@ -1,0 +1,1 @@
+"""Gateway in front of the replicas: one HTTP address for several models."""

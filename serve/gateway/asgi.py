@@ -1,0 +1,78 @@
+"""Assembly of the gateway's ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse
+
+from model.errors import FiftyfoldError
+from serve.api import errors, page
+from serve.api.asgi import add_middleware, new_app
+from serve.api.config import HttpConfig
+from serve.api.errors import UnavailableError, error_body
+from serve.gateway.backend import Backend, fetch
+from serve.gateway.forward import Forwarder
+
+_HEALTH_SECONDS = 5.0
+_ANSWER_SECONDS = 30.0
+
+
+def create_gateway(models: Mapping[str, Backend], config: HttpConfig, timeout_seconds: float) -> FastAPI:
+    """Return an application that serves ``models`` by name; the first one answers requests that name none.
+
+    It checks API keys, origins and sizes. The page, health and the list of models are its own; everything else is
+    the answer of a replica. Raises ConfigError for an API key that cannot be read.
+
+    Args:
+        timeout_seconds: Longest wait for the first byte of a replica.
+    """
+    app = new_app(openapi_url=None)
+    forwarder = Forwarder(models, timeout_seconds)
+    errors.add_handlers(app)
+    add_middleware(app, config)
+    page.add_routes(app)
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        cards = await asyncio.gather(*(_json(name, backend, "/v1/models") for name, backend in models.items()))
+        return {"object": "list", "data": [card for listing in cards for card in listing["data"]]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        return (await _json(name, forwarder.find(name), "/v1/models"))["data"][0]
+
+    @app.get("/health")
+    @app.get("/healthz")
+    async def healthz() -> Response:
+        """Answer 200 if a replica of every model is healthy, else 503."""
+        try:
+            async with asyncio.timeout(_HEALTH_SECONDS):
+                found = await asyncio.gather(*(_json(name, backend, "/healthz") for name, backend in models.items()))
+        except TimeoutError:
+            message = f"a model has no replica that answers within {_HEALTH_SECONDS:g} seconds"
+            return JSONResponse(error_body(message, "server_error"), 503)
+        except FiftyfoldError as error:
+            return JSONResponse(error_body(str(error), "server_error"), 503)
+        unfinished = sum(report["unfinished"] for report in found)
+        return JSONResponse({"status": "ok", "unfinished": unfinished, "models": found})
+
+    app.router.default = forwarder
+    return app
+
+
+async def _json(name: str, backend: Backend, path: str) -> dict[str, Any]:
+    """Return the JSON answer of a model's replica. Raises UnavailableError if it is not one of success."""
+    try:
+        async with asyncio.timeout(_ANSWER_SECONDS):
+            status, body = await fetch(backend, path)
+    except TimeoutError:
+        raise UnavailableError(f"model '{name}': no replica answers") from None
+    answer = json.loads(body)
+    if status != 200:
+        raise UnavailableError(f"model '{name}': {answer['error']['message']}")
+    return answer

@@ -1,0 +1,130 @@
+"""Generated requests against a listening gateway: by schema, and as arbitrary bytes. None gets a server error."""
+
+import json
+import random
+import re
+import socket
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, settings
+from listening_server import Listening, listening_app
+from replicas import Replicas
+
+from serve.api.asgi import create_app
+from serve.api.config import HttpConfig
+from serve.engine import Engine, EngineConfig
+from serve.gateway.asgi import create_gateway
+
+CONFIG = HttpConfig(max_body_bytes=20_000)
+
+
+@pytest.fixture(scope="module")
+def server(endless_model, letters) -> Iterator[Listening]:
+    engine = Engine(endless_model, letters, EngineConfig(max_active_requests=4, max_waiting_requests=300))
+    replicas = Replicas(create_app(engine, "letters", CONFIG))
+    with listening_app(create_gateway({"letters": replicas}, CONFIG, 60), engine) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def api_schema(server):
+    return schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+
+
+schema = schemathesis.pytest.from_fixture("api_schema")
+FUZZ = settings(
+    max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+
+
+@schema.parametrize()
+@FUZZ
+def test_requests_by_schema(case) -> None:
+    response = case.call(timeout=60)
+    assert response.status_code < 500, response.text
+
+
+@pytest.mark.long
+@schema.parametrize()
+@settings(FUZZ, max_examples=1000, derandomize=False)
+def test_many_requests_by_schema(case) -> None:
+    response = case.call(timeout=60)
+    assert response.status_code < 500, response.text
+
+
+BODY = json.dumps({"prompt": "the rain", "max_tokens": 2, "stop": ["x"], "stream": True}).encode()
+REQUESTS = [
+    b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Type: application/json\r\nContent-Length: %d\r\n"
+    b"Connection: close\r\n\r\n%b" % (len(BODY), BODY),
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+    b'2d\r\n{"messages":[{"role":"user","content":"the"}]}\r\n0\r\n\r\n',
+    b"GET /v1/models HTTP/1.1\r\nHost: t\r\nConnection: close\r\n\r\n",
+    b"GET /metrics?model=letters HTTP/1.0\r\n\r\n",
+]
+PIECES = [
+    b"\0",
+    b"\xff",
+    b"\r\n",
+    b"\n\n",
+    b":",
+    b"{",
+    b"]" * 50,
+    b"%00",
+    b"99999999999999999999",
+    b"-1",
+    b"\\ud800",
+    b"/../",
+]
+
+
+def mutated(chance: random.Random) -> bytes:
+    """Return a request with some bytes replaced, removed, repeated or inserted."""
+    request = bytearray(chance.choice(REQUESTS))
+    for _ in range(chance.randint(1, 4)):
+        start = chance.randrange(len(request) + 1)
+        end = min(len(request), start + chance.choice([0, 1, 1, 2, 8, 40]))
+        with_ = chance.choice(
+            [b"", bytes([chance.randrange(256)]), chance.choice(PIECES), bytes(request[start:end]) * 2]
+        )
+        request[start:end] = with_
+    return bytes(request)
+
+
+def send(server: Listening, request: bytes) -> bytes:
+    """Send bytes and no more; return all that the server answers."""
+    with socket.create_connection(server.address, timeout=30) as connection:
+        connection.sendall(request)
+        connection.shutdown(socket.SHUT_WR)
+        answer = b""
+        try:
+            while part := connection.recv(65536):
+                answer += part
+        except ConnectionResetError:
+            pass
+        return answer
+
+
+def fuzz_bytes(server: Listening, count: int, seed: int) -> list[int]:
+    chance = random.Random(seed)
+    statuses = []
+    for _ in range(count):
+        request = mutated(chance)
+        found = re.findall(rb"HTTP/1\.[01] (\d{3})", send(server, request))
+        statuses += map(int, found)
+        assert not any(status >= b"500" for status in found), request
+    assert httpx.get(f"{server.url}/healthz").status_code == 200
+    return statuses
+
+
+def test_arbitrary_bytes(server) -> None:
+    statuses = fuzz_bytes(server, 300, seed=0)
+    assert statuses.count(200) > 10
+    assert statuses.count(400) > 50
+
+
+@pytest.mark.long
+def test_many_arbitrary_bytes(server) -> None:
+    fuzz_bytes(server, 20_000, seed=random.randrange(2**32))
