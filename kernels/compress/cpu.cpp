@@ -1,4 +1,6 @@
 // Gated pooling of neighboring tokens.
+#include <ATen/ops/zeros.h>
+
 #include "../native/common.h"
 
 namespace fiftyfold {

@@ -146,7 +146,8 @@ def score_tasks(network: Path, recipe: Recipe, samples: int) -> dict[str, float]
         samples,
         section.seed,
         recipe.data_folder,
-        recipe.data.pairs,
+        {task: recipe.data.settings_of(task) for task in section.tasks},
+        section.distance,
         device="cuda" if recipe.train.use_gpu else "cpu",
     )
 
