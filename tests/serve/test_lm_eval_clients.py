@@ -31,7 +31,8 @@ def local(byte_model, byte_tokenizer, tmp_path_factory) -> CheckpointLM:
 
 def completions(server: Listening, **options) -> LocalCompletionsAPI:
     # Without retries, a single refusal would end the evaluation.
-    settings = {"model": "letters", "max_length": 512, "max_retries": 1, **options}
+    # BOS in front of every context, as CheckpointLM has it.
+    settings = {"model": "letters", "max_length": 512, "max_retries": 1, "add_bos_token": True, **options}
     return LocalCompletionsAPI(base_url=f"{server.url}/v1/completions", **settings)
 
 
@@ -44,9 +45,11 @@ def test_log_likelihoods_of_a_hundred_concurrent_requests(server, local) -> None
     assert [greedy for _, greedy in found] == [greedy for _, greedy in want]
 
 
-def test_rolling_log_likelihoods(server, local) -> None:
+def test_rolling_log_likelihoods(server, local, byte_tokenizer) -> None:
     requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(CONTEXTS[:10])]
-    found = completions(server, num_concurrent=4).loglikelihood_rolling(requests)
+    found = completions(
+        server, num_concurrent=4, add_bos_token=False, custom_prefix_token_id=byte_tokenizer.bos_id
+    ).loglikelihood_rolling(requests)
     assert found == pytest.approx(local.loglikelihood_rolling(requests, disable_tqdm=True), abs=1e-3)
 
 
