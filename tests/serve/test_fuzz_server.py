@@ -103,12 +103,13 @@ PIECES = [
 ]
 
 
-def mutated(chance: random.Random) -> bytes:
-    """Return a request with bytes replaced, removed, repeated or inserted anywhere, or in a body of right length."""
+def mutated(chance: random.Random) -> tuple[bytes, bool]:
+    """Return a request with bytes replaced, removed, repeated or inserted anywhere, or only in a body of right length,
+    and whether it is complete."""
     if chance.random() < 0.5:
-        return change(chance, chance.choice(REQUESTS))
+        return change(chance, chance.choice(REQUESTS)), False
     body = change(chance, BODY)
-    return HEAD % (len(body), body)
+    return HEAD % (len(body), body), True
 
 
 def change(chance: random.Random, data: bytes) -> bytes:
@@ -123,11 +124,12 @@ def change(chance: random.Random, data: bytes) -> bytes:
     return bytes(request)
 
 
-def send(server: Listening, request: bytes) -> bytes:
-    """Send bytes and no more; return all that the server answers."""
+def send(server: Listening, request: bytes, complete: bool) -> bytes:
+    """Send bytes, and no more if they may be incomplete; return all that the server answers."""
     with socket.create_connection(server.address, timeout=30) as connection:
         connection.sendall(request)
-        connection.shutdown(socket.SHUT_WR)
+        if not complete:  # for the server, a client that leaves
+            connection.shutdown(socket.SHUT_WR)
         answer = b""
         try:
             while part := connection.recv(65536):
@@ -141,8 +143,8 @@ def fuzz_bytes(server: Listening, count: int, seed: int) -> list[int]:
     chance = random.Random(seed)
     statuses = []
     for _ in range(count):
-        request = mutated(chance)
-        found = re.findall(rb"HTTP/1\.[01] (\d{3})", send(server, request))
+        request, complete = mutated(chance)
+        found = re.findall(rb"HTTP/1\.[01] (\d{3})", send(server, request, complete))
         statuses += map(int, found)
         assert not any(status >= b"500" for status in found), request
     assert httpx.get(f"{server.url}/healthz").status_code == 200
