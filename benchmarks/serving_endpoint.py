@@ -35,6 +35,7 @@ from benchmarks.lib.http_streams import read_stream, spread, streams_per_second,
 from benchmarks.lib.report import table
 from model import checkpoint
 from model.config import ModelConfig
+from model.errors import FiftyfoldError
 from model.hf import export_pretrained
 from model.tokenizer import load_tokenizer
 from model.transformer import Transformer
@@ -73,7 +74,7 @@ def save_checkpoints(folder: Path, preset: str) -> tuple[Path, Path]:
     config = ModelConfig.from_preset(preset, vocab_size=tokenizer.vocab_size, zero_init_output=False)
     model = Transformer(config).eval()
     checkpoint.save(model, folder / "ours", tokenizer)
-    export_pretrained(model, folder / "transformers", tokenizer)
+    export_pretrained(model, folder / "transformers", tokenizer=tokenizer)
     return folder / "ours", folder / "transformers"
 
 
@@ -100,7 +101,10 @@ def transformers_endpoint(folder: Path, log: Path) -> Iterator[str]:
     with log.open("w") as output, subprocess.Popen(command, env=environment, stdout=output, stderr=output) as process:
         try:
             url = f"http://127.0.0.1:{port}"
-            wait_until_answers(url, lambda: process.poll() is None, 300)
+            try:
+                wait_until_answers(url, lambda: process.poll() is None, 300)
+            except FiftyfoldError as error:
+                raise FiftyfoldError(f"transformers serve: {' '.join(log.read_text()[-500:].split())}") from error
             yield url
         finally:
             process.terminate()
