@@ -50,6 +50,15 @@ TEXT = (
 )
 
 
+TRANSFORMERS = """
+import transformers.modeling_utils as modeling
+modeling.check_and_set_device_map = lambda device_map: None
+from transformers.cli.transformers import main
+main()
+"""
+"""The ``transformers`` command without its demand for ``accelerate``, which places a model on devices: here the CPU."""
+
+
 def prompt_text(number: int) -> str:
     """Return 128 ASCII characters, which are as many tokens, different for every number."""
     return (f"{number:08d} " + TEXT * 2)[:PROMPT_TOKENS]
@@ -95,7 +104,7 @@ def our_endpoint(folder: Path, runs: Path) -> Iterator[str]:
 @contextmanager
 def transformers_endpoint(folder: Path, log: Path) -> Iterator[str]:
     port = free_port()
-    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(folder), "--device", "cpu",
+    command = [sys.executable, "-c", TRANSFORMERS, "serve", str(folder), "--device", "cpu",
                "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     with log.open("w") as output, subprocess.Popen(command, env=environment, stdout=output, stderr=output) as process:
