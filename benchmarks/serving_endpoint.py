@@ -35,6 +35,7 @@ from benchmarks.lib.http_streams import read_stream, spread, streams_per_second,
 from benchmarks.lib.report import table
 from model import checkpoint
 from model.config import ModelConfig
+from model.errors import FiftyfoldError
 from model.hf import export_pretrained
 from model.tokenizer import load_tokenizer
 from model.transformer import Transformer
@@ -47,6 +48,15 @@ PROMPT_TOKENS = 128
 TEXT = (
     "In the beginning there was a short prompt of plain letters, and every one of them became one token of the model. "
 )
+
+
+TRANSFORMERS = """
+import transformers.modeling_utils as modeling
+modeling.check_and_set_device_map = lambda device_map: None
+from transformers.cli.transformers import main
+main()
+"""
+"""The ``transformers`` command without its demand for ``accelerate``, which places a model on devices: here the CPU."""
 
 
 def prompt_text(number: int) -> str:
@@ -73,7 +83,7 @@ def save_checkpoints(folder: Path, preset: str) -> tuple[Path, Path]:
     config = ModelConfig.from_preset(preset, vocab_size=tokenizer.vocab_size, zero_init_output=False)
     model = Transformer(config).eval()
     checkpoint.save(model, folder / "ours", tokenizer)
-    export_pretrained(model, folder / "transformers", tokenizer)
+    export_pretrained(model, folder / "transformers", tokenizer=tokenizer)
     return folder / "ours", folder / "transformers"
 
 
@@ -94,13 +104,16 @@ def our_endpoint(folder: Path, runs: Path) -> Iterator[str]:
 @contextmanager
 def transformers_endpoint(folder: Path, log: Path) -> Iterator[str]:
     port = free_port()
-    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(folder), "--device", "cpu",
+    command = [sys.executable, "-c", TRANSFORMERS, "serve", str(folder), "--device", "cpu",
                "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     with log.open("w") as output, subprocess.Popen(command, env=environment, stdout=output, stderr=output) as process:
         try:
             url = f"http://127.0.0.1:{port}"
-            wait_until_answers(url, lambda: process.poll() is None, 300)
+            try:
+                wait_until_answers(url, lambda: process.poll() is None, 300)
+            except FiftyfoldError as error:
+                raise FiftyfoldError(f"transformers serve: {' '.join(log.read_text()[-500:].split())}") from error
             yield url
         finally:
             process.terminate()

@@ -21,7 +21,7 @@ from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException, ReplicaUnavailableError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.types import Message
 
 from model.errors import ConfigError
@@ -101,6 +101,7 @@ class ServeBackend:
     ) -> AsyncIterator[list[Message]]:
         handle = self._handle or await self._find()
         response = handle.respond.remote(request, body, prefix=prefix)
+        assert isinstance(response, DeploymentResponseGenerator)  # of a handle with stream=True
         try:
             async for batch in response:
                 yield batch
@@ -161,7 +162,7 @@ def build_model(args: dict[str, Any]) -> Application:
         health_check_period_s=settings.health_check_seconds,
         max_ongoing_requests=settings.max_ongoing_requests,
         request_router_config=RequestRouterConfig(
-            request_router_class=PrefixRouter,
+            request_router_class=PrefixRouter,  # type: ignore[arg-type]  # annotated wrongly by Ray
             request_router_kwargs={"imbalance": max(4, settings.max_active_requests // 4)},
         ),
     ).bind(settings.model_dump())

@@ -29,6 +29,13 @@ def local(byte_model, byte_tokenizer, tmp_path_factory) -> CheckpointLM:
     return CheckpointLM(folder)
 
 
+class WithoutBos(CheckpointLM):
+    """Without BOS in front of contexts, as lm-eval's client sends the tokens of a remote tokenizer."""
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        return super().tok_encode(string, add_special_tokens=False)
+
+
 def completions(server: Listening, **options) -> LocalCompletionsAPI:
     # Without retries, a single refusal would end the evaluation.
     settings = {"model": "letters", "max_length": 512, "max_retries": 1, **options}
@@ -39,14 +46,16 @@ def test_log_likelihoods_of_a_hundred_concurrent_requests(server, local) -> None
     pairs = [(context, f" {WORDS[i % 8]}") for i, context in enumerate(CONTEXTS)]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     found = completions(server, num_concurrent=100).loglikelihood(requests)
-    want = local.loglikelihood(requests, disable_tqdm=True)
+    want = WithoutBos(local.checkpoint).loglikelihood(requests, disable_tqdm=True)
     assert [score for score, _ in found] == pytest.approx([score for score, _ in want], abs=1e-3)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in want]
 
 
-def test_rolling_log_likelihoods(server, local) -> None:
+def test_rolling_log_likelihoods(server, local, byte_tokenizer) -> None:
     requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(CONTEXTS[:10])]
-    found = completions(server, num_concurrent=4).loglikelihood_rolling(requests)
+    found = completions(server, num_concurrent=4, custom_prefix_token_id=byte_tokenizer.bos_id).loglikelihood_rolling(
+        requests
+    )
     assert found == pytest.approx(local.loglikelihood_rolling(requests, disable_tqdm=True), abs=1e-3)
 
 
@@ -58,7 +67,9 @@ def generation(context: object, i: int) -> Instance:
 
 def test_generations_of_completions(server, local) -> None:
     requests = [generation(context, i) for i, context in enumerate(CONTEXTS)]
-    found = completions(server, num_concurrent=100).generate_until(requests, disable_tqdm=True)
+    # As text, to which the server adds BOS.
+    lm = completions(server, num_concurrent=100, tokenized_requests=False)
+    found = lm.generate_until(requests, disable_tqdm=True)
     assert found == local.generate_until(requests, disable_tqdm=True)
     assert len(set(found)) > 10
 

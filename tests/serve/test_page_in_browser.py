@@ -1,5 +1,6 @@
 """The page in a headless browser: models, streamed text, errors, and cache bytes."""
 
+import asyncio
 import os
 import re
 import shutil
@@ -30,6 +31,10 @@ def server(endless_model, letters, byte_model, byte_tokenizer) -> Iterator[Liste
     engines = {"letters": Engine(endless_model, letters), "raw/bytes": Engine(byte_model, byte_tokenizer)}
     models = {name: Replicas(create_app(engine, name, CONFIG, "3")) for name, engine in engines.items()}
     app = create_gateway(models, CONFIG, 60)
+
+    @app.get("/pause")
+    async def pause() -> None:
+        await asyncio.sleep(0.1)
 
     @app.get("/driven/{script:path}")
     async def driven(script: str) -> HTMLResponse:
@@ -63,7 +68,11 @@ def browse(server, tmp_path) -> Callable[..., dict[str, str]]:
 
 
 SEND = '$("prompt").value="the rain";$("tokens").value=40;$("temperature").value=0;$("send").click();'
-WHEN_READY = "const timer=setInterval(()=>{if(!models.length)return;clearInterval(timer);%s},50)"
+# The browser's clock stands still during a request, but not while a stream is read: hence the requests to /pause.
+WHEN_READY = (
+    "const timer=setInterval(async()=>{if(!models.length)return;clearInterval(timer);%s"
+    'do await fetch("/pause");while($("send").disabled)},50)'
+)
 
 
 def test_the_page_shows_models_text_and_cache(server, browse) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import gzip
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from fastapi.testclient import TestClient
@@ -102,15 +102,22 @@ def test_replicas_do_not_get_the_key(models, tmp_path) -> None:
 ASK = {"prompt": "the rain", "max_tokens": 12, "temperature": 0}
 
 
-def lossy(engines, *losses) -> tuple[TestClient, Replicas]:
-    replicas = Replicas(create_app(engines["letters"], "letters", CONFIG), losses)
-    return TestClient(create_gateway({"letters": replicas}, CONFIG, 60), raise_server_exceptions=False), replicas
+@pytest.fixture
+def lossy(endless_model, letters) -> Callable[..., tuple[TestClient, Replicas]]:
+    """Function that returns a gateway and its replicas, with an engine of their own: one stops with its event loop."""
+
+    def lossy(*losses: int) -> tuple[TestClient, Replicas]:
+        app = create_app(Engine(endless_model, letters), "letters", CONFIG)
+        replicas = Replicas(app, losses)
+        return TestClient(create_gateway({"letters": replicas}, CONFIG, 60), raise_server_exceptions=False), replicas
+
+    return lossy
 
 
 @pytest.mark.parametrize("losses", [(0,), (1,), (0, 1)])
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_request_is_sent_again_if_the_client_has_got_nothing(engines, client, losses, streamed) -> None:
-    lost, replicas = lossy(engines, *losses)
+def test_a_request_is_sent_again_if_the_client_has_got_nothing(lossy, client, losses, streamed) -> None:
+    lost, replicas = lossy(*losses)
     body = ASK | {"stream": streamed}
     with lost:
         answer = lost.post("/v1/completions", json=body)
@@ -125,8 +132,8 @@ def test_a_request_is_sent_again_if_the_client_has_got_nothing(engines, client, 
     assert text == want
 
 
-def test_a_started_stream_ends_with_an_error(engines) -> None:
-    lost, replicas = lossy(engines, 4)
+def test_a_started_stream_ends_with_an_error(lossy) -> None:
+    lost, replicas = lossy(4)
     with lost:
         events = lost.post("/v1/completions", json=ASK | {"stream": True}).text.strip().split("\n\n")
     assert len(replicas.requests) == 1
@@ -136,8 +143,8 @@ def test_a_started_stream_ends_with_an_error(engines) -> None:
     assert len(events) == 3 + 2  # the start of the response is a message, too
 
 
-def test_a_request_that_loses_every_replica_gets_a_clear_error(engines) -> None:
-    lost, replicas = lossy(engines, *[0] * ATTEMPTS)
+def test_a_request_that_loses_every_replica_gets_a_clear_error(lossy) -> None:
+    lost, replicas = lossy(*[0] * ATTEMPTS)
     with lost:
         answer = lost.post("/v1/completions", json=ASK)
         assert answer.status_code == 503
@@ -159,8 +166,8 @@ def test_a_model_without_replicas_times_out(models) -> None:
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_a_disconnect_reaches_the_replica(engines, streamed) -> None:
-    engine = engines["letters"]
+def test_a_disconnect_reaches_the_replica(endless_model, letters, streamed) -> None:
+    engine = Engine(endless_model, letters)
     body = json.dumps({"prompt": "the", "max_tokens": 500, "temperature": 0, "stream": streamed}).encode()
 
     async def main() -> None:
