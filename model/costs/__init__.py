@@ -3,7 +3,7 @@
 from model.costs.ablations import Ablation, SideEffect, find_ablations
 from model.costs.cache import cache_bytes, cache_bytes_per_token, fixed_state_bytes
 from model.costs.crossovers import Crossover, find_crossovers
-from model.costs.families import COMPARED, SSA_DENSITY, family_config, family_costs, ssa_costs
+from model.costs.families import COMPARED, SSA_DENSITY, family_config, family_costs, ssa_costs, with_ssa
 from model.costs.flops import decode_work, feed_forward_work
 from model.costs.parameters import PARAMETER_RULE, ParameterCount, count_parameters, expert_weight_bytes
 from model.costs.references import CostModel, costs_of, gqa8_costs, times, v32_costs, with_gqa8
@@ -41,4 +41,5 @@ __all__ = [
     "v32_costs",
     "waterfall",
     "with_gqa8",
+    "with_ssa",
 ]

@@ -43,12 +43,16 @@ def family_costs(config: ModelConfig, name: str) -> CostModel:
 
 
 def ssa_costs(config: ModelConfig, density: float = SSA_DENSITY) -> CostModel:
+    """Return :func:`with_ssa` of grouped-query attention at the width, layers and heads of ``config``."""
+    return with_ssa(family_costs(config, "gqa"), density)
+
+
+def with_ssa(dense: CostModel, density: float = SSA_DENSITY) -> CostModel:
     """Return an assumption about Subquadratic's sparse attention (SSA), whose design is not published.
 
-    The cache is the full one of grouped-query attention. Core attention costs ``density`` times as much as dense
-    attention at every length, and the selection nothing.
+    The cache is the full one of ``dense``, a network with grouped-query attention. Core attention costs ``density``
+    times as much as dense attention at every length, and the selection nothing.
     """
-    dense = family_costs(config, "gqa")
 
     def work(tokens: int) -> list[Work]:
         return [

@@ -146,7 +146,9 @@ def comparison_arms(recipe: Recipe) -> list[Arm]:
         if name == HYBRID:
             raise ConfigError(f"compare.arms: '{HYBRID}' is the recipe's own model")
         try:
-            model = ModelConfig.from_dict(values).replace(vocab_size=recipe.model.vocab_size)
+            # The tasks place facts outside the window, so documents are equal only with equal windows.
+            shared = {"vocab_size": recipe.model.vocab_size, "window": recipe.model.window}
+            model = ModelConfig.from_dict(values).replace(**shared)
         except ConfigError as error:
             raise ConfigError(f"compare.arms.{name}.{error}") from None
         count = _count(model)

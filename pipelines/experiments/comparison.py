@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from model.config import ModelConfig
-from model.costs import CostModel, costs_of, count_parameters, ssa_costs, v32_costs
+from model.costs import CostModel, costs_of, count_parameters, ssa_costs, v32_costs, with_ssa
 from model.errors import ConfigError
+from model.mixers.gqa import GroupedQueryAttention
 from model.transformer import Transformer
 from pipelines.experiments.ablation import runs_of
 from pipelines.experiments.arms import Arm, comparison_arms
@@ -63,7 +64,7 @@ def run_comparison(recipe: Recipe, write: Path | None) -> ComparisonResult:
                     prompts[arm.name],
                 )
             )
-        ssa = ssa_costs(recipe.model)
+        ssa = _ssa_costs(list(configs.values()))
         result = ComparisonResult(
             section.name,
             command_line("compare"),
@@ -104,6 +105,12 @@ def _check_tasks(arms: list[Arm], seed: int) -> None:
 def _long(config: ModelConfig) -> ModelConfig:
     """Return the configuration for the longest sequence of the costs."""
     return config.replace(max_positions=max(LENGTHS[-1], config.max_positions))
+
+
+def _ssa_costs(configs: list[ModelConfig]) -> CostModel:
+    """Return the assumption about SSA with the cache of the arm of grouped-query attention, if there is one."""
+    dense = next((c for c in configs if set(c.mixers) == {GroupedQueryAttention}), None)
+    return ssa_costs(configs[0]) if dense is None else with_ssa(costs_of(dense))
 
 
 def _count(arm: Arm) -> tuple[int, int]:

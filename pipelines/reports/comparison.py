@@ -313,12 +313,14 @@ def lengths_figure(result: ComparisonResult) -> Figure | None:
     figure = Figure(figsize=(4.6 * columns, 3.6 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, task in zip(panels, tasks):
-        for (name, scores), color in zip(by_arm.items(), itertools.cycle(_COLORS)):
+        for place, ((name, scores), color) in enumerate(zip(by_arm.items(), itertools.cycle(_COLORS))):
+            beside = 2 ** (0.04 * (place - (len(by_arm) - 1) / 2))  # equal scores stay visible
             found = {length: estimate(values) for length, values in scores.get(task, {}).items()}
             if found:
                 half = [each.half_width or 0.0 for each in found.values()]
                 means = [each.mean for each in found.values()]
-                axes.errorbar(list(found), means, yerr=half, marker="o", capsize=3, color=color, label=name)
+                lengths = [length * beside for length in found]
+                axes.errorbar(lengths, means, yerr=half, marker="o", capsize=3, color=color, label=name)
         lengths = sorted({length for scores in by_arm.values() for length in scores.get(task, {})})
         axes.axvline(result.training_length, color="#9aa7b1", linestyle=":", linewidth=1)
         axes.set_xscale("log", base=2)

@@ -189,10 +189,12 @@ def _effect(key: str, points: Sequence[Point], metric: str, where: str) -> list[
 def figure(report: SweepReport) -> Figure:
     """Draw recall and validation loss against cache bytes per token, with the front of each.
 
-    Points are numbered and listed beside the panels, since labels of nearly equal caches would overlap.
+    Points are numbered and listed below the panels, since labels of nearly equal caches would overlap.
     """
-    drawn = Figure(figsize=(12.5, 4.6), layout="constrained")
-    panels = drawn.subplots(1, 3, width_ratios=(1, 1, 0.75))
+    below = 0.24 * (len(report.points) + 1)
+    drawn = Figure(figsize=(12, 4.6 + below), layout="constrained")
+    grid = drawn.add_gridspec(2, 2, height_ratios=(4.6, below))
+    panels = [drawn.add_subplot(grid[0, 0]), drawn.add_subplot(grid[0, 1]), drawn.add_subplot(grid[1, :])]
     most = max(point.steps for point in report.points)
     for axes, (name, title, higher) in zip(panels, _PANELS):
         scores = [(point.cost, point.metrics.get(name, float("nan"))) for point in report.points]
@@ -216,9 +218,9 @@ def figure(report: SweepReport) -> Figure:
         stopped = f"  ({point.steps} steps)" if point.steps < most else ""
         color = _CHOSEN if i == report.chosen else "#333333"
         text = f"{i + 1}  {point.label}{stopped}  {point.run_id[:8]}"
-        spacing = min(0.075, 0.95 / len(report.points))
-        panels[2].text(0, 0.95 - spacing * i, text, fontsize=8, color=color, transform=panels[2].transAxes)
+        place = 1 - (i + 1) / (len(report.points) + 1)
+        panels[2].text(0, place, text, fontsize=9, color=color, transform=panels[2].transAxes)
     panels[2].set_title(
-        "trials with runs (red: chosen, gray: dominated, hollow: stopped early)", fontsize=8, loc="left"
+        "trials with runs (red: chosen, gray: dominated, hollow: stopped early)", fontsize=9, loc="left"
     )
     return drawn

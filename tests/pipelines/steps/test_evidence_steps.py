@@ -116,7 +116,8 @@ def test_a_comparison_scores_tasks_and_measures_costs(recipe, compared):
         assert measured and len(measured) < len(arm.costs.measured_bytes)  # the longest are too large here
         for closed, size in zip(arm.costs.cache_bytes, arm.costs.measured_bytes):
             assert size is None or size == pytest.approx(closed, rel=0.1)
-    assert compared.ssa.measured_bytes == [None] * 6
+    assert compared.ssa.measured_bytes == [None] * 6 and compared.ssa.cache_bytes == gqa.costs.cache_bytes
+    assert all(assumed < dense for assumed, dense in zip(compared.ssa.flops, gqa.costs.flops))
     v32, pro, flash = compared.published
     assert v32.bytes_per_token == 48_068
     assert flash.cache_bytes / v32.cache_bytes == pytest.approx(0.07, abs=0.005)
