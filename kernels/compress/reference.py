@@ -19,8 +19,8 @@ def compress(
         return (gates.softmax(dim=2) * values).sum(dim=2)
     c = bias.shape[1] // 2
     # Shift the overlap channels by one block: those of block i - 1 join block i.
-    previous_values = F.pad(values[:, :-1, :, :c], (0, 0, 0, 0, 1, 0))
-    previous_gates = F.pad(gates[:, :-1, :, :c], (0, 0, 0, 0, 1, 0), value=float("-inf"))
+    previous_values = F.pad(values[..., :c], (0, 0, 0, 0, 1, 0))[:, :-1]
+    previous_gates = F.pad(gates[..., :c], (0, 0, 0, 0, 1, 0), value=float("-inf"))[:, :-1]
     if starts is not None:
         previous_gates = previous_gates.masked_fill(starts[:, :, None, None], float("-inf"))
     weights = torch.cat((previous_gates, gates[..., c:]), dim=2).softmax(dim=2)

@@ -158,7 +158,8 @@ def test_a_sequence_leaves_after_another_has_joined(model, byte_tokenizer) -> No
     first.aborted = True
     [left] = [sequence for sequence, delta in scheduler.step() if delta.error]
     assert left is first
-    finish(scheduler, [])
+    while scheduler.has_unfinished:
+        scheduler.step()
     assert second.completion_tokens == 24
     assert scheduler.memory.used_pages == 0
 
@@ -202,7 +203,7 @@ def test_the_module_reads_what_the_network_read(byte_tokenizer) -> None:
             streams = model.read(torch.tensor([sequence.tokens[:-1]]), fresh)
             model.read_ahead(streams, torch.tensor([sequence.tokens[1:]]), fresh, [0])
         assert fresh.ahead is not None and cache.ahead is not None
-        layout = model.mtp[0].precision.main_layout
+        layout = model.mtp[0].attn.precision.main_layout
         reach = min(length, model.config.window - 1)
         rows = [unpack(c.ahead.window.read(reach), layout) for c in (fresh, cache)]
         different = ((rows[0] - rows[1]).abs() > 0.1 * rows[0].abs().amax()).float().mean()
