@@ -95,11 +95,7 @@ class Tokenizer(ABC):
 
     def tokenizer_config(self) -> dict[str, Any]:
         """Return the content of ``tokenizer_config.json``, which transformers' AutoTokenizer reads."""
-        defaults = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            "add_bos_token": True,  # as in training
-        }
+        defaults = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         return {**defaults, **self.side_files.with_tokens(self.bos_token, self.eos_token).tokenizer_config}
 
     def generation_config(self) -> dict[str, Any]:

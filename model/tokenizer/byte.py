@@ -76,6 +76,18 @@ def _map_bytes() -> list[str]:
 _BYTE_CHARACTERS = _map_bytes()
 
 
+def _bos_first() -> dict[str, Any]:
+    """Return the template by which other readers begin a text with BOS, as the models were trained."""
+    name = ByteTokenizer.bos_token
+    bos, text = {"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [bos, text],
+        "pair": [bos, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {name: {"id": name, "ids": [ByteTokenizer.bos_id], "tokens": [name]}},
+    }
+
+
 def _content() -> dict[str, Any]:
     """Return the content of the byte tokenizer's ``tokenizer.json``."""
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -88,7 +100,7 @@ def _content() -> dict[str, Any]:
         "added_tokens": [{"id": token, "content": name, **_SPECIAL_FLAGS} for name, token in special.items()],
         "normalizer": None,
         "pre_tokenizer": level,
-        "post_processor": None,
+        "post_processor": _bos_first(),
         "decoder": level,
         "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
     }

@@ -25,7 +25,7 @@ LENGTHS = tuple(1 << power for power in range(10, 21, 2))
 """Sequence lengths of the costs: 1K to 1M."""
 SSA_NOTE = "accounting only: an assumption about an unpublished design, not trained"
 _COLORS = ("#2c5f8a", "#7f8c8d", "#c0392b", "#2e8b57", "#8e44ad", "#d98e04", "#16a085")
-_SCORES = ("recall", "score")
+_SCORES = ("recall", "likelihood")
 """Last parts of the names of task metrics."""
 
 
@@ -101,7 +101,7 @@ PUBLISHED_LENGTH = 1 << 20
 
 def task_scores(metrics: dict[str, list[float]]) -> dict[str, dict[int, list[float]]]:
     """Return {task: {length: one score per seed}} from ``eval/<task>/<length>[/...]/recall``, averaged over depths and
-    other settings of a length. ``score`` may stand in place of ``recall``."""
+    other settings of a length. Perplexity has ``likelihood`` in place of ``recall``."""
     grouped: dict[str, dict[int, list[list[float]]]] = {}
     for name, values in metrics.items():
         parts = name.split("/")

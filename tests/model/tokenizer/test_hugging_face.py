@@ -280,7 +280,6 @@ def test_saved_folders_keep_tokens_templates_and_settings(tmp_path):
     assert again.tokenizer_config() == {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "add_bos_token": True,
         **config,
         "bos_token": "<pad>",
     }
