@@ -1,0 +1,257 @@
+"""Cases of benchmarks.kernels: inputs, the call of the Triton backend, the reference, and the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kernels.cache_io import EntryLayout, Pages, pack, unpack
+from kernels.index_topk import index_topk
+from kernels.paged_attention import EntrySet, TokenRows, paged_attention
+from kernels.quantize import round_to_format
+from kernels.sparse_attention import deterministic_gradients, sparse_attention
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the cases: those of DeepSeek-V4-Flash, or tiny ones for a rehearsal."""
+
+    tokens: int = 4096
+    heads: int = 64
+    dims: int = 512
+    rope: int = 64
+    chosen: int = 512
+    window: int = 128
+    entries: int = 32768
+    index_heads: int = 64
+    index_dims: int = 128
+    index_queries: int = 2048
+    context: int = 1 << 20
+    batch: int = 16
+    rows: int = 65536
+    share: int = 16
+    """The reference runs on one of so many queries, and its time is multiplied."""
+
+    def checked(self) -> Sizes:
+        """Return the sizes for the comparison with float64."""
+        return replace(
+            self, tokens=min(self.tokens, 64), entries=min(self.entries, 4096),
+            index_queries=min(self.index_queries, 16), context=min(self.context, 1 << 16), batch=min(self.batch, 2), rows=min(self.rows, 512), share=1,
+        )  # fmt: skip
+
+
+TINY = Sizes(4, 2, 16, 4, 5, 6, 40, 2, 16, 3, 512, 1, 5, 1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel on one set of random inputs."""
+
+    name: str
+    run: Callable[[], object]
+    """Runs the Triton backend. Returns a tensor or a tuple of tensors."""
+    reference: Callable[[], object]
+    """Runs PyTorch operators on ``1 / share`` of the queries."""
+    exact: Callable[[], object]
+    """Returns the float64 results of all queries, in the order of ``run``."""
+    flops: float = 0.0
+    nbytes: float = 0.0
+    share: int = 1
+    tolerance: float = 0.0
+    """Largest relative error, in the norm; 0 for equal results."""
+    target: str = ""
+
+
+def cases(s: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """Yield the cases, with fresh random inputs. ``dtype`` is that of the attention's operands."""
+    yield from _attention(s, device, dtype)
+    yield _selection(s, device)
+    yield from _decoding(s, device)
+    yield from _packing(s, device)
+
+
+def _attention(s: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    entries = max(s.chosen, s.tokens // 4)
+    query, window_kv, pool = (
+        random(1, s.tokens, s.heads, s.dims),
+        random(1, s.tokens, s.dims),
+        random(1, entries, s.dims),
+    )
+    sink = torch.randn(s.heads, device=device)
+    chosen = torch.rand(1, s.tokens, entries, device=device).topk(s.chosen).indices
+    chosen = chosen.masked_fill(torch.rand(chosen.shape, device=device) < 0.01, -1)
+    upstream = random(1, s.tokens, s.heads, s.dims)
+
+    def attend(part: int, backend: str, dtype: torch.dtype, leaves: bool) -> tuple[Tensor, list[Tensor]]:
+        n = s.tokens // part
+        given = [x.to(dtype) for x in (query[:, :n], window_kv[:, :n], pool)] + [
+            sink.to(dtype if leaves else sink.dtype)
+        ]
+        if dtype != torch.float64:
+            given[3] = sink
+        given = [x.detach().requires_grad_(leaves) for x in given]
+        out, _ = sparse_attention(
+            given[0],
+            given[1],
+            given[2],
+            None,
+            given[3],
+            s.window,
+            chosen=chosen[:, :n],
+            with_mass=False,
+            backend=backend,
+        )
+        return out, given
+
+    def forward(part: int, backend: str, dtype: torch.dtype = dtype) -> Tensor:
+        with torch.no_grad():
+            return attend(part, backend, dtype, False)[0]
+
+    def both(part: int, backend: str, dtype: torch.dtype = dtype) -> tuple[Tensor, ...]:
+        out, given = attend(part, backend, dtype, True)
+        return out, *torch.autograd.grad(out, given, upstream[:, : out.shape[1]].to(out.dtype))
+
+    def reproducible() -> tuple[Tensor, ...]:
+        with deterministic_gradients():
+            return both(1, "triton")
+
+    flops = 4.0 * s.tokens * s.heads * s.dims * (s.chosen + s.window)
+    common = {"share": s.share, "tolerance": 0.02}
+    yield Case(
+        "sparse_attention forward",
+        lambda: forward(1, "triton"),
+        lambda: forward(s.share, "reference"),
+        lambda: forward(1, "reference", torch.float64),
+        flops,
+        target="300 TFLOP/s",
+        **common,
+    )
+    for name, run in (
+        ("sparse_attention forward + backward", lambda: both(1, "triton")),
+        ("the same, deterministic", reproducible),
+    ):
+        yield Case(
+            name,
+            run,
+            lambda: both(s.share, "reference"),
+            lambda: both(1, "reference", torch.float64),
+            3.5 * flops,
+            target="130 TFLOP/s backward",
+            **common,
+        )
+
+
+def _pages(rows: Tensor, B: int, T: int) -> Pages:
+    page = 64
+    count = -(-T // page)
+    table = torch.randperm(B * count, device=rows.device).view(B, count)
+    return Pages(rows, page, table)
+
+
+def _random_rows(count: int, layout: EntryLayout, device: torch.device) -> Tensor:
+    return torch.cat([pack(torch.randn(min(4096, count - i), layout.size, device=device), layout, backend="reference")
+                      for i in range(0, count, 4096)])  # fmt: skip
+
+
+def _selection(s: Sizes, device: torch.device) -> Case:
+    layout = EntryLayout(s.index_dims, "fp4")
+    query = round_to_format(
+        torch.randn(1, s.index_queries, s.index_heads, s.index_dims, device=device), "fp4", backend="reference"
+    )
+    weights = torch.randn(1, s.index_queries, s.index_heads, device=device)
+    keys = _pages(_random_rows(-(-s.entries // 64) * 64, layout, device), 1, s.entries)
+    visible = (s.entries - s.index_queries // 4 + torch.arange(s.index_queries, device=device) // 4).view(1, -1)
+
+    def choose(part: int, backend: str) -> Tensor:
+        n = s.index_queries // part
+        return index_topk(query[:, :n], keys, layout, weights[:, :n], visible[:, :n], s.chosen, backend=backend)
+
+    def best_scores(chosen: Tensor) -> Tensor:
+        rows = unpack(keys.gather(torch.arange(s.entries, device=device).view(1, -1)), layout, backend="reference")
+        products = torch.einsum("bshc,btc->bsht", query.double(), rows.double()).relu()
+        scores = (products * weights.double().unsqueeze(-1)).sum(2)
+        seen = torch.arange(s.entries, device=device) < visible.unsqueeze(-1)
+        scores = scores.masked_fill(~seen, float("-inf"))
+        return scores.topk(s.chosen).values if chosen is None else scores.gather(-1, chosen)
+
+    checks = s.share == 1  # the scores of all queries in float64 fit into memory at the checked sizes only
+    return Case(
+        "index_topk",
+        (lambda: best_scores(choose(1, "triton"))) if checks else (lambda: choose(1, "triton")),
+        lambda: choose(s.share, "eager"),
+        lambda: best_scores(None),
+        2.0 * s.index_queries * s.entries * s.index_heads * s.index_dims,
+        share=s.share,
+        tolerance=1e-5,
+        target="45% of the products' ceiling",
+    )
+
+
+def _decoding(s: Sizes, device: torch.device) -> Iterator[Case]:
+    layout = EntryLayout(s.dims - s.rope, "fp8", s.rope)
+    query = torch.randn(s.batch, 1, s.heads, s.dims, device=device)
+    sink = torch.randn(s.heads, device=device)
+    first = torch.full((s.batch,), s.context - 1, device=device)
+    ring = _random_rows(s.batch * 256, layout, device).view(s.batch, 256, -1)
+    tokens = TokenRows(ring, torch.zeros(1, dtype=torch.int64, device=device), first)
+
+    def case(name: str, entries: EntrySet, read: int) -> Case:
+        def attend(backend: str, dtype: torch.dtype = torch.float32) -> Tensor:
+            with torch.no_grad():
+                return paged_attention(
+                    query.to(dtype), tokens, entries, sink.to(dtype), layout, s.window, backend=backend
+                )
+
+        return Case(
+            name,
+            lambda: attend("triton"),
+            lambda: attend("eager"),
+            lambda: attend("reference", torch.float64),
+            nbytes=float(s.batch * (read + s.window) * layout.nbytes),
+            tolerance=0.02,
+            target="70% of bandwidth",
+        )
+
+    count = s.context // 128
+    pages = _pages(_random_rows(s.batch * -(-count // 64) * 64, layout, device), s.batch, count)
+    yield case("decode, all entries", EntrySet(pages, visible=torch.full((s.batch, 1), count, device=device)), count)
+    count = s.context // 4 // 16  # of all entries, a sixteenth in distinct pages is enough to miss the cache
+    k = min(s.chosen, count)
+    pages = _pages(_random_rows(s.batch * -(-count // 64) * 64, layout, device), s.batch, count)
+    chosen = torch.rand(s.batch, 1, count, device=device).topk(k).indices
+    yield case("decode, chosen entries", EntrySet(pages, chosen=chosen), k)
+
+
+def _packing(s: Sizes, device: torch.device) -> Iterator[Case]:
+    layout = EntryLayout(s.dims - s.rope, "fp8", s.rope)
+    x = torch.randn(s.rows, s.dims, device=device)
+    packed = pack(x, layout, backend="reference")
+    narrow = x.bfloat16()
+    moved = float(s.rows * (4 * s.dims + layout.nbytes))
+    pairs: list[tuple[str, Callable[[str], Tensor], float]] = [
+        ("pack, fp8 entries", lambda backend: pack(x, layout, backend=backend), moved),
+        ("unpack, fp8 entries", lambda backend: unpack(packed, layout, backend=backend), moved),
+        *(
+            (
+                f"fake-quantize, {fmt}",
+                lambda b, fmt=fmt: round_to_format(narrow, fmt, torch.bfloat16, b),
+                4.0 * x.numel(),
+            )
+            for fmt in ("fp8", "fp4")
+        ),
+    ]
+    for name, call, nbytes in pairs:
+        yield Case(
+            name,
+            lambda call=call: call("triton"),
+            lambda call=call: call("reference"),
+            lambda call=call: call("reference"),
+            nbytes=nbytes,
+            target="75% of bandwidth",
+        )
