@@ -38,9 +38,15 @@ class Sizes:
     def checked(self) -> Sizes:
         """Return the sizes for the comparison with float64."""
         return replace(
-            self, tokens=min(self.tokens, 64), entries=min(self.entries, 4096),
-            index_queries=min(self.index_queries, 16), context=min(self.context, 1 << 16), batch=min(self.batch, 2), rows=min(self.rows, 512), share=1,
-        )  # fmt: skip
+            self,
+            tokens=min(self.tokens, 64),
+            entries=min(self.entries, 4096),
+            index_queries=min(self.index_queries, 16),
+            context=min(self.context, 1 << 16),
+            batch=min(self.batch, 2),
+            rows=min(self.rows, 512),
+            share=1,
+        )
 
 
 TINY = Sizes(4, 2, 16, 4, 5, 6, 40, 2, 16, 3, 512, 1, 5, 1)

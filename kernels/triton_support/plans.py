@@ -13,7 +13,15 @@ from typing import Any
 
 from kernels.triton_support.tiles import Tile, Tiles
 
-OPERATIONS = ("sparse_attention", "paged_attention", "index_topk", "cache_io")
+OPERATIONS = (
+    "sparse_attention",
+    "paged_attention",
+    "index_topk",
+    "cache_io",
+    "hyper_connections",
+    "newton_schulz",
+    "compress",
+)
 """Packages with a module ``triton_plans`` whose ``PLANS`` lists the kernels."""
 
 
