@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from kernels.cache_io import EntryLayout, Pages, pack, unpack
+from kernels.compress import compress
+from kernels.hyper_connections import hc_post, hc_pre
 from kernels.index_topk import index_topk
+from kernels.newton_schulz import V4_COEFFICIENTS, newton_schulz
 from kernels.paged_attention import EntrySet, TokenRows, paged_attention
 from kernels.quantize import round_to_format
 from kernels.sparse_attention import deterministic_gradients, sparse_attention
@@ -32,6 +35,9 @@ class Sizes:
     context: int = 1 << 20
     batch: int = 16
     rows: int = 65536
+    width: int = 4096
+    matrix: int = 2048
+    matrices: int = 16
     share: int = 16
     """The reference runs on one of so many queries, and its time is multiplied."""
 
@@ -45,11 +51,14 @@ class Sizes:
             context=min(self.context, 1 << 16),
             batch=min(self.batch, 2),
             rows=min(self.rows, 512),
+            width=min(self.width, 512),
+            matrix=min(self.matrix, 600),
+            matrices=min(self.matrices, 2),
             share=1,
         )
 
 
-TINY = Sizes(4, 2, 16, 4, 5, 6, 40, 2, 16, 3, 512, 1, 5, 1)
+TINY = Sizes(4, 2, 32, 4, 5, 6, 40, 2, 16, 3, 512, 1, 5, 20, 20, 2, 1)
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,9 @@ def cases(s: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     yield _selection(s, device)
     yield from _decoding(s, device)
     yield from _packing(s, device)
+    yield from _mixing(s, device)
+    yield from _pooling(s, device)
+    yield _orthogonalization(s, device, dtype)
 
 
 def _attention(s: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
@@ -261,3 +273,92 @@ def _packing(s: Sizes, device: torch.device) -> Iterator[Case]:
             nbytes=nbytes,
             target="75% of bandwidth",
         )
+
+
+def _gradients(
+    call: Callable[..., Tensor], given: list[Tensor], upstream: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Return the output of ``call`` and the gradients of its inputs, all in ``dtype``."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in given]
+    out = call(*leaves)
+    return out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))
+
+
+def _mixing(s: Sizes, device: torch.device) -> Iterator[Case]:
+    n, tokens = 4, s.tokens * 4
+    m = 2 * n + n * n
+    streams = torch.randn(1, tokens, n, s.width, device=device)
+    fn, scale, base = (torch.randn(*shape, device=device) * 0.02 for shape in ((m, n * s.width), (3,), (m,)))
+    output = torch.randn(1, tokens, s.width, device=device)
+    upstream = torch.randn(streams.shape, device=device)
+    row = 4.0 * tokens * s.width
+
+    def layer(backend: str) -> Callable[..., Tensor]:
+        def run(streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, output: Tensor) -> Tensor:
+            x, post, comb, entered = hc_pre(streams, fn, scale, base, 20, 1e-6, 1e-6, backend=backend)
+            return hc_post(entered, comb, post, output + x, backend=backend)
+
+        return run
+
+    given = [streams, fn, scale, base, output]
+
+    def forward(backend: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        with torch.no_grad():
+            return layer(backend)(*(x.to(dtype) for x in given))
+
+    common = {"tolerance": 1e-4, "target": "75% of bandwidth"}
+    yield Case(
+        "hyper_connections forward",
+        lambda: forward("triton"),
+        lambda: forward("reference"),
+        lambda: forward("reference", torch.float64),
+        nbytes=row * (4 * n + 5),
+        **common,
+    )
+    yield Case(
+        "hyper_connections forward + backward",
+        lambda: _gradients(layer("triton"), given, upstream, torch.float32),
+        lambda: _gradients(layer("reference"), given, upstream, torch.float32),
+        lambda: _gradients(layer("reference"), given, upstream, torch.float64),
+        nbytes=row * (12 * n + 14),
+        **common,
+    )
+
+
+def _pooling(s: Sizes, device: torch.device) -> Iterator[Case]:
+    for kind, m, overlap in (("overlap", 4, True), ("128 tokens", 128, False)):
+        w = s.dims * (1 + overlap)
+        tokens = -(-s.rows // m) * m
+        given = [torch.randn(1, tokens, 2 * w, device=device), torch.randn(m, w, device=device)]
+        upstream = torch.randn(1, tokens // m, s.dims, device=device)
+
+        def call(backend: str, overlap: bool = overlap) -> Callable[..., Tensor]:
+            return lambda rows, bias: compress(rows, bias, overlap, backend=backend)
+
+        def both(backend: str, dtype: torch.dtype, call=call, given=given, upstream=upstream) -> tuple[Tensor, ...]:
+            return _gradients(call(backend), given, upstream, dtype)
+
+        yield Case(
+            f"compress forward + backward, {kind}",
+            lambda both=both: both("triton", torch.float32),
+            lambda both=both: both("reference", torch.float32),
+            lambda both=both: both("reference", torch.float64),
+            nbytes=3.0 * given[0].numel() * 4,
+            tolerance=1e-5,
+            target="75% of bandwidth",
+        )
+
+
+def _orthogonalization(s: Sizes, device: torch.device, dtype: torch.dtype) -> Case:
+    matrices = torch.randn(s.matrices, s.matrix, s.matrix, device=device).to(dtype)
+    # Useful products of the iteration: two symmetric ones, of which half is needed, and one that is not.
+    flops = len(V4_COEFFICIENTS) * s.matrices * 2.0 * s.matrix**3 * (0.5 + 0.5 + 1)
+    return Case(
+        "newton_schulz",
+        lambda: newton_schulz(matrices, dtype=dtype, backend="triton"),
+        lambda: newton_schulz(matrices, dtype=dtype, backend="reference"),
+        lambda: newton_schulz(matrices.double(), dtype=torch.float64, backend="reference"),
+        flops,
+        tolerance=0.1,  # small singular values grow by 12 in a step, and with them the rounding of BF16
+        target="60% of the products' ceiling",
+    )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.cache_io import EntryLayout, Pages
 from kernels.cache_io.triton import layout_constants, power_of_two
-from kernels.triton_support.platform import ARCHITECTURES, is_interpreting, require_choice, require_device
+from kernels.triton_support.platform import ARCHITECTURES, is_interpreting, on_device_of, require_choice, require_device
 from kernels.triton_support.tiles import Tile, Tiles, launch_best
 
 FORMATS = ("bf16", "fp8", "fp8_128", "fp4")
@@ -143,4 +143,5 @@ def _select(scores: Tensor, visible: Tensor, k: int, begin: int, chosen: Tensor)
     best, found = run(scores, None, n, segment)
     if best.shape[1] > width:
         best, found = run(best, found, best.shape[1], best.shape[1])
-    kernels.order[(rows,)](best, found, chosen, S, begin, count, k, WIDTH=width)
+    with on_device_of(scores):
+        kernels.order[(rows,)](best, found, chosen, S, begin, count, k, WIDTH=width)

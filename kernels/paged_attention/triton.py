@@ -23,6 +23,7 @@ from kernels.triton_support.platform import (
     ARCHITECTURES,
     check_selection,
     is_interpreting,
+    on_device_of,
     require_choice,
     require_device,
 )
@@ -136,9 +137,10 @@ def paged_attention(
     parts, stats, splits = launch_best("paged_attention.partial_attention", TILES, shape, query.device, run)
     out = torch.empty(B, S, H, value_size, dtype=torch.float32, device=query.device)
     bias = sink.detach().float() * _LOG2_E
-    kernels.combine[(B * S * H,)](
-        parts, stats, bias, out, B * S * H, H, splits, VALUES=value_size, VALUES_PAD=power_of_two(value_size)
-    )
+    with on_device_of(query):
+        kernels.combine[(B * S * H,)](
+            parts, stats, bias, out, B * S * H, H, splits, VALUES=value_size, VALUES_PAD=power_of_two(value_size)
+        )
     return out
 
 

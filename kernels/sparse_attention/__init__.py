@@ -68,8 +68,8 @@ def sparse_attention(
         value_size: Values are the first dims of a vector, by default all.
         chosen: int [B, S, K], indices of the permitted ``entries`` [B, T, c] of every query, each at most once; -1 in
             unused slots. Instead of ``entry_mask``.
-        with_mass: Whether the mass is needed. It costs the ``triton`` backend half as many products as the output; others
-            always return it.
+        with_mass: Whether the mass is needed. It costs the ``triton`` backend half as many products as the output;
+            others always return it.
 
     Returns:
         The output [B, S, H, value_size] and the attention mass of the entries, summed over heads: [B, S, T or K], or

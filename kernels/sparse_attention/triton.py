@@ -22,12 +22,13 @@ from kernels.triton_support.platform import (
     ARCHITECTURES,
     check_selection,
     is_interpreting,
+    on_device_of,
     require_choice,
     require_device,
 )
 from kernels.triton_support.tiles import Tile, Tiles, launch_best
 
-HEAD_DIMS = (16, 32, 64, 128, 256, 512)
+HEAD_DIMS = (32, 64, 128, 256, 512)
 DTYPES = (torch.bfloat16, torch.float16)
 """Dtypes of products. The interpreter also computes float32."""
 _PART_BYTES = 1 << 28
@@ -323,4 +324,5 @@ def _sum_parts(kernels, keys, parts, begin, programs, Q, heads, B, S, window_slo
         count = gradient.numel() // parts.shape[1] if gradient.dim() == 3 else 0
         if count:
             offsets = torch.searchsorted(targets, torch.arange(first_row, first_row + count + 1, device=device))
-            kernels.sum_parts[(count,)](parts, order, offsets, gradient, D=parts.shape[1])
+            with on_device_of(parts):
+                kernels.sum_parts[(count,)](parts, order, offsets, gradient, D=parts.shape[1])

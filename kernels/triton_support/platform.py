@@ -47,6 +47,11 @@ def can_run(x: Tensor) -> bool:
     return x.is_cuda and is_installed() and not is_interpreting() and architecture(x.device) is not None
 
 
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Return a context that makes the GPU of ``x`` current. Triton launches kernels on the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
 def require_device(operation: str, x: Tensor) -> None:
     """Raise ValueError if kernels cannot run on the device of ``x``."""
     if not is_installed():

@@ -62,10 +62,17 @@ def launch_best(kernel: str, tiles: Tiles, shape: Hashable, device: torch.device
     Args:
         kernel: Name of the kernel, as in its plan.
         tiles: Settings by architecture. ``interpreter`` names small ones for the interpreter.
-        shape: Everything that the choice depends on.
+        shape: Everything that the choice depends on. Sizes above 64 share a choice up to the next power of two.
         device: Device of the tensors.
         launch: Launches the kernel with a setting.
     """
+    if device.type != "cuda":
+        return _launch_best(kernel, tiles, shape, device, launch)
+    with torch.cuda.device(device):  # Triton launches on the current device
+        return _launch_best(kernel, tiles, shape, device, launch)
+
+
+def _launch_best(kernel: str, tiles: Tiles, shape: Hashable, device: torch.device, launch: Callable[[Tile], T]) -> T:
     if is_interpreting():
         return launch(tiles["interpreter" if "interpreter" in tiles else INTERPRETED][0])
     name = architecture(device)
@@ -73,7 +80,7 @@ def launch_best(kernel: str, tiles: Tiles, shape: Hashable, device: torch.device
     choices = tiles[name]
     if len(choices) == 1:
         return launch(choices[0])
-    key = f"{kernel} {shape}"
+    key = f"{kernel} {_bucket(shape)}"
     cache = _cache(device)
     best = cache.get(key)
     if best is None or best >= len(choices):
@@ -82,6 +89,13 @@ def launch_best(kernel: str, tiles: Tiles, shape: Hashable, device: torch.device
         best = cache.put(key, _fastest(choices, launch))
         _log.info("%s: fastest setting %s", key, choices[best])
     return launch(choices[best])
+
+
+def _bucket(shape: Hashable) -> Hashable:
+    """Round integers above 64 up to powers of two, so that lengths of similar size share a choice."""
+    if isinstance(shape, tuple):
+        return tuple(_bucket(part) for part in shape)
+    return 1 << (shape - 1).bit_length() if isinstance(shape, int) and shape > 64 else shape
 
 
 def _fastest(choices: Sequence[Tile], launch: Callable[[Tile], object]) -> int:

@@ -6,7 +6,7 @@ import torch
 from kernels.sparse_attention import deterministic_gradients, sparse_attention
 from kernels.triton_support.platform import checked_selections
 
-B, C, WINDOW = 2, 16, 9
+B, C, WINDOW = 2, 32, 9
 
 
 def inputs(tokens, heads, entries, past=0):
@@ -112,11 +112,11 @@ def test_selections_out_of_range_are_caught_in_debug_mode():
 
 def test_unsupported_inputs_are_refused_with_the_supported_set():
     query, window_kv, pool, sink = inputs(2, 2, 5)
-    with pytest.raises(ValueError, match=r"supports head dims 16, 32, 64, 128, 256, 512; found 24$"):
+    with pytest.raises(ValueError, match=r"supports head dims 32, 64, 128, 256, 512; found 24$"):
         run("triton", (torch.zeros(B, 2, 2, 24), torch.zeros(B, 2, 24), None, sink))
     with pytest.raises(ValueError, match=r"supports dtypes bfloat16, float16, float32; found float64$"):
         run("triton", [x.double() for x in (query, window_kv)] + [None, sink])
     with pytest.raises(ValueError, match="pass gathered ones as chosen"):
         run("triton", (query, window_kv, pool.unsqueeze(1).expand(-1, 2, -1, -1), sink), mask=torch.ones(B, 2, 5) > 0)
-    with pytest.raises(ValueError, match=r"supports value sizes 16; found 8$"):
+    with pytest.raises(ValueError, match=r"supports value sizes 32; found 8$"):
         sparse_attention(query, window_kv, None, None, sink, WINDOW, value_size=8, backend="triton")

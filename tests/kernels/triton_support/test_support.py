@@ -34,7 +34,7 @@ def test_operations_import_and_run_without_triton():
 import torch
 import model.transformer
 from kernels.sparse_attention import sparse_attention
-query = torch.zeros(1, 2, 1, 16)
+query = torch.zeros(1, 2, 1, 32)
 sparse_attention(query, query[:, :, 0], None, None, torch.zeros(1), 2)
 try:
     sparse_attention(query, query[:, :, 0], None, None, torch.zeros(1), 2, backend="triton")
@@ -48,7 +48,7 @@ except ValueError as error:
 def test_tensors_on_a_cpu_are_refused_outside_the_interpreter(monkeypatch):
     monkeypatch.setattr(platform, "is_installed", lambda: True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    query = torch.zeros(1, 2, 1, 16)
+    query = torch.zeros(1, 2, 1, 32)
     with pytest.raises(ValueError, match="the triton backend requires tensors on a GPU, found cpu"):
         sparse_attention.sparse_attention(query, query[:, :, 0], None, None, torch.zeros(1), 2, backend="triton")
 
@@ -141,3 +141,7 @@ def test_the_fastest_setting_is_timed_once_and_then_remembered(tmp_path, monkeyp
     assert best(1) == Tile(8, 1) and len(launched) == 1
     capturing = True
     assert best(1) == Tile(8, 1) and best(2) == Tile(4, 1)
+
+
+def test_lengths_of_similar_size_share_a_choice():
+    assert tiles._bucket((1, 65, (64, 512), "fp8", 4097)) == (1, 128, (64, 512), "fp8", 8192)
