@@ -105,5 +105,5 @@ def backward(
     grad = tl.load(grad_out + row, mask=there, other=0.0)
     _store_gradients(grad_rows, at, inside, p / total[None, :], values, pooled, grad, W)
     if OFFSET_IS_C:
-        old_inside = old_inside & before
+        old_inside = tl.where(before, old_inside.to(tl.int32), 0) != 0
         _store_gradients(grad_rows, old_at, old_inside, old_p / total[None, :], old_values, pooled, grad, W)

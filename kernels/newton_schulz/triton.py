@@ -52,11 +52,11 @@ def symmetric_product(
 ) -> Tensor:
     """Return ``alpha left right + beta added``, known to be symmetric, for matrices [r, c] and [c, r] or batches.
 
-    ``right`` is a transposed matrix or symmetric, so that its columns are contiguous rows.
+    With ``added``, ``right`` is symmetric, too: its rows then serve as its columns.
     """
     kernels = importlib.import_module("kernels.newton_schulz.triton_kernels")
     R, C = left.shape[-2:]
-    left, rows = left.contiguous(), right.mT if right.mT.is_contiguous() else right.contiguous()
+    left, rows = left.contiguous(), (right.mT if added is None else right).contiguous()
     batch = left.numel() // (R * C)
     has_added = added is not None
     added = added.contiguous() if added is not None else left
