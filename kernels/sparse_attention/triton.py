@@ -33,6 +33,8 @@ DTYPES = (torch.bfloat16, torch.float16)
 """Dtypes of products. The interpreter also computes float32."""
 _PART_BYTES = 1 << 28
 """Most scratch memory of deterministic gradients, unless a single block of queries needs more."""
+_MASK_QUERIES = 1024
+"""Queries of a mask that are converted to integers at a time."""
 _LOG2_E = math.log2(math.e)
 _is_deterministic = False
 
@@ -45,12 +47,14 @@ FORWARD_TILES: Tiles = {
 }
 MASS_TILES: Tiles = FORWARD_TILES
 BACKWARD_TILES: Tiles = {
-    "interpreter": (Tile(4, 1, {"rows": 16, "BLOCK_N": 16}),),
-    "sm_80": (Tile(8, 1, {"rows": 32, "BLOCK_N": 32}),),
-    "sm_90": (Tile(8, 1, {"rows": 32, "BLOCK_N": 32}),),
-    "sm_100": (Tile(8, 1, {"rows": 32, "BLOCK_N": 32}),),
-    "gfx942": (Tile(4, 1, {"rows": 16, "BLOCK_N": 16}),),
+    "interpreter": (Tile(4, 1, {"rows": 16, "BLOCK_N": 16, "passes": 1}),),
+    "sm_80": (Tile(8, 1, {"rows": 32, "BLOCK_N": 32, "passes": 1}),),
+    "sm_90": (Tile(8, 1, {"rows": 64, "BLOCK_N": 32, "passes": 2}),),
+    "sm_100": (Tile(8, 1, {"rows": 64, "BLOCK_N": 32, "passes": 2}),),
+    "gfx942": (Tile(4, 1, {"rows": 16, "BLOCK_N": 16, "passes": 1}),),
 }
+"""With two passes, the gradients of queries and of keys are computed by a launch each, and the scores twice: 7 products
+instead of 5. Both at once do not fit the registers at 64 rows, the least for the widest matrix instructions."""
 
 
 SUM_TILES: Tiles = {name: (Tile(4, 1),) for name in ARCHITECTURES}
@@ -135,8 +139,8 @@ class _Keys:
         limits = integers
         if mask is not None:
             # Entries after the last one that a query sees are skipped.
-            T = mask.shape[2]
-            limits = (mask * torch.arange(1, T + 1, dtype=torch.int32, device=mask.device)).amax(-1)
+            numbers = torch.arange(1, mask.shape[2] + 1, dtype=torch.int32, device=mask.device)
+            limits = torch.cat([(part * numbers).amax(-1) for part in mask.split(_MASK_QUERIES, dim=1)], dim=1)
         return cls(
             unread if window_kv is None else window_kv.to(dtype).contiguous(),
             unread if entries is None else entries.to(dtype).contiguous(),
@@ -233,8 +237,7 @@ def _mass(kernels, q: Tensor, keys: _Keys, log_sum: Tensor, scale: float, shape:
     def run(tile: Tile) -> Tensor:
         mass = q.new_empty(B, S, keys.slots, dtype=torch.float32)
         blocks = keys.blocks(H, tile)
-        grid = (-(-S // blocks["BLOCK_Q"]), -(-keys.slots // blocks["BLOCK_N"]), B)
-        kernels.entry_mass[grid](
+        kernels.entry_mass[(-(-S // blocks["BLOCK_Q"]), 1, B)](
             q, keys.entries, keys.chosen, keys.mask, keys.limits, log_sum, mass,
             S, H, keys.T, keys.K, *keys.strides(S), scale * _LOG2_E,
             D=c, MODE=keys.mode, UPCAST=is_interpreting(), **blocks,
@@ -265,13 +268,14 @@ def _backward(keys: _Keys, q: Tensor, upstream: Tensor, log_sum: Tensor, inner: 
         for begin in range(0, S, step):
             programs = -(-min(step, S - begin) // Q)
             parts = grad_window if is_atomic else q.new_empty(B * heads * programs * slots, c, dtype=torch.float32)
-            kernels.backward[(programs, heads, B)](
-                q, keys.window_kv, keys.entries, keys.chosen, keys.mask, keys.limits, keys.reach, upstream, log_sum,
-                inner, grad_query, grad_window, grad_entries, parts,
-                begin, S, H, keys.past, keys.window, keys.T, keys.K, *keys.strides(S), window_slots, slots,
-                scale * _LOG2_E, scale,
-                D=c, **keys.flags(), ATOMIC=is_atomic, **blocks,
-            )  # fmt: skip
+            for of_query, of_keys in [(True, True)] if tile.sizes["passes"] == 1 else [(True, False), (False, True)]:
+                kernels.backward[(programs, heads, B)](
+                    q, keys.window_kv, keys.entries, keys.chosen, keys.mask, keys.limits, keys.reach, upstream,
+                    log_sum, inner, grad_query, grad_window, grad_entries, parts,
+                    begin, S, H, keys.past, keys.window, keys.T, keys.K, *keys.strides(S), window_slots, slots,
+                    scale * _LOG2_E, scale,
+                    D=c, **keys.flags(), ATOMIC=is_atomic, OF_QUERY=of_query, OF_KEYS=of_keys, **blocks,
+                )  # fmt: skip
             if not is_atomic:
                 _sum_parts(
                     kernels,

@@ -130,64 +130,67 @@ def entry_mass(
     D: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write the attention mass of a tile of entries, summed over heads. Program ids: query block, tile, sequence."""
+    """Write the attention mass of the entries, summed over heads. Program ids: query block, 0, sequence.
+
+    Further groups of heads add to what the program has stored for the first.
+    """
     first = tl.program_id(0) * BLOCK_Q
     b = tl.program_id(2).to(tl.int64)
     r = tl.arange(0, BLOCK_Q * BLOCK_H)
     s = first + r // BLOCK_H
     d = tl.arange(0, D)
-    slot = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    entry, there, seen = _entry_tile(
-        tl.program_id(1) * BLOCK_N, s, first, s < S, chosen, mask, S, T, K, mask_stride, MODE, BLOCK_N
-    )
+    n = tl.arange(0, BLOCK_N)
+    queries = first + tl.arange(0, BLOCK_Q)
     width = T
     if MODE == CHOSEN:
         width = K
-    summed = tl.zeros([BLOCK_Q, BLOCK_N], dtype=tl.float32)
-    if tl.program_id(1) * BLOCK_N < _entry_end(limits, s, S, K, limit_stride, MODE):
-        k = tl.trans(_keys(entries + b * T * D, entry, there, d, D, UPCAST))
-        for group in range(0, tl.cdiv(H, BLOCK_H)):
-            head = group * BLOCK_H + r % BLOCK_H
-            exists = (s < S) & (head < H)
-            row = (b * S + s) * H + head
-            q = tl.load(query + row[:, None] * D + d[None, :], mask=exists[:, None], other=0.0)
-            if UPCAST:
-                q = q.to(tl.float32)
-            sums = tl.load(log_sum + row, mask=exists, other=0.0)
+    own = mass + (b * S + queries)[:, None] * width
+    base = entries + b * T * D
+    end = _entry_end(limits, s, S, K, limit_stride, MODE)
+    for group in range(0, tl.cdiv(H, BLOCK_H)):
+        head = group * BLOCK_H + r % BLOCK_H
+        exists = (s < S) & (head < H)
+        row = (b * S + s) * H + head
+        q = tl.load(query + row[:, None] * D + d[None, :], mask=exists[:, None], other=0.0)
+        if UPCAST:
+            q = q.to(tl.float32)
+        sums = tl.load(log_sum + row, mask=exists, other=0.0)
+        for begin in range(0, end, BLOCK_N):
+            entry, there, seen = _entry_tile(begin, s, first, exists, chosen, mask, S, T, K, mask_stride, MODE, BLOCK_N)
+            k = tl.trans(_keys(base, entry, there, d, D, UPCAST))
             p = tl.exp2(tl.dot(q, k, input_precision="ieee") * scale - sums[:, None])
-            p = tl.where(seen & exists[:, None], p, 0.0)
-            summed += tl.sum(tl.reshape(p, [BLOCK_Q, BLOCK_H, BLOCK_N]), axis=1)
-    queries = first + tl.arange(0, BLOCK_Q)
-    ptr = mass + (b * S + queries)[:, None] * width + slot[None, :]
-    tl.store(ptr, summed, mask=(queries < S)[:, None] & (slot < width)[None, :])
+            p = tl.where(seen, p, 0.0)
+            summed = tl.sum(tl.reshape(p, [BLOCK_Q, BLOCK_H, BLOCK_N]), axis=1)
+            inside = (queries < S)[:, None] & (begin + n < width)[None, :]
+            at = own + (begin + n)[None, :]
+            if group > 0:
+                summed += tl.load(at, mask=inside, other=0.0)
+            tl.store(at, summed, mask=inside)
+    for begin in range(tl.cdiv(end, BLOCK_N) * BLOCK_N, width, BLOCK_N):
+        inside = (queries < S)[:, None] & (begin + n < width)[None, :]
+        tl.store(own + (begin + n)[None, :], tl.zeros([BLOCK_Q, BLOCK_N], tl.float32), mask=inside)
 
 
 @triton.jit
-def _backward_tile(
-    q0, q1, g0, g1, k0, k1, seen, sums, inner, grad0, grad1, scale, factor,
-):  # fmt: skip
-    """Return the gradient of queries after a tile of keys, and of the tile's keys, both as halves of the dims."""
+def _weights(q0, q1, g0, g1, k0, k1, seen, sums, inner, scale, factor):
+    """Return the gradient of a tile's logits and the attention weights. Operands are halves of the dims."""
     logits = tl.dot(q0, tl.trans(k0), input_precision="ieee")
     logits = tl.dot(q1, tl.trans(k1), logits, input_precision="ieee") * scale
     p = tl.where(seen, tl.exp2(logits - sums[:, None]), 0.0)
     upstream = tl.dot(g0, tl.trans(k0), input_precision="ieee")
     upstream = tl.dot(g1, tl.trans(k1), upstream, input_precision="ieee")
-    grad = (p * (upstream - inner[:, None]) * factor).to(k0.dtype)
-    p = p.to(k0.dtype)
-    grad0 = tl.dot(grad, k0, grad0, input_precision="ieee")
-    grad1 = tl.dot(grad, k1, grad1, input_precision="ieee")
-    return grad, p, grad0, grad1
+    grad = p * (upstream - inner[:, None]) * factor
+    return grad.to(k0.dtype), p.to(k0.dtype)
 
 
 @triton.jit
-def _key_half(grad, p, q, g):
-    half = tl.dot(tl.trans(grad), q, input_precision="ieee")
-    return tl.dot(tl.trans(p), g, half, input_precision="ieee")
+def _add_keys(target, row, there, grad, p, q, g, d, D: tl.constexpr, ATOMIC: tl.constexpr):
+    """Add to rows of a gradient, or store as parts of it, half of the dims of a tile's keys.
 
-
-@triton.jit
-def _add_keys(target, row, there, half, d, D: tl.constexpr, ATOMIC: tl.constexpr):
-    """Add to rows of the gradient, or store them as a part of their own."""
+    The product is transposed, so that its rows are dims, enough of them for the widest matrix instructions.
+    """
+    half = tl.dot(tl.trans(q), grad, input_precision="ieee")
+    half = tl.trans(tl.dot(tl.trans(g), p, half, input_precision="ieee"))
     ptr = target + row.to(tl.int64)[:, None] * D + d[None, :]
     if ATOMIC:
         tl.atomic_add(ptr, half, mask=there[:, None], sem="relaxed")
@@ -201,11 +204,13 @@ def backward(
     grad_entries, parts,
     begin_query, S, H, past, window, T, K, mask_stride, limit_stride, window_slots, slots, scale, factor,
     D: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_REACH: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
-    ATOMIC: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
+    ATOMIC: tl.constexpr, OF_QUERY: tl.constexpr, OF_KEYS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of queries and add those of keys: to ``grad_window`` and ``grad_entries``, or to ``parts``.
+    """Write the gradient of queries (``OF_QUERY``) and add those of keys (``OF_KEYS``).
 
-    ``parts`` [programs, slots, D] has a row for every key that a program visits: those of the window, then entries.
+    The latter go to ``grad_window`` and ``grad_entries``, or to ``parts`` [programs, slots, D], which has a row for
+    every key that a program visits: those of the window, then entries.
     """
     first = begin_query + tl.program_id(0) * BLOCK_Q
     b = tl.program_id(2).to(tl.int64)
@@ -232,7 +237,6 @@ def backward(
         if HAS_REACH:
             limit = tl.minimum(limit, tl.load(reach + b * S + s, mask=s < S, other=1))
         base = window_kv + b * (past + S) * D
-        target = grad_window + b * (past + S) * D
         oldest = past + first - window + 1
         for begin in range(0, window_slots, BLOCK_N):
             j = oldest + begin + slot
@@ -240,33 +244,41 @@ def backward(
             k0 = _keys(base, j, there, d0, D, UPCAST)
             k1 = _keys(base, j, there, d1, D, UPCAST)
             seen = _window_mask(j, s, limit, past) & exists[:, None]
-            grad, p, grad0, grad1 = _backward_tile(
-                q0, q1, g0, g1, k0, k1, seen, sums, delta, grad0, grad1, scale, factor
-            )
-            if ATOMIC:
-                _add_keys(target, j, there, _key_half(grad, p, q0, g0), d0, D, ATOMIC)
-                _add_keys(target, j, there, _key_half(grad, p, q1, g1), d1, D, ATOMIC)
-            else:
-                _add_keys(own, begin + slot, there, _key_half(grad, p, q0, g0), d0, D, ATOMIC)
-                _add_keys(own, begin + slot, there, _key_half(grad, p, q1, g1), d1, D, ATOMIC)
+            grad, p = _weights(q0, q1, g0, g1, k0, k1, seen, sums, delta, scale, factor)
+            if OF_QUERY:
+                grad0 = tl.dot(grad, k0, grad0, input_precision="ieee")
+                grad1 = tl.dot(grad, k1, grad1, input_precision="ieee")
+            if OF_KEYS:
+                if ATOMIC:
+                    target = grad_window + b * (past + S) * D
+                    place = j
+                else:
+                    target = own
+                    place = begin + slot
+                _add_keys(target, place, there, grad, p, q0, g0, d0, D, ATOMIC)
+                _add_keys(target, place, there, grad, p, q1, g1, d1, D, ATOMIC)
     if MODE != NONE:
         base = entries + b * T * D
-        target = grad_entries + b * T * D
         for begin in range(0, _entry_end(limits, s, S, K, limit_stride, MODE), BLOCK_N):
             entry, there, seen = _entry_tile(begin, s, first, exists, chosen, mask, S, T, K, mask_stride, MODE, BLOCK_N)
             k0 = _keys(base, entry, there, d0, D, UPCAST)
             k1 = _keys(base, entry, there, d1, D, UPCAST)
-            grad, p, grad0, grad1 = _backward_tile(
-                q0, q1, g0, g1, k0, k1, seen, sums, delta, grad0, grad1, scale, factor
-            )
-            if ATOMIC:
-                _add_keys(target, entry, there, _key_half(grad, p, q0, g0), d0, D, ATOMIC)
-                _add_keys(target, entry, there, _key_half(grad, p, q1, g1), d1, D, ATOMIC)
-            else:
-                _add_keys(own, window_slots + begin + slot, there, _key_half(grad, p, q0, g0), d0, D, ATOMIC)
-                _add_keys(own, window_slots + begin + slot, there, _key_half(grad, p, q1, g1), d1, D, ATOMIC)
-    tl.store(grad_query + at0, grad0.to(grad_query.dtype.element_ty), mask=exists[:, None])
-    tl.store(grad_query + at1, grad1.to(grad_query.dtype.element_ty), mask=exists[:, None])
+            grad, p = _weights(q0, q1, g0, g1, k0, k1, seen, sums, delta, scale, factor)
+            if OF_QUERY:
+                grad0 = tl.dot(grad, k0, grad0, input_precision="ieee")
+                grad1 = tl.dot(grad, k1, grad1, input_precision="ieee")
+            if OF_KEYS:
+                if ATOMIC:
+                    target = grad_entries + b * T * D
+                    place = entry
+                else:
+                    target = own
+                    place = window_slots + begin + slot
+                _add_keys(target, place, there, grad, p, q0, g0, d0, D, ATOMIC)
+                _add_keys(target, place, there, grad, p, q1, g1, d1, D, ATOMIC)
+    if OF_QUERY:
+        tl.store(grad_query + at0, grad0.to(grad_query.dtype.element_ty), mask=exists[:, None])
+        tl.store(grad_query + at1, grad1.to(grad_query.dtype.element_ty), mask=exists[:, None])
 
 
 @triton.jit

@@ -23,6 +23,31 @@ def _attention(**more: str) -> dict[str, str]:
     }  # fmt: skip
 
 
+def _backward(kind: str, passes: int, of_query: bool, of_keys: bool, products: int) -> Plan:
+    """Return the plan of a pass on the architectures with that number of passes. An H100 has two."""
+    tiles = {name: tuple(t for t in choices if t.sizes["passes"] == passes) for name, choices in BACKWARD_TILES.items()}
+    return Plan(
+        f"sparse_attention.{kind}",
+        "backward",
+        _attention(
+            grad_out=_ROWS, inner="*fp32:16", grad_query=_ROWS, grad_window="*fp32:16", grad_entries="*fp32:16",
+            parts="*fp32:16", begin_query="i32:16", window_slots="i32:16", slots="i32:16", factor="fp32",
+        ),
+        {**_FLAGS, "ATOMIC": True, "OF_QUERY": of_query, "OF_KEYS": of_keys},
+        {name: choices for name, choices in tiles.items() if choices},
+        multiplies=True,
+        max_spills={"sm_90": 1024, "sm_100": 1024, "gfx942": 2048},
+        work=Work(
+            flops=2.0 * products * _LOGITS * DIMS,
+            nbytes=(2.0 + of_query) * _QUERY_BYTES,
+            cache_bytes=2.0 * TOKENS * _KEYS * DIMS,
+            atomic_bytes=4.0 * TOKENS * _KEYS * DIMS * of_keys,
+            vector_ops=16.0 * _LOGITS,
+            target="130 TFLOP/s, both passes" if passes == 2 else "",
+        ),
+    )  # fmt: skip
+
+
 PLANS = [
     Plan(
         "sparse_attention.forward",
@@ -60,37 +85,13 @@ PLANS = [
         work=Work(
             flops=2.0 * TOKENS * HEADS * CHOSEN * DIMS,
             nbytes=_QUERY_BYTES + 4.0 * TOKENS * CHOSEN,
-            cache_bytes=2.0 * TOKENS * DIMS * (CHOSEN + HEADS * CHOSEN / 32),
+            cache_bytes=2.0 * TOKENS * DIMS * CHOSEN,
             vector_ops=14.0 * TOKENS * HEADS * CHOSEN,
         ),
     ),
-    Plan(
-        "sparse_attention.backward",
-        "backward",
-        _attention(
-            grad_out=_ROWS,
-            inner="*fp32:16",
-            grad_query=_ROWS,
-            grad_window="*fp32:16",
-            grad_entries="*fp32:16",
-            parts="*fp32:16",
-            begin_query="i32:16",
-            window_slots="i32:16",
-            slots="i32:16",
-            factor="fp32",
-        ),
-        {**_FLAGS, "ATOMIC": True},
-        BACKWARD_TILES,
-        multiplies=True,
-        work=Work(
-            flops=10.0 * _LOGITS * DIMS,
-            nbytes=3 * _QUERY_BYTES,
-            cache_bytes=2.0 * TOKENS * _KEYS * DIMS * HEADS / 32,
-            atomic_bytes=4.0 * TOKENS * _KEYS * DIMS * HEADS / 32,
-            vector_ops=16.0 * _LOGITS,
-            target="130 TFLOP/s",
-        ),
-    ),
+    _backward("backward", 1, True, True, 5),
+    _backward("backward of queries", 2, True, False, 3),
+    _backward("backward of keys", 2, False, True, 4),
     Plan(
         "sparse_attention.sum_parts",
         "sum_parts",

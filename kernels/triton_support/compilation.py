@@ -93,7 +93,7 @@ def compile_plan(plan: Plan, architecture: str, tile: Tile) -> Compiled:
     from triton.compiler import ASTSource
 
     kernel = plan.function()
-    constants = plan.constants_for(tile)
+    constants = plan.constants_for(architecture, tile)
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in constants:

@@ -65,11 +65,14 @@ class Plan:
     """Largest bytes of registers that a thread spills, per architecture; 0 where absent."""
     work: Work | None = None
 
-    def constants_for(self, tile: Tile) -> dict[str, Any]:
-        """Return all constants for a setting."""
+    def constants_for(self, architecture: str, tile: Tile) -> dict[str, Any]:
+        """Return all constants for a setting of an architecture."""
         sizes = dict(tile.sizes)
+        if "PRECISION" in self.constants and architecture.startswith("gfx"):
+            sizes["PRECISION"] = "ieee"  # there are no TF32 products
         if "rows" in sizes:  # of attention: heads of one query
             sizes |= {"BLOCK_Q": 1, "BLOCK_H": sizes.pop("rows")}
+            sizes.pop("passes", None)
         return {**self.constants, **sizes}
 
     def function(self) -> Any:

@@ -21,11 +21,11 @@ def pages_of(rows, page_size=4):
     return Pages(storage, page_size, table)
 
 
-def inputs(layout, tokens, heads, kind, ring=True):
+def inputs(layout, tokens, heads, kind):
     query, sink = torch.randn(B, tokens, heads, layout.size), torch.randn(heads)
     first = torch.tensor([40, 3])
     rows = pack(torch.randn(B, WINDOW + tokens + 2, layout.size), layout, backend="reference")
-    window = TokenRows(rows, torch.zeros(1, dtype=torch.int64) if ring else first - WINDOW, first)
+    window = TokenRows(rows, torch.tensor([7, 1]), first)
     packed = pack(torch.randn(B, T, layout.size), layout, backend="reference")
     if kind == "chosen":
         chosen = torch.rand(B, tokens, T).argsort(-1)[..., :18].masked_fill(torch.rand(B, tokens, 18) < 0.3, -1)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from kernels.sparse_attention import deterministic_gradients, sparse_attention
+from kernels.sparse_attention import deterministic_gradients, sparse_attention, triton
 from kernels.triton_support.platform import checked_selections
+from kernels.triton_support.tiles import Tile
 
 B, C, WINDOW = 2, 32, 9
 
@@ -81,10 +82,12 @@ def test_a_selection_without_any_entry_equals_a_window_alone():
     assert not found[3].any() and not found[5].any()
 
 
-def test_deterministic_gradients_in_several_pieces(monkeypatch):
-    from kernels.sparse_attention import triton
-
+@pytest.mark.parametrize("passes", [1, 2])
+def test_deterministic_gradients_in_several_pieces(passes, monkeypatch):
     monkeypatch.setattr(triton, "_PART_BYTES", 1)
+    monkeypatch.setitem(
+        triton.BACKWARD_TILES, "interpreter", (Tile(4, 1, {"rows": 16, "BLOCK_N": 16, "passes": passes}),)
+    )
     given, chosen = inputs(3, 2, 9), select(3, 9, 5)
     with deterministic_gradients():
         found = run("triton", given, chosen=chosen)

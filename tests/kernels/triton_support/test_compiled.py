@@ -49,13 +49,19 @@ def test_figures_of_all_settings_are_within_their_limits():
     assert len(found) == sum(len(list(plan.choices())) for plan in all_plans())
 
 
+def test_every_kernel_has_settings_for_every_architecture():
+    settings = {}
+    for plan in all_plans():
+        settings.setdefault((plan.name.partition(".")[0], plan.kernel), set()).update(plan.tiles)
+    assert all(names - {"interpreter"} == set(ARCHITECTURES) for names in settings.values())
+
+
 @pytest.mark.parametrize("plan", all_plans(), ids=lambda plan: plan.name)
-def test_every_kernel_has_settings_for_every_architecture(plan):
-    assert set(plan.tiles) - {"interpreter"} == set(ARCHITECTURES)
-    assert all(plan.tiles.values())
+def test_plans_name_every_argument(plan):
+    assert plan.tiles and all(plan.tiles.values())
     arguments = plan.function().arg_names
-    tile = plan.tiles["sm_90"][0]
-    assert set(arguments) == set(plan.arguments) | (set(plan.constants_for(tile)) & set(arguments))
+    architecture, tile = next(plan.choices())
+    assert set(arguments) == set(plan.arguments) | (set(plan.constants_for(architecture, tile)) & set(arguments))
 
 
 def test_every_kernel_has_a_plan():
