@@ -74,7 +74,8 @@ def partial_attention(
             back = tile * BLOCK_N + n
             position = last - window + 1 + back
             seen = (position >= 0) & (back < window)
-            place = tl.where(seen, (position - offset) % R, 0)
+            # The remainder of a negative number is negative.
+            place = tl.where(seen, ((position - offset) % R + R) % R, 0)
             base = rows + (b.to(tl.int64) * R + place) * NBYTES
             peak, total, body, rope = _accumulate(
                 base, seen, seen, q_body, q_rope, peak, total, body, rope, scale,

@@ -49,12 +49,15 @@ MASS_TILES: Tiles = FORWARD_TILES
 BACKWARD_TILES: Tiles = {
     "interpreter": (Tile(4, 1, {"rows": 16, "BLOCK_N": 16, "passes": 1}),),
     "sm_80": (Tile(8, 1, {"rows": 32, "BLOCK_N": 32, "passes": 1}),),
-    "sm_90": (Tile(8, 1, {"rows": 64, "BLOCK_N": 32, "passes": 2}),),
-    "sm_100": (Tile(8, 1, {"rows": 64, "BLOCK_N": 32, "passes": 2}),),
+    "sm_90": (Tile(8, 2, {"rows": 64, "BLOCK_N": 32, "passes": 2}),),
+    "sm_100": (Tile(8, 1, {"rows": 32, "BLOCK_N": 32, "passes": 1}),),
     "gfx942": (Tile(4, 1, {"rows": 16, "BLOCK_N": 16, "passes": 1}),),
 }
 """With two passes, the gradients of queries and of keys are computed by a launch each, and the scores twice: 7 products
-instead of 5. Both at once do not fit the registers at 64 rows, the least for the widest matrix instructions."""
+instead of 5. Both at once do not fit the registers at 64 rows, the least for the widest matrix instructions. On sm_100
+the gradient of the queries does not fit the tensor memory at 64 rows."""
+KEY_STAGES = 1
+"""Stages of the pass of keys: the shared memory has no room for a second one."""
 
 
 SUM_TILES: Tiles = {name: (Tile(4, 1),) for name in ARCHITECTURES}
@@ -269,6 +272,8 @@ def _backward(keys: _Keys, q: Tensor, upstream: Tensor, log_sum: Tensor, inner: 
             programs = -(-min(step, S - begin) // Q)
             parts = grad_window if is_atomic else q.new_empty(B * heads * programs * slots, c, dtype=torch.float32)
             for of_query, of_keys in [(True, True)] if tile.sizes["passes"] == 1 else [(True, False), (False, True)]:
+                if not of_query:
+                    blocks["num_stages"] = KEY_STAGES
                 kernels.backward[(programs, heads, B)](
                     q, keys.window_kv, keys.entries, keys.chosen, keys.mask, keys.limits, keys.reach, upstream,
                     log_sum, inner, grad_query, grad_window, grad_entries, parts,

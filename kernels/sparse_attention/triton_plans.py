@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from kernels.sparse_attention.triton import BACKWARD_TILES, FORWARD_TILES, MASS_TILES, SUM_TILES
+from dataclasses import replace
+
+from kernels.sparse_attention.triton import BACKWARD_TILES, FORWARD_TILES, KEY_STAGES, MASS_TILES, SUM_TILES
 from kernels.triton_support.plans import Plan, Work
 
 TOKENS, HEADS, DIMS, CHOSEN, WINDOW = 4096, 64, 512, 512, 128
@@ -26,6 +28,8 @@ def _attention(**more: str) -> dict[str, str]:
 def _backward(kind: str, passes: int, of_query: bool, of_keys: bool, products: int) -> Plan:
     """Return the plan of a pass on the architectures with that number of passes. An H100 has two."""
     tiles = {name: tuple(t for t in choices if t.sizes["passes"] == passes) for name, choices in BACKWARD_TILES.items()}
+    if not of_query:
+        tiles = {name: tuple(replace(t, stages=KEY_STAGES) for t in choices) for name, choices in tiles.items()}
     return Plan(
         f"sparse_attention.{kind}",
         "backward",
@@ -36,7 +40,7 @@ def _backward(kind: str, passes: int, of_query: bool, of_keys: bool, products: i
         {**_FLAGS, "ATOMIC": True, "OF_QUERY": of_query, "OF_KEYS": of_keys},
         {name: choices for name, choices in tiles.items() if choices},
         multiplies=True,
-        max_spills={"sm_90": 1024, "sm_100": 1024, "gfx942": 2048},
+        max_spills={"sm_90": 1024, "gfx942": 2048},
         work=Work(
             flops=2.0 * products * _LOGITS * DIMS,
             nbytes=(2.0 + of_query) * _QUERY_BYTES,

@@ -25,7 +25,7 @@ def inputs(layout, tokens, heads, entries, largest=2):
     query = torch.randint(-largest, largest + 1, (2, tokens, heads, layout.size)).float()
     keys = torch.randint(-largest, largest + 1, (2, entries, layout.size)).float()
     keys[..., 0] = largest  # all blocks have the same scale
-    weights = torch.randint(-2, 3, (2, tokens, heads)) * 37.0  # scores need more than the 8 bits of BF16
+    weights = torch.randint(-70, 71, (2, tokens, heads)).float()  # scores need more than the 8 bits of BF16
     return query, paged(pack(keys, layout, backend="reference")), layout, weights
 
 
