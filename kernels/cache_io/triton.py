@@ -26,7 +26,10 @@ UNPACK_TILES: Tiles = {
     "interpreter": (Tile(4, 1, {"ROWS": 8}),),
     **{name: (Tile(4, 1, {"ROWS": 8}), Tile(4, 1, {"ROWS": 16})) for name in ARCHITECTURES},
 }
-ROUND_TILES: Tiles = PACK_TILES
+ROUND_TILES: Tiles = {
+    "interpreter": (Tile(4, 1, {"ROWS": 16}),),
+    **{name: (Tile(4, 1, {"ROWS": 64}), Tile(4, 1, {"ROWS": 128})) for name in ARCHITECTURES},
+}
 
 
 def power_of_two(n: int) -> int:

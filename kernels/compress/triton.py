@@ -11,9 +11,15 @@ from kernels.triton_support.platform import ARCHITECTURES, require_choice, requi
 from kernels.triton_support.tiles import Tile, Tiles, launch_best
 
 TILES: Tiles = {
-    "interpreter": (Tile(4, 1, {"BLOCK_C": 16}),),
-    **{name: (Tile(8, 1, {"BLOCK_C": 64}), Tile(4, 1, {"BLOCK_C": 32})) for name in ARCHITECTURES},
+    "interpreter": (Tile(4, 1, {"elements": 64}),),
+    **{name: (Tile(4, 1, {"elements": 4096}), Tile(4, 1, {"elements": 2048})) for name in ARCHITECTURES},
 }
+
+
+def block_constants(m: int, c: int, elements: int) -> dict[str, int]:
+    """Return the block sizes of a program that loads about that many values of one series."""
+    rows = max(2, 1 << (m - 1).bit_length())
+    return {"M_PAD": rows, "BLOCK_C": max(16, min(elements // rows, 1 << (c - 1).bit_length()))}
 
 
 def supports(rows: Tensor) -> bool:
@@ -65,11 +71,12 @@ def _launch(name: str, ctx, allocate, rows: Tensor, bias: Tensor, starts: Tensor
 
     def run(tile: Tile) -> Tensor:
         out = allocate()
-        grid = (n - ctx.skipped, -(-c // tile.sizes["BLOCK_C"]), B)
+        blocks = block_constants(m, c, tile.sizes["elements"])
+        grid = (n - ctx.skipped, -(-c // blocks["BLOCK_C"]), B)
         kernel[grid](
             rows, bias, bias if starts is None else starts, *more, out, n, m, w, c, ctx.skipped,
-            OFFSET_IS_C=ctx.overlap, HAS_STARTS=starts is not None, M_PAD=max(2, 1 << (m - 1).bit_length()),
-            **tile.options,
+            OFFSET_IS_C=ctx.overlap, HAS_STARTS=starts is not None, **blocks, num_warps=tile.warps,
+            num_stages=tile.stages,
         )  # fmt: skip
         return out
 

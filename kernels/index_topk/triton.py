@@ -25,6 +25,8 @@ _WORKSPACE_SCORES = 1 << 26
 _SEGMENT = 8192
 """Scores per program where there are too few queries to occupy a GPU."""
 _MANY_ROWS = 256
+MAX_TILE = 1024
+"""Rows of workspaces are multiples of this, and so of all tiles of the selection."""
 
 SCORE_TILES: Tiles = {
     "interpreter": (Tile(4, 1, {"QUERIES": 4, "BLOCK_N": 16}),),
@@ -38,6 +40,11 @@ SELECT_TILES: Tiles = {
     **{name: (Tile(4, 1, {"TILE": 1024}),) for name in ARCHITECTURES},
 }
 ORDER_TILES: Tiles = {name: (Tile(4, 1),) for name in ARCHITECTURES}
+
+
+def round_up(n: int, multiple: int) -> int:
+    """Return the smallest multiple that is at least n."""
+    return -(-n // multiple) * multiple
 
 
 def supports(query: Tensor, layout: EntryLayout, k: int) -> bool:
@@ -84,7 +91,7 @@ def index_topk(
     for begin in range(0, S, step):
         count = min(step, S - begin)
         scores = _scores(q, weights, keys, layout, visible, begin, count, n, dtype == torch.bfloat16)
-        _select(scores, visible, k, begin, chosen)
+        _select(scores, n, visible, k, begin, chosen)
     return chosen
 
 
@@ -92,17 +99,20 @@ def _scores(
     query: Tensor, weights: Tensor, keys: Pages, layout: EntryLayout, visible: Tensor, begin: int, count: int, n: int,
     rounds: bool,
 ) -> Tensor:  # fmt: skip
-    """Return the scores of ``count`` queries from ``begin``, float32 [B, count, n]; undefined for invisible keys."""
+    """Return the scores of ``count`` queries from ``begin``, float32 [B, count, n rounded up to whole tiles].
+
+    They are undefined for invisible keys.
+    """
     kernels = importlib.import_module("kernels.index_topk.triton_kernels")
     B, S, h, _ = query.shape
     constants = score_constants(layout, h)
 
     def run(tile: Tile) -> Tensor:
-        scores = torch.empty(B, count, n, dtype=torch.float32, device=query.device)
+        scores = torch.empty(B, count, round_up(n, MAX_TILE), dtype=torch.float32, device=query.device)
         grid = (-(-n // tile.sizes["BLOCK_N"]), -(-count // tile.sizes["QUERIES"]), B)
         kernels.score[grid](
             query, weights, keys.storage, keys.page_table.contiguous(), visible, scores,
-            begin, count, S, h, keys.page_size, keys.page_table.shape[1], S if len(visible) > 1 else 0, n,
+            begin, count, S, h, keys.page_size, keys.page_table.shape[1], S if len(visible) > 1 else 0, scores.shape[2],
             **constants, ROUND=rounds, UPCAST=is_interpreting(), **tile.options,
         )  # fmt: skip
         return scores
@@ -118,30 +128,33 @@ def score_constants(layout: EntryLayout, heads: int) -> dict[str, int]:
     return {**{name: constants[name] for name in names}, "HEADS": max(16, power_of_two(heads))}
 
 
-def _select(scores: Tensor, visible: Tensor, k: int, begin: int, chosen: Tensor) -> None:
-    """Write the selection of the queries from ``begin`` into chosen [B, S, k]."""
+def _select(scores: Tensor, n: int, visible: Tensor, k: int, begin: int, chosen: Tensor) -> None:
+    """Write the selection of the queries from ``begin`` into chosen [B, S, k]. Rows of scores begin with n scores."""
     kernels = importlib.import_module("kernels.index_topk.triton_kernels")
-    (B, count, n), S = scores.shape, chosen.shape[1]
+    (B, count), S = scores.shape[:2], chosen.shape[1]
     rows, width = B * count, power_of_two(k)
 
-    def run(given: Tensor, indices: Tensor | None, size: int, segment: int) -> tuple[Tensor, Tensor]:
-        segments = -(-size // segment)
-        best = torch.empty(rows, segments * width, dtype=torch.float32, device=scores.device)
-        found = torch.empty(rows, segments * width, dtype=torch.int32, device=scores.device)
+    def run(given: Tensor, indices: Tensor | None, size: int, segment: int) -> tuple[Tensor, Tensor, int]:
+        """Select among the first ``size`` scores, float32 [rows, stride]. Returns whole tiles, and their used part."""
 
-        def launch(tile: Tile) -> tuple[Tensor, Tensor]:
+        def launch(tile: Tile) -> tuple[Tensor, Tensor, int]:
+            own = round_up(segment, tile.sizes["TILE"])
+            segments = -(-size // own)
+            shape = rows, round_up(segments * width, MAX_TILE) if segments > 1 else width
+            best = torch.empty(shape, dtype=torch.float32, device=scores.device)
+            found = torch.empty(shape, dtype=torch.int32, device=scores.device)
             kernels.select[(rows, segments)](
                 given, found if indices is None else indices, visible, best, found,
-                size, segment, k, S if len(visible) > 1 else 0, count, begin,
+                given.shape[-1], size, own, k, S if len(visible) > 1 else 0, count, begin, shape[1],
                 HAS_INDICES=indices is not None, WIDTH=width, **tile.options,
             )  # fmt: skip
-            return best, found
+            return best, found, segments * width
 
         return launch_best("index_topk.select", SELECT_TILES, (size, k), scores.device, launch)
 
     segment = max(_SEGMENT, 2 * width) if rows < _MANY_ROWS else n
-    best, found = run(scores, None, n, segment)
-    if best.shape[1] > width:
-        best, found = run(best, found, best.shape[1], best.shape[1])
+    best, found, used = run(scores, None, n, segment)
+    if used > width:
+        best, found, _ = run(best, found, used, used)
     with on_device_of(scores):
         kernels.order[(rows,)](best, found, chosen, S, begin, count, k, WIDTH=width)

@@ -58,22 +58,26 @@ def _ordered(score):
 
 @triton.jit
 def _keys(scores, begin, limit, TILE: tl.constexpr):
-    """Load a tile of scores: as unsigned keys in their order (int64, below 2 ** 32), and which may be selected."""
+    """Load a tile of scores: as unsigned keys in their order (int64, below 2 ** 32), and which may be selected.
+
+    Rows of scores are whole tiles, which are loaded without a mask: it would split the loads.
+    """
     at = begin + tl.arange(0, TILE)
-    value = tl.load(scores + at, mask=at < limit, other=float("-inf"))
+    value = tl.load(scores + at)
     return value, _ordered(value).to(tl.int64) + 2147483648, (at < limit) & (value > float("-inf"))
 
 
 @triton.jit
 def select(
     scores, indices, limits, best, chosen,
-    n, segment, k, limit_stride, limit_width, begin,
+    stride, n, segment, k, limit_stride, limit_width, begin, out_stride,
     HAS_INDICES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Write the ``k`` best scores of a segment of a row and their indices; equal scores in the order of the indices.
 
     Finds the k-th best key by four passes over its bytes, then copies all better ones and the first equal ones. Unused
-    slots of [WIDTH] are -inf and -1. Program ids: row, segment.
+    slots of [WIDTH] are -inf and -1. Rows are ``stride`` scores, of which the first n count. ``stride`` and ``segment``
+    are multiples of ``TILE``. Program ids: row, segment.
     """
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * segment
@@ -82,7 +86,7 @@ def select(
         b = row // limit_width
         seen = tl.load(limits + b * limit_stride + begin + row % limit_width).to(tl.int32)
         limit = tl.minimum(limit, seen)
-    own = scores + row * n
+    own = scores + row * stride
     bins = tl.arange(0, 256)
     wanted = row * 0
     prefix = row * 0
@@ -100,7 +104,7 @@ def select(
         wanted -= tl.sum(tl.where(bins > byte, counts, 0), axis=0)
         prefix = prefix * 256 + byte
     # The first ``wanted`` keys that equal ``prefix`` belong to the selection; all greater ones do.
-    out = (row * tl.num_programs(1) + tl.program_id(1)) * WIDTH
+    out = row * out_stride + tl.program_id(1) * WIDTH
     taken = row * 0
     equals = row * 0
     for tile in range(start, limit, TILE):
@@ -108,7 +112,7 @@ def select(
         at = tile + tl.arange(0, TILE)
         index = at
         if HAS_INDICES:
-            index = tl.load(indices + row * n + at, mask=at < limit, other=-1)
+            index = tl.load(indices + row * stride + at)
         equal = valid & (key == prefix)
         rank = equals + tl.cumsum(equal.to(tl.int32), axis=0)
         kept = (valid & (key > prefix)) | (equal & (rank <= wanted))

@@ -36,8 +36,8 @@ PLANS = [
         "select",
         {
             "scores": "*fp32:16", "indices": "*i32:16", "limits": "*i64:16", "best": "*fp32:16", "chosen": "*i32:16",
-            "n": "i32:16", "segment": "i32:16", "k": "i32:16", "limit_stride": "i32:16", "limit_width": "i32:16",
-            "begin": "i32:16",
+            "stride": "i32:16", "n": "i32:16", "segment": "i32:16", "k": "i32:16", "out_stride": "i32:16",
+            "limit_stride": "i32:16", "limit_width": "i32:16", "begin": "i32:16",
         },
         {"HAS_INDICES": False, "WIDTH": K},
         SELECT_TILES,

@@ -24,7 +24,7 @@ MIN_ROWS = 512
 TILES: Tiles = {
     "interpreter": (Tile(4, 1, {"BLOCK": 16, "BLOCK_K": 16}),),
     "sm_80": (Tile(8, 3, {"BLOCK": 128, "BLOCK_K": 64}),),
-    "sm_90": (Tile(8, 3, {"BLOCK": 128, "BLOCK_K": 64}), Tile(4, 3, {"BLOCK": 128, "BLOCK_K": 64})),
+    "sm_90": (Tile(8, 3, {"BLOCK": 128, "BLOCK_K": 64}), Tile(8, 4, {"BLOCK": 128, "BLOCK_K": 64})),
     "sm_100": (Tile(8, 3, {"BLOCK": 128, "BLOCK_K": 64}),),
     "gfx942": (Tile(4, 1, {"BLOCK": 128, "BLOCK_K": 32}),),
 }

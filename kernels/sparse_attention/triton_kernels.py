@@ -184,13 +184,17 @@ def _weights(q0, q1, g0, g1, k0, k1, seen, sums, inner, scale, factor):
 
 
 @triton.jit
-def _add_keys(target, row, there, grad, p, q, g, d, D: tl.constexpr, ATOMIC: tl.constexpr):
+def _add_keys(target, row, there, grad, p, q, g, d, D: tl.constexpr, ATOMIC: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Add to rows of a gradient, or store as parts of it, half of the dims of a tile's keys.
 
-    The product is transposed, so that its rows are dims, enough of them for the widest matrix instructions.
+    A transposed product has dims as its rows, enough of them for the widest matrix instructions.
     """
-    half = tl.dot(tl.trans(q), grad, input_precision="ieee")
-    half = tl.trans(tl.dot(tl.trans(g), p, half, input_precision="ieee"))
+    if TRANSPOSED:
+        half = tl.dot(tl.trans(q), grad, input_precision="ieee")
+        half = tl.trans(tl.dot(tl.trans(g), p, half, input_precision="ieee"))
+    else:
+        half = tl.dot(tl.trans(grad), q, input_precision="ieee")
+        half = tl.dot(tl.trans(p), g, half, input_precision="ieee")
     ptr = target + row.to(tl.int64)[:, None] * D + d[None, :]
     if ATOMIC:
         tl.atomic_add(ptr, half, mask=there[:, None], sem="relaxed")
@@ -255,8 +259,8 @@ def backward(
                 else:
                     target = own
                     place = begin + slot
-                _add_keys(target, place, there, grad, p, q0, g0, d0, D, ATOMIC)
-                _add_keys(target, place, there, grad, p, q1, g1, d1, D, ATOMIC)
+                _add_keys(target, place, there, grad, p, q0, g0, d0, D, ATOMIC, not OF_QUERY)
+                _add_keys(target, place, there, grad, p, q1, g1, d1, D, ATOMIC, not OF_QUERY)
     if MODE != NONE:
         base = entries + b * T * D
         for begin in range(0, _entry_end(limits, s, S, K, limit_stride, MODE), BLOCK_N):
@@ -274,8 +278,8 @@ def backward(
                 else:
                     target = own
                     place = window_slots + begin + slot
-                _add_keys(target, place, there, grad, p, q0, g0, d0, D, ATOMIC)
-                _add_keys(target, place, there, grad, p, q1, g1, d1, D, ATOMIC)
+                _add_keys(target, place, there, grad, p, q0, g0, d0, D, ATOMIC, not OF_QUERY)
+                _add_keys(target, place, there, grad, p, q1, g1, d1, D, ATOMIC, not OF_QUERY)
     if OF_QUERY:
         tl.store(grad_query + at0, grad0.to(grad_query.dtype.element_ty), mask=exists[:, None])
         tl.store(grad_query + at1, grad1.to(grad_query.dtype.element_ty), mask=exists[:, None])

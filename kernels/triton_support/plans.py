@@ -73,6 +73,8 @@ class Plan:
         if "rows" in sizes:  # of attention: heads of one query
             sizes |= {"BLOCK_Q": 1, "BLOCK_H": sizes.pop("rows")}
             sizes.pop("passes", None)
+        if "elements" in sizes:  # of pooling: values of one series
+            sizes["BLOCK_C"] = min(512, sizes.pop("elements") // self.constants["M_PAD"])
         return {**self.constants, **sizes}
 
     def function(self) -> Any:

@@ -25,7 +25,7 @@ def inputs(layout, tokens, heads, entries, largest=2):
     query = torch.randint(-largest, largest + 1, (2, tokens, heads, layout.size)).float()
     keys = torch.randint(-largest, largest + 1, (2, entries, layout.size)).float()
     keys[..., 0] = largest  # all blocks have the same scale
-    weights = torch.randint(-70, 71, (2, tokens, heads)).float()  # scores need more than the 8 bits of BF16
+    weights = torch.randint(-2, 3, (2, tokens, heads)).float()
     return query, paged(pack(keys, layout, backend="reference")), layout, weights
 
 
@@ -44,6 +44,16 @@ def test_the_selection_is_exact_with_ties_to_the_lower_index(layout, tokens, hea
     visible = torch.stack((torch.arange(tokens) * 17 % (entries + 1), entries - torch.arange(tokens)))
     found = index_topk(*arguments, visible, k, dtype, backend="triton")
     assert torch.equal(found, index_topk(*arguments, visible, k, dtype, backend="reference"))
+
+
+@pytest.mark.parametrize(("dtype", "best"), [(torch.float32, [15, 14, 13, 12]), (torch.bfloat16, [15, 14, 11, 12])])
+def test_scores_are_rounded_before_they_are_compared(dtype, best):
+    layout, keys, query = EntryLayout(16, "bf16"), torch.zeros(1, 16, 16), torch.zeros(1, 1, 1, 16)
+    keys[..., 0], keys[..., 1], query[..., 0], query[..., 1] = 16, torch.arange(16), 16, 1
+    pages, limits = paged(pack(keys, layout, backend="reference")), torch.full((1, 1), 16)
+    # In BF16, 267, 268 and 269 are 268.
+    found = index_topk(query, pages, layout, torch.ones(1, 1, 1), limits, 4, dtype, backend="triton")
+    assert found.tolist() == [[best]]
 
 
 def test_selection_in_segments_and_in_pieces_of_the_queries(monkeypatch):
