@@ -38,9 +38,9 @@ MAX_PADDED_DIMS = 576
 
 TILES: Tiles = {
     "interpreter": (Tile(4, 1, {"BLOCK_H": 16, "BLOCK_N": 16}),),
-    "sm_80": (Tile(8, 1, {"BLOCK_H": 32, "BLOCK_N": 32}),),
-    "sm_90": (Tile(8, 1, {"BLOCK_H": 64, "BLOCK_N": 32}), Tile(8, 1, {"BLOCK_H": 32, "BLOCK_N": 32})),
-    "sm_100": (Tile(8, 1, {"BLOCK_H": 32, "BLOCK_N": 32}),),
+    "sm_80": (Tile(8, 1, {"BLOCK_H": 32, "BLOCK_N": 16}),),
+    "sm_90": (Tile(8, 1, {"BLOCK_H": 64, "BLOCK_N": 16}), Tile(8, 1, {"BLOCK_H": 32, "BLOCK_N": 16})),
+    "sm_100": (Tile(8, 1, {"BLOCK_H": 32, "BLOCK_N": 16}),),
     "gfx942": (Tile(4, 1, {"BLOCK_H": 16, "BLOCK_N": 16}),),
 }
 COMBINE_TILES: Tiles = {name: (Tile(4, 1),) for name in ARCHITECTURES}
