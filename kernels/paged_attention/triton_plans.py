@@ -30,7 +30,7 @@ PLANS = [
         },
         TILES,
         multiplies=True,
-        max_spills={"sm_80": 288, "sm_90": 448, "sm_100": 288, "gfx942": 640},
+        max_spills={"sm_80": 192, "sm_90": 416, "sm_100": 224},
         work=Work(
             flops=4.0 * _LOGITS * _PADDED,
             nbytes=float(BATCH * _KEYS * LAYOUT.nbytes),

@@ -40,7 +40,7 @@ def _backward(kind: str, passes: int, of_query: bool, of_keys: bool, products: i
         {**_FLAGS, "ATOMIC": True, "OF_QUERY": of_query, "OF_KEYS": of_keys},
         {name: choices for name, choices in tiles.items() if choices},
         multiplies=True,
-        max_spills={"sm_90": 1024, "gfx942": 2048},
+        max_spills={"sm_90": 960},
         work=Work(
             flops=2.0 * products * _LOGITS * DIMS,
             nbytes=(2.0 + of_query) * _QUERY_BYTES,
