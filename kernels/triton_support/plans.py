@@ -67,7 +67,7 @@ class Plan:
 
     def constants_for(self, architecture: str, tile: Tile) -> dict[str, Any]:
         """Return all constants for a setting of an architecture."""
-        sizes = dict(tile.sizes)
+        sizes: dict[str, Any] = dict(tile.sizes)
         if "PRECISION" in self.constants and architecture.startswith("gfx"):
             sizes["PRECISION"] = "ieee"  # there are no TF32 products
         if "rows" in sizes:  # of attention: heads of one query
