@@ -7,6 +7,7 @@ Their names:
 * ``reference``: readable and differentiable PyTorch; the oracle of the tests.
 * ``eager``: faster PyTorch.
 * ``cpu``: native C++ operators (:mod:`kernels.native`).
+* ``triton``: GPU kernels (:mod:`kernels.triton_support`).
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from kernels import native
 from kernels.backends import get_backend
-from kernels.cache_io import cpu, reference
+from kernels.cache_io import cpu, reference, triton
 from kernels.cache_io.layout import EntryLayout
 from kernels.cache_io.pages import PagedRows, Pages
+from kernels.triton_support.platform import can_run
 
 __all__ = [
     "BACKENDS",
@@ -25,11 +26,13 @@ __all__ = [
     "write_ring",
 ]
 
-BACKENDS = {"reference": reference, "cpu": cpu}
+BACKENDS = {"reference": reference, "cpu": cpu, "triton": triton}
 
 
 def backend_for(x: Tensor) -> str:
     """Return the backend for x: floats to pack, packed bytes, or a ring."""
+    if can_run(x) and (not x.is_floating_point() or x.dtype in triton.DTYPES):
+        return "triton"
     runs_natively = native.serves(x) if x.is_floating_point() else x.is_cpu and native.level() is not None
     return "cpu" if runs_natively else "reference"
 

@@ -6,15 +6,18 @@ from torch import Tensor
 
 from kernels import native
 from kernels.backends import get_backend
-from kernels.compress import cpu, reference
+from kernels.compress import cpu, reference, triton
+from kernels.triton_support.platform import can_run
 
 __all__ = ["BACKENDS", "backend_for", "compress", "compress_next"]
 
-BACKENDS = {"reference": reference, "cpu": cpu}
+BACKENDS = {"reference": reference, "cpu": cpu, "triton": triton}
 
 
 def backend_for(rows: Tensor, starts: Tensor | None = None) -> str:
     """Return the backend for rows. The ``cpu`` backend supports neither gradients nor packed documents."""
+    if can_run(rows) and triton.supports(rows):
+        return "triton"
     return "cpu" if starts is None and native.serves(rows) else "reference"
 
 

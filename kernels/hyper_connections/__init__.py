@@ -11,17 +11,20 @@ from torch import Tensor
 
 from kernels import native
 from kernels.backends import get_backend
-from kernels.hyper_connections import cpu, eager, reference
+from kernels.hyper_connections import cpu, eager, reference, triton
 from kernels.hyper_connections.recomputed_streams import RecomputedStreams
 from kernels.hyper_connections.reference import sinkhorn
+from kernels.triton_support.platform import can_run
 
 __all__ = ["BACKENDS", "RecomputedStreams", "backend_for", "hc_head", "hc_post", "hc_pre", "sinkhorn"]
 
-BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu}
+BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu, "triton": triton}
 
 
 def backend_for(streams: Tensor) -> str:
     """Return the backend for streams [B, S, n, d]. All of them have gradients."""
+    if can_run(streams) and triton.supports(streams):
+        return "triton"
     if native.serves(streams, backward=True) and streams.shape[-2] <= cpu.MAX_STREAMS:
         return "cpu"
     return "eager" if streams.is_cpu and streams.dtype.itemsize == 4 else "reference"

@@ -30,7 +30,7 @@ def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
 
 def normalized_product(streams: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
     """Multiply ``fn`` [m, n * d] with the concatenated, RMS-normalized streams of every token: [m, B * S]."""
-    flat = streams.reshape(-1, fn.shape[1]).float()
+    flat = streams.reshape(-1, fn.shape[1]).to(torch.promote_types(streams.dtype, torch.float32))
     # Normalizing the product instead of the streams is equivalent and saves a pass over them.
     return (fn @ flat.transpose(0, 1)) * torch.rsqrt(flat.square().mean(dim=-1) + norm_eps)
 

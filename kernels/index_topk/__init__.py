@@ -8,16 +8,19 @@ from torch import Tensor
 from kernels import native
 from kernels.backends import get_backend
 from kernels.cache_io import EntryLayout, Pages
-from kernels.index_topk import cpu, eager, reference
+from kernels.index_topk import cpu, eager, reference, triton
 from kernels.index_topk.selection import select_topk
+from kernels.triton_support.platform import can_run
 
 __all__ = ["BACKENDS", "backend_for", "index_topk", "select_topk"]
 
-BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu}
+BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu, "triton": triton}
 
 
-def backend_for(query: Tensor) -> str:
-    """Return the backend for query."""
+def backend_for(query: Tensor, layout: EntryLayout, k: int) -> str:
+    """Return the backend for query, keys of this layout, and k."""
+    if can_run(query) and triton.supports(query, layout, k):
+        return "triton"
     return "cpu" if query.is_cpu and native.level() is not None else "eager"
 
 
@@ -45,11 +48,11 @@ def index_topk(
         k: Entries to select.
         dtype: Scores are rounded to this dtype before they are compared.
         batch_invariant: Compute every score independently of the other queries and of the number of entries, bit for
-            bit. The ``cpu`` backend always does; ``reference`` does not support it.
+            bit. The ``cpu`` and ``triton`` backends always do; ``reference`` does not support it.
 
     Returns:
         int64 [B, S, k], best first, with ties going to the lower index; -1 in unused slots.
     """
-    return get_backend(BACKENDS, backend or backend_for(query)).index_topk(
+    return get_backend(BACKENDS, backend or backend_for(query, layout, k)).index_topk(
         query, keys, layout, head_weights, visible, k, dtype, batch_invariant
     )

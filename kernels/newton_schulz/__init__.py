@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from kernels.backends import get_backend
-from kernels.newton_schulz import eager, reference
+from kernels.newton_schulz import eager, reference, triton
 from kernels.newton_schulz.eager import STEPS_PER_GRAM_MATRIX, count_multiplications
 from kernels.newton_schulz.reference import V4_COEFFICIENTS
+from kernels.triton_support.platform import can_run
 
 __all__ = [
     "BACKENDS",
@@ -21,12 +22,12 @@ __all__ = [
     "newton_schulz",
 ]
 
-BACKENDS = {"reference": reference, "eager": eager}
+BACKENDS = {"reference": reference, "eager": eager, "triton": triton}
 
 
-def backend_for(matrices: Tensor) -> str:
-    """Return the backend for matrices."""
-    return "eager"
+def backend_for(matrices: Tensor, dtype: torch.dtype = torch.float32) -> str:
+    """Return the backend for matrices and products of this dtype."""
+    return "triton" if can_run(matrices) and triton.supports(matrices, dtype) else "eager"
 
 
 def newton_schulz(
@@ -48,4 +49,4 @@ def newton_schulz(
     Returns:
         [..., r, c] in the dtype of ``matrices``.
     """
-    return get_backend(BACKENDS, backend or backend_for(matrices)).newton_schulz(matrices, coefficients, dtype)
+    return get_backend(BACKENDS, backend or backend_for(matrices, dtype)).newton_schulz(matrices, coefficients, dtype)

@@ -7,7 +7,7 @@ only their product with X, [r, c].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ STEPS_PER_GRAM_MATRIX = {torch.float32: 5, torch.bfloat16: 2}
 """Steps computed from one Gram matrix. Rounding turns zero eigenvalues into about -eps, and an early step multiplies
 them by a ** 2 = 12. That is negligible after 5 steps in float32 and overflows after 10; BF16 overflows after 3."""
 
+SymmetricProduct = Callable[..., Tensor]
+
 _MIN_BLOCKED_ROWS = 1024
 """Rows from which symmetric products skip the blocks below the diagonal."""
 
@@ -29,6 +31,17 @@ def newton_schulz(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Implement :func:`kernels.newton_schulz.newton_schulz` for float32 and bfloat16 products."""
+    return iterate(matrices, coefficients, dtype, _symmetric)
+
+
+def iterate(
+    matrices: Tensor,
+    coefficients: Sequence[tuple[float, float, float]],
+    dtype: torch.dtype,
+    symmetric: SymmetricProduct,
+) -> Tensor:
+    """Run the iteration with the given product, which returns ``alpha left right + beta added`` for a result known to
+    be symmetric."""
     shape = matrices.shape
     rows, columns = sorted(shape[-2:])
     tall = shape[-2] > shape[-1]
@@ -40,7 +53,7 @@ def newton_schulz(
     segment = STEPS_PER_GRAM_MATRIX[dtype]
     step = _gram_steps if prefers_gram(rows, columns, len(coefficients), segment) else _steps
     for begin in range(0, len(coefficients), segment):
-        x = step(x, coefficients[begin : begin + segment])
+        x = step(x, coefficients[begin : begin + segment], symmetric)
     x = x.to(matrices.dtype).view(*shape[:-2], rows, columns)
     return x.transpose(-1, -2) if tall else x
 
@@ -60,25 +73,25 @@ def prefers_gram(rows: int, columns: int, steps: int, segment: int) -> bool:
     return count_multiplications(rows, columns, steps, segment) < steps * (2 * rows**2 * columns + rows**3)
 
 
-def _steps(x: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
+def _steps(x: Tensor, coefficients: Sequence[tuple[float, float, float]], symmetric: SymmetricProduct) -> Tensor:
     for a, b, c in coefficients:
-        gram = _symmetric(x, x.mT)
-        x = _plus_diagonal(_symmetric(gram, gram, gram, b, c), a) @ x
+        gram = symmetric(x, x.mT)
+        x = _plus_diagonal(symmetric(gram, gram, gram, b, c), a) @ x
     return x
 
 
-def _gram_steps(x: Tensor, coefficients: Sequence[tuple[float, float, float]]) -> Tensor:
-    gram = _symmetric(x, x.mT)
+def _gram_steps(x: Tensor, coefficients: Sequence[tuple[float, float, float]], symmetric: SymmetricProduct) -> Tensor:
+    gram = symmetric(x, x.mT)
     product: Tensor | None = None
     for i, (a, b, c) in enumerate(coefficients):
-        polynomial = _symmetric(gram, gram, gram, b, c)  # without the constant term a I
+        polynomial = symmetric(gram, gram, gram, b, c)  # without the constant term a I
         if product is None:
             product = _plus_diagonal(polynomial.clone(), a)
         else:
-            product = _symmetric(polynomial, product, product, a)
+            product = symmetric(polynomial, product, product, a)
         if i + 1 < len(coefficients):
-            half = _symmetric(polynomial, gram, gram, a)
-            gram = _symmetric(half, polynomial, half, a)
+            half = symmetric(polynomial, gram, gram, a)
+            gram = symmetric(half, polynomial, half, a)
     return x if product is None else product @ x
 
 

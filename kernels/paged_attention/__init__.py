@@ -7,16 +7,19 @@ from torch import Tensor
 from kernels import native
 from kernels.backends import get_backend
 from kernels.cache_io import EntryLayout
-from kernels.paged_attention import cpu, eager, reference
+from kernels.paged_attention import cpu, eager, reference, triton
 from kernels.paged_attention.inputs import EntrySet, TokenRows
+from kernels.triton_support.platform import can_run
 
 __all__ = ["BACKENDS", "EntrySet", "TokenRows", "backend_for", "paged_attention"]
 
-BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu}
+BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu, "triton": triton}
 
 
-def backend_for(query: Tensor) -> str:
-    """Return the backend for query."""
+def backend_for(query: Tensor, layout: EntryLayout) -> str:
+    """Return the backend for query and rows of this layout."""
+    if can_run(query) and triton.supports(query, layout):
+        return "triton"
     return "cpu" if native.serves(query) else "eager"
 
 
@@ -52,6 +55,6 @@ def paged_attention(
     c = query.shape[-1]
     if sink is None:
         sink = query.new_full(query.shape[2:3], float("-inf"))
-    return get_backend(BACKENDS, backend or backend_for(query)).paged_attention(
+    return get_backend(BACKENDS, backend or backend_for(query, layout)).paged_attention(
         query, tokens, entries, sink, layout, window, c**-0.5 if scale is None else scale, value_size or c
     )

@@ -29,8 +29,10 @@ def paged_attention(
         if tokens is not None:
             first, offset = int(tokens.first.expand(B)[b]), int(tokens.offsets.expand(B)[b])
             positions = torch.arange(max(0, first - (window - 1)), first + S, device=query.device)
-            window_kv = unpack(tokens.rows[b, (positions - offset) % tokens.rows.shape[1]], layout).unsqueeze(0)
+            rows = tokens.rows[b, (positions - offset) % tokens.rows.shape[1]]
+            window_kv = unpack(rows, layout).unsqueeze(0).to(query.dtype)
         keys, mask = (None, None) if entries is None else _unpack_entries(entries, b, B, layout)
+        keys = None if keys is None else keys.to(query.dtype)
         out, _ = sparse_attention(query[b : b + 1], window_kv, keys, mask, sink, window, None, scale, value_size)
         outputs.append(out)
     return torch.cat(outputs)

@@ -13,16 +13,21 @@ from torch import Tensor
 from kernels import formats, native
 from kernels.backends import get_backend
 from kernels.cache_io import EntryLayout
-from kernels.quantize import cpu, eager, reference
+from kernels.cache_io.layout import SCALED_FORMATS
+from kernels.cache_io.triton import DTYPES
+from kernels.quantize import cpu, eager, reference, triton
 from kernels.quantize.reference import FORMATS
+from kernels.triton_support.platform import can_run
 
 __all__ = ["BACKENDS", "FORMATS", "backend_for", "fake_quantize", "round_to_format", "round_to_layout"]
 
-BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu}
+BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu, "triton": triton}
 
 
 def backend_for(x: Tensor, fmt: str) -> str:
     """Return the backend that rounds x to ``fmt``."""
+    if can_run(x) and fmt in SCALED_FORMATS and x.dtype in DTYPES:
+        return "triton"
     if x.is_cpu and native.level() is not None:
         return "cpu"
     return "eager" if x.is_cpu and fmt == "fp4" and x.shape[-1] % formats.FP4_BLOCK == 0 else "reference"

@@ -10,16 +10,28 @@ import torch
 from torch import Tensor
 
 from kernels.backends import get_backend
-from kernels.sparse_attention import eager, reference
+from kernels.sparse_attention import eager, reference, triton
 from kernels.sparse_attention.batch_invariant import INVARIANT_TILE, TiledAttention
+from kernels.sparse_attention.triton import deterministic_gradients
+from kernels.triton_support.platform import can_run
 
-__all__ = ["BACKENDS", "INVARIANT_TILE", "TiledAttention", "backend_for", "sparse_attention"]
+__all__ = [
+    "BACKENDS",
+    "INVARIANT_TILE",
+    "TiledAttention",
+    "backend_for",
+    "deterministic_gradients",
+    "sparse_attention",
+]
 
-BACKENDS = {"reference": reference, "eager": eager}
+BACKENDS = {"reference": reference, "eager": eager, "triton": triton}
 
 
-def backend_for(query: Tensor, window_kv: Tensor | None, entries: Tensor | None) -> str:
-    """Return the backend. ``eager`` supports neither past tokens nor entries gathered per query."""
+def backend_for(query: Tensor, window_kv: Tensor | None, entries: Tensor | None, value_size: int | None = None) -> str:
+    """Return the backend. ``eager`` supports neither past tokens nor entries gathered per query, ``triton`` only the
+    latter."""
+    if can_run(query) and triton.supports(query, entries, value_size or query.shape[-1]):
+        return "triton"
     has_no_past = window_kv is None or window_kv.shape[1] == query.shape[1]
     is_supported = has_no_past and (entries is None or entries.dim() == 3)
     return "eager" if is_supported and query.is_cpu and query.dtype.itemsize <= 4 else "reference"
@@ -35,6 +47,8 @@ def sparse_attention(
     reach: Tensor | None = None,
     scale: float | None = None,
     value_size: int | None = None,
+    chosen: Tensor | None = None,
+    with_mass: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend to the last ``window`` tokens, the permitted entries, and a sink that has no value.
@@ -46,12 +60,16 @@ def sparse_attention(
         window_kv: [B, P + S, c], with P <= window - 1 past tokens followed by the tokens of the queries; or None to
             attend to entries alone. Every query must then have a permitted one.
         entries: [B, T, c], shared by all queries; [B, S, K, c], gathered per query; or None.
-        entry_mask: bool [B or 1, S, T or K], True for permitted entries; None without entries.
+        entry_mask: bool [B or 1, S, T or K], True for permitted entries; None without entries or with ``chosen``.
         sink: [H], logits; or None.
         window: Tokens that a query attends to, including itself; 0 without ``window_kv``.
         reach: int64 [B, S], a smaller limit than ``window`` for single queries, for packed documents; or None.
         scale: Softmax scale, by default ``c ** -0.5``.
         value_size: Values are the first dims of a vector, by default all.
+        chosen: int [B, S, K], indices of the permitted ``entries`` [B, T, c] of every query, each at most once; -1 in
+            unused slots. Instead of ``entry_mask``.
+        with_mass: Whether the mass is needed. It costs the ``triton`` backend half as many products as the output;
+            others always return it.
 
     Returns:
         The output [B, S, H, value_size] and the attention mass of the entries, summed over heads: [B, S, T or K], or
@@ -61,6 +79,20 @@ def sparse_attention(
     if sink is None:
         sink = query.new_full(query.shape[2:3], float("-inf"), dtype=torch.float32)
     scale = c**-0.5 if scale is None else scale
-    return get_backend(BACKENDS, backend or backend_for(query, window_kv, entries)).sparse_attention(
-        query, window_kv, entries, entry_mask, sink, window, reach, scale, value_size or c
-    )
+    name = backend or backend_for(query, window_kv, entries, value_size)
+    module = get_backend(BACKENDS, name)
+    if name == "triton":
+        return triton.sparse_attention(
+            query, window_kv, entries, entry_mask, sink, window, reach, scale, value_size or c, chosen, with_mass
+        )
+    if chosen is not None and entries is not None:
+        entries, entry_mask = _gather(entries, chosen)
+        name, module = ("reference", reference) if backend is None else (name, module)
+    return module.sparse_attention(query, window_kv, entries, entry_mask, sink, window, reach, scale, value_size or c)
+
+
+def _gather(entries: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the chosen entries of every query, [B, S, K, c], and their mask."""
+    B, S, K = chosen.shape
+    flat = chosen.clamp(min=0).long().view(B, S * K, 1).expand(-1, -1, entries.shape[-1])
+    return entries.gather(1, flat).view(B, S, K, -1), chosen >= 0

@@ -33,13 +33,14 @@ def sparse_attention(
             entry_logits = query @ entries.transpose(-1, -2)
         logits.append(entry_logits.masked_fill(~entry_mask.unsqueeze(2), float("-inf")))
     logits.append(sink.view(1, 1, H, 1).expand(B, S, H, 1).to(query.dtype))
-    weights = torch.cat(logits, dim=-1).softmax(dim=-1, dtype=torch.float32)  # also under autocast
+    wide = torch.promote_types(query.dtype, torch.float32)
+    weights = torch.cat(logits, dim=-1).softmax(dim=-1, dtype=wide)  # also under autocast
 
     n_window = 0
     out = query.new_zeros(B, S, H, value_size)
     if keys is not None:
         n_window, blocks = window_logits.shape[-1], keys.shape[1]
-        window_weights = _pad_queries(weights[..., :n_window], blocks * block)
+        window_weights = _pad_queries(weights[..., :n_window].to(keys.dtype), blocks * block)
         out = window_weights.reshape(B, blocks, block * H, n_window) @ keys[..., :value_size]
         out = out.reshape(B, blocks * block, H, value_size)[:, :S]
     entry_weights = weights[..., n_window:-1]
@@ -48,9 +49,9 @@ def sparse_attention(
     assert entries is not None
     values = entries[..., :value_size]
     if values.dim() == 3:
-        out = out + torch.bmm(entry_weights.reshape(B, S * H, -1), values).view_as(out)
+        out = out + torch.bmm(entry_weights.reshape(B, S * H, -1).to(values.dtype), values).view_as(out)
     else:
-        out = out + entry_weights @ values
+        out = out + entry_weights.to(values.dtype) @ values
     return out, entry_weights.detach().sum(dim=2)
 
 

@@ -123,7 +123,7 @@ class CompressedSparseAttention(CompressedAttention):
             self.config,
             self.layer,
             context,
-            lambda mask: self.core_attention(projected, entries, mask, context),
+            lambda mask: self.core_attention(projected, entries, mask, context, with_mass=context.aux is not None),
         )
 
     def select(self, history: History, context: Context, cache: LayerCache) -> EntrySet:

@@ -169,14 +169,24 @@ class SlidingWindowAttention(Mixer):
         return None
 
     def core_attention(
-        self, projected: Projected, entries: Tensor | None, mask: Tensor | None, context: Context
+        self,
+        projected: Projected,
+        entries: Tensor | None,
+        mask: Tensor | None,
+        context: Context,
+        with_mass: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """:func:`kernels.sparse_attention.sparse_attention` with the layer's sink and window."""
+        """:func:`kernels.sparse_attention.sparse_attention` with the layer's sink and window.
+
+        Without ``with_mass``, the mass of the entries is undefined.
+        """
         query, window = projected.query, self.config.window
         reach = None
         if context.documents is not None:
             reach = (context.positions + 1).clamp(max=window).expand(query.shape[:2])
-        return sparse_attention(query, projected.key_value, entries, mask, self.sink, window, reach)
+        return sparse_attention(
+            query, projected.key_value, entries, mask, self.sink, window, reach, with_mass=with_mass
+        )
 
     def output(self, mixed: Tensor, rotation: Rotation | None) -> Tensor:
         """Project back to [B, S, hidden] by a grouped low-rank projection (report 2.3.1)."""

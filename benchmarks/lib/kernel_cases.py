@@ -1,0 +1,373 @@
+"""Cases of benchmarks.kernels: inputs, the call of the Triton backend, the reference, and the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kernels.cache_io import EntryLayout, Pages, pack, unpack
+from kernels.compress import compress
+from kernels.hyper_connections import hc_post, hc_pre
+from kernels.index_topk import index_topk
+from kernels.newton_schulz import V4_COEFFICIENTS, newton_schulz
+from kernels.paged_attention import EntrySet, TokenRows, paged_attention
+from kernels.quantize import round_to_format
+from kernels.sparse_attention import deterministic_gradients, sparse_attention
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the cases: those of DeepSeek-V4-Flash, or tiny ones for a rehearsal."""
+
+    tokens: int = 4096
+    heads: int = 64
+    dims: int = 512
+    rope: int = 64
+    chosen: int = 512
+    window: int = 128
+    entries: int = 32768
+    index_heads: int = 64
+    index_dims: int = 128
+    index_queries: int = 2048
+    context: int = 1 << 20
+    batch: int = 16
+    rows: int = 65536
+    width: int = 4096
+    matrix: int = 2048
+    matrices: int = 16
+    share: int = 16
+    """The reference runs on one of so many queries, and its time is multiplied."""
+
+    def checked(self) -> Sizes:
+        """Return the sizes for the comparison with float64."""
+        return replace(
+            self,
+            tokens=min(self.tokens, 64),
+            entries=min(self.entries, 4096),
+            index_queries=min(self.index_queries, 16),
+            context=min(self.context, 1 << 16),
+            batch=min(self.batch, 2),
+            rows=min(self.rows, 512),
+            width=min(self.width, 512),
+            matrix=min(self.matrix, 600),
+            matrices=min(self.matrices, 2),
+            share=1,
+        )
+
+
+TINY = Sizes(4, 2, 32, 4, 5, 6, 40, 2, 16, 3, 512, 1, 5, 20, 20, 2, 1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel on one set of random inputs."""
+
+    name: str
+    run: Callable[[], object]
+    """Runs the Triton backend. Returns a tensor or a tuple of tensors."""
+    reference: Callable[[], object]
+    """Runs PyTorch operators on ``1 / share`` of the queries."""
+    exact: Callable[[], object]
+    """Returns the float64 results of all queries, in the order of ``run``."""
+    flops: float = 0.0
+    nbytes: float = 0.0
+    share: int = 1
+    tolerance: float = 0.0
+    """Largest relative error, in the norm; 0 for equal results."""
+    target: str = ""
+
+
+def cases(s: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    """Yield the cases, with fresh random inputs. ``dtype`` is that of the attention's operands."""
+    yield from _attention(s, device, dtype)
+    yield _selection(s, device)
+    yield from _decoding(s, device)
+    yield from _packing(s, device)
+    yield from _mixing(s, device)
+    yield from _pooling(s, device)
+    yield _orthogonalization(s, device, dtype)
+
+
+def _attention(s: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    entries = max(s.chosen, s.tokens // 4)
+    query, window_kv, pool = (
+        random(1, s.tokens, s.heads, s.dims),
+        random(1, s.tokens, s.dims),
+        random(1, entries, s.dims),
+    )
+    sink = torch.randn(s.heads, device=device)
+    chosen = torch.rand(1, s.tokens, entries, device=device).topk(s.chosen).indices
+    chosen = chosen.masked_fill(torch.rand(chosen.shape, device=device) < 0.01, -1)
+    upstream = random(1, s.tokens, s.heads, s.dims)
+
+    def attend(part: int, backend: str, dtype: torch.dtype, leaves: bool) -> tuple[Tensor, list[Tensor]]:
+        n = s.tokens // part
+        given = [x.to(dtype) for x in (query[:, :n], window_kv[:, :n], pool)] + [
+            sink.to(dtype if leaves else sink.dtype)
+        ]
+        if dtype != torch.float64:
+            given[3] = sink
+        given = [x.detach().requires_grad_(leaves) for x in given]
+        out, _ = sparse_attention(
+            given[0],
+            given[1],
+            given[2],
+            None,
+            given[3],
+            s.window,
+            chosen=chosen[:, :n],
+            with_mass=False,
+            backend=backend,
+        )
+        return out, given
+
+    def forward(part: int, backend: str, dtype: torch.dtype = dtype) -> Tensor:
+        with torch.no_grad():
+            return attend(part, backend, dtype, False)[0]
+
+    def backward(part: int, backend: str, dtype: torch.dtype = dtype) -> Callable[[], tuple[Tensor, ...]]:
+        """Return a function that computes the gradients. Its first call also runs the forward pass."""
+        graph: list[tuple[Tensor, list[Tensor]]] = []
+
+        def run() -> tuple[Tensor, ...]:
+            if not graph:
+                graph.append(attend(part, backend, dtype, True))
+            out, given = graph[0]
+            return torch.autograd.grad(out, given, upstream[:, : out.shape[1]].to(out.dtype), retain_graph=True)
+
+        return run
+
+    def reproducible(run: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        with deterministic_gradients():
+            return run()
+
+    flops = 4.0 * s.tokens * s.heads * s.dims * (s.chosen + s.window)
+    common = {"share": s.share, "tolerance": 0.02}
+    yield Case(
+        "sparse_attention forward",
+        lambda: forward(1, "triton"),
+        lambda: forward(s.share, "reference"),
+        lambda: forward(1, "reference", torch.float64),
+        flops,
+        target="300 TFLOP/s",
+        **common,
+    )
+    run = backward(1, "triton")
+    for name, call in (
+        ("sparse_attention backward", run),
+        ("sparse_attention backward, deterministic", lambda: reproducible(run)),
+    ):
+        yield Case(
+            name,
+            call,
+            backward(s.share, "reference"),
+            backward(1, "reference", torch.float64),
+            2.5 * flops,
+            target="130 TFLOP/s",
+            **common,
+        )
+
+
+def _pages(rows: Tensor, B: int, T: int) -> Pages:
+    page = 64
+    count = -(-T // page)
+    table = torch.randperm(B * count, device=rows.device).view(B, count)
+    return Pages(rows, page, table)
+
+
+def _random_rows(count: int, layout: EntryLayout, device: torch.device) -> Tensor:
+    return torch.cat([pack(torch.randn(min(4096, count - i), layout.size, device=device), layout, backend="reference")
+                      for i in range(0, count, 4096)])  # fmt: skip
+
+
+def _selection(s: Sizes, device: torch.device) -> Case:
+    layout = EntryLayout(s.index_dims, "fp4")
+    query = round_to_format(
+        torch.randn(1, s.index_queries, s.index_heads, s.index_dims, device=device), "fp4", backend="reference"
+    )
+    weights = torch.randn(1, s.index_queries, s.index_heads, device=device)
+    keys = _pages(_random_rows(-(-s.entries // 64) * 64, layout, device), 1, s.entries)
+    visible = (s.entries - s.index_queries // 4 + torch.arange(s.index_queries, device=device) // 4).view(1, -1)
+
+    def choose(part: int, backend: str) -> Tensor:
+        n = s.index_queries // part
+        return index_topk(query[:, :n], keys, layout, weights[:, :n], visible[:, :n], s.chosen, backend=backend)
+
+    def best_scores(chosen: Tensor) -> Tensor:
+        rows = unpack(keys.gather(torch.arange(s.entries, device=device).view(1, -1)), layout, backend="reference")
+        products = torch.einsum("bshc,btc->bsht", query.double(), rows.double()).relu()
+        scores = (products * weights.double().unsqueeze(-1)).sum(2)
+        seen = torch.arange(s.entries, device=device) < visible.unsqueeze(-1)
+        scores = scores.masked_fill(~seen, float("-inf"))
+        return scores.topk(s.chosen).values if chosen is None else scores.gather(-1, chosen)
+
+    checks = s.share == 1  # the scores of all queries in float64 fit into memory at the checked sizes only
+    return Case(
+        "index_topk",
+        (lambda: best_scores(choose(1, "triton"))) if checks else (lambda: choose(1, "triton")),
+        lambda: choose(s.share, "eager"),
+        lambda: best_scores(None),
+        2.0 * s.index_queries * s.entries * s.index_heads * s.index_dims,
+        share=s.share,
+        tolerance=1e-5,
+        target="45% of the products' ceiling",
+    )
+
+
+def _decoding(s: Sizes, device: torch.device) -> Iterator[Case]:
+    layout = EntryLayout(s.dims - s.rope, "fp8", s.rope)
+    query = torch.randn(s.batch, 1, s.heads, s.dims, device=device)
+    sink = torch.randn(s.heads, device=device)
+    first = torch.full((s.batch,), s.context - 1, device=device)
+    ring = _random_rows(s.batch * 256, layout, device).view(s.batch, 256, -1)
+    tokens = TokenRows(ring, torch.zeros(1, dtype=torch.int64, device=device), first)
+
+    def case(name: str, entries: EntrySet, read: int) -> Case:
+        def attend(backend: str, dtype: torch.dtype = torch.float32) -> Tensor:
+            with torch.no_grad():
+                return paged_attention(
+                    query.to(dtype), tokens, entries, sink.to(dtype), layout, s.window, backend=backend
+                )
+
+        return Case(
+            name,
+            lambda: attend("triton"),
+            lambda: attend("eager"),
+            lambda: attend("reference", torch.float64),
+            nbytes=float(s.batch * (read + s.window) * layout.nbytes),
+            tolerance=0.02,
+            target="70% of bandwidth",
+        )
+
+    count = s.context // 128
+    pages = _pages(_random_rows(s.batch * -(-count // 64) * 64, layout, device), s.batch, count)
+    yield case("decode, all entries", EntrySet(pages, visible=torch.full((s.batch, 1), count, device=device)), count)
+    count = s.context // 4 // 16  # of all entries, a sixteenth in distinct pages is enough to miss the cache
+    k = min(s.chosen, count)
+    pages = _pages(_random_rows(s.batch * -(-count // 64) * 64, layout, device), s.batch, count)
+    chosen = torch.rand(s.batch, 1, count, device=device).topk(k).indices
+    yield case("decode, chosen entries", EntrySet(pages, chosen=chosen), k)
+
+
+def _packing(s: Sizes, device: torch.device) -> Iterator[Case]:
+    layout = EntryLayout(s.dims - s.rope, "fp8", s.rope)
+    x = torch.randn(s.rows, s.dims, device=device)
+    packed = pack(x, layout, backend="reference")
+    narrow = x.bfloat16()
+    moved = float(s.rows * (4 * s.dims + layout.nbytes))
+    pairs: list[tuple[str, Callable[[str], Tensor], float]] = [
+        ("pack, fp8 entries", lambda backend: pack(x, layout, backend=backend), moved),
+        ("unpack, fp8 entries", lambda backend: unpack(packed, layout, backend=backend), moved),
+        *(
+            (
+                f"fake-quantize, {fmt}",
+                lambda b, fmt=fmt: round_to_format(narrow, fmt, torch.bfloat16, b),
+                4.0 * x.numel(),
+            )
+            for fmt in ("fp8", "fp4")
+        ),
+    ]
+    for name, call, nbytes in pairs:
+        yield Case(
+            name,
+            lambda call=call: call("triton"),
+            lambda call=call: call("reference"),
+            lambda call=call: call("reference"),
+            nbytes=nbytes,
+            target="75% of bandwidth",
+        )
+
+
+def _gradients(
+    call: Callable[..., Tensor], given: list[Tensor], upstream: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Return the output of ``call`` and the gradients of its inputs, all in ``dtype``."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in given]
+    out = call(*leaves)
+    return out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))
+
+
+def _mixing(s: Sizes, device: torch.device) -> Iterator[Case]:
+    n, tokens = 4, s.tokens * 4
+    m = 2 * n + n * n
+    streams = torch.randn(1, tokens, n, s.width, device=device)
+    fn, scale, base = (torch.randn(*shape, device=device) * 0.02 for shape in ((m, n * s.width), (3,), (m,)))
+    output = torch.randn(1, tokens, s.width, device=device)
+    upstream = torch.randn(streams.shape, device=device)
+    row = 4.0 * tokens * s.width
+
+    def layer(backend: str) -> Callable[..., Tensor]:
+        def run(streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, output: Tensor) -> Tensor:
+            x, post, comb, entered = hc_pre(streams, fn, scale, base, 20, 1e-6, 1e-6, backend=backend)
+            return hc_post(entered, comb, post, output + x, backend=backend)
+
+        return run
+
+    given = [streams, fn, scale, base, output]
+
+    def forward(backend: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        with torch.no_grad():
+            return layer(backend)(*(x.to(dtype) for x in given))
+
+    common = {"tolerance": 1e-4, "target": "75% of bandwidth"}
+    yield Case(
+        "hyper_connections forward",
+        lambda: forward("triton"),
+        lambda: forward("reference"),
+        lambda: forward("reference", torch.float64),
+        nbytes=row * (4 * n + 5),
+        **common,
+    )
+    yield Case(
+        "hyper_connections forward + backward",
+        lambda: _gradients(layer("triton"), given, upstream, torch.float32),
+        lambda: _gradients(layer("reference"), given, upstream, torch.float32),
+        lambda: _gradients(layer("reference"), given, upstream, torch.float64),
+        nbytes=row * (12 * n + 14),
+        **common,
+    )
+
+
+def _pooling(s: Sizes, device: torch.device) -> Iterator[Case]:
+    for kind, m, overlap in (("overlap", 4, True), ("128 tokens", 128, False)):
+        w = s.dims * (1 + overlap)
+        tokens = -(-s.rows // m) * m
+        given = [torch.randn(1, tokens, 2 * w, device=device), torch.randn(m, w, device=device)]
+        upstream = torch.randn(1, tokens // m, s.dims, device=device)
+
+        def call(backend: str, overlap: bool = overlap) -> Callable[..., Tensor]:
+            return lambda rows, bias: compress(rows, bias, overlap, backend=backend)
+
+        def both(backend: str, dtype: torch.dtype, call=call, given=given, upstream=upstream) -> tuple[Tensor, ...]:
+            return _gradients(call(backend), given, upstream, dtype)
+
+        yield Case(
+            f"compress forward + backward, {kind}",
+            lambda both=both: both("triton", torch.float32),
+            lambda both=both: both("reference", torch.float32),
+            lambda both=both: both("reference", torch.float64),
+            nbytes=3.0 * given[0].numel() * 4,
+            tolerance=1e-5,
+            target="75% of bandwidth",
+        )
+
+
+def _orthogonalization(s: Sizes, device: torch.device, dtype: torch.dtype) -> Case:
+    matrices = torch.randn(s.matrices, s.matrix, s.matrix, device=device).to(dtype)
+    # Useful products of the iteration: two symmetric ones, of which half is needed, and one that is not.
+    flops = len(V4_COEFFICIENTS) * s.matrices * 2.0 * s.matrix**3 * (0.5 + 0.5 + 1)
+    return Case(
+        "newton_schulz",
+        lambda: newton_schulz(matrices, dtype=dtype, backend="triton"),
+        lambda: newton_schulz(matrices, dtype=dtype, backend="reference"),
+        lambda: newton_schulz(matrices.double(), dtype=torch.float64, backend="reference"),
+        flops,
+        tolerance=0.1,  # small singular values grow by 12 in a step, and with them the rounding of BF16
+        target="60% of the products' ceiling",
+    )

@@ -1,0 +1,90 @@
+"""Compiled forms of the kernels of hyper-connections: 16,384 tokens of DeepSeek-V4-Flash."""
+
+from __future__ import annotations
+
+from kernels.hyper_connections.triton import (
+    EXPAND_TILES,
+    MIX_TILES,
+    PROJECT_TILES,
+    STREAMS_TILES,
+    TOKEN_TILES,
+    padded_logits,
+)
+from kernels.triton_support.plans import Plan, Work
+
+TOKENS, STREAMS, WIDTH = 16384, 4, 4096
+_LOGITS = 2 * STREAMS + STREAMS * STREAMS
+_ROW = 4.0 * TOKENS * WIDTH
+"""Bytes of one float32 stream."""
+_F = "*fp32:16"
+_TARGET = "75% of bandwidth"
+
+
+def _pointers(names: str, **more: str) -> dict[str, str]:
+    return {**dict.fromkeys(names.split(), _F), **more}
+
+
+_SIZES = {"T": "i32:16", "D": "i32:16"}
+_WIDTHS = {"M": _LOGITS, "N": STREAMS}
+
+PLANS = [
+    Plan(
+        "hyper_connections.project",
+        "project",
+        _pointers("streams fn raw inverse_rms", T="i32:16", K="i32:16", norm_eps="fp32"),
+        {"M": _LOGITS, "M_PAD": padded_logits(STREAMS), "PRECISION": "tf32x3"},
+        PROJECT_TILES,
+        multiplies=True,
+        work=Work(
+            3 * 2.0 * TOKENS * STREAMS * WIDTH * padded_logits(STREAMS) * 2, STREAMS * _ROW, target=_TARGET
+        ),
+    ),
+    Plan(
+        "hyper_connections.mix",
+        "mix",
+        _pointers("streams raw scale base x post comb", **_SIZES, eps="fp32", iterations="i32"),
+        _WIDTHS,
+        MIX_TILES,
+        work=Work(0.0, (STREAMS + 1) * _ROW, target=_TARGET),
+    ),
+    Plan(
+        "hyper_connections.expand",
+        "expand",
+        _pointers("streams comb post out", output="*bf16:16", **_SIZES),
+        {"N": STREAMS},
+        EXPAND_TILES,
+        work=Work(0.0, (2 * STREAMS + 0.5) * _ROW, target=_TARGET),
+    ),
+    Plan(
+        "hyper_connections.expand_backward",
+        "expand_backward",
+        _pointers(
+            "grad streams comb post grad_streams grad_comb grad_post grad_output", output="*bf16:16", D="i32:16"
+        ),
+        {"N": STREAMS},
+        TOKEN_TILES,
+        work=Work(0.0, (3 * STREAMS + 1.5) * _ROW, target=_TARGET),
+    ),
+    Plan(
+        "hyper_connections.mix_backward",
+        "mix_backward",
+        _pointers(
+            "streams raw scale base grad_x grad_post grad_comb divisors grad_logits",
+            D="i32:16", eps="fp32", iterations="i32",
+        ),
+        _WIDTHS,
+        TOKEN_TILES,
+        work=Work(0.0, (STREAMS + 1) * _ROW, target=_TARGET),
+    ),
+    Plan(
+        "hyper_connections.streams_backward",
+        "streams_backward",
+        _pointers(
+            "later grad_x grad_products through_norm raw scale base fn streams grad_streams", **_SIZES, eps="fp32"
+        ),
+        {**_WIDTHS, "M_PAD": padded_logits(STREAMS), "HAS_LATER": True, "PRECISION": "tf32x3"},
+        STREAMS_TILES,
+        multiplies=True,
+        work=Work(0.0, (3 * STREAMS + 1) * _ROW, target=_TARGET),
+    ),
+]  # fmt: skip

@@ -1,0 +1,160 @@
+"""Selection of entries from packed keys by Triton kernels.
+
+Scores of a bounded number of queries are written to a workspace, from which the k-th best is found by its bytes,
+without a sort of all scores: a score takes 2 * h * c operations and only 4 bytes. Products have BF16 operands and
+float32 sums; operands are exact, because queries are rounded to the format of the keys. Every score is computed in an
+order that does not depend on other queries or on the number of entries.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from kernels.cache_io import EntryLayout, Pages
+from kernels.cache_io.triton import layout_constants, power_of_two
+from kernels.triton_support.platform import ARCHITECTURES, is_interpreting, on_device_of, require_choice, require_device
+from kernels.triton_support.tiles import Tile, Tiles, launch_best
+
+FORMATS = ("bf16", "fp8", "fp8_128", "fp4")
+"""Formats of keys whose values BF16 holds exactly."""
+MAX_DIMS, MAX_HEADS, MAX_K = 256, 128, 4096
+_WORKSPACE_SCORES = 1 << 26
+_SEGMENT = 8192
+"""Scores per program where there are too few queries to occupy a GPU."""
+_MANY_ROWS = 256
+MAX_TILE = 1024
+"""Rows of workspaces are multiples of this, and so of all tiles of the selection."""
+
+SCORE_TILES: Tiles = {
+    "interpreter": (Tile(4, 1, {"QUERIES": 4, "BLOCK_N": 16}),),
+    "sm_80": (Tile(4, 3, {"QUERIES": 64, "BLOCK_N": 128}),),
+    "sm_90": (Tile(4, 3, {"QUERIES": 64, "BLOCK_N": 128}), Tile(8, 3, {"QUERIES": 64, "BLOCK_N": 256})),
+    "sm_100": (Tile(4, 3, {"QUERIES": 64, "BLOCK_N": 128}), Tile(8, 3, {"QUERIES": 64, "BLOCK_N": 256})),
+    "gfx942": (Tile(4, 1, {"QUERIES": 64, "BLOCK_N": 128}),),
+}
+SELECT_TILES: Tiles = {
+    "interpreter": (Tile(4, 1, {"TILE": 64}),),
+    **{name: (Tile(4, 1, {"TILE": 1024}),) for name in ARCHITECTURES},
+}
+ORDER_TILES: Tiles = {name: (Tile(4, 1),) for name in ARCHITECTURES}
+
+
+def round_up(n: int, multiple: int) -> int:
+    """Return the smallest multiple that is at least n."""
+    return -(-n // multiple) * multiple
+
+
+def supports(query: Tensor, layout: EntryLayout, k: int) -> bool:
+    """Return whether the backend supports these inputs on a GPU."""
+    return not _fault(query, layout, k)
+
+
+def _fault(query: Tensor, layout: EntryLayout, k: int) -> str:
+    """Return why inputs are not supported, or an empty string."""
+    if layout.body_format not in FORMATS or layout.rope:
+        return f"keys in one of {', '.join(FORMATS)}; found {layout}"
+    for what, found, most in (("dims", layout.size, MAX_DIMS), ("heads", query.shape[2], MAX_HEADS), ("k", k, MAX_K)):
+        if found > most:
+            return f"at most {most} {what}; found {found}" if what != "k" else f"k up to {most}; found {found}"
+    return ""
+
+
+def index_topk(
+    query: Tensor,
+    keys: Pages,
+    layout: EntryLayout,
+    head_weights: Tensor,
+    visible: Tensor,
+    k: int,
+    dtype: torch.dtype = torch.float32,
+    batch_invariant: bool = False,
+) -> Tensor:
+    """Implement :func:`kernels.index_topk.index_topk`. Scores are always batch-invariant. Raises ValueError for
+    unsupported inputs."""
+    require_device("index_topk", query)
+    require_choice("index_topk", "dtypes of scores", dtype, (torch.float32, torch.bfloat16))
+    if fault := _fault(query, layout, k):
+        raise ValueError(f"index_topk: the triton backend supports {fault}")
+    B, S = query.shape[:2]
+    capacity = keys.page_table.shape[1] * keys.page_size
+    # The number of entries is known to the GPU only. To wait for it pays for prompts, not for single tokens.
+    n = capacity if S == 1 else min(capacity, int(visible.max()))
+    chosen = torch.full((B, S, k), -1, dtype=torch.int64, device=query.device)
+    if not n:
+        return chosen
+    step = max(1, min(S, _WORKSPACE_SCORES // (B * n)))
+    q = query.detach().to(torch.float32 if is_interpreting() else torch.bfloat16).contiguous()
+    weights, visible = head_weights.detach().float().contiguous(), visible.contiguous()
+    for begin in range(0, S, step):
+        count = min(step, S - begin)
+        scores = _scores(q, weights, keys, layout, visible, begin, count, n, dtype == torch.bfloat16)
+        _select(scores, n, visible, k, begin, chosen)
+    return chosen
+
+
+def _scores(
+    query: Tensor, weights: Tensor, keys: Pages, layout: EntryLayout, visible: Tensor, begin: int, count: int, n: int,
+    rounds: bool,
+) -> Tensor:  # fmt: skip
+    """Return the scores of ``count`` queries from ``begin``, float32 [B, count, n rounded up to whole tiles].
+
+    They are undefined for invisible keys.
+    """
+    kernels = importlib.import_module("kernels.index_topk.triton_kernels")
+    B, S, h, _ = query.shape
+    constants = score_constants(layout, h)
+
+    def run(tile: Tile) -> Tensor:
+        scores = torch.empty(B, count, round_up(n, MAX_TILE), dtype=torch.float32, device=query.device)
+        grid = (-(-n // tile.sizes["BLOCK_N"]), -(-count // tile.sizes["QUERIES"]), B)
+        kernels.score[grid](
+            query, weights, keys.storage, keys.page_table.contiguous(), visible, scores,
+            begin, count, S, h, keys.page_size, keys.page_table.shape[1], S if len(visible) > 1 else 0, scores.shape[2],
+            **constants, ROUND=rounds, UPCAST=is_interpreting(), **tile.options,
+        )  # fmt: skip
+        return scores
+
+    shape = (B, power_of_two(count), power_of_two(n), h, layout.spec)
+    return launch_best("index_topk.score", SCORE_TILES, shape, query.device, run)
+
+
+def score_constants(layout: EntryLayout, heads: int) -> dict[str, int]:
+    """Return the compile-time constants of the score kernel."""
+    names = ("NBYTES", "BODY", "FORMAT", "BODY_PAD", "BLOCK", "SCALES", "SCALE_OFFSET")
+    constants = layout_constants(layout)
+    return {**{name: constants[name] for name in names}, "HEADS": max(16, power_of_two(heads))}
+
+
+def _select(scores: Tensor, n: int, visible: Tensor, k: int, begin: int, chosen: Tensor) -> None:
+    """Write the selection of the queries from ``begin`` into chosen [B, S, k]. Rows of scores begin with n scores."""
+    kernels = importlib.import_module("kernels.index_topk.triton_kernels")
+    (B, count), S = scores.shape[:2], chosen.shape[1]
+    rows, width = B * count, power_of_two(k)
+
+    def run(given: Tensor, indices: Tensor | None, size: int, segment: int) -> tuple[Tensor, Tensor, int]:
+        """Select among the first ``size`` scores, float32 [rows, stride]. Returns whole tiles, and their used part."""
+
+        def launch(tile: Tile) -> tuple[Tensor, Tensor, int]:
+            own = round_up(segment, tile.sizes["TILE"])
+            segments = -(-size // own)
+            shape = rows, round_up(segments * width, MAX_TILE) if segments > 1 else width
+            best = torch.empty(shape, dtype=torch.float32, device=scores.device)
+            found = torch.empty(shape, dtype=torch.int32, device=scores.device)
+            kernels.select[(rows, segments)](
+                given, found if indices is None else indices, visible, best, found,
+                given.shape[-1], size, own, k, S if len(visible) > 1 else 0, count, begin, shape[1],
+                HAS_INDICES=indices is not None, WIDTH=width, **tile.options,
+            )  # fmt: skip
+            return best, found, segments * width
+
+        return launch_best("index_topk.select", SELECT_TILES, (size, k), scores.device, launch)
+
+    segment = max(_SEGMENT, 2 * width) if rows < _MANY_ROWS else n
+    best, found, used = run(scores, None, n, segment)
+    if used > width:
+        best, found, _ = run(best, found, used, used)
+    with on_device_of(scores):
+        kernels.order[(rows,)](best, found, chosen, S, begin, count, k, WIDTH=width)

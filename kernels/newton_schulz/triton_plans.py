@@ -1,0 +1,30 @@
+"""Compiled form of the symmetric product: 16 matrices of 2,048 x 2,048."""
+
+from __future__ import annotations
+
+from kernels.newton_schulz.triton import TILES
+from kernels.triton_support.plans import Plan, Work
+
+ROWS, BATCH = 2048, 16
+_BLOCKS = ROWS // 128
+
+PLANS = [
+    Plan(
+        "newton_schulz.symmetric",
+        "symmetric",
+        {
+            "left": "*bf16:16", "right": "*bf16:16", "added": "*bf16:16", "out": "*bf16:16", "R": "i32:16",
+            "C": "i32:16", "alpha": "fp32", "beta": "fp32",
+        },
+        {"HAS_ADDED": True, "PRECISION": "ieee", "UPCAST": False},
+        TILES,
+        multiplies=True,
+        copies_ahead=("sm_80", "sm_90", "sm_100"),
+        work=Work(
+            flops=BATCH * 2.0 * ROWS**3 * (_BLOCKS + 1) / (2 * _BLOCKS),
+            nbytes=BATCH * 2.0 * 3 * ROWS**2,
+            cache_bytes=BATCH * 2.0 * ROWS**2 * (_BLOCKS + 1),
+            target="60% of products",
+        ),
+    )
+]  # fmt: skip

@@ -1,0 +1,149 @@
+"""Attention over the packed rows of a cache by Triton kernels: split over the keys, dequantized in registers.
+
+Products are those of BF16 operands with float32 sums: exact for stored keys, while queries and attention weights are
+rounded to BF16. On a GPU the backend therefore runs by default only where BF16 products are permitted: for queries in
+16 bits, under autocast, or with ``torch.set_float32_matmul_precision("medium")``. Nothing waits for the GPU, so that
+decoding can be captured in a CUDA graph; the grid depends on capacities and not on lengths.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+
+import torch
+from torch import Tensor
+
+from kernels.autocast import product_dtype
+from kernels.cache_io import EntryLayout
+from kernels.cache_io.triton import layout_constants, power_of_two
+from kernels.paged_attention.inputs import EntrySet, TokenRows
+from kernels.triton_support.platform import (
+    ARCHITECTURES,
+    check_selection,
+    is_interpreting,
+    on_device_of,
+    require_choice,
+    require_device,
+)
+from kernels.triton_support.tiles import Tile, Tiles, launch_best
+
+FORMATS = ("bf16", "fp8", "fp8_128", "fp4")
+"""Formats of bodies whose values BF16 holds exactly."""
+_PROGRAMS_PER_MULTIPROCESSOR = 2
+_LOG2_E = math.log2(math.e)
+MAX_PADDED_DIMS = 576
+"""Most dims of a row, body and rope padded to powers of two: V3.2's rows of 512 and 64."""
+
+TILES: Tiles = {
+    "interpreter": (Tile(4, 1, {"BLOCK_H": 16, "BLOCK_N": 16}),),
+    "sm_80": (Tile(8, 1, {"BLOCK_H": 32, "BLOCK_N": 16}),),
+    "sm_90": (Tile(8, 1, {"BLOCK_H": 64, "BLOCK_N": 16}), Tile(8, 1, {"BLOCK_H": 32, "BLOCK_N": 16})),
+    "sm_100": (Tile(8, 1, {"BLOCK_H": 32, "BLOCK_N": 16}),),
+    "gfx942": (Tile(4, 1, {"BLOCK_H": 16, "BLOCK_N": 16}),),
+}
+COMBINE_TILES: Tiles = {name: (Tile(4, 1),) for name in ARCHITECTURES}
+
+
+def supports(query: Tensor, layout: EntryLayout) -> bool:
+    """Return whether the backend runs by default for these inputs on a GPU."""
+    permits_bf16 = (
+        product_dtype(query) in (torch.bfloat16, torch.float16) or torch.get_float32_matmul_precision() == "medium"
+    )
+    return permits_bf16 and not _fault(layout)
+
+
+def _fault(layout: EntryLayout) -> str:
+    """Return why a layout is not supported, or an empty string."""
+    if layout.body_format not in FORMATS:
+        return f"body formats {', '.join(FORMATS)}; found {layout.body_format}"
+    if layout.rope and layout.rope_format != "bf16":
+        return f"rope format bf16; found {layout.rope_format}"
+    padded = power_of_two(layout.body) + (power_of_two(layout.rope) if layout.rope else 0)
+    if padded > MAX_PADDED_DIMS:
+        return f"at most {MAX_PADDED_DIMS} dims after padding; found {padded}"
+    return ""
+
+
+def paged_attention(
+    query: Tensor,
+    tokens: TokenRows | None,
+    entries: EntrySet | None,
+    sink: Tensor,
+    layout: EntryLayout,
+    window: int,
+    scale: float,
+    value_size: int,
+) -> Tensor:
+    """Implement :func:`kernels.paged_attention.paged_attention`, without gradients. Raises ValueError for unsupported
+    inputs."""
+    require_device("paged_attention", query)
+    if fault := _fault(layout):
+        raise ValueError(f"paged_attention: the triton backend supports {fault}")
+    require_choice("paged_attention", "dtypes", query.dtype, (torch.float32, torch.bfloat16, torch.float16))
+    kernels = importlib.import_module("kernels.paged_attention.triton_kernels")
+    B, S, H, _ = query.shape
+    q = query.detach().to(torch.float32 if is_interpreting() else torch.bfloat16).contiguous()
+    integers = torch.zeros(1, dtype=torch.int64, device=query.device)
+    nothing = integers.view(torch.uint8)
+    rows, offsets, first = (tokens.rows, tokens.offsets, tokens.first) if tokens else (nothing, integers, integers)
+    R = tokens.rows.shape[1] if tokens else 1
+    storage, table, page_size = nothing, integers, 1
+    chosen = visible = integers
+    K = P = 0
+    if entries is not None:
+        pages = entries.pages
+        storage, table, page_size, P = (
+            pages.storage,
+            pages.page_table.contiguous(),
+            pages.page_size,
+            pages.page_table.shape[1],
+        )
+        if entries.chosen is not None:
+            chosen, K = entries.chosen.contiguous(), entries.chosen.shape[2]
+            check_selection("paged_attention", chosen, P * page_size)
+        else:
+            assert entries.visible is not None
+            visible = entries.visible.contiguous()
+    has_chosen = entries is not None and entries.chosen is not None
+    most = K if has_chosen else P * page_size
+    constants = {
+        **layout_constants(layout),
+        "VALUES": value_size,
+        "HAS_WINDOW": tokens is not None,
+        "HAS_ENTRIES": entries is not None,
+        "HAS_CHOSEN": has_chosen,
+        "UPCAST": is_interpreting(),
+    }
+
+    def run(tile: Tile) -> tuple[Tensor, Tensor, int]:
+        rows_per_program = min(tile.sizes["BLOCK_H"], max(16, power_of_two(H)))
+        groups, size = -(-H // rows_per_program), tile.sizes["BLOCK_N"]
+        tiles = -(-window // size) + -(-most // size)
+        wanted = _PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(query.device) // (B * S * groups)
+        splits = max(1, min(tiles, wanted))
+        parts = torch.empty(splits, B * S * H, value_size, dtype=torch.float32, device=query.device)
+        stats = torch.empty(splits, B * S * H, 2, dtype=torch.float32, device=query.device)
+        kernels.partial_attention[(splits, B * S, groups)](
+            q, rows.contiguous(), offsets, first, storage, table, chosen, visible, parts, stats,
+            S, H, R, window, *(int(len(x) > 1) for x in (offsets, first)), page_size, P, K,
+            S if len(visible) > 1 else 0, splits, scale * _LOG2_E,
+            **constants, BLOCK_H=rows_per_program, BLOCK_N=size, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        return parts, stats, splits
+
+    shape = (B * S, H, layout.spec, K, P * page_size)
+    parts, stats, splits = launch_best("paged_attention.partial_attention", TILES, shape, query.device, run)
+    out = torch.empty(B, S, H, value_size, dtype=torch.float32, device=query.device)
+    bias = sink.detach().float() * _LOG2_E
+    with on_device_of(query):
+        kernels.combine[(B * S * H,)](
+            parts, stats, bias, out, B * S * H, H, splits, VALUES=value_size, VALUES_PAD=power_of_two(value_size)
+        )
+    return out
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,0 +1,98 @@
+"""The Triton kernels, each with arguments that it is compiled for, limits on what the compiler reports, and its work.
+
+A plan's arguments have the sizes of DeepSeek-V4-Flash. :mod:`kernels.triton_support.compilation` compiles it without a
+GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from kernels.triton_support.tiles import Tile, Tiles
+
+OPERATIONS = (
+    "sparse_attention",
+    "paged_attention",
+    "index_topk",
+    "cache_io",
+    "hyper_connections",
+    "newton_schulz",
+    "compress",
+)
+"""Packages with a module ``triton_plans`` whose ``PLANS`` lists the kernels."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Work of one launch at the plan's sizes."""
+
+    flops: float
+    """Floating-point operations of the matrix products; 0 for kernels that only move data."""
+    nbytes: float
+    """Bytes that must cross device memory: every input once and every output once."""
+    cache_bytes: float = 0.0
+    """Bytes that programs read through the second-level cache, repeated reads included."""
+    atomic_bytes: float = 0.0
+    """Bytes of atomic additions."""
+    vector_ops: float = 0.0
+    """Instructions of 32-bit arithmetic per lane outside matrix units; an exponential counts as 8."""
+    target: str = ""
+    """Target of the kernel on an H100, for the table."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A kernel with the arguments that it is compiled for."""
+
+    name: str
+    """``<operation>.<what the kernel computes>``"""
+    kernel: str
+    """Name of the function in ``kernels/<operation>/triton_kernels.py``."""
+    arguments: dict[str, str]
+    """Types of the arguments that are not constants: ``*bf16``, ``i32``. ``:16`` marks pointers and integers that are
+    multiples of 16, as Triton finds them at a launch."""
+    constants: dict[str, Any]
+    """Compile-time constants other than those of :meth:`constants_for`."""
+    tiles: Tiles
+    multiplies: bool = False
+    """Whether the kernel's products must run on matrix units."""
+    copies_ahead: tuple[str, ...] = ()
+    """Architectures on which loads must be asynchronous copies to shared memory."""
+    max_spills: dict[str, int] = field(default_factory=dict)
+    """Largest bytes of registers that a thread spills, per architecture; 0 where absent."""
+    work: Work | None = None
+
+    def constants_for(self, architecture: str, tile: Tile) -> dict[str, Any]:
+        """Return all constants for a setting of an architecture."""
+        sizes: dict[str, Any] = dict(tile.sizes)
+        if "PRECISION" in self.constants and architecture.startswith("gfx"):
+            sizes["PRECISION"] = "ieee"  # there are no TF32 products
+        if "rows" in sizes:  # of attention: heads of one query
+            sizes |= {"BLOCK_Q": 1, "BLOCK_H": sizes.pop("rows")}
+            sizes.pop("passes", None)
+        if "elements" in sizes:  # of pooling: values of one series
+            sizes["BLOCK_C"] = min(512, sizes.pop("elements") // self.constants["M_PAD"])
+        return {**self.constants, **sizes}
+
+    def function(self) -> Any:
+        """Return the kernel. Imports triton."""
+        operation = self.name.partition(".")[0]
+        return getattr(importlib.import_module(f"kernels.{operation}.triton_kernels"), self.kernel)
+
+    def choices(self) -> Iterator[tuple[str, Tile]]:
+        """Yield every architecture with each of its settings."""
+        for architecture, tiles in self.tiles.items():
+            if architecture != "interpreter":
+                for tile in tiles:
+                    yield architecture, tile
+
+
+def all_plans() -> list[Plan]:
+    """Return the plans of all operations."""
+    plans: list[Plan] = []
+    for operation in OPERATIONS:
+        plans += importlib.import_module(f"kernels.{operation}.triton_plans").PLANS
+    return plans

@@ -1,0 +1,31 @@
+"""Triton kernels against the references, in Triton's interpreter.
+
+The interpreter is chosen when triton is imported, for a whole process. The tests of every ``interpreted_<op>.py``
+therefore run in a process of their own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+FILES = sorted(path.name for path in HERE.glob("interpreted_*.py"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_kernels_agree_with_the_reference(name):
+    settings = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
+    settings.pop("PYTEST_XDIST_WORKER", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(HERE / name)]
+    found = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-1000:]
+
+
+def test_every_operation_with_a_backend_is_tested():
+    operations = {path.parent.name for path in (ROOT / "kernels").glob("*/triton_kernels.py")}
+    assert {f"interpreted_{operation}.py" for operation in operations} == set(FILES)
