@@ -62,7 +62,7 @@ def client(deployment) -> Iterator[openai.OpenAI]:
         yield client
 
 
-def wait_until_idle(deployment: Deployment, seconds: float = 10) -> None:
+def wait_until_idle(deployment: Deployment, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while (unfinished := httpx.get(f"{deployment.url}/healthz").json()["unfinished"]) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -156,27 +156,23 @@ def test_errors_reach_the_client(deployment, client, change, error, words) -> No
 LONG = {"prompt": "the", "max_tokens": 450, "temperature": 0}
 
 
-@pytest.fixture(scope="module")
-def full_request_seconds(deployment) -> float:
-    """Time of the complete request ``LONG`` on this machine under its present load."""
-    start = time.monotonic()
-    httpx.post(f"{deployment.url}/v1/completions", json=LONG, timeout=120).raise_for_status()
-    return time.monotonic() - start
+def generated_tokens(deployment: Deployment) -> float:
+    metrics = httpx.get(f"{deployment.url}/metrics").text
+    [line] = (line for line in metrics.splitlines() if line.startswith("fiftyfold_generated_tokens_total "))
+    return float(line.split()[1])
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_a_disconnect_frees_capacity(deployment, full_request_seconds, streamed) -> None:
-    body = LONG | {"stream": streamed}
+def test_a_disconnect_frees_capacity(deployment, streamed) -> None:
+    body, before = LONG | {"stream": streamed}, generated_tokens(deployment)
     if streamed:
         with httpx.stream("POST", f"{deployment.url}/v1/completions", json=body) as response:
             next(response.iter_lines())
     else:
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{deployment.url}/v1/completions", json=body, timeout=full_request_seconds / 10)
-    disconnected = time.monotonic()
+            httpx.post(f"{deployment.url}/v1/completions", json=body, timeout=httpx.Timeout(120, read=0.2))
     wait_until_idle(deployment)
-    took = time.monotonic() - disconnected
-    assert took < full_request_seconds / 2, took  # without an abort, it would decode to the end
+    assert generated_tokens(deployment) - before < LONG["max_tokens"]  # without an abort, it would decode to the end
 
 
 def test_a_full_queue_answers_429(deployment, client) -> None:

@@ -52,7 +52,7 @@ def fuzz_schema(schema, count: int, derandomize: bool) -> Counter[str]:
             @settings(FUZZ, max_examples=count, derandomize=derandomize)
             @given(operation.as_strategy(generation_mode=mode))
             def run(case) -> None:
-                response = case.call(timeout=60)
+                response = case.call(timeout=120)
                 assert response.status_code < 500, response.text
                 seen.add(response.status_code)  # noqa: B023
 
@@ -126,7 +126,7 @@ def change(chance: random.Random, data: bytes) -> bytes:
 
 def send(server: Listening, request: bytes, complete: bool) -> bytes:
     """Send bytes, and no more if they may be incomplete; return all that the server answers."""
-    with socket.create_connection(server.address, timeout=30) as connection:
+    with socket.create_connection(server.address, timeout=120) as connection:
         connection.sendall(request)
         if not complete:  # for the server, a client that leaves
             connection.shutdown(socket.SHUT_WR)
