@@ -24,7 +24,7 @@ from model.config import ModelConfig
 from model.errors import ConfigError
 from model.optim import OptimizerConfig
 from pipelines.recipe.experiments import AblateSection, CompareSection, ReportSection, SweepSection
-from pipelines.recipe.paths import LocalPath, ModelUri, SourcePattern, TokenizerSource, TrackingUri
+from pipelines.recipe.paths import LocalPath, ModelUri, PathText, SourcePattern, TokenizerSource, TrackingUri
 from pipelines.recipe.section import MAX_LENGTH, Section, Share
 from pipelines.recipe.text_types import Alias, Name, PrintableText, Text
 from serve.api.config import Host
@@ -44,7 +44,7 @@ class RunSection(Section):
 
     name: Name = "hybrid"
     folder: LocalPath = Path("runs")
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] = 0
 
     @field_validator("name")
     @classmethod
@@ -76,9 +76,9 @@ class DataSection(Section):
     """Share of documents held out for validation, chosen by a hash of their content."""
     retrieval_share: Share = 0.5
     """Share of training rows that are generated retrieval documents."""
-    retrieval_tasks: dict[Text, Annotated[float, Field(ge=0)]] = {"mqar": 0.75, "needle": 0.25}
+    retrieval_tasks: dict[Text, Annotated[float, Field(ge=0)]] = Field({"mqar": 0.75, "needle": 0.25})
     """Evaluation tasks whose documents are generated, and the weight of each (docs/evaluation.md)."""
-    task_settings: dict[Text, dict[Text, int | float]] = {}
+    task_settings: dict[Text, dict[Text, int | float]] = Field({})
     """Settings of tasks, for generated documents and for the evaluation, e.g. ``multi_key: {keys: 4}``. Training
     documents draw them up to these."""
     pairs: Annotated[int, Field(ge=2)] = 8
@@ -262,7 +262,7 @@ class ServeSection(Section, ServerConfig):
     model_uri: ModelUri = "models:/fiftyfold@champion"
     """``models:/<name>@<alias>``, ``models:/<name>/<version>``, or a checkpoint folder. Clients use the registered
     name, or the last two parts of the folder's path."""
-    models: dict[PrintableText, ModelUri] = {}
+    models: dict[PrintableText, ModelUri] = Field({})
     """Further models by the names that clients use, each with a value like ``model_uri``. All have the same
     settings."""
     alias_poll_seconds: Annotated[float, Field(gt=0)] | None = 10.0
@@ -271,6 +271,7 @@ class ServeSection(Section, ServerConfig):
     host: Host = "127.0.0.1"
     """Address to listen on. Addresses other than loopback ones need an API key."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    api_key_file: PathText | None = None
 
 
 class DemoSection(Section):
