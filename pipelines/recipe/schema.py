@@ -76,9 +76,11 @@ class DataSection(Section):
     """Share of documents held out for validation, chosen by a hash of their content."""
     retrieval_share: Share = 0.5
     """Share of training rows that are generated retrieval documents."""
-    retrieval_tasks: dict[Text, Annotated[float, Field(ge=0)]] = Field({"mqar": 0.75, "needle": 0.25})
+    retrieval_tasks: dict[Text, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=lambda: {"mqar": 0.75, "needle": 0.25}
+    )
     """Evaluation tasks whose documents are generated, and the weight of each (docs/evaluation.md)."""
-    task_settings: dict[Text, dict[Text, int | float]] = Field({})
+    task_settings: dict[Text, dict[Text, int | float]] = Field(default_factory=dict)
     """Settings of tasks, for generated documents and for the evaluation, e.g. ``multi_key: {keys: 4}``. Training
     documents draw them up to these."""
     pairs: Annotated[int, Field(ge=2)] = 8
@@ -262,7 +264,7 @@ class ServeSection(Section, ServerConfig):
     model_uri: ModelUri = "models:/fiftyfold@champion"
     """``models:/<name>@<alias>``, ``models:/<name>/<version>``, or a checkpoint folder. Clients use the registered
     name, or the last two parts of the folder's path."""
-    models: dict[PrintableText, ModelUri] = Field({})
+    models: dict[PrintableText, ModelUri] = Field(default_factory=dict)
     """Further models by the names that clients use, each with a value like ``model_uri``. All have the same
     settings."""
     alias_poll_seconds: Annotated[float, Field(gt=0)] | None = 10.0
