@@ -100,7 +100,7 @@ def test_invalid_values(client, body, param, words) -> None:
 
 def test_a_long_field_name_is_quoted_without_its_middle(client) -> None:
     error = client.post("/v1/completions", json=OK | {"x" * 10_000: 1}).json()["error"]
-    assert error["message"] == f"{error['param']}: unknown field"
+    assert error["message"].endswith("x: unknown field") and len(error["message"]) < 120
     assert len(error["param"]) < 100
 
 
