@@ -2,7 +2,9 @@
 PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11,$(if $(shell $(p) -c 'import sys; sys.exit(not (3,11) <= sys.version_info[:2] < (3,13))' 2>/dev/null && echo ok),$(p))))
 VENV := .venv
 BIN := $(VENV)/bin
+# The environment carries the folder to Python, because neither the shell nor Make takes every folder name unharmed.
 RUNS ?= runs
+export RUNS
 # Processes that share the tests, whole files each; every one that needs Ray has a cluster of its own.
 WORKERS ?= 2
 export PYTHONUNBUFFERED := 1
@@ -19,11 +21,12 @@ help:
 # The stamp holds the time of the last complete install: an interrupted one leaves none, so make repeats it.
 $(VENV)/.installed: pyproject.toml
 	@if [ -z "$(PYTHON)" ]; then echo "error: no Python 3.11 or 3.12 on PATH; install one or pass PYTHON=/path/to/python" >&2; exit 1; fi
-	rm -f $@
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade pip
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar off -e '.[dev]'
-	touch $@
+	@rm -f $@
+	@echo "installing Python packages into $(VENV); this takes a few minutes and prints nothing until it ends"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade pip
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar off -e '.[dev]'
+	@touch $@
 
 # Without a compiler this says so in one line, and the stamp is set all the same: `make native` tries again.
 $(VENV)/.native: $(VENV)/.installed $(wildcard kernels/*/*.cpp kernels/native/*.cpp kernels/native/*.h kernels/native/*.py)
@@ -52,10 +55,7 @@ lint: .venv
 	$(BIN)/mypy
 
 ui: .venv
-	@if [ ! -f "$(RUNS)/mlflow.db" ]; then echo "error: $(RUNS)/mlflow.db: no such file; run a step first or pass RUNS=folder" >&2; exit 1; fi
-	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --workers 1 \
-		--host 127.0.0.1 --port 5000 --backend-store-uri "sqlite:///$(abspath $(RUNS))/mlflow.db" \
-		--default-artifact-root "$(abspath $(RUNS))/mlartifacts"
+	@$(BIN)/python -m pipelines.tracking.ui
 
 clean:
 	rm -rf $(VENV) build *.egg-info

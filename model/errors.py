@@ -4,6 +4,7 @@ The command line prints them without a traceback and returns a non-zero status; 
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -31,8 +32,17 @@ MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, Recurs
 """Errors of parsing a damaged JSON file, and of taking values out of it."""
 
 
+_MAX_WORD = 100
+
+
+def shorten_words(text: str) -> str:
+    """Return ``text`` without the middle of words of more than 100 characters, such as numbers with many digits."""
+    half = _MAX_WORD // 2 - 1
+    return re.sub(rf"\S{{{_MAX_WORD + 1},}}", lambda word: f"{word[0][:half]}…{word[0][-half:]}", text)
+
+
 def unknown_key(key: str, name: str, known: Iterable[str]) -> str:
     """Return the message for an unknown ``key`` whose last part is ``name``, with the most similar known name if
     any."""
     close = difflib.get_close_matches(name, list(known), n=1)
-    return f"{key}: unknown key" + (f"; did you mean '{close[0]}'?" if close else "")
+    return f"{shorten_words(key)}: unknown key" + (f"; did you mean '{close[0]}'?" if close else "")

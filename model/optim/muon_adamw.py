@@ -138,9 +138,13 @@ class MuonAdamW(torch.optim.Optimizer):
                 begin += count
         return Exchange(matrices, loads, dtype, to_local(parameters[0]).device if parameters else torch.device("cpu"))
 
-    def table(self) -> list[tuple[str, str, str, int, float]]:
-        """Return rows of (parameter role, rule, matrices, elements, learning rate), one per role over all layers."""
+    def table(self, layers: Sequence[str] = ()) -> list[tuple[str, str, str, int, float]]:
+        """Return rows of (parameter role, rule, matrices, elements, learning rate), one per role over all layers.
+
+        ``layers`` are the mixers of the layers. A role with several rows names the mixers of each row.
+        """
         rows: dict[tuple, list[int]] = {}
+        mixers: dict[tuple, dict[str, None]] = {}
         for group in self.param_groups:
             for name, parameter in zip(group["names"], group["params"]):
                 role = re.sub(r"layers\.\d+\.", "layers.*.", name)
@@ -148,9 +152,18 @@ class MuonAdamW(torch.optim.Optimizer):
                 count = rows.setdefault(key, [0, 0])
                 count[0] += 1
                 count[1] += parameter.numel()
+                if (layer := re.search(r"layers\.(\d+)\.", name)) and int(layer[1]) < len(layers):
+                    mixers.setdefault(key, {})[layers[int(layer[1])]] = None
+        repeated = {role for role, count in Counter(role for role, *_ in rows).items() if count > 1}
         return [
-            (role, rule, f"{count} x {shape}", elements, rate)
-            for (role, rule, shape, rate), (count, elements) in rows.items()
+            (
+                f"{key[0]} ({', '.join(mixers[key])})" if key[0] in repeated and key in mixers else key[0],
+                key[1],
+                f"{count} x {key[2]}",
+                elements,
+                key[3],
+            )
+            for key, (count, elements) in rows.items()
         ]
 
     def _format_shape(self, parameter: Tensor, rule: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pydantic
 
-from model.errors import unknown_key
+from model.errors import shorten_words, unknown_key
 from pipelines.recipe.key_types import fields_of, find_section
 from pipelines.recipe.quoting import shorten
 
@@ -34,5 +34,6 @@ def _describe(item: Any) -> str:
         message = "expected text; put it in quotes" if is_scalar else "expected text"
     elif item["type"] == "string_unicode":
         message = "expected text in valid Unicode"
+    key = shorten_words(key)
     is_section = isinstance(item["input"], dict)
     return f"{key}: {message}" if is_section else f"{key}: {message}, found {shorten(item['input'])}"

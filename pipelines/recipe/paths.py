@@ -45,10 +45,16 @@ def path_option(name: str) -> Callable[[str], Path]:
 def sqlite_uri(path: str | Path) -> str:
     """Return the tracking URI of an SQLite database.
 
-    Only characters with a meaning in a URI are escaped: MLflow creates the parent folder of the path as it is written.
+    MLflow creates the parent folder of the path as it is written in the URI. From the first part with a character that
+    needs an escape on, slashes are escaped too, so that this parent exists and no folder such as ``a%23b`` appears.
     """
-    escaped = str(path).replace("%", "%25").replace("?", "%3F").replace("#", "%23")
-    return f"{SQLITE}{escaped}"
+    text = str(path)
+    special = re.search("[%?#]", text)
+    start = len(text) if special is None else text.rfind("/", 0, special.start()) + 1
+    rest = text[start:]
+    for character in "%?#/":
+        rest = rest.replace(character, f"%{ord(character):02X}")
+    return f"{SQLITE}{text[:start]}{rest}"
 
 
 def sqlite_path(uri: str) -> Path:
@@ -85,7 +91,7 @@ def _parse_tracking_uri(value: Any) -> str:
         raise ValueError("expected a URI without spaces")
     home = re.fullmatch(r"sqlite:///(~[^/]*)(/.*)", value)
     if home:
-        return f"{sqlite_uri(Path(_resolve(home[1])))}{home[2]}"
+        return sqlite_uri(_resolve(home[1]) + unquote(home[2]))
     try:
         parts = urlsplit(value)
         named = parts.port is None or bool(parts.hostname)
@@ -157,6 +163,8 @@ SourcePattern = Annotated[str, BeforeValidator(_resolve)]
 """A path, or a glob of paths."""
 TokenizerSource = Annotated[str, BeforeValidator(_parse_tokenizer)]
 """``byte``, or an absolute path."""
+PathText = Annotated[str, BeforeValidator(lambda value: str(parse_path(value)))]
+"""A local path as text, for settings of packages that know nothing of recipes."""
 ModelUri = Annotated[str, BeforeValidator(_parse_model_uri)]
 """A model in the registry, or the absolute path of a checkpoint folder."""
 TrackingUri = Annotated[str, BeforeValidator(_parse_tracking_uri)]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import reprlib
 from typing import Any
 
-_MAX_CHARACTERS = 200
+_MAX_CHARACTERS, _MAX_DIGITS = 200, 40
 
 
 def shorten(value: Any) -> str:
     """Return a value as it is quoted in an error message."""
     short = reprlib.Repr()
-    short.maxstring = short.maxother = short.maxlong = _MAX_CHARACTERS
+    short.maxstring = short.maxother = _MAX_CHARACTERS
+    short.maxlong = _MAX_DIGITS
     return short.repr(value)
 
 

@@ -24,7 +24,7 @@ from model.config import ModelConfig
 from model.errors import ConfigError
 from model.optim import OptimizerConfig
 from pipelines.recipe.experiments import AblateSection, CompareSection, ReportSection, SweepSection
-from pipelines.recipe.paths import LocalPath, ModelUri, SourcePattern, TokenizerSource, TrackingUri
+from pipelines.recipe.paths import LocalPath, ModelUri, PathText, SourcePattern, TokenizerSource, TrackingUri
 from pipelines.recipe.section import MAX_LENGTH, Section, Share
 from pipelines.recipe.text_types import Alias, Name, PrintableText, Text
 from serve.api.config import Host
@@ -44,7 +44,7 @@ class RunSection(Section):
 
     name: Name = "hybrid"
     folder: LocalPath = Path("runs")
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] = 0
 
     @field_validator("name")
     @classmethod
@@ -273,6 +273,7 @@ class ServeSection(Section, ServerConfig):
     host: Host = "127.0.0.1"
     """Address to listen on. Addresses other than loopback ones need an API key."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    api_key_file: PathText | None = None
 
 
 class DemoSection(Section):

@@ -13,7 +13,10 @@ from pipelines.reports.cache_measurement import BYTES_PER_TOKEN
 from pipelines.reports.tables import Table
 
 _CHOSEN, _FRONT, _DOMINATED, _LINE = "#c0392b", "#2c5f8a", "#b0b8be", "#9aa7b1"
-_PANELS = (("validation/recall", "recall of key-value pairs", True), ("validation/loss", "validation loss", False))
+_PANELS = (
+    ("validation/recall", "recall of key-value pairs", True),
+    ("validation/loss", "validation loss of text and answers (nats per token)", False),
+)
 
 
 @dataclass(frozen=True)

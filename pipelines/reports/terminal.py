@@ -9,6 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 console = Console()
 
@@ -78,11 +79,12 @@ class TrainingProgress:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table at its natural width, also where the output is a file."""
-    table = Table(title=title, title_justify="left")
+    """Print a title and a table at their natural widths, also where the output is a file."""
+    table = Table()
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     wide = console if console.is_terminal else Console(width=160, file=sys.stdout)
+    wide.print(Text(title, style="italic"))  # a title of the table itself would be wrapped to the table's width
     wide.print(table)

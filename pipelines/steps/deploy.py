@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import httpx
+import ray
 import yaml
 from ray import serve as ray_serve
 from ray.exceptions import RayError
@@ -188,7 +190,7 @@ def start(recipe: Recipe) -> Deployment:
     running then.
     """
     section = recipe.serve
-    check_key(section)
+    check_key(section, starts_cluster=not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")))
     check_port(section.host, section.port)  # before a model is downloaded
     with ExitStack() as undo:
         store = ModelStore(recipe)
@@ -233,18 +235,22 @@ def write_serve_config(recipe: Recipe, path: Path) -> Path:
             scratch.write_text(yaml.safe_dump(serve_config(section, models), sort_keys=False))
     except OSError as error:
         raise ConfigError(f"--write-config: {path}: {error.strerror}") from error
-    print(f"wrote {path}; deploy it with: serve deploy {path}")
+    print(f"wrote {path}; deploy it with: serve deploy {shlex.quote(str(path))}")
     return path
 
 
-def check_key(section: ServeSection) -> None:
-    """Raise ConfigError for an unreadable key file, and without any key on an address that others can reach."""
+def check_key(section: ServeSection, starts_cluster: bool = False) -> None:
+    """Raise ConfigError for an unreadable key file, and without any key on an address that others can reach.
+
+    A variable is checked if this process starts the cluster, whose processes inherit its environment. On other clusters
+    it may be set on the nodes only.
+    """
     if not is_loopback(section.host) and not section.needs_key:
         raise ConfigError(
             f"serve.host: {section.host} is not a loopback address; set serve.api_key_file or serve.api_key_variable "
             "so that only clients with the API key are served"
         )
-    if section.api_key_file is not None:  # a variable may be set on the cluster's nodes only
+    if section.api_key_file is not None or starts_cluster:
         authorization_headers(section)
 
 
@@ -291,10 +297,14 @@ def _print_endpoint(deployment: Deployment, section: ServeSection) -> None:
     print(f"  execution {section.execution}, weights in {deployment.weights}")
     key = ""
     if section.needs_key:
-        source = f"cat {section.api_key_file}" if section.api_key_file else f"printenv {section.api_key_variable}"
+        variable = section.api_key_variable
+        source = f"printenv {variable}" if variable else f"cat {shlex.quote(section.api_key_file or '')}"
         key = f' -H "Authorization: Bearer $({source})"'
     body = json.dumps({"model": deployment.model_name, "prompt": "def ", "max_tokens": 32})
-    print(f"  curl {deployment.url}/v1/completions -H 'Content-Type: application/json'{key} -d '{body}'", flush=True)
+    print(
+        f"  curl {deployment.url}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}",
+        flush=True,
+    )
 
 
 class _WithoutShutdownNotice(io.TextIOBase):

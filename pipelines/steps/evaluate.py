@@ -1,8 +1,9 @@
-"""Score a checkpoint with lm-eval and log the scores to the run that trained it."""
+"""Score a checkpoint with lm-eval and log the scores to the run that trained it, or else to a run of their own."""
 
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 
 from evals.run import check_settings, evaluate
 from evals.scores import EFFECTIVE_SHARE
+from model import checkpoint as checkpoints
+from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
 from pipelines.data.manifest import MANIFEST_NAME, read_manifest
 from pipelines.recipe.schema import Recipe
@@ -18,7 +21,9 @@ from pipelines.reports.terminal import print_table
 from pipelines.steps import Step
 from pipelines.tracking.connection import check_writable
 from pipelines.tracking.lineage import dataset_input
+from pipelines.tracking.mlflow_store import TrackedRun, open_tracking
 from pipelines.tracking.registry import WEIGHTS_TAG, weights_digest
+from pipelines.tracking.run_file import RUN_FILE
 from pipelines.tracking.run_folder import run_of_checkpoint
 from pipelines.tracking.system_metrics import system_metrics
 
@@ -38,7 +43,8 @@ def run(recipe: Recipe) -> EvaluateResult:
     """Evaluate ``evaluate.checkpoint``, or the final checkpoint of ``run.name``.
 
     Metrics (see :func:`evals.run.evaluate`), a table and a figure go to the MLflow run named in ``run.json`` next to
-    the checkpoint. Raises ConfigError, CheckpointError or DataError before anything is logged.
+    the checkpoint. Without that file, as for an imported checkpoint, they go to a new run of the kind ``evaluate``.
+    Raises ConfigError, CheckpointError or DataError before anything is logged; a new run is then marked as failed.
     """
     section = recipe.evaluate
     try:
@@ -53,8 +59,10 @@ def run(recipe: Recipe) -> EvaluateResult:
     checkpoint = (section.checkpoint or recipe.final_checkpoint).absolute()
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint}: no checkpoint there; run the train step first")
-    tracked = run_of_checkpoint(checkpoint)
-    check_writable(tracked.uri)
+    config = checkpoints.load_config(checkpoint)
+    trained = run_of_checkpoint(checkpoint)
+    if trained is not None:
+        check_writable(trained.uri)
     if recipe.train.use_gpu and not torch.cuda.is_available():
         raise ConfigError("train.use_gpu: no CUDA device here; pass --train.use_gpu false to evaluate on the CPU")
     digest = weights_digest(checkpoint)
@@ -64,25 +72,46 @@ def run(recipe: Recipe) -> EvaluateResult:
     dataset = None
     if data_folder is not None and (data_folder / MANIFEST_NAME).is_file():
         dataset = dataset_input(data_folder, read_manifest(data_folder), "evaluation")
-    with system_metrics(tracked, recipe.tracking.system_metrics_interval, "system/evaluation/"):
-        metrics = evaluate(
-            checkpoint,
-            section.tasks,
-            section.lengths,
-            section.depths,
-            section.samples,
-            section.seed,
-            data_folder,
-            settings,
-            section.distance,
-            device="cuda" if recipe.train.use_gpu else "cpu",
-        )
-    if dataset is not None:
-        tracked.log_dataset(dataset)
-    scores = scores_from_metrics(metrics)
-    tracked.log_metrics(metrics)
-    tracked.set_tags({WEIGHTS_TAG: digest})
-    if scores:
+    device = "cuda" if recipe.train.use_gpu else "cpu"
+    with ExitStack() as stack:
+        tracked = trained or stack.enter_context(_start_run(recipe, checkpoint, config))
+        with system_metrics(tracked, recipe.tracking.system_metrics_interval, "system/evaluation/"):
+            metrics = evaluate(
+                checkpoint,
+                section.tasks,
+                section.lengths,
+                section.depths,
+                section.samples,
+                section.seed,
+                data_folder,
+                settings,
+                section.distance,
+                device=device,
+            )
+        if dataset is not None:
+            tracked.log_dataset(dataset)
+        tracked.log_metrics(metrics)
+        tracked.set_tags({WEIGHTS_TAG: digest})
+        _log_scores(tracked, metrics, str(checkpoint))
+    if len(section.lengths) > 1:
+        _print_effective_lengths(recipe, metrics)
+    print(f"scores: {tracked.url_hint()}", flush=True)
+    return EvaluateResult(tracked.run_id, checkpoint, metrics)
+
+
+def _start_run(recipe: Recipe, checkpoint: Path, config: ModelConfig) -> TrackedRun:
+    """Start a run for the scores of a checkpoint that no run here trained."""
+    name = "/".join(checkpoint.parts[-2:])
+    print(f"no {RUN_FILE} next to {checkpoint}: the scores go to the new run '{name}'", flush=True)
+    recipe = recipe.model_copy(update={"model": config})
+    tracked = open_tracking(recipe).start_run(name, kind="evaluate", recipe=recipe)
+    tracked.set_tags({"evaluated.checkpoint": str(checkpoint)})
+    return tracked
+
+
+def _log_scores(tracked: TrackedRun, metrics: dict[str, float], title: str) -> None:
+    """Log and print the tables of recall and perplexity."""
+    if scores := scores_from_metrics(metrics):
         tracked.log_table(
             {
                 "task": [score.task for score in scores],
@@ -95,16 +124,12 @@ def run(recipe: Recipe) -> EvaluateResult:
             TABLE_FILE,
         )
         tracked.log_figure(recall_figure(scores), FIGURE_FILE)
-        _print_scores(scores, str(checkpoint))
+        _print_scores(scores, title)
     if perplexities := _perplexities(metrics):
         columns = ["length", "depth", "perplexity", "likelihood", "standard error"]
         tracked.log_table(dict(zip(columns, map(list, zip(*perplexities)))), PERPLEXITY_FILE)
         rows = [[str(n), f"{depth:g}", f"{p:.3f}", f"{q:.4f} ± {e:.4f}"] for n, depth, p, q, e in perplexities]
         print_table("perplexity by position", ["length", "depth", "perplexity", "probability of a token"], rows)
-    if len(section.lengths) > 1:
-        _print_effective_lengths(recipe, metrics)
-    print(f"scores: {tracked.url_hint()}", flush=True)
-    return EvaluateResult(tracked.run_id, checkpoint, metrics)
 
 
 def _print_scores(scores: list[Score], title: str) -> None:

@@ -53,7 +53,7 @@ def run(recipe: Recipe) -> PromoteResult:
     cannot be loaded or has changed since its evaluation. The registry is unchanged then.
     """
     section = recipe.promote
-    tracking = open_tracking(recipe)
+    tracking = open_tracking(recipe, create=False)
     eligible: list[Candidate] = []
     refused: dict[str, str] = {}
     for stored in _trained_runs(tracking):

@@ -37,7 +37,7 @@ def run(recipe: Recipe) -> Path:
 
     Raises ConfigError that names the step to run if a run is missing or has no results.
     """
-    tracking = open_tracking(recipe)
+    tracking = open_tracking(recipe, create=False)
     found = {step: _find(tracking, recipe, step) for step in SOURCES}
     sections, figures = _sections({step: _results(tracking, step, run_id) for step, run_id in found.items()})
     folder = recipe.experiments_folder / recipe.report.name

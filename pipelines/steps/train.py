@@ -88,9 +88,8 @@ def print_plan(recipe: Recipe) -> float:
     with torch.device("meta"):
         model = Transformer(recipe.model)
     optimizer = MuonAdamW(model.named_parameters(), recipe.train.optimizer, model.split_sizes())
-    rows = [
-        [role, rule, shape, f"{elements:,}", f"{rate:g}"] for role, rule, shape, elements, rate in optimizer.table()
-    ]
+    table = optimizer.table(recipe.model.layers)
+    rows = [[role, rule, shape, f"{elements:,}", f"{rate:g}"] for role, rule, shape, elements, rate in table]
     columns = ["parameter", "rule", "tensors", "elements", "peak learning rate"]
     print_table(f"{recipe.run.name}: optimizer", columns, rows)
     stages = curriculum(recipe)

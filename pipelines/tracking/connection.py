@@ -67,6 +67,7 @@ def _open_sqlite(uri: str, create: bool) -> MlflowClient:
             f"and {ARTIFACTS}"
         )
     with lock(uri):  # concurrent migrations of a fresh database fail
+        uri = sqlite_uri(path)  # a URI in another form could make MLflow create a folder
         client = MlflowClient(uri, uri)
         # MLflow keeps artifact locations by run for the whole process, but the runs of a copied store have equal ids.
         _artifact_repos_cache.clear()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from pipelines.recipe.paths import SQLITE, sqlite_path, sqlite_uri
 from pipelines.recipe.quoting import first_line
 from pipelines.recipe.yaml_format import dump_yaml
 from pipelines.tracking.connection import (
+    DATABASE,
     check_writable,
     connect,
     default_uri,
@@ -215,23 +217,29 @@ class TrackedRun:
             )
 
 
-def open_tracking(recipe: Recipe, write: bool = True) -> Tracking:
+def open_tracking(recipe: Recipe, write: bool = True, create: bool = True) -> Tracking:
     """Open the tracking store of ``recipe``; create its database and experiment on first use.
 
-    Safe to call from several processes at once. Raises ConfigError naming a URI that cannot be opened, and unless
-    ``write`` is False, a store that cannot be written to.
+    Safe to call from several processes at once. Raises ConfigError naming a URI that cannot be opened, unless ``write``
+    is False, a store that cannot be written to, and unless ``create`` is set, an SQLite database that does not exist.
     """
     folder = recipe.run.folder.absolute()
     uri = recipe.tracking.uri
     if uri is None:
+        uri = default_uri(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            if create:
+                folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"run.folder: cannot create {folder}: {error.strerror}") from error
-        uri = default_uri(folder)
     elif uri.startswith(SQLITE):
         # Workers run in their own folders, so a URI sent to them must hold an absolute path.
         uri = sqlite_uri(sqlite_path(uri).absolute())
+    if not create and uri.startswith(SQLITE) and not sqlite_path(uri).exists():
+        raise ConfigError(
+            f"{sqlite_path(uri)}: no such tracking store; run the train step first, or name its place with run.folder "
+            "or tracking.uri"
+        )
     client = connect(uri)
     if write:
         check_writable(uri)
@@ -257,9 +265,17 @@ def attach(uri: str, run_id: str) -> TrackedRun:
 def ui_command(uri: str) -> str:
     """Return the command that opens the MLflow UI of a store without a server."""
     if not uri.startswith(SQLITE):
-        return f"mlflow server --backend-store-uri {without_password(uri)}"
-    folder = sqlite_path(uri).parent
-    return "make ui" if folder == Path("runs").absolute() else f"make ui RUNS={folder}"
+        return f"mlflow server --backend-store-uri {shlex.quote(without_password(uri))}"
+    database = sqlite_path(uri)
+    if database.name != DATABASE:
+        return f"mlflow server --backend-store-uri {shlex.quote(uri)}"
+    runs = str(database.parent)
+    # Make expands $ in variables given on its command line.
+    return (
+        "make ui"
+        if runs == str(Path("runs").absolute())
+        else shlex.join(["make", "ui", f"RUNS={runs}".replace("$", "$$")])
+    )
 
 
 def _params(recipe: Recipe) -> dict[str, str]:

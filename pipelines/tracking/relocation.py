@@ -16,7 +16,7 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
 
 from model.errors import ConfigError
-from pipelines.recipe.paths import sqlite_uri
+from pipelines.recipe.paths import SQLITE, sqlite_path, sqlite_uri
 from pipelines.tracking.run_file import RUN_FILE, RunReference, read_run_file, write_run_file
 
 ARTIFACTS = "mlartifacts"
@@ -109,7 +109,9 @@ def _mend_run_files(folder: Path, before: Path) -> None:
             reference = read_run_file(path.parent)
         except ConfigError:
             continue  # the step that needs it names the damage
-        old = sqlite_uri(before) + "/"
-        if reference is not None and reference.tracking_uri.startswith(old):
-            uri = f"{sqlite_uri(folder)}/{reference.tracking_uri.removeprefix(old)}"
+        if reference is None or not reference.tracking_uri.startswith(SQLITE):
+            continue
+        stored = sqlite_path(reference.tracking_uri)
+        if stored.is_relative_to(before):
+            uri = sqlite_uri(folder / stored.relative_to(before))
             write_run_file(path.parent, RunReference(reference.run_id, uri))

@@ -61,8 +61,11 @@ def bind(folder: Path, tracked: TrackedRun) -> None:
     write_run_file(folder, RunReference(tracked.run_id, tracked.uri))
 
 
-def run_of_checkpoint(checkpoint: Path) -> TrackedRun:
-    """Return the MLflow run that trained a checkpoint, from ``run.json`` next to its folder. Raises ConfigError."""
+def run_of_checkpoint(checkpoint: Path) -> TrackedRun | None:
+    """Return the MLflow run that trained a checkpoint, from ``run.json`` next to its folder.
+
+    None without that file, as for an imported checkpoint. Raises ConfigError if it names no run.
+    """
     folder = checkpoint.parent
     if not (folder / RUN_FILE).exists() and (checkpoint.resolve().parent / RUN_FILE).exists():
         folder = checkpoint.resolve().parent  # a link to a checkpoint
@@ -73,9 +76,7 @@ def run_of_checkpoint(checkpoint: Path) -> TrackedRun:
         reference = read_run_file(folder)
     except OSError as error:
         raise ConfigError(f"{folder / RUN_FILE}: {error.strerror}, so the run of {checkpoint} is unknown") from error
-    if reference is None:
-        raise ConfigError(f"{folder / RUN_FILE}: No such file or directory, so the run of {checkpoint} is unknown")
-    return attach(reference.tracking_uri, reference.run_id)
+    return None if reference is None else attach(reference.tracking_uri, reference.run_id)
 
 
 def find_checkpoint(runs: Path, run_id: str, recorded: Path) -> Path | None:

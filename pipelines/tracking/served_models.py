@@ -89,7 +89,7 @@ class ModelStore:
             self._folder.rmdir()
 
     def _open(self) -> Tracking:
-        self._tracking = self._tracking or open_tracking(self._recipe, write=False)
+        self._tracking = self._tracking or open_tracking(self._recipe, write=False, create=False)
         return self._tracking
 
     def _get(self, name: str, uri: str, key: str) -> ServedModel:

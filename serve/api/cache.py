@@ -5,13 +5,16 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from model.costs import cache_bytes_per_token, gqa8_costs
+from model.costs.references import GQA_HEAD_DIM, GQA_HEADS
 from serve.api.schemas.cache import CacheReport, CacheSize, KeptPrefixes, Pages, SequenceCache
 from serve.engine import Engine
 
+REFERENCE = f"grouped-query attention with {GQA_HEADS} key-value heads of {GQA_HEAD_DIM} dims in BF16 at the same depth"
+"""Usual in large models. A narrow network, such as ``tiny``, would have fewer and smaller heads."""
+
 
 class CacheReporter:
-    """Reports of an engine's caches: bytes by component, and times smaller than a BF16 model with grouped-query
-    attention (8 heads of 128) at the same depth."""
+    """Reports of an engine's caches: bytes by component, and times smaller than those of :data:`REFERENCE`."""
 
     def __init__(self, engine: Engine):
         self._engine = engine
@@ -55,7 +58,7 @@ class CacheReporter:
                 bytes=self._pool.page_bytes(),
             ),
             kept_prefixes=KeptPrefixes(count=len(memory.prefixes), capacity=memory.prefixes.capacity),
-            reference=self._reference.name,
+            reference=REFERENCE,
             times_smaller_at_full_context=self._reference.cache_bytes(context) / memory.cache_bytes(context),
         )
 

@@ -54,7 +54,7 @@ class HttpConfig(BaseModel):
     text of a completion, are sent at once. 0 sends one chunk per token."""
     allowed_origins: Annotated[tuple[Origin, ...], BeforeValidator(_listed)] = ()
     """Origins of web pages whose scripts may call the server (CORS), or ``*`` for all pages. May be a single one."""
-    api_key_file: str | None = None
+    api_key_file: Annotated[str, Field(min_length=1)] | None = None
     """File that holds the API key, readable from every node of the cluster. Requests then need the header
     ``Authorization: Bearer <key>`` (:mod:`serve.api.authorization`)."""
     api_key_variable: str | None = None

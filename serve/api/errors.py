@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from model.errors import FiftyfoldError
+from model.errors import FiftyfoldError, shorten_words
 from serve.api.schemas.validation import describe
 from serve.engine import EngineError, QueueFullError, RequestAbortedError, RequestError, RequestTimeoutError
 
@@ -66,7 +66,9 @@ def error_body(message: str, type: str, param: str | None = None, code: str | No
 
 
 def _printable(text: str) -> str:
-    """Return one printable line: escape control characters and surrogates, and cut the middle out of a long text."""
+    """Return one printable line: escape control characters and surrogates, and cut the middle out of long words and of
+    a long text."""
+    text = shorten_words(text)
     if len(text) > MAX_MESSAGE_CHARS:
         half = MAX_MESSAGE_CHARS // 2
         text = f"{text[:half]} … {text[-half:]}"

@@ -49,6 +49,7 @@ class CompletionFormat(ResponseFormat):
 
     def __init__(self, body: CompletionRequest, formatter: TokenFormatter, echoes: list[str] | None):
         self._reports_logprobs = body.logprobs is not None
+        self._parses_special, self._prompts = body.parse_special, body.prompt
         self._formatter = formatter
         self._echoes = echoes
 
@@ -64,7 +65,10 @@ class CompletionFormat(ResponseFormat):
         if self._reports_logprobs:
             logprobs = self._formatter.logprobs(delta.logprobs, offset=len(echo))
             if first:
-                before = self._formatter.logprobs(sequence.prompt_logprobs, end=len(echo))
+                records = sequence.prompt_logprobs
+                if self._parses_special and isinstance(self._prompts[prompt], str):
+                    records = self._formatter.with_spellings(records, echo)
+                before = self._formatter.logprobs(records, end=len(echo))
                 logprobs = Logprobs.concatenate([before, logprobs])
         text = echo + delta.text if first else delta.text
         return Choice(index=index, text=text, logprobs=logprobs, finish_reason=delta.finish_reason)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 
 from model.tokenizer import Tokenizer
 from serve.api.schemas.chat import ChatTokenLogprob, ChatTopLogprob
 from serve.api.schemas.completions import Logprobs
 from serve.engine import TokenLogprob
-
-BOS_TEXT = "<|bos|>"
-EOS_TEXT = "<|eos|>"
 
 
 class TokenFormatter:
@@ -19,7 +18,10 @@ class TokenFormatter:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._special = {tokenizer.bos_id: BOS_TEXT, tokenizer.eos_id: EOS_TEXT}
+        self._spellings: dict[int, list[str]] = {}
+        for spelling, token_id in tokenizer.special_tokens.items():
+            self._spellings.setdefault(token_id, []).append(spelling)
+        self._special = {tokenizer.bos_id: tokenizer.bos_token, tokenizer.eos_id: tokenizer.eos_token}
 
     def token_string(self, token_id: int) -> str:
         """Return the token's text, or ``token_id:N`` if it has none of its own (a byte within a character)."""
@@ -29,8 +31,9 @@ class TokenFormatter:
         return text if text and "\N{REPLACEMENT CHARACTER}" not in text else f"token_id:{token_id}"
 
     def special_token(self, text: str) -> int | None:
-        """Return the special token whose name is ``text``, if any."""
-        return next((token_id for token_id, name in self._special.items() if text == name), None)
+        """Return the ID of BOS or EOS if ``text`` is its name."""
+        tokenizer = self._tokenizer
+        return {tokenizer.bos_token: tokenizer.bos_id, tokenizer.eos_token: tokenizer.eos_id}.get(text)
 
     def logprobs(self, records: Iterable[TokenLogprob], offset: int = 0, end: int | None = None) -> Logprobs:
         """Convert ``records`` to four parallel lists, with text offsets increased by ``offset``, at most ``end``.
@@ -44,6 +47,21 @@ class TokenFormatter:
             top_logprobs=[self._top(record) if record.logprob is not None else None for record in records],
             text_offset=[min(offset + record.text_offset, sys.maxsize if end is None else end) for record in records],
         )
+
+    def with_spellings(self, records: Iterable[TokenLogprob], text: str) -> list[TokenLogprob]:
+        """Return the records of the tokens of ``text`` with offsets that count the spellings of special tokens in it.
+
+        Decoding leaves these spellings out, and with them the spaces that a special token may take from its sides.
+        """
+        shifted, shift = [], 0
+        for record in records:
+            start = record.text_offset + shift
+            shifted.append(replace(record, text_offset=start))
+            for spelling in self._spellings.get(record.token_id, ()):
+                if found := re.compile(rf"\s*{re.escape(spelling)}").match(text, start):
+                    shift += found.end() - start
+                    break
+        return shifted
 
     def chat_logprobs(self, records: Iterable[TokenLogprob], alternatives: int) -> list[ChatTokenLogprob]:
         """Convert the records of generated tokens to objects, with at most ``alternatives`` per token."""

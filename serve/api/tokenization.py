@@ -6,7 +6,6 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from serve.api.logprobs import BOS_TEXT, EOS_TEXT
 from serve.api.prompts import encode_text
 from serve.api.schemas.tokenization import DetokenizeRequest, TokenizeRequest
 from serve.api.served_model import ServedModel
@@ -21,8 +20,8 @@ def add_routes(app: FastAPI, served: ServedModel) -> None:
     async def tokenizer_info() -> dict[str, Any]:
         """Return names and IDs of the special tokens. ``/tokenize`` maps a name, sent alone, to its token."""
         return {
-            "bos_token": BOS_TEXT if tokenizer.bos_id != tokenizer.eos_id else EOS_TEXT,
-            "eos_token": EOS_TEXT,
+            "bos_token": tokenizer.bos_token,
+            "eos_token": tokenizer.eos_token,
             "bos_token_id": tokenizer.bos_id,
             "eos_token_id": tokenizer.eos_id,
             "vocab_size": tokenizer.vocab_size,

@@ -48,5 +48,5 @@ class CacheReport(BaseModel):
     pages: Pages
     kept_prefixes: KeptPrefixes
     reference: str
-    """Model that the caches are compared with: grouped-query attention at the same depth."""
+    """Model that the caches are compared with."""
     times_smaller_at_full_context: float

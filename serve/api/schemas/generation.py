@@ -87,7 +87,7 @@ class GenerationRequest(RequestBody):
     ] = Field(default={})
     n: Annotated[Integer, Field(ge=1, le=MAX_CHOICES)] = 1
     """Completions per prompt. Completion i (from 0) uses ``seed + i``."""
-    seed: Annotated[Integer, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[Integer, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: Annotated[list[str], PlainValidator(_parse_stop, json_schema_input_type=str | list[str] | None)] = Field(
         default=[]
     )

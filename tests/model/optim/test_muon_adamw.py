@@ -211,6 +211,15 @@ def test_asking_for_muon_without_matrices_is_an_error():
         OptimizerConfig(learning_rate=0.0)
 
 
+def test_table_tells_apart_equal_names_in_different_mixers():
+    model = tiny(layers=("sliding", "csa", "hca", "csa"))
+    table = MuonAdamW(model.named_parameters(), OptimizerConfig()).table(model.config.layers)
+    roles = [role for role, *_ in table]
+    assert len(set(roles)) == len(roles)
+    assert {"layers.*.attn.compressor.ape (csa)", "layers.*.attn.compressor.ape (hca)"} <= set(roles)
+    assert "layers.*.attn_norm.weight" in roles  # equal in all layers
+
+
 def test_table_and_share_count_every_element():
     model = tiny()
     optimizer = MuonAdamW(model.named_parameters(), OptimizerConfig())

@@ -143,3 +143,17 @@ def test_quoted_values_are_shortened():
     with pytest.raises(ConfigError) as caught:
         recipe_from_dict({"run": {"seed": "x" * 100_000, "name": ["y" * 1000] * 1000}})
     assert len(str(caught.value)) < 2000
+
+
+def test_bounds_are_exact_and_long_names_and_numbers_are_cut():
+    with pytest.raises(
+        ConfigError, match=r"^run\.seed: .* less than or equal to 9223372036854775807, found 9223372036854775808$"
+    ):
+        load_recipe([], [f"run.seed={2**63}"])
+    with pytest.raises(ConfigError) as caught:
+        load_recipe([], [f"run.seed=1{'0' * 300}"])
+    assert len(str(caught.value)) < 150
+    for key in ("run.", "model.", "train.optimizer."):
+        with pytest.raises(ConfigError, match="unknown key") as caught:
+            load_recipe([], [f"{key}{'x' * 10_000}=1"])
+        assert len(str(caught.value)) < 200

@@ -76,6 +76,7 @@ PATH_KEYS = (
     "evaluate.checkpoint",
     "demo.baseline",
     "serve.model_uri",
+    "serve.api_key_file",
 )
 
 
@@ -105,7 +106,7 @@ def test_every_path_setting_of_the_schema_is_tested():
         for name, annotation in fields_of(section).items():
             if fields_of(annotation):
                 yield from paths(annotation, f"{prefix}{name}.")
-            elif is_path(annotation) or "pathlib" in str(annotation):
+            elif is_path(annotation) or "pathlib" in str(annotation) or name.endswith(("_file", "_folder", "_path")):
                 yield prefix + name
 
     from pipelines.recipe.schema import Recipe

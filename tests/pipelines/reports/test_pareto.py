@@ -76,5 +76,7 @@ def test_a_report_survives_json_and_is_drawn():
     found = report([(10.0, 0.5), (20.0, 0.7)], budget=15.0)
     again = SweepReport.from_dict(json.loads(json.dumps(found.to_dict())))
     assert again == found
-    text = [each.get_text() for each in figure(again).axes[2].texts]
+    drawn = figure(again)
+    assert "text and answers (nats per token)" in drawn.axes[1].get_title()
+    text = [each.get_text() for each in drawn.axes[2].texts]
     assert text == ["1  topk=0  run0", "2  topk=1  run1"]

@@ -1,7 +1,9 @@
 """The deploy step: the key it requires, and its account of a deployment that failed."""
 
 import importlib
+import json
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -98,6 +100,31 @@ def test_the_key_of_a_deployment(tmp_path, monkeypatch):
     assert deploy.authorization_headers(section) == {"Authorization": "Bearer correct-horse"}
     deploy.check_key(recipe_with(host="0.0.0.0", api_key_variable="UNSET_KEY").serve)  # may be set on the nodes
     assert deploy.authorization_headers(ServeSection()) == {}
+
+
+def test_a_missing_variable_is_named_before_a_local_cluster_starts(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(deploy, "ray_session", lambda **_: pytest.fail("a cluster was started"))
+    recipe = recipe_with(api_key_variable="UNSET_KEY", model_uri="nowhere")
+    with pytest.raises(ConfigError, match=r"^serve\.api_key_variable: UNSET_KEY: not set in the environment"):
+        deploy.start(recipe)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(CheckpointError, match="nowhere: no such checkpoint folder"):  # the key may be on the nodes
+        deploy.start(recipe)
+
+
+def test_the_printed_command_survives_any_path_and_name(capsys):
+    section = ServeSection(api_key_file="my $key's file")
+    model = ServedModel("it's", "c", "serve.model_uri", Path("c"))
+    deploy._print_endpoint(
+        SimpleNamespace(models=[model], model_name="it's", url="http://t", weights="float32"), section
+    )
+    command = capsys.readouterr().out.rpartition("  curl ")[2]
+    printed = subprocess.run(
+        ["sh", "-c", "cat() { echo $1; }; printf '%s\\n' " + command], capture_output=True, text=True
+    )
+    assert "Authorization: Bearer my $key's file" in printed.stdout.splitlines()
+    assert json.loads(printed.stdout.splitlines()[-1])["model"] == "it's"
 
 
 def test_replicas_get_the_path_of_the_key_and_not_the_key(tmp_path, monkeypatch, capsys):

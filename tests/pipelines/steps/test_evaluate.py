@@ -9,12 +9,13 @@ import torch
 
 from model import checkpoint as checkpoints
 from model.config import ModelConfig
-from model.errors import ConfigError
+from model.errors import CheckpointError, ConfigError
+from model.hf import export_pretrained
 from model.tokenizer import ByteTokenizer
 from model.transformer import Transformer
 from pipelines.recipe.loading import recipe_from_dict
 from pipelines.recipe.schema import Recipe
-from pipelines.steps import evaluate
+from pipelines.steps import evaluate, promote
 from pipelines.tracking.mlflow_store import open_tracking
 from pipelines.tracking.run_folder import bind
 
@@ -61,6 +62,40 @@ def test_perplexity_alone_has_no_recall(tmp_path):
     result = evaluate.run(recipe)
     artifacts = tmp_path / "mlartifacts" / result.run_id / "artifacts" / "evaluation"
     assert [path.name for path in artifacts.iterdir()] == ["perplexity.json"]
+
+
+def test_a_checkpoint_without_a_training_run_is_scored_in_a_run_of_its_own(tmp_path, capsys):
+    checkpoint = tmp_path / "elsewhere" / "imported"
+    torch.manual_seed(0)
+    checkpoints.save(Transformer(MODEL), checkpoint, ByteTokenizer())
+    recipe = recipe_with(tmp_path / "runs", tasks=["mqar"], lengths=[128], checkpoint=str(checkpoint))
+    result = evaluate.run(recipe)
+    assert "the scores go to the new run 'elsewhere/imported'" in capsys.readouterr().out
+    tracking = open_tracking(recipe)
+    stored = tracking.client.get_run(result.run_id)
+    assert (stored.info.status, stored.data.tags["kind"]) == ("FINISHED", "evaluate")
+    assert stored.data.params["model.hidden_size"] == "32"  # of the checkpoint, not of the recipe
+    assert stored.data.metrics["eval/mqar/128/recall"] == result.metrics["eval/mqar/128/recall"]
+    assert [path.name for path in checkpoint.parent.iterdir()] == ["imported"]
+    with pytest.raises(ConfigError, match="none was trained yet"):  # what is not in run.folder is not registered
+        promote.run(recipe)
+
+
+def test_an_evaluation_that_fails_marks_its_own_run_as_failed(tmp_path):
+    checkpoints.save(Transformer(MODEL), tmp_path / "a", ByteTokenizer())
+    recipe = recipe_with(tmp_path / "runs", lengths=[4096], checkpoint=str(tmp_path / "a"))
+    with pytest.raises(ConfigError, match="exceeds the model's context"):
+        evaluate.run(recipe)
+    tracking = open_tracking(recipe)
+    assert [run.info.status for run in tracking.client.search_runs([tracking.experiment_id])] == ["FAILED"]
+
+
+def test_a_checkpoint_of_transformers_is_refused_with_the_way_to_convert_it(tmp_path):
+    export_pretrained(Transformer(ModelConfig.from_preset("tiny")), tmp_path / "hf")
+    recipe = recipe_with(tmp_path / "runs", checkpoint=str(tmp_path / "hf"))
+    with pytest.raises(CheckpointError, match="convert it with the export step and --format fiftyfold"):
+        evaluate.run(recipe)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

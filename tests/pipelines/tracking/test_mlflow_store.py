@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -16,8 +17,10 @@ import pytest
 
 from model.errors import ConfigError
 from pipelines.recipe.loading import load_recipe, recipe_from_dict
+from pipelines.recipe.paths import sqlite_path
 from pipelines.recipe.schema import Recipe
-from pipelines.tracking.mlflow_store import attach, git_tags, open_tracking
+from pipelines.tracking.connection import default_uri
+from pipelines.tracking.mlflow_store import attach, git_tags, open_tracking, ui_command
 
 ROOT = Path(__file__).parents[3]
 
@@ -197,8 +200,31 @@ def test_folder_names_that_need_escaping(tmp_path, name):
     run = tracking.start_run("a", kind="train", recipe=recipe)
     assert sorted(path.name for path in folder.iterdir()) == ["mlartifacts", "mlflow.db", "mlflow.db.lock"]
     assert (folder / "mlartifacts" / run.run_id / "artifacts" / "config.yaml").is_file()
-    if not set(name) & set("%#?"):  # MLflow creates the folder of the URI as it is escaped
-        assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert [path.name for path in tmp_path.iterdir()] == [name]  # and no folder with the escapes of the URI
+    assert attach(run.uri, run.run_id).run_id == run.run_id
+    assert attach(str(run.uri).replace("%2F", "/"), run.run_id).run_id == run.run_id  # as written by hand
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["runs", "moved [v2] %41#x", "it's $HOME", "a;b", "100%25"])
+def test_the_printed_command_opens_the_ui_of_any_folder(tmp_path, name):
+    """Shell and Make hand the folder on to :mod:`pipelines.tracking.ui` unchanged."""
+    folder = tmp_path / name
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\nprintf "%s %s %s" "$1" "$2" "$RUNS"\n')
+    python.chmod(0o755)
+    command = ui_command(default_uri(folder))
+    assert command.startswith("make ui ")
+    command = command.replace("make", f"make --no-print-directory --old-file .venv BIN={python.parent}", 1)
+    printed = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert printed == f"-m pipelines.tracking.ui {folder}"
+
+
+def test_a_database_of_another_name_is_opened_by_its_uri(tmp_path):
+    command = shlex.split(ui_command(default_uri(tmp_path / "a b").replace("mlflow.db", "other.db")))
+    assert command[:3] == ["mlflow", "server", "--backend-store-uri"]
+    assert sqlite_path(command[3]) == tmp_path / "a b" / "other.db"
 
 
 def test_another_database_by_uri(tmp_path, monkeypatch):

@@ -19,11 +19,12 @@ from model.transformer import Transformer
 from pipelines.data.manifest import MANIFEST_NAME
 from pipelines.recipe.loading import recipe_from_dict
 from pipelines.recipe.schema import Recipe
-from pipelines.steps import deploy, evaluate, promote
+from pipelines.steps import evaluate, promote
 from pipelines.tracking import connection
 from pipelines.tracking.mlflow_store import attach, open_tracking
 from pipelines.tracking.registry import WEIGHTS_TAG, weights_digest
 from pipelines.tracking.run_folder import TRAINING_SECTIONS, bind, lock_run_folder, owner
+from pipelines.tracking.served_models import ModelStore
 
 MODEL = ModelConfig(hidden_size=32, layers=("sliding", "csa", "hca"), max_positions=512)
 
@@ -42,6 +43,11 @@ def train(recipe: Recipe, score: float = 0.9, seed: int = 0) -> str:
         run.set_tags({"checkpoint": str(recipe.final_checkpoint), WEIGHTS_TAG: weights_digest(recipe.final_checkpoint)})
         run.log_metrics({"eval/recall": score})
     return run.run_id
+
+
+def served(recipe: Recipe) -> Path:
+    """Return the checkpoint that ``deploy`` serves."""
+    return ModelStore(recipe).find()[0].checkpoint
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -64,7 +70,7 @@ def original(tmp_path) -> Path:
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_moved_or_copied_folder_is_used_instead_of_the_original(original, tmp_path, capsys, keep):
-    folder = tmp_path / "a bé'c"
+    folder = tmp_path / "a b#é'c%41?"
     shutil.copytree(original, folder)
     if keep:
         before = files(original)
@@ -79,10 +85,10 @@ def test_a_moved_or_copied_folder_is_used_instead_of_the_original(original, tmp_
     assert (folder / "mlartifacts" / evaluated.run_id / "artifacts" / "evaluation" / "recall.json").is_file()
     assert run.data.tags["checkpoint"] == str(recipe.final_checkpoint)
 
-    assert deploy.find_model(recipe_in(folder, serve={"model_uri": "models:/fiftyfold/1"}))[1].is_relative_to(folder)
+    assert served(recipe_in(folder, serve={"model_uri": "models:/fiftyfold/1"})).is_relative_to(folder)
     promoted = promote.run(recipe)
     assert promoted.version == "2" and promoted.winner.checkpoint == recipe.final_checkpoint
-    assert deploy.find_model(recipe)[1].is_relative_to(folder)
+    assert served(recipe).is_relative_to(folder)
     new = train(recipe_in(folder, "b"))
     assert (folder / "mlartifacts" / new / "artifacts" / "config.yaml").is_file()
     assert "moved" not in capsys.readouterr().out
@@ -91,7 +97,7 @@ def test_a_moved_or_copied_folder_is_used_instead_of_the_original(original, tmp_
     else:
         assert not original.exists()
         folder.rename(original)  # back again
-        assert deploy.find_model(recipe_in(original))[1].is_relative_to(original)
+        assert served(recipe_in(original)).is_relative_to(original)
 
 
 def test_a_copied_folder_promotes_its_own_checkpoint(original, tmp_path):
@@ -102,8 +108,8 @@ def test_a_copied_folder_promotes_its_own_checkpoint(original, tmp_path):
     checkpoints.save(Transformer(MODEL), recipe.final_checkpoint, ByteTokenizer())
     evaluate.run(recipe)
     promote.run(recipe)
-    assert weights_digest(deploy.find_model(recipe)[1]) == weights_digest(recipe.final_checkpoint)
-    assert weights_digest(deploy.find_model(recipe_in(original))[1]) != weights_digest(recipe.final_checkpoint)
+    assert weights_digest(served(recipe)) == weights_digest(recipe.final_checkpoint)
+    assert weights_digest(served(recipe_in(original))) != weights_digest(recipe.final_checkpoint)
 
 
 def test_a_link_to_a_runs_folder_changes_nothing_stored(original, tmp_path, capsys):
@@ -112,7 +118,7 @@ def test_a_link_to_a_runs_folder_changes_nothing_stored(original, tmp_path, caps
     before = artifact_uris(original)
     capsys.readouterr()
     assert promote.run(recipe_in(link)).winner.checkpoint.samefile(recipe_in(original).final_checkpoint)
-    assert deploy.find_model(recipe_in(original))[1].is_dir()
+    assert served(recipe_in(original)).is_dir()
     assert "moved" not in capsys.readouterr().out
     assert artifact_uris(link) == before
     evaluated = evaluate.run(recipe_in(link))
@@ -185,7 +191,7 @@ def test_a_moved_read_only_folder_is_refused_with_advice(original, tmp_path, mon
     with pytest.raises(
         ConfigError, match=rf"{folder}: was moved or copied from {original}, and .* make the folder wri"
     ):
-        deploy.find_model(recipe_in(folder))
+        served(recipe_in(folder))
     assert sha256(database.read_bytes()).hexdigest() == before
 
 
@@ -202,7 +208,7 @@ def test_a_read_only_folder_can_be_served_and_results_are_refused_before_any_com
     monkeypatch.setattr(os, "access", refuse)
     monkeypatch.setattr(Path, "open", open_read_only)
     monkeypatch.setattr("pipelines.steps.evaluate.evaluate", lambda *_, **__: pytest.fail("scored"))
-    assert deploy.find_model(recipe_in(original))[1].is_dir()
+    assert served(recipe_in(original)).is_dir()
     for step in (evaluate, promote):
         with pytest.raises(ConfigError, match=rf"{original}\S*: cannot be written to"):
             step.run(recipe_in(original))

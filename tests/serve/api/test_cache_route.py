@@ -97,7 +97,9 @@ def test_an_idle_server(client, endless_model) -> None:
     client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
     report = client.get("/v1/cache").json()
     assert report["sequences"] == []
-    assert report["reference"] == "GQA-8 (BF16)"
+    assert report["reference"] == (
+        "grouped-query attention with 8 key-value heads of 128 dims in BF16 at the same depth"
+    )
     full = Cache(endless_model.config, 1, 512, device="meta").nbytes()
     want = gqa8_costs(endless_model.config).cache_bytes(512) / full
     assert report["times_smaller_at_full_context"] == pytest.approx(want)

@@ -223,10 +223,10 @@ def test_echo_with_logprobs_scores_the_prompt(client, letters, endless_model, ma
         assert choice["text"][offset : offset + len(token)] == token
 
 
-def test_echo_lists_bos_as_a_token_but_not_in_the_text(client) -> None:
+def test_echo_lists_bos_as_a_token_but_not_in_the_text(client, letters) -> None:
     choice = ask(client, prompt="the", echo=True, logprobs=1, max_tokens=0)["choices"][0]
     assert choice["text"] == "the"
-    assert choice["logprobs"]["tokens"][0] == "<|bos|>"
+    assert choice["logprobs"]["tokens"][0] == letters.bos_token
     assert choice["logprobs"]["token_logprobs"][0] is None
     assert choice["logprobs"]["token_logprobs"][1] < 0
 
@@ -235,7 +235,8 @@ def test_echo_lists_bos_as_a_token_but_not_in_the_text(client) -> None:
 @pytest.mark.parametrize("max_tokens", [0, 1, 8])
 def test_echo_of_a_prompt_cut_inside_a_character(byte_client, level_client, byte_tokenizer, kind, max_tokens) -> None:
     client = byte_client if kind == "byte" else level_client
-    whole, names = byte_tokenizer.encode("ab€𝄞é"), {"<|bos|>": 0, "<|eos|>": 1}
+    whole, names = byte_tokenizer.encode("ab€𝄞é"), {"<s>": 0, "</s>": 1}
+    names |= {byte_tokenizer.bos_token: 0, byte_tokenizer.eos_token: 1}
     for cut in range(1, len(whole) + 1):
         body = {"prompt": whole[:cut], "echo": True, "logprobs": 0, "max_tokens": max_tokens, "seed": cut}
         choice = ask(client, **body)["choices"][0]
@@ -255,7 +256,7 @@ def test_logprobs_show_the_space_in_front_of_a_token(byte_model, tmp_path) -> No
     with TestClient(create_app(Engine(byte_model, tokenizer), "abc", CONFIG)) as client:
         choice = ask(client, prompt="b a", echo=True, logprobs=0, max_tokens=0)["choices"][0]
     assert choice["text"] == "b a"
-    assert choice["logprobs"]["tokens"] == ["<|bos|>", " ", "b", " a"]
+    assert choice["logprobs"]["tokens"] == ["<s>", " ", "b", " a"]
     assert choice["logprobs"]["text_offset"] == [0, 0, 0, 1]
 
 
@@ -271,6 +272,24 @@ def test_special_tokens_in_a_prompt_are_text_unless_asked(level_client) -> None:
     assert level_client.post("/tokenize", json=body).json()["count"] == len(text)
     parsed = level_client.post("/tokenize", json={**body, "parse_special": True}).json()["tokens"]
     assert parsed == [0, ord("a") + 2, 258]
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "offsets"),
+    [
+        ("<s>a", ["<s>", "a"], [0, 3]),
+        ("a<|im_end|>b", ["<s>", "a", "token_id:258", "b"], [0, 0, 1, 11]),
+        ("<|im_end|><|im_end|>a", ["<s>", "token_id:258", "token_id:258", "a"], [0, 0, 10, 20]),
+    ],
+)
+def test_offsets_count_the_spellings_of_special_tokens_in_a_parsed_prompt(level_client, text, tokens, offsets) -> None:
+    body = {"prompt": text, "echo": True, "logprobs": 0, "parse_special": True, "max_tokens": 0}
+    choice = ask(level_client, **body)["choices"][0]
+    assert choice["text"] == text
+    assert choice["logprobs"]["tokens"] == tokens
+    assert choice["logprobs"]["text_offset"] == offsets
+    for token, offset in zip(tokens[1:], offsets[1:]):
+        assert token.startswith("token_id") or text[offset : offset + len(token)] == token
 
 
 def test_a_prompt_that_the_tokenizer_cannot_encode_is_refused(byte_model, tmp_path) -> None:

@@ -46,7 +46,9 @@ OK = {"prompt": "the"}
         (OK | {"n": 0}, "n", "greater than or equal to 1"),
         (OK | {"n": 13}, None, "asks for 13 completions, but the server accepts at most 12"),
         ({"prompt": ["a"] * 5, "n": 3}, None, "asks for 15 completions, but the server accepts at most 12"),
-        (OK | {"seed": 2**63}, "seed", "less than"),
+        (OK | {"seed": 2**63}, "seed", "less than or equal to 9223372036854775807"),
+        (OK | {"seed": -(2**63) - 1}, "seed", "greater than or equal to -9223372036854775808"),
+        (OK | {"prompt": [10**300]}, "prompt", "token ID 1" + "0" * 48 + "…" + "0" * 49 + " is out of range"),
         (OK | {"stop": 5}, "stop", "expected a string or a list of strings"),
         (OK | {"stop": ""}, "stop", "empty stop string"),
         (OK | {"stop": ["a"] * 17}, "stop", "at most 16 stop strings, found 17"),
@@ -94,6 +96,12 @@ def test_invalid_values(client, body, param, words) -> None:
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
     assert words in error["message"]
     assert "\n" not in error["message"]
+
+
+def test_a_long_field_name_is_quoted_without_its_middle(client) -> None:
+    error = client.post("/v1/completions", json=OK | {"x" * 10_000: 1}).json()["error"]
+    assert error["message"].endswith("x: unknown field") and len(error["message"]) < 120
+    assert len(error["param"]) < 100
 
 
 @pytest.mark.parametrize(
