@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from model.config import ModelConfig
 from model.costs import CostModel, costs_of, count_parameters, ssa_costs, v32_costs
 from model.errors import ConfigError
@@ -107,8 +105,7 @@ def _long(config: ModelConfig) -> ModelConfig:
 
 
 def _count(arm: Arm) -> tuple[int, int]:
-    with torch.device("meta"):
-        count = count_parameters(Transformer(arm.recipe.model))
+    count = count_parameters(Transformer.on_meta(arm.recipe.model))
     return count.total, count.active
 
 
