@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,18 +66,22 @@ def run(recipe: Recipe) -> EvaluateResult:
     if data_folder is not None and (data_folder / MANIFEST_NAME).is_file():
         dataset = dataset_input(data_folder, read_manifest(data_folder), "evaluation")
     with system_metrics(tracked, recipe.tracking.system_metrics_interval, "system/evaluation/"):
-        metrics = evaluate(
-            checkpoint,
-            section.tasks,
-            section.lengths,
-            section.depths,
-            section.samples,
-            section.seed,
-            data_folder,
-            settings,
-            section.distance,
-            device="cuda" if recipe.train.use_gpu else "cpu",
-        )
+        try:
+            metrics = evaluate(
+                checkpoint,
+                section.tasks,
+                section.lengths,
+                section.depths,
+                section.samples,
+                section.seed,
+                data_folder,
+                settings,
+                section.distance,
+                device="cuda" if recipe.train.use_gpu else "cpu",
+            )
+        except ConfigError as error:
+            # Tasks know one length of evaluate.lengths, by their own name.
+            raise ConfigError(re.sub("^length:", "evaluate.lengths:", str(error))) from error
     if dataset is not None:
         tracked.log_dataset(dataset)
     scores = scores_from_metrics(metrics)

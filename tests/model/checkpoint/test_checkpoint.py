@@ -125,5 +125,5 @@ def test_tensors_beyond_64_bit_sizes_are_refused(saved):
     content = json.loads((folder / "config.json").read_text())
     content["model"] |= {"num_experts": 2**31 - 1, "expert_size": 2**31 - 1}
     (folder / "config.json").write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="config.json: model: a tensor of these sizes would exceed"):
+    with pytest.raises(CheckpointError, match=r"config\.json: model: a tensor of these sizes would exceed"):
         checkpoint.load(folder)

@@ -72,10 +72,10 @@ def test_bpe_dropout_is_switched_off(tmp_path):
 
 # --- any change of a valid file
 
-ODD = st.sampled_from(
-    [None, True, 0, 1, -1, 5, 600, 2**31, 2**70, 0.5, "", "x", "600", "BPE", "\ud800", [], [5], ["x"], [["a", 0.0]], {}]
-    + [{"type": "BPE"}, {"content": ["x"]}, added_token("<s>", 3), [added_token("new", 600)], {"Fixed": 2}]
-)
+SCALARS = [None, True, 0, 1, -1, 5, 600, 2**31, 2**70, 0.5, "", "x", "600", "BPE", "\ud800"]
+LISTS = [[], [5], ["x"], [["a", 0.0]], [added_token("new", 600)]]
+MAPPINGS = [{}, {"type": "BPE"}, {"content": ["x"]}, {"Fixed": 2}, added_token("<s>", 3)]
+ODD = st.sampled_from([*SCALARS, *LISTS, *MAPPINGS])
 
 
 def places(value, path=()):
