@@ -57,6 +57,8 @@ def _describe_conflict(key: str, earlier: Any, later: Any) -> str:
     if isinstance(earlier, dict):
         return f"{key}: is a section, whose settings have keys such as {key}.{next(iter(earlier), 'name')}"
     named = key
+    if isinstance(earlier, list) and not all(name.isdecimal() for name in later):
+        return f"{key}: expected a list"
     while isinstance(later, dict) and len(later) == 1:
         name, later = next(iter(later.items()))
         named = f"{named}.{name}"
