@@ -21,6 +21,7 @@ from model.mixers import MIXERS
 from model.mixers.base import Mixer, require
 from model.presets import PRESETS
 
+MAX_LAYERS = 1000
 MTP_MIXER = "sliding"
 """Mixer of the multi-token prediction module's block."""
 CACHE_FORMATS = ("kv_format", "rope_format", "index_format", "gqa_format")
@@ -347,6 +348,8 @@ def _validate(c: ModelConfig) -> None:
         require(getattr(c, name) > 0, f"{name}: must be positive, found {getattr(c, name)}")
     require(c.swiglu_limit >= 0, f"swiglu_limit: must not be negative, found {c.swiglu_limit}")
     require(len(c.layers) >= 1, "layers: the schedule is empty")
+    require(len(c.layers) <= MAX_LAYERS, f"layers: expected at most {MAX_LAYERS}, found {len(c.layers)}")
+    require(c.hc_sinkhorn_iters <= 1000, f"hc_sinkhorn_iters: expected at most 1000, found {c.hc_sinkhorn_iters}")
     require(c.mtp_layers in (0, 1), f"mtp_layers: must be 0 or 1, found {c.mtp_layers}")
     require(c.init_std >= 0, f"init_std: must not be negative, found {c.init_std}")
     require(c.yarn_factor >= 1, f"yarn_factor: must be at least 1, found {c.yarn_factor}")

@@ -41,6 +41,13 @@ def shorten_words(text: str) -> str:
     return re.sub(rf"\S{{{_MAX_WORD + 1},}}", lambda word: f"{word[0][:half]}…{word[0][-half:]}", text)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an allocation failed, in Python or in torch, whose CPU allocator raises plain RuntimeError."""
+    if isinstance(error, RuntimeError):
+        return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError)
+
+
 def unknown_key(key: str, name: str, known: Iterable[str]) -> str:
     """Return the message for an unknown ``key`` whose last part is ``name``, with the most similar known name if
     any."""

@@ -59,6 +59,18 @@ class Transformer(nn.Module):
         self._frequencies = {family: RotaryFrequencies(family) for family in self._rotary.values()}
         self.reset_parameters()
 
+    @classmethod
+    def on_meta(cls, config: ModelConfig) -> Transformer:
+        """Return a network whose tensors have shapes but no memory. Raises ConfigError for tensors too large for
+        torch's 64-bit sizes."""
+        try:
+            with torch.device("meta"):
+                return cls(config)
+        except (RuntimeError, TypeError) as error:
+            if "overflow" not in str(error).lower():
+                raise
+            raise ConfigError("model: a tensor of these sizes would exceed 2 ** 63 bytes") from error
+
     def forward(
         self,
         input_ids: Tensor,

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from model.errors import ConfigError, FiftyfoldError
+from model.errors import ConfigError, FiftyfoldError, is_out_of_memory
 from pipelines.ray_runtime.signals import handle_sigterm
 from pipelines.recipe.paths import path_option
 from pipelines.recipe.quoting import shorten
@@ -136,11 +136,11 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except MemoryError:
-        return _fail(f"{name}: not enough memory for these settings")
     except RecursionError:
         return _fail(f"{name}: an input file is nested too deeply")
     except Exception as error:
+        if is_out_of_memory(error):
+            return _fail(f"{name}: not enough memory for these settings")
         mlflow = sys.modules.get("mlflow.exceptions")
         if mlflow is None or not isinstance(error, mlflow.MlflowException):
             raise

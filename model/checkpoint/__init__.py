@@ -9,7 +9,7 @@ accept both.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.atomic_files import atomic_folder
-from model.checkpoint.rank_shards import RankShard, RowLookup, ShardSet, read_shards
+from model.checkpoint.rank_shards import RankShard, RowLookup, ShardSet, read_shapes, read_shards
 from model.config import ModelConfig
 from model.distributed.dtensor import local_ranges
 from model.distributed.fsdp import local_state, set_local_state
@@ -132,15 +132,26 @@ def _read_shard_set(path: Path, content: dict[str, Any]) -> ShardSet | None:
     values = content.get(key)
     if values is None:
         return None
-    try:
-        return ShardSet(int(values["count"]), str(values[id_key]), legacy)
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: '{key}' is not a mapping of 'count' and '{id_key}'") from error
+    count, save_id = (values.get("count"), values.get(id_key)) if isinstance(values, dict) else (None, None)
+    if type(count) is not int or not isinstance(save_id, str):
+        raise CheckpointError(f"{path}: '{key}' is not a mapping of 'count' and '{id_key}'")
+    if count < 1:
+        raise CheckpointError(f"{path}: '{key}.count' is {count}, expected at least 1")
+    return ShardSet(count, save_id, legacy)
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> Transformer:
-    """Return the model of a checkpoint folder, in eval mode. Raises CheckpointError naming the file or tensor."""
-    config = load_config(folder)
+    """Return the model of a checkpoint folder, in eval mode. Raises CheckpointError naming the file or tensor.
+
+    The shapes of all tensors are compared with the configuration before the network takes memory.
+    """
+    config, shards = _read_config(Path(folder))
+    path = Path(folder) / WEIGHTS
+    try:
+        expected = Transformer.on_meta(config).state_dict()
+    except ConfigError as error:
+        raise CheckpointError(f"{path.with_name(CONFIG)}: {error}") from error
+    _check_shapes(path, expected, read_shapes(path, shards))
     model = Transformer(config)
     load_weights(model, folder)
     model = model.to(device).eval()
@@ -156,15 +167,24 @@ def load_weights(model: Transformer, folder: str | Path) -> None:
     _load_state(model, Path(folder) / WEIGHTS, found)
 
 
-def _load_state(model: Transformer, path: Path, found: dict[str, Tensor]) -> None:
-    expected = local_state(model)
+def _check_shapes(path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Sequence[int]]) -> None:
+    """Raise CheckpointError unless ``found``, shapes by name, are those of the ``expected`` tensors."""
     for name, tensor in expected.items():
         if name not in found:
             raise CheckpointError(f"{path}: tensor '{name}' is missing")
-        if found[name].shape != tensor.shape:
+        if list(found[name]) != list(tensor.shape):
             raise CheckpointError(
-                f"{path}: tensor '{name}' has shape {list(found[name].shape)}, expected {list(tensor.shape)}"
+                f"{path}: tensor '{name}' has shape {list(found[name])}, expected {list(tensor.shape)}"
             )
+    for name in found:
+        if name not in expected:
+            raise CheckpointError(f"{path}: tensor '{name}' is not part of this model")
+
+
+def _load_state(model: Transformer, path: Path, found: dict[str, Tensor]) -> None:
+    expected = local_state(model)
+    _check_shapes(path, expected, {name: tensor.shape for name, tensor in found.items()})
+    for name, tensor in expected.items():
         if found[name].dtype != tensor.dtype:
             raise CheckpointError(f"{path}: tensor '{name}' is {found[name].dtype}, expected {tensor.dtype}")
         if not found[name].isfinite().all():
@@ -172,9 +192,6 @@ def _load_state(model: Transformer, path: Path, found: dict[str, Tensor]) -> Non
         experts = model.config.num_experts
         if name.endswith("tid2eid") and not 0 <= found[name].min() <= found[name].max() < experts:
             raise CheckpointError(f"{path}: tensor '{name}' names experts outside 0..{experts - 1}")
-    for name in found:
-        if name not in expected:
-            raise CheckpointError(f"{path}: tensor '{name}' is not part of this model")
     set_local_state(model, found)
 
 
@@ -208,4 +225,4 @@ def weight_files(folder: str | Path) -> list[Path]:
     """Return the files with a checkpoint's weights. Raises CheckpointError."""
     path = Path(folder) / WEIGHTS
     _, shards = _read_config(path.parent)
-    return [path] if shards is None else shards.files(path)
+    return [path] if shards is None else list(shards.files(path))

@@ -42,8 +42,14 @@ class ShardSet:
         kind = "" if self.legacy else "rank-"
         return path.with_name(f"{path.stem}-{kind}{rank + 1:05d}-of-{self.count:05d}{path.suffix}")
 
-    def files(self, path: Path) -> list[Path]:
-        return [self.file(path, rank) for rank in range(self.count)]
+    def files(self, path: Path) -> Iterator[Path]:
+        """Yield the file of each rank. Raises CheckpointError at the first one that is missing: the count comes from a
+        file and may be absurd."""
+        for rank in range(self.count):
+            file = self.file(path, rank)
+            if not file.exists():
+                raise CheckpointError(f"{file}: No such file or directory")
+            yield file
 
     @property
     def id_key(self) -> str:
@@ -65,6 +71,20 @@ class RankShard:
         encoded = json.dumps({name: list(rows) for name, rows in ranges.items()})
         header = {"format": "pt", self.shards.id_key: self.shards.save_id, "rows": encoded}
         save_file(written, self.shards.file(path, self.rank), metadata=header)
+
+
+def read_shapes(path: Path, shards: ShardSet | None = None) -> dict[str, list[int]]:
+    """Return the shapes of the tensors of the file ``path``, or of its ``shards``, from the files' headers.
+
+    Raises CheckpointError if a file is missing, damaged or from another save.
+    """
+    shapes: dict[str, list[int]] = {}
+    with ExitStack() as stack:
+        for file in [path] if shards is None else shards.files(path):
+            for name, rows, piece in _open_pieces(file, shards, stack):
+                shape = list(piece.get_shape())
+                shapes[name] = [rows.rows, *shape[1:]] if rows is not None else shape
+    return shapes
 
 
 def read_shards(

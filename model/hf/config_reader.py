@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from model.config import ModelConfig
+from model.config import MAX_LAYERS, ModelConfig
 from model.errors import CheckpointError, ConfigError
 
 
@@ -51,6 +51,13 @@ class ConfigReader:
         if type(value) is not int:
             raise self.wrong(key, "an integer", value)
         return value
+
+    def layer_count(self) -> int:
+        """Return ``num_hidden_layers``, checked before anything is listed per layer."""
+        count = self.integer("num_hidden_layers")
+        if not 1 <= count <= MAX_LAYERS:
+            raise self.wrong("num_hidden_layers", f"1 to {MAX_LAYERS} layers", count)
+        return count
 
     def number(self, key: str, mapping: dict[str, Any] | None = None, inside: str = "") -> float:
         value = self.require(key) if mapping is None else mapping.get(key)

@@ -93,7 +93,7 @@ class DeepseekV32(Family):
 
     def read_fields(self, r: ConfigReader) -> dict[str, Any]:
         check_keys(r)
-        count = r.integer("num_hidden_layers")
+        count = r.layer_count()
         if r.has("layer_types"):
             r.one_per_layer("layer_types", count, tuple(self.mixers))
         options: dict[str, Any] = {key: r.integer(key) for key in _OPTIONS}

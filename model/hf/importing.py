@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model.config import CACHE_FORMATS, ModelConfig
-from model.errors import CheckpointError
+from model.errors import CheckpointError, ConfigError
 from model.hf import release_format
 from model.hf.config_reader import ConfigReader
 from model.hf.family import OWN_KEY, Family
@@ -44,6 +44,7 @@ def import_pretrained(
     family = family_of_file(r)
     config = family.read_config(r, **overrides)
     found = list_tensors(folder, report)
+    _check_experts(r, family, config, found)
     layout = family.detect_layout(found)
     stored = _by_canonical_name(folder, family, found)
     if config.tie_word_embeddings and (copy := stored.pop(family.head, None)) is not None:
@@ -61,7 +62,10 @@ def import_pretrained(
     def plan_of(content: dict[str, Any], place: str) -> Plan:
         return _plan(family, family.read_config(ConfigReader(r.path, content), **overrides), layout, place)
 
-    expected = _plan(family, config, layout)
+    try:
+        expected = _plan(family, config, layout)
+    except ConfigError as error:
+        raise r.error(str(error)) from error
     quantized = TensorCheck(folder, r.content, plan_of, expected, stored).run()
     if quantized and not r.has("quantization_config"):
         name = next(iter(quantized))
@@ -70,8 +74,7 @@ def import_pretrained(
         policy: dict[str, Any] = {} if quantized else dict.fromkeys(CACHE_FORMATS, "fp32")
         policy["qat"] = "fp4" in quantized.values()
         config = config.replace(**{key: value for key, value in policy.items() if key not in overrides})
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = Transformer.on_meta(config)
     model.to_empty(device=device)
     for buffer in model.buffers():
         buffer.zero_()
@@ -102,6 +105,15 @@ def _existing(folder: str | Path) -> Path:
     return folder
 
 
+def _check_experts(r: ConfigReader, family: Family, config: ModelConfig, found: dict[str, TensorHeader]) -> None:
+    """Raise CheckpointError for more experts than the folder can hold, before anything is listed per expert."""
+    stacked = [header.shape[0] for name, header in found.items() if ".experts." in name and header.shape]
+    most = max([len(found), *stacked])
+    if "moe" in config.block_ffn_kinds and config.num_experts > most:
+        key = next(key for key, ours in family.fields.items() if ours == "num_experts")
+        raise r.error(f"key '{key}' is {config.num_experts}, but the tensors of the folder hold at most {most} experts")
+
+
 def _by_canonical_name(folder: Path, family: Family, found: dict[str, TensorHeader]) -> dict[str, TensorHeader]:
     stored: dict[str, TensorHeader] = {}
     for header in found.values():
@@ -117,8 +129,7 @@ def _by_canonical_name(folder: Path, family: Family, found: dict[str, TensorHead
 def _plan(family: Family, config: ModelConfig, layout: Layout, place: str | None = None) -> Plan:
     """Return the tensors of a network's checkpoint by canonical name; only those in ``place`` if given, the first part
     of :func:`model.hf.tensors.split_name`."""
-    with torch.device("meta"):
-        state = Transformer(config).state_dict()
+    state = Transformer.on_meta(config).state_dict()
     shapes = {name: tensor.shape for name, tensor in state.items() if place in (None, split_name(name)[0])}
     return {family.canonical_name(name): source for name, source in family.sources(config, shapes, layout).items()}
 

@@ -100,7 +100,7 @@ class KimiLinear(Family):
 
     def read_fields(self, r: ConfigReader) -> dict[str, Any]:
         check_keys(r)
-        count = r.integer("num_hidden_layers")
+        count = r.layer_count()
         latent: dict[str, Any] = {key: r.integer(key) for key in SIZES}
         latent["q_lora_rank"] = r.integer("q_lora_rank") if r.has("q_lora_rank") else None
         return {

@@ -74,7 +74,7 @@ class Mamba2(Family):
                 f"{options['expand']} times hidden_size {r.content['hidden_size']}"
             )
         return {
-            "layers": [Mixer.name] * r.integer("num_hidden_layers"),
+            "layers": [Mixer.name] * r.layer_count(),
             "max_positions": _MAX_POSITIONS,
             "mixer_options": {Mixer.name: options},
         }

@@ -13,6 +13,7 @@ from model.errors import ConfigError
 from model.tokenizer.base import REPLACEMENT, Tokenizer
 from model.tokenizer.byte import byte_character
 from model.tokenizer.side_files import Role, SideFiles
+from model.tokenizer.structure import without_settings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -28,7 +29,8 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """The vocabulary of a ``tokenizer.json`` with ``content``, without its truncation, padding and post-processor.
+    """The vocabulary of a ``tokenizer.json`` with ``content``, without its truncation, padding, dropout and
+    post-processor.
 
     Declared special tokens are those of the files beside it. ``bos_token`` and ``eos_token`` replace them.
     """
@@ -42,7 +44,7 @@ class HuggingFaceTokenizer(Tokenizer):
         eos_token: str | None = None,
     ):
         self.path = path
-        self._content = {**content, "truncation": None, "padding": None}
+        self._content = without_settings(path, content)
         self._declared_tokens = _add_missing_tokens(self._content, side_files)
         self._backend = self._load()
         self._vocabulary = self._backend.get_vocab(with_added_tokens=True)
@@ -163,9 +165,11 @@ class HuggingFaceTokenizer(Tokenizer):
         candidates = [override] if override is not None else side_files.names(role)[:1]
         for name in candidates:
             if name not in self._vocabulary:
-                source = "" if override is not None else ", but the files beside it declare it"
+                if override is not None:
+                    raise ConfigError(f"{role}: '{name}' is not a token of {self.path}")
                 raise ConfigError(
-                    f"tokenizer {self.path}: has no token '{name}'{source}; name the {_ROLES[role]} token with {role}"
+                    f"tokenizer {self.path}: has no token '{name}', but the files beside it declare it; name the "
+                    f"{_ROLES[role]} token with {role}"
                 )
         ids = side_files.ids("bos_token_id" if role == "bos_token" else "eos_token_id")
         candidates += [self._names[token] for token in ids if token in self._names]
@@ -183,7 +187,10 @@ class HuggingFaceTokenizer(Tokenizer):
     def _find_unknown(self) -> int | None:
         model = self._content["model"]
         unknown = model.get("unk_id")
-        return unknown if isinstance(unknown, int) else self._vocabulary.get(model.get("unk_token") or "")
+        if isinstance(unknown, int):
+            return unknown
+        name = model.get("unk_token")
+        return self._vocabulary.get(name) if isinstance(name, str) else None
 
     def _find_byte_ids(self) -> dict[int, int]:
         """Return the tokens of single bytes, in vocabularies with byte fallback and byte-level ones."""
@@ -217,15 +224,13 @@ class HuggingFaceTokenizer(Tokenizer):
 
 def _add_missing_tokens(content: dict[str, Any], side_files: SideFiles) -> list[dict[str, Any]]:
     """Add tokens that only ``tokenizer_config.json`` lists to ``content``. Return all added tokens."""
-    listed = [token for token in content.get("added_tokens") or [] if isinstance(token, dict) and "content" in token]
-    model = content.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    listed, vocabulary = content.get("added_tokens") or [], content["model"]["vocab"]
     known = {token["content"] for token in listed}
-    known |= {item[0] for item in vocabulary if item} if isinstance(vocabulary, list) else set(vocabulary or ())
+    known |= {name for name, _ in vocabulary} if isinstance(vocabulary, list) else set(vocabulary)
     missing = [token for token in side_files.added_tokens() if token["content"] not in known]
     if missing:
         content["added_tokens"] = sorted([*listed, *missing], key=lambda token: token["id"])
-    return [token for token in [*listed, *missing] if "id" in token]
+    return [*listed, *missing]
 
 
 def _declare_special(backend: Backend, names: Iterable[str]) -> None:

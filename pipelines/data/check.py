@@ -13,7 +13,7 @@ from pipelines.recipe.schema import DataSection, Recipe
 
 
 def check_prepared(recipe: Recipe, manifest: Manifest) -> Recipe:
-    """Return ``recipe`` with the vocabulary size of its prepared data.
+    """Return ``recipe`` with the vocabulary size of its prepared data, unless ``data.vocabulary`` is ``model``.
 
     Raises ConfigError naming the first setting that differs from those of the data, and DataError if the tokenizer
     file in the folder is missing or damaged.
@@ -50,7 +50,14 @@ def check_prepared(recipe: Recipe, manifest: Manifest) -> Recipe:
             f"model.window: {recipe.model.window} is wider than the {prepared['window']} tokens by which facts in "
             f"{folder} precede their questions; prepare under another data.name"
         )
-    return recipe.model_copy(update={"model": recipe.model.replace(vocab_size=manifest.vocab_size)})
+    if recipe.data.vocabulary == "tokenizer":
+        return recipe.model_copy(update={"model": recipe.model.replace(vocab_size=manifest.vocab_size)})
+    if recipe.model.vocab_size < manifest.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: {recipe.model.vocab_size} is less than the {manifest.vocab_size} token IDs of "
+            f"{folder}; raise it, or leave it out to follow the tokenizer"
+        )
+    return recipe
 
 
 def load_data_tokenizer(data: DataSection) -> Tokenizer:
@@ -58,7 +65,8 @@ def load_data_tokenizer(data: DataSection) -> Tokenizer:
     try:
         return load_tokenizer(data.tokenizer, data.bos_token, data.eos_token)
     except ConfigError as error:
-        raise ConfigError(f"data.tokenizer: {error}") from error
+        blamed = "data" if str(error).startswith(("bos_token:", "eos_token:")) else "data.tokenizer"
+        raise ConfigError(f"{blamed}{'.' if blamed == 'data' else ': '}{error}") from error
 
 
 def tokenizer_sha256(tokenizer: Tokenizer) -> str:

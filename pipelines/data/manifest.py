@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from evals.documents import RETRIEVAL_TASKS
 from model.errors import DataError
+from model.tokenizer.hugging_face import MAX_TOKEN_ID
+from pipelines.recipe.section import MAX_LENGTH
 
 Split = Literal["train", "validation"]
 Kind = str
@@ -60,10 +62,10 @@ class Manifest(_Record):
     settings: dict[str, Any]
     """All settings that determine the shards' content."""
     tokenizer: str
-    vocab_size: int
+    vocab_size: Annotated[int, Field(ge=1, le=MAX_TOKEN_ID + 1)]
     bos_id: int
     eos_id: int
-    sequence_length: int
+    sequence_length: Annotated[int, Field(ge=1, le=MAX_LENGTH)]
     packing: bool
     """Whether a row may hold several short documents."""
     held_out: HeldOut = "documents"

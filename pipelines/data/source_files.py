@@ -28,7 +28,8 @@ class SourceFile:
 
 
 def find_files(patterns: tuple[str, ...], seed: int) -> list[SourceFile]:
-    """Return all source files, each once, ordered by a hash of their name and ``seed``.
+    """Return all source files, each once, ordered by a hash of their name and ``seed``. A file with several names, by
+    links or ``..``, has the first one given.
 
     In alphabetical order, the first shards and anything cut off by ``max_text_bytes`` would cover one part of the
     corpus only. Raises DataError for a pattern without files, an unsupported suffix, or anything but a readable file.
@@ -37,7 +38,7 @@ def find_files(patterns: tuple[str, ...], seed: int) -> list[SourceFile]:
         files = [_open(name, path) for name, path in _find_stdlib().items()]
     else:
         found = [Path(name) for pattern in patterns for name in _expand(pattern)]
-        by_place = {path.absolute(): path for path in reversed(found)}  # the first name of a file named twice
+        by_place = {os.path.realpath(path): path for path in reversed(found)}  # the first name of a file named twice
         files = [_open(str(path), path) for path in by_place.values()]
     return sorted(files, key=lambda file: hashlib.sha256(f"{seed}\0{file.name}".encode()).digest())
 

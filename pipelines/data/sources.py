@@ -98,20 +98,37 @@ def _chunks(text: io.TextIOBase) -> Iterator[str]:
 
 
 def _jsonl_documents(file: SourceFile, field: str) -> Iterator[SourceDocument]:
-    with file.path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.isspace():
-                continue
-            source = f"{file.name}:{number}"
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{source}: not a JSON record ({error})") from error
-            if not isinstance(record, dict):
-                raise DataError(f"{source}: expected a JSON object, found {type(record).__name__}")
-            if field not in record:
-                raise DataError(f"{source}: has no field {shorten(field)} (data.text_field), only {_quote(record)}")
-            yield _text_document(source, record[field])
+    for number, line in enumerate(_lines(file), start=1):
+        if line.isspace():
+            continue
+        source = f"{file.name}:{number}"
+        try:
+            text = line.decode("utf-8-sig", "surrogatepass") if isinstance(line, bytes) else line
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            has_zeros = isinstance(line, bytes) and b"\0" in line[:4]
+            hint = "; UTF-16 and UTF-32 need a byte order mark" if has_zeros else ""
+            raise DataError(f"{source}: not a JSON record ({error}){hint}") from error
+        if not isinstance(record, dict):
+            raise DataError(f"{source}: expected a JSON object, found {type(record).__name__}")
+        if field not in record:
+            raise DataError(f"{source}: has no field {shorten(field)} (data.text_field), only {_quote(record)}")
+        yield _text_document(source, record[field])
+
+
+def _lines(file: SourceFile) -> Iterator[str | bytes]:
+    """Yield the lines of a JSON Lines file: undecoded in UTF-8, so that a fault can be blamed on its line, as text in
+    the encoding of another byte order mark."""
+    encoding = _find_encoding(file)
+    if encoding.startswith("utf-8"):
+        with file.path.open("rb") as lines:
+            yield from lines
+        return
+    try:
+        with file.path.open(encoding=encoding, newline="\n") as text:
+            yield from text
+    except UnicodeError as error:
+        raise DataError(f"{file.name}: is not text ({error})") from error
 
 
 def _parquet_documents(file: SourceFile, column: str) -> Iterator[SourceDocument]:

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-import torch
-
 from model.config import CACHE_FORMATS, ModelConfig
 from model.errors import ConfigError
 from model.mixers.gqa import GroupedQueryAttention
@@ -165,8 +163,7 @@ def comparison_arms(recipe: Recipe) -> list[Arm]:
 
 
 def _count(model: ModelConfig) -> int:
-    with torch.device("meta"):
-        return Transformer(model).num_parameters()
+    return Transformer.on_meta(model).num_parameters()
 
 
 def with_rate(recipe: Recipe, rate: float) -> Recipe:

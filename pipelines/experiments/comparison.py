@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from model.config import ModelConfig
 from model.costs import CostModel, costs_of, count_parameters, ssa_costs, v32_costs, with_ssa
 from model.errors import ConfigError
@@ -114,8 +112,7 @@ def _ssa_costs(configs: list[ModelConfig]) -> CostModel:
 
 
 def _count(arm: Arm) -> tuple[int, int]:
-    with torch.device("meta"):
-        count = count_parameters(Transformer(arm.recipe.model))
+    count = count_parameters(Transformer.on_meta(arm.recipe.model))
     return count.total, count.active
 
 

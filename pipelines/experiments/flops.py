@@ -27,8 +27,7 @@ _MAX_POSITIONS = 1024
 
 def training_flops(recipe: Recipe) -> float:
     """Return the FLOPs of a training (TRAINING_RULE)."""
-    with torch.device("meta"):
-        model = Transformer(recipe.model)
+    model = Transformer.on_meta(recipe.model)
     optimizer = MuonAdamW(model.named_parameters(), recipe.train.optimizer, model.split_sizes())
     update = 2.0 * optimizer.multiplications()
     return sum(stage.steps * (_step_flops(stage) + update) for stage in curriculum(recipe))

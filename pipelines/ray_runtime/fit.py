@@ -13,7 +13,7 @@ import ray.train.torch
 
 from model import checkpoint
 from model.atomic_files import atomic_folder
-from model.errors import FiftyfoldError
+from model.errors import FiftyfoldError, is_out_of_memory
 from model.tokenizer import load_tokenizer
 from pipelines.data.ray_dataset import train_dataset
 from pipelines.ray_runtime import checkpoint_index
@@ -121,6 +121,12 @@ def unwrap_ray_error(error: BaseException) -> FiftyfoldError:
                 queue.append(inner)
         failures = getattr(current, "worker_failures", None) or getattr(current, "_worker_failures", None)
         queue += [f for f in (failures or {}).values() if isinstance(f, BaseException)]
+        # Ray Train may wrap a worker's error and keep its text only.
+        if is_out_of_memory(current) or "can't allocate memory" in str(current):
+            return FiftyfoldError(
+                "training failed: not enough memory for a network and batch of these sizes; lower the sizes in model, "
+                "or train.batch_rows"
+            )
         if isinstance(current, ray.exceptions.OutOfMemoryError):
             return FiftyfoldError(
                 "training failed: the node ran out of memory, and Ray ended a worker; free memory, or lower "

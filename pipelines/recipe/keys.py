@@ -47,6 +47,20 @@ def merge(earlier: Any, later: Any, key: str = "") -> Any:
             merged[name] = merge(earlier[name], value, prefix + name) if name in earlier else value
         return merged
     if isinstance(earlier, dict) != isinstance(later, dict) and None not in (earlier, later):
-        kinds = ("a mapping", "no mapping") if isinstance(later, dict) else ("no mapping", "a mapping")
-        raise ConfigError(f"{key}: {kinds[0]} cannot replace {kinds[1]}")
+        raise ConfigError(_describe_conflict(key, earlier, later))
     return later
+
+
+def _describe_conflict(key: str, earlier: Any, later: Any) -> str:
+    """Return the message for settings of which one, at the dotted ``key``, is a mapping. It begins with the key that
+    the later one names."""
+    if isinstance(earlier, dict):
+        return f"{key}: is a section, whose settings have keys such as {key}.{next(iter(earlier), 'name')}"
+    named = key
+    if isinstance(earlier, list) and not all(name.isdecimal() for name in later):
+        return f"{key}: expected a list"
+    while isinstance(later, dict) and len(later) == 1:
+        name, later = next(iter(later.items()))
+        named = f"{named}.{name}"
+    kind = "list, which is set as a whole" if isinstance(earlier, list) else "single value, without settings in it"
+    return f"{named}: {key} is a {kind}"

@@ -42,8 +42,8 @@ def load_recipe(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
     try:
         merged = _merge_over(merged, later)
     except ConfigError as error:
-        key = str(error).partition(":")[0]
-        raise ConfigError(f"{key}: cannot be set to {shorten(get_key(later, key))} ({error})") from error
+        key, _, reason = str(error).partition(": ")
+        raise ConfigError(f"{key}: cannot be set to {shorten(get_key(later, key))} ({reason})") from error
     return recipe_from_dict(merged)
 
 
@@ -63,6 +63,8 @@ def with_overrides(recipe: Recipe, overrides: dict[str, Any]) -> Recipe:
         if key in _STARTING_POINTS:
             raise ConfigError(f"{key}: {_TOO_LATE}")
         set_key(values, key, copy.deepcopy(value))
+        if key == "model.vocab_size" and "data.vocabulary" not in overrides:
+            set_key(values, "data.vocabulary", "model")
     return recipe_from_dict(values)
 
 
@@ -134,11 +136,14 @@ def _merge_file(merged: dict[str, Any], file: str | Path, content: dict[str, Any
 
 def _merge_over(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
     """Merge ``later`` over ``earlier``. A sweep space, a mixture of retrieval tasks, a preset or a depth replaces the
-    earlier one. A preset also replaces the family of a depth."""
+    earlier one. A preset also replaces the family of a depth. A vocabulary size is that of the network, unless
+    ``data.vocabulary`` says otherwise."""
     earlier = copy.deepcopy(earlier)
     for section, name in (("sweep", "space"), ("data", "retrieval_tasks")):
         if get_key(later, f"{section}.{name}") is not None and get_key(earlier, f"{section}.{name}"):
             del earlier[section][name]
+    if get_key(later, "model.vocab_size") is not None and get_key(later, "data.vocabulary") is None:
+        later = merge(later, {"data": {"vocabulary": "model"}})
     for given, replaced in (("depth", "preset"), ("preset", "depth"), ("preset", "family")):
         if get_key(later, f"model.{given}") is not None and get_key(earlier, f"model.{replaced}"):
             del earlier["model"][replaced]

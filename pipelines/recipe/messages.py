@@ -10,6 +10,13 @@ from model.errors import shorten_words, unknown_key
 from pipelines.recipe.key_types import fields_of, find_section
 from pipelines.recipe.quoting import shorten
 
+_EXPECTED = (
+    dict.fromkeys(("tuple_type", "list_type"), "expected a list")
+    | dict.fromkeys(("model_type", "model_attributes_type", "dataclass_type"), "expected a section of settings")
+    | {"dict_type": "expected a mapping", "bool_type": "expected true or false"}
+)
+"""Messages by pydantic's type of error, where its own name Python types."""
+
 
 def describe_errors(error: pydantic.ValidationError) -> str:
     """Return one sentence per invalid key, separated by semicolons."""
@@ -32,8 +39,12 @@ def _describe(item: Any) -> str:
     if item["type"] == "string_type":
         is_scalar = isinstance(item["input"], bool | int | float)
         message = "expected text; put it in quotes" if is_scalar else "expected text"
+    elif item["type"] in _EXPECTED:
+        message = _EXPECTED[item["type"]]
     elif item["type"] == "string_unicode":
         message = "expected text in valid Unicode"
     key = shorten_words(key)
+    if item["input"] is None:
+        return f"{key}: {message}, found nothing"
     is_section = isinstance(item["input"], dict)
     return f"{key}: {message}" if is_section else f"{key}: {message}, found {shorten(item['input'])}"

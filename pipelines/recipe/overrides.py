@@ -45,5 +45,6 @@ def nested(overrides: Sequence[str]) -> dict[str, Any]:
         try:
             values = merge(values, own)
         except ConfigError as error:
-            raise ConfigError(f"{key}: cannot be set to {shorten(value)} ({error})") from None
+            reason = str(error).partition(": ")[2]
+            raise ConfigError(f"{key}: cannot be set to {shorten(value)} ({reason})") from None
     return values

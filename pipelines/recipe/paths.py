@@ -73,6 +73,14 @@ def check_creatable(path: Path, key: str) -> None:
             return
 
 
+def _parse_source(value: Any) -> str:
+    try:
+        return _resolve(value)
+    except ValueError as error:
+        hint = "; a glob can name it, with ? for each byte that is not" if "not valid UTF-8" in str(error) else ""
+        raise ValueError(f"{error}{hint}") from None
+
+
 def _parse_tokenizer(value: Any) -> str:
     return BYTE if value == BYTE else str(parse_path(value).absolute())
 
@@ -159,7 +167,7 @@ def _from_file_uri(text: str) -> str:
 
 
 LocalPath = Annotated[Path, BeforeValidator(parse_path)]
-SourcePattern = Annotated[str, BeforeValidator(_resolve)]
+SourcePattern = Annotated[str, BeforeValidator(_parse_source)]
 """A path, or a glob of paths."""
 TokenizerSource = Annotated[str, BeforeValidator(_parse_tokenizer)]
 """``byte``, or an absolute path."""

@@ -67,6 +67,9 @@ class DataSection(Section):
     """Token that begins documents and prompts. None: as declared beside the tokenizer (docs/text.md)."""
     eos_token: Text | None = None
     """Token that ends documents. None: as declared beside the tokenizer."""
+    vocabulary: Literal["tokenizer", "model"] = "tokenizer"
+    """Size of the network's vocabulary. tokenizer: that of the tokenizer, whatever the preset's. model:
+    ``model.vocab_size``, which setting that key implies; it may exceed the tokenizer's size."""
     sequence_length: Annotated[int, Field(ge=8, le=MAX_LENGTH)] = 256
     packing: bool = True
     """Pack several short documents into a row, masked from one another. False: one document and padding per row."""
@@ -112,9 +115,9 @@ class DataSection(Section):
         """Return the settings that determine the shards' content, as plain JSON values.
 
         The tokenizer is left out: its file, not its path, determines the content. So are BOS and EOS, which may be
-        declared or set.
+        declared or set, and the size of the network's vocabulary.
         """
-        return self.model_dump(mode="json", exclude={"name", "tokenizer", "bos_token", "eos_token"})
+        return self.model_dump(mode="json", exclude={"name", "tokenizer", "bos_token", "eos_token", "vocabulary"})
 
 
 class StageSection(Section):

@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import core_schema
 
 MAX_LENGTH = 1 << 24
 """Limit on the tokens of a row or document."""
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+def _refuse_boolean(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("expected a number")
+    return value
+
+
+def _tell_booleans_from_numbers(schema: Any) -> Any:
+    """Return a core schema whose numbers refuse ``true`` and whose booleans refuse 1. Otherwise ``port: true`` would
+    be port 1."""
+    if isinstance(schema, list | tuple):
+        return type(schema)(map(_tell_booleans_from_numbers, schema))
+    if not isinstance(schema, dict):
+        return schema
+    kind = schema.get("type")
+    if kind in ("int", "float"):
+        return core_schema.no_info_before_validator_function(_refuse_boolean, cast(Any, schema))
+    if kind == "union" and all(
+        isinstance(item, dict) and item["type"] in ("int", "float") for item in schema["choices"]
+    ):
+        return core_schema.no_info_before_validator_function(_refuse_boolean, cast(Any, schema))
+    if kind == "bool":
+        return {**schema, "strict": True}
+    inner = schema.get("function")
+    if kind == "function-before" and isinstance(inner, dict) and inner.get("function") is _refuse_boolean:
+        return schema
+    skipped = ("metadata", "serialization", "config", "cls", "default", "function")
+    return {key: item if key in skipped else _tell_booleans_from_numbers(item) for key, item in schema.items()}
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
+        return _tell_booleans_from_numbers(handler(source))
 
     @model_validator(mode="after")
     def _check_integers(self) -> Self:

@@ -25,6 +25,8 @@ _FLOAT = re.compile(
     |\.(?:nan|NaN|NAN))$""",
     re.VERBOSE,
 )
+_PLACE = re.compile('"<(?:unicode|byte) string>", ')
+"""PyYAML's name of a file that it is given as text or bytes."""
 _REPLACED = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp")}
 
 
@@ -51,6 +53,15 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """Quote text with characters that are not printable: PyYAML reads some of them, such as U+0085, as line breaks."""
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
 class _TextLoader(yaml.BaseLoader):
     """Reads every scalar as text."""
 
@@ -75,7 +86,7 @@ def parse_yaml(text: str | bytes, scalars_as_text: bool = False) -> Any:
     except RecursionError:
         raise ConfigError("nested too deeply") from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise ConfigError(" ".join(str(error).replace('"<unicode string>", ', "").split())) from None
+        raise ConfigError(" ".join(_PLACE.sub("", str(error)).split())) from None
     _check_plain(value)
     return value
 

@@ -6,8 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from model.config import ModelConfig
 from model.costs import (
     FP8_EQUIVALENT,
@@ -110,8 +108,7 @@ def budget_of(config: ModelConfig, context: int, name: str = "model", muon: bool
     Args:
         muon: Whether the recipe trains with Muon.
     """
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = Transformer.on_meta(config)
     muon_parameters = sum(p.numel() for n, p in model.named_parameters() if rule_for(n, p, "muon") == "muon")
     parameters = count_parameters(model)
     references = (v32_costs(), gqa8_costs(config))

@@ -1,17 +1,23 @@
-"""Terminal output: training progress and tables."""
+"""Terminal output: training progress and tables. Text is printed as it is: ``[b]`` in a path or a name is no markup."""
 
 from __future__ import annotations
 
 import sys
 import time
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-console = Console()
+
+def _console(**options: Any) -> Console:
+    return Console(markup=False, emoji=False, **options)
+
+
+console = _console()
 
 
 class TrainingProgress:
@@ -25,10 +31,10 @@ class TrainingProgress:
         self._started: tuple[float, int] | None = None
         if console.is_terminal and not quiet:
             self._bar = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=20),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[metrics]}"),
+                TextColumn("{task.fields[metrics]}", markup=False),
                 TimeRemainingColumn(),
                 console=console,
             )
@@ -85,6 +91,6 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    wide = console if console.is_terminal else Console(width=160, file=sys.stdout)
+    wide = console if console.is_terminal else _console(width=160, file=sys.stdout)
     wide.print(Text(title, style="italic"))  # a title of the table itself would be wrapped to the table's width
     wide.print(table)

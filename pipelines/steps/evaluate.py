@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,18 +77,22 @@ def run(recipe: Recipe) -> EvaluateResult:
     with ExitStack() as stack:
         tracked = trained or stack.enter_context(_start_run(recipe, checkpoint, config))
         with system_metrics(tracked, recipe.tracking.system_metrics_interval, "system/evaluation/"):
-            metrics = evaluate(
-                checkpoint,
-                section.tasks,
-                section.lengths,
-                section.depths,
-                section.samples,
-                section.seed,
-                data_folder,
-                settings,
-                section.distance,
-                device=device,
-            )
+            try:
+                metrics = evaluate(
+                    checkpoint,
+                    section.tasks,
+                    section.lengths,
+                    section.depths,
+                    section.samples,
+                    section.seed,
+                    data_folder,
+                    settings,
+                    section.distance,
+                    device=device,
+                )
+            except ConfigError as error:
+                # Tasks know one length of evaluate.lengths, by their own name.
+                raise ConfigError(re.sub("^length:", "evaluate.lengths:", str(error))) from error
         if dataset is not None:
             tracked.log_dataset(dataset)
         tracked.log_metrics(metrics)

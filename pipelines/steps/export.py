@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -110,7 +111,10 @@ def run(
     loaded = None
     # A link to nowhere counts as a tokenizer, so that loading it names the fault.
     if tokenizer is not None or os.path.lexists(source / TOKENIZER_FILE):
-        loaded = load_tokenizer(tokenizer or source, bos_token, eos_token, model.config.vocab_size)
+        try:
+            loaded = load_tokenizer(tokenizer or source, bos_token, eos_token, model.config.vocab_size)
+        except ConfigError as error:
+            raise ConfigError(re.sub("^(bos|eos)_token:", r"--\1-token:", str(error))) from error
     for name, value in tokens.items():
         if value is not None and loaded is None:
             raise ConfigError(f"--{name}: {source} has no {TOKENIZER_FILE}; name one with --tokenizer")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.atomic_files import atomic_folder
-from model.errors import DataError
+from model.errors import ConfigError, DataError
 from model.tokenizer import Tokenizer
 from pipelines.data.check import load_data_tokenizer, tokenizer_sha256
 from pipelines.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, read_manifest
@@ -19,7 +19,9 @@ from pipelines.data.shard_writer import write_splits
 from pipelines.data.source_files import SourceFile, find_files
 from pipelines.recipe.quoting import shorten
 from pipelines.recipe.schema import Recipe
+from pipelines.reports.counting import count, size
 from pipelines.steps import Step
+from serve.api.chat_template import ChatTemplate
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ def run(recipe: Recipe) -> PrepareResult:
     """
     data, folder = recipe.data, recipe.data_folder
     tokenizer = load_data_tokenizer(data)
+    _check_chat_template(tokenizer)
     files = find_files(data.sources, data.seed)
     RetrievalGenerator(recipe, tokenizer, "train").check()
     settings = _settings(recipe, files, tokenizer)
@@ -49,6 +52,14 @@ def run(recipe: Recipe) -> PrepareResult:
         raise DataError(f"{folder}: cannot be written ({error.strerror or error})") from error
     _print_summary(result)
     return result
+
+
+def _check_chat_template(tokenizer: Tokenizer) -> None:
+    """Raise ConfigError for a chat template that the server would refuse after the training."""
+    try:
+        ChatTemplate(tokenizer)
+    except ConfigError as error:
+        raise ConfigError(f"data.tokenizer: {error}; correct or remove the template") from error
 
 
 def _holds_files(folder: Path) -> bool:
@@ -124,12 +135,12 @@ def _print_summary(result: PrepareResult) -> None:
     for split, part in result.manifest.splits.items():
         length = result.manifest.sequence_length
         rows = ", ".join(
-            f"{count:,} {kind}" + (f" ({part.targets[kind] / (count * length):.1%} full)" if count else "")
-            for kind, count in part.rows.items()
+            f"{number:,} {kind}" + (f" ({part.targets[kind] / (number * length):.1%} full)" if number else "")
+            for kind, number in part.rows.items()
         )
         print(
-            f"  {split}: {part.documents['text']:,} documents ({part.text_bytes / 1e6:.1f} MB of text), "
-            f"rows of {length} tokens: {rows}, in {len(part.shards)} shards"
+            f"  {split}: {count(part.documents['text'], 'document')} ({size(part.text_bytes)} of text), "
+            f"rows of {length} tokens: {rows}, in {count(len(part.shards), 'shard')}"
         )
 
 

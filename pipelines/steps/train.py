@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from model.optim import MuonAdamW
 from model.precision import format_table
 from model.transformer import Transformer
@@ -85,8 +83,7 @@ def _run(recipe: Recipe, manifest: Manifest, tracking: Tracking, known_run: str 
 
 def print_plan(recipe: Recipe) -> float:
     """Print the optimizer table, the stages and the precision table; return Muon's share of the parameters."""
-    with torch.device("meta"):
-        model = Transformer(recipe.model)
+    model = Transformer.on_meta(recipe.model)
     optimizer = MuonAdamW(model.named_parameters(), recipe.train.optimizer, model.split_sizes())
     table = optimizer.table(recipe.model.layers)
     rows = [[role, rule, shape, f"{elements:,}", f"{rate:g}"] for role, rule, shape, elements, rate in table]
@@ -106,8 +103,7 @@ def print_plan(recipe: Recipe) -> float:
 
 
 def _count_parameters(recipe: Recipe) -> int:
-    with torch.device("meta"):
-        return Transformer(recipe.model).num_parameters()
+    return Transformer.on_meta(recipe.model).num_parameters()
 
 
 STEP = Step(run)

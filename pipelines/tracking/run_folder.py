@@ -23,6 +23,7 @@ TRAINING_SECTIONS = ("data", "model", "train")
 """Recipe sections that a resumed training must not change."""
 _MAY_CHANGE = {
     *("data.name", "data.sources", "data.tokenizer", "data.bos_token", "data.eos_token"),
+    "data.vocabulary",  # model.vocab_size is compared
     *("train.workers", "train.sharding", "train.cpus_per_worker", "train.threads_per_worker", "train.use_gpu"),
     *("train.max_failures", "train.log_every", "train.keep_checkpoints", "train.recompute"),
 }

@@ -12,7 +12,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -156,6 +156,8 @@ class Trainer:
             state = json.loads((folder / STATE).read_text())
             position = DataPosition(**state["position"])
             step = int(state["step"])
+            if not all(type(number) is int and number >= 0 for number in (*astuple(position), step)):
+                raise ValueError(f"position {state['position']} of step {step}")
             best = state["best"] and (float(state["best"][0]), int(state["best"][1]))
             spikes, anticipatory, stage = state["stability"], state["anticipation"], self.stages[position.stage]
         except (OSError, *MALFORMED) as error:

@@ -224,6 +224,8 @@ def _compile(environment: ImmutableSandboxedEnvironment, file: str, source: str)
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(f"chat template {file}: line {error.lineno}: {error.message}") from None
+    except (RecursionError, SyntaxError, MemoryError, ValueError) as error:  # Python cannot compile Jinja's translation
+        raise ConfigError(f"chat template {file}: cannot be compiled ({type(error).__name__})") from None
 
 
 def _refuse(message: str) -> NoReturn:

@@ -120,6 +120,18 @@ def test_sigterm_ends_a_step_as_ctrl_c_does_from_its_start(tmp_path):
     os.close(held)
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_a_failed_allocation_is_one_sentence(monkeypatch, capsys, error):
+    def run(recipe):
+        raise error
+
+    monkeypatch.setattr(prepare, "STEP", Step(run))
+    assert cli.main(["prepare"]) == cli.USER_ERROR
+    assert capsys.readouterr().err == "error: prepare: not enough memory for these settings\n"
+
+
 @pytest.mark.parametrize("content", ["a: [1", "- 1\n- 2\n", "model: 3\n"])
 def test_malformed_yaml_is_named(content, tmp_path, capsys):
     path = tmp_path / "bad.yaml"

@@ -46,7 +46,7 @@ def read_fields(r: ConfigReader) -> dict[str, Any]:
 
 def _schedule(r: ConfigReader) -> tuple[list[str], int, int]:
     """Return mixers, csa ratio and hca ratio from ``layer_types`` or the released ``compress_ratios``."""
-    count = r.integer("num_hidden_layers")
+    count = r.layer_count()
     ratios = {"csa": 4, "hca": 128}
     for key, value in r.mapping("compress_rates").items():
         if MIXERS.get(key) not in ratios:

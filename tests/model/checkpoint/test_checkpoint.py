@@ -108,3 +108,22 @@ def test_warm_start_reads_all_tensors_that_fit(saved):
     assert checkpoint.warm_start(model, folder.parent / "ahead") == []
     with pytest.raises(CheckpointError, match="has shape"):
         checkpoint.warm_start(Transformer(model.config.replace(expert_size=8)), folder)
+
+
+def test_shapes_are_compared_before_the_network_takes_memory(saved, monkeypatch):
+    """The network of this configuration would take a terabyte."""
+    _, folder = saved
+    content = json.loads((folder / "config.json").read_text())
+    content["model"]["hidden_size"] = 1 << 30
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"tensor 'embed.weight' has shape .*, expected \[\d+, 1073741824\]"):
+        checkpoint.load(folder)
+
+
+def test_tensors_beyond_64_bit_sizes_are_refused(saved):
+    _, folder = saved
+    content = json.loads((folder / "config.json").read_text())
+    content["model"] |= {"num_experts": 2**31 - 1, "expert_size": 2**31 - 1}
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"config\.json: model: a tensor of these sizes would exceed"):
+        checkpoint.load(folder)

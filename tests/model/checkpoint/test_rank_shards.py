@@ -80,7 +80,13 @@ def test_a_checkpoint_with_the_earlier_file_names_is_read(tmp_path):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
 
 
-@pytest.mark.parametrize("shards", ["2", {"count": 2}, {"count": "many", "save_id": "a"}])
+MALFORMED_SHARDS = [
+    *("2", 3, [], {"count": 2}, {"count": "many", "save_id": "a"}, {"count": True, "save_id": "a"}),
+    *({"count": "2", "save_id": "a"}, {"count": 2.5, "save_id": "a"}, {"count": 2, "save_id": 5}),
+]
+
+
+@pytest.mark.parametrize("shards", MALFORMED_SHARDS)
 def test_a_malformed_list_of_shards_is_refused(tmp_path, shards):
     content = {"format_version": 1, "model": ModelConfig().to_dict(), "shards": shards}
     (tmp_path / "config.json").write_text(json.dumps(content))
@@ -105,3 +111,30 @@ def test_missing_and_duplicate_rows_are_refused(tmp_path, rows, message):
     save_file(tensors, shards.file(tmp_path / "model.safetensors", 1), metadata=header)
     with pytest.raises(CheckpointError, match=re.escape(message)):
         read_shards(tmp_path / "model.safetensors", shards)
+
+
+@pytest.mark.parametrize("count", [0, -1, -(2**70)])
+def test_a_count_below_one_is_refused(tmp_path, count):
+    content = {"format_version": 1, "model": ModelConfig().to_dict(), "shards": {"count": count, "save_id": "a"}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=f"config.json: 'shards.count' is {count}, expected at least 1"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.parametrize("read", [checkpoint.load, checkpoint.weight_files])
+def test_an_absurd_count_is_refused_at_the_first_missing_file(tmp_path, monkeypatch, read):
+    write_shards(tmp_path / "model.safetensors", 2)
+    first = tmp_path / "model-rank-00001-of-00002.safetensors"
+    first.rename(tmp_path / f"model-rank-00001-of-{10**9}.safetensors")
+    content = {"format_version": 1, "model": ModelConfig().to_dict(), "shards": {"count": 10**9, "save_id": "a"}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    listed, name_of = [], ShardSet.file
+
+    def file(self, path, rank):
+        listed.append(rank)
+        assert len(listed) < 9, "lists all files before it looks for them"
+        return name_of(self, path, rank)
+
+    monkeypatch.setattr(ShardSet, "file", file)
+    with pytest.raises(CheckpointError, match=rf"model-rank-00002-of-{10**9}.safetensors: No such file"):
+        read(tmp_path)

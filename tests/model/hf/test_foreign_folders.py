@@ -332,3 +332,27 @@ def test_another_number_of_layers_names_its_key(folder):
     more = {key: [*content[key], content[key][-1]] for key in ("layer_types", "mlp_layer_types")}
     change_config(folder, num_hidden_layers=5, **more)
     refused(folder, r"key 'num_hidden_layers' is 5, but the folder has tensors of 4 layers, 0 to 3")
+
+
+# --- counts that would be listed before they are checked
+
+
+@pytest.mark.parametrize("count", [0, -1, 10**9])
+def test_numbers_of_layers_are_checked_before_layers_are_listed(folder, count):
+    change_config(folder, num_hidden_layers=count)
+    refused(folder, f"config.json: key 'num_hidden_layers': expected 1 to 1000 layers, found {count}")
+
+
+@pytest.mark.parametrize("name", ["folder", "released"])
+def test_numbers_of_experts_are_checked_before_experts_are_listed(request, name):
+    place = request.getfixturevalue(name)
+    change_config(place, n_routed_experts=2**31 - 1)
+    refused(place, r"config.json: key 'n_routed_experts' is 2147483647, but .* hold at most \d+ experts")
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "moe_intermediate_size", "head_dim", "q_lora_rank"])
+def test_sizes_are_compared_with_the_tensors_before_memory_is_taken(folder, key):
+    change_config(folder, **{key: 1 << 30})
+    with pytest.raises(CheckpointError) as error:
+        import_pretrained(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)

@@ -215,7 +215,7 @@ def test_a_vocabulary_without_declared_or_usual_tokens_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"no end-of-sequence token is declared .* name one with eos_token"):
         load_tokenizer(folder)
     assert load_tokenizer(folder, eos_token="<|return|>").bos_id == 1  # one token for both
-    with pytest.raises(ConfigError, match="has no token '<eot>'; name the end-of-sequence token with eos_token"):
+    with pytest.raises(ConfigError, match=r"eos_token: '<eot>' is not a token of .*tokenizer\.json"):
         load_tokenizer(folder, eos_token="<eot>")
     write_files(tmp_path, byte_level(), tokenizer_config={"eos_token": "<eot>"})
     with pytest.raises(ConfigError, match="has no token '<eot>', but the files beside it declare it"):

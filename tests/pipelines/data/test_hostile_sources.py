@@ -123,7 +123,8 @@ def test_a_file_that_vanishes_is_named(tmp_path, name):
         (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", ":1: not a JSON record"),
         (b'{"\\ud800": 1}', r":1: has no field 'text' (data.text_field), only '\ud800'"),
         (b"\x1f\x8b\x08\0", ":1: not a JSON record"),
-        ('{"text": "x"}'.encode("utf-16"), ":1: not a JSON record"),
+        ('{"text": "x"}'.encode("utf-16"), ": is not text"),
+        ('{"text": "x"}'.encode("utf-16-le"), ":1: not a JSON record"),
         (b'{"text": ["x"]}', ":1: the text is list, not a string"),
         (b"null", ":1: expected a JSON object, found NoneType"),
         (b'{"' + b"k" * 10_000 + b'": 1}', ":1: has no field 'text'"),
@@ -139,6 +140,22 @@ def test_json_text_may_hold_any_character(tmp_path):
     texts = ["nul \0 in a record", "\u2028", "\x85", "", "   ", "😀"]
     (tmp_path / "a.jsonl").write_text("\ufeff" + "\r\n".join(json.dumps({"text": text}) for text in texts))
     assert read(tmp_path / "a.jsonl") == texts
+
+
+@pytest.mark.parametrize("codec", ["utf-8-sig", "utf-16", "utf-32", "utf-16-be", "utf-32-be"])
+def test_json_records_are_decoded_by_their_byte_order_mark(tmp_path, codec):
+    texts = ["naïve €😀\r\nline", "\u2028 \x85", "second"]
+    lines = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    mark = {"utf-16-be": b"\xfe\xff", "utf-32-be": b"\0\0\xfe\xff"}.get(codec, b"")
+    (tmp_path / "a.jsonl").write_bytes(mark + lines.encode(codec))
+    assert read(tmp_path / "a.jsonl") == texts
+    (tmp_path / "a.jsonl").write_bytes(mark + (lines + "\n\n[").encode(codec))
+    assert refusal(tmp_path / "a.jsonl").startswith(":5: not a JSON record")
+
+
+def test_unmarked_utf_16_records_are_refused_with_advice(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"text": "x"}\n'.encode("utf-16-le"))
+    assert "UTF-16 and UTF-32 need a byte order mark" in refusal(tmp_path / "a.jsonl")
 
 
 def parquet(path: Path, *arrays: pa.Array, names=("text",)) -> Path:

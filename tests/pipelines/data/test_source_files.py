@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from model.errors import DataError
+from model.errors import ConfigError, DataError
 from pipelines.data.source_files import find_files
+from pipelines.recipe.loading import recipe_from_dict
 
 
 def names(*patterns: object) -> list[str]:
@@ -50,6 +51,16 @@ def test_an_existing_name_with_brackets_is_literal(tmp_path):
         names(tmp_path / "in [v2]")
 
 
+def test_a_file_with_several_names_is_read_once(folder, monkeypatch):
+    (folder / "link.txt").symlink_to("a.txt")
+    (folder / "linked").symlink_to("sub")
+    spellings = ["a.txt", "sub/../a.txt", "sub/deep/../../a.txt", "link.txt", "linked/../a.txt", "./a.txt"]
+    for first in spellings:
+        others = [spelling for spelling in spellings if spelling != first]
+        assert names(*(f"{folder}/{spelling}" for spelling in [first, *others])) == [str(Path(f"{folder}/{first}"))]
+    assert len(names(folder / "sub/c.txt", folder / "linked/c.txt", folder / "linked/*.txt")) == 1
+
+
 @pytest.mark.timeout(20)
 def test_link_cycles_yield_each_file_once(folder):
     (folder / "sub/up").symlink_to(folder)
@@ -73,6 +84,17 @@ def test_file_names_are_found_and_stored_as_utf_8(tmp_path, name, shown):
     (file,) = find_files((f"{tmp_path}/*",), 0)
     assert file.name == f"{tmp_path}/{shown}" and file.path.read_text() == "x"
     file.name.encode()
+
+
+def test_a_name_that_is_not_utf_8_is_found_by_a_glob_with_a_question_mark_per_byte(tmp_path):
+    Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"caf\xe9\xff.txt"))).write_text("x")
+    pattern = recipe_from_dict({"data": {"sources": [f"{tmp_path}/caf??.txt"]}}).data.sources
+    (file,) = find_files(pattern, 0)
+    assert file.name == f"{tmp_path}/caf\\xe9\\xff.txt"
+    with pytest.raises(
+        ConfigError, match=r"data\.sources\.0: the path is not valid UTF-8; a glob can name it, with \?"
+    ):
+        recipe_from_dict({"data": {"sources": [f"{tmp_path}/caf\udce9\udcff.txt"]}})
 
 
 def _pipe(path: Path) -> None:

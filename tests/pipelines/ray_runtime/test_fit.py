@@ -21,3 +21,10 @@ def test_running_out_of_memory_is_named_with_a_remedy():
 
 def test_other_errors_are_shown_by_their_last_line():
     assert str(unwrap_ray_error(RuntimeError("a\nb"))) == "training failed: b"
+
+
+def test_a_failed_allocation_in_a_worker_is_one_plain_sentence():
+    text = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+    for failure in (RuntimeError(text), MemoryError()):
+        message = str(unwrap_ray_error(WorkerGroupError("failed", worker_failures={0: failure})))
+        assert message.startswith("training failed: not enough memory") and "enforce" not in message

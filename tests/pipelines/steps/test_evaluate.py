@@ -117,3 +117,10 @@ def test_unknown_and_vacuous_settings_are_refused(tmp_path, data, section, messa
     train(recipe)
     with pytest.raises(ConfigError, match=message):
         evaluate.run(recipe)
+
+
+def test_a_length_without_room_for_the_facts_is_named_by_its_key(tmp_path):
+    recipe = recipe_with(tmp_path, tasks=["mqar"], lengths=[32])
+    train(recipe)
+    with pytest.raises(ConfigError, match=r"^evaluate\.lengths: 32 tokens are too few for 8 facts"):
+        evaluate.run(recipe)

@@ -157,3 +157,44 @@ def test_text_that_the_tokenizer_cannot_encode_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"tokenizer\.json: cannot encode 'é' "):
         prepare.run(made)
     assert not made.data_folder.exists()
+
+
+def test_bpe_dropout_changes_no_shard(tmp_path):
+    content = byte_level(merges=[("w", "o"), ("wo", "r"), ("m", "o"), ("d", "s")])
+    content["model"]["dropout"] = 0.5
+    folder = write_files(tmp_path / "tokenizer", content)
+    results = [prepare.run(recipe(tmp_path, folder, documents(), name=name)) for name in ("a", "b")]
+    first, second = ([shard.sha256 for shard in result.manifest.splits["train"].shards] for result in results)
+    assert first == second
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}{{ m.content }", "{{ messages | nonsense_filter }}"])
+def test_a_malformed_chat_template_is_refused_before_anything_is_written(tmp_path, template):
+    folder = write_files(tmp_path / "tokenizer", byte_level(), tokenizer_config={"chat_template": template})
+    made = recipe(tmp_path, folder, documents())
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: chat template tokenizer_config\.json: line 1: ") as caught:
+        prepare.run(made)
+    assert "\n" not in str(caught.value) and not made.data_folder.exists()
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "{% if a %}" * 200 + "{% endif %}" * 200]
+)
+def test_a_chat_template_nested_too_deeply_is_named(tmp_path, template):
+    folder = write_files(tmp_path / "tokenizer", byte_level(), tokenizer_config={"chat_template": template})
+    with pytest.raises(ConfigError, match=r"chat template tokenizer_config\.json: cannot be compiled"):
+        prepare.run(recipe(tmp_path, folder, documents()))
+
+
+@pytest.mark.parametrize("role", ["bos_token", "eos_token"])
+def test_a_chosen_token_that_does_not_exist_is_blamed_on_its_own_key(tmp_path, role):
+    folder = write_files(tmp_path / "tokenizer", byte_level())
+    for tokenizer in (folder, "byte"):
+        with pytest.raises(ConfigError, match=rf"^data\.{role}: '<nowhere>' is not a token of"):
+            prepare.run(recipe(tmp_path, tokenizer, documents(), **{role: "<nowhere>"}))
+
+
+def test_the_summary_counts_in_plain_words(tmp_path, capsys):
+    prepare.run(recipe(tmp_path, "byte", ["one document only " * 40]))
+    printed = capsys.readouterr().out
+    assert "1 document (6" in printed and "bytes of text)" in printed and "in 1 shard\n" in printed

@@ -1,0 +1,84 @@
+"""Errors of a recipe name the key in the user's terms."""
+
+import pytest
+
+from model.errors import ConfigError
+from pipelines.recipe.loading import load_recipe
+from pipelines.recipe.schema import Recipe
+from tests.pipelines.test_hostile_input import KEYS
+
+PYTHON = ("tuple", "dict", "RunSection", "Section", "instance", "byte string", "function", "mapping cannot")
+
+
+def refusal(tmp_path, text, *overrides):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_recipe([tmp_path / "a.yaml"], overrides)
+    message = str(caught.value).replace(str(tmp_path), "")
+    assert "\n" not in message and not [word for word in PYTHON if word in message]
+    return message
+
+
+STAGES = "train: {stages: [{steps: 3}]}"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        (STAGES, ["train.stages.0.steps=5"], "train.stages.0.steps: cannot be set to 5 (train.stages is a list, which"),
+        ("{}", ["train.stages.0.steps=5"], "train.stages: expected a list"),
+        ("{}", ["run.name=x", "run.name.y=1"], "run.name.y: cannot be set to 1 (run.name is a single value"),
+        ("data: {sources: /x}", [], "data.sources: expected a list, found '/x'"),
+        ("evaluate: {lengths: 5}", [], "evaluate.lengths: expected a list, found 5"),
+        ("run:", [], "run: expected a section of settings, found nothing"),
+        ("train: {optimizer: 5}", [], "train.optimizer: expected a section of settings, found 5"),
+        ("data: {task_settings: 5}", [], "data.task_settings: expected a mapping, found 5"),
+        ("a: [b", [], "/a.yaml: not valid YAML: while parsing a flow sequence in line 1, column 4"),
+        ("a: \x00", [], "/a.yaml: not valid YAML"),
+    ],
+)
+def test_errors_name_the_key_and_no_python_type(tmp_path, text, overrides, message):
+    assert refusal(tmp_path, text, *overrides).startswith(message)
+
+
+def numbers(value):
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+RECIPE = Recipe().to_dict()
+
+
+def value_of(key):
+    value = RECIPE
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if numbers(value_of(key))])
+def test_no_number_can_be_a_boolean(tmp_path, key):
+    assert refusal(tmp_path, "{}", f"{key}=true").startswith(f"{key}: ")
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if isinstance(value_of(key), bool)])
+def test_no_boolean_can_be_a_number(tmp_path, key):
+    assert refusal(tmp_path, "{}", f"{key}=1").startswith(f"{key}: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("evaluate: {lengths: [64, true]}", "evaluate.lengths.1"),
+        ("data: {task_settings: {mqar: {keys: true}}}", "data.task_settings.mqar.keys"),
+        ("data: {max_text_bytes: false}", "data.max_text_bytes"),
+        ("train: {stages: [{steps: true}]}", "train.stages.0.steps"),
+        ("train: {optimizer: {learning_rate: true}}", "train.optimizer.learning_rate"),
+        ("serve: {port: true}", "serve.port"),
+    ],
+)
+def test_nested_numbers_cannot_be_booleans(tmp_path, text, key):
+    assert refusal(tmp_path, text).startswith(f"{key}: expected a number, found True")
+
+
+def test_the_keys_cover_the_recipe():
+    assert len([key for key in KEYS if numbers(value_of(key))]) > 60
