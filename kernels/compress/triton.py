@@ -7,6 +7,7 @@ import importlib
 import torch
 from torch import Tensor
 
+from kernels.compress.reference import pool_next
 from kernels.triton_support.platform import ARCHITECTURES, require_choice, require_device
 from kernels.triton_support.tiles import Tile, Tiles, launch_best
 
@@ -34,6 +35,11 @@ def compress(
     require_device("compress", rows)
     require_choice("compress", "dtypes", rows.dtype, (torch.float32,))
     return _Compress.apply(rows, bias, overlap, has_previous and overlap, starts)
+
+
+def compress_next(ring: Tensor, rows: Tensor, bias: Tensor, lengths: list[int], overlap: bool) -> Tensor:
+    """Implement :func:`kernels.compress.compress_next`. Raises ValueError for dtypes other than float32."""
+    return pool_next(compress, ring, rows, bias, lengths, overlap)
 
 
 class _Compress(torch.autograd.Function):
