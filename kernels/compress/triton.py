@@ -18,7 +18,7 @@ TILES: Tiles = {
 
 
 def block_constants(m: int, c: int, elements: int) -> dict[str, int]:
-    """Return the block sizes of a program that loads about that many values of one series."""
+    """Return the block sizes of a program that pools about ``elements`` values: rows of a block times channels."""
     rows = max(2, 1 << (m - 1).bit_length())
     return {"M_PAD": rows, "BLOCK_C": max(16, min(elements // rows, 1 << (c - 1).bit_length()))}
 
