@@ -49,13 +49,8 @@ async def in_batches(items: AsyncIterator[T], interval: float) -> AsyncIterator[
             ready.append(item)
             arrived.set()
 
-    def end(task: asyncio.Future[None]) -> None:
-        if not task.cancelled():
-            task.exception()  # asyncio logs errors that nobody retrieves, for instance because the consumer has left
-        arrived.set()
-
     collecting = asyncio.ensure_future(collect())
-    collecting.add_done_callback(end)
+    collecting.add_done_callback(lambda _: arrived.set())
     try:
         while not (collecting.done() and not ready):
             await arrived.wait()

@@ -67,7 +67,6 @@ async def call_app(app: ASGIApp, request: dict[str, Any], body: bytes) -> AsyncI
         messages.put_nowait(message)
 
     def end(task: asyncio.Future[None]) -> None:
-        # An exception that nobody retrieves is logged by asyncio, with its message.
         if not task.cancelled() and (error := task.exception()) is not None:  # the response, status 500, has been sent
             logger.error("the application failed (%s)", type(error).__name__)
         messages.put_nowait(None)

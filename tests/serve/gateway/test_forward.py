@@ -221,7 +221,7 @@ def test_a_failure_that_no_consumer_waits_for_is_reported_without_its_data(caplo
 
     with caplog.at_level(logging.DEBUG):
         asyncio.run(main())
-        gc.collect()  # asyncio logs exceptions that were never retrieved
+        gc.collect()  # asyncio logs exceptions that nobody has retrieved
     assert "ValueError" in caplog.text and "secret" not in caplog.text
 
 
