@@ -129,11 +129,11 @@ class Transformer(nn.Module):
         """Run the multi-token prediction module over tokens at positions ``starts`` and following, outside training.
 
         Args:
-            streams: of these tokens, from :meth:`read`; or from this method, of the tokens before them, in the place
-                of streams that are not known yet.
-            next_ids: int64 [B, S], the token after each.
-            cache: one with ``predicts_ahead``. Its tokens stay as they are; rows of the module are replaced.
-            starts: one position per sequence.
+            streams: The network's streams of these tokens, from :meth:`read`. For tokens that the network has not read,
+                the module's own streams of the tokens before them.
+            next_ids: int64 [B, S], the token after each of these tokens.
+            cache: A cache with ``predicts_ahead``. Only the module's rows change.
+            starts: First position of each sequence.
 
         Returns:
             The module's streams, the input of :meth:`ahead_logits`.

@@ -27,6 +27,7 @@ from starlette.types import Message
 from model.errors import ConfigError
 from serve.api.asgi import create_app
 from serve.api.errors import UnavailableError
+from serve.api.schemas.base import MAX_NAME_CHARS
 from serve.config import ServerConfig
 from serve.engine import Engine
 from serve.gateway.asgi import create_gateway
@@ -36,8 +37,10 @@ from serve.gateway.router import PrefixRouter
 GATEWAY = "fiftyfold"
 """Name of the gateway's application."""
 _FIRST_BYTE_MARGIN_SECONDS = 10.0
+"""Time beyond ``request_timeout_seconds`` for which the gateway waits, so that the replica reports the timeout."""
 
-ModelName = Annotated[str, Field(min_length=1, max_length=1000)]
+ServedName = Annotated[str, Field(min_length=1, max_length=MAX_NAME_CHARS)]
+Args = TypeVar("Args", bound=ServerConfig)
 
 
 class ModelArgs(ServerConfig):
@@ -45,7 +48,7 @@ class ModelArgs(ServerConfig):
 
     model_config = ConfigDict(protected_namespaces=())  # allows the prefix in model_name
 
-    model_name: ModelName
+    model_name: ServedName
     """Name that clients use for the model."""
     checkpoint: str
     """Checkpoint folder, readable from every node of the cluster."""
@@ -56,7 +59,7 @@ class ModelArgs(ServerConfig):
 class GatewayArgs(ServerConfig):
     """Arguments of :func:`build_gateway`. The settings are those of the models."""
 
-    models: Annotated[list[ModelName], Field(min_length=1)]
+    models: Annotated[list[ServedName], Field(min_length=1)]
     """Names of the models. The first one answers requests that name none."""
 
 
@@ -133,7 +136,7 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> FastAPI:
         args = self._args
         models = {name: ServeBackend(name) for name in args.models}
-        # A JSON response begins when it is complete.
+        # A JSON response begins when it is complete, so that its first byte can take the whole time limit.
         return create_gateway(models, args, args.request_timeout_seconds + _FIRST_BYTE_MARGIN_SECONDS)
 
 
@@ -176,9 +179,6 @@ def _autoscaling(settings: ModelArgs) -> AutoscalingConfig:
         upscale_delay_s=settings.upscale_delay_seconds,
         downscale_delay_s=settings.downscale_delay_seconds,
     )
-
-
-Args = TypeVar("Args", bound=ServerConfig)
 
 
 def _validate(schema: type[Args], args: dict[str, Any]) -> Args:

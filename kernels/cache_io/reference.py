@@ -59,11 +59,19 @@ def write_ring(ring: Tensor, rows: Tensor, ends: list[int]) -> None:
 
 def write_pages(x: Tensor, layout: EntryLayout, pages: Pages, first: list[int], last: list[int]) -> None:
     """Implement :func:`kernels.cache_io.write_pages`."""
-    packed = pack(x.detach(), layout)
-    for rows, page_ids, start, end in zip(packed, pages.page_table, first, last):
-        entries = torch.arange(start, end, device=x.device)
-        places = page_ids[entries // pages.page_size] * pages.page_size + entries % pages.page_size
-        pages.storage.index_copy_(0, places, rows[: end - start])
+    store_rows(pack(x.detach(), layout), pages, first, last)
+
+
+def store_rows(packed: Tensor, pages: Pages, first: list[int], last: list[int]) -> None:
+    """Write the first ``last - first`` rows of every sequence of packed uint8 [B, n, nbytes] to its pages."""
+    start, end = torch.tensor(first).unsqueeze(-1), torch.tensor(last).unsqueeze(-1)
+    entries = start + torch.arange(packed.shape[1])
+    # Indices are computed on the CPU, so that nothing waits for a GPU.
+    sequences, columns = (entries < end).nonzero(as_tuple=True)
+    indices = torch.stack((sequences, columns, entries[sequences, columns]))
+    sequences, columns, entry = indices.to(packed.device).unbind()
+    places = pages.page_table[sequences, entry // pages.page_size] * pages.page_size + entry % pages.page_size
+    pages.storage.index_copy_(0, places, packed[sequences, columns])
 
 
 def _unpack_scales(packed: Tensor, layout: EntryLayout) -> Tensor:

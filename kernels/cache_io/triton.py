@@ -11,6 +11,7 @@ from kernels import formats
 from kernels.autocast import detached
 from kernels.cache_io import reference
 from kernels.cache_io.layout import SCALED_FORMATS, EntryLayout
+from kernels.cache_io.pages import Pages
 from kernels.triton_support.platform import ARCHITECTURES, require_choice, require_device
 from kernels.triton_support.tiles import Tile, Tiles, launch_best
 
@@ -100,6 +101,11 @@ def unpack(packed: Tensor, layout: EntryLayout) -> Tensor:
         return torch.empty(*packed.shape[:-1], layout.size, device=packed.device)
     out = launch_best("cache_io.unpack", UNPACK_TILES, (len(rows), layout.spec), packed.device, run)
     return out.view(*packed.shape[:-1], layout.size)
+
+
+def write_pages(x: Tensor, layout: EntryLayout, pages: Pages, first: list[int], last: list[int]) -> None:
+    """Implement :func:`kernels.cache_io.write_pages`."""
+    reference.store_rows(pack(x, layout), pages, first, last)
 
 
 def round_to_format(x: Tensor, fmt: str, dtype: torch.dtype = torch.float32) -> Tensor:

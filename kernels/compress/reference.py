@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,17 +32,28 @@ def compress(
 
 def compress_next(ring: Tensor, rows: Tensor, bias: Tensor, lengths: list[int], overlap: bool) -> Tensor:
     """Implement :func:`kernels.compress.compress_next`."""
-    m, new, capacity = bias.shape[0], rows.shape[1], ring.shape[1]
-    sequences = []
-    for kept, own, length in zip(ring, rows, lengths):
-        preceded = overlap and length >= m
-        start = length // m * m - m * preceded
-        past = kept[torch.arange(start, length, device=kept.device) % capacity]
-        whole = torch.cat((past, own))[: (length + new) // m * m - start]
-        complete = (length + new) // m > length // m
-        sequences.append(compress(whole.unsqueeze(0), bias, overlap, preceded)[0] if complete else None)
-    n = max((len(entries) for entries in sequences if entries is not None), default=0)
-    width = bias.shape[1] // 2 if overlap else bias.shape[1]
-    empty = rows.new_zeros(0, width)
-    padded = [F.pad(empty if entries is None else entries, (0, 0, 0, n)) for entries in sequences]
-    return torch.stack([entries[:n] for entries in padded])
+    return pool_next(compress, ring, rows, bias, lengths, overlap)
+
+
+def pool_next(
+    pool: Callable[..., Tensor], ring: Tensor, rows: Tensor, bias: Tensor, lengths: list[int], overlap: bool
+) -> Tensor:
+    """Gather the blocks that new tokens complete and pool each with ``pool``, an implementation of
+    :func:`kernels.compress.compress`."""
+    (B, new), capacity, device = rows.shape[:2], ring.shape[1], rows.device
+    m, width = bias.shape[0], bias.shape[1] // (2 if overlap else 1)
+    n = max(((length + new) // m - length // m for length in lengths), default=0)
+    if not n:
+        return rows.new_zeros(B, 0, width)
+    length = torch.tensor(lengths, device=device).view(B, 1, 1)
+    block = length // m + torch.arange(n, device=device).view(1, n, 1)
+    position = block * m + torch.arange(-m if overlap else 0, m, device=device)
+    is_complete = (block + 1) * m <= length + new
+    place = torch.where(position < length, position % capacity, capacity + position - length)
+    place = torch.where(is_complete & (position >= 0), place, capacity)  # a row that exists, but is not used
+    gathered = torch.cat((ring, rows), dim=1)[torch.arange(B, device=device).view(B, 1, 1), place].flatten(0, 1)
+    starts = None
+    if overlap:  # the first block of a sequence has none before it
+        starts = (block == 0).view(B * n, 1).expand(-1, 2)
+    entries = pool(gathered, bias, overlap, overlap, starts).view(B, n, width)
+    return entries.masked_fill(~is_complete, 0.0)

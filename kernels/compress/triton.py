@@ -7,6 +7,7 @@ import importlib
 import torch
 from torch import Tensor
 
+from kernels.compress.reference import pool_next
 from kernels.triton_support.platform import ARCHITECTURES, require_choice, require_device
 from kernels.triton_support.tiles import Tile, Tiles, launch_best
 
@@ -17,7 +18,7 @@ TILES: Tiles = {
 
 
 def block_constants(m: int, c: int, elements: int) -> dict[str, int]:
-    """Return the block sizes of a program that loads about that many values of one series."""
+    """Return the block sizes of a program that pools about ``elements`` values: rows of a block times channels."""
     rows = max(2, 1 << (m - 1).bit_length())
     return {"M_PAD": rows, "BLOCK_C": max(16, min(elements // rows, 1 << (c - 1).bit_length()))}
 
@@ -34,6 +35,11 @@ def compress(
     require_device("compress", rows)
     require_choice("compress", "dtypes", rows.dtype, (torch.float32,))
     return _Compress.apply(rows, bias, overlap, has_previous and overlap, starts)
+
+
+def compress_next(ring: Tensor, rows: Tensor, bias: Tensor, lengths: list[int], overlap: bool) -> Tensor:
+    """Implement :func:`kernels.compress.compress_next`. Raises ValueError for dtypes other than float32."""
+    return pool_next(compress, ring, rows, bias, lengths, overlap)
 
 
 class _Compress(torch.autograd.Function):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from kernels.compress.triton import TILES
+from kernels.compress.triton import TILES, block_constants
 from kernels.triton_support.plans import Plan, Work
+from kernels.triton_support.tiles import Tile
 
 TOKENS, DIMS = 131072, 512
 _SIZES = {"n": "i32:16", "W": "i32:16", "C": "i32:16", "skipped": "i32"}
@@ -12,12 +13,22 @@ _F = "*fp32:16"
 
 def _plans(kind: str, m: int, overlap: bool) -> list[Plan]:
     arguments = {"rows": _F, "bias": _F, "starts": _F, "out": _F, **_SIZES, "m": "i32:16" if m % 16 == 0 else "i32"}
-    constants = {"OFFSET_IS_C": overlap, "HAS_STARTS": False, "M_PAD": m}
+    constants = {"OFFSET_IS_C": overlap, "HAS_STARTS": False}
+
+    def blocks(tile: Tile) -> dict[str, int]:
+        return block_constants(m, DIMS, tile.sizes["elements"])
+
     nbytes = 4.0 * TOKENS * DIMS * 2 * (1 + overlap)
     target = "75% of bandwidth"
     return [
         Plan(
-            f"compress.forward ({kind})", "forward", arguments, constants, TILES, work=Work(0.0, nbytes, target=target)
+            f"compress.forward ({kind})",
+            "forward",
+            arguments,
+            constants,
+            TILES,
+            work=Work(0.0, nbytes, target=target),
+            tile_constants=blocks,
         ),
         Plan(
             f"compress.backward ({kind})",
@@ -26,6 +37,7 @@ def _plans(kind: str, m: int, overlap: bool) -> list[Plan]:
             constants,
             TILES,
             work=Work(0.0, 2 * nbytes, target=target),
+            tile_constants=blocks,
         ),
     ]
 

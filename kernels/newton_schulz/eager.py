@@ -20,6 +20,7 @@ STEPS_PER_GRAM_MATRIX = {torch.float32: 5, torch.bfloat16: 2}
 them by a ** 2 = 12. That is negligible after 5 steps in float32 and overflows after 10; BF16 overflows after 3."""
 
 SymmetricProduct = Callable[..., Tensor]
+"""Function of (left, right, added, beta, alpha) that returns ``alpha left right + beta added``, a symmetric result."""
 
 _MIN_BLOCKED_ROWS = 1024
 """Rows from which symmetric products skip the blocks below the diagonal."""

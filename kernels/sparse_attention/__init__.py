@@ -68,8 +68,8 @@ def sparse_attention(
         value_size: Values are the first dims of a vector, by default all.
         chosen: int [B, S, K], indices of the permitted ``entries`` [B, T, c] of every query, each at most once; -1 in
             unused slots. Instead of ``entry_mask``.
-        with_mass: Whether the mass is needed. It costs the ``triton`` backend half as many products as the output;
-            others always return it.
+        with_mass: False permits None in place of the mass, which costs the ``triton`` backend half as many products
+            as the output. Other backends always return it.
 
     Returns:
         The output [B, S, H, value_size] and the attention mass of the entries, summed over heads: [B, S, T or K], or
@@ -80,15 +80,16 @@ def sparse_attention(
         sink = query.new_full(query.shape[2:3], float("-inf"), dtype=torch.float32)
     scale = c**-0.5 if scale is None else scale
     name = backend or backend_for(query, window_kv, entries, value_size)
-    module = get_backend(BACKENDS, name)
     if name == "triton":
         return triton.sparse_attention(
             query, window_kv, entries, entry_mask, sink, window, reach, scale, value_size or c, chosen, with_mass
         )
     if chosen is not None and entries is not None:
         entries, entry_mask = _gather(entries, chosen)
-        name, module = ("reference", reference) if backend is None else (name, module)
-    return module.sparse_attention(query, window_kv, entries, entry_mask, sink, window, reach, scale, value_size or c)
+        name = backend or backend_for(query, window_kv, entries, value_size)
+    return get_backend(BACKENDS, name).sparse_attention(
+        query, window_kv, entries, entry_mask, sink, window, reach, scale, value_size or c
+    )
 
 
 def _gather(entries: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:

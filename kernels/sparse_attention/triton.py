@@ -272,38 +272,32 @@ def _backward(keys: _Keys, q: Tensor, upstream: Tensor, log_sum: Tensor, inner: 
             programs = -(-min(step, S - begin) // Q)
             parts = grad_window if is_atomic else q.new_empty(B * heads * programs * slots, c, dtype=torch.float32)
             for of_query, of_keys in [(True, True)] if tile.sizes["passes"] == 1 else [(True, False), (False, True)]:
-                if not of_query:
-                    blocks["num_stages"] = KEY_STAGES
+                settings = blocks if of_query else {**blocks, "num_stages": KEY_STAGES}
                 kernels.backward[(programs, heads, B)](
                     q, keys.window_kv, keys.entries, keys.chosen, keys.mask, keys.limits, keys.reach, upstream,
                     log_sum, inner, grad_query, grad_window, grad_entries, parts,
                     begin, S, H, keys.past, keys.window, keys.T, keys.K, *keys.strides(S), window_slots, slots,
                     scale * _LOG2_E, scale,
-                    D=c, **keys.flags(), ATOMIC=is_atomic, OF_QUERY=of_query, OF_KEYS=of_keys, **blocks,
+                    D=c, **keys.flags(), ATOMIC=is_atomic, OF_QUERY=of_query, OF_KEYS=of_keys, **settings,
                 )  # fmt: skip
             if not is_atomic:
-                _sum_parts(
-                    kernels,
-                    keys,
-                    parts,
-                    begin,
-                    programs,
-                    Q,
-                    heads,
-                    B,
-                    S,
-                    window_slots,
-                    slots,
-                    (grad_window, grad_entries),
-                )
+                parts = parts.view(B, heads, programs, slots, c)
+                _sum_parts(keys, parts, begin, Q, S, window_slots, (grad_window, grad_entries))
         return grad_query, grad_window, grad_entries
 
     return launch_best("sparse_attention.backward", BACKWARD_TILES, (*shape, is_atomic), q.device, run)
 
 
-def _sum_parts(kernels, keys, parts, begin, programs, Q, heads, B, S, window_slots, slots, gradients) -> None:
-    """Add the parts of programs that begin at query ``begin`` to the gradients of window rows and entries."""
-    device = parts.device
+def _sum_parts(
+    keys: _Keys, parts: Tensor, begin: int, Q: int, S: int, window_slots: int, gradients: tuple[Tensor, Tensor]
+) -> None:
+    """Add parts [B, groups of heads, programs, slots, c] to the gradients of window rows and of entries.
+
+    A program has ``Q`` queries, the first one from query ``begin``. Its slots are ``window_slots`` rows of the window,
+    then entries.
+    """
+    kernels = importlib.import_module("kernels.sparse_attention.triton_kernels")
+    device, (B, heads, programs, slots, c) = parts.device, parts.shape
     first = begin + torch.arange(programs, device=device) * Q
     sequence = torch.arange(B, device=device).view(B, 1, 1, 1)
     unused = torch.iinfo(torch.int64).max
@@ -322,16 +316,14 @@ def _sum_parts(kernels, keys, parts, begin, programs, Q, heads, B, S, window_slo
             entry = torch.arange(keys.T, device=device).view(1, 1, 1, -1)
             seen = keys.limits.expand(B, S)[:, begin : begin + programs * Q]
             seen = torch.nn.functional.pad(seen, (0, programs * Q - seen.shape[1])).unflatten(1, (programs, Q)).amax(-1)
-            block = targets.shape[-1] - window_slots
             # A program writes the parts of whole tiles only up to the last entry that one of its queries sees.
             inside = entry < seen.view(B, 1, programs, 1)
-            assert block >= keys.T
         at = window_rows + sequence * keys.T + entry
         targets[..., window_slots : window_slots + keys.slots] = torch.where(inside, at, unused)
     targets, order = targets.flatten().sort(stable=True)
     for first_row, gradient in zip((0, window_rows), gradients):
-        count = gradient.numel() // parts.shape[1] if gradient.dim() == 3 else 0
+        count = gradient.numel() // c if gradient.dim() == 3 else 0
         if count:
             offsets = torch.searchsorted(targets, torch.arange(first_row, first_row + count + 1, device=device))
             with on_device_of(parts):
-                kernels.sum_parts[(count,)](parts, order, offsets, gradient, D=parts.shape[1])
+                kernels.sum_parts[(count,)](parts, order, offsets, gradient, D=c)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from kernels.sparse_attention.triton import BACKWARD_TILES, FORWARD_TILES, KEY_STAGES, MASS_TILES, SUM_TILES
 from kernels.triton_support.plans import Plan, Work
+from kernels.triton_support.tiles import Tile
 
 TOKENS, HEADS, DIMS, CHOSEN, WINDOW = 4096, 64, 512, 512, 128
 _KEYS = CHOSEN + WINDOW
@@ -23,6 +24,11 @@ def _attention(**more: str) -> dict[str, str]:
         "query": _ROWS, "window_kv": _ROWS, "entries": _ROWS, **_VISIBILITY, **_SIZES, "reach": "*i32:16",
         "log_sum": "*fp32:16", "past": "i32", "window": "i32:16", "scale": "fp32", **more,
     }  # fmt: skip
+
+
+def _blocks(tile: Tile) -> dict[str, int]:
+    """Return the block sizes of a program for chosen entries: heads of one query."""
+    return {"BLOCK_Q": 1, "BLOCK_H": tile.sizes["rows"], "BLOCK_N": tile.sizes["BLOCK_N"]}
 
 
 def _backward(kind: str, passes: int, of_query: bool, of_keys: bool, products: int) -> Plan:
@@ -49,6 +55,7 @@ def _backward(kind: str, passes: int, of_query: bool, of_keys: bool, products: i
             vector_ops=16.0 * _LOGITS,
             target="130 TFLOP/s, both passes" if passes == 2 else "",
         ),
+        tile_constants=_blocks,
     )  # fmt: skip
 
 
@@ -69,6 +76,7 @@ PLANS = [
             vector_ops=30.0 * _LOGITS,
             target="300 TFLOP/s",
         ),
+        tile_constants=_blocks,
     ),
     Plan(
         "sparse_attention.entry_mass",
@@ -92,6 +100,7 @@ PLANS = [
             cache_bytes=2.0 * TOKENS * DIMS * CHOSEN,
             vector_ops=14.0 * TOKENS * HEADS * CHOSEN,
         ),
+        tile_constants=_blocks,
     ),
     _backward("backward", 1, True, True, 5),
     _backward("backward of queries", 2, True, False, 3),

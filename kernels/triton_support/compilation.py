@@ -1,4 +1,4 @@
-"""Compilation of kernels for a GPU that is not there, and what the compiler reports: evidence without a clock.
+"""Compilation of kernels without a GPU, and the figures of the compiled code.
 
 For NVIDIA the figures come from the binary (``cuobjdump``, ``nvdisasm``, both part of the triton package), for AMD from
 the metadata of the assembly.

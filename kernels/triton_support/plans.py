@@ -7,7 +7,7 @@ GPU.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,18 +64,15 @@ class Plan:
     max_spills: dict[str, int] = field(default_factory=dict)
     """Largest bytes of registers that a thread spills, per architecture; 0 where absent."""
     work: Work | None = None
+    tile_constants: Callable[[Tile], dict[str, Any]] = lambda tile: tile.sizes
+    """Returns the compile-time constants of a setting."""
 
     def constants_for(self, architecture: str, tile: Tile) -> dict[str, Any]:
         """Return all constants for a setting of an architecture."""
-        sizes: dict[str, Any] = dict(tile.sizes)
-        if "PRECISION" in self.constants and architecture.startswith("gfx"):
-            sizes["PRECISION"] = "ieee"  # there are no TF32 products
-        if "rows" in sizes:  # of attention: heads of one query
-            sizes |= {"BLOCK_Q": 1, "BLOCK_H": sizes.pop("rows")}
-            sizes.pop("passes", None)
-        if "elements" in sizes:  # of pooling: values of one series
-            sizes["BLOCK_C"] = min(512, sizes.pop("elements") // self.constants["M_PAD"])
-        return {**self.constants, **sizes}
+        constants = {**self.constants, **self.tile_constants(tile)}
+        if "PRECISION" in constants and architecture.startswith("gfx"):
+            constants["PRECISION"] = "ieee"  # there are no TF32 products
+        return constants
 
     def function(self) -> Any:
         """Return the kernel. Imports triton."""

@@ -1,4 +1,4 @@
-"""Compile the kernels for GPUs that are not there and print the figures.
+"""Compile the kernels without a GPU and print the figures of the compiled code.
 
     python -m kernels.triton_support.report [--json] [--all-tiles] [--architectures sm_90 ...] [--kernels NAME ...]
 

@@ -32,7 +32,6 @@ class Gpu:
 
 
 H100 = Gpu("H100 SXM", "sm_90", 989e12, 3.35e12, 5.5e12, 132 * 128 * 1.755e9, 0.62)
-GPUS = (H100,)
 _ATOMIC_SHARE = 0.5
 """Share of the cache's bandwidth that float32 additions reach: they read and write."""
 

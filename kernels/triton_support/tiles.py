@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -15,7 +16,6 @@ import statistics
 import tempfile
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
@@ -128,11 +128,13 @@ class TileCache:
     def put(self, key: str, choice: int) -> int:
         """Store a choice and return it. A folder that cannot be written keeps it for this process only."""
         self._choices = {**self._read(), **self._choices, key: choice}
+        content = json.dumps(self._choices, indent=1, sort_keys=True)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
-                json.dump(self._choices, file, indent=1, sort_keys=True)
-            os.replace(file.name, self.path)
+            with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
+                written = Path(folder) / self.path.name
+                written.write_text(content)
+                os.replace(written, self.path)
         except OSError as error:
             _log.warning("%s: tile choices are not stored (%s)", self.path, error.strerror)
         return choice
@@ -140,7 +142,7 @@ class TileCache:
     def _read(self) -> dict[str, int]:
         try:
             found = json.loads(self.path.read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         if not isinstance(found, dict):
             return {}
@@ -150,7 +152,8 @@ class TileCache:
 @functools.cache
 def _cache(device: torch.device) -> TileCache:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fiftyfold" / "triton"
-    versions = f"{torch.cuda.get_device_name(device)} {torch.__version__} {version('triton')} {_sources()}"
+    triton = importlib.import_module("triton")  # its distribution has another name for AMD GPUs
+    versions = f"{torch.cuda.get_device_name(device)} {torch.__version__} {triton.__version__} {_sources()}"
     return TileCache(root / f"{hashlib.sha256(versions.encode()).hexdigest()[:16]}.json")
 
 

@@ -28,8 +28,8 @@ class Cache:
 
     Without a ``pool``, memory for ``max_tokens`` per sequence is allocated up front. With one, pages are allocated as
     tokens arrive and freed by :meth:`release`. ``rewind`` is the number of newest tokens that :meth:`truncate` can
-    always remove; the fixed state keeps that many more tokens. With ``predicts_ahead`` there is a cache of the
-    multi-token prediction module, too (:meth:`model.transformer.Transformer.read_ahead`).
+    always remove; the fixed state keeps that many more tokens. ``predicts_ahead`` adds a cache of the multi-token
+    prediction module (:meth:`model.transformer.Transformer.read_ahead`).
 
     Raises CacheError if a size is invalid or exceeds the model's positions.
     """
@@ -196,8 +196,10 @@ class Cache:
 
     @contextmanager
     def at(self, starts: list[int], tokens: int) -> Iterator[None]:
-        """Make :attr:`ahead` take ``tokens`` rows per sequence from positions ``starts`` on, for the duration of a
-        ``with`` block. ``starts`` lie within ``rewind`` tokens of the sequences' ends."""
+        """Context manager in which :attr:`ahead` reads and writes ``tokens`` rows per sequence from ``starts`` on.
+
+        These positions lie within ``rewind`` tokens of the sequences' ends.
+        """
         table = self._table
         lengths = table.lengths
         table.lengths = starts

@@ -84,8 +84,8 @@ class Compressor(nn.Module):
         return entries
 
     def _pool_one_by_one(self, rows: Tensor, state: CompressorState, stored: Callable[[Tensor], Tensor]) -> Tensor:
-        """Do the same in batch-invariant mode: every entry in a call of one shape, except a sequence's first, which has
-        no predecessor."""
+        """Pool the blocks that new rows complete, in batch-invariant mode: [B, n, width]. All calls have the same
+        shape, except that of a sequence's first entry, which has no preceding block."""
         m, new = self.ratio, rows.shape[1]
         sequences: list[Tensor] = []
         for sequence, length in enumerate(state.table.lengths):

@@ -23,7 +23,7 @@ OBFUSCATION_BLOCK = 64
 
 @dataclass(frozen=True)
 class Pace:
-    """How often a stream sends something."""
+    """Times between the events of a stream."""
 
     interval: float = 0.0
     """Least seconds between two chunks of text."""
@@ -34,8 +34,8 @@ class Pace:
 async def in_batches(items: AsyncIterator[T], interval: float) -> AsyncIterator[list[T]]:
     """Yield all of ``items`` in lists: the first one at once, later ones at least ``interval`` seconds apart.
 
-    Nothing waits after the last item. Raises the error of ``items`` after what came before it. With an interval of 0,
-    every list has one item.
+    The last list does not wait for the interval. An error of ``items`` is raised after the items before it. With an
+    interval of 0, every list has one item.
     """
     if not interval:
         async for item in items:

@@ -93,7 +93,7 @@ class Run:
         return chosen
 
     async def events(self, interval: float) -> AsyncIterator[str]:
-        """Yield the response as server-sent events, ``interval`` seconds apart.
+        """Yield the response as server-sent events, in batches at least ``interval`` seconds apart.
 
         The chunks' texts concatenate to the JSON response's text.
         """

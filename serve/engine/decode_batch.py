@@ -19,7 +19,7 @@ class DecodeBatch:
         self.sequences: list[Sequence] = []
         self.cache: Cache | None = None
         self.streams: Tensor | None = None
-        """Streams of the newest step, [B, S, ...], until other sequences join."""
+        """Streams of the newest step, [B, S, ...]; None before the first step and after other sequences have joined."""
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -44,7 +44,7 @@ class DecodeBatch:
         self.sequences = [self.sequences[i] for i in kept]
 
     def forward(self, model: Transformer, drafts: int = 0) -> Tensor:
-        """Append each sequence's last token and that many of its drafts. Return the logits of the token after each,
+        """Append each sequence's last token and its first ``drafts`` drafts. Return the logits of the token after each,
         [B, 1 + drafts, vocab]."""
         assert self.cache is not None
         rows = [[sequence.tokens[-1], *sequence.drafts[:drafts]] for sequence in self.sequences]

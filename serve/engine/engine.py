@@ -40,11 +40,6 @@ class Stream:
         self._unfinished = len(sequences)
         self._deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
 
-    @property
-    def finished(self) -> bool:
-        """True after the iterator has returned the request's last delta."""
-        return not self._unfinished
-
     def put(self, sequence: Sequence, delta: Delta) -> None:
         """Append a delta. The engine calls this on the event loop."""
         self._deltas.put_nowait((self._index[id(sequence)], delta))

@@ -138,7 +138,8 @@ class Scheduler:
         return [(sequence, _failure(error)) for sequence in sequences]
 
     def _usable_drafts(self) -> int:
-        """Return the number of drafts that fit the context of all sequences in the batch and that one of them uses."""
+        """Return the number of drafts per sequence: within the context of every sequence in the batch, and no more than
+        the longest remaining completion needs."""
         if self.drafter is None or self.batch.cache is None:
             return 0
         room = self.batch.cache.max_tokens - max(self.batch.cache.lengths) - 1
@@ -146,8 +147,8 @@ class Scheduler:
         return min(self.drafter.count, room, wanted)
 
     def _make_room_for_tokens(self) -> int:
-        """Free pages for one more token of every sequence in the batch, from the newest sequences if necessary. Return
-        the number of drafts for which there is room, too, without stopping a sequence."""
+        """Make room for one more token of every sequence in the batch, preempting the newest sequences if necessary.
+        Return the number of drafts to check in this step; drafts preempt no sequence."""
         drafts = self._usable_drafts()
         if drafts and self._make_room(1 + drafts):
             return drafts

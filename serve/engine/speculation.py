@@ -25,14 +25,14 @@ from serve.engine.sequence import Sequence
 
 
 def check_speculation(config: ModelConfig) -> None:
-    """Raise ConfigError unless the network can draft tokens, and its cache can forget those that are rejected."""
+    """Raise ConfigError unless the network can draft tokens and its cache can drop rejected ones."""
     if not config.mtp_layers:
         raise ConfigError("speculative_tokens: the model has no multi-token prediction module (mtp_layers is 0)")
     for mixer in config.mixers:
         if any(isinstance(part, RecurrentPart) for part in mixer.cache_parts(config).values()):
             raise ConfigError(
-                f"speculative_tokens: layers of '{mixer.name}' keep a recurrent state, which cannot forget rejected "
-                "tokens; set it to 0"
+                f"speculative_tokens: layers of '{mixer.name}' keep a recurrent state, from which rejected tokens "
+                "cannot be removed; set it to 0"
             )
 
 
@@ -51,10 +51,11 @@ class Drafter:
         """Tokens that the module sees at a time."""
 
     def read(self, sequence: Sequence, streams: Tensor) -> None:
-        """Let the module read prompt tokens that the network has just read, with streams [1, n, ...]. It skips those
-        that are out of its reach at all ends of interest: those of kept prefixes and of the prompt.
+        """Run the module over prompt tokens that the network has just read, with streams [1, n, ...].
 
-        A kept prefix has a last row with the successor of the prompt that left it. This affects drafts only.
+        Drafting starts at the end of the prompt or of a kept prefix. Tokens out of the module's reach from the next
+        such end are skipped. The last row of a kept prefix holds the successor from the prompt that stored it, which
+        affects only drafts.
         """
         assert sequence.cache is not None
         end = sequence.computed
@@ -64,8 +65,8 @@ class Drafter:
             self._follow([sequence], sequence.cache, streams[:, -count:])
 
     def draft(self, sequences: list[Sequence], cache: Cache, streams: Tensor) -> None:
-        """Draft the tokens of the next step, given the streams [B, n, ...] of the newest n tokens in ``cache``. Of
-        these, tokens that were drafted and rejected are removed from the cache."""
+        """Remove rejected drafts from ``cache`` and draft the tokens of the next step, given the streams [B, n, ...] of
+        the newest n tokens in the cache, rejected ones included."""
         ahead = self._follow(sequences, cache, streams[:, -(self._reach + self.count) :])
         lengths = [len(sequence.tokens) - 1 for sequence in sequences]
         offsets = [ahead.shape[1] - 1 - (now - kept) for now, kept in zip(cache.lengths, lengths)]

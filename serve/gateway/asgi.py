@@ -25,8 +25,8 @@ _ANSWER_SECONDS = 30.0
 def create_gateway(models: Mapping[str, Backend], config: HttpConfig, timeout_seconds: float) -> FastAPI:
     """Return an application that serves ``models`` by name; the first one answers requests that name none.
 
-    It checks API keys, origins and sizes. The page, health and the list of models are its own; everything else is
-    the answer of a replica. Raises ConfigError for an API key that cannot be read.
+    It checks API keys, origins and sizes. It answers the page, health checks and the list of models itself, and
+    forwards all other requests to a replica. Raises ConfigError for an API key that cannot be read.
 
     Args:
         timeout_seconds: Longest wait for the first byte of a replica.
@@ -66,7 +66,7 @@ def create_gateway(models: Mapping[str, Backend], config: HttpConfig, timeout_se
 
 
 async def _json(name: str, backend: Backend, path: str) -> dict[str, Any]:
-    """Return the JSON answer of a model's replica. Raises UnavailableError if it is not one of success."""
+    """Return the JSON answer of a model's replica. Raises UnavailableError for any other status than 200."""
     try:
         async with asyncio.timeout(_ANSWER_SECONDS):
             status, body = await fetch(backend, path)

@@ -66,6 +66,11 @@ async def call_app(app: ASGIApp, request: dict[str, Any], body: bytes) -> AsyncI
     async def send(message: Message) -> None:
         messages.put_nowait(message)
 
+    def end(task: asyncio.Future[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:  # the response, status 500, has been sent
+            logger.error("the application failed (%s)", type(error).__name__)
+        messages.put_nowait(None)
+
     scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -77,7 +82,7 @@ async def call_app(app: ASGIApp, request: dict[str, Any], body: bytes) -> AsyncI
         **request,
     }
     task = asyncio.ensure_future(app(scope, receive, send))
-    task.add_done_callback(lambda _: messages.put_nowait(None))
+    task.add_done_callback(end)
     try:
         ended = False
         while not ended:
@@ -87,15 +92,13 @@ async def call_app(app: ASGIApp, request: dict[str, Any], body: bytes) -> AsyncI
             ended = ready[-1] is None
             if batch := [message for message in ready if message is not None]:
                 yield batch
-        if (error := task.exception()) is not None:  # the response, status 500, has been sent
-            logger.error("the application failed (%s)", type(error).__name__)
     finally:
         disconnected.set()
         task.cancel()
 
 
 async def fetch(backend: Backend, path: str, method: str = "GET") -> tuple[int, bytes]:
-    """Return status and body of a request of the gateway's own."""
+    """Send a request of the gateway's own. Return the status and body of the response."""
     request = {"method": method, "path": path, "query_string": b"", "headers": []}
     status, parts = 500, []
     async with aclosing(backend.respond(request, b"")) as batches:  # type: ignore[type-var]

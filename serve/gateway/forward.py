@@ -21,14 +21,14 @@ from serve.gateway.backend import Backend, ReplicaLostError, describe_request
 from serve.gateway.prefixes import Ask, read_ask
 
 ATTEMPTS = 3
-"""Replicas that may end during a request before the gateway gives it up."""
+"""Replicas to which the gateway sends a request in turn if they end while they work on it."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LARGE_BODY = 1 << 16
 """Bytes from which a body is parsed in a thread, so that other streams go on."""
 
 
 class Forwarder:
-    """ASGI application that answers every request with a replica of the model that it names, or of the first model.
+    """ASGI application that forwards every request to a replica of the model that it names, or of the first model.
 
     ``model`` is a field of a JSON body, or a parameter of the query of other requests. A request whose replica ends
     is sent to another one as long as nothing has been sent to the client. Otherwise an event stream ends with an
@@ -62,7 +62,7 @@ class Forwarder:
     def find(self, name: object) -> Backend:
         """Return the replicas of a model. Raises ModelNotFoundError.
 
-        None is the first model. So is everything that can be no name; its replica reports the error.
+        None selects the first model. So does a value that cannot be a name; the replica then reports the error.
         """
         if not isinstance(name, str) or _SURROGATE.search(name):
             return next(iter(self._models.values()))

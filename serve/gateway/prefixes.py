@@ -1,7 +1,7 @@
-"""Digests of the beginnings of prompts, which tell how far two prompts are equal.
+"""Digests of the beginnings of prompts, by which the gateway finds the longest beginning that two prompts share.
 
-The gateway sends prompts with a common beginning to the same replica, which may have kept it
-(:mod:`serve.engine.prefix_cache`). It has no tokenizer: digests are of the prompt's text, or of its token IDs.
+It sends prompts with a common beginning to the same replica, which may have kept that prefix
+(:mod:`serve.engine.prefix_cache`). It has no tokenizer, so it digests the prompt's text or its token IDs.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Ask:
 
 
 def read_ask(body: bytes) -> Ask:
-    """Return model and prefix of a JSON body. A body that is not a JSON object has none; the replica reports its
-    error."""
+    """Return the model and the prefix digests of a JSON body; none for a malformed body, whose error the replica
+    reports."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError):  # also UnicodeDecodeError and integers with too many digits

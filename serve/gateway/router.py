@@ -18,7 +18,8 @@ TABLE_SIZE = 1 << 16
 
 
 class PrefixTable:
-    """Replicas that were last sent a prompt with each beginning. The least recently used beginnings are forgotten."""
+    """Table from the digest of a prompt's beginning to the replica that was sent such a prompt, with the least recently
+    used entries dropped."""
 
     def __init__(self, size: int = TABLE_SIZE):
         self._size = size
@@ -32,7 +33,8 @@ class PrefixTable:
         return None
 
     def record(self, prefix: Sequence[bytes], replica: ReplicaID) -> None:
-        """Record that a replica gets a prompt. Its shorter beginnings stay with their replicas."""
+        """Record that a prompt was sent to a replica. Beginnings that other replicas hold stay with them, except the
+        longest one."""
         for place, digest in enumerate(prefix):
             if place == len(prefix) - 1 or digest not in self._holders:
                 self._holders[digest] = replica
@@ -41,7 +43,7 @@ class PrefixTable:
             self._holders.popitem(last=False)
 
     def retain(self, replicas: Collection[ReplicaID]) -> None:
-        """Forget what all other replicas were sent."""
+        """Drop the entries of all replicas but these."""
         self._holders = OrderedDict((digest, id) for digest, id in self._holders.items() if id in replicas)
 
 
@@ -88,7 +90,7 @@ class PrefixRouter(RequestRouter):
         self._active[replica_id] += 1
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """Called once for every request sent, also for one that the replica has refused."""
+        """Ray Serve calls this once for every request sent, also for one that the replica has refused."""
         self._active[replica_id] -= 1
         if self._active[replica_id] <= 0:
             del self._active[replica_id]

@@ -88,6 +88,14 @@ def test_all_operations_are_covered():
     assert {call.split(".")[0] for call in CALLS} == set(OPERATIONS)
 
 
+@pytest.mark.parametrize("call", CALLS)
+def test_every_backend_implements_every_dispatched_function(call):
+    name, function = call.split(".")
+    backends = operation(name).BACKENDS
+    if hasattr(backends["reference"], function):  # others are composed of dispatched functions
+        assert [backend for backend, module in backends.items() if not hasattr(module, function)] == []
+
+
 def test_native_operators_run_only_without_gradients(monkeypatch):
     from kernels import rms_norm, rotary, swiglu
 

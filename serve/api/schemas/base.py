@@ -41,7 +41,9 @@ def integral(value: Any) -> Any:
 Integer = Annotated[int, BeforeValidator(integral)]
 MAX_INTEGER = 2**31 - 1
 """Limit on counts that the model's context or vocabulary limits further."""
-ModelName = Annotated[str, Field(max_length=1000)]
+MAX_NAME_CHARS = 1000
+ModelName = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
+"""Name of a model in a request."""
 
 
 def parse_token_ids(value: Any) -> Any:

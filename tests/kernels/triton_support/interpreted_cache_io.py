@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import formats
-from kernels.cache_io import EntryLayout, pack, unpack
+from kernels.cache_io import EntryLayout, Pages, pack, unpack, write_pages
 from kernels.quantize import fake_quantize, round_to_format, round_to_layout
 
 LAYOUTS = [
@@ -56,6 +56,17 @@ def test_packing_and_unpacking_have_the_bits_of_the_reference(layout):
     finite = packed[~torch.isinf(x).any(-1)]
     expected = unpack(finite, layout, backend="reference")
     assert torch.equal(unpack(finite, layout, backend="triton").view(torch.int32), expected.view(torch.int32))
+
+
+def test_pages_have_the_bits_of_the_reference():
+    layout, x, size = EntryLayout(448, "fp8", 64), torch.randn(3, 4, 512), 3
+    stored = []
+    for backend in ("triton", "reference"):
+        storage = torch.full((7 * size, layout.nbytes), 9, dtype=torch.uint8)
+        pages = Pages(storage, size, torch.tensor([[4, 0], [2, 6], [5, 5]]))
+        write_pages(x, layout, pages, [1, 2, 2], [5, 4, 2], backend=backend)
+        stored.append(storage)
+    assert torch.equal(*stored) and (stored[0] != 9).any()
 
 
 def test_every_e4m3_and_e2m1_code_unpacks_to_its_value():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.compress import compress
+from kernels.compress import compress, compress_next
 
 
 def run(backend, given, *options):
@@ -32,6 +32,22 @@ def test_gates_far_apart_and_no_blocks():
     for x, y in zip(run("triton", given, True), run("reference", given, True)):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-4)
     assert compress(torch.zeros(1, 0, 64), torch.zeros(4, 32), True, backend="triton").shape == (1, 0, 16)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("new", [1, 2, 9])
+@torch.no_grad()
+def test_completed_blocks_of_a_ragged_batch(overlap, new):
+    m, w, lengths = 4, 40, [0, 1, 3, 4, 7, 22]
+    given = (
+        torch.randn(len(lengths), 9, 2 * w),
+        torch.randn(len(lengths), new, 2 * w),
+        torch.randn(m, w),
+        lengths,
+        overlap,
+    )
+    found, expected = (compress_next(*given, backend=backend) for backend in ("triton", "reference"))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_unsupported_dtypes_are_refused_with_the_supported_set():

@@ -1,5 +1,6 @@
 """Triton backends on a machine without a GPU, and the stored choices of settings."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -84,7 +85,7 @@ def test_choices_survive_a_process_and_damage(tmp_path):
     other.put("third", 2)
     assert json.loads(path.read_text()) == {"kernel (1, 2)": 3, "second": 1, "third": 2}
     assert [p.name for p in path.parent.iterdir()] == ["choices.json"]
-    for damage in ("{", "[1]", '{"kernel (1, 2)": "3", "other": -1}'):
+    for damage in ("{", "[1]", "[" * 100_000, '{"kernel (1, 2)": "3", "other": -1}'):
         path.write_text(damage)
         assert TileCache(path).get("kernel (1, 2)") is None and TileCache(path).get("other") is None
 
@@ -94,6 +95,18 @@ def test_a_folder_that_cannot_be_written_keeps_the_choice_in_memory(tmp_path, ca
     cache = TileCache(tmp_path / "file" / "choices.json")
     assert cache.put("kernel", 1) == 1 and cache.get("kernel") == 1
     assert "tile choices are not stored" in caplog.text
+
+
+def test_the_stored_choices_need_no_distribution_named_triton(monkeypatch):
+    """PyTorch for AMD GPUs comes with triton in a distribution of another name."""
+    pytest.importorskip("triton")
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", missing)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "AMD Instinct MI300X")
+    assert tiles._cache.__wrapped__(torch.device("cpu")).path.suffix == ".json"
 
 
 class FakeEvents:

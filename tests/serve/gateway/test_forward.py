@@ -1,6 +1,7 @@
 """A gateway in front of applications in this process, some of which lose their replica."""
 
 import asyncio
+import gc
 import gzip
 import json
 import logging
@@ -205,6 +206,22 @@ def test_a_failing_application_is_reported_without_its_data(caplog) -> None:
 
     with caplog.at_level(logging.DEBUG):
         assert [message["status"] for message in asyncio.run(main())] == [500]
+    assert "ValueError" in caplog.text and "secret" not in caplog.text
+
+
+def test_a_failure_that_no_consumer_waits_for_is_reported_without_its_data(caplog) -> None:
+    async def app(scope, receive, send) -> None:
+        await send({"type": "http.response.start", "status": 500, "headers": []})
+        raise ValueError("secret prompt")
+
+    async def main() -> None:
+        batches = call_app(app, {}, b"")
+        await anext(batches)
+        await batches.aclose()
+
+    with caplog.at_level(logging.DEBUG):
+        asyncio.run(main())
+        gc.collect()  # asyncio logs exceptions that nobody has retrieved
     assert "ValueError" in caplog.text and "secret" not in caplog.text
 
 
