@@ -39,11 +39,6 @@ class SelectedRate:
     rate: float
     losses: dict[float, float]
 
-    @property
-    def at_the_edge(self) -> bool:
-        """Whether a rate outside the list may be better."""
-        return len(self.losses) > 1 and self.rate in (min(self.losses), max(self.losses))
-
 
 class Experiment:
     """Runs trials of a step, with progress and the time left."""
