@@ -61,4 +61,6 @@ def test_the_quick_form_keeps_stages_arms_and_seeds():
     assert total_steps(short) < 20 and short.model == recipe.model and short.data == recipe.data
     assert short.ablate.seeds == recipe.ablate.seeds and short.compare.arms == recipe.compare.arms
     assert short.ablate.choices == recipe.ablate.choices and short.evaluate.tasks == recipe.evaluate.tasks
+    assert short.evaluate.samples == 2
+    assert quick(with_overrides(recipe, {"evaluate.tasks": ["mqar", "residue"]})).evaluate.samples == 32  # one a length
     assert short.ablate.name == "ablation-quick" and len(short.ablate.rates) == 2
