@@ -87,6 +87,11 @@ class Task(ABC):
         """Return the settings whose defaults depend on the network."""
         return {}
 
+    @property
+    def fewest_samples(self) -> int:
+        """Number of documents below which the task is vacuous."""
+        return 1
+
     def require(self, setting: str, low: int, high: int, reason: str) -> None:
         """Raise ConfigError unless the setting is between ``low`` and ``high``."""
         value = getattr(self, setting)

@@ -40,6 +40,10 @@ class Residue(RetrievalTask):
     def defaults(cls, config: ModelConfig) -> dict[str, int]:
         return {"span": largest_ratio(config)}
 
+    @property
+    def fewest_samples(self) -> int:
+        return self.span
+
     def plan(self, rng: random.Random, length: int) -> Plan:
         facts = [(MARKER + key, rng.choice(VALUES)) for key in rng.sample(KEYS, self.keys)]
         return Plan(facts, [Question(*rng.choice(facts))])

@@ -48,7 +48,7 @@ def retrieval_questions(
     assert isinstance(built, RetrievalTask)
     distance = source.distance(task, metadata.get("distance"))
     lengths = built.lengths(length)
-    if samples < len(lengths):
+    if samples < built.fewest_samples:
         raise ConfigError(f"{task}: {samples} samples are too few for one document of each of {len(lengths)} lengths")
     speller = Speller(source.tokenizer)
     speller.check()

@@ -15,7 +15,8 @@ from pipelines.experiments.outputs import command_line, publish
 from pipelines.experiments.quantization import score_variants
 from pipelines.experiments.trials import FINAL, LOSS, Result, Trial, plan
 from pipelines.recipe.schema import Recipe
-from pipelines.reports.ablation import AblationResult, ArmResult, CostStage, Runs, figure, tables
+from pipelines.reports.ablation import AblationResult, ArmResult, CostStage, figure, tables
+from pipelines.reports.arms import Runs
 from pipelines.reports.cache_measurement import check_memory, measure_cache
 from pipelines.training.curriculum import curriculum, total_steps
 

@@ -39,11 +39,6 @@ class SelectedRate:
     rate: float
     losses: dict[float, float]
 
-    @property
-    def at_the_edge(self) -> bool:
-        """Whether a rate outside the list may be better."""
-        return len(self.losses) > 1 and self.rate in (min(self.losses), max(self.losses))
-
 
 class Experiment:
     """Runs trials of a step, with progress and the time left."""
@@ -68,10 +63,11 @@ class Experiment:
             return {}
         for trial in pending.values():
             trial.write()
+        descriptions = {str(folder): trial.to_dict() for folder, trial in pending.items()}
         section, use_gpu = self.section, self.recipe.train.use_gpu
         tracking = {"uri": self.tracked.uri, "parent": self.tracked.run_id, "kind": f"{self.step}_trial"}
         trainable = tune.with_resources(
-            tune.with_parameters(run_trial, tracking=tracking),
+            tune.with_parameters(run_trial, trials=descriptions, tracking=tracking),
             {"CPU": section.cpus_per_trial, **({"GPU": 1.0} if use_gpu else {})},
         )
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints tracebacks; failures are reported below

@@ -14,6 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from model.atomic_files import atomic_file, write_text
+from pipelines.experiments.trial_process import fewest_samples
 from pipelines.recipe.loading import load_recipe, with_overrides
 from pipelines.recipe.paths import check_creatable, path_option
 from pipelines.recipe.schema import Recipe
@@ -61,7 +62,7 @@ def quick(recipe: Recipe) -> Recipe:
         "train.checkpoint_every": 4,
         "train.log_every": 4,
         "tracking.system_metrics_interval": None,
-        "evaluate.samples": 2,
+        "evaluate.samples": max(2, fewest_samples(recipe)),
         "evaluate.lengths": recipe.evaluate.lengths[:2],
         "evaluate.depths": recipe.evaluate.depths[:1],
         "ablate.context": 4096,

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from ray import tune
 
+from evals.documents import task_class
 from model import checkpoint
 from model.atomic_files import atomic_folder, write_text
 from model.tokenizer import load_tokenizer
 from model.transformer import Transformer
 from pipelines.data.manifest import read_manifest
-from pipelines.experiments.trials import FINAL, LAST, LOSS, RESULT, TRIAL, Trial, only_process
-from pipelines.recipe.loading import recipe_from_dict, with_overrides
+from pipelines.experiments.trials import FINAL, LAST, LOSS, RESULT, Trial, only_process
+from pipelines.recipe.loading import with_overrides
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.cache_measurement import measured_cache
 from pipelines.tracking.lineage import dataset_input
@@ -36,16 +37,16 @@ CURVE = "curve.json"
 STEP_SECONDS = "train/step_seconds"
 
 
-def run_trial(config: dict[str, str], tracking: dict[str, str]) -> None:
+def run_trial(config: dict[str, str], trials: dict[str, dict[str, Any]], tracking: dict[str, str]) -> None:
     """Train and score one trial, as far as that has not been done, and report its loss to Tune.
 
     Args:
         config: Tune's parameters: the trial's ``folder``.
+        trials: Trials as plain values, by folder. The description in the folder may be that of another experiment,
+            which shares the training and scores it on other tasks.
         tracking: ``uri`` of the MLflow store, the experiment's run id as ``parent``, and the ``kind`` of the run.
     """
-    folder = Path(config["folder"])
-    values = json.loads((folder / TRIAL).read_text())
-    trial = Trial(**{**values, "recipe": recipe_from_dict(values["recipe"])})
+    trial = Trial.from_dict(trials[config["folder"]])
     torch.set_num_threads(trial.recipe.train.threads_per_worker)
     complete(trial, tracking)
     tune.report({LOSS: trial.result().metrics[LOSS]})
@@ -152,13 +153,22 @@ def score_tasks(network: Path, recipe: Recipe, samples: int) -> dict[str, float]
     )
 
 
+def fewest_samples(recipe: Recipe) -> int:
+    """Return the number of documents that every task of the evaluate section accepts. Raises ConfigError."""
+    tasks = [task_class(name).create(recipe.data.settings_of(name), recipe.model) for name in recipe.evaluate.tasks]
+    return max(task.fewest_samples for task in tasks)
+
+
 def check_tasks(recipe: Recipe) -> None:
-    """Score a network with random weights on one sample per setting, so that a setting that the model cannot hold, or
-    that proves nothing, is refused before any training. Raises ConfigError."""
+    """Score a network with random weights on as few samples as possible, before any training.
+
+    Raises ConfigError for a task that the model cannot hold, or that is vacuous.
+    """
+    samples = min(fewest_samples(recipe), recipe.evaluate.samples)
     with tempfile.TemporaryDirectory() as scratch:
         network = Path(scratch) / "untrained"
         checkpoint.save(Transformer(recipe.model), network, load_tokenizer(recipe.data_folder))
-        score_tasks(network, recipe, 1)
+        score_tasks(network, recipe, samples)
 
 
 class _Recorder:

@@ -18,7 +18,7 @@ from typing import Any
 
 from model.atomic_files import write_text
 from pipelines.experiments.arms import Arm, with_rate
-from pipelines.recipe.loading import with_overrides
+from pipelines.recipe.loading import recipe_from_dict, with_overrides
 from pipelines.recipe.schema import Recipe
 from pipelines.tracking.run_folder import training_identity
 
@@ -60,12 +60,18 @@ class Trial:
     def is_finished(self) -> bool:
         return (self.folder / RESULT).exists() and (not self.evaluated or self.evaluation_file.exists())
 
-    def write(self) -> Path:
-        """Write the trial's description to its folder; return the folder."""
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "recipe": self.recipe.to_dict(), "scored": dict(self.scored)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Trial:
+        """Build from plain values."""
+        return cls(**{**values, "recipe": recipe_from_dict(values["recipe"])})
+
+    def write(self) -> None:
+        """Write the trial's description to its folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        values = {**vars(self), "recipe": self.recipe.to_dict(), "scored": dict(self.scored)}
-        write_text(self.folder / TRIAL, json.dumps(values, indent=2) + "\n")
-        return self.folder
+        write_text(self.folder / TRIAL, json.dumps(self.to_dict(), indent=2) + "\n")
 
     def result(self) -> Result:
         """Return the result of a finished trial."""

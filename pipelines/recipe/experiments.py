@@ -111,8 +111,8 @@ class ExperimentSection(Section):
     """Seeds of the weights and of the order of the data. The first one selects the learning rates. Intervals and tests
     need three."""
     rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (0.25, 0.5, 1.0, 2.0, 4.0)
-    """Multiples of the recipe's learning rates (``learning_rate`` and ``adamw_learning_rate``) to try. The same for
-    every arm."""
+    """Multiples of the recipe's learning rates (``learning_rate``, ``adamw_learning_rate`` and
+    ``indexer_learning_rate``) to try. The same for every arm."""
     cpus_per_trial: Annotated[float, Field(gt=0)] = 1.0
     max_concurrent: Annotated[int, Field(ge=1)] | None = None
     """Maximum number of trainings at a time. None fills the cluster, or this machine's cores."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,43 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from model.work import WEIGHTING
-from pipelines.reports.statistics import (
-    MIN_SEEDS,
-    adjusted,
-    estimate,
-    format_difference,
-    format_estimate,
-    format_p,
-    paired,
-    tokens_to,
-    too_few,
-)
+from pipelines.reports.arms import LOSS, METRICS, Runs, differences, rates_table, score_cells
+from pipelines.reports.statistics import MIN_SEEDS, estimate, format_estimate, tokens_to, too_few
 from pipelines.reports.tables import Table
 
-LOSS = "validation/loss"
-METRICS = {
-    "validation loss": LOSS,
-    "loss on text": "validation/text_loss",
-    "recall": "validation/recall",
-    "needle recall": "validation/needle_recall",
-}
-"""Metrics of the tables by title."""
-TESTED = ("validation loss", "recall")
 _CLOSED, _MEASURED, _BAND = "#2c5f8a", "#c0392b", "#9aa7b1"
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Trainings of an arm, one per seed."""
-
-    steps: int
-    flops: float
-    """Of one training."""
-    run_ids: list[str]
-    metrics: dict[str, list[float]]
-    """Values by metric, in the order of the seeds."""
-    curves: list[list[tuple[int, float]]] = field(default_factory=list)
-    """(tokens, validation loss) of each training."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +34,6 @@ class ArmResult:
     @property
     def trainings(self) -> list[Runs]:
         return [self.equal_tokens, *([self.equal_flops] if self.equal_flops else [])]
-
-    @property
-    def rate_at_the_edge(self) -> bool:
-        rates = [float(rate) for rate in self.rate_losses]
-        return len(rates) > 1 and self.rate in (min(rates), max(rates))
 
 
 @dataclass(frozen=True)
@@ -130,7 +93,8 @@ def tables(result: AblationResult) -> list[Table]:
     if any(arm.equal_flops for arm in result.arms):
         found += _scores(result, f"{result.name}: equal training FLOPs", equal_flops=True)
     found += _tokens_to_loss(result) + _quantization(result)
-    return [*found, _rates(result), _costs(result)]
+    rates = [(arm.title, arm.rate, arm.rate_losses) for arm in result.arms]
+    return [*found, rates_table(result.name, "arm", rates, result.seeds[0]), _costs(result)]
 
 
 def _runs(arm: ArmResult, equal_flops: bool) -> Runs:
@@ -148,39 +112,14 @@ def _scores(result: AblationResult, title: str, equal_flops: bool) -> list[Table
     return [scores, differences(f"{title}: difference from the full recipe", arms, result.seeds)]
 
 
-def score_cells(metrics: Mapping[str, list[float]], names: Mapping[str, str]) -> list[str]:
-    """Return the estimates of the metrics ``names`` as text, "-" where one was not measured."""
-    return [format_estimate(estimate(metrics[metric])) if metric in metrics else "-" for metric in names.values()]
-
-
-def differences(title: str, arms: Mapping[str, Runs], seeds: Sequence[int]) -> Table:
-    """Return the table of paired differences from the first arm, with tests."""
-    (_, reference), *others = arms.items()
-    tested = [name for name in TESTED if METRICS[name] in reference.metrics]
-    found = {
-        (arm, name): paired(runs.metrics[METRICS[name]], reference.metrics[METRICS[name]])
-        for arm, runs in others
-        for name in tested
-    }
-    corrected = {name: adjusted({arm: found[arm, name].p for arm, _ in others}) for name in tested}
-    rows = []
-    for arm, _ in others:
-        cells = ((format_difference(found[arm, name]), format_p(corrected[name][arm])) for name in tested)
-        rows.append([arm, *itertools.chain(*cells)])
-    note = too_few(seeds) or (
-        "paired by seed, ± half width of the 95% t interval; p: two-sided paired t-test, with Holm's correction over "
-        "the rows"
-    )
-    return Table(title, ["arm", *itertools.chain(*([name, "p"] for name in tested))], rows, note)
-
-
 def _tokens_to_loss(result: AblationResult) -> list[Table]:
     """Return a table of the share of tokens after which the full recipe reaches the final loss of each other arm."""
     full, *others = result.arms
     rows = []
     for arm in others:
-        pairs = zip(full.equal_tokens.curves, arm.equal_tokens.curves)
-        shares = [tokens_to(own, theirs[-1][1]) / theirs[-1][0] for own, theirs in pairs if own and theirs]
+        pairs = zip(full.equal_tokens.curves, arm.equal_tokens.metrics[LOSS])
+        # The loss of the scored network, which the last point of an arm's curve is not for an arm quantized afterwards.
+        shares = [tokens_to(curve, loss) / curve[-1][0] for curve, loss in pairs if curve]
         reached = [share for share in shares if math.isfinite(share)]
         if shares:
             value = format_estimate(estimate(reached), 2) if len(reached) == len(shares) else "-"
@@ -199,19 +138,6 @@ def _quantization(result: AblationResult) -> list[Table]:
     ]
     title = f"{result.name}: quantization-aware training against quantization after training"
     return [Table(title, ["network", *metrics], rows)]
-
-
-def _rates(result: AblationResult) -> Table:
-    rates = sorted({float(rate) for arm in result.arms for rate in arm.rate_losses})
-    rows = []
-    for arm in result.arms:
-        losses = {float(rate): loss for rate, loss in arm.rate_losses.items()}
-        cells = [f"{losses[rate]:.4f}{' *' if rate == arm.rate else ''}" if rate in losses else "-" for rate in rates]
-        rows.append([arm.title, *cells, "at the edge of the list" if arm.rate_at_the_edge else ""])
-    columns = ["arm", *(f"{rate:g}" for rate in rates), ""]
-    note = "*: selected. At the edge, a rate outside the list may be better"
-    title = f"{result.name}: validation loss by multiple of the learning rates, seed {result.seeds[0]}"
-    return Table(title, columns, rows, note)
 
 
 def _costs(result: AblationResult) -> Table:
@@ -278,6 +204,10 @@ def _bars(axes: Axes, closed: Sequence[float], measured: Sequence[float], label:
 
 
 def _quality(axes: Axes, result: AblationResult, arms: dict[str, ArmResult], metric: str) -> None:
+    axes.set_xlim(-0.6, len(result.waterfall) - 0.4)
+    if metric not in result.arms[0].equal_tokens.metrics:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", fontsize=10)
+        return
     full = estimate(result.arms[0].equal_tokens.metrics[metric])
     half = full.half_width or 0.0
     axes.axhspan(full.mean - half, full.mean + half, color=_BAND, alpha=0.3, linewidth=0)
@@ -291,6 +221,5 @@ def _quality(axes: Axes, result: AblationResult, arms: dict[str, ArmResult], met
         axes.plot([place] * len(found.values), found.values, ".", color=_MEASURED, alpha=0.5, markersize=5)
         label = f" {found.mean:.3f}"
         axes.annotate(label, (place, found.mean), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9)
-    axes.set_xlim(-0.6, len(result.waterfall) - 0.4)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, loc="best")

@@ -11,18 +11,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from model.work import WEIGHTING
-from pipelines.reports.ablation import METRICS, TESTED, Runs, differences, score_cells
+from pipelines.reports.arms import METRICS, TESTED, Runs, differences, rates_table, score_cells
 from pipelines.reports.figures import binary
-from pipelines.reports.statistics import (
-    MIN_SEEDS,
-    estimate,
-    format_estimate,
-    too_few,
-)
+from pipelines.reports.statistics import MIN_SEEDS, estimate, format_estimate, too_few
 from pipelines.reports.tables import Table
 
 LENGTHS = tuple(1 << power for power in range(10, 21, 2))
 """Sequence lengths of the costs: 1K to 1M."""
+PUBLISHED_LENGTH = 1 << 20
+"""Sequence length of the published networks' costs."""
 SSA_NOTE = "accounting only: an assumption about an unpublished design, not trained"
 _COLORS = ("#2c5f8a", "#7f8c8d", "#c0392b", "#2e8b57", "#8e44ad", "#d98e04", "#16a085")
 _SCORES = ("recall", "likelihood")
@@ -96,9 +93,6 @@ class ComparisonResult:
         return cls(**{**values, "arms": arms, "ssa": NetworkCosts(**values["ssa"]), "published": published})
 
 
-PUBLISHED_LENGTH = 1 << 20
-
-
 def task_scores(metrics: dict[str, list[float]]) -> dict[str, dict[int, list[float]]]:
     """Return {task: {length: one score per seed}} from ``eval/<task>/<length>[/...]/recall``, averaged over depths and
     other settings of a length. Perplexity has ``likelihood`` in place of ``recall``."""
@@ -121,13 +115,14 @@ def task_scores(metrics: dict[str, list[float]]) -> dict[str, dict[int, list[flo
 
 def tables(result: ComparisonResult) -> list[Table]:
     """Return the tables: quality, tasks, cache, FLOPs, time, learning rates and the published networks."""
+    rates = [(arm.name, arm.rate, arm.rate_losses) for arm in result.arms]
     return [
         *_quality(result),
         *_tasks(result),
         _cache(result),
         _flops(result),
         _times(result),
-        _rates(result),
+        rates_table(result.name, "network", rates, result.seeds[0]),
         published_table(result),
     ]
 
@@ -201,18 +196,6 @@ def _times(result: ComparisonResult) -> Table:
     lengths = list(map(binary, result.timed_lengths))
     columns = ["network", *(f"decode {n}" for n in lengths), *(f"prefill {n}" for n in lengths)]
     return Table(f"{result.name}: milliseconds per decoded token and per prompt", columns, rows, result.machine)
-
-
-def _rates(result: ComparisonResult) -> Table:
-    rates = sorted({float(rate) for arm in result.arms for rate in arm.rate_losses})
-    rows = []
-    for arm in result.arms:
-        losses = {float(rate): loss for rate, loss in arm.rate_losses.items()}
-        cells = [f"{losses[rate]:.4f}{' *' if rate == arm.rate else ''}" if rate in losses else "-" for rate in rates]
-        at_edge = len(losses) > 1 and arm.rate in (min(losses), max(losses))
-        rows.append([arm.name, *cells, "at the edge of the list" if at_edge else ""])
-    title = f"{result.name}: validation loss by multiple of the learning rates, seed {result.seeds[0]}"
-    return Table(title, ["network", *(f"{rate:g}" for rate in rates), ""], rows, "*: selected")
 
 
 def published_table(result: ComparisonResult) -> Table:

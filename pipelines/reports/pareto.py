@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -76,7 +77,7 @@ class SweepReport:
 
 
 def pareto_front(points: Sequence[tuple[float, float]], higher: bool) -> set[int]:
-    """Return the indices of the points (cost, score) on the Pareto front. A NaN score is on none.
+    """Return the indices of the points (cost, score) on the Pareto front. A score that is not finite is on none.
 
     Args:
         higher: Whether higher scores are better.
@@ -85,7 +86,7 @@ def pareto_front(points: Sequence[tuple[float, float]], higher: bool) -> set[int
     return {
         i
         for i, (cost, score) in enumerate(points)
-        if score == score
+        if math.isfinite(score)
         and not any(
             (c <= cost and sign * s >= sign * score) and (c < cost or sign * s > sign * score) for c, s in points
         )
@@ -99,7 +100,7 @@ def hypervolume(points: Sequence[tuple[float, float]], higher: bool) -> float:
     if one point has the lowest cost and the best score, as where all costs or all scores are equal.
     """
     sign = 1 if higher else -1
-    finite = [(cost, sign * score) for cost, score in points if score == score]
+    finite = [(cost, sign * score) for cost, score in points if math.isfinite(score)]
     if not finite:
         return 0.0
     costs, scores = zip(*finite)

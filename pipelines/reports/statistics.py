@@ -18,7 +18,11 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean over seeds, with a t interval. The half width is None for fewer than MIN_SEEDS values."""
+    """Mean over seeds, with a t interval.
+
+    The half width is None for fewer than MIN_SEEDS values, and where one is not finite, as after a training that
+    diverged.
+    """
 
     mean: float
     half_width: float | None
@@ -32,7 +36,7 @@ class Estimate:
 class Difference:
     """Mean paired difference from the reference, its t interval, and the p value of the two-sided paired t-test.
 
-    ``p`` is None for fewer than MIN_SEEDS pairs, and where all differences are equal.
+    ``p`` is None without a half width, and where all differences are equal.
     """
 
     mean: float
@@ -45,9 +49,9 @@ class Difference:
 
 def estimate(values: Sequence[float]) -> Estimate:
     """Return the mean of ``values`` and its t interval: mean ± t(0.975, n - 1) s / sqrt(n)."""
-    mean = statistics.fmean(values)
+    mean = sum(values) / len(values)
     half = None
-    if len(values) >= MIN_SEEDS:
+    if len(values) >= MIN_SEEDS and math.isfinite(mean):
         quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
         half = quantile * statistics.stdev(values) / math.sqrt(len(values))
     return Estimate(mean, half, tuple(values))

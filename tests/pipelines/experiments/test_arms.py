@@ -112,3 +112,9 @@ def test_the_waterfall_goes_from_none_to_all(tiny):
     assert stages["qat"] == tiny.model
     assert set(stages["none"].layers) == {"gqa"} and not stages["none"].qat
     assert stages["attention"].layers == tiny.model.layers and stages["attention"].kv_format == "bf16"
+
+
+def test_the_recipe_of_the_evidence_has_all_arms():
+    recipe = load_recipe(["configs/evidence.yaml"])
+    assert [arm.name for arm in ablation_arms(recipe)] == ["full", *CHOICES, "none"]
+    assert [arm.name for arm in comparison_arms(recipe)] == ["hybrid", "gqa", "v32", "mamba2", "kimi"]

@@ -1,13 +1,15 @@
 """Training of one trial, interrupted or not."""
 
+import dataclasses
 import json
 
 import pytest
 
 from model import checkpoint
+from model.errors import ConfigError
 from pipelines.experiments import trial_process
 from pipelines.experiments.arms import Arm
-from pipelines.experiments.trials import FINAL, LAST, RESULT, plan
+from pipelines.experiments.trials import FINAL, LAST, RESULT, Result, Trial, plan
 from pipelines.recipe.loading import with_overrides
 from pipelines.tracking.mlflow_store import open_tracking
 from pipelines.training.trainer import Trainer
@@ -70,6 +72,25 @@ def test_a_killed_trial_goes_on_from_its_last_checkpoint(start, monkeypatch, pre
     made.clear()
     trial_process.complete(again, tracking)
     assert made == []  # a finished trial is reused
+
+
+def test_a_trial_is_scored_on_the_tasks_of_its_own_experiment(start, monkeypatch):
+    tracking, planned = start
+    own = dataclasses.replace(planned(9), evaluated=True)
+    planned(9)  # another experiment describes the same training, without tasks
+    found = []
+    monkeypatch.setattr(trial_process, "complete", lambda trial, tracking: found.append(trial))
+    monkeypatch.setattr(Trial, "result", lambda self: Result("a", {"validation/loss": 1.0}, [], 0.0))
+    monkeypatch.setattr(trial_process.tune, "report", lambda metrics: None)
+    trial_process.run_trial({"folder": str(own.folder)}, {str(own.folder): own.to_dict()}, tracking)
+    assert found == [own]
+
+
+def test_tasks_are_checked_with_as_many_samples_as_they_need(prepared):
+    changes = {"evaluate.tasks": ["residue"], "evaluate.lengths": [128], "model.index_topk": 1}
+    trial_process.check_tasks(with_overrides(prepared, changes))
+    with pytest.raises(ConfigError, match="residue: 3 samples are too few for one document of each of"):
+        trial_process.check_tasks(with_overrides(prepared, {**changes, "evaluate.samples": 3}))
 
 
 def test_the_seed_determines_weights_and_the_order_of_the_data(start):

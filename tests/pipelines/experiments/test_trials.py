@@ -49,8 +49,7 @@ def test_a_trial_is_finished_once_what_is_asked_for_exists(prepared, tmp_path):
 
 def test_the_lowest_finite_loss_selects_the_rate():
     found = choose_rate({0.5: 2.0, 1.0: 1.5, 2.0: float("nan")}, "none")
-    assert found.rate == 1.0 and found.at_the_edge  # the highest rate that trained
-    assert not choose_rate({0.5: 2.0, 1.0: 1.5, 2.0: 1.8}, "none").at_the_edge
+    assert found.rate == 1.0 and found.losses == {0.5: 2.0, 1.0: 1.5}
     with pytest.raises(FiftyfoldError, match="none of them"):
         choose_rate({1.0: float("nan")}, "none of them")
 
@@ -62,4 +61,6 @@ def test_the_quick_form_keeps_stages_arms_and_seeds():
     assert total_steps(short) < 20 and short.model == recipe.model and short.data == recipe.data
     assert short.ablate.seeds == recipe.ablate.seeds and short.compare.arms == recipe.compare.arms
     assert short.ablate.choices == recipe.ablate.choices and short.evaluate.tasks == recipe.evaluate.tasks
+    assert short.evaluate.samples == 2
+    assert quick(with_overrides(recipe, {"evaluate.tasks": ["mqar", "residue"]})).evaluate.samples == 32  # one a length
     assert short.ablate.name == "ablation-quick" and len(short.ablate.rates) == 2

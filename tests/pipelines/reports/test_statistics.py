@@ -35,6 +35,14 @@ def test_equal_differences_have_no_p_value():
     assert paired([2.0, 3.0, 4.0], [1.0, 2.0, 3.0]).p is None and format_p(None) == "-"
 
 
+@pytest.mark.parametrize("lost", [math.nan, math.inf])
+def test_a_diverged_seed_leaves_neither_an_interval_nor_a_p_value(lost):
+    found = estimate([1.0, lost, 2.0])
+    assert not math.isfinite(found.mean) and found.half_width is None
+    found = paired([1.0, lost, 2.0], [2.0, lost, 5.0])
+    assert not math.isfinite(found.mean) and found.half_width is None and found.p is None
+
+
 def test_p_values_are_corrected_as_holm_did():
     found = adjusted({"a": 0.01, "b": 0.04, "c": 0.03, "d": None})
     assert found == {"a": pytest.approx(0.03), "c": pytest.approx(0.06), "b": pytest.approx(0.06), "d": None}
