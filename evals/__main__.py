@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from lm_eval.__main__ import cli_evaluate
@@ -13,6 +14,8 @@ from model.errors import FiftyfoldError
 
 def main() -> int:
     """Run the command line in ``sys.argv``; return the exit status."""
+    # lm-eval bootstraps in forked processes, which can hang beside torch's threads.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     try:
         cli_evaluate()
     except FiftyfoldError as error:

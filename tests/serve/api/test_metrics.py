@@ -94,7 +94,7 @@ def test_drafts_are_counted(random_model_of, letters) -> None:
         found = parse(client.get("/metrics").text)
     stats = engine.stats
     assert answer["usage"]["completion_tokens"] == found["generated_tokens_total",] == 40
-    assert found["draft_tokens_total",] == stats.drafted_tokens >= 2 * (stats.decode_steps - 1) > 0
+    assert found["draft_tokens_total",] == stats.drafted_tokens > stats.decode_steps > 0
     assert found["accepted_tokens_total",] == stats.accepted_tokens == 39 - stats.decode_steps
     assert found["inter_token_seconds_count",] == 39
 
