@@ -15,7 +15,7 @@ from serve.api import errors, page
 from serve.api.asgi import add_middleware, new_app
 from serve.api.config import HttpConfig
 from serve.api.errors import UnavailableError, error_body
-from serve.gateway.backend import Backend, fetch
+from serve.gateway.backend import Backend, ReplicaLostError, fetch
 from serve.gateway.forward import Forwarder
 
 _HEALTH_SECONDS = 5.0
@@ -39,8 +39,15 @@ def create_gateway(models: Mapping[str, Backend], config: HttpConfig, timeout_se
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        cards = await asyncio.gather(*(_json(name, backend, "/v1/models") for name, backend in models.items()))
-        return {"object": "list", "data": [card for listing in cards for card in listing["data"]]}
+        """List the models with a replica that answers. Raises UnavailableError without any."""
+        asked = (_json(name, backend, "/v1/models") for name, backend in models.items())
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        failures = [answer for answer in answers if isinstance(answer, BaseException)]
+        unexpected = [failure for failure in failures if not isinstance(failure, FiftyfoldError)]
+        if unexpected or len(failures) == len(answers):
+            raise (unexpected or failures)[0]
+        listings = [answer["data"] for answer in answers if not isinstance(answer, BaseException)]
+        return {"object": "list", "data": [card for cards in listings for card in cards]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
@@ -72,6 +79,8 @@ async def _json(name: str, backend: Backend, path: str) -> dict[str, Any]:
             status, body = await fetch(backend, path)
     except TimeoutError:
         raise UnavailableError(f"model '{name}': no replica answers") from None
+    except ReplicaLostError:
+        raise UnavailableError(f"model '{name}': the replica ended") from None
     answer = json.loads(body)
     if status != 200:
         raise UnavailableError(f"model '{name}': {answer['error']['message']}")

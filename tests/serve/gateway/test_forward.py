@@ -15,7 +15,7 @@ from serve.api.asgi import create_app
 from serve.api.config import HttpConfig
 from serve.engine import Engine
 from serve.gateway.asgi import create_gateway
-from serve.gateway.backend import call_app, describe_request
+from serve.gateway.backend import ReplicaLostError, call_app, describe_request
 from serve.gateway.forward import ATTEMPTS
 
 CONFIG = HttpConfig(keep_alive_seconds=60, max_body_bytes=20_000, stream_interval_seconds=0)
@@ -67,6 +67,20 @@ def test_other_routes_take_the_model_from_the_query(client) -> None:
     assert "fiftyfold_running" in client.get("/metrics").text
     assert client.get("/nowhere").json()["error"]["message"] == "no route for GET /nowhere"
     assert client.get("/").headers["content-type"] == "text/html; charset=utf-8"
+
+
+def test_a_model_without_replicas_does_not_hide_the_others(models) -> None:
+    class Gone:
+        async def respond(self, request, body, prefix=()):
+            raise ReplicaLostError("gone")
+            yield []
+
+    with TestClient(create_gateway({"gone": Gone(), **models}, CONFIG, 60)) as client:
+        assert [card["id"] for card in client.get("/v1/models").json()["data"]] == ["letters", "raw/bytes"]
+        answer = client.get("/v1/models/gone")
+        assert answer.status_code == 503 and "model 'gone': the replica ended" in answer.text
+    with TestClient(create_gateway({"gone": Gone()}, CONFIG, 60)) as client:
+        assert client.get("/v1/models").status_code == 503
 
 
 def test_health_is_that_of_all_models(client, models, endless_model, letters) -> None:
