@@ -6,6 +6,7 @@ import argparse
 import importlib
 import io
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -149,7 +150,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _fail(message: str) -> int:
-    """Print an error as one line, in which unprintable characters of file names are escaped; return the status."""
+    """Print an error as one line, with unprintable characters of file names escaped and long numbers shortened; return
+    the status."""
+    message = re.sub(r"(\d{20})\d{60,}(\d{20})", r"\1…\2", message)
     printable = (character if character.isprintable() else repr(character)[1:-1] for character in message)
     print(f"error: {''.join(printable)}", file=sys.stderr)
     return USER_ERROR

@@ -338,7 +338,7 @@ def test_auto_weights_use_the_faster_data_type(saved, monkeypatch, fast, dtype) 
 def test_missing_and_damaged_models(tmp_path, saved, endless_model, letters) -> None:
     with pytest.raises(CheckpointError, match=r"nowhere: no such checkpoint folder"):
         start(recipe_for(tmp_path, tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match="models:/fiftyfold@champion"):
+    with pytest.raises(ConfigError, match=r"mlflow\.db: no such tracking store; run the train step first"):
         start(recipe_for(tmp_path, "models:/fiftyfold@champion"))
     checkpoint.save(endless_model, tmp_path / "no-tokenizer")
     with pytest.raises(ConfigError, match=r"tokenizer .*no-tokenizer"):

@@ -101,7 +101,7 @@ def test_the_export_step_converts_both_ways(folder, tmp_path, capsys):
         ({"state_size": None}, "'state_size' is missing"),
         ({"time_step_limit": [0.0]}, r"'time_step_limit': expected two numbers, found \[0.0\]"),
         ({"time_step_limit": [2.0, 1.0]}, "key 'time_step_limit': expected two rising numbers"),
-        ({"num_hidden_layers": 0}, "key 'num_hidden_layers': the schedule is empty"),
+        ({"num_hidden_layers": 0}, "key 'num_hidden_layers': expected 1 to 1000 layers, found 0"),
         ({"num_hidden_layers": 3}, "key 'num_hidden_layers' is 3, but the folder has tensors of 2 layers, 0 to 1"),
         ({"state_size": 16}, r"mixer.* has shape .* by .*'state_size' 16.* of config.json"),
         ({"vocab_size": 51}, r"expected \[51, 32\] by 'vocab_size' 51 of config.json"),

@@ -87,7 +87,7 @@ def test_a_trial_is_scored_on_the_tasks_of_its_own_experiment(start, monkeypatch
 
 
 def test_tasks_are_checked_with_as_many_samples_as_they_need(prepared):
-    changes = {"evaluate.tasks": ["residue"], "evaluate.lengths": [128], "model.index_topk": 1}
+    changes = {"evaluate.tasks": ["residue"], "evaluate.lengths": [128], "evaluate.samples": 64, "model.index_topk": 1}
     trial_process.check_tasks(with_overrides(prepared, changes))
     with pytest.raises(ConfigError, match="residue: 3 samples are too few for one document of each of"):
         trial_process.check_tasks(with_overrides(prepared, {**changes, "evaluate.samples": 3}))

@@ -1,5 +1,7 @@
 """Errors of a recipe name the key in the user's terms."""
 
+import re
+
 import pytest
 
 from model.errors import ConfigError
@@ -77,7 +79,7 @@ def test_no_boolean_can_be_a_number(tmp_path, key):
     ],
 )
 def test_nested_numbers_cannot_be_booleans(tmp_path, text, key):
-    assert refusal(tmp_path, text).startswith(f"{key}: expected a number, found True")
+    assert re.match(f"{re.escape(key)}: expected a number, found (True|False)", refusal(tmp_path, text))
 
 
 def test_the_keys_cover_the_recipe():

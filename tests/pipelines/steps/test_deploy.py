@@ -104,6 +104,7 @@ def test_the_key_of_a_deployment(tmp_path, monkeypatch):
 
 def test_a_missing_variable_is_named_before_a_local_cluster_starts(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(deploy.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(deploy, "ray_session", lambda **_: pytest.fail("a cluster was started"))
     recipe = recipe_with(api_key_variable="UNSET_KEY", model_uri="nowhere")
     with pytest.raises(ConfigError, match=r"^serve\.api_key_variable: UNSET_KEY: not set in the environment"):

@@ -271,7 +271,7 @@ def test_a_tie_goes_to_the_smaller_cache_and_nan_never_wins():
         ({"sweep.space": {"train.stages.0.steps": [2, 3]}}, "'train.stages.0.steps' names an item of a list"),
         (
             {"sweep.space": {"model.qat": [None]}},
-            "model.qat.0: values must be numbers, strings, booleans or lists of names, found None",
+            "model.qat.0: values must be numbers, strings, booleans or lists of names, found nothing",
         ),
         (
             {"sweep.space": {"model.index_topk": [2]}, "sweep.metric": "validation/los"},
