@@ -62,7 +62,7 @@ class Task(ABC):
     metric: ClassVar[Literal["recall", "likelihood"]]
     """Name of the score: share of an answer's characters that are right, or mean probability of a token."""
     per_depth: ClassVar[bool] = False
-    """Whether the task has a setting ``depth`` and is evaluated at several depths."""
+    """True for tasks with a setting ``depth``, which are evaluated at several depths."""
     chance: ClassVar[float] = 1 / len(VALUES)
     """Score without any memory of the document."""
 
@@ -122,7 +122,7 @@ class RetrievalTask(Task):
 
     metric = "recall"
     asks_all: ClassVar[bool] = False
-    """Whether a document has a question for each of several facts, which training documents may repeat."""
+    """True for documents with a question for each of several facts, which training documents may repeat."""
 
     @abstractmethod
     def plan(self, rng: random.Random, length: int) -> Plan:

@@ -11,7 +11,7 @@ from evals.documents.facts import KEYS, MARKER
 from model.errors import ConfigError
 
 EXPONENT = 2.0
-"""Of the Zipf distribution of word counts, as in RULER."""
+"""Exponent of the Zipf distribution of word counts, as in RULER."""
 
 
 @dataclass(frozen=True)

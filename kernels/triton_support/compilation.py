@@ -63,7 +63,7 @@ class Compiled:
 
     @property
     def uses_old_instructions(self) -> bool:
-        """Whether products run on warp-level instructions on a GPU that has faster ones."""
+        """True if products run on warp-level instructions on a GPU that has faster ones."""
         return self.matrix_kind == "HMMA" and self.architecture != "sm_80"
 
     def faults(self, plan: Plan) -> list[str]:

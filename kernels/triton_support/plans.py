@@ -58,7 +58,7 @@ class Plan:
     """Compile-time constants other than those of :meth:`constants_for`."""
     tiles: Tiles
     multiplies: bool = False
-    """Whether the kernel's products must run on matrix units."""
+    """True if the kernel's products must run on matrix units."""
     copies_ahead: tuple[str, ...] = ()
     """Architectures on which loads must be asynchronous copies to shared memory."""
     max_spills: dict[str, int] = field(default_factory=dict)

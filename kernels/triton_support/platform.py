@@ -1,4 +1,4 @@
-"""Whether Triton kernels can run, and checks of the arguments of Triton backends."""
+"""Availability of Triton, and checks of the arguments of Triton backends."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Trial:
     recipe: Recipe
     scored: Mapping[str, Any] = field(default_factory=dict)
     evaluated: bool = False
-    """Whether to score the network on the tasks of the evaluate section."""
+    """True to score the network on the tasks of the evaluate section."""
 
     @property
     def label(self) -> str:

@@ -59,7 +59,7 @@ class AblationResult:
     seeds: list[int]
     context: int
     tokens: int
-    """Of one training."""
+    """Tokens of one training."""
     arms: list[ArmResult]
     waterfall: list[CostStage]
     quantization: dict[str, dict[str, list[float]]] = field(default_factory=dict)

@@ -34,7 +34,7 @@ class Runs:
 
     steps: int
     flops: float
-    """Of one training."""
+    """FLOPs of one training."""
     run_ids: list[str]
     metrics: dict[str, list[float]]
     """Values by metric, in the order of the seeds."""

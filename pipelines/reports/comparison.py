@@ -68,7 +68,7 @@ class ComparisonResult:
     command: str
     seeds: list[int]
     tokens: int
-    """Of one training."""
+    """Tokens of one training."""
     training_length: int
     timed_lengths: list[int]
     machine: str
