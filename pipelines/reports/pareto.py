@@ -56,7 +56,7 @@ class SweepReport:
 
     @property
     def higher(self) -> bool:
-        """Whether a higher metric is better."""
+        """True if a higher metric is better."""
         return self.mode == "max"
 
     @property

@@ -115,7 +115,7 @@ def _valid_points(
     """Return the points that can be trained, and the reasons why others cannot, by label."""
     valid, skipped = [], {}
     reasons: dict[str, str | None] = {}
-    """Why a model cannot start from ``train.init_from``."""
+    """Reason why a model cannot start from ``train.init_from``."""
     for settings in points:
         try:
             trial = check_point(trial_recipe(recipe, settings))

@@ -38,7 +38,7 @@ LENGTH = 200
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """The same weights as a checkpoint of this project and of transformers."""
+    """Save equal weights as a checkpoint of this project and of transformers."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("ways")
     model = Transformer(CONFIG).eval()

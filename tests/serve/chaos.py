@@ -61,7 +61,7 @@ def answers(url: str, **fields: object) -> bool:
 
 @dataclass
 class Outcomes:
-    """How requests ended. Errors are statuses with bodies, or exceptions of the client."""
+    """Counts of the ways in which requests ended. Errors are statuses with bodies, or exceptions of the client."""
 
     complete: list[dict] = field(default_factory=list)
     """JSON responses, and the last events of streams that were complete."""
