@@ -13,8 +13,8 @@ from pipelines.experiments.ablation import runs_of
 from pipelines.experiments.arms import Arm, comparison_arms
 from pipelines.experiments.experiment import open_experiment, with_common_dtypes
 from pipelines.experiments.outputs import command_line, publish
+from pipelines.experiments.scoring import check_tasks
 from pipelines.experiments.timing import describe_machine, time_decoding, time_prefill
-from pipelines.experiments.trial_process import check_tasks
 from pipelines.experiments.trials import plan
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.cache_measurement import measure_cache

@@ -14,7 +14,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from model.atomic_files import atomic_file, write_text
-from pipelines.experiments.trial_process import fewest_samples
+from pipelines.experiments.scoring import fewest_samples
 from pipelines.recipe.loading import load_recipe, with_overrides
 from pipelines.recipe.paths import check_creatable, path_option
 from pipelines.recipe.schema import Recipe

@@ -22,8 +22,8 @@ def describe_machine() -> str:
     """Return a note on the machine and the method."""
     threads = torch.get_num_threads()
     return (
-        f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}; networks take turns, medians of {_ROUNDS} "
-        "decoded tokens; random weights and cache entries"
+        f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}; networks take turns, medians of {_ROUNDS}; "
+        "random weights and cache entries"
     )
 
 
@@ -49,17 +49,21 @@ def time_decoding(configs: Mapping[str, ModelConfig], lengths: Sequence[int]) ->
 
 
 def time_prefill(configs: Mapping[str, ModelConfig], lengths: Sequence[int], longest: int) -> dict[str, list]:
-    """Return the seconds of a prompt of each of ``lengths`` tokens per network; None for prompts above ``longest``."""
-    found: dict[str, list[float | None]] = {}
-    for name, config in configs.items():
-        model = Transformer(config).eval()
-        found[name] = []
-        for length in lengths:
-            if length > longest:
-                found[name].append(None)
-                continue
-            prompt, cache = torch.zeros((1, length), dtype=torch.int64), Cache(config, 1, length)
-            started = time.perf_counter()
-            prefill(model, cache, prompt)
-            found[name].append(time.perf_counter() - started)
+    """Return the seconds of a prompt of each of ``lengths`` tokens per network; None for prompts above ``longest``.
+
+    Networks take turns, ``_ROUNDS`` times after one that warms up; the median counts.
+    """
+    models = {name: Transformer(config).eval() for name, config in configs.items()}
+    found: dict[str, list[float | None]] = {name: [] for name in configs}
+    for length in lengths:
+        prompt = torch.zeros((1, length), dtype=torch.int64)
+        times: dict[str, list[float]] = {name: [] for name in configs}
+        for _ in range(_ROUNDS + 1 if length <= longest else 0):
+            for name, model in models.items():
+                cache = Cache(model.config, 1, length)
+                started = time.perf_counter()
+                prefill(model, cache, prompt)
+                times[name].append(time.perf_counter() - started)
+        for name, seconds in times.items():
+            found[name].append(statistics.median(seconds[1:]) if seconds else None)
     return found

@@ -12,15 +12,14 @@ from typing import Any
 import torch
 from ray import tune
 
-from evals.documents import task_class
 from model import checkpoint
 from model.atomic_files import atomic_folder, write_text
 from model.tokenizer import load_tokenizer
 from model.transformer import Transformer
 from pipelines.data.manifest import read_manifest
+from pipelines.experiments.scoring import score_tasks
 from pipelines.experiments.trials import FINAL, LAST, LOSS, RESULT, Trial, only_process
 from pipelines.recipe.loading import with_overrides
-from pipelines.recipe.schema import Recipe
 from pipelines.reports.cache_measurement import measured_cache
 from pipelines.tracking.lineage import dataset_input
 from pipelines.tracking.mlflow_store import TrackedRun, open_tracking
@@ -129,46 +128,9 @@ def _evaluate(trial: Trial, folder: Path, tracked: TrackedRun) -> None:
             model = Transformer(trial.recipe.model.replace(**trial.scored))
             checkpoint.load_weights(model, folder / FINAL)
             checkpoint.save(model, network, load_tokenizer(folder / FINAL))
-        metrics = score_tasks(network, trial.recipe, trial.recipe.evaluate.samples)
+        metrics = score_tasks(network, trial.recipe)
     tracked.log_metrics(metrics)
     write_text(trial.evaluation_file, json.dumps(metrics) + "\n")
-
-
-def score_tasks(network: Path, recipe: Recipe, samples: int) -> dict[str, float]:
-    """Return the scores of a checkpoint on the tasks of the evaluate section. Raises ConfigError."""
-    from evals.run import evaluate  # importing lm-eval takes longer than a short training
-
-    section = recipe.evaluate
-    return evaluate(
-        network,
-        section.tasks,
-        section.lengths,
-        section.depths,
-        samples,
-        section.seed,
-        recipe.data_folder,
-        {task: recipe.data.settings_of(task) for task in section.tasks},
-        section.distance,
-        device="cuda" if recipe.train.use_gpu else "cpu",
-    )
-
-
-def fewest_samples(recipe: Recipe) -> int:
-    """Return the number of documents that every task of the evaluate section accepts. Raises ConfigError."""
-    tasks = [task_class(name).create(recipe.data.settings_of(name), recipe.model) for name in recipe.evaluate.tasks]
-    return max(task.fewest_samples for task in tasks)
-
-
-def check_tasks(recipe: Recipe) -> None:
-    """Score a network with random weights on as few samples as possible, before any training.
-
-    Raises ConfigError for a task that the model cannot hold, or that is vacuous.
-    """
-    samples = min(fewest_samples(recipe), recipe.evaluate.samples)
-    with tempfile.TemporaryDirectory() as scratch:
-        network = Path(scratch) / "untrained"
-        checkpoint.save(Transformer(recipe.model), network, load_tokenizer(recipe.data_folder))
-        score_tasks(network, recipe, samples)
 
 
 class _Recorder:

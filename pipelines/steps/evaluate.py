@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from evals.run import check_settings, evaluate
+from evals.run import check_settings
 from evals.scores import EFFECTIVE_SHARE
 from model import checkpoint as checkpoints
 from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
 from pipelines.data.manifest import MANIFEST_NAME, read_manifest
+from pipelines.experiments.scoring import score_tasks
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.recall import Score, recall_figure, scores_from_metrics
 from pipelines.reports.terminal import print_table
@@ -73,26 +73,10 @@ def run(recipe: Recipe) -> EvaluateResult:
     dataset = None
     if data_folder is not None and (data_folder / MANIFEST_NAME).is_file():
         dataset = dataset_input(data_folder, read_manifest(data_folder), "evaluation")
-    device = "cuda" if recipe.train.use_gpu else "cpu"
     with ExitStack() as stack:
         tracked = trained or stack.enter_context(_start_run(recipe, checkpoint, config))
         with system_metrics(tracked, recipe.tracking.system_metrics_interval, "system/evaluation/"):
-            try:
-                metrics = evaluate(
-                    checkpoint,
-                    section.tasks,
-                    section.lengths,
-                    section.depths,
-                    section.samples,
-                    section.seed,
-                    data_folder,
-                    settings,
-                    section.distance,
-                    device=device,
-                )
-            except ConfigError as error:
-                # Tasks know one length of evaluate.lengths, by their own name.
-                raise ConfigError(re.sub("^length:", "evaluate.lengths:", str(error))) from error
+            metrics = score_tasks(checkpoint, recipe)
         if dataset is not None:
             tracked.log_dataset(dataset)
         tracked.log_metrics(metrics)

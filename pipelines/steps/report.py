@@ -10,7 +10,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlflow.artifacts
 from mlflow.exceptions import MlflowException
@@ -30,6 +30,7 @@ from pipelines.tracking.mlflow_store import Tracking, open_tracking
 SOURCES = ("ablate", "compare", "sweep")
 """Steps whose runs the page shows, and fields of the report section."""
 PAGE = "report.html"
+_Result = TypeVar("_Result")
 
 
 def run(recipe: Recipe) -> Path:
@@ -39,7 +40,10 @@ def run(recipe: Recipe) -> Path:
     """
     tracking = open_tracking(recipe, create=False)
     found = {step: _find(tracking, recipe, step) for step in SOURCES}
-    sections, figures = _sections({step: _results(tracking, step, run_id) for step, run_id in found.items()})
+    ablated = _results(tracking, "ablate", found["ablate"], AblationResult.from_dict)
+    compared = _results(tracking, "compare", found["compare"], ComparisonResult.from_dict)
+    swept = _results(tracking, "sweep", found["sweep"], SweepReport.from_dict)
+    sections, figures = _sections(found, ablated, compared, swept)
     folder = recipe.experiments_folder / recipe.report.name
     tracked = tracking.start_run(recipe.report.name, kind="report", recipe=recipe)
     with tracked:
@@ -56,26 +60,27 @@ def run(recipe: Recipe) -> Path:
 
 
 def _find(tracking: Tracking, recipe: Recipe, step: str) -> str:
-    """Return the id of the run that the recipe names, or of the newest finished run of a step."""
+    """Return the id of the run that the recipe names, or of the newest finished run with the step's ``name``."""
     named = getattr(recipe.report, step)
     if named is not None:
         return named
+    name = getattr(recipe, step).name
     runs = tracking.client.search_runs(
         [tracking.experiment_id],
-        f"tags.kind = '{step}' and attributes.status = 'FINISHED'",
+        f"tags.kind = '{step}' and attributes.status = 'FINISHED' and attributes.run_name = '{name}'",
         order_by=["attributes.start_time DESC"],
         max_results=1,
     )
     if not runs:
         raise ConfigError(
-            f"report: experiment '{recipe.tracking.experiment}' has no finished run of {step}; run "
-            f"`python -m pipelines {step}` first"
+            f"report: experiment '{recipe.tracking.experiment}' has no finished run of {step} named "
+            f"'{name}' ({step}.name); run `python -m pipelines {step}` first"
         )
     return runs[0].info.run_id
 
 
-def _results(tracking: Tracking, step: str, run_id: str) -> dict[str, Any]:
-    """Return the results of a run. Raises ConfigError if it has none."""
+def _results(tracking: Tracking, step: str, run_id: str, read: Callable[[dict[str, Any]], _Result]) -> _Result:
+    """Return the results of a run. Raises ConfigError if it has none, or has those of another version."""
     try:
         with tempfile.TemporaryDirectory() as scratch:
             path = mlflow.artifacts.download_artifacts(
@@ -84,34 +89,26 @@ def _results(tracking: Tracking, step: str, run_id: str) -> dict[str, Any]:
             found = json.loads(Path(path).read_text())
         if found["step"] != step:
             raise ConfigError(f"report.{step}: run {run_id} is one of {found['step']}")
-        return found
+        return read(found["result"])
     except (MlflowException, OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"report.{step}: run {run_id} has no {RESULTS}; run `python -m pipelines {step}` again"
+            f"report.{step}: run {run_id} has no {RESULTS} that can be read; run `python -m pipelines {step}` again"
         ) from error
 
 
-def _sections(results: dict[str, dict[str, Any]]) -> tuple[list[Section], dict[str, Any]]:
+def _sections(
+    run_ids: dict[str, str], ablated: AblationResult, compared: ComparisonResult, swept: SweepReport
+) -> tuple[list[Section], dict[str, Any]]:
     """Return the sections of the page and its figures by name."""
-    ablated = AblationResult.from_dict(results["ablate"]["result"])
-    compared = ComparisonResult.from_dict(results["compare"]["result"])
-    swept = SweepReport.from_dict(results["sweep"]["result"])
+    nested = {
+        "ablate": [run_id for arm in ablated.arms for runs in arm.trainings for run_id in runs.run_ids],
+        "compare": [run_id for arm in compared.arms for run_id in arm.runs.run_ids],
+        "sweep": [point.run_id for point in swept.points],
+    }
     origins = {
-        "ablate": Origin(
-            results["ablate"]["run_id"],
-            [run_id for arm in ablated.arms for runs in arm.trainings for run_id in runs.run_ids],
-            ablated.seeds,
-            ablated.command,
-        ),
-        "compare": Origin(
-            results["compare"]["run_id"],
-            [run_id for arm in compared.arms for run_id in arm.runs.run_ids],
-            compared.seeds,
-            compared.command,
-        ),
-        "sweep": Origin(
-            results["sweep"]["run_id"], [point.run_id for point in swept.points], [swept.seed], swept.command
-        ),
+        "ablate": Origin(run_ids["ablate"], nested["ablate"], ablated.seeds, ablated.command),
+        "compare": Origin(run_ids["compare"], nested["compare"], compared.seeds, compared.command),
+        "sweep": Origin(run_ids["sweep"], nested["sweep"], [swept.seed], swept.command),
     }
     figures: dict[str, Any] = {}
 

@@ -7,6 +7,7 @@ The sweep is one MLflow run with a nested run per trial.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Iterable
@@ -23,13 +24,14 @@ from model.errors import CheckpointError, ConfigError, DataError, FiftyfoldError
 from pipelines.data.check import check_prepared
 from pipelines.data.manifest import Manifest, read_manifest
 from pipelines.experiments.outputs import command_line, publish
-from pipelines.experiments.trial_process import score_tasks
+from pipelines.experiments.scoring import score_tasks
 from pipelines.ray_runtime.fit import RAY_RUN, finalize, unwrap_ray_error
 from pipelines.ray_runtime.session import local_cpus, ray_session, require_resources
 from pipelines.ray_runtime.trial import trial_storage
 from pipelines.ray_runtime.tuner import cpus_per_trial, run_trials
 from pipelines.recipe.experiments import Setting
 from pipelines.recipe.keys import set_key
+from pipelines.recipe.loading import with_overrides
 from pipelines.recipe.schema import Recipe
 from pipelines.recipe.yaml_format import dump_yaml
 from pipelines.reports.cache_measurement import BYTES_PER_TOKEN, MEASURED_TOKENS, measured_cache
@@ -310,15 +312,27 @@ def _last_checkpoint(recipe: Recipe, result: tune.Result) -> Checkpoint:
 
 
 def _score_front(recipe: Recipe, report: SweepReport, results: dict[str, tune.Result]) -> SweepReport:
-    """Return the report with the scores of the points on the front. ``results`` are by run id."""
+    """Return the report with the scores of the points on the front. ``results`` are by run id.
+
+    All points get equal documents, whose facts are outside the stacked windows of each. A point has no score for tasks
+    and lengths that are refused for its settings, e.g. as vacuous; the reason is printed.
+    """
+    front = [report.points[index] for index in sorted(report.front)]
+    if recipe.evaluate.distance is None:
+        models = [trial_recipe(recipe, point.settings).model for point in front]
+        distance = max(len(model.layers) * model.window for model in models)
+        recipe = with_overrides(recipe, {"evaluate.distance": distance})
     by_length: dict[str, dict[str, float]] = {}
-    for index in sorted(report.front):
-        run_id = report.points[index].run_id
-        with _last_checkpoint(recipe, results[run_id]).as_directory() as folder:
-            metrics = score_tasks(Path(folder), recipe, recipe.evaluate.samples)
-        for task, lengths in task_scores({name: [value] for name, value in metrics.items()}).items():
-            for length, (value,) in lengths.items():
-                by_length.setdefault(f"{task} at {length} tokens", {})[run_id] = value
+    for point in front:
+        with _last_checkpoint(recipe, results[point.run_id]).as_directory() as folder:
+            for length, task in itertools.product(recipe.evaluate.lengths, recipe.evaluate.tasks):
+                try:
+                    metrics = score_tasks(Path(folder), recipe, [task], [length])
+                except ConfigError as error:
+                    print(f"{report.name}: {point.label}: no score: {error}", flush=True)
+                    continue
+                scores = task_scores({name: [value] for name, value in metrics.items()})[task]
+                by_length.setdefault(f"{task} at {length} tokens", {})[point.run_id] = scores[length][0]
     return dataclasses.replace(report, by_length=by_length)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from model import checkpoint
 from model.errors import ConfigError
-from pipelines.experiments import trial_process
+from pipelines.experiments import scoring, trial_process
 from pipelines.experiments.arms import Arm
 from pipelines.experiments.trials import FINAL, LAST, RESULT, Result, Trial, plan
 from pipelines.recipe.loading import with_overrides
@@ -88,9 +88,9 @@ def test_a_trial_is_scored_on_the_tasks_of_its_own_experiment(start, monkeypatch
 
 def test_tasks_are_checked_with_as_many_samples_as_they_need(prepared):
     changes = {"evaluate.tasks": ["residue"], "evaluate.lengths": [128], "evaluate.samples": 64, "model.index_topk": 1}
-    trial_process.check_tasks(with_overrides(prepared, changes))
+    scoring.check_tasks(with_overrides(prepared, changes))
     with pytest.raises(ConfigError, match="residue: 3 samples are too few for one document of each of"):
-        trial_process.check_tasks(with_overrides(prepared, {**changes, "evaluate.samples": 3}))
+        scoring.check_tasks(with_overrides(prepared, {**changes, "evaluate.samples": 3}))
 
 
 def test_the_seed_determines_weights_and_the_order_of_the_data(start):

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from model.errors import ConfigError
+from pipelines.experiments.outputs import RESULTS
 from pipelines.experiments.trials import RESULT
 from pipelines.recipe.loading import with_overrides
 from pipelines.steps import ablate, compare, report, sweep
@@ -125,7 +126,7 @@ def test_a_comparison_scores_tasks_and_measures_costs(recipe, compared):
 
 
 def test_a_report_shows_all_figures_and_their_runs(recipe, ablated, compared, tmp_path):
-    with pytest.raises(ConfigError, match=r"has no finished run of sweep; run `python -m pipelines sweep` first"):
+    with pytest.raises(ConfigError, match=r"no finished run of sweep named 'evidence-sweep' \(sweep\.name\); run"):
         report.run(recipe)
     swept = sweep.run(recipe)
     path = report.run(recipe)
@@ -144,8 +145,23 @@ def test_a_report_shows_all_figures_and_their_runs(recipe, ablated, compared, tm
     assert sorted((recipe.experiments_folder / "trials").glob(f"*/{RESULT}"))  # not needed by the report
     with pytest.raises(ConfigError, match=rf"report\.sweep: run {ablation.info.run_id} is one of ablate"):
         report.run(with_overrides(recipe, {"report.sweep": ablation.info.run_id}))
-    with pytest.raises(ConfigError, match=r"report\.sweep: run nope has no results\.json"):
+    with pytest.raises(ConfigError, match=r"report\.sweep: run nope has no results\.json that can be read"):
         report.run(with_overrides(recipe, {"report.sweep": "nope"}))
+    with pytest.raises(ConfigError, match=r"no finished run of ablate named 'ablation-quick' \(ablate\.name\)"):
+        report.run(with_overrides(recipe, {"ablate.name": "ablation-quick"}))
+    old = open_tracking(recipe).start_run("old", kind="ablate", recipe=recipe)
+    with old:
+        old.log_dict({"step": "ablate", "run_id": old.run_id, "result": {"name": "of another version"}}, RESULTS)
+    with pytest.raises(ConfigError, match=rf"run {old.run_id} has no results\.json that can be read"):
+        report.run(with_overrides(recipe, {"report.ablate": old.run_id}))
+
+
+def test_points_without_a_score_at_a_length_do_not_end_a_sweep(recipe, capsys):
+    changes = {"sweep.name": "front", "sweep.evaluate_front": True, "evaluate.lengths": [96, 200_000]}
+    sweep.run(with_overrides(recipe, changes))
+    said = capsys.readouterr().out
+    assert re.search(r"front: .*: no score: .*length 200000 exceeds the model's context", said)
+    assert re.search(r"mqar at 96 tokens: \d\.\d{3} with", said)
 
 
 @pytest.mark.parametrize(
