@@ -11,12 +11,15 @@ from torch import Tensor
 from kernels.cache_io import EntryLayout, unpack
 from kernels.paged_attention import EntrySet
 from kernels.sparse_attention import TiledAttention
-from model.cache.parts import CachePart, GrowingPart
+from model.cache.parts import CachePart, GrowingPart, RecurrentPart
 from model.forward.context import Context
+from model.forward.execution import in_tiles
 from model.layers.linear import Linear
 from model.layers.rope import Rotary, Rotation
 from model.mixers.base import Mixer, StoredFormat, require
 from model.mixers.batch_invariant import by_tokens, entry_tiles
+from model.mixers.options import check_count
+from model.mixers.short_convolution import ShortConvolution
 from model.work import Work
 
 if TYPE_CHECKING:
@@ -31,15 +34,23 @@ class Projected(NamedTuple):
     """Inputs of the attention."""
 
     query: Tensor
-    """float32 [B, S, H, head_dim]"""
-    rows: Tensor
-    """float32 [B, S, num_kv_heads * 2 * head_dim]: each head's key beside its value, as stored."""
+    """[B, S, H, head_dim], rotated."""
+    key: Tensor
+    """[B, S, num_kv_heads * head_dim], before the convolution and the rotation."""
+    value: Tensor
+    """[B, S, num_kv_heads, head_dim]"""
 
 
 class GroupedQueryAttention(Mixer):
-    """``num_heads`` query heads share ``num_kv_heads`` key and value heads. Rotary positions on the whole head."""
+    """``num_heads`` query heads share ``num_kv_heads`` key and value heads. Rotary positions on the whole head.
+
+    With the option ``conv_kernel`` a short causal convolution with SiLU runs over the keys before their rotation, so
+    that a key also tells of the tokens before its own.
+    """
 
     name = "gqa"
+    options = {"conv_kernel": None}  # noqa: RUF012
+    """``conv_kernel``: tokens under the convolution, the newest included; None for no convolution."""
     formats = ("gqa_format",)
     batch_invariant_widths = ("head_dim",)
 
@@ -53,6 +64,11 @@ class GroupedQueryAttention(Mixer):
     def check(cls, config: ModelConfig) -> None:
         heads, kv_heads = config.num_heads, config.num_kv_heads
         require(heads % kv_heads == 0, f"num_heads: {heads} query heads do not divide into num_kv_heads {kv_heads}")
+        check_count(f"mixer_options.{cls.name}.conv_kernel", cls.conv_kernel(config), least=2, optional=True)
+
+    @classmethod
+    def conv_kernel(cls, config: ModelConfig) -> int | None:
+        return config.mixer_options[cls.name]["conv_kernel"]
 
     @classmethod
     def rotary(cls, config: ModelConfig) -> Rotary:
@@ -60,7 +76,10 @@ class GroupedQueryAttention(Mixer):
 
     @classmethod
     def cache_parts(cls, config: ModelConfig) -> dict[str, CachePart]:
-        return {"entries": GrowingPart(cls.layout(config), 1, cls.name)}
+        parts: dict[str, CachePart] = {"entries": GrowingPart(cls.layout(config), 1, cls.name)}
+        if (kernel := cls.conv_kernel(config)) is not None:
+            parts["conv_tail"] = RecurrentPart((kernel - 1, config.num_kv_heads * config.head_dim))
+        return parts
 
     @classmethod
     def stored_formats(cls, config: ModelConfig) -> list[StoredFormat]:
@@ -69,9 +88,11 @@ class GroupedQueryAttention(Mixer):
     @classmethod
     def work(cls, config: ModelConfig, tokens: int) -> list[Work]:
         c = config
-        heads, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        heads, kv, kernel = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, cls.conv_kernel(c)
+        convolution = [Work("gqa convolution", "linear", "bf16", 2.0 * kernel * kv)] if kernel is not None else []
         return [
             Work("attention projections", "linear", "fp8", 2.0 * 2 * c.hidden_size * (heads + kv)),
+            *convolution,
             Work("core attention, gqa", "core", "bf16", 4.0 * heads * tokens),
         ]
 
@@ -82,6 +103,8 @@ class GroupedQueryAttention(Mixer):
         self.wk = Linear(c.hidden_size, c.num_kv_heads * c.head_dim)
         self.wv = Linear(c.hidden_size, c.num_kv_heads * c.head_dim)
         self.wo = Linear(c.num_heads * c.head_dim, c.hidden_size)
+        kernel = self.conv_kernel(c)
+        self.conv = None if kernel is None else ShortConvolution(c.num_kv_heads * c.head_dim, kernel, bias=False)
 
     def set_config(self, config: ModelConfig) -> None:
         super().set_config(config)
@@ -92,16 +115,19 @@ class GroupedQueryAttention(Mixer):
 
     def project(self, x: Tensor, rotation: Rotation | None, context: Context, cached: bool) -> Projected:
         assert rotation is not None
-        c = self.config
-        query = rotation.apply(self.wq(x).unflatten(-1, (c.num_heads, c.head_dim)))
-        key = rotation.apply(self.wk(x).unflatten(-1, (c.num_kv_heads, c.head_dim)))
-        value = self.wv(x).unflatten(-1, (c.num_kv_heads, c.head_dim))
-        rows = torch.cat((key, value), dim=-1).flatten(2)
-        return Projected(query, self.precision.round_to(rows, "gqa", self.entry_layout, self.training, context.aux))
+        query = rotation.apply(self.wq(x).unflatten(-1, (self.config.num_heads, -1)))
+        return Projected(query, self.wk(x), self.wv(x).unflatten(-1, (self.config.num_kv_heads, -1)))
 
     def mix(self, projected: Projected, context: Context, cache: LayerCache | None) -> Tensor:
         """Return the attention's outputs, float32 [B, S, H, head_dim]."""
-        query, rows = projected
+        query, key, value = projected
+        if self.conv is not None:
+            key, tail = self.conv(key.float(), context, None if cache is None else cache.conv_tail.read())
+            if cache is not None:
+                cache.conv_tail.append(tail)
+        parts = key, value, context.rotation[self.name]
+        rows = in_tiles(self._rows, *parts) if context.batch_invariant else self._rows(*parts)
+        rows = self.precision.round_to(rows, "gqa", self.entry_layout, self.training, context.aux)
         if cache is None:
             mask = None if context.documents is None else context.documents.causal_mask().unsqueeze(1)
             return self._attention(query, rows, mask)
@@ -115,6 +141,10 @@ class GroupedQueryAttention(Mixer):
         runs = zip(query.split(step, dim=1), visible.split(step, dim=1))
         outputs = [self._attention(some, rows, (places < seen.unsqueeze(-1)).unsqueeze(1)) for some, seen in runs]
         return torch.cat(outputs, dim=1)
+
+    def _rows(self, key: Tensor, value: Tensor, rotation: Rotation) -> Tensor:
+        """Return each head's rotated key beside its value, [B, S, num_kv_heads * 2 * head_dim]."""
+        return torch.cat((rotation.apply(key.unflatten(-1, value.shape[2:])), value), dim=-1).flatten(2)
 
     def _attention(self, query: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
         """Attend with query [B, S, H, head_dim] to rows [B, T, ...]. mask bool [B, 1, S, T]; None is causal."""
