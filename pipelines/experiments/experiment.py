@@ -22,6 +22,7 @@ from pipelines.experiments.trial_process import run_trial
 from pipelines.experiments.trials import LOSS, Result, Trial, plan
 from pipelines.ray_runtime.fit import unwrap_ray_error
 from pipelines.ray_runtime.session import local_cpus, ray_session, require_resources, usable_cpus
+from pipelines.ray_runtime.tuner import raise_if_interrupted
 from pipelines.recipe.experiments import ExperimentSection
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.statistics import too_few
@@ -56,7 +57,7 @@ class Experiment:
         self._progress.total += trials
 
     def run(self, trials: Sequence[Trial]) -> dict[str, str]:
-        """Run all trials that have not finished; return messages of failed ones by label."""
+        """Run all trials that have not finished; return messages of failed ones by label. Raises KeyboardInterrupt."""
         pending = {trial.folder: trial for trial in trials if not trial.is_finished}
         self._progress.skip(len(trials) - len(pending))
         if not pending:
@@ -85,6 +86,7 @@ class Experiment:
                 callbacks=[self._progress.callback(pending)],
             ),
         ).fit()
+        raise_if_interrupted(results, len(pending))
         failures = {}
         for result in results:  # type: ignore[attr-defined]
             if result.error is not None:

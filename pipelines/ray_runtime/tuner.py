@@ -49,8 +49,15 @@ def _space(recipe: Recipe) -> dict[str, Any]:
     return found
 
 
+def raise_if_interrupted(results: tune.ResultGrid, trials: int) -> None:
+    """Raise KeyboardInterrupt if fewer than ``trials`` trials ended. After Ctrl-C, Tune returns instead of raising."""
+    ended = sum(result.error is not None or bool((result.metrics or {}).get("done")) for result in results)  # type: ignore[attr-defined]
+    if ended < trials:
+        raise KeyboardInterrupt
+
+
 def run_trials(recipe: Recipe, points: list[dict[str, Setting]], tracked: TrackedRun) -> tune.ResultGrid:
-    """Run all trials under ASHA, or resume those that an earlier process left.
+    """Run all trials under ASHA, or resume those that an earlier process left. Raises KeyboardInterrupt after Ctrl-C.
 
     ``points`` are the trials' settings, or examples of them if Optuna proposes the trials.
     """
@@ -65,12 +72,15 @@ def run_trials(recipe: Recipe, points: list[dict[str, Setting]], tracked: Tracke
     validations = max(len(validation_steps(trial_recipe(recipe, settings))) for settings in points)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints tracebacks of failed trials; the step reports
     path = recipe.sweep_folder / "tune"
-    if tune.Tuner.can_restore(str(path)):
-        print(f"{sweep.name}: resuming from {path}")
-        return tune.Tuner.restore(str(path), trainable=trial, resume_unfinished=True, restart_errored=True).fit()
     optuna = search_of(recipe) == "optuna"
     total = (sweep.trials or 0) if optuna else len(points)
-    return tune.Tuner(
+    if tune.Tuner.can_restore(str(path)):
+        print(f"{sweep.name}: resuming from {path}")
+        restored = tune.Tuner.restore(str(path), trainable=trial, resume_unfinished=True, restart_errored=True)
+        results = restored.fit()
+        raise_if_interrupted(results, total)
+        return results
+    results = tune.Tuner(
         trial,
         param_space={"settings": _space(recipe) if optuna else tune.grid_search(points)},
         tune_config=tune.TuneConfig(
@@ -96,6 +106,8 @@ def run_trials(recipe: Recipe, points: list[dict[str, Setting]], tracked: Tracke
             callbacks=[_TrialPrinter(recipe, total)],
         ),
     ).fit()
+    raise_if_interrupted(results, total)
+    return results
 
 
 def _choose_dtypes(recipe: Recipe, tracked: TrackedRun) -> compute_dtype.Dtypes:

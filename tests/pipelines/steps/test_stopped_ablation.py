@@ -1,4 +1,4 @@
-"""A killed ablation resumes where it stopped."""
+"""A killed or interrupted ablation resumes where it stopped."""
 
 import os
 import signal
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipelines.__main__ import INTERRUPTED
 from pipelines.experiments.trials import RESULT
 from pipelines.recipe.loading import with_overrides
 from pipelines.steps import ablate
@@ -16,16 +17,17 @@ from pipelines.tracking.mlflow_store import open_tracking
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.timeout(900)
-def test_a_killed_ablation_keeps_its_finished_trials(prepared, tmp_path):
+def test_a_stopped_ablation_keeps_its_finished_trials(prepared, tmp_path, sent):
     recipe = with_overrides(
         prepared,
         {
-            "tracking.experiment": "killed-ablation",
+            "tracking.experiment": f"stopped-{sent.name}",
             "tracking.system_metrics_interval": None,
             "model.index_topk": 2,
-            "ablate": {"name": "killed", "choices": ["qat"], "seeds": [11, 12], "rates": [1.0], "context": 256,
-                       "max_concurrent": 1},
+            "ablate": {"name": f"stopped-{sent.name}", "choices": ["qat"], "seeds": [11, 12], "rates": [1.0],
+                       "context": 256, "max_concurrent": 1},
         },
     )  # fmt: skip
     file = tmp_path / "recipe.yaml"
@@ -37,8 +39,12 @@ def test_a_killed_ablation_keeps_its_finished_trials(prepared, tmp_path):
     for line in process.stdout:
         if "trial 2/4" in line:
             break
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    if sent == signal.SIGINT:  # as a shell's Ctrl-C, but to the driver alone
+        process.send_signal(sent)
+        assert process.wait() == INTERRUPTED
+    else:
+        os.killpg(process.pid, sent)
+        process.wait()
     folder = recipe.experiments_folder / "trials"
     finished = {path: path.stat().st_mtime_ns for path in folder.glob(f"*/{RESULT}")}
     assert len(finished) >= 2

@@ -1,4 +1,4 @@
-"""A killed sweep resumes where it stopped."""
+"""A killed or interrupted sweep resumes where it stopped."""
 
 import os
 import signal
@@ -10,19 +10,21 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipelines.__main__ import INTERRUPTED
 from pipelines.recipe.loading import with_overrides
 from pipelines.steps import sweep
 from pipelines.tracking.mlflow_store import open_tracking
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 @pytest.mark.timeout(600)
-def test_a_killed_sweep_resumes(prepared, tmp_path):
+def test_a_stopped_sweep_resumes(prepared, tmp_path, sent):
     recipe = with_overrides(
         prepared,
         {
             "sweep": {
-                "name": "killed-sweep",
+                "name": f"stopped-{sent.name}",
                 "space": {"model.index_topk": [2, 3, 4]},
                 "max_concurrent": 1,
                 "overrides": {"train.stages": [{"attention": "sparse", "steps": 6}], "train.validate_every": 3},
@@ -38,9 +40,15 @@ def test_a_killed_sweep_resumes(prepared, tmp_path):
     for line in process.stdout:
         if "trial 1/3" in line:
             break
-    time.sleep(2)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    states = recipe.sweep_folder / "tune"
+    while not any("TERMINATED" in state.read_text() for state in states.glob("experiment_state-*.json")):
+        time.sleep(0.1)  # Tune saves finished trials with a delay
+    if sent == signal.SIGINT:  # as a shell's Ctrl-C, but to the driver alone
+        process.send_signal(sent)
+        assert process.wait() == INTERRUPTED
+    else:
+        os.killpg(process.pid, sent)
+        process.wait()
 
     result = sweep.run(recipe)
     assert len(result.trials) == 3
