@@ -61,8 +61,12 @@ def _with_model(recipe: Recipe, **changes: Any) -> Recipe:
 
 
 def _without_attention(recipe: Recipe) -> Recipe:
-    layers = (GroupedQueryAttention.name,) * recipe.model.num_layers
-    return dense_stages(_with_model(recipe, layers=layers, gqa_format=recipe.model.gqa_format))
+    gqa = GroupedQueryAttention.name
+    layers, options = (gqa,) * recipe.model.num_layers, {gqa: recipe.ablate.gqa_options}
+    try:
+        return dense_stages(_with_model(recipe, layers=layers, mixer_options=options))
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(f"mixer_options.{gqa}", "ablate.gqa_options", 1)) from None
 
 
 def _without_precision(recipe: Recipe) -> Recipe:

@@ -134,6 +134,8 @@ class AblateSection(ExperimentSection):
     name: Name = "ablation"
     choices: tuple[Choice, ...] = ("attention", "precision", "muon", "hyper_connections", "qat")
     """Choices to take away, each alone. With all five, another arm makes none of them."""
+    gqa_options: dict[Text, Any] = Field(default_factory=dict)
+    """``mixer_options.gqa`` of the arms without hybrid attention."""
     variants: dict[Name, Annotated[dict[RecipeKey, Any], BeforeValidator(_flatten_keys)]] = Field(default_factory=dict)
     """Further arms by name: dotted recipe keys to change."""
     equal_flops: bool = True

@@ -67,6 +67,17 @@ def test_variants_are_further_arms(tiny):
             ablation_arms(with_overrides(tiny, {"ablate.choices": [], "ablate.variants": variants}))
 
 
+WITHOUT_IT = ("attention", "none")
+
+
+def test_arms_without_hybrid_attention_take_the_options_of_gqa(tiny):
+    arms = ablation_arms(with_overrides(tiny, {"ablate.gqa_options": {"conv_kernel": 4}}))
+    kernels = {arm.name: arm.recipe.model.mixer_options["gqa"]["conv_kernel"] for arm in arms if arm.name in WITHOUT_IT}
+    assert kernels == dict.fromkeys(WITHOUT_IT, 4)
+    with pytest.raises(ConfigError, match=r"^ablate\.gqa_options\.kernel: unknown option; there are conv_kernel"):
+        ablation_arms(with_overrides(tiny, {"ablate.gqa_options": {"kernel": 4}}))
+
+
 def test_networks_of_a_comparison_have_equal_parameters_and_steps(tiny):
     arms = comparison_arms(tiny)
     assert [arm.name for arm in arms] == ["hybrid", "gqa", "v32", "mamba2", "kimi"]
@@ -117,4 +128,4 @@ def test_the_waterfall_goes_from_none_to_all(tiny):
 def test_the_recipe_of_the_evidence_has_all_arms():
     recipe = load_recipe(["configs/evidence.yaml"])
     assert [arm.name for arm in ablation_arms(recipe)] == ["full", *CHOICES, "none"]
-    assert [arm.name for arm in comparison_arms(recipe)] == ["hybrid", "gqa", "v32", "mamba2", "kimi"]
+    assert [arm.name for arm in comparison_arms(recipe)] == ["hybrid", "gqa", "gqa-conv", "v32", "mamba2", "kimi"]
