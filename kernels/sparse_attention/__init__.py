@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.backends import get_backend
-from kernels.sparse_attention import eager, reference, triton
+from kernels.sparse_attention import eager, gathered, reference, triton
 from kernels.sparse_attention.batch_invariant import INVARIANT_TILE, TiledAttention
 from kernels.sparse_attention.triton import deterministic_gradients
 from kernels.triton_support.platform import can_run
@@ -67,7 +67,7 @@ def sparse_attention(
         scale: Softmax scale, by default ``c ** -0.5``.
         value_size: Values are the first dims of a vector, by default all.
         chosen: int [B, S, K], indices of the permitted ``entries`` [B, T, c] of every query, each at most once; -1 in
-            unused slots. Instead of ``entry_mask``.
+            unused slots. Instead of ``entry_mask``. Without ``window_kv``, time does not grow with T on a CPU.
         with_mass: False permits None in place of the mass, which costs the ``triton`` backend half as many products
             as the output. Other backends always return it.
 
@@ -85,6 +85,8 @@ def sparse_attention(
             query, window_kv, entries, entry_mask, sink, window, reach, scale, value_size or c, chosen, with_mass
         )
     if chosen is not None and entries is not None:
+        if name == "eager" and window_kv is None:
+            return gathered.sparse_attention(query, entries, chosen, sink, scale, value_size or c)
         entries, entry_mask = _gather(entries, chosen)
         name = backend or backend_for(query, window_kv, entries, value_size)
     return get_backend(BACKENDS, name).sparse_attention(
