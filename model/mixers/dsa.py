@@ -35,6 +35,8 @@ KEY_NORM_EPS = 1e-6
 
 _QUERIES = 128
 """Queries scored together."""
+_GATHERING = 16
+"""Heads whose products with a latent take as long as gathering it and adding its gradient (measured on a CPU)."""
 
 
 class TokenIndexer(nn.Module):
@@ -168,11 +170,12 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
 
         Multiply-adds per query and head are ``chosen * (2 * kv_lora_rank + qk_rope_head_dim)`` for gathered latents,
         which all heads share, and ``tokens * (qk_nope_head_dim + qk_rope_head_dim + v_head_dim)`` for the keys and
-        values of every head. At V3.2's sizes, latents are gathered from 6,964 tokens on.
+        values of every head. Gathering takes as long as the multiply-adds of :data:`_GATHERING` heads. At V3.2's sizes,
+        latents are gathered from 7,834 tokens on.
         """
-        sizes = self.sizes(self.config)
-        gathered = chosen * (2 * sizes.kv_lora_rank + sizes.qk_rope_head_dim)
-        return gathered < tokens * (sizes.qk_nope_head_dim + sizes.qk_rope_head_dim + sizes.v_head_dim)
+        sizes, heads = self.sizes(self.config), self.config.num_heads
+        gathered = chosen * (2 * sizes.kv_lora_rank + sizes.qk_rope_head_dim) * (heads + _GATHERING)
+        return gathered < tokens * (sizes.qk_nope_head_dim + sizes.qk_rope_head_dim + sizes.v_head_dim) * heads
 
     @torch.no_grad()
     def choose(self, index: IndexInputs, context: Context) -> Tensor:
