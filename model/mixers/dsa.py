@@ -210,15 +210,16 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
         """
         query, rows, index = projected
         assert index is not None
-        inputs = index.query, index.keys, index.weights
-        visible = _visible(context, slice(0, rows.shape[1])) if chosen is None or aux.measure_selection else None
-        scores = index_scores(*inputs, visible, chosen)
-        permitted = visible if chosen is None else chosen >= 0
+        inputs, everything = (index.query, index.keys, index.weights), slice(0, rows.shape[1])
+        permitted = _visible(context, everything) if chosen is None else chosen >= 0
+        scores = index_scores(*inputs, permitted if chosen is None else None, chosen)
         aux.losses["indexer_kl"][self.layer] = indexer_kl(mass, scores, permitted)
         if aux.measure_selection:
             if chosen is not None:
-                scores, mass = index_scores(*inputs, visible), self.attention_mass(query, self.expand(rows)[0], context)
-            measure_selection(aux, self.layer, mass, scores.detach(), visible, self.config)
+                permitted = _visible(context, everything)
+                scores = index_scores(*inputs, permitted)
+                mass = self.attention_mass(query, self.expand(rows)[0], context)
+            measure_selection(aux, self.layer, mass, scores.detach(), permitted, self.config)
 
     def select(self, projected: Projected, context: Context, cache: LayerCache) -> EntrySet:
         assert projected.indexed is not None

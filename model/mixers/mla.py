@@ -294,9 +294,13 @@ class MultiHeadLatentAttention(Mixer):
         """Attend with unabsorbed queries under a mask, bool [B, S, S], or to all past tokens: float32
         [B, S, H, v_head_dim]."""
         width = max(key.shape[-1], value.shape[-1])  # PyTorch's blockwise attention on a CPU needs equal widths
-        padded = (F.pad(cast(x, key.dtype), (0, width - x.shape[-1])).transpose(1, 2) for x in (query, key, value))
+        query, padded_key, padded_value = (
+            F.pad(cast(x, key.dtype), (0, width - x.shape[-1])).transpose(1, 2) for x in (query, key, value)
+        )
         mask = None if mask is None else mask.unsqueeze(1)
-        out = F.scaled_dot_product_attention(*padded, attn_mask=mask, is_causal=mask is None, scale=self.scale)
+        out = F.scaled_dot_product_attention(
+            query, padded_key, padded_value, attn_mask=mask, is_causal=mask is None, scale=self.scale
+        )
         return cast(out[..., : value.shape[-1]].transpose(1, 2), torch.float32)
 
     def output(self, mixed: Tensor, rotation: Rotation | None) -> Tensor:

@@ -75,7 +75,7 @@ def test_scores_that_are_equal_in_bf16_tie_and_the_lower_entry_wins(mode):
     rows, visible = paged(packed, 18, scattered=True), [3000] * 5
     keys = unpack(packed, layout).unsqueeze(0)
     rounded = index_scores(query.unsqueeze(0), keys, weights.unsqueeze(0)).bfloat16()
-    expected = select_topk(rounded, torch.ones(1, 1, 3000, dtype=torch.bool), 40)[0]
+    expected = select_topk(rounded, torch.ones(1, 5, 3000, dtype=torch.bool), 40)[0]
     found = choose(query, rows, layout, weights, visible, 40, dtype=torch.bfloat16, **MODES[mode])
     assert torch.equal(found, expected)
     assert not torch.equal(found, choose(query, rows, layout, weights, visible, 40, **MODES[mode]))
