@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _GATHERED = 1 << 18
-"""Most numbers gathered for a block of several queries: 1 MiB, which fits into a second-level cache."""
+"""Most numbers gathered for a block of several queries on a CPU: 1 MiB, which fits into a second-level cache."""
+_GATHERED_ON_GPU = 1 << 26
+"""The same on a GPU, where small blocks would leave it idle."""
 
 
 class ChosenRows:
@@ -24,7 +26,7 @@ class ChosenRows:
         self.unused = (chosen < 0).flatten(0, 1)
         """bool [B * S, K]"""
         self._places = (chosen.clamp(min=0) + offsets).flatten(0, 1)
-        self._queries = max(1, _GATHERED // max(1, chosen.shape[-1] * c))
+        self._queries = max(1, (_GATHERED if rows.is_cpu else _GATHERED_ON_GPU) // max(1, chosen.shape[-1] * c))
 
     def blocks(self) -> Iterator[slice]:
         for begin in range(0, len(self._places), self._queries):

@@ -27,11 +27,19 @@ __all__ = [
 BACKENDS = {"reference": reference, "eager": eager, "triton": triton}
 
 
-def backend_for(query: Tensor, window_kv: Tensor | None, entries: Tensor | None, value_size: int | None = None) -> str:
+def backend_for(
+    query: Tensor,
+    window_kv: Tensor | None,
+    entries: Tensor | None,
+    value_size: int | None = None,
+    chosen: Tensor | None = None,
+) -> str:
     """Return the backend. ``eager`` supports neither past tokens nor entries gathered per query, ``triton`` only the
-    latter."""
+    latter. ``eager`` gathers ``chosen`` entries itself, without a window and on any device."""
     if can_run(query) and triton.supports(query, entries, value_size or query.shape[-1]):
         return "triton"
+    if chosen is not None and window_kv is None and query.dtype.itemsize <= 4:
+        return "eager"
     has_no_past = window_kv is None or window_kv.shape[1] == query.shape[1]
     is_supported = has_no_past and (entries is None or entries.dim() == 3)
     return "eager" if is_supported and query.is_cpu and query.dtype.itemsize <= 4 else "reference"
@@ -79,7 +87,7 @@ def sparse_attention(
     if sink is None:
         sink = query.new_full(query.shape[2:3], float("-inf"), dtype=torch.float32)
     scale = c**-0.5 if scale is None else scale
-    name = backend or backend_for(query, window_kv, entries, value_size)
+    name = backend or backend_for(query, window_kv, entries, value_size, chosen)
     if name == "triton":
         return triton.sparse_attention(
             query, window_kv, entries, entry_mask, sink, window, reach, scale, value_size or c, chosen, with_mass

@@ -1,4 +1,5 @@
-"""Attention within whole sequences to entries chosen per query, for CPUs, by blocks of queries.
+"""Attention within whole sequences to entries chosen per query, by blocks of queries: the ``eager`` backend without a
+window.
 
 The chosen entries of a block are gathered while they fit into the cache, again in the backward pass. Neither time nor
 memory grows with the number of entries.
