@@ -1,6 +1,6 @@
 """Speed of the small networks of the five families: training step, against transformers, and decoding up to 1M tokens.
 
-    python -m benchmarks.family_speed [--threads 1] [--rounds 5] [--write docs/family-speed.md]
+    python -m benchmarks.family_speed [--threads 1] [--rounds 3] [--write docs/family-speed.md]
 
 The networks are the presets `tiny`, `tiny-v32`, `tiny-mamba2`, `tiny-kimi` and `tiny-gqa`, with random weights.
 
@@ -47,7 +47,9 @@ CLASSES = {
 """Transformers' classes by preset."""
 CONTEXTS = [1024, 16_384, 131_072, 1_048_576]
 DECODED = 32
-"""Tokens per round of decoding."""
+"""Most tokens per round of decoding."""
+DECODING_SECONDS = 0.3
+"""Approximate length of a round, except that it decodes at least two tokens."""
 
 
 def train_steps(options: argparse.Namespace) -> str:
@@ -112,7 +114,10 @@ def decoding(options: argparse.Namespace) -> str:
         for tokens in options.contexts:
             cache = Cache(model.config, 1, tokens + (options.rounds + 2) * DECODED)
             fill_random(cache, tokens)
-            timers[tokens] = Timer(functools.partial(decode, model, cache), options.threads, DECODED)
+            once = Timer(functools.partial(decode, model, cache, 1), options.threads)
+            seconds = min(once.seconds() for _ in range(2))
+            count = min(DECODED, max(2, int(DECODING_SECONDS / seconds)))
+            timers[tokens] = Timer(functools.partial(decode, model, cache, count), options.threads, count)
         times = time_interleaved(timers, options.rounds)
         growth = 1 / speedup(times[options.contexts[0]], times[options.contexts[-1]])
         rows.append([name, *(t.milliseconds() for t in times.values()), f"{growth:.2f}"])
@@ -122,10 +127,10 @@ def decoding(options: argparse.Namespace) -> str:
 
 
 @torch.inference_mode()
-def decode(model: Transformer, cache: Cache) -> None:
-    """Decode :data:`DECODED` tokens."""
+def decode(model: Transformer, cache: Cache, count: int) -> None:
+    """Decode ``count`` tokens."""
     token = torch.zeros(1, 1, dtype=torch.long)
-    for _ in range(DECODED):
+    for _ in range(count):
         model(token, cache, last_only=True)
 
 
@@ -146,7 +151,7 @@ def main(arguments: list[str] | None = None) -> str:
     parser.add_argument("--length", type=positive_int, default=256)
     parser.add_argument("--lengths", type=positive_int, nargs="+", default=[512, 2048], help="against transformers")
     parser.add_argument("--contexts", type=positive_int, nargs="+", default=CONTEXTS)
-    parser.add_argument("--rounds", type=positive_int, default=5)
+    parser.add_argument("--rounds", type=positive_int, default=3)
     return run_benchmark(parser, measure, arguments)
 
 

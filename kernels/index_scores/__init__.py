@@ -18,7 +18,12 @@ def backend_for(query: Tensor) -> str:
 
 
 def index_scores(
-    query: Tensor, keys: Tensor, head_weights: Tensor, permitted: Tensor | None = None, backend: str | None = None
+    query: Tensor,
+    keys: Tensor,
+    head_weights: Tensor,
+    permitted: Tensor | None = None,
+    chosen: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Return ``I[b, s, t] = sum_h head_weights[b, s, h] * relu(query[b, s, h] . keys[b, t])``; differentiable.
 
@@ -29,8 +34,11 @@ def index_scores(
         keys: [B, T, c].
         head_weights: [B, S, h], already scaled.
         permitted: bool [B or 1, S, T] or None. Scores where it is False are undefined.
+        chosen: int [B, S, K], the keys to score for every query, -1 in unused slots, whose scores are undefined; or
+            None to score all keys.
 
     Returns:
-        float32 [B, S, T].
+        float32 [B, S, T], or [B, S, K] with ``chosen``.
     """
-    return get_backend(BACKENDS, backend or backend_for(query)).index_scores(query, keys, head_weights, permitted)
+    scores = get_backend(BACKENDS, backend or backend_for(query)).index_scores
+    return scores(query, keys, head_weights, permitted, chosen)

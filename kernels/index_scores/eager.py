@@ -12,14 +12,19 @@ import torch
 from torch import Tensor
 
 from kernels.autocast import in_float32
+from kernels.chosen_rows import ChosenRows
 
 _PRODUCTS = 1 << 18
 """Most products of a block of several queries, over all heads."""
 
 
-def index_scores(query: Tensor, keys: Tensor, head_weights: Tensor, permitted: Tensor | None = None) -> Tensor:
+def index_scores(
+    query: Tensor, keys: Tensor, head_weights: Tensor, permitted: Tensor | None = None, chosen: Tensor | None = None
+) -> Tensor:
     """Implement :func:`kernels.index_scores.index_scores`."""
     with in_float32(query):
+        if chosen is not None:
+            return _ChosenScores.apply(query, keys, head_weights, chosen)
         return _Scores.apply(query, keys, head_weights, permitted)
 
 
@@ -55,11 +60,45 @@ class _Scores(torch.autograd.Function):
             some_keys, upstream = wide[:, :T], grad[:, rows, :T]
             products = _products(query[:, rows], some_keys)
             grad_weights[:, rows] = (products @ upstream.unsqueeze(-1)).squeeze(-1)
-            per_head = head_weights[:, rows].float().unsqueeze(-1) * upstream.unsqueeze(2)
-            flat = torch.ops.aten.threshold_backward(per_head, products, 0).flatten(1, 2)  # gradient of relu
+            flat = _grad_products(products, head_weights[:, rows], upstream).flatten(1, 2)
             grad_query[:, rows] = torch.bmm(flat, some_keys).unflatten(1, (-1, query.shape[2]))
             grad_keys[:, :T] += torch.bmm(flat.transpose(1, 2), query[:, rows].float().flatten(1, 2))
         return grad_query, grad_keys.to(keys.dtype), grad_weights, None
+
+
+class _ChosenScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, keys, head_weights, chosen):
+        ctx.save_for_backward(query, keys, head_weights, chosen)
+        selection, wide = ChosenRows(keys, chosen), keys.float()
+        queries, weights = (x.flatten(0, 1).float().unsqueeze(1) for x in (query, head_weights))
+        pieces = []
+        for block in selection.blocks():
+            products = _products(queries[block], selection.gather(wide, block))
+            pieces.append((weights[block].unsqueeze(2) @ products).flatten(1))
+        return torch.cat(pieces).view(chosen.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, keys, head_weights, chosen = ctx.saved_tensors
+        selection, wide = ChosenRows(keys, chosen), keys.float()
+        queries, weights, upstream = (x.flatten(0, 1).float().unsqueeze(1) for x in (query, head_weights, grad))
+        grad_queries, grad_weights, grad_keys = [], [], wide.new_zeros(wide.shape)
+        for block in selection.blocks():
+            some_keys = selection.gather(wide, block)
+            products = _products(queries[block], some_keys)
+            grad_weights.append((products @ upstream[block].unsqueeze(-1)).flatten(1))
+            flat = _grad_products(products, weights[block], upstream[block]).flatten(1, 2)
+            grad_queries.append(torch.bmm(flat, some_keys))
+            selection.add(grad_keys, block, torch.bmm(flat.transpose(1, 2), queries[block].flatten(1, 2)))
+        grad_query, grad_weight = torch.cat(grad_queries).view(query.shape), torch.cat(grad_weights)
+        return grad_query.to(query.dtype), grad_keys.to(keys.dtype), grad_weight.view_as(head_weights), None
+
+
+def _grad_products(products: Tensor, head_weights: Tensor, upstream: Tensor) -> Tensor:
+    """Return the gradient of products [B, s, h, T] before relu. head_weights [B, s, h], upstream [B, s, T]."""
+    per_head = head_weights.float().unsqueeze(-1) * upstream.unsqueeze(2)
+    return torch.ops.aten.threshold_backward(per_head, products, 0)
 
 
 def _products(query: Tensor, keys: Tensor) -> Tensor:

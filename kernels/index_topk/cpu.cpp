@@ -360,13 +360,44 @@ Tensor index_topk(const Tensor& query, const Tensor& head_weights, const Tensor&
   return index_topk_with<FloatTile>(query, head_weights, storage, page_table, page_size, visible, k, layout, narrow);
 }
 
+// scores float32 [B, S, T], permitted bool [B or 1, S, T]. Returns int64 [B, S, k].
+Tensor select_topk(const Tensor& scores, const Tensor& permitted, int64_t k) {
+  const Tensor values = contiguous_float(scores, "select_topk: scores"), mask = permitted.contiguous();
+  TORCH_CHECK_VALUE(values.dim() == 3 && mask.dim() == 3 && mask.scalar_type() == at::kBool && k >= 1 &&
+                        (mask.size(0) == 1 || mask.size(0) == values.size(0)) && mask.size(1) == values.size(1) &&
+                        mask.size(2) == values.size(2),
+                    "select_topk: scores ", values.sizes(), " and permitted ", mask.scalar_type(), " ", mask.sizes(),
+                    " do not match");
+  const int64_t B = values.size(0), S = values.size(1), T = values.size(2);
+  Tensor chosen = at::empty({B, S, k}, values.options().dtype(at::kLong));
+  const float* from = values.const_data_ptr<float>();
+  const bool* allowed = mask.const_data_ptr<bool>();
+  auto* out = chosen.mutable_data_ptr<int64_t>();
+  const bool shared = mask.size(0) == 1;
+  at::parallel_for(0, B * S, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, T)), [&](int64_t begin, int64_t end) {
+    Selector selector;
+    std::vector<float> row(T);
+    for (int64_t i = begin; i < end; ++i) {
+      const float* x = from + i * T;
+      const bool* may = allowed + (shared ? i % S : i) * T;
+      for (int64_t t = 0; t < T; ++t) row[t] = may[t] ? x[t] : -INFINITY;
+      selector.select(row.data(), T, k, out + i * k);
+    }
+  });
+  return chosen;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fiftyfold, m) {
+  m.def("select_topk(Tensor scores, Tensor permitted, int k) -> Tensor");
   m.def(
       "index_topk(Tensor query, Tensor head_weights, Tensor storage, Tensor page_table, int page_size, Tensor visible, int k, "
       "int[] layout, bool narrow) -> Tensor");
 }
-TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) { m.impl("index_topk", index_topk); }
+TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) {
+  m.impl("index_topk", index_topk);
+  m.impl("select_topk", select_topk);
+}
 
 }  // namespace fiftyfold

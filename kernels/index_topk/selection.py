@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import native
+from kernels.autocast import cast, detached
+
 _MIN_RATIO = 32
 """Ratio of scores to selected ones from which the selection in two steps is faster."""
 
@@ -24,7 +27,10 @@ def select_topk(scores: Tensor, permitted: Tensor, k: int) -> Tensor:
     Returns:
         int64 [B, S, k]; -1 in unused slots. Ties go to the lower index.
     """
-    return topk_indices(scores.detach().float().masked_fill(~permitted, float("-inf")), k)
+    scores = cast(detached(scores), torch.float32)
+    if scores.is_cpu and native.level() is not None:
+        return native.op("select_topk")(scores, permitted, k)
+    return topk_indices(scores.masked_fill(~permitted, float("-inf")), k)
 
 
 def topk_indices(scores: Tensor, k: int) -> Tensor:

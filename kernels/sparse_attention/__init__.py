@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.backends import get_backend
-from kernels.sparse_attention import eager, reference, triton
+from kernels.sparse_attention import eager, gathered, reference, triton
 from kernels.sparse_attention.batch_invariant import INVARIANT_TILE, TiledAttention
 from kernels.sparse_attention.triton import deterministic_gradients
 from kernels.triton_support.platform import can_run
@@ -27,11 +27,19 @@ __all__ = [
 BACKENDS = {"reference": reference, "eager": eager, "triton": triton}
 
 
-def backend_for(query: Tensor, window_kv: Tensor | None, entries: Tensor | None, value_size: int | None = None) -> str:
+def backend_for(
+    query: Tensor,
+    window_kv: Tensor | None,
+    entries: Tensor | None,
+    value_size: int | None = None,
+    chosen: Tensor | None = None,
+) -> str:
     """Return the backend. ``eager`` supports neither past tokens nor entries gathered per query, ``triton`` only the
-    latter."""
+    latter. ``eager`` gathers ``chosen`` entries itself, without a window and on any device."""
     if can_run(query) and triton.supports(query, entries, value_size or query.shape[-1]):
         return "triton"
+    if chosen is not None and window_kv is None and query.dtype.itemsize <= 4:
+        return "eager"
     has_no_past = window_kv is None or window_kv.shape[1] == query.shape[1]
     is_supported = has_no_past and (entries is None or entries.dim() == 3)
     return "eager" if is_supported and query.is_cpu and query.dtype.itemsize <= 4 else "reference"
@@ -67,7 +75,7 @@ def sparse_attention(
         scale: Softmax scale, by default ``c ** -0.5``.
         value_size: Values are the first dims of a vector, by default all.
         chosen: int [B, S, K], indices of the permitted ``entries`` [B, T, c] of every query, each at most once; -1 in
-            unused slots. Instead of ``entry_mask``.
+            unused slots. Instead of ``entry_mask``. Without ``window_kv``, time does not grow with T on a CPU.
         with_mass: False permits None in place of the mass, which costs the ``triton`` backend half as many products
             as the output. Other backends always return it.
 
@@ -79,12 +87,14 @@ def sparse_attention(
     if sink is None:
         sink = query.new_full(query.shape[2:3], float("-inf"), dtype=torch.float32)
     scale = c**-0.5 if scale is None else scale
-    name = backend or backend_for(query, window_kv, entries, value_size)
+    name = backend or backend_for(query, window_kv, entries, value_size, chosen)
     if name == "triton":
         return triton.sparse_attention(
             query, window_kv, entries, entry_mask, sink, window, reach, scale, value_size or c, chosen, with_mass
         )
     if chosen is not None and entries is not None:
+        if name == "eager" and window_kv is None:
+            return gathered.sparse_attention(query, entries, chosen, sink, scale, value_size or c)
         entries, entry_mask = _gather(entries, chosen)
         name = backend or backend_for(query, window_kv, entries, value_size)
     return get_backend(BACKENDS, name).sparse_attention(

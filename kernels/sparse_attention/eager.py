@@ -7,23 +7,19 @@ with S * T, except for the returned mass. All heads share a key, so that the sco
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.autocast import in_float32, product_dtype
+from kernels.sparse_attention import blocks
 
 _SCORES = 1 << 20
 """Most scores of a block of several queries: 4 MiB, about the size of a second-level cache."""
 _QUERIES = 128
 """Most queries of a block."""
-_LOG2_E = math.log2(math.e)
-"""Factor of logits for a softmax to base 2. On a CPU, exp(-inf) is 25 times slower than exp of finite values, but
-exp2(-inf) is not."""
 
 
 def sparse_attention(
@@ -101,26 +97,22 @@ def _blocks(query: Tensor, window: int, entry_mask: Tensor | None) -> Iterator[_
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, window_kv, entries, sink, entry_mask, window, reach, dtype, scale, value_size):
-        ctx.window, ctx.dtype, ctx.scale, ctx.value_size = window, dtype, scale, value_size
+        ctx.window, ctx.scale = window, scale
         # Queries are scaled so that logits have base 2.
-        scaled = (query * (scale * _LOG2_E)).to(dtype)
+        scaled = (query * (scale * blocks.LOG2_E)).to(dtype)
         near, far = (None if x is None else x.to(dtype) for x in (window_kv, entries))
-        sink = sink * _LOG2_E
+        sink = sink * blocks.LOG2_E
         out = query.new_empty(*query.shape[:3], value_size, dtype=torch.float32)
         log_sum = query.new_empty(query.shape[:3], dtype=torch.float32)
         mass = None if entries is None else query.new_zeros(*query.shape[:2], entries.shape[1], dtype=torch.float32)
         for block in _blocks(query, window, entry_mask):
             rows, keys = slice(block.begin, block.end), block.keys(near, far)
-            logits = _logits(scaled[:, rows], keys).add_(block.bias(window, entry_mask, reach))
-            peak = torch.maximum(logits.amax(-1), sink)
-            weights = logits.sub_(peak.unsqueeze(-1)).exp2_()
-            total = weights.sum(-1) + (sink - peak).exp2()
-            log_sum[:, rows] = peak + total.log2()
-            summed = torch.bmm(weights.to(dtype).flatten(1, 2), keys[..., :value_size]).view_as(out[:, rows])
-            torch.div(summed, total.unsqueeze(-1), out=out[:, rows])
+            bias = block.bias(window, entry_mask, reach)
+            out[:, rows], weights, total, log_sum[:, rows] = blocks.attend(
+                scaled[:, rows], keys, bias, sink, value_size
+            )
             if mass is not None and block.entries:
-                beyond = weights[..., block.tokens :]
-                mass[:, rows, : block.entries] = (total.reciprocal().unsqueeze(2) @ beyond).squeeze(2)
+                mass[:, rows, : block.entries] = blocks.mass(weights[..., block.tokens :], total)
         ctx.dtypes = [None if x is None else x.dtype for x in (query, window_kv, entries)]
         ctx.save_for_backward(scaled, near, far, sink, entry_mask, reach, out.to(dtype), log_sum)
         if mass is not None:
@@ -130,24 +122,17 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out, _):
         scaled, near, far, sink, entry_mask, reach, out, log_sum = ctx.saved_tensors
-        dtype, size = ctx.dtype, ctx.value_size
-        upstream = grad_out.to(dtype)
+        upstream = grad_out.to(scaled.dtype)
         inner = (grad_out * out).sum(-1)
         grad_sink = -((sink - log_sum).exp2() * inner).sum((0, 1))
         grad_query = torch.empty_like(scaled, dtype=torch.float32)
         grad_kv, grad_entries = (None if x is None else torch.zeros_like(x, dtype=torch.float32) for x in (near, far))
         for block in _blocks(scaled, ctx.window, entry_mask):
             rows, keys = slice(block.begin, block.end), block.keys(near, far)
-            logits = _logits(scaled[:, rows], keys).add_(block.bias(ctx.window, entry_mask, reach))
-            weights = logits.sub_(log_sum[:, rows].unsqueeze(-1)).exp2_()
-            flat = upstream[:, rows].flatten(1, 2)
-            grad_keys = torch.bmm(weights.to(dtype).flatten(1, 2).transpose(1, 2), flat).float()
-            grad_logits = _logits(upstream[:, rows], keys[..., :size]).sub_(inner[:, rows].unsqueeze(-1)).mul_(weights)
-            narrow = grad_logits.to(dtype).flatten(1, 2)
-            grad_query[:, rows] = torch.bmm(narrow, keys).view_as(scaled[:, rows])
-            if size < keys.shape[-1]:  # so far the gradient of the values
-                grad_keys = F.pad(grad_keys, (0, keys.shape[-1] - size))
-            grad_keys.add_(torch.bmm(narrow.transpose(1, 2), scaled[:, rows].flatten(1, 2)), alpha=1 / _LOG2_E)
+            bias = block.bias(ctx.window, entry_mask, reach)
+            grad_query[:, rows], grad_keys = blocks.gradients(
+                scaled[:, rows], keys, bias, log_sum[:, rows], upstream[:, rows], inner[:, rows]
+            )
             if grad_kv is not None:
                 grad_kv[:, block.oldest : block.end] += grad_keys[:, : block.tokens]
             if grad_entries is not None and block.entries:
@@ -155,8 +140,3 @@ class _Attention(torch.autograd.Function):
         grad_query *= ctx.scale
         gradients = zip((grad_query, grad_kv, grad_entries), ctx.dtypes)
         return *(None if g is None else g.to(dtype) for g, dtype in gradients), grad_sink, *[None] * 6
-
-
-def _logits(queries: Tensor, keys: Tensor) -> Tensor:
-    """Return the products of all heads as a new tensor, float32 [B, queries, H, keys]."""
-    return torch.bmm(queries.flatten(1, 2), keys.transpose(1, 2)).float().unflatten(1, queries.shape[1:3])

@@ -88,9 +88,10 @@ def _scan_chunks(
     rows = (stepped * until_end.unsqueeze(-1)).unflatten(3, (groups, share)).permute(0, 1, 3, 4, 5, 2)
     added = (rows.flatten(3, 4) @ B).reshape(batch, n, heads, P, N)
     before = []
-    for i in range(n):
+    # unbind: the backward pass of an index would add a tensor of all chunks for every chunk.
+    for new, share_kept in zip(added.unbind(1), kept[..., None, None].unbind(1)):
         before.append(state)
-        state = torch.addcmul(added[:, i], kept[:, i, :, None, None], state)
+        state = torch.addcmul(new, share_kept, state)
     states = torch.stack(before, dim=1).unflatten(2, (groups, share)).flatten(3, 4)  # [batch, n, G, share * P, N]
     carried = (C @ states.transpose(3, 4)).transpose(2, 3).reshape(batch, n, chunk, heads, P)
     y = torch.addcmul(y, carried, since_begin.unsqueeze(-1))

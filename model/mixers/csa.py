@@ -16,7 +16,7 @@ from model.forward.context import Context
 from model.layers.rope import Rotation
 from model.mixers.base import StoredFormat, require
 from model.mixers.compressed import CompressedAttention, entry_mask, visible_entries
-from model.mixers.indexer import LightningIndexer, attend_selected
+from model.mixers.indexer import LightningIndexer, indexer_kl, measure_selection, selection_mask
 from model.mixers.sliding import History, Projected
 from model.precision import index_layout
 from model.work import Work, product_format
@@ -117,14 +117,16 @@ class CompressedSparseAttention(CompressedAttention):
         visible = entry_mask(context, self.ratio, entries)
         assert history.index_query is not None and history.index_weights is not None
         scores = index_scores(history.index_query, keys, history.index_weights, visible)
-        return attend_selected(
-            scores,
-            visible,
-            self.config,
-            self.layer,
-            context,
-            lambda mask: self.core_attention(projected, entries, mask, context, with_mass=context.aux is not None),
-        )
+        mask = visible if context.attention == "dense" else selection_mask(scores, visible, self.config)
+        aux = context.aux
+        out, mass = self.core_attention(projected, entries, mask, context, with_mass=aux is not None)
+        if aux is not None and mass is not None:
+            aux.losses["indexer_kl"][self.layer] = indexer_kl(mass, scores, mask)
+            if aux.measure_selection:
+                _, teacher = self.core_attention(projected, entries, visible, context, with_mass=True)
+                assert teacher is not None
+                measure_selection(aux, self.layer, teacher, scores, visible, self.config)
+        return out
 
     def select(self, history: History, context: Context, cache: LayerCache) -> EntrySet:
         cache.entries.append(self.pool(history, context, cache.tail))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -10,16 +11,17 @@ from torch import Tensor, nn
 from kernels.autocast import cast, detached, product_dtype
 from kernels.hadamard import hadamard
 from kernels.index_scores import index_scores
-from kernels.index_topk import index_topk
+from kernels.index_topk import index_topk, select_topk
 from kernels.paged_attention import EntrySet
 from kernels.sparse_attention import sparse_attention
 from model.cache.parts import CachePart, GrowingPart
+from model.forward.aux_outputs import AuxOutputs
 from model.forward.context import Context
 from model.layers.linear import Linear
 from model.layers.norm import LayerNorm
 from model.layers.rope import Rotation
 from model.mixers.base import StoredFormat, require
-from model.mixers.indexer import attend_selected
+from model.mixers.indexer import as_mask, indexer_kl, measure_selection
 from model.mixers.mla import IndexInputs, MultiHeadLatentAttention, Projected
 from model.precision import index_layout
 from model.work import Work, product_format
@@ -30,6 +32,11 @@ if TYPE_CHECKING:
 
 KEY_NORM_EPS = 1e-6
 """The released code does not take it from the configuration."""
+
+_QUERIES = 128
+"""Queries scored together."""
+_GATHERING = 16
+"""Heads whose products with a latent take as long as gathering it and adding its gradient (measured on a CPU)."""
 
 
 class TokenIndexer(nn.Module):
@@ -131,24 +138,88 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
             self.indexer.head_weights(detached(x)),
             self.precision.round_index(index_keys, self.training, context.aux),
         )
-        query = self.absorb(self.queries(narrow, latent, rotation))
-        return Projected(query, self.project_rows(narrow, rotation, context), index)
+        query = self.queries(narrow, latent, rotation)
+        return Projected(self.absorb(query) if cached else query, self.project_rows(narrow, rotation, context), index)
 
     def attend(self, projected: Projected, context: Context) -> Tensor:
-        """Attend within whole sequences to the latents of the selected tokens."""
+        """Attend within whole sequences to the tokens that the indexer selects, or in dense mode to all past ones."""
         query, rows, index = projected
         assert index is not None
-        if context.documents is not None:
-            visible = context.documents.causal_mask()
+        chosen = None if context.attention == "dense" else self.choose(index, context)
+        if chosen is not None and self.gathers(*chosen.shape[1:]):
+            latents, mass = sparse_attention(
+                self.absorb(query), None, rows, None, None, scale=self.scale, value_size=self.latent_dims, chosen=chosen
+            )
+            out = self.values(latents)
         else:
-            tokens = rows.shape[1]
-            visible = torch.ones(1, tokens, tokens, dtype=torch.bool, device=rows.device).tril()
-        scores = index_scores(index.query, index.keys, index.weights, visible)
+            key, value = self.expand(rows)
+            mask = None if context.documents is None else context.documents.causal_mask()
+            if chosen is not None:
+                mask = as_mask(chosen, rows.shape[1])
+            out = self.attend_per_head(query, key, value, mask)
+            mass = None if context.aux is None else self.attention_mass(query, key, context, mask)
+            if mass is not None and chosen is not None:
+                mass = mass.gather(-1, chosen.clamp(min=0)).masked_fill(chosen < 0, 0.0)
+        if context.aux is not None:
+            assert mass is not None
+            self.train_indexer(context.aux, mass, chosen, projected, context)
+        return out
 
-        def attend(mask: Tensor) -> tuple[Tensor, Tensor | None]:
-            return sparse_attention(query, None, rows, mask, None, scale=self.scale, value_size=self.latent_dims)
+    def gathers(self, tokens: int, chosen: int) -> bool:
+        """Return whether to attend to ``chosen`` gathered latents instead of the masked keys of all ``tokens``.
 
-        return self.values(attend_selected(scores, visible, self.config, self.layer, context, attend))
+        Multiply-adds per query and head are ``chosen * (2 * kv_lora_rank + qk_rope_head_dim)`` for gathered latents,
+        which all heads share, and ``tokens * (qk_nope_head_dim + qk_rope_head_dim + v_head_dim)`` for the keys and
+        values of every head. Gathering takes as long as the multiply-adds of :data:`_GATHERING` heads. At V3.2's sizes,
+        latents are gathered from 7,834 tokens on.
+        """
+        sizes, heads = self.sizes(self.config), self.config.num_heads
+        gathered = chosen * (2 * sizes.kv_lora_rank + sizes.qk_rope_head_dim) * (heads + _GATHERING)
+        return gathered < tokens * (sizes.qk_nope_head_dim + sizes.qk_rope_head_dim + sizes.v_head_dim) * heads
+
+    @torch.no_grad()
+    def choose(self, index: IndexInputs, context: Context) -> Tensor:
+        """Return the selected tokens of every query, by blocks of queries: int64 [B, S, K], -1 in unused slots."""
+        tokens, pieces = index.keys.shape[1], []
+        for block in _query_blocks(tokens):
+            scores = index_scores(index.query[:, block], index.keys[:, : block.stop], index.weights[:, block])
+            scores = scores.to(self.precision.score_dtype)
+            pieces.append(select_topk(scores, _visible(context, block), min(self.config.index_topk, tokens)))
+        return torch.cat(pieces, dim=1)
+
+    @torch.no_grad()
+    def attention_mass(self, query: Tensor, key: Tensor, context: Context, mask: Tensor | None = None) -> Tensor:
+        """Return attention probabilities under a mask, bool [B, S, S], or of all past tokens, summed over heads:
+        float32 [B, S, S]."""
+        B, S = query.shape[:2]
+        mass = query.new_zeros(B, S, S, dtype=torch.float32)
+        query, key = (cast(x, key.dtype).transpose(1, 2) for x in (query * self.scale, key))
+        for block in _query_blocks(S):
+            visible = _visible(context, block) if mask is None else mask[:, block, : block.stop]
+            logits = (query[:, :, block] @ key[:, :, : block.stop].transpose(2, 3)).float()
+            weights = logits.masked_fill_(~visible.unsqueeze(1), float("-inf")).softmax(-1)
+            mass[:, block, : block.stop] = weights.sum(1)
+        return mass
+
+    def train_indexer(
+        self, aux: AuxOutputs, mass: Tensor, chosen: Tensor | None, projected: Projected, context: Context
+    ) -> None:
+        """Add the indexer's loss, and its selection's metrics if wanted, to ``aux``.
+
+        ``mass`` is that of all tokens [B, S, S], or of the ``chosen`` ones [B, S, K].
+        """
+        query, rows, index = projected
+        assert index is not None
+        inputs, everything = (index.query, index.keys, index.weights), slice(0, rows.shape[1])
+        permitted = _visible(context, everything) if chosen is None else chosen >= 0
+        scores = index_scores(*inputs, permitted if chosen is None else None, chosen)
+        aux.losses["indexer_kl"][self.layer] = indexer_kl(mass, scores, permitted)
+        if aux.measure_selection:
+            if chosen is not None:
+                permitted = _visible(context, everything)
+                scores = index_scores(*inputs, permitted)
+                mass = self.attention_mass(query, self.expand(rows)[0], context)
+            measure_selection(aux, self.layer, mass, scores.detach(), permitted, self.config)
 
     def select(self, projected: Projected, context: Context, cache: LayerCache) -> EntrySet:
         assert projected.indexed is not None
@@ -167,3 +238,16 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
             context.batch_invariant,
         )
         return EntrySet(cache.latents.pages, chosen=chosen)
+
+
+def _query_blocks(tokens: int) -> Iterator[slice]:
+    for begin in range(0, tokens, _QUERIES):
+        yield slice(begin, min(begin + _QUERIES, tokens))
+
+
+def _visible(context: Context, block: slice) -> Tensor:
+    """Return which of the tokens before ``block.stop`` the block's queries may see: bool [B or 1, queries, stop]."""
+    positions = context.positions[:, block]
+    own = torch.arange(block.start, block.stop, device=positions.device)
+    token = torch.arange(block.stop, device=positions.device)
+    return (token <= own.unsqueeze(-1)) & (token >= (own - positions).unsqueeze(-1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from kernels.index_topk import select_topk
 from kernels.projection import index_query
 from model.forward.aux_outputs import AuxOutputs
-from model.forward.context import Context
 from model.layers.linear import Linear
 from model.layers.rope import Rotary, Rotation
 from model.mixers.compressor import Compressor
@@ -37,53 +35,26 @@ class LightningIndexer(nn.Module):
         return query, self.weights_proj(x) * (self.head_dim * self.heads) ** -0.5
 
 
-def attend_selected(
-    scores: Tensor,
-    visible: Tensor,
-    config: ModelConfig,
-    layer: int,
-    context: Context,
-    attend: Callable[[Tensor], tuple[Tensor, Tensor | None]],
-) -> Tensor:
-    """Attend within whole sequences to the entries that an indexer selects, or in dense mode to all visible ones.
-
-    Adds the indexer's loss, and its selection's metrics if wanted, to the auxiliary outputs.
-
-    Args:
-        scores: float32 [B, S, T], index scores.
-        visible: bool [B or 1, S, T].
-        config: The network's configuration.
-        layer: Index of the layer.
-        context: The forward call.
-        attend: Returns the attention's output under a mask, bool [B or 1, S, T], and the attention mass of the entries,
-            summed over heads: float32 [B, S, T], or None if there are no entries.
-
-    Returns:
-        The output of ``attend``.
-    """
-    mask = visible if context.attention == "dense" else selection_mask(scores, visible, config)
-    out, mass = attend(mask)
-    if context.aux is not None and mass is not None:
-        context.aux.losses["indexer_kl"][layer] = indexer_kl(mass, scores, mask)
-        if context.aux.measure_selection:
-            _, teacher = attend(visible)
-            assert teacher is not None
-            _measure_selection(context.aux, layer, teacher, scores, visible, config)
-    return out
-
-
 def selection_mask(scores: Tensor, visible: Tensor, config: ModelConfig) -> Tensor:
     """Return the ``index_topk`` visible entries with the best scores [B, S, T] as a mask, bool [B, S, T]."""
-    chosen = select_topk(scores.to(Precision(config).score_dtype), visible, config.index_topk)
-    mask = torch.zeros(*scores.shape[:2], scores.shape[-1] + 1, dtype=torch.bool, device=scores.device)
+    return as_mask(select_topk(scores.to(Precision(config).score_dtype), visible, config.index_topk), scores.shape[-1])
+
+
+def as_mask(chosen: Tensor, entries: int) -> Tensor:
+    """Return the chosen indices int64 [B, S, K], -1 in unused slots, as a mask: bool [B, S, entries]."""
+    mask = torch.zeros(*chosen.shape[:2], entries + 1, dtype=torch.bool, device=chosen.device)
     # Unused slots (-1) wrap around to the extra last column, which is cut off.
     return mask.scatter_(-1, chosen % mask.shape[-1], True)[..., :-1]
 
 
-def _measure_selection(
+def measure_selection(
     aux: AuxOutputs, layer: int, teacher: Tensor, scores: Tensor, visible: Tensor, config: ModelConfig
 ) -> None:
-    """Measure the share of dense attention mass on selected entries, over queries that see more than k entries."""
+    """Measure the share of dense attention mass on selected entries, over queries that see more than k entries.
+
+    ``teacher`` is the mass of the visible entries and ``scores`` are their index scores, float32 [B, S, T]. ``visible``
+    is bool [B or 1, S, T].
+    """
     k = config.index_topk
     crowded = (visible.sum(-1) > k).expand(scores.shape[:2])
     if not crowded.any():

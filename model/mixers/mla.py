@@ -2,7 +2,8 @@
 
 Keys and values of all heads are projections of one latent per token. A rotary key, shared by all heads, carries the
 position. The cache holds the latent beside the rotary key. Attention over the cache is absorbed: the key projection
-moves to the query and the value projection to the output, so that all heads attend to the latents themselves.
+moves to the query and the value projection to the output, so that all heads attend to the latents themselves. Whole
+sequences are attended to with the keys and values of every head, which are narrower.
 """
 
 from __future__ import annotations
@@ -279,16 +280,24 @@ class MultiHeadLatentAttention(Mixer):
 
     def attend(self, projected: Projected, context: Context) -> Tensor:
         """Attend within whole sequences, with the keys and values of every head."""
-        query, rows = projected.query, projected.rows
+        mask = None if context.documents is None else context.documents.causal_mask()
+        return self.attend_per_head(projected.query, *self.expand(projected.rows), mask)
+
+    def expand(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return every head's keys [B, S, H, qk_nope_head_dim + qk_rope_head_dim] and values [B, S, H, v_head_dim]."""
         latent, shared_key = rows[..., : self.latent_dims], rows[..., self.latent_dims :]
         both = self.wkv_b(cast(latent, product_dtype(latent))).unflatten(-1, (self.config.num_heads, -1))
         shared_key = cast(shared_key, both.dtype).unsqueeze(2).expand(*both.shape[:3], -1)
-        key, value = torch.cat((both[..., : self.nope_dims], shared_key), dim=-1), both[..., self.nope_dims :]
-        mask = None if context.documents is None else context.documents.causal_mask().unsqueeze(1)
+        return torch.cat((both[..., : self.nope_dims], shared_key), dim=-1), both[..., self.nope_dims :]
+
+    def attend_per_head(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend with unabsorbed queries under a mask, bool [B, S, S], or to all past tokens: float32
+        [B, S, H, v_head_dim]."""
         width = max(key.shape[-1], value.shape[-1])  # PyTorch's blockwise attention on a CPU needs equal widths
         query, padded_key, padded_value = (
-            F.pad(cast(x, both.dtype), (0, width - x.shape[-1])).transpose(1, 2) for x in (query, key, value)
+            F.pad(cast(x, key.dtype), (0, width - x.shape[-1])).transpose(1, 2) for x in (query, key, value)
         )
+        mask = None if mask is None else mask.unsqueeze(1)
         out = F.scaled_dot_product_attention(
             query, padded_key, padded_value, attn_mask=mask, is_causal=mask is None, scale=self.scale
         )

@@ -14,12 +14,16 @@ def test_scores_follow_the_formula():
     torch.testing.assert_close(index_scores(q, k, w), expected, rtol=1e-4, atol=1e-5)
 
 
-def scored(backend, autocast=False):
+def scored(backend, autocast=False, chosen=None):
     torch.manual_seed(3)
     leaves = [torch.randn(shape, requires_grad=True) for shape in ((B, 40, H, C), (B, 10, C), (B, 40, H))]
-    permitted = torch.arange(10) < ((torch.arange(40) + 1) // 4).unsqueeze(1)
+    if chosen is None:
+        permitted = (torch.arange(10) < ((torch.arange(40) + 1) // 4).unsqueeze(1)).unsqueeze(0)
+        options = {"permitted": permitted}
+    else:
+        permitted, options = chosen >= 0, {"chosen": chosen}
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        scores = index_scores(*leaves, permitted.unsqueeze(0), backend=backend) * permitted
+        scores = index_scores(*leaves, **options, backend=backend) * permitted
     scores.backward(torch.randn(scores.shape))
     return [scores.detach(), *(x.grad for x in leaves)]
 
@@ -30,6 +34,21 @@ def test_eager_equals_the_reference_forward_and_backward_and_under_autocast(prod
     for options in (("eager", False), ("eager", True), ("reference", True)):
         for found, expected in zip(scored(*options), scored("reference"), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gathered", [1, 500, 1 << 18])
+def test_scores_of_chosen_keys_are_those_among_all_scores(gathered, monkeypatch):
+    monkeypatch.setattr("kernels.chosen_rows._GATHERED", gathered)
+    chosen = torch.rand(B, 40, 10).argsort(-1)[..., :4].clone()
+    chosen[:, ::3, 1:] = -1
+    query, keys, weights = torch.randn(B, 40, H, C), torch.randn(B, 10, C), torch.randn(B, 40, H)
+    found = index_scores(query, keys, weights, chosen=chosen)
+    expected = index_scores(query, keys, weights).gather(-1, chosen.clamp(min=0))
+    torch.testing.assert_close(found[chosen >= 0], expected[chosen >= 0], rtol=1e-4, atol=1e-5)
+    for options in (("eager", False), ("eager", True), ("reference", True)):
+        results = scored(*options, chosen), scored("reference", False, chosen)
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_eager_skips_keys_that_no_query_may_see():

@@ -75,7 +75,7 @@ def test_scores_that_are_equal_in_bf16_tie_and_the_lower_entry_wins(mode):
     rows, visible = paged(packed, 18, scattered=True), [3000] * 5
     keys = unpack(packed, layout).unsqueeze(0)
     rounded = index_scores(query.unsqueeze(0), keys, weights.unsqueeze(0)).bfloat16()
-    expected = select_topk(rounded, torch.ones(1, 1, 3000, dtype=torch.bool), 40)[0]
+    expected = select_topk(rounded, torch.ones(1, 5, 3000, dtype=torch.bool), 40)[0]
     found = choose(query, rows, layout, weights, visible, 40, dtype=torch.bfloat16, **MODES[mode])
     assert torch.equal(found, expected)
     assert not torch.equal(found, choose(query, rows, layout, weights, visible, 40, **MODES[mode]))
@@ -163,7 +163,29 @@ def test_the_best_of_distinct_scores_are_found_wherever_they_are(entries):
         assert torch.equal(topk_indices(scores, k), scores.topk(k).indices)
 
 
-def test_ties_go_to_the_lower_entry_and_only_permitted_ones_are_selected():
+@needs_native
+@pytest.mark.parametrize("entries", [1, 8, 100, 300, 2500])
+def test_the_native_selection_is_the_one_in_pytorch(entries):
+    scores = torch.randn(3, 20, entries).round(decimals=1)  # many ties
+    for batch in (1, 3):
+        permitted = torch.rand(batch, 20, entries) < 0.7
+        permitted[0, 0] = False
+        for k in (1, 5, 32):
+            expected = topk_indices(scores.masked_fill(~permitted, float("-inf")), k)
+            assert torch.equal(select_topk(scores, permitted, k), expected)
+            assert torch.equal(select_topk(scores[:, 3:9], permitted[:, 3:9], k), expected[:, 3:9])
+
+
+@needs_native
+def test_the_native_selection_refuses_masks_of_other_shapes():
+    with pytest.raises(ValueError, match=r"select_topk: scores .* and permitted .* do not match"):
+        select_topk(torch.zeros(2, 3, 5), torch.ones(1, 3, 4, dtype=torch.bool), 2)
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+def test_ties_go_to_the_lower_entry_and_only_permitted_ones_are_selected(is_native, monkeypatch):
+    if not is_native:
+        monkeypatch.setattr("kernels.native.level", lambda: None)
     scores = torch.tensor([[[0.0, -0.0, 5.0, 0.0, 0.0, 9.0], [-1.0, -2.0, -1.0, -3.0, 7.0, 7.0]]])
 
     def first(*counts):

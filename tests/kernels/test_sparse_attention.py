@@ -131,6 +131,32 @@ def test_attention_without_a_window_is_as_accurate_as_the_reference_in_bf16():
         assert (found - expected).abs().max() < max(1.5 * (reference - expected).abs().max(), 0.01 * scale)
 
 
+def selection_results(backend, autocast=False):
+    """Attend to chosen entries only. Every third query chooses two, the others five."""
+    torch.manual_seed(6)
+    leaves = [torch.randn(*shape).requires_grad_() for shape in ((B, 37, H, C), (B, 29, C), (H,))]
+    query, entries, sink = leaves
+    chosen = torch.rand(B, 37, 29).argsort(-1)[..., :5].clone()
+    chosen[:, ::3, 2:] = -1
+    options = {"scale": 0.3, "value_size": 11, "chosen": chosen, "backend": backend}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out, mass = sparse_attention(query, None, entries, None, sink, **options)
+    out.float().backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)))
+    return [out.detach().float(), mass, *(x.grad for x in leaves)]
+
+
+@pytest.mark.parametrize("gathered", [1, 700, 1 << 18])
+def test_attention_to_chosen_entries_equals_the_reference(gathered, monkeypatch):
+    monkeypatch.setattr("kernels.chosen_rows._GATHERED", gathered)
+    exact = selection_results("reference")
+    for found, expected in zip(selection_results("eager"), exact, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    narrow = [selection_results(backend, autocast=True) for backend in ("eager", "reference")]
+    for found, reference, expected in zip(*narrow, exact, strict=True):
+        scale = expected.abs().max()
+        assert (found - expected).abs().max() < max(1.5 * (reference - expected).abs().max(), 0.01 * scale)
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the most elements of a tensor that an operation returned."""
 
@@ -148,6 +174,15 @@ def test_eager_allocates_nothing_of_heads_times_queries_times_entries():
     with LargestTensor() as largest:
         results("eager", given)
     assert largest.most <= B * length * entries  # the mass, which is summed over heads
+
+
+def test_attention_to_chosen_entries_allocates_nothing_of_queries_times_entries(monkeypatch):
+    monkeypatch.setattr("kernels.chosen_rows._GATHERED", 1 << 12)
+    query, entries = torch.randn(1, 512, H, C).requires_grad_(), torch.randn(1, 512, C).requires_grad_()
+    chosen = torch.randint(0, 512, (1, 512, 4))
+    with LargestTensor() as largest:
+        sparse_attention(query, None, entries, None, None, chosen=chosen)[0].sum().backward()
+    assert largest.most <= 512 * H * C
 
 
 # --- tiles

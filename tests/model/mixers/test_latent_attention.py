@@ -133,7 +133,7 @@ def test_the_teacher_is_the_attention_of_every_head():
     pair = Pair(Case(index=(16, 8, 9), yarn={**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}))
     x = torch.randn(2, 40, 40)
     context = pair.context(torch.arange(40)[None])
-    query, rows, index = pair.mixer.project(x, context.rotation["dsa"], context, cached=False)
+    query, rows, index = pair.mixer.project(x, context.rotation["dsa"], context, cached=True)
     logits = torch.einsum("bshc,btc->bhst", query, rows) * pair.mixer.scale
     products = torch.einsum("bshc,btc->bsht", index.query, index.keys).relu()
     scores = torch.einsum("bsh,bsht->bst", index.weights, products)
@@ -151,6 +151,58 @@ def test_the_teacher_is_the_attention_of_every_head():
         losses = aux.loss("indexer_kl"), expected
         for one, other in zip(*(torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses)):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
+# --- gathered latents and keys per head
+
+
+def test_latents_are_gathered_where_that_takes_fewer_multiplications():
+    """At V3.2's sizes, 2,048 latents of 1,088 multiply-adds for 128 + 16 heads, all tokens of 320 for 128."""
+    config = ModelConfig.from_preset("v3.2").replace(layers=("dsa",), ffn="dense", first_k_dense_replace=0)
+    with torch.device("meta"):
+        attention = Transformer(config).layers[0].attn
+    assert not attention.gathers(2048, 2048) and not attention.gathers(7833, 2048)
+    assert attention.gathers(7834, 2048)
+
+
+@pytest.mark.parametrize("positions", [None, [*range(31), *range(2), *range(12), -1, -1, -1]])
+def test_both_forms_of_sparse_attention_agree(positions, monkeypatch):
+    """Compare outputs, the indexer's loss, metrics and all gradients, alone and with packed documents."""
+    model = build(layers=("dsa", "dsa"), index_topk=4, **EXACT).train()
+    ids = torch.randint(0, 50, (2, 48))
+    places = None if positions is None else torch.tensor(positions).expand(2, -1)
+    results = []
+    for gathers in (True, False):
+        for layer in model.layers:
+            monkeypatch.setattr(layer.attn, "gathers", lambda *sizes, gathers=gathers: gathers)
+        model.zero_grad()
+        aux = AuxOutputs(measure_selection=True)
+        logits = model(ids, positions=places, aux=aux)
+        (logits.square().mean() + aux.loss("indexer_kl")).backward()
+        metrics = aux.by_layer(("indexer_kl", "recall_at_k", "recall_at_k_of_best"))
+        results.append(
+            (logits.detach(), metrics, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        )
+    (gathered, some, gradients), (masked, others, expected) = results
+    torch.testing.assert_close(gathered, masked, rtol=1e-4, atol=1e-5)
+    assert len(some) == 9 and some == pytest.approx(others, rel=1e-3)
+    assert gradients.keys() == expected.keys() and any("indexer" in name for name in gradients)
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).abs().max() < 1e-3 * expected[name].abs().max() + 1e-7, name
+
+
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
+def test_long_sequences_are_scored_by_blocks_of_queries(attention, monkeypatch):
+    """Blocks of queries change neither the output nor the indexer's loss."""
+    model = build(layers=("dsa", "dsa"), index_topk=40, **EXACT)
+    ids, results = torch.randint(0, 50, (2, 61)), []
+    for queries in (61, 7):
+        monkeypatch.setattr("model.mixers.dsa._QUERIES", queries)
+        aux = AuxOutputs()
+        with torch.no_grad():
+            results.append((model(ids, aux=aux, attention=attention), aux.loss("indexer_kl")))
+    for one, other in zip(*results):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 # --- training

@@ -1,0 +1,41 @@
+"""Rows of a sequence that every query has chosen, for operations that compute by blocks of queries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_GATHERED = 1 << 18
+"""Most numbers gathered for a block of several queries on a CPU: 1 MiB, which fits into a second-level cache."""
+_GATHERED_ON_GPU = 1 << 26
+"""The same on a GPU, where small blocks would leave it idle."""
+
+
+class ChosenRows:
+    """Indices of the rows of [B, T, c] that the queries chose, ``chosen`` int [B, S, K], -1 in unused slots.
+
+    Blocks are slices of the B * S queries. Gathering block by block, memory does not grow with S * K * c.
+    """
+
+    def __init__(self, rows: Tensor, chosen: Tensor):
+        B, T, c = rows.shape
+        offsets = torch.arange(0, B * T, max(T, 1), device=chosen.device).view(B, 1, 1)
+        self.unused = (chosen < 0).flatten(0, 1)
+        """bool [B * S, K]"""
+        self._places = (chosen.clamp(min=0) + offsets).flatten(0, 1)
+        self._queries = max(1, (_GATHERED if rows.is_cpu else _GATHERED_ON_GPU) // max(1, chosen.shape[-1] * c))
+
+    def blocks(self) -> Iterator[slice]:
+        for begin in range(0, len(self._places), self._queries):
+            yield slice(begin, begin + self._queries)
+
+    def gather(self, rows: Tensor, block: slice) -> Tensor:
+        """Return the chosen rows of a block's queries: [B, T, c] -> [queries, K, c]. Row 0 is in unused slots."""
+        return F.embedding(self._places[block], rows.flatten(0, 1))
+
+    def add(self, total: Tensor, block: slice, values: Tensor) -> None:
+        """Add values [queries, K, c] to the rows of ``total`` [B, T, c] that the block's queries chose."""
+        total.view(-1, total.shape[-1]).index_add_(0, self._places[block].flatten(), values.flatten(0, 1))
