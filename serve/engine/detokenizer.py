@@ -6,7 +6,11 @@ from collections.abc import Sequence
 
 from model.tokenizer import Tokenizer
 from model.tokenizer.stop_strings import remove_marks
-from model.tokenizer.streaming import CONTEXT_TOKENS, decoding_context, has_unfinished_character
+from model.tokenizer.streaming import decoding_context, has_unfinished_character
+
+_MAX_WINDOW_TOKENS = 24
+"""Tokens after which the decoded window is reduced to the context of further ones. Decoding this many costs less than
+looking for the context more often."""
 
 
 class Detokenizer:
@@ -32,7 +36,7 @@ class Detokenizer:
         final = self._final_length(text)
         piece = text[self._emitted : final]
         self._emitted = max(self._emitted, final)
-        if final == len(text) and len(self._window) > 2 * CONTEXT_TOKENS:
+        if final == len(text) and len(self._window) >= _MAX_WINDOW_TOKENS:
             self._window = decoding_context(self._tokenizer, self._window)
             self._emitted = len(self._tokenizer.decode(self._window))
         return piece
