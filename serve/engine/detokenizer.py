@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from model.tokenizer import Tokenizer
 from model.tokenizer.stop_strings import remove_marks
-from model.tokenizer.streaming import decoding_context, has_unfinished_character
+from model.tokenizer.streaming import decoding_context
 
 _MAX_WINDOW_TOKENS = 24
 """Tokens after which the decoded window is reduced to the context of further ones. Decoding this many costs less than
@@ -48,13 +48,13 @@ class Detokenizer:
         return piece
 
     def _final_length(self, text: str) -> int:
-        return len(text) - has_unfinished_character(self._tokenizer, self._window, text)
+        return len(text) - self._tokenizer.ends_inside_character(self._window, text)
 
 
 def finished_text(tokenizer: Tokenizer, ids: list[int]) -> str:
     """Return the text of ``ids`` without a character that they leave unfinished."""
     context, text = decoding_context(tokenizer, ids), tokenizer.decode(ids)
-    unfinished = has_unfinished_character(tokenizer, context, tokenizer.decode(context))
+    unfinished = tokenizer.ends_inside_character(context, tokenizer.decode(context))
     return text[: len(text) - unfinished]
 
 
