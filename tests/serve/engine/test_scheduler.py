@@ -8,7 +8,7 @@ import torch
 
 from model.errors import ConfigError
 from model.forward.execution import Execution
-from serve.engine import EngineConfig, SamplingParams
+from serve.engine import EngineConfig, RequestAbortedError, SamplingParams
 from serve.engine.pace import PrefillPace
 from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import Sequence
@@ -168,9 +168,9 @@ def test_an_expired_or_aborted_sequence_leaves_the_batch(byte_model, byte_tokeni
     scheduler.step(sequences)
     scheduler.step()
     scheduler.abort(sequences[1])
+    assert [one for one, delta in scheduler.step() if delta.error] == [sequences[1]]
     monkeypatch.setattr("serve.engine.scheduler.time.monotonic", lambda: sequences[2].deadline + 1)
-    results = scheduler.step()
-    assert {id(one) for one, delta in results if delta.error} == {id(sequences[1]), id(sequences[2])}
+    assert [one for one, delta in scheduler.step() if delta.error] == [sequences[2]]
     assert scheduler.batch.sequences == [sequences[0]]
     finish(scheduler, [])
     assert sequences[0].completion_tokens == 40
@@ -216,6 +216,16 @@ def test_prompts_are_read_in_their_share_of_the_time() -> None:
         pace.decoded(decode_seconds)
     assert read * seconds_per_token == pytest.approx(1000 * decode_seconds, rel=0.1)
     assert pace.tokens(10, decoding=True) in (0, 10)
+
+
+def test_a_sequence_that_is_aborted_before_it_arrives_never_runs(byte_model, byte_tokenizer) -> None:
+    scheduler = Scheduler(byte_model, config())
+    late = sequence(byte_tokenizer, PROMPTS[0])
+    scheduler.abort(late)
+    scheduler.step()  # looks for aborted sequences while this one is on its way
+    [(one, delta)] = scheduler.step([late])
+    assert one is late and isinstance(delta.error, RequestAbortedError)
+    assert not scheduler.has_unfinished and late.completion_tokens == 0
 
 
 @pytest.mark.parametrize("logprobs", [None, 1])

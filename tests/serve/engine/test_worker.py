@@ -6,6 +6,7 @@ import threading
 import pytest
 
 from serve.engine import Engine, EngineConfig, EngineError, SamplingParams
+from serve.engine.sequence import Sequence
 from serve.engine.worker import MAX_STEPS_AHEAD, Worker
 
 
@@ -130,13 +131,15 @@ def test_a_closed_loop_ends_the_work(endless_model, letters) -> None:
     engine = Engine(endless_model, letters, EngineConfig(kept_prefixes=0))
     params = SamplingParams(max_tokens=400, temperature=0)
 
-    async def leave() -> None:
+    async def leave() -> list[Sequence]:
         stream = engine.submit([([0, 9], params)] * 2)
         await anext(stream)
+        return stream.sequences
 
-    run(leave())
+    sequences = asyncio.run(leave())
     engine._worker._job.result(60)
     assert not engine._scheduler.has_unfinished
+    assert all(0 < one.completion_tokens < 400 for one in sequences)
     assert engine.memory.used_pages == 0
 
     async def again() -> int:
