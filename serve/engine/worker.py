@@ -123,4 +123,5 @@ class Worker:
             logger.exception("the engine failed")
             with self._changed:
                 self._failure = error
+            self._deliver = lambda results: None  # a step may be running
             self._fail(error)

@@ -167,10 +167,10 @@ def test_an_expired_or_aborted_sequence_leaves_the_batch(byte_model, byte_tokeni
     sequences[2].deadline -= 300
     scheduler.step(sequences)
     scheduler.step()
-    scheduler.abort(sequences[1])
-    assert [one for one, delta in scheduler.step() if delta.error] == [sequences[1]]
     monkeypatch.setattr("serve.engine.scheduler.time.monotonic", lambda: sequences[2].deadline + 1)
     assert [one for one, delta in scheduler.step() if delta.error] == [sequences[2]]
+    scheduler.abort(sequences[1])
+    assert [one for one, delta in scheduler.step() if delta.error] == [sequences[1]]
     assert scheduler.batch.sequences == [sequences[0]]
     finish(scheduler, [])
     assert sequences[0].completion_tokens == 40
