@@ -119,6 +119,7 @@ def test_an_exception_is_reported_and_nothing_runs_afterwards(place) -> None:
         await until(lambda: failures)
         await worker.stop()
         steps = scheduler.steps
+        assert steps < scheduler.total
         worker.submit(["b"])
         await until(lambda: len(failures) == 2)
         assert scheduler.steps == steps
