@@ -14,6 +14,7 @@
 #include "../rms_norm/cpu.cpp"
 #include "../rotary/cpu.cpp"
 #include "../routing/cpu.cpp"
+#include "../sampling/cpu.cpp"
 #include "../ssd_scan/cpu.cpp"
 #include "../swiglu/cpu.cpp"
 #include "memory.cpp"

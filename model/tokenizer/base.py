@@ -11,6 +11,8 @@ from model.tokenizer.side_files import SideFiles
 
 FILE_NAME = "tokenizer.json"
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+MAX_UNFINISHED_TOKENS = 3
+"""A UTF-8 character has at most four bytes, so an unfinished one has at most three."""
 _ANCHORS = ("\n", " ", "a", ".")
 """Prefixes for encoding a text as part of a longer one. The first one that stays a token of its own is used."""
 
@@ -55,6 +57,14 @@ class Tokenizer(ABC):
     @abstractmethod
     def is_text(self, token_id: int) -> bool:
         """Return whether a token takes part in decoding: it is neither special nor unused."""
+
+    def ends_inside_character(self, ids: list[int], text: str) -> bool:
+        """Return whether further bytes may complete the last character of ``text``, the decoding of ``ids``."""
+        return text.endswith(REPLACEMENT) and any(
+            not self.decode([*ids, *[byte] * count]).startswith(text)
+            for byte in self.continuation_ids
+            for count in range(1, MAX_UNFINISHED_TOKENS + 1)
+        )
 
     def encode_inside(self, text: str, parse_special: bool = False) -> list[int]:
         """Return the token IDs of ``text`` as it stands inside a longer text, without the space that some tokenizers

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from model.tokenizer.base import Tokenizer
+from model.tokenizer.base import MAX_UNFINISHED_TOKENS, REPLACEMENT, Tokenizer
 from model.tokenizer.side_files import SideFiles
 
 _SPECIAL_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -42,6 +43,14 @@ class ByteTokenizer(Tokenizer):
 
     def is_text(self, token_id: int) -> bool:
         return 2 <= token_id < 258
+
+    def ends_inside_character(self, ids: list[int], text: str) -> bool:
+        if not text.endswith(REPLACEMENT):
+            return False
+        tail = bytes([i - 2 for i in ids if 2 <= i < 258][-MAX_UNFINISHED_TOKENS:])
+        unfinished = tail[codecs.utf_8_decode(tail, "replace")[1] :]
+        # Python also waits for the end of a surrogate, which UTF-8 excludes.
+        return bool(unfinished) and not (unfinished[0] == 0xED and unfinished[1:] >= b"\xa0")
 
     def _write_vocabulary(self, path: Path) -> None:
         """Write a byte-level vocabulary without merges, which any reader of ``tokenizer.json`` understands."""

@@ -57,6 +57,7 @@ def create_app(
     reporter = cache.CacheReporter(engine)
     measured = metrics.Metrics(engine, reporter)
     engine.observer = measured.observe
+    engine.name_model(model_name)
     add_middleware(app, config, measured)
     served = ServedModel(model_name, engine, TokenFormatter(engine.tokenizer), ChatTemplate(engine.tokenizer), version)
     pace = Pace(config.stream_interval_seconds, config.keep_alive_seconds)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
 
 from model.tokenizer import Tokenizer
 from serve.api.schemas.chat import ChatTokenLogprob, ChatTopLogprob
@@ -56,7 +55,7 @@ class TokenFormatter:
         shifted, shift = [], 0
         for record in records:
             start = record.text_offset + shift
-            shifted.append(replace(record, text_offset=start))
+            shifted.append(record._replace(text_offset=start))
             for spelling in self._spellings.get(record.token_id, ()):
                 if found := re.compile(rf"\s*{re.escape(spelling)}").match(text, start):
                     shift += found.end() - start

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from fastapi import FastAPI, Response
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -23,14 +22,6 @@ OTHER_ROUTE = "other"
 """Label of requests that no route accepts: their paths are the clients' choice."""
 
 
-@dataclass
-class _Progress:
-    """Progress of a running completion. ``at`` is the time of its newest token, on the clock of time.monotonic."""
-
-    at: float
-    tokens: int
-
-
 class Metrics:
     """Metrics of an engine and of the requests to it, in a registry of their own.
 
@@ -39,7 +30,8 @@ class Metrics:
 
     def __init__(self, engine: Engine, reporter: CacheReporter):
         self._timeout = engine.config.request_timeout_seconds
-        self._progress: dict[int, _Progress] = {}
+        self._last_seen: dict[int, float] = {}
+        """Time of the newest output of each unfinished completion, on the clock of time.monotonic."""
         self.registry = registry = CollectorRegistry()
         registry.register(_EngineCollector(engine, reporter))
         self.requests = Counter(
@@ -67,23 +59,22 @@ class Metrics:
         """Record an output of the engine."""
         now = time.monotonic()
         arrival = sequence.deadline - self._timeout
-        before = self._progress.get(id(sequence))
-        new = sequence.completion_tokens - (before.tokens if before else 0)
+        before = self._last_seen.get(id(sequence))
         if before is None and delta.error is None:
             self._prompt_tokens.inc(sequence.prompt_length)
             self._prefix_hits.inc(sequence.cached_tokens)
-        if new:
+        if new := delta.tokens:
             self._generated_tokens.inc(new)
             if before is None:
                 self._first_token.observe(now - arrival)
-            for _ in range(new if before else new - 1):
-                self._inter_token.observe((now - before.at) / new if before else 0.0)
+            for _ in range(new if before is not None else new - 1):
+                self._inter_token.observe((now - before) / new if before is not None else 0.0)
         if delta.final:
-            self._progress.pop(id(sequence), None)
+            self._last_seen.pop(id(sequence), None)
             self._completions.labels(_outcome(delta)).inc()
             self._end_to_end.observe(now - arrival)
         else:
-            self._progress[id(sequence)] = _Progress(now, sequence.completion_tokens)
+            self._last_seen[id(sequence)] = now
 
 
 def _outcome(delta: Delta) -> str:

@@ -6,7 +6,11 @@ from collections.abc import Sequence
 
 from model.tokenizer import Tokenizer
 from model.tokenizer.stop_strings import remove_marks
-from model.tokenizer.streaming import CONTEXT_TOKENS, decoding_context, has_unfinished_character
+from model.tokenizer.streaming import decoding_context
+
+_MAX_WINDOW_TOKENS = 24
+"""Tokens after which the decoded window is reduced to the context of further ones. Decoding this many costs less than
+looking for the context more often."""
 
 
 class Detokenizer:
@@ -32,7 +36,7 @@ class Detokenizer:
         final = self._final_length(text)
         piece = text[self._emitted : final]
         self._emitted = max(self._emitted, final)
-        if final == len(text) and len(self._window) > 2 * CONTEXT_TOKENS:
+        if final == len(text) and len(self._window) >= _MAX_WINDOW_TOKENS:
             self._window = decoding_context(self._tokenizer, self._window)
             self._emitted = len(self._tokenizer.decode(self._window))
         return piece
@@ -44,13 +48,13 @@ class Detokenizer:
         return piece
 
     def _final_length(self, text: str) -> int:
-        return len(text) - has_unfinished_character(self._tokenizer, self._window, text)
+        return len(text) - self._tokenizer.ends_inside_character(self._window, text)
 
 
 def finished_text(tokenizer: Tokenizer, ids: list[int]) -> str:
     """Return the text of ``ids`` without a character that they leave unfinished."""
     context, text = decoding_context(tokenizer, ids), tokenizer.decode(ids)
-    unfinished = has_unfinished_character(tokenizer, context, tokenizer.decode(context))
+    unfinished = tokenizer.ends_inside_character(context, tokenizer.decode(context))
     return text[: len(text) - unfinished]
 
 

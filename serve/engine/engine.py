@@ -3,51 +3,53 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from model import checkpoint as checkpoints
 from model.cache import Cache
-from model.errors import FiftyfoldError
 from model.forward.execution import Execution
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
 from serve.engine.config import EngineConfig
-from serve.engine.errors import EngineError, QueueFullError, RequestAbortedError, RequestError
+from serve.engine.errors import EngineError, QueueFullError, RequestError
 from serve.engine.memory import CacheMemory
 from serve.engine.sampling_params import SamplingParams
-from serve.engine.scheduler import Scheduler
+from serve.engine.scheduler import Results, Scheduler
 from serve.engine.sequence import Delta, Sequence
 from serve.engine.stats import EngineStats
-
-logger = logging.getLogger(__name__)
+from serve.engine.worker import Worker
 
 
 class Stream:
     """Asynchronous iterator over the output of one request: pairs of a completion's index and a :class:`Delta`.
 
-    Iteration ends after the final delta of every completion and raises the first error of any completion.
+    Iteration ends after the final delta of every completion and raises the first error of any completion. One task at
+    a time may iterate.
     """
 
-    def __init__(self, sequences: list[Sequence]):
+    def __init__(self, sequences: list[Sequence], scheduler: Scheduler):
         self.sequences = sequences
+        self._scheduler = scheduler
         self._index = {id(sequence): index for index, sequence in enumerate(sequences)}
         self._unfinished = len(sequences)
-        self._deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
+        self._deltas: deque[tuple[int, Delta]] = deque()
+        self._reader: asyncio.Future[None] | None = None
 
     def put(self, sequence: Sequence, delta: Delta) -> None:
         """Append a delta. The engine calls this on the event loop."""
-        self._deltas.put_nowait((self._index[id(sequence)], delta))
+        self._deltas.append((self._index[id(sequence)], delta))
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def abort(self) -> None:
         """Abort the request. Its caches are freed after the current step. No-op for a finished request."""
         for sequence in self.sequences:
-            sequence.aborted = True
+            self._scheduler.abort(sequence)
 
     def __aiter__(self) -> AsyncIterator[tuple[int, Delta]]:
         return self
@@ -55,7 +57,10 @@ class Stream:
     async def __anext__(self) -> tuple[int, Delta]:
         if not self._unfinished:
             raise StopAsyncIteration
-        index, delta = await self._deltas.get()
+        while not self._deltas:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        index, delta = self._deltas.popleft()
         if delta.error is not None:
             self._unfinished = 0
             raise delta.error
@@ -69,8 +74,9 @@ class Engine:
 
     ``model`` is used as it is; :meth:`from_checkpoint` applies ``config.execution`` and ``config.weights``.
 
-    All methods must be called from one event loop. The model runs in a single worker thread, which leaves the loop
-    free. The scheduler belongs to the worker during a step and to the loop between steps.
+    All methods must be called from one event loop. The model runs in a thread of its own
+    (:class:`serve.engine.worker.Worker`), which leaves the loop free. The scheduler belongs to that thread; the loop
+    only reads gauges and totals, and aborts sequences.
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, config: EngineConfig | None = None):
@@ -78,13 +84,13 @@ class Engine:
         self.model_config = model.config
         self.tokenizer = tokenizer
         self._scheduler = Scheduler(model, self.config)
-        self._arrivals: list[Sequence] = []
+        self._worker = Worker(self._scheduler, self._deliver, self._fail)
         self.observer: Callable[[Sequence, Delta], None] | None = None
         """Called on the event loop with every output, before it is delivered."""
         self._streams: dict[int, Stream] = {}
         """Keyed by the ``id`` of each unfinished sequence."""
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fiftyfold-engine")
-        self._task: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        """Event loop of the unfinished streams."""
         self._failure: Exception | None = None
         self._stopped = False
 
@@ -144,6 +150,7 @@ class Engine:
         """
         self.check_health()
         self.check_size(len(requests))
+        self._forget_other_loop()
         requests = [(prompt or [self.tokenizer.bos_id], params) for prompt, params in requests]
         for prompt, params in requests:
             self._validate(prompt, params)
@@ -153,13 +160,19 @@ class Engine:
                 "(max_active_requests + max_waiting_requests)"
             )
         deadline = time.monotonic() + self.config.request_timeout_seconds
-        stream = Stream([Sequence(prompt, params, self.tokenizer, deadline) for prompt, params in requests])
-        for sequence in stream.sequences:
+        sequences = [Sequence(prompt, params, self.tokenizer, deadline) for prompt, params in requests]
+        stream = Stream(sequences, self._scheduler)
+        for sequence in sequences:
             self._streams[id(sequence)] = stream
-        self._arrivals += stream.sequences
-        if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._run())
+        self._worker.submit(sequences)
         return stream
+
+    def _forget_other_loop(self) -> None:
+        """Abort the requests of an event loop that has ended."""
+        if (loop := asyncio.get_running_loop()) is not self._loop:
+            for stream in self._streams.values():
+                stream.abort()
+            self._streams, self._loop = {}, loop
 
     @property
     def _capacity(self) -> int:
@@ -181,13 +194,11 @@ class Engine:
             raise EngineError("the server is shutting down")
 
     async def stop(self) -> None:
-        """Abort all requests and shut down the worker thread."""
+        """Abort all requests and end the worker thread."""
         self._stopped = True
         for stream in list(self._streams.values()):
             stream.abort()
-        if self._task is not None:
-            await self._task
-        self._worker.shutdown()
+        await self._worker.stop()
 
     def _validate(self, prompt: list[int], params: SamplingParams) -> None:
         vocab_size, context = self.model_config.vocab_size, self.model_config.max_positions
@@ -212,39 +223,32 @@ class Engine:
                 code="context_length_exceeded",
             )
 
-    async def _run(self) -> None:
-        """Step until no sequence is left."""
-        loop = asyncio.get_running_loop()
-        try:
-            while self._arrivals or self._scheduler.has_unfinished:
-                arrivals, self._arrivals = self._arrivals, []
-                self._deliver(await loop.run_in_executor(self._worker, self._scheduler.step, arrivals))
-        except Exception as error:
-            logger.exception("the engine failed")
-            self._failure = error
-            self._fail_all(EngineError(f"the engine failed ({type(error).__name__})"))
-        except asyncio.CancelledError:
-            self._stopped = True
-            self._fail_all(RequestAbortedError("the server is shutting down"))
-            raise
+    def name_model(self, name: str) -> None:
+        """Use ``name`` in errors and logs."""
+        self._scheduler.model_label = f"model '{name}'"
 
-    def _deliver(self, results: list[tuple[Sequence, Delta]]) -> None:
+    def _deliver(self, results: Results) -> None:
+        """Pass on the output of a step. The worker calls this on the event loop."""
         for sequence, delta in results:
+            stream = self._streams.get(id(sequence))
+            if stream is None:  # of an event loop that has ended
+                continue
             if self.observer is not None:
                 self.observer(sequence, delta)
-            if delta == Delta():  # an unfinished prefill, or text held back
-                continue
-            stream = self._streams[id(sequence)]
-            stream.put(sequence, delta)
+            if delta.visible:
+                stream.put(sequence, delta)
             if delta.final:
                 del self._streams[id(sequence)]
             if delta.error is not None:
                 stream.abort()  # one failed completion fails its request
 
-    def _fail_all(self, error: FiftyfoldError) -> None:
-        for key, stream in list(self._streams.items()):
+    def _fail(self, failure: Exception) -> None:
+        """End all requests, and accept no more of them. The worker calls this on the event loop."""
+        self._failure = failure
+        error = EngineError(f"{self._scheduler.model_label}: the engine failed ({type(failure).__name__})")
+        for stream in set(self._streams.values()):
             for sequence in stream.sequences:
-                if id(sequence) == key:
+                if id(sequence) in self._streams:
                     if self.observer is not None:
                         self.observer(sequence, Delta(error=error))
                     stream.put(sequence, Delta(error=error))

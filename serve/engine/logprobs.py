@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class TokenLogprob:
+class TokenLogprob(NamedTuple):
     """A token, its log-probability, and the most likely alternatives."""
 
     token_id: int
@@ -31,7 +30,10 @@ def token_logprobs(logits: Tensor, token_ids: Sequence[int], top_ns: Sequence[in
     logprobs = logits.float().log_softmax(dim=-1)
     ids = torch.tensor(token_ids, device=logits.device)
     token_values = logprobs.gather(1, ids[:, None])[:, 0].tolist()
-    top_values, top_ids = logprobs.topk(min(max(top_ns, default=0), logprobs.shape[1]), dim=-1)
+    most = min(max(top_ns, default=0), logprobs.shape[1])
+    if not most:
+        return [TokenLogprob(token_id, value, ((token_id, value),)) for token_id, value in zip(token_ids, token_values)]
+    top_values, top_ids = logprobs.topk(most, dim=-1)
     records = []
     for token_id, logprob, row_ids, row, n in zip(
         token_ids, token_values, top_ids.tolist(), top_values.tolist(), top_ns

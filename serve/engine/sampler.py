@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from kernels.sampling import sample
 from serve.engine.sampling_params import SamplingParams
 
 
@@ -20,32 +21,45 @@ class Sampler:
         self._random = random.Random(params.seed)
         self._draws: deque[float] = deque()
         self.generated = 0
-        self._stop_ids = sorted(stop_ids)
-        self._prompt = set(prompt) if params.repetition_penalty != 1 else set()
-        self._counts: Counter[int] = Counter()
+        self.stop_ids = sorted(stop_ids)
         p = params
-        self._counts_tokens = bool(p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty)
+        self.counts_tokens = bool(p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty)
+        self._uncounted_prompt = list(prompt) if p.repetition_penalty != 1 else []
+        self._uncounted: list[int] = []
+        """Generated tokens that ``_counts`` does not include yet."""
+        self._counts: tuple[Tensor, Tensor] | None = None
+        self._bias: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def delays_end(self) -> bool:
+        """Whether ``min_tokens`` excludes stop tokens from the next token."""
+        return bool(self.stop_ids) and self.generated < self.params.min_tokens
 
     @property
     def changes_logits(self) -> bool:
-        return self._counts_tokens or bool(self.params.logit_bias) or self.generated < self.params.min_tokens
+        return self.counts_tokens or bool(self.params.logit_bias) or self.delays_end
 
-    def change_logits(self, logits: Tensor) -> None:
-        """Apply penalties, bias and ``min_tokens`` to logits [vocab], in place."""
-        p, device = self.params, logits.device
-        if p.repetition_penalty != 1 and (seen := sorted(self._prompt | self._counts.keys())):
-            ids = torch.tensor(seen, device=device)
-            chosen = logits[ids]
-            logits[ids] = torch.where(chosen > 0, chosen / p.repetition_penalty, chosen * p.repetition_penalty)
-        if (p.presence_penalty or p.frequency_penalty) and self._counts:
-            counts = torch.tensor(list(self._counts.values()), dtype=logits.dtype, device=device)
-            ids = torch.tensor(list(self._counts), device=device)
-            logits[ids] -= p.presence_penalty + p.frequency_penalty * counts
-        if p.logit_bias:
-            ids = torch.tensor(list(p.logit_bias), device=device)
-            logits[ids] += torch.tensor(list(p.logit_bias.values()), dtype=logits.dtype, device=device)
-        if self.generated < p.min_tokens:
-            logits[self._stop_ids] = float("-inf")
+    def token_counts(self, vocab: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return which tokens occur in the prompt or the completion, bool [vocab], and how often each occurs in the
+        completion, float32 [vocab]."""
+        if self._counts is None:
+            seen = torch.zeros(vocab, dtype=torch.bool, device=device)
+            seen[self._uncounted_prompt] = True
+            self._counts, self._uncounted_prompt = (seen, torch.zeros(vocab, device=device)), []
+        seen, counts = self._counts
+        for token in self._uncounted:
+            seen[token] = True
+            counts[token] += 1
+        self._uncounted = []
+        return seen, counts
+
+    def bias(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the token IDs and the values of ``logit_bias``."""
+        if self._bias is None:
+            bias = self.params.logit_bias
+            ids, values = torch.tensor(list(bias), device=device), torch.tensor(list(bias.values()), device=device)
+            self._bias = ids, values.float()
+        return self._bias
 
     def draw(self, ahead: int = 0) -> float:
         """Return the uniform random number of the next token, or of the one ``ahead`` tokens later."""
@@ -58,79 +72,63 @@ class Sampler:
         self.generated += 1
         if self._draws:
             self._draws.popleft()
-        if self._counts_tokens:
-            self._counts[token] += 1
+        if self.counts_tokens:
+            self._uncounted.append(token)
 
 
 def sample_tokens(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     """Sample the next token of every completion from logits [B, vocab], which are left unchanged.
 
-    A completion's token depends on its own logits and random number only, not on the batch.
+    A completion's token depends on its own logits and random number only, not on the batch. It is -1, and not recorded,
+    for a row with NaN or without a finite largest logit.
     """
     tokens = predict_tokens(logits, samplers)
     for sampler, token in zip(samplers, tokens):
-        sampler.count(token)
+        if token >= 0:
+            sampler.count(token)
     return tokens
 
 
 def predict_tokens(logits: Tensor, samplers: Sequence[Sampler], ahead: int = 0) -> list[int]:
     """Return the tokens that completions would sample from logits [B, vocab], ``ahead`` tokens after the next one.
     Samplers keep their state."""
-    changed = [i for i, sampler in enumerate(samplers) if sampler.changes_logits]
-    if changed:
-        logits = logits.clone()
-        for i in changed:
-            samplers[i].change_logits(logits[i])
-    tokens = logits.argmax(dim=-1).tolist()
-    for truncates in (False, True):
-        rows = [
-            i for i, s in enumerate(samplers) if s.params.temperature > 0 and _truncates(s.params, logits) == truncates
-        ]
-        if rows:
-            drawn = _draw(logits[rows], [samplers[i] for i in rows], truncates, ahead)
-            for i, token in zip(rows, drawn):
-                tokens[i] = token
-    return tokens
-
-
-def _truncates(params: SamplingParams, logits: Tensor) -> bool:
-    return params.top_p < 1 or params.min_p > 0 or 0 < params.top_k < logits.shape[-1]
-
-
-def _draw(logits: Tensor, samplers: list[Sampler], truncates: bool, ahead: int) -> list[int]:
-    """Draw one token per row of logits [B, vocab] by inverting the cumulative distribution."""
+    if any(sampler.changes_logits for sampler in samplers):
+        logits = logits.clone(memory_format=torch.contiguous_format)
+        change_logits(logits, samplers)
     params = [sampler.params for sampler in samplers]
-    device = logits.device
-    # A tiny temperature would be 0 in float32. Subtracting the maximum first keeps the quotient finite.
-    scaled = logits.double()
-    temperature = torch.tensor([p.temperature for p in params], dtype=torch.float64, device=device)
-    probabilities = ((scaled - scaled.amax(-1, keepdim=True)) / temperature.unsqueeze(-1)).softmax(-1)
-    ids = None
-    if truncates:
-        probabilities, ids = probabilities.sort(dim=-1, descending=True, stable=True)
-        probabilities = _truncate(probabilities, params)
-    cumulative = probabilities.cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    uniform = torch.tensor([[s.draw(ahead)] for s in samplers], dtype=torch.float64, device=device)
-    # Below the total, so that the token found has a positive probability.
-    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    found = torch.searchsorted(cumulative, target, right=True)
-    return (found if ids is None else ids.gather(1, found))[:, 0].tolist()
+    return sample(
+        logits,
+        [sampler.draw(ahead) if sampler.params.temperature > 0 else 0.0 for sampler in samplers],
+        [p.temperature for p in params],
+        [p.top_k for p in params],
+        [p.top_p for p in params],
+        [p.min_p for p in params],
+    )
 
 
-def _truncate(probabilities: Tensor, params: list[SamplingParams]) -> Tensor:
-    """Zero the probabilities [B, vocab], in descending order, of tokens outside top_k, then top_p, then min_p. The most
-    likely token is always kept."""
-    vocab, device = probabilities.shape[-1], probabilities.device
+def change_logits(logits: Tensor, samplers: Sequence[Sampler]) -> None:
+    """Apply penalties, bias and ``min_tokens`` to contiguous logits [B, vocab], in place."""
+    vocab, device = logits.shape[-1], logits.device
+    if rows := [i for i, sampler in enumerate(samplers) if sampler.counts_tokens]:
+        counted = [samplers[i].token_counts(vocab, device) for i in rows]
+        logits[rows] = _penalize(logits[rows], [samplers[i].params for i in rows], counted)
+    flat = logits.view(-1)
+    if rows := [i for i, sampler in enumerate(samplers) if sampler.params.logit_bias]:
+        biases = [samplers[i].bias(device) for i in rows]
+        ids = torch.cat([ids + i * vocab for i, (ids, _) in zip(rows, biases)])
+        flat[ids] += torch.cat([values for _, values in biases])
+    if excluded := [i * vocab + token for i, s in enumerate(samplers) if s.delays_end for token in s.stop_ids]:
+        flat[excluded] = float("-inf")
 
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=device).unsqueeze(-1)
 
-    rank = torch.arange(vocab, device=device)
-    probabilities = probabilities.masked_fill(rank >= column([p.top_k or vocab for p in params]), 0.0)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    top_p = column([p.top_p for p in params])
-    keep = (before < top_p * probabilities.sum(-1, keepdim=True)) | (top_p >= 1)
-    keep &= probabilities >= column([p.min_p for p in params]) * probabilities[:, :1]
-    keep[:, 0] = True
-    return probabilities.masked_fill(~keep, 0.0)
+def _penalize(logits: Tensor, params: list[SamplingParams], counted: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return logits [R, vocab] after the repetition, presence and frequency penalties."""
+    seen, counts = torch.stack([seen for seen, _ in counted]), torch.stack([counts for _, counts in counted])
+
+    def column(value_of: Callable[[SamplingParams], float]) -> Tensor:
+        return torch.tensor([[value_of(p)] for p in params], dtype=logits.dtype, device=logits.device)
+
+    repetition = column(lambda p: p.repetition_penalty)
+    logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
+    frequency, presence = column(lambda p: p.frequency_penalty), column(lambda p: p.presence_penalty)
+    return logits - (frequency * counts + presence * (counts > 0))

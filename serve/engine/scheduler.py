@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -48,16 +49,34 @@ class Scheduler:
         self.prefilling: list[Sequence] = []
         self.batch = DecodeBatch()
         self.drafter = Drafter(model, config.speculative_tokens) if config.speculative_tokens else None
+        self.model_label = "the model"
+        """Name of the model in errors and logs."""
         self._pace = PrefillPace(config.prefill_chunk, config.prefill_share)
+        self._any_aborted = False
+        self._first_deadline = math.inf
+        """No unfinished sequence has an earlier deadline."""
 
     @property
     def has_unfinished(self) -> bool:
         return bool(self.waiting or self.prefilling or len(self.batch))
 
+    def abort(self, sequence: Sequence) -> None:
+        """Drop a sequence, if it is unfinished, at the beginning of the next step. May be called from any thread."""
+        sequence.aborted = True
+        self._any_aborted = True
+
+    def abort_all(self) -> None:
+        """Drop all sequences at the beginning of the next step."""
+        for sequence in (*self.waiting, *self.prefilling, *self.batch.sequences):
+            self.abort(sequence)
+
     @torch.inference_mode()
     def step(self, arrivals: Iterable[Sequence] = ()) -> Results:
         """Admit ``arrivals``, run one step, and return its output per sequence."""
-        self.waiting.extend(arrivals)
+        for sequence in arrivals:
+            self.waiting.append(sequence)
+            self._first_deadline = min(self._first_deadline, sequence.deadline)
+            self._any_aborted |= sequence.aborted
         results = self._drop_aborted_and_expired()
         self._admit()
         results += self._decode()
@@ -101,7 +120,6 @@ class Scheduler:
         if not sequences:
             return []
         started = time.perf_counter()
-        before = sum(len(sequence.tokens) for sequence in sequences)
         try:
             logits = self.batch.forward(self.model, drafts)
             self.stats.model_seconds += time.perf_counter() - started
@@ -114,7 +132,7 @@ class Scheduler:
         seconds = time.perf_counter() - started
         self._pace.decoded(seconds)
         self.stats.decode_steps += 1
-        self.stats.decoded_tokens += sum(len(sequence.tokens) for sequence in sequences) - before
+        self.stats.decoded_tokens += sum(delta.tokens for _, delta in results)
         self.stats.decode_seconds += seconds
         return results
 
@@ -134,8 +152,14 @@ class Scheduler:
         return results
 
     def _fail(self, sequences: list[Sequence], error: Exception) -> Results:
-        logger.error("the model failed on %d completions", len(sequences), exc_info=error)
-        return [(sequence, _failure(error)) for sequence in sequences]
+        logger.error("%s failed on %d completions", self.model_label, len(sequences), exc_info=error)
+        return [(sequence, self._failure(error)) for sequence in sequences]
+
+    def _failure(self, error: Exception) -> Delta:
+        return Delta(error=EngineError(f"{self.model_label} failed on this request ({type(error).__name__})"))
+
+    def _not_finite(self) -> Delta:
+        return Delta(error=EngineError(f"{self.model_label} computed logits that are not finite"))
 
     def _usable_drafts(self) -> int:
         """Return the number of drafts per sequence: within the context of every sequence in the batch, and no more than
@@ -191,21 +215,17 @@ class Scheduler:
 
     def _sample(self, logits: Tensor, sequences: list[Sequence]) -> Results:
         """Sample a token of every sequence from logits [B, vocab]. Non-finite logits fail only their sequence."""
-        finite = logits.amax(-1).isfinite().tolist()
-        if not all(finite):
-            failure = Delta(error=EngineError("the model computed logits that are not finite"))
-            rows = [i for i, is_finite in enumerate(finite) if is_finite]
-            failed = [(sequence, failure) for sequence, is_finite in zip(sequences, finite) if not is_finite]
-            return failed + (self._sample(logits[rows], [sequences[i] for i in rows]) if rows else [])
         tokens = sample_tokens(logits, [sequence.sampler for sequence in sequences])
-        wanting = [i for i, sequence in enumerate(sequences) if sequence.params.logprobs is not None]
         records: list[TokenLogprob | None] = [None] * len(sequences)
+        wanting = [i for i, one in enumerate(sequences) if one.params.logprobs is not None and tokens[i] >= 0]
         if wanting:
+            rows = logits if len(wanting) == len(sequences) else logits[wanting]
             top_ns = [sequences[i].params.logprobs or 0 for i in wanting]
-            for i, record in zip(wanting, token_logprobs(logits[wanting], [tokens[i] for i in wanting], top_ns)):
+            for i, record in zip(wanting, token_logprobs(rows, [tokens[i] for i in wanting], top_ns)):
                 records[i] = record
         return [
-            (sequence, sequence.advance(token, record)) for sequence, token, record in zip(sequences, tokens, records)
+            (sequence, sequence.advance(token, record) if token >= 0 else self._not_finite())
+            for sequence, token, record in zip(sequences, tokens, records)
         ]
 
     # --- reading prompts
@@ -267,8 +287,8 @@ class Scheduler:
                 self.drafter.draft([sequence], sequence.cache, streams)
             return delta
         except Exception as error:
-            logger.exception("the model failed on a prompt")
-            return _failure(error)
+            logger.exception("%s failed on a prompt", self.model_label)
+            return self._failure(error)
         finally:
             seconds = time.perf_counter() - started
             self._pace.read(count, seconds, decoding)
@@ -279,6 +299,8 @@ class Scheduler:
 
     def _finish(self, sequences: list[Sequence]) -> None:
         """Record the size of the caches and free them."""
+        if not sequences:
+            return
         for sequence in sequences:
             sequence.cache_nbytes = self.memory.cache_bytes(max(1, len(sequence.tokens) - 1))
             sequence.cache = None
@@ -286,8 +308,12 @@ class Scheduler:
 
     def _drop_aborted_and_expired(self) -> Results:
         now = time.monotonic()
-        running = (*self.prefilling, *self.batch.sequences)
-        dropped = [s for s in (*running, *self.waiting) if s.aborted or now > s.deadline]
+        if not self._any_aborted and now <= self._first_deadline:
+            return []
+        self._any_aborted = False  # before the sequences are looked at, since another one may be aborted meanwhile
+        unfinished = [*self.prefilling, *self.batch.sequences, *self.waiting]
+        dropped = [s for s in unfinished if s.aborted or now > s.deadline]
+        self._first_deadline = min((s.deadline for s in unfinished if now <= s.deadline), default=math.inf)
         if not dropped:
             return []
         ids = {id(sequence) for sequence in dropped}
@@ -301,7 +327,3 @@ class Scheduler:
             return RequestAbortedError("the request was aborted")
         seconds = self.config.request_timeout_seconds
         return RequestTimeoutError(f"the request did not finish within {seconds:g} seconds (request_timeout_seconds)")
-
-
-def _failure(error: Exception) -> Delta:
-    return Delta(error=EngineError(f"the model failed on this request ({type(error).__name__})"))

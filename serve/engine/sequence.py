@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -21,8 +20,7 @@ from serve.engine.sampling_params import SamplingParams
 FinishReason = Literal["stop", "length"]
 
 
-@dataclass(frozen=True)
-class Delta:
+class Delta(NamedTuple):
     """Output that one engine step added to a completion."""
 
     text: str = ""
@@ -31,6 +29,13 @@ class Delta:
     """``stop``: token that ends generation, or stop string. ``length``: max_tokens reached. None: not finished."""
     error: FiftyfoldError | None = None
     """Reason why the completion failed, if it did."""
+    tokens: int = 0
+    """Number of tokens that were generated, those whose text is held back included."""
+
+    @property
+    def visible(self) -> bool:
+        """Whether there is anything for a client. A step may add nothing but text that is held back."""
+        return bool(self.text or self.logprobs or self.final)
 
     @property
     def final(self) -> bool:
@@ -47,7 +52,8 @@ class Delta:
         """Return successive outputs of one completion as one."""
         deltas = list(deltas)
         logprobs = tuple(record for delta in deltas for record in delta.logprobs)
-        return cls("".join(delta.text for delta in deltas), logprobs, deltas[-1].finish_reason, deltas[-1].error)
+        text, tokens = "".join(delta.text for delta in deltas), sum(delta.tokens for delta in deltas)
+        return cls(text, logprobs, deltas[-1].finish_reason, deltas[-1].error, tokens)
 
 
 class Sequence:
@@ -61,7 +67,7 @@ class Sequence:
         self.deadline = deadline
         """Seconds on the clock of :func:`time.monotonic`."""
         self.aborted = False
-        """May be set from any thread; the worker then drops the sequence and its cache in the next step."""
+        """Set by :meth:`serve.engine.scheduler.Scheduler.abort`."""
         self.cache: Cache | None = None
         """Cache while the prompt is read. Afterwards the decode batch holds it."""
         self.cache_nbytes = 0
@@ -143,45 +149,47 @@ class Sequence:
         if not self.prompt_logprobs:
             records.insert(0, TokenLogprob(self.tokens[0], None))
         for record in records:
-            self.prompt_logprobs.append(replace(record, text_offset=self._prompt_chars))
+            self.prompt_logprobs.append(record._replace(text_offset=self._prompt_chars))
             self._prompt_chars += len(self._prompt_detokenizer.push(record.token_id))
 
     def finish_without_tokens(self) -> Delta:
         """Return the output of a completion with ``max_tokens`` 0."""
-        return self._finish("", "length")
+        return self._finish("", "length", tokens=0)
 
     def advance(self, token: int, record: TokenLogprob | None) -> Delta:
         """Append a sampled token and return its output. ``record`` is its log-probability, if requested."""
         self.tokens.append(token)
         if record is not None:
-            self._pending_logprobs.append(replace(record, text_offset=self._decoded_chars))
+            self._pending_logprobs.append(record._replace(text_offset=self._decoded_chars))
         if token in self._stop_ids:
             return self._finish("", "stop")
         piece = self._detokenizer.push(token)
         self._decoded_chars += len(piece)
         text, stopped = self._stop_filter.push(piece or self._stop_strings.mark(token))
         if stopped:
-            return self._stop(text)
+            return self._stop(text, tokens=1)
         if self.completion_tokens == self.params.max_tokens:
             return self._finish(text, "length")
         self._emitted_chars += len(text)
-        return Delta(text, self._pop_logprobs())
+        return Delta(text, self._pop_logprobs(), tokens=1)
 
-    def _finish(self, text: str, reason: FinishReason) -> Delta:
+    def _finish(self, text: str, reason: FinishReason, tokens: int = 1) -> Delta:
         """Finish and emit the text held back so far, unless it completes a stop string."""
         more, stopped = self._stop_filter.push(self._detokenizer.flush())
         if stopped:
-            return self._stop(text + more)
+            return self._stop(text + more, tokens)
         logprobs, self._pending_logprobs = tuple(self._pending_logprobs), []
-        return Delta(text + more + self._stop_filter.flush(), logprobs, reason)
+        return Delta(text + more + self._stop_filter.flush(), logprobs, reason, tokens=tokens)
 
-    def _stop(self, text: str) -> Delta:
+    def _stop(self, text: str, tokens: int) -> Delta:
         """End before a stop string. Tokens of the stop string are not reported."""
         self._emitted_chars += len(text)
-        return Delta(text, self._pop_logprobs(), "stop")
+        return Delta(text, self._pop_logprobs(), "stop", tokens=tokens)
 
     def _pop_logprobs(self) -> tuple[TokenLogprob, ...]:
         """Remove and return the log-probabilities of tokens whose text has been emitted, at least in part."""
+        if not self._pending_logprobs:
+            return ()
         ready = [record for record in self._pending_logprobs if record.text_offset < self._emitted_chars]
         self._pending_logprobs = self._pending_logprobs[len(ready) :]
         return tuple(ready)

@@ -78,7 +78,8 @@ class Drafter:
             if step:
                 ids = torch.tensor(drafts[-1], device=cache.device).unsqueeze(1)
                 newest = self.model.read_ahead(newest, ids, cache, [length + step - 1 for length in lengths])
-            drafts.append(predict_tokens(self.model.ahead_logits(newest)[:, -1], samplers, step))
+            predicted = predict_tokens(self.model.ahead_logits(newest)[:, -1], samplers, step)
+            drafts.append([max(0, token) for token in predicted])  # any token will do where logits are not finite
         for sequence, own in zip(sequences, zip(*drafts)):
             sequence.drafts = list(own)
 

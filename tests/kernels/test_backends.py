@@ -68,6 +68,7 @@ CALLS = {
     "rotary.rotate": (x, x, x),
     "rotary.angles": (x, x),
     "routing.route": (x, x, 1, 1.0),
+    "sampling.sample": (x, [0.5], [1.0], [0], [1.0], [0.0]),
     "sparse_attention.sparse_attention": (x[None], x, None, None, x, 1),
     "ssd_scan.ssd_scan": (x[None], x, x[0, 0], x[None], x[None], x[0, 0]),
     "swiglu.swiglu": (x, x, 1.0),

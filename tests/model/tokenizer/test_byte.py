@@ -4,7 +4,7 @@ import random
 
 from tokenizers import Tokenizer as Backend
 
-from model.tokenizer import ByteTokenizer, load_tokenizer
+from model.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 TEXTS = ["", "a b\n\tc\r", "naïve 漢字 😀", "\x00\x7f\xad\xa0", " two  spaces ", "".join(map(chr, range(0x300)))]
 
@@ -36,3 +36,16 @@ def test_the_byte_tokenizer_parses_special_tokens_on_request():
     assert ours.decode(ours.encode(text)) == text
     assert ours.encode_prompt(text, parse_special=True)[:2] == [0, ord("a") + 2]
     assert ours.encode_prompt(text)[:2] == [0, ours.encode("<")[0]]
+
+
+def test_an_unfinished_character_is_recognized_as_by_decoding_every_continuation():
+    tokenizer, chance = ByteTokenizer(), random.Random(0)
+    leads = [0x41, 0x80, 0xBF, 0xC1, 0xC2, 0xDF, 0xE0, 0xE1, 0xED, 0xEF, 0xF0, 0xF1, 0xF4, 0xF5, 0x9F, 0xA0, 0x90, 0x8F]
+    found = set()
+    for _ in range(5000):
+        ids = [chance.choice([chance.randrange(258), chance.choice(leads) + 2]) for _ in range(chance.randrange(7))]
+        text = tokenizer.decode(ids)
+        expected = Tokenizer.ends_inside_character(tokenizer, ids, text)
+        assert tokenizer.ends_inside_character(ids, text) == expected, ids
+        found.add(expected)
+    assert found == {False, True}

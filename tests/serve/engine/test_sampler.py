@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from serve.engine.logprobs import token_logprobs
-from serve.engine.sampler import Sampler, sample_tokens
+from serve.engine.sampler import Sampler, change_logits, sample_tokens
 from serve.engine.sampling_params import SamplingParams
 
 
@@ -16,6 +16,12 @@ def draws(logits: torch.Tensor, n: int = 2000, **params) -> list[int]:
     """Return how often each token was drawn by ``n`` completions with different seeds."""
     tokens = sample_tokens(logits.expand(n, -1), [sampler(seed, **params) for seed in range(n)])
     return torch.tensor(tokens).bincount(minlength=len(logits)).tolist()
+
+
+def changed_logits(logits: torch.Tensor, one: Sampler) -> list[float]:
+    changed = logits.clone()[None]
+    change_logits(changed, [one])
+    return changed[0].tolist()
 
 
 LOGITS = torch.log(torch.tensor([0.1, 0.4, 0.2, 0.3]))
@@ -67,16 +73,22 @@ def test_min_p_is_relative_to_the_most_likely(min_p: float, kept: set[int]) -> N
     assert {i for i, count in enumerate(draws(LOGITS, min_p=min_p)) if count} == kept
 
 
-def test_a_draw_does_not_depend_on_the_batch() -> None:
+@pytest.mark.parametrize("gradients", [False, True])  # enabled gradients exclude the native operator
+def test_a_draw_does_not_depend_on_the_batch(gradients) -> None:
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(6, 50, generator=generator)
-    settings = [{}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.2}, {"temperature": 0}, {"presence_penalty": 1.0}]
-    together = [sampler(i, **params) for i, params in enumerate(settings)]
-    alone = [sampler(i, **params) for i, params in enumerate(settings)]
-    for _ in range(20):
-        expected = [sample_tokens(row[None], [one])[0] for row, one in zip(logits, alone)]
-        assert sample_tokens(logits, together) == expected
-        logits = logits.roll(1, dims=1)
+    settings = [
+        {}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.2}, {"temperature": 0}, {"presence_penalty": 1.0},
+        {"repetition_penalty": 1.3, "top_p": 0.9}, {"logit_bias": {3: 5.0, 7: -100.0}, "frequency_penalty": 0.5},
+        {"logit_bias": {1: 2.0}, "temperature": 0, "repetition_penalty": 0.8}, {"min_tokens": 9, "top_k": 3},
+    ]  # fmt: skip
+    logits = torch.randn(len(settings), 50, generator=generator)
+    make = lambda: [sampler(i, prompt=[1, 2, 2], stop_ids=[i, 4], **params) for i, params in enumerate(settings)]  # noqa: E731
+    together, alone = make(), make()
+    with torch.set_grad_enabled(gradients):
+        for _ in range(20):
+            expected = [sample_tokens(row[None], [one])[0] for row, one in zip(logits, alone)]
+            assert sample_tokens(logits, together) == expected
+            logits = logits.roll(1, dims=1)
 
 
 def test_the_same_seed_gives_the_same_tokens() -> None:
@@ -89,20 +101,23 @@ def test_penalties_change_the_logits_as_defined() -> None:
     logits = torch.tensor([2.0, -1.0, 0.5, 3.0, 1.0])
     one = sampler(prompt=[0, 1], temperature=0, repetition_penalty=2.0)
     one.count(3)
-    changed = logits.clone()
-    one.change_logits(changed)
-    assert changed.tolist() == [1.0, -2.0, 0.5, 1.5, 1.0]
+    assert changed_logits(logits, one) == [1.0, -2.0, 0.5, 1.5, 1.0]
     one = sampler(prompt=[0], temperature=0, presence_penalty=0.5, frequency_penalty=0.25)
     for token in (3, 3, 4):
         one.count(token)
-    changed = logits.clone()
-    one.change_logits(changed)
-    assert changed.tolist() == [2.0, -1.0, 0.5, 3.0 - 0.5 - 2 * 0.25, 1.0 - 0.5 - 0.25]
+    assert changed_logits(logits, one) == [2.0, -1.0, 0.5, 3.0 - 0.5 - 2 * 0.25, 1.0 - 0.5 - 0.25]
     one = sampler(temperature=0, logit_bias={1: 10.0, 3: -100.0})
-    changed = logits.clone()
-    one.change_logits(changed)
-    assert changed.tolist() == [2.0, 9.0, 0.5, -97.0, 1.0]
+    assert changed_logits(logits, one) == [2.0, 9.0, 0.5, -97.0, 1.0]
     assert logits.tolist() == [2.0, -1.0, 0.5, 3.0, 1.0]
+
+
+def test_rows_that_are_not_finite_get_no_token_and_keep_their_state() -> None:
+    logits = torch.zeros(2, 5)
+    logits[0, 3] = torch.nan
+    bad, good = sampler(min_tokens=1), sampler(1)
+    tokens = sample_tokens(logits, [bad, good])
+    assert tokens[0] == -1 and tokens[1] >= 0
+    assert (bad.generated, good.generated) == (0, 1)
 
 
 def test_min_tokens_delays_stop_tokens() -> None:

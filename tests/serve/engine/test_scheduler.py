@@ -8,7 +8,7 @@ import torch
 
 from model.errors import ConfigError
 from model.forward.execution import Execution
-from serve.engine import EngineConfig, SamplingParams
+from serve.engine import EngineConfig, RequestAbortedError, SamplingParams
 from serve.engine.pace import PrefillPace
 from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import Sequence
@@ -161,15 +161,16 @@ def test_stop_token_ids_and_ignore_eos(byte_model, byte_tokenizer) -> None:
     assert generated(ignore_eos=True, stop_token_ids=(whole[at],)) == whole[: at + 1]
 
 
-def test_an_expired_or_aborted_sequence_leaves_the_batch(byte_model, byte_tokenizer) -> None:
+def test_an_expired_or_aborted_sequence_leaves_the_batch(byte_model, byte_tokenizer, monkeypatch) -> None:
     scheduler = Scheduler(byte_model, config())
     sequences = [sequence(byte_tokenizer, p, max_tokens=40, ignore_eos=True) for p in PROMPTS[:3]]
+    sequences[2].deadline -= 300
     scheduler.step(sequences)
     scheduler.step()
-    sequences[1].aborted = True
-    sequences[2].deadline = time.monotonic() - 1
-    results = scheduler.step()
-    assert {id(one) for one, delta in results if delta.error} == {id(sequences[1]), id(sequences[2])}
+    monkeypatch.setattr("serve.engine.scheduler.time.monotonic", lambda: sequences[2].deadline + 1)
+    assert [one for one, delta in scheduler.step() if delta.error] == [sequences[2]]
+    scheduler.abort(sequences[1])
+    assert [one for one, delta in scheduler.step() if delta.error] == [sequences[1]]
     assert scheduler.batch.sequences == [sequences[0]]
     finish(scheduler, [])
     assert sequences[0].completion_tokens == 40
@@ -215,3 +216,33 @@ def test_prompts_are_read_in_their_share_of_the_time() -> None:
         pace.decoded(decode_seconds)
     assert read * seconds_per_token == pytest.approx(1000 * decode_seconds, rel=0.1)
     assert pace.tokens(10, decoding=True) in (0, 10)
+
+
+def test_a_sequence_that_is_aborted_before_it_arrives_never_runs(byte_model, byte_tokenizer) -> None:
+    scheduler = Scheduler(byte_model, config())
+    late = sequence(byte_tokenizer, PROMPTS[0])
+    scheduler.abort(late)
+    scheduler.step()  # looks for aborted sequences while this one is on its way
+    [(one, delta)] = scheduler.step([late])
+    assert one is late and isinstance(delta.error, RequestAbortedError)
+    assert not scheduler.has_unfinished and late.completion_tokens == 0
+
+
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_logits_that_are_not_finite_end_their_sequence_only(byte_model, byte_tokenizer, monkeypatch, logprobs) -> None:
+    scheduler = Scheduler(byte_model, config())
+    scheduler.model_label = "model 'tiny'"
+    sequences = [
+        sequence(byte_tokenizer, p, max_tokens=10, ignore_eos=True, logprobs=logprobs, frequency_penalty=0.1)
+        for p in PROMPTS[:3]
+    ]
+    scheduler.step(sequences)
+    logits = byte_model.logits
+    with monkeypatch.context() as patch:
+        patch.setattr(byte_model, "logits", lambda streams: logits(streams).index_fill(0, torch.tensor(1), torch.nan))
+        errors = [(one, delta.error) for one, delta in scheduler.step() if delta.error is not None]
+    assert [(one, str(error)) for one, error in errors] == [
+        (sequences[1], "model 'tiny' computed logits that are not finite")
+    ]
+    finish(scheduler, [])
+    assert [one.completion_tokens for one in sequences] == [10, 1, 10]

@@ -6,7 +6,7 @@ import math
 
 from model.tokenizer import Tokenizer
 from serve.engine import SamplingParams, TokenLogprob
-from serve.engine.sequence import Sequence
+from serve.engine.sequence import Delta, Sequence
 
 
 def complete(tokenizer: Tokenizer, prompt: list[int], tokens: list[int], **params) -> tuple[str, str | None, list[int]]:
@@ -60,3 +60,9 @@ def test_every_declared_end_token_stops(byte_level, monkeypatch):
     assert complete(byte_level, [0], [a, 30, a])[1] == "length"
     monkeypatch.setattr(byte_level, "extra_stop_ids", frozenset({30}))
     assert complete(byte_level, [0], [a, 30, a])[:2] == ("a", "stop")
+
+
+def test_joined_outputs_keep_every_part() -> None:
+    records = tuple(TokenLogprob(token, -1.0) for token in range(3))
+    joined = Delta.join([Delta("a", records[:2], tokens=2), Delta(tokens=1), Delta("b", records[2:], "stop", tokens=3)])
+    assert joined == Delta("ab", records, "stop", tokens=6)

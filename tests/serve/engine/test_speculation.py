@@ -155,7 +155,7 @@ def test_a_sequence_leaves_after_another_has_joined(model, byte_tokenizer) -> No
     scheduler.step([first])
     scheduler.step([second])
     assert scheduler.batch.sequences == [first, second]
-    first.aborted = True
+    scheduler.abort(first)
     [left] = [sequence for sequence, delta in scheduler.step() if delta.error]
     assert left is first
     while scheduler.has_unfinished:
