@@ -34,6 +34,12 @@ _PLACED_TOGETHER = 16 << 20
 """Bytes of weights that are copied before their old memory is freed."""
 
 
+class _Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:  # drawing meta tensors imports torch._dynamo, which takes seconds
+            super().reset_parameters()
+
+
 class Transformer(nn.Module):
     """A DeepSeek-V4-style language model, or a baseline, depending on its layer schedule.
 
@@ -46,7 +52,7 @@ class Transformer(nn.Module):
         self._config = config
         self._execution = Execution()
         self._activation_checkpointing = False
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = _Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, mixer, layer) for layer, mixer in enumerate(config.layers))
         self.hyper_head = HyperHead(config) if config.hyper_connections else None
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)

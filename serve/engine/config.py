@@ -28,9 +28,9 @@ class EngineConfig(BaseModel):
     holds its prompt's token IDs and no cache. The default fits 100 clients with batches of 128 prompts."""
     prefill_chunk: Annotated[int, Field(ge=1)] = 512
     """Most prompt tokens read in one step."""
-    prefill_share: Annotated[float, Field(gt=0)] = 1.0
-    """Time spent on reading prompts per second of decoding, while completions are being decoded. 1 lets a long prompt
-    double the time between their tokens."""
+    prefill_share: Annotated[float, Field(gt=0)] = 0.6
+    """Time spent on reading prompts per second of decoding, while completions are being decoded. Decoding itself becomes
+    slower beside a long prompt, so the default about doubles the time between tokens."""
     cache_mebibytes: Annotated[int, Field(ge=1)] = 1024
     """Memory of the caches of active completions and kept prefixes. A completion that finds it full waits; if a running
     one does, the newest is stopped and read again later."""

@@ -1,5 +1,8 @@
 """Released sizes, and tiny networks of equal size."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -135,3 +138,11 @@ def test_v32_without_and_with_its_prediction_module():
     module = longer.total - main.total + 2 * hidden**2 + 3 * hidden + 2 * vocabulary * hidden
     assert (main.total + module) / 1e9 == pytest.approx(685.4, abs=0.5)
     assert round(main.active / 1e9) == 37
+
+
+def test_shapes_are_had_without_the_compiler():
+    """Importing torch._dynamo takes seconds, which every start of a server would wait for."""
+    code = "import sys; from model.config import ModelConfig as C; from model.transformer import Transformer as T; "
+    code += "T.on_meta(C()); print('torch._dynamo' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "False"
