@@ -4,7 +4,7 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
-#include "../native/common.h"
+#include "../native/rows.h"
 
 namespace fiftyfold {
 namespace {
@@ -132,32 +132,30 @@ void logits_of(const float* raw, const float* inverse_rms, const float* scale, c
   }
 }
 
-// Returns raw [tokens, weights], the product of fn with the concatenated streams of every token, and their inverse root
-// mean square [tokens].
-std::pair<Tensor, Tensor> normalized_product(const Tensor& streams, const Tensor& fn, const Shape& s, float norm_eps) {
-  const Tensor flat = streams.view({s.tokens, s.width()});
-  Tensor inverse_rms = at::empty({s.tokens}, streams.options());
-  const float* x = flat.const_data_ptr<float>();
-  float* rms = inverse_rms.mutable_data_ptr<float>();
-  auto normalize = [&](int64_t t) {
-    const float mean = sum_of_squares(x + t * s.width(), s.width()) / static_cast<float>(s.width());
-    rms[t] = 1.0f / std::sqrt(mean + norm_eps);
-  };
-  if (s.tokens > 8) {
-    parallel_rows(s.tokens, s.width(), normalize);
-    return {at::mm(flat, fn.t()), inverse_rms};
+// Product of fn with the concatenated streams of every token, raw [tokens, weights], and their inverse root mean square
+// [tokens]. Filled by tiles, so that the streams of a tile are in the cache when they are collapsed.
+struct NormalizedProduct {
+  Tensor raw, inverse_rms;
+  const float *streams, *fn;
+  float *product, *rms;
+  float eps;
+  Shape s;
+
+  NormalizedProduct(const Tensor& streams, const Tensor& fn, const Shape& shape, double norm_eps)
+      : raw(at::empty({shape.tokens, shape.weights}, streams.options())),
+        inverse_rms(at::empty({shape.tokens}, streams.options())), streams(streams.const_data_ptr<float>()),
+        fn(fn.const_data_ptr<float>()), product(raw.mutable_data_ptr<float>()),
+        rms(inverse_rms.mutable_data_ptr<float>()), eps(static_cast<float>(norm_eps)), s(shape) {}
+
+  void fill(int64_t first, int64_t count) const {
+    const int64_t D = s.width();
+    for (int64_t t = first; t < first + count; ++t) {
+      rms[t] = 1.0f / std::sqrt(sum_of_squares(streams + t * D, D) / static_cast<float>(D) + eps);
+    }
+    auto* tile = const_cast<float*>(streams + first * D);  // only read
+    multiply({tile, count, D}, fn, D, s.weights, {product + first * s.weights, count, s.weights});
   }
-  Tensor raw = at::empty({s.tokens, s.weights}, streams.options());
-  const float* w = fn.const_data_ptr<float>();
-  float* out = raw.mutable_data_ptr<float>();
-  for (int64_t t = 0; t < s.tokens; ++t) normalize(t);
-  for (int64_t t = 0; t < s.tokens; ++t) {
-    int64_t i = 0;
-    for (; i + 4 <= s.weights; i += 4) dot4(x + t * s.width(), w + i * s.width(), s.width(), s.width(), out + t * s.weights + i);
-    for (; i < s.weights; ++i) out[t * s.weights + i] = dot(x + t * s.width(), w + i * s.width(), s.width());
-  }
-  return {raw, inverse_rms};
-}
+};
 
 void collapse(const float* streams, const Lane* pre, int64_t lane, const Shape& s, float* out) {
   for (int64_t i = 0; i < s.d; ++i) out[i] = pre[0][lane] * streams[i];
@@ -177,19 +175,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hc_pre(const Tensor& streams,
                                                          double norm_eps) {
   const Shape s = shape_of(streams, fn);
   TORCH_CHECK_VALUE(s.weights == 2 * s.n + s.n * s.n, "hyper_connections: fn has ", s.weights, " rows");
-  auto [raw, inverse_rms] = normalized_product(streams, fn, s, static_cast<float>(norm_eps));
+  const NormalizedProduct normalized(streams, fn, s, norm_eps);
   const int64_t B = streams.size(0), S = streams.size(1);
   Tensor x = at::empty({B, S, s.d}, streams.options()), post = at::empty({B, S, s.n}, streams.options());
   Tensor comb = at::empty({B, S, s.n, s.n}, streams.options());
-  const float *product = raw.const_data_ptr<float>(), *rms = inverse_rms.const_data_ptr<float>();
   const float *gains = scale.const_data_ptr<float>(), *biases = base.const_data_ptr<float>();
   const float* from = streams.const_data_ptr<float>();
   float *to = x.mutable_data_ptr<float>(), *posts = post.mutable_data_ptr<float>(), *combs = comb.mutable_data_ptr<float>();
   const float small = static_cast<float>(eps);
-  parallel_rows(tiles_of(s), kLanes * (s.width() + 2000), [&](int64_t tile) {
+  parallel_rows(tiles_of(s), kLanes * (s.weights * s.width() + 2000), [&](int64_t tile) {
     const int64_t first = tile * kLanes, count = std::min(kLanes, s.tokens - first);
     Lane weights[2 * kMaxStreams + kMaxStreams * kMaxStreams];
-    logits_of(product, rms, gains, biases, s, first, count, weights);
+    normalized.fill(first, count);
+    logits_of(normalized.product, normalized.rms, gains, biases, s, first, count, weights);
     for (int64_t w = 0; w < s.n; ++w) {
       for (int64_t l = 0; l < kLanes; ++l) weights[w][l] = sigmoid(weights[w][l]) + small;
     }
@@ -204,7 +202,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hc_pre(const Tensor& streams,
       collapse(from + t * s.width(), weights, l, s, to + t * s.d);
     }
   });
-  return {x, post, comb, raw, inverse_rms};
+  return {x, post, comb, normalized.raw, normalized.inverse_rms};
 }
 
 // Collapse streams [B, S, n, d] to [B, S, d], with weights from fn [n, n * d], scale [1] and base [n].
@@ -212,22 +210,60 @@ Tensor hc_head(const Tensor& streams, const Tensor& fn, const Tensor& scale, con
                double norm_eps) {
   const Shape s = shape_of(streams, fn);
   TORCH_CHECK_VALUE(s.weights == s.n, "hyper_connections: fn of the head has ", s.weights, " rows");
-  auto [raw, inverse_rms] = normalized_product(streams, fn, s, static_cast<float>(norm_eps));
+  const NormalizedProduct normalized(streams, fn, s, norm_eps);
   Tensor x = at::empty({streams.size(0), streams.size(1), s.d}, streams.options());
-  const float *product = raw.const_data_ptr<float>(), *rms = inverse_rms.const_data_ptr<float>();
   const float *gains = scale.const_data_ptr<float>(), *biases = base.const_data_ptr<float>();
   const float* from = streams.const_data_ptr<float>();
   float* to = x.mutable_data_ptr<float>();
-  parallel_rows(tiles_of(s), kLanes * s.width(), [&](int64_t tile) {
+  parallel_rows(tiles_of(s), kLanes * s.weights * s.width(), [&](int64_t tile) {
     const int64_t first = tile * kLanes, count = std::min(kLanes, s.tokens - first);
     Lane weights[kMaxStreams];
-    logits_of(product, rms, gains, biases, s, first, count, weights);
+    normalized.fill(first, count);
+    logits_of(normalized.product, normalized.rms, gains, biases, s, first, count, weights);
     for (int64_t w = 0; w < s.n; ++w) {
       for (int64_t l = 0; l < kLanes; ++l) weights[w][l] = sigmoid(weights[w][l]) + static_cast<float>(eps);
     }
     for (int64_t l = 0; l < count; ++l) collapse(from + (first + l) * s.width(), weights, l, s, to + (first + l) * s.d);
   });
   return x;
+}
+
+// to[t, c] += sum of g[t, w] * f[w, c] over w, for T tokens and V vectors of columns.
+template <int T, int V>
+void add_product_block(const float* g, const float* f, const Shape& s, float* to) {
+  const int64_t D = s.width();
+  Floats sums[T][V];
+  for (int t = 0; t < T; ++t) {
+    for (int v = 0; v < V; ++v) sums[t][v] = load16(to + t * D + 16 * v);
+  }
+  for (int64_t w = 0; w < s.weights; ++w) {
+    Floats columns[V];
+    for (int v = 0; v < V; ++v) columns[v] = load16(f + w * D + 16 * v);
+    for (int t = 0; t < T; ++t) {
+      for (int v = 0; v < V; ++v) sums[t][v] += g[t * s.weights + w] * columns[v];
+    }
+  }
+  for (int t = 0; t < T; ++t) {
+    for (int v = 0; v < V; ++v) std::memcpy(to + t * D + 16 * v, &sums[t][v], sizeof(Floats));
+  }
+}
+
+// The same for `count` tokens and the columns [begin, end).
+void add_products(const float* g, const float* f, const Shape& s, int64_t count, int64_t begin, int64_t end, float* to) {
+  const int64_t D = s.width();
+  int64_t c = begin;
+  for (; c + 16 * kRowBlock <= end; c += 16 * kRowBlock) {
+    int64_t t = 0;
+    for (; t + kTokenBlock <= count; t += kTokenBlock) {
+      add_product_block<kTokenBlock, kRowBlock>(g + t * s.weights, f + c, s, to + t * D + c);
+    }
+    for (; t < count; ++t) add_product_block<1, kRowBlock>(g + t * s.weights, f + c, s, to + t * D + c);
+  }
+  for (int64_t t = 0; t < count; ++t) {
+    for (int64_t w = 0; w < s.weights; ++w) {
+      for (int64_t i = c; i < end; ++i) to[t * D + i] += g[t * s.weights + w] * f[w * D + i];
+    }
+  }
 }
 
 // Gradients of streams, fn, scale and base from those of x [B, S, d], post and comb, and from `later` [B, S, n, d], the
@@ -291,7 +327,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hc_pre_backward(
         for (int64_t l = 0; l < count; ++l) {
           const int64_t t = first + l;
           const float shrink = -through_norm[l] * rms[t] * rms[t] * rms[t] / static_cast<float>(D);
-          const float* g = graw + t * s.weights;
           // A range of columns may span several streams.
           for (int64_t c = column; c < std::min(D, column + kColumns);) {
             const int64_t j = c / s.d, stop = std::min({D, column + kColumns, (j + 1) * s.d});
@@ -302,18 +337,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hc_pre_backward(
             if (after) {
               for (int64_t i = c; i < stop; ++i) to[i] += after[t * D + i];
             }
-            int64_t w = 0;
-            for (; w + 4 <= s.weights; w += 4) {
-              const float *f0 = f + w * D, *f1 = f0 + D, *f2 = f1 + D, *f3 = f2 + D;
-              const float g0 = g[w], g1 = g[w + 1], g2 = g[w + 2], g3 = g[w + 3];
-              for (int64_t i = c; i < stop; ++i) to[i] += g0 * f0[i] + g1 * f1[i] + g2 * f2[i] + g3 * f3[i];
-            }
-            for (; w < s.weights; ++w) {
-              for (int64_t i = c; i < stop; ++i) to[i] += g[w] * f[w * D + i];
-            }
             c = stop;
           }
         }
+        add_products(graw + first * s.weights, f, s, count, column, std::min(D, column + kColumns), out + first * D);
       }
     }
   });

@@ -73,21 +73,25 @@ inline void multiply(Rows from, const Tensor& weight, int64_t group, Rows to) {
 }
 
 // row / rms(row), multiplied by the optional `gains`. `out` may alias `row`.
-inline void normalize_row(const float* row, int64_t n, const float* gains, float eps, float* out) {
+template <typename T>
+inline void normalize_row(const T* row, int64_t n, const float* gains, float eps, float* out) {
   const float scale = 1.0f / std::sqrt(sum_of_squares(row, n) / static_cast<float>(n) + eps);
   if (gains) {
-    for (int64_t i = 0; i < n; ++i) out[i] = row[i] * scale * gains[i];
+    for (int64_t i = 0; i < n; ++i) out[i] = widen(row[i]) * scale * gains[i];
   } else {
-    for (int64_t i = 0; i < n; ++i) out[i] = row[i] * scale;
+    for (int64_t i = 0; i < n; ++i) out[i] = widen(row[i]) * scale;
   }
 }
 
 // Rotate the pairs of the last 2r dims and copy the others. `out` may alias `row`.
-inline void rotate_row(const float* row, int64_t n, const float* cos, const float* sin, int64_t r, float sign, float* out) {
+template <typename T>
+inline void rotate_row(const T* row, int64_t n, const float* cos, const float* sin, int64_t r, float sign, float* out) {
   const int64_t passed = n - 2 * r;
-  if (out != row) std::memcpy(out, row, 4 * passed);
+  if (static_cast<const void*>(out) != row) {
+    for (int64_t i = 0; i < passed; ++i) out[i] = widen(row[i]);
+  }
   for (int64_t i = 0; i < r; ++i) {
-    const float even = row[passed + 2 * i], odd = row[passed + 2 * i + 1];
+    const float even = widen(row[passed + 2 * i]), odd = widen(row[passed + 2 * i + 1]);
     const float cosine = cos[i], sine = sign * sin[i];
     out[passed + 2 * i] = even * cosine - odd * sine;
     out[passed + 2 * i + 1] = even * sine + odd * cosine;
@@ -124,7 +128,8 @@ struct Angles {
                       "rotate: cos ", cosines.sizes(), " does not match ", B, " x ", S, " tokens");
   }
 
-  void rotate(int64_t token, const float* row, int64_t n, bool inverse, float* out) const {
+  template <typename T>
+  void rotate(int64_t token, const T* row, int64_t n, bool inverse, float* out) const {
     const int64_t place = (shared ? token % tokens : token) * r;
     rotate_row(row, n, cos + place, sin + place, r, inverse ? -1.0f : 1.0f, out);
   }
