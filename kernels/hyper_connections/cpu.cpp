@@ -4,7 +4,7 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
-#include "../native/common.h"
+#include "../native/rows.h"
 
 namespace fiftyfold {
 namespace {
@@ -13,7 +13,8 @@ constexpr int64_t kLanes = 16;
 constexpr int64_t kMaxStreams = 8;
 constexpr int64_t kColumns = 256;  // columns of fn that fit into the first-level cache along with a tile of tokens
 
-using Lane = float[kLanes];
+using Lane = Floats;
+static_assert(sizeof(Lane) == kLanes * sizeof(float));
 
 struct Shape {
   int64_t tokens, n, d, weights;
@@ -28,139 +29,153 @@ Shape shape_of(const Tensor& streams, const Tensor& fn) {
   return {streams.size(0) * streams.size(1), streams.size(2), streams.size(3), fn.size(0)};
 }
 
-// --- weights of kLanes tokens; matrices are row-major, [n * n][kLanes]
+// --- weights of kLanes tokens; matrices are row-major, [n * n]. N is n if it is known to the compiler, else 0.
 
-void divide_by_sums(Lane* matrix, int64_t n, bool over_rows, float eps, Lane* inverse) {
-  const int64_t step = over_rows ? n : 1, line = over_rows ? 1 : n;
+// The lanes f(0), f(1) ... An array, because loops over the elements of a vector type are not vectorized.
+template <typename F>
+inline Lane lanes_of(F f) {
+  float values[kLanes];
+  for (int64_t l = 0; l < kLanes; ++l) values[l] = f(l);
+  Lane lane;
+  std::memcpy(&lane, values, sizeof(lane));
+  return lane;
+}
+
+template <typename F>
+inline void each_lane(Lane& lane, F f) {
+  float values[kLanes];
+  std::memcpy(values, &lane, sizeof(lane));
+  lane = lanes_of([&](int64_t l) { return f(values[l]); });
+}
+
+// Divide by the sums over the rows (dim 0) or the columns of a row (dim 1).
+template <int64_t N, bool kOverRows>
+inline void divide_by_sums(Lane* matrix, int64_t streams, float eps, Lane* inverse) {
+  const int64_t n = N ? N : streams, step = kOverRows ? n : 1, line = kOverRows ? 1 : n;
   for (int64_t i = 0; i < n; ++i) {
-    Lane sum;
-    for (int64_t l = 0; l < kLanes; ++l) sum[l] = eps;
-    for (int64_t j = 0; j < n; ++j) {
-      for (int64_t l = 0; l < kLanes; ++l) sum[l] += matrix[i * line + j * step][l];
-    }
-    for (int64_t l = 0; l < kLanes; ++l) inverse[i][l] = 1.0f / sum[l];
-    for (int64_t j = 0; j < n; ++j) {
-      for (int64_t l = 0; l < kLanes; ++l) matrix[i * line + j * step][l] *= inverse[i][l];
-    }
+    Lane sum = Lane{} + eps;
+    for (int64_t j = 0; j < n; ++j) sum += matrix[i * line + j * step];
+    inverse[i] = 1.0f / sum;
+    for (int64_t j = 0; j < n; ++j) matrix[i * line + j * step] *= inverse[i];
   }
 }
 
-void softmax_rows(Lane* matrix, int64_t n) {
+inline void softmax_rows(Lane* matrix, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    Lane peak, sum;
-    for (int64_t l = 0; l < kLanes; ++l) peak[l] = matrix[i * n][l], sum[l] = 0;
-    for (int64_t j = 1; j < n; ++j) {
-      for (int64_t l = 0; l < kLanes; ++l) peak[l] = std::max(peak[l], matrix[i * n + j][l]);
-    }
+    Lane *row = matrix + i * n, peak = row[0], sum = {};
+    for (int64_t j = 1; j < n; ++j) peak = row[j] > peak ? row[j] : peak;
     for (int64_t j = 0; j < n; ++j) {
-      for (int64_t l = 0; l < kLanes; ++l) {
-        matrix[i * n + j][l] = exp_of(matrix[i * n + j][l] - peak[l]);
-        sum[l] += matrix[i * n + j][l];
-      }
+      row[j] -= peak;
+      each_lane(row[j], exp_of);
+      sum += row[j];
     }
-    for (int64_t j = 0; j < n; ++j) {
-      for (int64_t l = 0; l < kLanes; ++l) matrix[i * n + j][l] /= sum[l];
-    }
+    for (int64_t j = 0; j < n; ++j) row[j] /= sum;
   }
 }
 
 // Even half-steps divide by column sums (over dim 0), odd ones by row sums.
-void sinkhorn(Lane* matrix, int64_t n, int64_t iterations, float eps) {
-  Lane inverse[kMaxStreams];
+template <int64_t N>
+void sinkhorn(Lane* matrix, int64_t streams, int64_t iterations, float eps) {
+  const int64_t n = N ? N : streams;
+  Lane own[N ? N * N : kMaxStreams * kMaxStreams], inverse[kMaxStreams];
   softmax_rows(matrix, n);
-  for (int64_t i = 0; i < n * n; ++i) {
-    for (int64_t l = 0; l < kLanes; ++l) matrix[i][l] += eps;
+  for (int64_t i = 0; i < n * n; ++i) own[i] = matrix[i] + eps;
+  divide_by_sums<N, true>(own, n, eps, inverse);
+  for (int64_t i = 1; i < iterations; ++i) {
+    divide_by_sums<N, false>(own, n, eps, inverse);
+    divide_by_sums<N, true>(own, n, eps, inverse);
   }
-  for (int64_t h = 0; h < 2 * iterations - 1; ++h) divide_by_sums(matrix, n, h % 2 == 0, eps, inverse);
+  for (int64_t i = 0; i < n * n; ++i) matrix[i] = own[i];
+}
+
+// Gradient of the matrix before a half-step, from that of its result.
+template <int64_t N, bool kOverRows>
+inline void divide_by_sums_backward(Lane* grad, const Lane* result, int64_t streams, const Lane* inverse) {
+  const int64_t n = N ? N : streams, step = kOverRows ? n : 1, line = kOverRows ? 1 : n;
+  for (int64_t i = 0; i < n; ++i) {
+    Lane inner = {};
+    for (int64_t j = 0; j < n; ++j) inner += grad[i * line + j * step] * result[i * line + j * step];
+    for (int64_t j = 0; j < n; ++j) grad[i * line + j * step] = (grad[i * line + j * step] - inner) * inverse[i];
+  }
 }
 
 // Replace the gradient of the result of sinkhorn by that of its logits. Recomputes the half-steps.
-void sinkhorn_backward(const Lane* logits, Lane* grad, int64_t n, int64_t iterations, float eps, std::vector<float>& memory) {
-  const int64_t halves = 2 * iterations - 1, size = n * n;
-  memory.resize((halves + 1) * (size + n) * kLanes);
-  auto* kept = reinterpret_cast<Lane*>(memory.data());  // the softmax, then the result of every half-step
-  auto* inverse = kept + (halves + 1) * size;
-  std::memcpy(kept, logits, size * sizeof(Lane));
+template <int64_t N>
+void sinkhorn_backward(const Lane* logits, Lane* grad, int64_t streams, int64_t iterations, float eps,
+                       std::vector<Lane>& memory) {
+  const int64_t n = N ? N : streams, halves = 2 * iterations - 1, size = n * n;
+  memory.resize((halves + 1) * (size + n));
+  Lane *kept = memory.data(), *inverse = kept + (halves + 1) * size;  // the softmax, then the result of every half-step
+  std::copy(logits, logits + size, kept);
   softmax_rows(kept, n);
+  Lane own[N ? N * N : kMaxStreams * kMaxStreams];
+  for (int64_t i = 0; i < size; ++i) own[i] = kept[i] + eps;
   for (int64_t h = 0; h < halves; ++h) {
-    Lane *from = kept + h * size, *to = kept + (h + 1) * size;
-    for (int64_t i = 0; i < size; ++i) {
-      for (int64_t l = 0; l < kLanes; ++l) to[i][l] = from[i][l] + (h ? 0.0f : eps);
+    if (h % 2 == 0) {
+      divide_by_sums<N, true>(own, n, eps, inverse + h * n);
+    } else {
+      divide_by_sums<N, false>(own, n, eps, inverse + h * n);
     }
-    divide_by_sums(to, n, h % 2 == 0, eps, inverse + h * n);
+    for (int64_t i = 0; i < size; ++i) kept[(h + 1) * size + i] = own[i];
   }
+  for (int64_t i = 0; i < size; ++i) own[i] = grad[i];
   for (int64_t h = halves; h-- > 0;) {
-    const Lane* result = kept + (h + 1) * size;
-    const int64_t step = h % 2 == 0 ? n : 1, line = h % 2 == 0 ? 1 : n;
-    for (int64_t i = 0; i < n; ++i) {
-      Lane inner;
-      for (int64_t l = 0; l < kLanes; ++l) inner[l] = 0;
-      for (int64_t j = 0; j < n; ++j) {
-        const int64_t at = i * line + j * step;
-        for (int64_t l = 0; l < kLanes; ++l) inner[l] += grad[at][l] * result[at][l];
-      }
-      for (int64_t j = 0; j < n; ++j) {
-        const int64_t at = i * line + j * step;
-        for (int64_t l = 0; l < kLanes; ++l) grad[at][l] = (grad[at][l] - inner[l]) * inverse[h * n + i][l];
-      }
+    if (h % 2 == 0) {
+      divide_by_sums_backward<N, true>(own, kept + (h + 1) * size, n, inverse + h * n);
+    } else {
+      divide_by_sums_backward<N, false>(own, kept + (h + 1) * size, n, inverse + h * n);
     }
   }
   for (int64_t i = 0; i < n; ++i) {
-    Lane inner;
-    for (int64_t l = 0; l < kLanes; ++l) inner[l] = 0;
-    for (int64_t j = 0; j < n; ++j) {
-      for (int64_t l = 0; l < kLanes; ++l) inner[l] += grad[i * n + j][l] * kept[i * n + j][l];
-    }
-    for (int64_t j = 0; j < n; ++j) {
-      for (int64_t l = 0; l < kLanes; ++l) grad[i * n + j][l] = (grad[i * n + j][l] - inner[l]) * kept[i * n + j][l];
-    }
+    Lane inner = {};
+    for (int64_t j = 0; j < n; ++j) inner += own[i * n + j] * kept[i * n + j];
+    for (int64_t j = 0; j < n; ++j) grad[i * n + j] = (own[i * n + j] - inner) * kept[i * n + j];
   }
 }
 
 // Index of the scale of weight w: pre, post or comb.
 inline int64_t kind_of(int64_t w, int64_t n) { return w < n ? 0 : (w < 2 * n ? 1 : 2); }
 
-// Logits [weights][kLanes] of `count` tokens starting at `first`: raw / rms * scale + base.
+// Logits [weights] of `count` tokens starting at `first`: raw / rms * scale + base.
 void logits_of(const float* raw, const float* inverse_rms, const float* scale, const float* base, const Shape& s,
                int64_t first, int64_t count, Lane* logits) {
   for (int64_t w = 0; w < s.weights; ++w) {
     const float gain = scale[kind_of(w, s.n)];
-    for (int64_t l = 0; l < kLanes; ++l) {
+    logits[w] = lanes_of([&](int64_t l) {
       const int64_t t = first + std::min(l, count - 1);
-      logits[w][l] = raw[t * s.weights + w] * inverse_rms[t] * gain + base[w];
-    }
+      return raw[t * s.weights + w] * inverse_rms[t] * gain + base[w];
+    });
   }
 }
 
-// Returns raw [tokens, weights], the product of fn with the concatenated streams of every token, and their inverse root
-// mean square [tokens].
-std::pair<Tensor, Tensor> normalized_product(const Tensor& streams, const Tensor& fn, const Shape& s, float norm_eps) {
-  const Tensor flat = streams.view({s.tokens, s.width()});
-  Tensor inverse_rms = at::empty({s.tokens}, streams.options());
-  const float* x = flat.const_data_ptr<float>();
-  float* rms = inverse_rms.mutable_data_ptr<float>();
-  auto normalize = [&](int64_t t) {
-    const float mean = sum_of_squares(x + t * s.width(), s.width()) / static_cast<float>(s.width());
-    rms[t] = 1.0f / std::sqrt(mean + norm_eps);
-  };
-  if (s.tokens > 8) {
-    parallel_rows(s.tokens, s.width(), normalize);
-    return {at::mm(flat, fn.t()), inverse_rms};
+// Product of fn with the concatenated streams of every token, raw [tokens, weights], and their inverse root mean square
+// [tokens]. Filled by tiles, so that the streams of a tile are in the cache when they are collapsed.
+struct NormalizedProduct {
+  Tensor raw, inverse_rms;
+  const float *streams, *fn;
+  float *product, *rms;
+  float eps;
+  Shape s;
+
+  NormalizedProduct(const Tensor& streams, const Tensor& fn, const Shape& shape, double norm_eps)
+      : raw(at::empty({shape.tokens, shape.weights}, streams.options())),
+        inverse_rms(at::empty({shape.tokens}, streams.options())), streams(streams.const_data_ptr<float>()),
+        fn(fn.const_data_ptr<float>()), product(raw.mutable_data_ptr<float>()),
+        rms(inverse_rms.mutable_data_ptr<float>()), eps(static_cast<float>(norm_eps)), s(shape) {}
+
+  void fill(int64_t first, int64_t count) const {
+    const int64_t D = s.width();
+    for (int64_t t = first; t < first + count; ++t) {
+      rms[t] = 1.0f / std::sqrt(sum_of_squares(streams + t * D, D) / static_cast<float>(D) + eps);
+    }
+    auto* tile = const_cast<float*>(streams + first * D);  // only read
+    multiply_rows({tile, count, D}, fn, D, 0, s.weights, {product + first * s.weights, count, s.weights});
   }
-  Tensor raw = at::empty({s.tokens, s.weights}, streams.options());
-  const float* w = fn.const_data_ptr<float>();
-  float* out = raw.mutable_data_ptr<float>();
-  for (int64_t t = 0; t < s.tokens; ++t) normalize(t);
-  for (int64_t t = 0; t < s.tokens; ++t) {
-    int64_t i = 0;
-    for (; i + 4 <= s.weights; i += 4) dot4(x + t * s.width(), w + i * s.width(), s.width(), s.width(), out + t * s.weights + i);
-    for (; i < s.weights; ++i) out[t * s.weights + i] = dot(x + t * s.width(), w + i * s.width(), s.width());
-  }
-  return {raw, inverse_rms};
-}
+};
 
 void collapse(const float* streams, const Lane* pre, int64_t lane, const Shape& s, float* out) {
-  for (int64_t i = 0; i < s.d; ++i) out[i] = pre[0][lane] * streams[i];
+  const float first = pre[0][lane];
+  for (int64_t i = 0; i < s.d; ++i) out[i] = first * streams[i];
   for (int64_t j = 1; j < s.n; ++j) {
     const float weight = pre[j][lane];
     const float* stream = streams + j * s.d;
@@ -177,26 +192,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hc_pre(const Tensor& streams,
                                                          double norm_eps) {
   const Shape s = shape_of(streams, fn);
   TORCH_CHECK_VALUE(s.weights == 2 * s.n + s.n * s.n, "hyper_connections: fn has ", s.weights, " rows");
-  auto [raw, inverse_rms] = normalized_product(streams, fn, s, static_cast<float>(norm_eps));
+  const NormalizedProduct normalized(streams, fn, s, norm_eps);
   const int64_t B = streams.size(0), S = streams.size(1);
   Tensor x = at::empty({B, S, s.d}, streams.options()), post = at::empty({B, S, s.n}, streams.options());
   Tensor comb = at::empty({B, S, s.n, s.n}, streams.options());
-  const float *product = raw.const_data_ptr<float>(), *rms = inverse_rms.const_data_ptr<float>();
   const float *gains = scale.const_data_ptr<float>(), *biases = base.const_data_ptr<float>();
   const float* from = streams.const_data_ptr<float>();
   float *to = x.mutable_data_ptr<float>(), *posts = post.mutable_data_ptr<float>(), *combs = comb.mutable_data_ptr<float>();
   const float small = static_cast<float>(eps);
-  parallel_rows(tiles_of(s), kLanes * (s.width() + 2000), [&](int64_t tile) {
+  parallel_rows(tiles_of(s), kLanes * (s.weights * s.width() + 2000), [&](int64_t tile) {
     const int64_t first = tile * kLanes, count = std::min(kLanes, s.tokens - first);
     Lane weights[2 * kMaxStreams + kMaxStreams * kMaxStreams];
-    logits_of(product, rms, gains, biases, s, first, count, weights);
-    for (int64_t w = 0; w < s.n; ++w) {
-      for (int64_t l = 0; l < kLanes; ++l) weights[w][l] = sigmoid(weights[w][l]) + small;
-    }
-    for (int64_t w = s.n; w < 2 * s.n; ++w) {
-      for (int64_t l = 0; l < kLanes; ++l) weights[w][l] = 2.0f * sigmoid(weights[w][l]);
-    }
-    sinkhorn(weights + 2 * s.n, s.n, iterations, small);
+    normalized.fill(first, count);
+    logits_of(normalized.product, normalized.rms, gains, biases, s, first, count, weights);
+    for (int64_t w = 0; w < s.n; ++w) each_lane(weights[w], [&](float x) { return sigmoid(x) + small; });
+    for (int64_t w = s.n; w < 2 * s.n; ++w) each_lane(weights[w], [](float x) { return 2.0f * sigmoid(x); });
+    (s.n == 4 ? sinkhorn<4> : sinkhorn<0>)(weights + 2 * s.n, s.n, iterations, small);
     for (int64_t l = 0; l < count; ++l) {
       const int64_t t = first + l;
       for (int64_t w = 0; w < s.n; ++w) posts[t * s.n + w] = weights[s.n + w][l];
@@ -204,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hc_pre(const Tensor& streams,
       collapse(from + t * s.width(), weights, l, s, to + t * s.d);
     }
   });
-  return {x, post, comb, raw, inverse_rms};
+  return {x, post, comb, normalized.raw, normalized.inverse_rms};
 }
 
 // Collapse streams [B, S, n, d] to [B, S, d], with weights from fn [n, n * d], scale [1] and base [n].
@@ -212,22 +223,60 @@ Tensor hc_head(const Tensor& streams, const Tensor& fn, const Tensor& scale, con
                double norm_eps) {
   const Shape s = shape_of(streams, fn);
   TORCH_CHECK_VALUE(s.weights == s.n, "hyper_connections: fn of the head has ", s.weights, " rows");
-  auto [raw, inverse_rms] = normalized_product(streams, fn, s, static_cast<float>(norm_eps));
+  const NormalizedProduct normalized(streams, fn, s, norm_eps);
   Tensor x = at::empty({streams.size(0), streams.size(1), s.d}, streams.options());
-  const float *product = raw.const_data_ptr<float>(), *rms = inverse_rms.const_data_ptr<float>();
   const float *gains = scale.const_data_ptr<float>(), *biases = base.const_data_ptr<float>();
   const float* from = streams.const_data_ptr<float>();
   float* to = x.mutable_data_ptr<float>();
-  parallel_rows(tiles_of(s), kLanes * s.width(), [&](int64_t tile) {
+  parallel_rows(tiles_of(s), kLanes * s.weights * s.width(), [&](int64_t tile) {
     const int64_t first = tile * kLanes, count = std::min(kLanes, s.tokens - first);
     Lane weights[kMaxStreams];
-    logits_of(product, rms, gains, biases, s, first, count, weights);
+    normalized.fill(first, count);
+    logits_of(normalized.product, normalized.rms, gains, biases, s, first, count, weights);
     for (int64_t w = 0; w < s.n; ++w) {
-      for (int64_t l = 0; l < kLanes; ++l) weights[w][l] = sigmoid(weights[w][l]) + static_cast<float>(eps);
+      each_lane(weights[w], [&](float x) { return sigmoid(x) + static_cast<float>(eps); });
     }
     for (int64_t l = 0; l < count; ++l) collapse(from + (first + l) * s.width(), weights, l, s, to + (first + l) * s.d);
   });
   return x;
+}
+
+// to[t, c] += sum of g[t, w] * f[w, c] over w, for T tokens and V vectors of columns.
+template <int T, int V>
+[[gnu::noinline]] void add_product_block(const float* g, const float* f, const Shape& s, float* to) {
+  const int64_t D = s.width();
+  Floats sums[T][V];
+  for (int t = 0; t < T; ++t) {
+    for (int v = 0; v < V; ++v) sums[t][v] = load16(to + t * D + 16 * v);
+  }
+  for (int64_t w = 0; w < s.weights; ++w) {
+    Floats columns[V];
+    for (int v = 0; v < V; ++v) columns[v] = load16(f + w * D + 16 * v);
+    for (int t = 0; t < T; ++t) {
+      for (int v = 0; v < V; ++v) sums[t][v] += g[t * s.weights + w] * columns[v];
+    }
+  }
+  for (int t = 0; t < T; ++t) {
+    for (int v = 0; v < V; ++v) std::memcpy(to + t * D + 16 * v, &sums[t][v], sizeof(Floats));
+  }
+}
+
+// The same for `count` tokens and the columns [begin, end).
+void add_products(const float* g, const float* f, const Shape& s, int64_t count, int64_t begin, int64_t end, float* to) {
+  const int64_t D = s.width();
+  int64_t c = begin;
+  for (; c + 16 * kRowBlock <= end; c += 16 * kRowBlock) {
+    int64_t t = 0;
+    for (; t + kTokenBlock <= count; t += kTokenBlock) {
+      add_product_block<kTokenBlock, kRowBlock>(g + t * s.weights, f + c, s, to + t * D + c);
+    }
+    for (; t < count; ++t) add_product_block<1, kRowBlock>(g + t * s.weights, f + c, s, to + t * D + c);
+  }
+  for (int64_t t = 0; t < count; ++t) {
+    for (int64_t w = 0; w < s.weights; ++w) {
+      for (int64_t i = c; i < end; ++i) to[t * D + i] += g[t * s.weights + w] * f[w * D + i];
+    }
+  }
 }
 
 // Gradients of streams, fn, scale and base from those of x [B, S, d], post and comb, and from `later` [B, S, n, d], the
@@ -250,39 +299,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hc_pre_backward(
   float* sums = partial.mutable_data_ptr<float>();
   const float small = static_cast<float>(eps);
   at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> memory;
+    std::vector<Lane> memory;
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t first = tile * kLanes, count = std::min(kLanes, s.tokens - first);
       Lane logits[2 * kMaxStreams + kMaxStreams * kMaxStreams], grad[2 * kMaxStreams + kMaxStreams * kMaxStreams];
       Lane pre[kMaxStreams];
       logits_of(product, rms, gains, biases, s, first, count, logits);
-      for (int64_t l = 0; l < kLanes; ++l) {
-        const int64_t t = first + std::min(l, count - 1);
-        for (int64_t j = 0; j < n; ++j) {
-          grad[j][l] = dot(gx + t * s.d, x + t * D + j * s.d, s.d);
-          grad[n + j][l] = gpost[t * n + j];
-        }
-        for (int64_t j = 0; j < n * n; ++j) grad[2 * n + j][l] = gcomb[t * n * n + j];
+      auto token = [&](int64_t l) { return first + std::min(l, count - 1); };
+      for (int64_t j = 0; j < n; ++j) {
+        grad[j] = lanes_of([&](int64_t l) { return dot(gx + token(l) * s.d, x + token(l) * D + j * s.d, s.d); });
+        grad[n + j] = lanes_of([&](int64_t l) { return gpost[token(l) * n + j]; });
       }
+      for (int64_t j = 0; j < n * n; ++j) grad[2 * n + j] = lanes_of([&](int64_t l) { return gcomb[token(l) * n * n + j]; });
       for (int64_t w = 0; w < 2 * n; ++w) {
-        for (int64_t l = 0; l < kLanes; ++l) {
-          const float gate = sigmoid(logits[w][l]);
-          if (w < n) pre[w][l] = gate + small;
-          grad[w][l] *= (w < n ? 1.0f : 2.0f) * gate * (1.0f - gate);
-        }
+        Lane gate = logits[w];
+        each_lane(gate, sigmoid);
+        if (w < n) pre[w] = gate + small;
+        grad[w] *= (w < n ? 1.0f : 2.0f) * gate * (1.0f - gate);
       }
-      sinkhorn_backward(logits + 2 * n, grad + 2 * n, n, iterations, small, memory);
+      (n == 4 ? sinkhorn_backward<4> : sinkhorn_backward<0>)(logits + 2 * n, grad + 2 * n, n, iterations, small, memory);
       float* own = sums + tile * (s.weights + 3);
-      Lane through_norm;
-      for (int64_t l = 0; l < kLanes; ++l) through_norm[l] = 0;
+      float through_norm[kLanes] = {};
       for (int64_t w = 0; w < s.weights; ++w) {
         const int64_t kind = kind_of(w, n);
+        float upstream[kLanes];
+        std::memcpy(upstream, &grad[w], sizeof(upstream));
         for (int64_t l = 0; l < count; ++l) {
           const int64_t t = first + l;
           const float value = product[t * s.weights + w];
-          own[w] += grad[w][l];
-          own[s.weights + kind] += grad[w][l] * value * rms[t];
-          const float scaled = grad[w][l] * gains[kind];
+          own[w] += upstream[l];
+          own[s.weights + kind] += upstream[l] * value * rms[t];
+          const float scaled = upstream[l] * gains[kind];
           through_norm[l] += scaled * value;
           graw[t * s.weights + w] = scaled * rms[t];
         }
@@ -291,7 +338,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hc_pre_backward(
         for (int64_t l = 0; l < count; ++l) {
           const int64_t t = first + l;
           const float shrink = -through_norm[l] * rms[t] * rms[t] * rms[t] / static_cast<float>(D);
-          const float* g = graw + t * s.weights;
           // A range of columns may span several streams.
           for (int64_t c = column; c < std::min(D, column + kColumns);) {
             const int64_t j = c / s.d, stop = std::min({D, column + kColumns, (j + 1) * s.d});
@@ -302,18 +348,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hc_pre_backward(
             if (after) {
               for (int64_t i = c; i < stop; ++i) to[i] += after[t * D + i];
             }
-            int64_t w = 0;
-            for (; w + 4 <= s.weights; w += 4) {
-              const float *f0 = f + w * D, *f1 = f0 + D, *f2 = f1 + D, *f3 = f2 + D;
-              const float g0 = g[w], g1 = g[w + 1], g2 = g[w + 2], g3 = g[w + 3];
-              for (int64_t i = c; i < stop; ++i) to[i] += g0 * f0[i] + g1 * f1[i] + g2 * f2[i] + g3 * f3[i];
-            }
-            for (; w < s.weights; ++w) {
-              for (int64_t i = c; i < stop; ++i) to[i] += g[w] * f[w * D + i];
-            }
             c = stop;
           }
         }
+        add_products(graw + first * s.weights, f, s, count, column, std::min(D, column + kColumns), out + first * D);
       }
     }
   });

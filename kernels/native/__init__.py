@@ -64,12 +64,14 @@ def _fault(path: Path) -> str | None:
     return None
 
 
-def serves(x: Tensor, backward: bool = False) -> bool:
+def serves(x: Tensor, backward: bool = False, bf16: bool = False) -> bool:
     """Return whether native operators accept ``x``: float32 on a CPU, with gradients disabled.
 
-    Set ``backward`` for operators with a backward pass, which also accept enabled gradients.
+    Set ``backward`` for operators with a backward pass, which also accept enabled gradients, and ``bf16`` for operators
+    that also accept BF16.
     """
-    return x.is_cpu and x.dtype == torch.float32 and (backward or not torch.is_grad_enabled()) and level() is not None
+    supported = x.dtype == torch.float32 or (bf16 and x.dtype == torch.bfloat16)
+    return x.is_cpu and supported and (backward or not torch.is_grad_enabled()) and level() is not None
 
 
 @functools.cache

@@ -33,6 +33,33 @@ inline Tensor contiguous_float(const Tensor& x, const char* name) {
   return x.contiguous();
 }
 
+inline Tensor contiguous_float_or_bf16(const Tensor& x, const char* name) {
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, name,
+                    ": expected float32 or bfloat16, found ", x.scalar_type());
+  return x.contiguous();
+}
+
+// Elements of a tensor as T: float, or the bits of BF16.
+template <typename T>
+const T* data_of(const Tensor& x) {
+  return static_cast<const T*>(x.const_data_ptr());
+}
+
+template <typename T>
+T* mutable_data_of(Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+// Call f.template operator()<T>() for the element type T of x.
+template <typename F>
+void by_type(const Tensor& x, F f) {
+  if (x.scalar_type() == at::kFloat) {
+    f.template operator()<float>();
+  } else {
+    f.template operator()<uint16_t>();
+  }
+}
+
 inline int64_t rows_of(const Tensor& x) { return x.size(-1) ? x.numel() / x.size(-1) : 0; }
 
 // Run f(i) for i in [0, n) in parallel. `cost` is the work of one call, in elements.
@@ -69,6 +96,15 @@ inline uint16_t round_to_bf16(float x) {
   const uint32_t u = bits_of(x);
   if (x != x) return 0x7FC0;
   return static_cast<uint16_t>((u + 0x7FFF + ((u >> 16) & 1)) >> 16);
+}
+
+template <typename T>
+inline T narrowed(float x) {
+  if constexpr (sizeof(T) == 2) {
+    return round_to_bf16(x);
+  } else {
+    return x;
+  }
 }
 
 // --- sums
@@ -153,10 +189,11 @@ inline void dot4(const float* __restrict x, const W* __restrict w, int64_t strid
   out[0] = s0, out[1] = s1, out[2] = s2, out[3] = s3;
 }
 
-inline float sum_of_squares(const float* x, int64_t n) {
+template <typename T>
+inline float sum_of_squares(const T* x, int64_t n) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += x[i] * x[i];
+  for (int64_t i = 0; i < n; ++i) sum += widen(x[i]) * widen(x[i]);
   return sum;
 }
 

@@ -18,10 +18,14 @@ constexpr int kTokenBlock = 4, kRowBlock = 4;
 constexpr int kTokenBlock = 2, kRowBlock = 2;
 #endif
 
-// to[t, o] = from[t] . w[o] for a block of T tokens and R rows. n is a multiple of 16.
+// to[t, o] = from[t] . w[o] for a block of T tokens and R rows. n is a multiple of 16. Not inlined: within a large function
+// the compiler would keep the sums in memory.
 template <int T, int R, typename W>
-inline void multiply_block(const Rows& from, int64_t t, const W* w, int64_t n, const Rows& to, int64_t o) {
-  Floats sums[T][R] = {};
+[[gnu::noinline]] void multiply_block(const Rows& from, int64_t t, const W* w, int64_t n, const Rows& to, int64_t o) {
+  Floats sums[T][R];
+  for (int a = 0; a < T; ++a) {
+    for (int b = 0; b < R; ++b) sums[a][b] = Floats{};
+  }
   for (int64_t i = 0; i < n; i += 16) {
     Floats x[T];
     for (int a = 0; a < T; ++a) x[a] = load16(from.data + (t + a) * from.stride + i);
@@ -35,20 +39,20 @@ inline void multiply_block(const Rows& from, int64_t t, const W* w, int64_t n, c
   }
 }
 
-// to[t, o] = from[t] . w[o]. Reads every row of weights once for all tokens.
+// to[t, o] = from[t] . w[o] for the rows [begin, end) of weights. Reads every row of weights once for all tokens.
 template <typename W>
-inline void multiply(Rows from, const W* w, int64_t in, int64_t out, Rows to) {
+inline void multiply_rows(const Rows& from, const W* w, int64_t in, int64_t begin, int64_t end, const Rows& to) {
   if (from.count < kTokenBlock || in % 16) {  // too few tokens: bound by reading the weights
-    parallel_rows(out, in * from.count, [&](int64_t o) {
+    for (int64_t o = begin; o < end; ++o) {
       for (int64_t t = 0; t < from.count; ++t) {
         to.data[t * to.stride + o] = streamed_dot(from.data + t * from.stride, w + o * in, in);
       }
-    });
+    }
     return;
   }
-  const int64_t blocks = (out + kRowBlock - 1) / kRowBlock, whole = from.count / kTokenBlock * kTokenBlock;
-  parallel_rows(blocks, kRowBlock * in * from.count, [&](int64_t block) {
-    const int64_t o = block * kRowBlock, rows = std::min<int64_t>(kRowBlock, out - o);
+  const int64_t whole = from.count / kTokenBlock * kTokenBlock;
+  for (int64_t o = begin; o < end; o += kRowBlock) {
+    const int64_t rows = std::min<int64_t>(kRowBlock, end - o);
     for (int64_t t = 0; t < whole; t += kTokenBlock) {
       if (rows == kRowBlock) {
         multiply_block<kTokenBlock, kRowBlock>(from, t, w, in, to, o);
@@ -59,6 +63,15 @@ inline void multiply(Rows from, const W* w, int64_t in, int64_t out, Rows to) {
     for (int64_t t = whole; t < from.count; ++t) {
       for (int64_t b = 0; b < rows; ++b) multiply_block<1, 1>(from, t, w, in, to, o + b);
     }
+  }
+}
+
+// The same for all rows of weights, in parallel.
+template <typename W>
+inline void multiply(const Rows& from, const W* w, int64_t in, int64_t out, const Rows& to) {
+  const int64_t step = from.count < kTokenBlock ? 1 : kRowBlock;
+  parallel_rows((out + step - 1) / step, step * in * from.count, [&](int64_t block) {
+    multiply_rows(from, w, in, block * step, std::min(out, (block + 1) * step), to);
   });
 }
 
@@ -73,21 +86,25 @@ inline void multiply(Rows from, const Tensor& weight, int64_t group, Rows to) {
 }
 
 // row / rms(row), multiplied by the optional `gains`. `out` may alias `row`.
-inline void normalize_row(const float* row, int64_t n, const float* gains, float eps, float* out) {
+template <typename T>
+inline void normalize_row(const T* row, int64_t n, const float* gains, float eps, float* out) {
   const float scale = 1.0f / std::sqrt(sum_of_squares(row, n) / static_cast<float>(n) + eps);
   if (gains) {
-    for (int64_t i = 0; i < n; ++i) out[i] = row[i] * scale * gains[i];
+    for (int64_t i = 0; i < n; ++i) out[i] = widen(row[i]) * scale * gains[i];
   } else {
-    for (int64_t i = 0; i < n; ++i) out[i] = row[i] * scale;
+    for (int64_t i = 0; i < n; ++i) out[i] = widen(row[i]) * scale;
   }
 }
 
 // Rotate the pairs of the last 2r dims and copy the others. `out` may alias `row`.
-inline void rotate_row(const float* row, int64_t n, const float* cos, const float* sin, int64_t r, float sign, float* out) {
+template <typename T>
+inline void rotate_row(const T* row, int64_t n, const float* cos, const float* sin, int64_t r, float sign, float* out) {
   const int64_t passed = n - 2 * r;
-  if (out != row) std::memcpy(out, row, 4 * passed);
+  if (static_cast<const void*>(out) != row) {
+    for (int64_t i = 0; i < passed; ++i) out[i] = widen(row[i]);
+  }
   for (int64_t i = 0; i < r; ++i) {
-    const float even = row[passed + 2 * i], odd = row[passed + 2 * i + 1];
+    const float even = widen(row[passed + 2 * i]), odd = widen(row[passed + 2 * i + 1]);
     const float cosine = cos[i], sine = sign * sin[i];
     out[passed + 2 * i] = even * cosine - odd * sine;
     out[passed + 2 * i + 1] = even * sine + odd * cosine;
@@ -124,7 +141,8 @@ struct Angles {
                       "rotate: cos ", cosines.sizes(), " does not match ", B, " x ", S, " tokens");
   }
 
-  void rotate(int64_t token, const float* row, int64_t n, bool inverse, float* out) const {
+  template <typename T>
+  void rotate(int64_t token, const T* row, int64_t n, bool inverse, float* out) const {
     const int64_t place = (shared ? token % tokens : token) * r;
     rotate_row(row, n, cos + place, sin + place, r, inverse ? -1.0f : 1.0f, out);
   }

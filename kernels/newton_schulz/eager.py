@@ -22,8 +22,8 @@ them by a ** 2 = 12. That is negligible after 5 steps in float32 and overflows a
 SymmetricProduct = Callable[..., Tensor]
 """Function of (left, right, added, beta, alpha) that returns ``alpha left right + beta added``, a symmetric result."""
 
-_MIN_BLOCKED_ROWS = 1024
-"""Rows from which symmetric products skip the blocks below the diagonal."""
+_MIN_BLOCKED_ROWS = {torch.float32: 256, torch.bfloat16: 1024}
+"""Rows from which symmetric products skip the blocks below the diagonal, by dtype. Smaller BF16 blocks gain nothing."""
 
 
 def newton_schulz(
@@ -110,11 +110,12 @@ def _symmetric(
     Not on a CPU with AMX, whose products of submatrices are slower by the same factor.
     """
     rows = left.shape[-2]
-    if rows < _MIN_BLOCKED_ROWS or (left.device.type == "cpu" and has_amx()):
+    least = _MIN_BLOCKED_ROWS[left.dtype]
+    if rows < least or (left.device.type == "cpu" and has_amx()):
         return _multiply_add(left, right, added, beta, alpha)
     out = left.new_empty(*left.shape[:-1], rows)
-    for begin in range(0, rows, _MIN_BLOCKED_ROWS // 4):
-        end = min(rows, begin + _MIN_BLOCKED_ROWS // 4)
+    for begin in range(0, rows, least // 4):
+        end = min(rows, begin + least // 4)
         upper = None if added is None else added[..., begin:end, begin:]
         out[..., begin:end, begin:] = _multiply_add(left[..., begin:end, :], right[..., begin:], upper, beta, alpha)
         out[..., end:, begin:end] = out[..., begin:end, end:].mT

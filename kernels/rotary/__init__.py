@@ -16,15 +16,16 @@ BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu}
 
 def backend_for(x: Tensor) -> str:
     """Return the backend for x: values to rotate, or positions."""
-    runs_natively = native.serves(x) if x.is_floating_point() else x.is_cpu and native.level() is not None
-    return "cpu" if runs_natively else "eager"
+    if x.is_floating_point():
+        return "cpu" if native.serves(x, backward=True, bf16=True) else "eager"
+    return "cpu" if x.is_cpu and native.level() is not None else "eager"
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False, backend: str | None = None) -> Tensor:
     """Rotate the pairs (2k, 2k + 1) of the last ``2 * r`` dims of x; other dims are unchanged.
 
     Args:
-        x: [B, S, ..., n] with n >= 2 * r. The ``cpu`` backend requires float32 and disabled gradients.
+        x: [B, S, ..., n] with n >= 2 * r. The ``cpu`` backend requires float32 or BF16.
         cos: float32 [B or 1, S, r], the cosines of the angles.
         sin: float32 [B or 1, S, r], the sines of the angles.
         inverse: Rotate by the opposite angles.

@@ -4,20 +4,24 @@
 namespace fiftyfold {
 namespace {
 
-// Rotate the pairs of the last 2r dims of x, float32 [B, S, ..., n], and copy the others. cos and sin are float32
-// [B or 1, S, r]. `inverse` negates the angles.
+// Rotate the pairs of the last 2r dims of x, float32 or BF16 [B, S, ..., n], and copy the others: float32. cos and sin
+// are float32 [B or 1, S, r]. `inverse` negates the angles.
 Tensor rotate(const Tensor& input, const Tensor& cosines, const Tensor& sines, bool inverse) {
-  const Tensor x = contiguous_float(input, "rotate: x");
+  const Tensor x = contiguous_float_or_bf16(input, "rotate: x");
   TORCH_CHECK_VALUE(x.dim() >= 3 && 2 * cosines.size(2) <= x.size(-1), "rotate: x ", x.sizes(), " and cos ",
                     cosines.sizes(), " do not match");
   const Tensor cos = cosines.contiguous(), sin = sines.contiguous();
   const int64_t n = x.size(-1), B = x.size(0), S = x.size(1), each = B * S ? x.numel() / (B * S * n) : 0;
   const Angles angles(cos, sin, B, S);
-  Tensor out = at::empty_like(x);
-  const float* from = x.const_data_ptr<float>();
+  Tensor out = at::empty(x.sizes(), x.options().dtype(at::kFloat));
   float* to = out.mutable_data_ptr<float>();
-  parallel_rows(B * S, each * n, [&](int64_t token) {
-    for (int64_t h = token * each; h < (token + 1) * each; ++h) angles.rotate(token, from + h * n, n, inverse, to + h * n);
+  by_type(x, [&]<typename T>() {
+    const T* from = data_of<T>(x);
+    parallel_rows(B * S, each * n, [&](int64_t token) {
+      for (int64_t h = token * each; h < (token + 1) * each; ++h) {
+        angles.rotate(token, from + h * n, n, inverse, to + h * n);
+      }
+    });
   });
   return out;
 }

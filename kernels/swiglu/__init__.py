@@ -13,9 +13,9 @@ __all__ = ["BACKENDS", "backend_for", "swiglu"]
 BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu}
 
 
-def backend_for(gate: Tensor, gain: Tensor | None = None) -> str:
-    """Return the backend for gate. The ``cpu`` backend supports no gain."""
-    return "cpu" if gain is None and native.serves(gate) else "eager"
+def backend_for(gate: Tensor) -> str:
+    """Return the backend for gate. The ``cpu`` backend has a backward pass."""
+    return "cpu" if native.serves(gate, backward=True, bf16=True) else "eager"
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float, gain: Tensor | None = None, backend: str | None = None) -> Tensor:
@@ -24,12 +24,12 @@ def swiglu(gate: Tensor, up: Tensor, limit: float, gain: Tensor | None = None, b
     Values equal to the limit pass gradients.
 
     Args:
-        gate: [..., n]. The ``cpu`` backend requires float32 and disabled gradients.
-        up: [..., n].
+        gate: [..., n]. The ``cpu`` backend requires float32 or BF16.
+        up: [..., n], in the dtype of gate.
         limit: Clamping bound.
-        gain: [..., 1], or None for no scaling.
+        gain: float32 [..., 1], or None for no scaling.
 
     Returns:
         [..., n] in the dtype of gate, computed in float32.
     """
-    return get_backend(BACKENDS, backend or backend_for(gate, gain)).swiglu(gate, up, limit, gain)
+    return get_backend(BACKENDS, backend or backend_for(gate)).swiglu(gate, up, limit, gain)

@@ -97,15 +97,19 @@ def test_every_backend_implements_every_dispatched_function(call):
         assert [backend for backend, module in backends.items() if not hasattr(module, function)] == []
 
 
-def test_native_operators_run_only_without_gradients(monkeypatch):
-    from kernels import rms_norm, rotary, swiglu
+def test_native_operators_without_a_backward_pass_run_only_without_gradients(monkeypatch):
+    from kernels import gated_delta_rule, hadamard, rms_norm, rotary, swiglu
 
-    assert [op.backend_for(torch.zeros(1)) for op in (rms_norm, rotary, swiglu)] == ["eager"] * 3
+    with_backward, others = (rms_norm, rotary, swiglu), (gated_delta_rule, hadamard)
+    monkeypatch.setattr(native, "level", lambda: "some")
+    for dtype, expected in ((torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float64, "eager")):
+        assert {op.backend_for(torch.zeros(1, dtype=dtype)) for op in with_backward} == {expected}
+    assert "cpu" not in {op.backend_for(torch.zeros(1)) for op in others}
     with torch.no_grad():
-        monkeypatch.setattr(native, "level", lambda: "some")
-        assert [op.backend_for(torch.zeros(1)) for op in (rms_norm, rotary, swiglu)] == ["cpu"] * 3
+        assert {op.backend_for(torch.zeros(1)) for op in (*with_backward, *others)} == {"cpu"}
+        assert "cpu" not in {op.backend_for(torch.zeros(1, dtype=torch.bfloat16)) for op in others}
         monkeypatch.setattr(native, "level", lambda: None)
-        assert [op.backend_for(torch.zeros(1)) for op in (rms_norm, rotary, swiglu)] == ["eager"] * 3
+        assert {op.backend_for(torch.zeros(1)) for op in with_backward} == {"eager"}
 
 
 def test_forcing_cpu_without_native_operators_says_what_to_do(monkeypatch):

@@ -75,6 +75,6 @@ def test_wide_matrices_use_the_form_with_fewer_multiplications():
 @pytest.mark.parametrize("shape", [(64, 64), (2, 50, 90)])
 def test_blocked_symmetric_products_equal_the_reference(shape, monkeypatch):
     monkeypatch.setattr(eager, "has_amx", lambda: False)
-    monkeypatch.setattr(eager, "_MIN_BLOCKED_ROWS", 32)
+    monkeypatch.setattr(eager, "_MIN_BLOCKED_ROWS", {torch.float32: 32})
     matrices = torch.randn(shape)
     torch.testing.assert_close(newton_schulz(matrices), newton_schulz(matrices, backend="reference"), rtol=0, atol=1e-5)

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from backend_testing import needs_native, output_and_gradients
+from backend_testing import available, needs_native, output_and_gradients
 
-from kernels.rotary import angles, rotate, rotate_halves
+from kernels.rotary import BACKENDS, angles, rotate, rotate_halves
 
 
-@pytest.mark.parametrize("backend", ["reference", "eager"])
+@pytest.mark.parametrize("backend", available(BACKENDS))
 def test_pairs_are_rotated_and_other_dims_pass_through(backend):
     angle = torch.rand(1, 5, 4) * 6
     cos, sin = angle.cos(), angle.sin()
@@ -22,10 +22,14 @@ def test_pairs_are_rotated_and_other_dims_pass_through(backend):
         x = torch.randn(2, 5, 3, dims)
         found = output_and_gradients(lambda x: rotate(x, cos, sin, backend=backend), x)
         torch.testing.assert_close(found, output_and_gradients(pair_by_pair, x))
-        torch.testing.assert_close(rotate(found[0], cos, sin, inverse=True, backend=backend), x)
+        restored = output_and_gradients(lambda x: rotate(x, cos, sin, inverse=True, backend=backend), found[0])
+        torch.testing.assert_close(restored[0], x)
+        expected = output_and_gradients(lambda x: rotate(x, cos, sin, inverse=True, backend="reference"), found[0])
+        torch.testing.assert_close(restored, expected)
     x = torch.randn(2, 5, 3, 12).bfloat16()
     out, grad = output_and_gradients(lambda x: rotate(x, cos, sin, backend=backend), x)
     assert out.dtype == torch.float32 and grad.dtype == torch.bfloat16
+    torch.testing.assert_close(out, pair_by_pair(x.float()))
 
 
 def test_pairs_of_two_halves_are_the_first_dims():
