@@ -29,7 +29,7 @@ class EngineConfig(BaseModel):
     prefill_chunk: Annotated[int, Field(ge=1)] = 512
     """Most prompt tokens read in one step."""
     prefill_share: Annotated[float, Field(gt=0)] = 0.6
-    """Time spent on reading prompts per second of decoding, while completions are being decoded. Decoding itself becomes
+    """Time spent on reading prompts per second of decoding, while completions are being decoded. Decoding itself is
     slower beside a long prompt, so the default about doubles the time between tokens."""
     cache_mebibytes: Annotated[int, Field(ge=1)] = 1024
     """Memory of the caches of active completions and kept prefixes. A completion that finds it full waits; if a running
