@@ -223,7 +223,8 @@ def measure(options: argparse.Namespace) -> Result:
             return text
 
         text = asyncio.run(all_tables())
-    return Result(f"Network: '{options.preset}'; prompts of {PROMPT_TOKENS} tokens.\n\n{text}")
+    text = f"Network: '{options.preset}'; prompts of {PROMPT_TOKENS} tokens.\n\n{text}"
+    return Result(text, has_servers=True)
 
 
 def main(arguments: list[str] | None = None) -> str:

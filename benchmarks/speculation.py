@@ -37,7 +37,7 @@ def decode(
 ) -> tuple[float, float, float]:
     """Return tokens per step and stream, the share of accepted drafts, and seconds per token, while all streams are
     decoded together."""
-    scheduler = Scheduler(model, EngineConfig(speculative_tokens=drafts, kept_prefixes=0))
+    scheduler = Scheduler(model, EngineConfig(speculative_tokens=drafts, kept_prefixes=0, prefill_share=1e9))
     text = tokenizer.encode(Path(difflib.__file__).read_text())
     sequences = []
     for i in range(streams):

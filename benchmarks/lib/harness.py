@@ -32,6 +32,8 @@ class Result:
     tables: str
     figure: Figure | None = None
     caption: str = ""
+    has_servers: bool = False
+    """True if processes other than this one and its children are measured, too."""
 
 
 def positive_int(text: str) -> int:
@@ -75,7 +77,8 @@ def run_benchmark(
     threads = getattr(options, "threads", before)
     numbers = " and ".join(map(str, threads)) if isinstance(threads, list) else str(threads)
     plural = "" if numbers == "1" else "s"
-    text = f"## {machine.title}\n\n{system_info()}; {numbers} thread{plural}; {load}.\n\n{result.tables}"
+    about = f"{system_info()}; {numbers} thread{plural}; {load.describe(result.has_servers)}."
+    text = f"## {machine.title}\n\n{about}\n\n{result.tables}"
     if page:
         if result.figure:
             path = page.path.with_name(f"{page.path.stem}-{machine.slug}.png")

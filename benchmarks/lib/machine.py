@@ -84,8 +84,11 @@ class BackgroundLoad:
         (busy, total), (busy_before, total_before) = self._read(), self._start
         return max(0.0, busy - busy_before) / max(total - total_before, 1e-9)
 
-    def __str__(self) -> str:
+    def describe(self, has_servers: bool = False) -> str:
+        """Return the usage in words, with a warning unless servers under measurement are included."""
         fraction = self.fraction()
+        if has_servers:
+            return f"other processes, servers included, used {fraction:.0%} of the processor meanwhile"
         warning = ", too much for these numbers to mean anything" if fraction > self._WARNING_THRESHOLD else ""
         return f"other processes used {fraction:.0%} of the processor meanwhile{warning}"
 
