@@ -22,6 +22,7 @@ OPERATIONS = (
     "newton_schulz",
     "compress",
     "ssd_scan",
+    "gated_delta_rule",
 )
 """Packages with a module ``triton_plans`` whose ``PLANS`` lists the kernels."""
 
