@@ -23,6 +23,7 @@ OPERATIONS = (
     "compress",
     "ssd_scan",
     "gated_delta_rule",
+    "expert_dispatch",
 )
 """Packages with a module ``triton_plans`` whose ``PLANS`` lists the kernels."""
 
