@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.lib.harness import Result, make_parser, run_benchmark, run_main
-from benchmarks.lib.kernel_cases import TINY, Case, Sizes, cases
+from benchmarks.lib.kernel_case import TINY, Case, Sizes
+from benchmarks.lib.kernel_cases import cases
 from benchmarks.lib.report import table
 from kernels.triton_support.platform import architecture, is_installed, is_interpreting
 from model.errors import FiftyfoldError

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kernels.expert_dispatch import run_expert
 from model.errors import ConfigError
 from model.feed_forward import DenseFeedForward
 from model.forward.context import Context
@@ -79,13 +80,13 @@ def _run_experts(moe: MixtureOfExperts, x: Tensor, input_ids: Tensor, context: C
         return expert_ids, weights, torch.zeros_like(x) if moe.shared is None else moe.shared(x)
 
     expert_ids, weights, shared = in_tiles(route, x, input_ids)
-    experts = moe.each_expert(context)
+    experts = list(zip(*(w.unbind() for w in moe.stored_experts(context))))
     outputs = []
     for rows, picks, gains in zip(*(split_tokens(t.flatten(0, 1)) for t in (x, expert_ids, weights))):
         out = torch.zeros_like(rows)
         for expert in picks.unique().tolist():
             gain = (gains * (picks == expert)).sum(-1, keepdim=True)
-            out = out + moe.run_expert(rows, gain, *experts[expert])
+            out = out + run_expert(rows, gain, experts[expert], moe.config.swiglu_bound)
         outputs.append(out)
     routed = torch.cat(outputs)[: x.shape[0] * x.shape[1]].view(x.shape)
     return routed if moe.shared is None else routed + shared

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from kernels import native
 from kernels.autocast import cast, in_float32, product_dtype
-from kernels.expert_dispatch import by_expert, combine, dispatch
+from kernels.expert_dispatch import by_expert, combine, dispatch, run_experts
 from kernels.formats import FP4_BLOCK
 from kernels.fused_experts import fused_experts, prefers_fused
 from kernels.linear import linear
 from kernels.routing import LEAST_SUM, affinity, route
-from kernels.swiglu import swiglu
 from model.feed_forward import DenseFeedForward
 from model.forward.context import Context
 from model.layers.linear import Linear
@@ -128,23 +127,14 @@ class MixtureOfExperts(nn.Module):
 
     def _run_experts(self, flat: Tensor, expert_ids: Tensor, weights: Tensor, context: Context) -> Tensor:
         """Run each expert over its own tokens: flat [N, hidden] -> [N, hidden]."""
-        experts = self.each_expert(context)
-        dtype = product_dtype(experts[0][0])
+        stacks = self.stored_experts(context)
+        dtype = product_dtype(stacks[0])
         # With few tokens per expert there are few shapes, and padding would be most of the work.
-        pads = flat.device.type == "cpu" and flat.dtype != dtype and expert_ids.numel() >= _PAD_TO * len(experts)
-        to = by_expert(expert_ids, len(experts), _PAD_TO if pads else 1)
-        rows = dispatch(flat, to, dtype).split(to.rows_per_expert)
-        gains = F.pad(weights.flatten(), (0, 1))[to.row_to_choice].unsqueeze(-1).split(to.rows_per_expert)
-        outputs = [self.run_expert(own, gain, *expert) for expert, own, gain in zip(experts, rows, gains)]
-        return combine(torch.cat(outputs), to, flat.dtype)
-
-    def run_expert(self, rows: Tensor, gain: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
-        """Run one expert over rows [n, hidden] with weights ``gain`` [n, 1]."""
-        return linear(swiglu(linear(rows, w1), linear(rows, w3), self.config.swiglu_bound, gain), w2)
-
-    def each_expert(self, context: Context) -> list[Experts]:
-        """Return w1, w3 and w2 of every expert. Unbinding gives each stack one gradient instead of one per expert."""
-        return list(zip(*(w.unbind() for w in self.stored_experts(context))))
+        pads = flat.device.type == "cpu" and flat.dtype != dtype and expert_ids.numel() >= _PAD_TO * len(stacks[0])
+        to = by_expert(expert_ids, len(stacks[0]), _PAD_TO if pads else 1)
+        gains = F.pad(weights.flatten(), (0, 1))[to.row_to_choice].unsqueeze(-1)
+        outputs = run_experts(dispatch(flat, to, dtype), gains, stacks, to, self.config.swiglu_bound)
+        return combine(outputs, to, flat.dtype)
 
     def stored_experts(self, context: Context | None = None) -> Experts:
         """Return the stacks w1, w3 and w2 as rounded for storage. Inference keeps them: rounding took a quarter of a

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from benchmarks.lib.expert_cases import experts
+from benchmarks.lib.kernel_case import Case, Sizes, gradients
+from benchmarks.lib.scan_cases import scans
 from kernels.cache_io import EntryLayout, Pages, pack, unpack
 from kernels.compress import compress
 from kernels.hyper_connections import hc_post, hc_pre
@@ -16,68 +18,6 @@ from kernels.newton_schulz import V4_COEFFICIENTS, newton_schulz
 from kernels.paged_attention import EntrySet, TokenRows, paged_attention
 from kernels.quantize import round_to_format
 from kernels.sparse_attention import deterministic_gradients, sparse_attention
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of the cases: those of DeepSeek-V4-Flash, or tiny ones for a rehearsal."""
-
-    tokens: int = 4096
-    heads: int = 64
-    dims: int = 512
-    rope: int = 64
-    chosen: int = 512
-    window: int = 128
-    entries: int = 32768
-    index_heads: int = 64
-    index_dims: int = 128
-    index_queries: int = 2048
-    context: int = 1 << 20
-    batch: int = 16
-    rows: int = 65536
-    width: int = 4096
-    matrix: int = 2048
-    matrices: int = 16
-    share: int = 16
-    """The reference runs on one of so many queries, and its time is multiplied."""
-
-    def checked(self) -> Sizes:
-        """Return the sizes for the comparison with float64."""
-        return replace(
-            self,
-            tokens=min(self.tokens, 64),
-            entries=min(self.entries, 4096),
-            index_queries=min(self.index_queries, 16),
-            context=min(self.context, 1 << 16),
-            batch=min(self.batch, 2),
-            rows=min(self.rows, 512),
-            width=min(self.width, 512),
-            matrix=min(self.matrix, 600),
-            matrices=min(self.matrices, 2),
-            share=1,
-        )
-
-
-TINY = Sizes(4, 2, 32, 4, 5, 6, 40, 2, 16, 3, 512, 1, 5, 20, 20, 2, 1)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel on one set of random inputs."""
-
-    name: str
-    run: Callable[[], object]
-    """Runs the Triton backend. Returns a tensor or a tuple of tensors."""
-    reference: Callable[[], object]
-    """Runs PyTorch operators on ``1 / share`` of the queries."""
-    exact: Callable[[], object]
-    """Returns the float64 results of all queries, in the order of ``run``."""
-    flops: float = 0.0
-    nbytes: float = 0.0
-    share: int = 1
-    tolerance: float = 0.0
-    """Largest relative error, in the norm; 0 for equal results."""
-    target: str = ""
 
 
 def cases(s: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
@@ -89,6 +29,8 @@ def cases(s: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     yield from _mixing(s, device)
     yield from _pooling(s, device)
     yield _orthogonalization(s, device, dtype)
+    yield from scans(s, device)
+    yield from experts(s, device, dtype)
 
 
 def _attention(s: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
@@ -284,15 +226,6 @@ def _packing(s: Sizes, device: torch.device) -> Iterator[Case]:
         )
 
 
-def _gradients(
-    call: Callable[..., Tensor], given: list[Tensor], upstream: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, ...]:
-    """Return the output of ``call`` and the gradients of its inputs, all in ``dtype``."""
-    leaves = [x.detach().to(dtype).requires_grad_() for x in given]
-    out = call(*leaves)
-    return out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))
-
-
 def _mixing(s: Sizes, device: torch.device) -> Iterator[Case]:
     n, tokens = 4, s.tokens * 4
     m = 2 * n + n * n
@@ -326,9 +259,9 @@ def _mixing(s: Sizes, device: torch.device) -> Iterator[Case]:
     )
     yield Case(
         "hyper_connections forward + backward",
-        lambda: _gradients(layer("triton"), given, upstream, torch.float32),
-        lambda: _gradients(layer("reference"), given, upstream, torch.float32),
-        lambda: _gradients(layer("reference"), given, upstream, torch.float64),
+        lambda: gradients(layer("triton"), given, upstream, torch.float32),
+        lambda: gradients(layer("reference"), given, upstream, torch.float32),
+        lambda: gradients(layer("reference"), given, upstream, torch.float64),
         nbytes=row * (12 * n + 14),
         **common,
     )
@@ -345,7 +278,7 @@ def _pooling(s: Sizes, device: torch.device) -> Iterator[Case]:
             return lambda rows, bias: compress(rows, bias, overlap, backend=backend)
 
         def both(backend: str, dtype: torch.dtype, call=call, given=given, upstream=upstream) -> tuple[Tensor, ...]:
-            return _gradients(call(backend), given, upstream, dtype)
+            return gradients(call(backend), given, upstream, dtype)
 
         yield Case(
             f"compress forward + backward, {kind}",

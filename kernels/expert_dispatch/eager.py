@@ -9,11 +9,27 @@ import torch
 from torch import Tensor
 
 from kernels.expert_dispatch.permutation import Dispatch
+from kernels.linear import linear
+from kernels.swiglu import swiglu
 
 
 def dispatch(x: Tensor, plan: Dispatch, dtype: torch.dtype) -> Tensor:
     """Implement :func:`kernels.expert_dispatch.dispatch`."""
     return _Dispatch.apply(x, plan.row_to_token, plan.choice_to_row, dtype)
+
+
+def run_experts(rows: Tensor, gains: Tensor, stacks: tuple[Tensor, ...], plan: Dispatch, limit: float) -> Tensor:
+    """Implement :func:`kernels.expert_dispatch.run_experts`."""
+    counts = plan.counts.tolist()
+    # Unbinding gives each stack one gradient instead of one per expert.
+    experts = zip(rows.split(counts), gains.split(counts), zip(*(w.unbind() for w in stacks)))
+    return torch.cat([run_expert(own, gain, expert, limit) for own, gain, expert in experts])
+
+
+def run_expert(rows: Tensor, gain: Tensor, expert: tuple[Tensor, ...], limit: float) -> Tensor:
+    """Run one expert, w1 and w3 [inner, d] and w2 [d, inner], over rows [n, d] with weights ``gain`` [n, 1]."""
+    w1, w3, w2 = expert
+    return linear(swiglu(linear(rows, w1), linear(rows, w3), limit, gain), w2)
 
 
 def combine(rows: Tensor, plan: Dispatch, dtype: torch.dtype) -> Tensor:

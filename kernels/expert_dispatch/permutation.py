@@ -17,25 +17,28 @@ class Dispatch(NamedTuple):
     """int64 [N, K]: the row of each choice."""
     row_to_token: Tensor
     """int64 [rows]: the token of each row; 0 for padding."""
-    rows_per_expert: list[int]
-    """Rows of each expert, including padding."""
+    counts: Tensor
+    """int64 [experts]: rows of each expert, including padding."""
 
 
 def by_expert(chosen: Tensor, experts: int, multiple: int = 1) -> Dispatch:
-    """Group the choices of all tokens by expert.
+    """Group the choices of all tokens by expert. Does not wait for a GPU unless rows are padded.
 
     Args:
         chosen: int64 [N, K], the experts of every token.
         experts: Number of experts.
         multiple: The rows of every expert are padded to a multiple of this.
     """
-    order = chosen.flatten().argsort(stable=True)
-    counts = torch.bincount(chosen.flatten(), minlength=experts)
+    ordered, order = chosen.flatten().sort(stable=True)
+    ends = torch.searchsorted(ordered, torch.arange(experts, device=order.device), right=True)
+    counts = ends.diff(prepend=ends.new_zeros(1))
     padding = -counts % multiple
-    offsets = padding.cumsum(0) - padding
-    sizes: list[int] = (counts + padding).tolist()
-    row_to_choice, choice_to_row = order.new_full((sum(sizes),), -1), torch.empty_like(order)
-    rows = torch.arange(len(order), device=order.device) + offsets.repeat_interleave(counts)
+    rows = torch.arange(len(order), device=order.device)
+    if multiple > 1:
+        rows = rows + (padding.cumsum(0) - padding).repeat_interleave(counts, output_size=len(order))
+    total = len(order) + (int(padding.sum()) if multiple > 1 else 0)
+    row_to_choice, choice_to_row = order.new_full((total,), -1), torch.empty_like(order)
     row_to_choice[rows] = order
     choice_to_row[order] = rows
-    return Dispatch(row_to_choice, choice_to_row.view_as(chosen), row_to_choice.clamp(min=0) // chosen.shape[-1], sizes)
+    row_to_token = row_to_choice.clamp(min=0) // chosen.shape[-1]
+    return Dispatch(row_to_choice, choice_to_row.view_as(chosen), row_to_token, counts + padding)

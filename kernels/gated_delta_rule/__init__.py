@@ -8,7 +8,7 @@ the value of the token's key towards the token's value, and reads the value of t
     out[t] = state[t].T @ q[t]
 
 The ``reference`` backend computes one token after another, and so does ``cpu``. The ``eager`` backend multiplies
-matrices within chunks of tokens and carries the state between chunks.
+matrices within chunks of tokens and carries the state between chunks; ``triton`` does the same on a GPU.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ from torch import Tensor
 
 from kernels import native
 from kernels.backends import get_backend
-from kernels.gated_delta_rule import cpu, eager, reference
+from kernels.gated_delta_rule import cpu, eager, reference, triton
 from kernels.gated_delta_rule.batch_invariant import scan_in_fixed_order
+from kernels.triton_support.platform import can_run
 
 __all__ = ["BACKENDS", "backend_for", "gated_delta_rule", "scan_in_fixed_order"]
 
-BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu}
+BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu, "triton": triton}
 
 
 def backend_for(q: Tensor) -> str:
     """Return the backend for q. The ``cpu`` backend has no gradients; without them it is the fastest for any length."""
+    if can_run(q) and triton.supports(q):
+        return "triton"
     return "cpu" if native.serves(q) else "eager"
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.autocast import in_float32
 from kernels.hyper_connections import eager
-from kernels.triton_support.platform import ARCHITECTURES, is_interpreting, require_choice, require_device
+from kernels.triton_support.platform import ARCHITECTURES, float32_precision, require_choice, require_device
 from kernels.triton_support.tiles import Tile, Tiles, launch_best
 
 STREAMS = (1, 2, 4)
@@ -45,11 +45,6 @@ STREAMS_TILES: Tiles = {
 def supports(streams: Tensor) -> bool:
     """Return whether the backend supports these streams on a GPU."""
     return streams.dtype == torch.float32 and streams.shape[-2] in STREAMS
-
-
-def precision() -> str:
-    """Return Triton's name of the precision of products."""
-    return "ieee" if is_interpreting() or torch.version.hip is not None else "tf32x3"
 
 
 def padded_logits(n: int) -> int:
@@ -106,7 +101,7 @@ class _Pre(torch.autograd.Function):
             raw, inverse_rms = streams.new_empty(T, M), streams.new_empty(T)
             _kernels().project[(-(-T // tile.sizes["BLOCK_T"]),)](
                 streams, fn, raw, inverse_rms, T, n * d, norm_eps,
-                M=M, M_PAD=padded_logits(n), PRECISION=precision(), **tile.options,
+                M=M, M_PAD=padded_logits(n), PRECISION=float32_precision(), **tile.options,
             )  # fmt: skip
             return raw, inverse_rms
 
@@ -159,7 +154,7 @@ class _Pre(torch.autograd.Function):
                 _kernels().streams_backward[grid](
                     streams if later is None else later.contiguous(), upstream[0], products, through_norm, raw, scale,
                     base, fn, streams, out, T, d, ctx.eps,
-                    M=M, M_PAD=padded_logits(n), N=n, HAS_LATER=later is not None, PRECISION=precision(),
+                    M=M, M_PAD=padded_logits(n), N=n, HAS_LATER=later is not None, PRECISION=float32_precision(),
                     **tile.options,
                 )  # fmt: skip
                 return out

@@ -10,7 +10,7 @@ from kernels.hyper_connections.triton import (
     TOKEN_TILES,
     padded_logits,
 )
-from kernels.triton_support.plans import Plan, Work
+from kernels.triton_support.plans import TF32X3, Plan, Work
 
 TOKENS, STREAMS, WIDTH = 16384, 4, 4096
 _LOGITS = 2 * STREAMS + STREAMS * STREAMS
@@ -36,7 +36,7 @@ PLANS = [
         PROJECT_TILES,
         multiplies=True,
         work=Work(
-            3 * 2.0 * TOKENS * STREAMS * WIDTH * padded_logits(STREAMS) * 2, STREAMS * _ROW, target=_TARGET
+            2.0 * TOKENS * STREAMS * WIDTH * padded_logits(STREAMS), STREAMS * _ROW, rate=TF32X3, target=_TARGET
         ),
     ),
     Plan(

@@ -6,7 +6,8 @@ Every head has a state of P x N numbers. A token scales it by a learned decay an
     y[t] = state[t] @ C[t] + D * x[t]
 
 The ``reference`` backend computes one token after another, and so does ``cpu``. The ``eager`` backend multiplies
-matrices within chunks of tokens and carries the state between chunks (section 6 of the paper).
+matrices within chunks of tokens and carries the state between chunks (section 6 of the paper); ``triton`` does the same
+on a GPU.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ from torch import Tensor
 
 from kernels import native
 from kernels.backends import get_backend
-from kernels.ssd_scan import cpu, eager, reference
+from kernels.ssd_scan import cpu, eager, reference, triton
 from kernels.ssd_scan.batch_invariant import scan_in_fixed_order
+from kernels.triton_support.platform import can_run
 
 __all__ = ["BACKENDS", "backend_for", "scan_in_fixed_order", "ssd_scan"]
 
-BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu}
+BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu, "triton": triton}
 
 
 def backend_for(x: Tensor) -> str:
     """Return the backend for x. The ``cpu`` backend has no gradients; without them it is the fastest for any length."""
+    if can_run(x) and triton.supports(x):
+        return "triton"
     return "cpu" if native.serves(x) else "eager"
 
 

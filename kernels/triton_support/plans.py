@@ -21,8 +21,14 @@ OPERATIONS = (
     "hyper_connections",
     "newton_schulz",
     "compress",
+    "ssd_scan",
+    "gated_delta_rule",
+    "expert_dispatch",
 )
 """Packages with a module ``triton_plans`` whose ``PLANS`` lists the kernels."""
+
+TF32X3, BF16X3 = 1 / 6, 1 / 3
+"""Shares of the rate of BF16 products that float32 products reach as three TF32 or BF16 products."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,8 @@ class Work:
     """Bytes of atomic additions."""
     vector_ops: float = 0.0
     """Instructions of 32-bit arithmetic per lane outside matrix units; an exponential counts as 8."""
+    rate: float = 1.0
+    """Share of the rate of BF16 products that the products reach."""
     target: str = ""
     """Target of the kernel on an H100, for the table."""
 
@@ -70,7 +78,7 @@ class Plan:
     def constants_for(self, architecture: str, tile: Tile) -> dict[str, Any]:
         """Return all constants for a setting of an architecture."""
         constants = {**self.constants, **self.tile_constants(tile)}
-        if "PRECISION" in constants and architecture.startswith("gfx"):
+        if constants.get("PRECISION") == "tf32x3" and architecture.startswith("gfx"):
             constants["PRECISION"] = "ieee"  # there are no TF32 products
         return constants
 

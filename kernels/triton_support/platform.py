@@ -52,6 +52,23 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+def float32_precision() -> str:
+    """Return Triton's name of the precision of float32 products: three TF32 products where the GPU has them."""
+    return "ieee" if is_interpreting() or torch.version.hip is not None else "tf32x3"
+
+
+def split_precision() -> str:
+    """Return Triton's name of the precision of float32 products as three products of BF16 numbers, two per operand."""
+    return "ieee" if is_interpreting() else "bf16x3"
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """Return x [B, S, ...] as contiguous rows [B * S, ...] at even distances, ``stride(0)``. Copies it only if it is no
+    such view."""
+    rows = x.flatten(0, 1)
+    return rows if rows[0].is_contiguous() else rows.contiguous()
+
+
 def require_device(operation: str, x: Tensor) -> None:
     """Raise ValueError if kernels cannot run on the device of ``x``."""
     if not is_installed():

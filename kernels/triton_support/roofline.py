@@ -60,7 +60,7 @@ def predict(plan: Plan, compiled: Compiled, gpu: Gpu = H100) -> Prediction:
     if compiled.architecture != gpu.architecture or plan.work is None:
         raise ValueError(f"{plan.name}: no prediction for {compiled.architecture} on {gpu.name}")
     work = plan.work
-    rate = gpu.flops * (gpu.old_instructions if compiled.uses_old_instructions else 1.0)
+    rate = gpu.flops * work.rate * (gpu.old_instructions if compiled.uses_old_instructions else 1.0)
     matrix, vector = work.flops / rate, work.vector_ops / gpu.vector_ops
     overlaps = compiled.programs > 1
     times = {

@@ -54,6 +54,15 @@ INTERPRETED = "sm_90"
 """Architecture whose settings :func:`launch_best` names to the interpreter if a kernel has none of its own."""
 
 
+def settings_for(tiles: Tiles, device: torch.device) -> tuple[Tile, ...]:
+    """Return the settings for the architecture of a device, or those of the interpreter."""
+    if is_interpreting():
+        return tiles["interpreter" if "interpreter" in tiles else INTERPRETED]
+    name = architecture(device)
+    assert name is not None, device
+    return tiles[name]
+
+
 def launch_best(kernel: str, tiles: Tiles, shape: Hashable, device: torch.device, launch: Callable[[Tile], T]) -> T:
     """Call ``launch`` with the best setting and return its result.
 
@@ -73,12 +82,8 @@ def launch_best(kernel: str, tiles: Tiles, shape: Hashable, device: torch.device
 
 
 def _launch_best(kernel: str, tiles: Tiles, shape: Hashable, device: torch.device, launch: Callable[[Tile], T]) -> T:
-    if is_interpreting():
-        return launch(tiles["interpreter" if "interpreter" in tiles else INTERPRETED][0])
-    name = architecture(device)
-    assert name is not None, device
-    choices = tiles[name]
-    if len(choices) == 1:
+    choices = settings_for(tiles, device)
+    if is_interpreting() or len(choices) == 1:
         return launch(choices[0])
     key = f"{kernel} {_bucket(shape)}"
     cache = _cache(device)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks import kernels
-from benchmarks.lib.kernel_cases import TINY, Case, cases
+from benchmarks.lib.kernel_case import TINY, Case
+from benchmarks.lib.kernel_cases import cases
 from model.errors import FiftyfoldError
 
 ROOT = Path(__file__).parents[2]

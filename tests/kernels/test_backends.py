@@ -44,6 +44,7 @@ CALLS = {
     "compress.compress_next": (x, x, torch.zeros(1, 2), [1], False),
     "expert_dispatch.dispatch": (x[0], None, torch.float32),
     "expert_dispatch.combine": (x[0], None, torch.float32),
+    "expert_dispatch.run_experts": (x[0], None, (), None, 1.0),
     "fused_experts.fused_experts": (x, None, None, (), (), 1.0),
     "gated_delta_rule.gated_delta_rule": (x[None], x[None], x[None], x[None], x),
     "hadamard.hadamard": (x,),

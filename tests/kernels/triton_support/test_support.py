@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import sparse_attention
+from kernels import expert_dispatch, gated_delta_rule, sparse_attention, ssd_scan
 from kernels.sparse_attention import triton as attention
 from kernels.triton_support import platform, tiles
 from kernels.triton_support.tiles import Tile, TileCache
@@ -65,6 +65,32 @@ def test_gpus_run_triton_for_supported_inputs_only(monkeypatch):
     assert choose(query[..., :500], None, query[:, :, 0]) != "triton"
     assert choose(query, None, query) != "triton"  # gathered entries
     assert choose(query, None, query[:, :, 0], 256) != "triton"
+
+
+def test_gpus_run_triton_scans_and_experts_for_supported_inputs_only(monkeypatch):
+    for operation in (ssd_scan, gated_delta_rule, expert_dispatch):
+        monkeypatch.setattr(operation, "can_run", lambda x: True)
+    x = torch.zeros(1, 2, 1, 129)
+    for operation in (ssd_scan, gated_delta_rule):
+        assert operation.backend_for(x[..., :128]) == "triton"
+        assert operation.backend_for(x) != "triton" and operation.backend_for(x[..., :128].double()) != "triton"
+    assert expert_dispatch.backend_for(x.bfloat16()) == "triton" and expert_dispatch.backend_for(x) == "eager"
+
+
+@pytest.mark.parametrize(
+    ("x", "is_view"),
+    [
+        (torch.randn(2, 5, 9)[..., :6], True),  # part of longer rows
+        (torch.randn(1, 2, 3, 4).transpose(0, 1), True),  # contiguous, with a stride that means nothing
+        (torch.randn(2, 8, 6)[:, :5], False),  # more than one distance between rows
+        (torch.randn(2, 5, 3, 4).transpose(2, 3), False),
+    ],
+)
+def test_rows_lie_at_even_distances(x, is_view):
+    rows = platform.as_rows(x)
+    size = x[0, 0].numel()
+    read = rows.as_strided((len(rows), size), (rows.stride(0), 1))
+    assert torch.equal(read, x.reshape(-1, size)) and (rows.data_ptr() == x.data_ptr()) == is_view
 
 
 def test_deterministic_gradients_are_a_context():
