@@ -65,9 +65,42 @@ def evaluate(
     Raises ConfigError for unknown tasks and for settings that are vacuous (see :mod:`evals.source`) or exceed the
     model's context, CheckpointError if the folder cannot be loaded, and DataError for missing or damaged shards.
     """
+    built = generate(checkpoint_folder, tasks, lengths, depths, samples, seed, data_folder, settings, distance)
+    model = CheckpointLM(checkpoint_folder, device=device)
+    with _quiet_lm_eval():
+        # No bootstrap: lm-eval would treat the questions of one document as independent.
+        results = simple_evaluate(model, tasks=list(built.values()), task_manager=_task_manager({}), bootstrap_iters=0)
+    summaries = {point: _summarize(point.task, results["samples"][point.name]) for point in built}
+    metrics = {
+        f"eval/{point.name}/{name}": value for point, summary in summaries.items() for name, value in summary.items()
+    }
+    if len(lengths) > 1:
+        for task in tasks:
+            of_task = {point: summary for point, summary in summaries.items() if point.task == task}
+            if (effective := _effective_length(of_task, lengths[0])) is not None:
+                metrics[f"eval/{task}/effective_length"] = float(effective)
+    if "mqar" in tasks:
+        metrics["eval/recall"] = metrics[f"eval/mqar/{lengths[0]}/recall"]
+    return metrics
+
+
+def generate(
+    checkpoint_folder: str | Path,
+    tasks: Sequence[str],
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    samples: int,
+    seed: int,
+    data_folder: str | Path | None,
+    settings: Settings | None,
+    distance: int | None,
+) -> dict[Point, Task]:
+    """Return lm-eval's tasks with their documents, by point. Of the checkpoint, configuration and tokenizer are read.
+
+    Arguments and errors are those of :func:`evaluate`.
+    """
     settings = settings or {}
     check_settings(tasks, lengths, depths, settings)
-    model = CheckpointLM(checkpoint_folder, device=device)
     common = {
         "checkpoint": str(checkpoint_folder),
         "data": None if data_folder is None else str(data_folder),
@@ -81,21 +114,7 @@ def evaluate(
         for depth in (depths if task_class(task).per_depth else (None,))
     ]
     with _quiet_lm_eval():
-        built = [_load_task(point, {**common, **settings.get(point.task, {})}) for point in points]
-        # No bootstrap: lm-eval would treat the questions of one document as independent.
-        results = simple_evaluate(model, tasks=built, task_manager=_task_manager({}), bootstrap_iters=0)
-    summaries = {point: _summarize(point.task, results["samples"][point.name]) for point in points}
-    metrics = {
-        f"eval/{point.name}/{name}": value for point, summary in summaries.items() for name, value in summary.items()
-    }
-    if len(lengths) > 1:
-        for task in tasks:
-            of_task = {point: summary for point, summary in summaries.items() if point.task == task}
-            if (effective := _effective_length(of_task, lengths[0])) is not None:
-                metrics[f"eval/{task}/effective_length"] = float(effective)
-    if "mqar" in tasks:
-        metrics["eval/recall"] = metrics[f"eval/mqar/{lengths[0]}/recall"]
-    return metrics
+        return {point: _load_task(point, {**common, **settings.get(point.task, {})}) for point in points}
 
 
 def check_settings(

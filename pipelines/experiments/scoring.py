@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from evals.documents import task_class
 from model import checkpoint
@@ -20,7 +22,6 @@ def score_tasks(
     recipe: Recipe,
     tasks: Sequence[str] | None = None,
     lengths: Sequence[int] | None = None,
-    samples: int | None = None,
 ) -> dict[str, float]:
     """Return the metrics of :func:`evals.run.evaluate` for a checkpoint, by default with the evaluate section's values.
 
@@ -29,24 +30,25 @@ def score_tasks(
     """
     from evals.run import evaluate  # importing lm-eval takes longer than a short training
 
-    section = recipe.evaluate
-    tasks = section.tasks if tasks is None else tasks
-    try:
-        return evaluate(
-            network,
-            tasks,
-            section.lengths if lengths is None else lengths,
-            section.depths,
-            section.samples if samples is None else samples,
-            section.seed,
-            recipe.data_folder if recipe.data_folder.is_dir() else None,
-            {task: recipe.data.settings_of(task) for task in tasks},
-            section.distance,
-            device="cuda" if recipe.train.use_gpu else "cpu",
-        )
-    except ConfigError as error:
-        # Tasks know one length of evaluate.lengths, by their own name.
-        raise ConfigError(re.sub("^length:", "evaluate.lengths:", str(error))) from error
+    tasks = recipe.evaluate.tasks if tasks is None else tasks
+    lengths = recipe.evaluate.lengths if lengths is None else lengths
+    with _named_keys():
+        return evaluate(network, **_documents(recipe, tasks, lengths), device="cuda" if recipe.train.use_gpu else "cpu")
+
+
+def check_tasks(recipe: Recipe) -> None:
+    """Generate as few documents of every task as possible, before any training.
+
+    Raises ConfigError for a task that the model cannot hold, or that is vacuous.
+    """
+    from evals.run import generate
+
+    documents = _documents(recipe, recipe.evaluate.tasks, recipe.evaluate.lengths)
+    documents["samples"] = min(fewest_samples(recipe), recipe.evaluate.samples)
+    with tempfile.TemporaryDirectory() as scratch, _named_keys():
+        network = Path(scratch) / "untrained"
+        checkpoint.save(Transformer(recipe.model), network, load_tokenizer(recipe.data_folder))
+        generate(network, **documents)
 
 
 def fewest_samples(recipe: Recipe) -> int:
@@ -55,13 +57,25 @@ def fewest_samples(recipe: Recipe) -> int:
     return max(task.fewest_samples for task in tasks)
 
 
-def check_tasks(recipe: Recipe) -> None:
-    """Score a network with random weights on as few samples as possible, before any training.
+def _documents(recipe: Recipe, tasks: Sequence[str], lengths: Sequence[int]) -> dict[str, Any]:
+    """Return the arguments of :func:`evals.run.generate` that describe the documents."""
+    section = recipe.evaluate
+    return {
+        "tasks": tasks,
+        "lengths": lengths,
+        "depths": section.depths,
+        "samples": section.samples,
+        "seed": section.seed,
+        "data_folder": recipe.data_folder if recipe.data_folder.is_dir() else None,
+        "settings": {task: recipe.data.settings_of(task) for task in tasks},
+        "distance": section.distance,
+    }
 
-    Raises ConfigError for a task that the model cannot hold, or that is vacuous.
-    """
-    samples = min(fewest_samples(recipe), recipe.evaluate.samples)
-    with tempfile.TemporaryDirectory() as scratch:
-        network = Path(scratch) / "untrained"
-        checkpoint.save(Transformer(recipe.model), network, load_tokenizer(recipe.data_folder))
-        score_tasks(network, recipe, samples=samples)
+
+@contextmanager
+def _named_keys() -> Iterator[None]:
+    """Name the recipe's key in errors. Tasks know one length of evaluate.lengths, by their own name."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(re.sub("^length:", "evaluate.lengths:", str(error))) from error
