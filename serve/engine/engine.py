@@ -243,13 +243,14 @@ class Engine:
                 stream.abort()  # one failed completion fails its request
 
     def _fail(self, failure: Exception) -> None:
-        """End all requests, and accept no more of them. The worker calls this on the event loop."""
+        """End all requests with an error and accept no further ones. The worker calls this on the event loop."""
         self._failure = failure
         error = EngineError(f"{self._scheduler.model_label}: the engine failed ({type(failure).__name__})")
-        for stream in set(self._streams.values()):
-            for sequence in stream.sequences:
-                if id(sequence) in self._streams:
-                    if self.observer is not None:
-                        self.observer(sequence, Delta(error=error))
-                    stream.put(sequence, Delta(error=error))
+        delta, streams = Delta(error=error), set(self._streams.values())
+        unfinished = [(stream, one) for stream in streams for one in stream.sequences if id(one) in self._streams]
         self._streams.clear()
+        for stream, sequence in unfinished:
+            stream.put(sequence, delta)
+        if self.observer is not None:  # last, since the observer itself may have failed
+            for _, sequence in unfinished:
+                self.observer(sequence, delta)

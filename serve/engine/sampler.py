@@ -32,7 +32,7 @@ class Sampler:
 
     @property
     def delays_end(self) -> bool:
-        """Whether ``min_tokens`` excludes stop tokens from the next token."""
+        """True while ``min_tokens`` forbids stop tokens."""
         return bool(self.stop_ids) and self.generated < self.params.min_tokens
 
     @property

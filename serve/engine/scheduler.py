@@ -76,7 +76,8 @@ class Scheduler:
         for sequence in arrivals:
             self.waiting.append(sequence)
             self._first_deadline = min(self._first_deadline, sequence.deadline)
-            self._any_aborted |= sequence.aborted
+            if sequence.aborted:  # not `|=`, which could lose an abort by another thread
+                self._any_aborted = True
         results = self._drop_aborted_and_expired()
         self._admit()
         results += self._decode()
@@ -310,7 +311,7 @@ class Scheduler:
         now = time.monotonic()
         if not self._any_aborted and now <= self._first_deadline:
             return []
-        self._any_aborted = False  # before the sequences are looked at, since another one may be aborted meanwhile
+        self._any_aborted = False  # before the loop below: another thread may abort a sequence during it
         unfinished = [*self.prefilling, *self.batch.sequences, *self.waiting]
         dropped = [s for s in unfinished if s.aborted or now > s.deadline]
         self._first_deadline = min((s.deadline for s in unfinished if now <= s.deadline), default=math.inf)

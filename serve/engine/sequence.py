@@ -34,7 +34,7 @@ class Delta(NamedTuple):
 
     @property
     def visible(self) -> bool:
-        """Whether there is anything for a client. A step may add nothing but text that is held back."""
+        """True if a client should receive this. A step may add only text that is held back."""
         return bool(self.text or self.logprobs or self.final)
 
     @property

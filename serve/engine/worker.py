@@ -108,7 +108,7 @@ class Worker:
             if loop is not self._loop or not loop.is_closed():
                 return
             self._undelivered = []
-        self._scheduler.abort_all()  # nobody is left to read
+        self._scheduler.abort_all()  # no reader is left
 
     # --- on the event loop
 

@@ -1,4 +1,4 @@
-"""The worker thread: it runs ahead of the event loop within bounds, and ends whatever happens to it."""
+"""The worker thread runs a bounded number of steps ahead of the event loop, and ends after any failure."""
 
 import asyncio
 import threading
@@ -151,6 +151,29 @@ def test_a_closed_loop_ends_the_work(endless_model, letters) -> None:
         return stream.sequences[0].completion_tokens
 
     assert asyncio.run(again()) == 3
+
+
+def test_a_failing_observer_ends_all_requests(endless_model, letters) -> None:
+    engine = Engine(endless_model, letters)
+    observed = []
+
+    def fail(sequence, delta):
+        observed.append(delta)
+        raise KeyError("a metric")
+
+    engine.observer = fail
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+        streams = [engine.submit([([0], SamplingParams())] * 2) for _ in range(2)]
+        for stream in streams:
+            with pytest.raises(EngineError, match=r"the engine failed \(KeyError\)$"):
+                await anext(stream)
+        assert engine.unfinished == 0
+        await engine.stop()
+
+    run(main())
+    assert observed[0].error is None and observed[-1].error is not None
 
 
 def test_a_failed_step_ends_all_requests_with_an_error_that_names_the_model(endless_model, letters) -> None:
