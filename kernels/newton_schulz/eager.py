@@ -23,7 +23,10 @@ SymmetricProduct = Callable[..., Tensor]
 """Function of (left, right, added, beta, alpha) that returns ``alpha left right + beta added``, a symmetric result."""
 
 _MIN_BLOCKED_ROWS = {torch.float32: 256, torch.bfloat16: 1024}
-"""Rows from which symmetric products skip the blocks below the diagonal, by dtype. Smaller BF16 blocks gain nothing."""
+"""Rows from which symmetric products on a CPU skip the blocks below the diagonal, by dtype. Smaller BF16 blocks gain
+nothing."""
+_MIN_BLOCKED_ROWS_ON_GPU = 1024
+"""The same on a GPU, where small blocks would leave it idle."""
 
 
 def newton_schulz(
@@ -110,7 +113,7 @@ def _symmetric(
     Not on a CPU with AMX, whose products of submatrices are slower by the same factor.
     """
     rows = left.shape[-2]
-    least = _MIN_BLOCKED_ROWS[left.dtype]
+    least = _MIN_BLOCKED_ROWS[left.dtype] if left.is_cpu else _MIN_BLOCKED_ROWS_ON_GPU
     if rows < least or (left.device.type == "cpu" and has_amx()):
         return _multiply_add(left, right, added, beta, alpha)
     out = left.new_empty(*left.shape[:-1], rows)
