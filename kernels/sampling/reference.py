@@ -21,8 +21,9 @@ def sample(
     largest, likeliest = logits.max(dim=-1)
     tokens: list[int] = torch.where(largest.isfinite(), likeliest, -1).tolist()
     drawn = [i for i, token in enumerate(tokens) if token >= 0 and temperature[i] > 0]
-    truncated = [i for i in drawn if top_p[i] < 1 or min_p[i] > 0 or 0 < top_k[i] < vocab]
-    for rows in ([i for i in drawn if i not in set(truncated)], truncated):
+    is_truncated = [p < 1 or least > 0 or 0 < k < vocab for p, least, k in zip(top_p, min_p, top_k)]
+    truncated = [i for i in drawn if is_truncated[i]]
+    for rows in ([i for i in drawn if not is_truncated[i]], truncated):
         if not rows:
             continue
 
