@@ -1,4 +1,4 @@
-"""Rows of a sequence that every query has chosen, for operations that compute by blocks of queries."""
+"""Rows of a sequence that each query has chosen, for operations that compute by blocks of queries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _GATHERED_ON_GPU = 1 << 26
 class ChosenRows:
     """Indices of the rows of [B, T, c] that the queries chose, ``chosen`` int [B, S, K], -1 in unused slots.
 
-    Blocks are slices of the B * S queries. Gathering block by block, memory does not grow with S * K * c.
+    Blocks are slices of the B * S queries. Gathering one block at a time keeps memory from growing with S * K * c.
     """
 
     def __init__(self, rows: Tensor, chosen: Tensor):
@@ -25,17 +25,18 @@ class ChosenRows:
         offsets = torch.arange(0, B * T, max(T, 1), device=chosen.device).view(B, 1, 1)
         self.unused = (chosen < 0).flatten(0, 1)
         """bool [B * S, K]"""
-        self._places = (chosen.clamp(min=0) + offsets).flatten(0, 1)
+        self._flat_rows = (chosen.clamp(min=0) + offsets).flatten(0, 1)
         self._queries = max(1, (_GATHERED if rows.is_cpu else _GATHERED_ON_GPU) // max(1, chosen.shape[-1] * c))
 
     def blocks(self) -> Iterator[slice]:
-        for begin in range(0, len(self._places), self._queries):
+        """Yield consecutive blocks of queries whose chosen rows fit into the cache together."""
+        for begin in range(0, len(self._flat_rows), self._queries):
             yield slice(begin, begin + self._queries)
 
     def gather(self, rows: Tensor, block: slice) -> Tensor:
-        """Return the chosen rows of a block's queries: [B, T, c] -> [queries, K, c]. Row 0 is in unused slots."""
-        return F.embedding(self._places[block], rows.flatten(0, 1))
+        """Return the chosen rows of a block's queries: [B, T, c] -> [queries, K, c]. Unused slots hold row 0."""
+        return F.embedding(self._flat_rows[block], rows.flatten(0, 1))
 
     def add(self, total: Tensor, block: slice, values: Tensor) -> None:
         """Add values [queries, K, c] to the rows of ``total`` [B, T, c] that the block's queries chose."""
-        total.view(-1, total.shape[-1]).index_add_(0, self._places[block].flatten(), values.flatten(0, 1))
+        total.view(-1, total.shape[-1]).index_add_(0, self._flat_rows[block].flatten(), values.flatten(0, 1))

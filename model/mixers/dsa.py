@@ -35,8 +35,8 @@ KEY_NORM_EPS = 1e-6
 
 _QUERIES = 128
 """Queries scored together."""
-_GATHERING = 16
-"""Heads whose products with a latent take as long as gathering it and adding its gradient (measured on a CPU)."""
+_GATHER_COST = 16
+"""Number of heads whose products with a latent take as long as gathering it and adding its gradient (on a CPU)."""
 
 
 class TokenIndexer(nn.Module):
@@ -148,7 +148,15 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
         chosen = None if context.attention == "dense" else self.choose(index, context)
         if chosen is not None and self.gathers(*chosen.shape[1:]):
             latents, mass = sparse_attention(
-                self.absorb(query), None, rows, None, None, scale=self.scale, value_size=self.latent_dims, chosen=chosen
+                self.absorb(query),
+                None,
+                rows,
+                None,
+                None,
+                scale=self.scale,
+                value_size=self.latent_dims,
+                chosen=chosen,
+                with_mass=context.aux is not None,
             )
             out = self.values(latents)
         else:
@@ -170,11 +178,11 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
 
         Multiply-adds per query and head are ``chosen * (2 * kv_lora_rank + qk_rope_head_dim)`` for gathered latents,
         which all heads share, and ``tokens * (qk_nope_head_dim + qk_rope_head_dim + v_head_dim)`` for the keys and
-        values of every head. Gathering takes as long as the multiply-adds of :data:`_GATHERING` heads. At V3.2's sizes,
-        latents are gathered from 7,834 tokens on.
+        values of every head. Gathering costs as much as :data:`_GATHER_COST` more heads. At V3.2's sizes, latents are
+        gathered from 7,834 tokens on.
         """
         sizes, heads = self.sizes(self.config), self.config.num_heads
-        gathered = chosen * (2 * sizes.kv_lora_rank + sizes.qk_rope_head_dim) * (heads + _GATHERING)
+        gathered = chosen * (2 * sizes.kv_lora_rank + sizes.qk_rope_head_dim) * (heads + _GATHER_COST)
         return gathered < tokens * (sizes.qk_nope_head_dim + sizes.qk_rope_head_dim + sizes.v_head_dim) * heads
 
     @torch.no_grad()
@@ -206,7 +214,7 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
     ) -> None:
         """Add the indexer's loss, and its selection's metrics if wanted, to ``aux``.
 
-        ``mass`` is that of all tokens [B, S, S], or of the ``chosen`` ones [B, S, K].
+        ``mass`` is the attention mass of all tokens [B, S, S], or of the ``chosen`` ones [B, S, K].
         """
         query, rows, index = projected
         assert index is not None
@@ -241,12 +249,14 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
 
 
 def _query_blocks(tokens: int) -> Iterator[slice]:
+    """Yield slices of at most ``_QUERIES`` consecutive queries."""
     for begin in range(0, tokens, _QUERIES):
         yield slice(begin, min(begin + _QUERIES, tokens))
 
 
 def _visible(context: Context, block: slice) -> Tensor:
-    """Return which of the tokens before ``block.stop`` the block's queries may see: bool [B or 1, queries, stop]."""
+    """Return the mask of the tokens before ``block.stop`` that each query of the block may see: bool [B or 1, queries,
+    stop]."""
     positions = context.positions[:, block]
     own = torch.arange(block.start, block.stop, device=positions.device)
     token = torch.arange(block.stop, device=positions.device)

@@ -44,13 +44,13 @@ class Projected(NamedTuple):
 class GroupedQueryAttention(Mixer):
     """``num_heads`` query heads share ``num_kv_heads`` key and value heads. Rotary positions on the whole head.
 
-    With the option ``conv_kernel`` a short causal convolution with SiLU runs over the keys before their rotation, so
-    that a key also tells of the tokens before its own.
+    With the option ``conv_kernel``, a short causal convolution with SiLU runs over the keys before their rotation, so
+    that a key also depends on the tokens before its own.
     """
 
     name = "gqa"
     options = {"conv_kernel": None}  # noqa: RUF012
-    """``conv_kernel``: tokens under the convolution, the newest included; None for no convolution."""
+    """``conv_kernel``: width of the convolution in tokens, including the newest; None for no convolution."""
     formats = ("gqa_format",)
     batch_invariant_widths = ("head_dim",)
 
