@@ -51,7 +51,7 @@ def time_decoding(configs: Mapping[str, ModelConfig], lengths: Sequence[int]) ->
 def time_prefill(configs: Mapping[str, ModelConfig], lengths: Sequence[int], longest: int) -> dict[str, list]:
     """Return the seconds of a prompt of each of ``lengths`` tokens per network; None for prompts above ``longest``.
 
-    Networks take turns, ``_ROUNDS`` times after one that warms up; the median counts.
+    The median of ``_ROUNDS`` rounds after a warm-up round. Networks take turns within a round.
     """
     models = {name: Transformer(config).eval() for name, config in configs.items()}
     found: dict[str, list[float | None]] = {name: [] for name in configs}

@@ -76,36 +76,35 @@ def run_trials(recipe: Recipe, points: list[dict[str, Setting]], tracked: Tracke
     total = (sweep.trials or 0) if optuna else len(points)
     if tune.Tuner.can_restore(str(path)):
         print(f"{sweep.name}: resuming from {path}")
-        restored = tune.Tuner.restore(str(path), trainable=trial, resume_unfinished=True, restart_errored=True)
-        results = restored.fit()
-        raise_if_interrupted(results, total)
-        return results
-    results = tune.Tuner(
-        trial,
-        param_space={"settings": _space(recipe) if optuna else tune.grid_search(points)},
-        tune_config=tune.TuneConfig(
-            metric=sweep.metric,
-            mode=sweep.mode,
-            max_concurrent_trials=_concurrent_trials(recipe),
-            num_samples=total if optuna else 1,
-            search_alg=OptunaSearch(metric=sweep.metric, mode=sweep.mode, seed=recipe.run.seed % 2**32)
-            if optuna
-            else None,
-            scheduler=ASHAScheduler(
-                time_attr="training_iteration",
-                # One more than a trial has, so that the scheduler does not stop a trial that is about to finish.
-                max_t=max(validations, sweep.grace_validations) + 1,
-                grace_period=sweep.grace_validations,
-                reduction_factor=sweep.reduction_factor,
+        tuner = tune.Tuner.restore(str(path), trainable=trial, resume_unfinished=True, restart_errored=True)
+    else:
+        tuner = tune.Tuner(
+            trial,
+            param_space={"settings": _space(recipe) if optuna else tune.grid_search(points)},
+            tune_config=tune.TuneConfig(
+                metric=sweep.metric,
+                mode=sweep.mode,
+                max_concurrent_trials=_concurrent_trials(recipe),
+                num_samples=total if optuna else 1,
+                search_alg=OptunaSearch(metric=sweep.metric, mode=sweep.mode, seed=recipe.run.seed % 2**32)
+                if optuna
+                else None,
+                scheduler=ASHAScheduler(
+                    time_attr="training_iteration",
+                    # One more than a trial has, so that the scheduler does not stop a trial that is about to finish.
+                    max_t=max(validations, sweep.grace_validations) + 1,
+                    grace_period=sweep.grace_validations,
+                    reduction_factor=sweep.reduction_factor,
+                ),
             ),
-        ),
-        run_config=tune.RunConfig(
-            name="tune",
-            storage_path=str(recipe.sweep_folder),
-            verbose=0,
-            callbacks=[_TrialPrinter(recipe, total)],
-        ),
-    ).fit()
+            run_config=tune.RunConfig(
+                name="tune",
+                storage_path=str(recipe.sweep_folder),
+                verbose=0,
+                callbacks=[_TrialPrinter(recipe, total)],
+            ),
+        )
+    results = tuner.fit()
     raise_if_interrupted(results, total)
     return results
 

@@ -67,13 +67,13 @@ def test_variants_are_further_arms(tiny):
             ablation_arms(with_overrides(tiny, {"ablate.choices": [], "ablate.variants": variants}))
 
 
-WITHOUT_IT = ("attention", "none")
+GQA_ARMS = ("attention", "none")
 
 
 def test_arms_without_hybrid_attention_take_the_options_of_gqa(tiny):
     arms = ablation_arms(with_overrides(tiny, {"ablate.gqa_options": {"conv_kernel": 4}}))
-    kernels = {arm.name: arm.recipe.model.mixer_options["gqa"]["conv_kernel"] for arm in arms if arm.name in WITHOUT_IT}
-    assert kernels == dict.fromkeys(WITHOUT_IT, 4)
+    kernels = {arm.name: arm.recipe.model.mixer_options["gqa"]["conv_kernel"] for arm in arms if arm.name in GQA_ARMS}
+    assert kernels == dict.fromkeys(GQA_ARMS, 4)
     with pytest.raises(ConfigError, match=r"^ablate\.gqa_options\.kernel: unknown option; there are conv_kernel"):
         ablation_arms(with_overrides(tiny, {"ablate.gqa_options": {"kernel": 4}}))
 
