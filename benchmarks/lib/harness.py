@@ -77,7 +77,8 @@ def run_benchmark(
     threads = getattr(options, "threads", before)
     numbers = " and ".join(map(str, threads)) if isinstance(threads, list) else str(threads)
     plural = "" if numbers == "1" else "s"
-    about = f"{system_info()}; {numbers} thread{plural}; {load.describe(result.has_servers)}."
+    used = "" if result.has_servers else f"{numbers} thread{plural}; "  # servers choose their own number
+    about = f"{system_info()}; {used}{load.describe(result.has_servers)}."
     text = f"## {machine.title}\n\n{about}\n\n{result.tables}"
     if page:
         if result.figure:

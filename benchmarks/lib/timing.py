@@ -53,8 +53,8 @@ class Timing:
 
     def milliseconds(self) -> str:
         """Format the median and the range in milliseconds."""
-        low, middle, high = (1e3 * x for x in (min(self.rounds), self.median, max(self.rounds)))
-        return f"{middle:.3g} ({low:.3g}-{high:.3g})"
+        low, middle, high = (_three_digits(1e3 * x) for x in (min(self.rounds), self.median, max(self.rounds)))
+        return f"{middle} ({low}-{high})"
 
     def seconds(self) -> str:
         """Format the median and the range in seconds."""
@@ -65,6 +65,11 @@ class Timing:
         """Format the median and the range of units per second."""
         low, middle, high = (1 / x for x in (max(self.rounds), self.median, min(self.rounds)))
         return f"{middle:,.0f} ({low:,.0f}-{high:,.0f})"
+
+
+def _three_digits(x: float) -> str:
+    """Format with three significant digits, and numbers of at least 1,000 as whole ones."""
+    return f"{x:.3g}" if x < 999.5 else f"{x:,.0f}"
 
 
 def time_interleaved(timers: Mapping[K, Timer], rounds: int) -> dict[K, Timing]:

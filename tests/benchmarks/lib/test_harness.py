@@ -108,3 +108,8 @@ def test_a_user_error_exits_with_one_sentence():
 
     with pytest.raises(SystemExit, match="error: invalid"):
         run_main(main)
+
+
+def test_a_measurement_of_servers_names_no_thread_count() -> None:
+    text = run_benchmark(make_parser(None), lambda o: Result("table\n", has_servers=True), [])
+    assert "thread" not in text and "other processes, servers included, used" in text

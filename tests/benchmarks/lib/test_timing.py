@@ -66,5 +66,6 @@ def test_memory_bandwidth():
 def test_timings_are_formatted_with_their_range():
     timing = Timing([0.5, 0.25, 0.2])
     assert timing.milliseconds() == "250 (200-500)"
+    assert Timing([0.9994, 1.0004, 12.3456]).milliseconds() == "1,000 (999-12,346)"
     assert timing.seconds() == "0.25 (0.20-0.50)"
     assert timing.per_second() == "4 (2-5)"
