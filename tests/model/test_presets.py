@@ -140,7 +140,7 @@ def test_v32_without_and_with_its_prediction_module():
     assert round(main.active / 1e9) == 37
 
 
-def test_shapes_are_had_without_the_compiler():
+def test_models_on_the_meta_device_do_not_import_the_compiler():
     """Importing torch._dynamo takes seconds, which every start of a server would wait for."""
     code = "import sys; from model.config import ModelConfig as C; from model.transformer import Transformer as T; "
     code += "T.on_meta(C()); print('torch._dynamo' in sys.modules)"
