@@ -1,4 +1,4 @@
-"""Index scores for CPUs, by blocks of queries.
+"""Index scores by blocks of queries: of all keys on CPUs, of chosen keys on any device.
 
 The products of every head stay in the cache and are recomputed in the backward pass: memory does not grow with
 heads * S * T, as that of the autograd graph would. Keys after the last one that a query of a block may see are skipped.

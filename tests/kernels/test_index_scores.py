@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.index_scores import index_scores
+from kernels.index_scores import backend_for, eager, index_scores
 
 B, H, C = 2, 3, 16
 
@@ -57,3 +57,13 @@ def test_eager_skips_keys_that_no_query_may_see():
     permitted = (torch.arange(6) < 2).expand(1, 8, 6)
     assert index_scores(query, keys, weights, permitted).isfinite().all()
     assert not index_scores(query, keys, weights).isfinite().all()
+
+
+def test_chosen_keys_are_scored_by_blocks_on_any_device():
+    """An operation that mixes the meta device with the CPU raises."""
+    leaves = [torch.randn(s, device="meta", requires_grad=True) for s in ((B, 40, H, C), (B, 10, C), (B, 40, H))]
+    chosen = torch.zeros(B, 40, 4, dtype=torch.int64, device="meta")
+    assert (backend_for(leaves[0], chosen), backend_for(leaves[0])) == ("eager", "reference")
+    scores = eager._ChosenScores.apply(*leaves, chosen)
+    scores.sum().backward()
+    assert scores.shape == chosen.shape and all(x.grad.is_meta for x in leaves)
