@@ -67,7 +67,7 @@ class Manifest(_Record):
     eos_id: int
     sequence_length: Annotated[int, Field(ge=1, le=MAX_LENGTH)]
     packing: bool
-    """Whether a row may hold several short documents."""
+    """True if a row may hold several short documents."""
     held_out: HeldOut = "documents"
     splits: dict[Split, SplitManifest]
 

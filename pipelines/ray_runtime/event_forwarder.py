@@ -40,7 +40,7 @@ class EventForwarder:
         self.error: Exception | None = None
         """Last error of MLflow after all retries."""
         self.kept = True
-        """Whether all unsent events are in the file."""
+        """True if all unsent events are in the file."""
         self._queue, self._tracked, self._progress, self._unsent = queue, tracked, progress, unsent
         self._earlier_seconds, self._started = 0.0, 0.0
         self._done = threading.Event()

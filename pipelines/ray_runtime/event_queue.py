@@ -17,7 +17,7 @@ class TrainEvent:
     step: int
     metrics: dict[str, float]
     reported: bool = False
-    """Whether the metrics belong to a validation or checkpoint."""
+    """True for metrics of a validation or checkpoint."""
     event: str | None = None
     """A sentence for the terminal and MLflow."""
     tags: dict[str, str] = field(default_factory=dict)

@@ -259,7 +259,7 @@ class PromoteSection(Section):
     alias: Alias = "champion"
     metric: Text = "eval/recall"
     mode: Literal["min", "max"] = "max"
-    """Whether the best run has the lowest or the highest ``metric``."""
+    """Direction of the best ``metric``: lowest or highest."""
     max_cache_bytes_per_token: Annotated[float, Field(gt=0)] | None = None
 
 

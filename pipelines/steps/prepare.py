@@ -29,7 +29,7 @@ class PrepareResult:
     folder: Path
     manifest: Manifest
     reused: bool
-    """Whether the folder already existed, complete and prepared with equal settings."""
+    """True if the folder already existed, complete and prepared with equal settings."""
 
 
 def run(recipe: Recipe) -> PrepareResult:

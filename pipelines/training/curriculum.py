@@ -37,7 +37,7 @@ class Stage:
 
     @property
     def warms_up(self) -> bool:
-        """Whether only the indexers are trained."""
+        """True if only the indexers are trained."""
         return self.attention == "indexer_warmup"
 
     @property
