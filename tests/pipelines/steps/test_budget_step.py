@@ -124,7 +124,7 @@ def test_a_family_fits_every_preset(capsys):
 
 def test_the_recipe_says_whether_muon_is_used(capsys):
     arguments = ["--config", "configs/tiny.yaml", "--config", "configs/baseline.yaml"]
-    assert not any(choice["used"] for choice in answer(capsys, *arguments)["without"])
+    assert [choice["choice"] for choice in answer(capsys, *arguments)["without"] if choice["used"]] == ["Muon"]
     with_rule = answer(capsys, "--model", "tiny", "--train.optimizer.rule", "adamw")["without"]
     assert [choice["choice"] for choice in with_rule if not choice["used"]] == ["Muon"]
 
