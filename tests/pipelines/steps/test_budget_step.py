@@ -232,7 +232,21 @@ def test_lengths_are_written_in_powers_of_1024():
     assert [binary(n) for n in (12, 1024, 32_512, 1 << 20, 3 << 19)] == ["12", "1K", "31.8K", "1M", "1.5M"]
 
 
-def test_a_recipe_brings_its_optimizer(capsys):
-    assert cli.main(["budget", "--model", "configs/baseline.yaml", "--context", "256", "--json"]) == 0
+def test_the_optimizer_of_a_recipe_counts(capsys):
+    assert (
+        cli.main(
+            [
+                "budget",
+                "--model",
+                "configs/baseline.yaml",
+                "--train.optimizer.rule",
+                "adamw",
+                "--context",
+                "256",
+                "--json",
+            ]
+        )
+        == 0
+    )
     without = {choice["choice"]: choice for choice in json.loads(capsys.readouterr().out)["without"]}
     assert without["Muon"]["used"] is False
