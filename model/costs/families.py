@@ -33,11 +33,12 @@ def family_config(config: ModelConfig, name: str) -> ModelConfig:
 def family_costs(config: ModelConfig, name: str) -> CostModel:
     """Return the costs of :func:`family_config`. Raises ConfigError."""
     found = family_config(config, name)
-    options = "; ".join(
-        f"{mixer}: " + ", ".join(f"{key} {value}" for key, value in values.items() if _is_size(key, value))
+    options = {
+        mixer: ", ".join(f"{key} {value}" for key, value in values.items() if _is_size(key, value))
         for mixer, values in found.mixer_options.items()
-    )
-    sizes = options or f"{found.num_kv_heads} key-value heads of {found.head_dim} dims"
+    }
+    sizes = "; ".join(f"{mixer}: {listed}" for mixer, listed in options.items() if listed)
+    sizes = sizes or f"{found.num_kv_heads} key-value heads of {found.head_dim} dims"
     rule = f"{found.num_layers} layers, {found.num_heads} heads; {sizes}; the model's width and feed-forward"
     return dataclasses.replace(costs_of(found), name=FAMILIES[name].title, rule=f"{rule}, plain residuals")
 

@@ -7,11 +7,15 @@ from typing import Any
 
 from model.mixers.base import require
 
+_MOST = (1 << 31) - 1
+
 
 def check_count(key: str, value: Any, least: int = 1, optional: bool = False) -> None:
-    """Raise ConfigError unless ``value`` is a whole number of at least ``least``, or None if it is ``optional``."""
-    counts = type(value) is int and least <= value < 1 << 31
-    expected = f"a whole number of at least {least}{' or null' * optional}"
+    """Raise ConfigError unless ``value`` is a whole number from ``least`` to 2 ** 31 - 1, or None if it is
+    ``optional``."""
+    counts = type(value) is int and least <= value <= _MOST
+    most = f" and at most {_MOST}" * (type(value) is int and value > _MOST)
+    expected = f"a whole number of at least {least}{most}{' or null' * optional}"
     require(counts or (optional and value is None), f"{key}: expected {expected}, found {value!r}")
 
 

@@ -27,8 +27,7 @@ def test_the_shipped_recipes_are_valid_and_alike_where_they_must_be():
     assert baseline.model.num_layers == hybrid.model.num_layers
     assert baseline.data == hybrid.data
     assert print_plan(hybrid) > 0.8
-    assert print_plan(baseline) > 0.8
-    assert print_plan(load_recipe(RECIPES, ["train.optimizer.rule=adamw"])) == 0
+    assert print_plan(baseline) == 0
 
 
 def test_the_precision_table_covers_later_stages(capsys):

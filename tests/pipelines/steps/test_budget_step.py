@@ -124,7 +124,7 @@ def test_a_family_fits_every_preset(capsys):
 
 def test_the_recipe_says_whether_muon_is_used(capsys):
     arguments = ["--config", "configs/tiny.yaml", "--config", "configs/baseline.yaml"]
-    assert [choice["choice"] for choice in answer(capsys, *arguments)["without"] if choice["used"]] == ["Muon"]
+    assert not any(choice["used"] for choice in answer(capsys, *arguments)["without"])
     with_rule = answer(capsys, "--model", "tiny", "--train.optimizer.rule", "adamw")["without"]
     assert [choice["choice"] for choice in with_rule if not choice["used"]] == ["Muon"]
 
@@ -232,21 +232,7 @@ def test_lengths_are_written_in_powers_of_1024():
     assert [binary(n) for n in (12, 1024, 32_512, 1 << 20, 3 << 19)] == ["12", "1K", "31.8K", "1M", "1.5M"]
 
 
-def test_the_optimizer_of_a_recipe_counts(capsys):
-    assert (
-        cli.main(
-            [
-                "budget",
-                "--model",
-                "configs/baseline.yaml",
-                "--train.optimizer.rule",
-                "adamw",
-                "--context",
-                "256",
-                "--json",
-            ]
-        )
-        == 0
-    )
+def test_a_recipe_brings_its_optimizer(capsys):
+    assert cli.main(["budget", "--model", "configs/baseline.yaml", "--context", "256", "--json"]) == 0
     without = {choice["choice"]: choice for choice in json.loads(capsys.readouterr().out)["without"]}
     assert without["Muon"]["used"] is False
