@@ -65,8 +65,9 @@ def evaluate(
     Raises ConfigError for unknown tasks and for settings that are vacuous (see :mod:`evals.source`) or exceed the
     model's context, CheckpointError if the folder cannot be loaded, and DataError for missing or damaged shards.
     """
-    built = generate(checkpoint_folder, tasks, lengths, depths, samples, seed, data_folder, settings, distance)
+    check_settings(tasks, lengths, depths, settings)
     model = CheckpointLM(checkpoint_folder, device=device)
+    built = generate(checkpoint_folder, tasks, lengths, depths, samples, seed, data_folder, settings, distance)
     with _quiet_lm_eval():
         # No bootstrap: lm-eval would treat the questions of one document as independent.
         results = simple_evaluate(model, tasks=list(built.values()), task_manager=_task_manager({}), bootstrap_iters=0)

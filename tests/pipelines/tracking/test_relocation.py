@@ -207,7 +207,7 @@ def test_a_read_only_folder_can_be_served_and_results_are_refused_before_any_com
     real_open = Path.open
     monkeypatch.setattr(os, "access", refuse)
     monkeypatch.setattr(Path, "open", open_read_only)
-    monkeypatch.setattr("pipelines.steps.evaluate.evaluate", lambda *_, **__: pytest.fail("scored"))
+    monkeypatch.setattr("pipelines.steps.evaluate.score_tasks", lambda *_, **__: pytest.fail("scored"))
     assert served(recipe_in(original)).is_dir()
     for step in (evaluate, promote):
         with pytest.raises(ConfigError, match=rf"{original}\S*: cannot be written to"):
