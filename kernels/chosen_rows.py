@@ -11,7 +11,7 @@ from torch import Tensor
 _GATHERED = 1 << 18
 """Most numbers gathered for a block of several queries on a CPU: 1 MiB, which fits into a second-level cache."""
 _GATHERED_ON_GPU = 1 << 26
-"""The same on a GPU, where small blocks would leave it idle."""
+"""Limit on a GPU, where small blocks would leave it idle."""
 
 
 class ChosenRows:

@@ -26,7 +26,7 @@ _MIN_BLOCKED_ROWS = {torch.float32: 256, torch.bfloat16: 1024}
 """Rows from which symmetric products on a CPU skip the blocks below the diagonal, by dtype. Smaller BF16 blocks gain
 nothing."""
 _MIN_BLOCKED_ROWS_ON_GPU = 1024
-"""The same on a GPU, where small blocks would leave it idle."""
+"""Limit on a GPU, where small blocks would leave it idle."""
 
 
 def newton_schulz(
