@@ -25,7 +25,7 @@ from kernels.triton_support.platform import (
     require_device,
     split_precision,
 )
-from kernels.triton_support.tiles import Tile, Tiles, launch_best
+from kernels.triton_support.tiles import Tile, Tiles, launch_best, padded_dim
 
 CHUNK = 32
 """Tokens per chunk. States are stored for every chunk, so that all kernels need the same one."""
@@ -54,11 +54,6 @@ TOKEN_TILES: Tiles = {
 def merge_levels(chunk: int) -> int:
     """Return how often single tokens are merged in pairs into a chunk."""
     return chunk.bit_length() - 1
-
-
-def padded_key_dim(K: int) -> int:
-    """Return the key dim, rounded up to a power of two of at least 16."""
-    return max(16, 1 << (K - 1).bit_length())
 
 
 def supports(q: Tensor) -> bool:
@@ -147,7 +142,7 @@ class _Inputs:
 
     @property
     def whole_keys(self) -> dict[str, int]:
-        return {"K_PAD": padded_key_dim(self.sizes[2])}
+        return {"K_PAD": padded_dim(self.sizes[2])}
 
     def launch(self, name: str, tiles: Tiles, run) -> Any:
         return launch_best(f"gated_delta_rule.{name}", tiles, (self.batch, *self.sizes), self.q.device, run)

@@ -8,9 +8,9 @@ from kernels.gated_delta_rule.triton import (
     PRODUCT_TILES,
     TOKEN_TILES,
     merge_levels,
-    padded_key_dim,
 )
 from kernels.triton_support.plans import BF16X3, Plan, Work
+from kernels.triton_support.tiles import padded_dim
 
 TOKENS, HEADS, DIMS = 32768, 32, 128
 """Keys and values have the same size."""
@@ -19,7 +19,7 @@ _SIZES = {"S": "i32:16", "H": "i32:16", "K": "i32:16", "V": "i32:16"}
 _LEVELS = merge_levels(CHUNK)
 _CONSTANTS = {"HAS_POSITIONS": True, "PRECISION": "bf16x3", "L": CHUNK}
 _MERGES = {**_CONSTANTS, "LEVELS": _LEVELS}
-_WHOLE_KEYS = {**_CONSTANTS, "K_PAD": padded_key_dim(DIMS)}
+_WHOLE_KEYS = {**_CONSTANTS, "K_PAD": padded_dim(DIMS)}
 _ROWS = 4.0 * TOKENS * HEADS * DIMS
 """Bytes of q, k, v, g, or the outputs."""
 _SQUARES = 4.0 * TOKENS * HEADS * CHUNK

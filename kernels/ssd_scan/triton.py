@@ -20,7 +20,7 @@ from kernels.triton_support.platform import (
     require_device,
     split_precision,
 )
-from kernels.triton_support.tiles import Tile, Tiles, launch_best, settings_for
+from kernels.triton_support.tiles import Tile, Tiles, launch_best, padded_dim, settings_for
 
 CHUNKS = {"interpreter": 16, "sm_80": 32, "sm_90": 64, "sm_100": 64, "gfx942": 64}
 """Tokens per chunk. States are stored for every chunk, so that all kernels on a GPU need the same number."""
@@ -48,11 +48,6 @@ GROUP_TILES: Tiles = {
     "sm_100": (Tile(8, 1, {"L": CHUNKS["sm_100"], "BLOCK_P": 32, "BLOCK_N": 64}),),
     "gfx942": (Tile(8, 1, {"L": CHUNKS["gfx942"], "BLOCK_P": 32, "BLOCK_N": 32}),),
 }
-
-
-def padded_head_dim(P: int) -> int:
-    """Return the head dim, rounded up to a power of two of at least 16."""
-    return max(16, 1 << (P - 1).bit_length())
 
 
 def supports(x: Tensor) -> bool:
@@ -138,7 +133,7 @@ class _Inputs:
     def options(self, tile: Tile, *, whole_heads: bool = True) -> dict[str, Any]:
         constants = {"HAS_POSITIONS": self.positions is not None, "PRECISION": split_precision()}
         if whole_heads:
-            constants["P_PAD"] = padded_head_dim(self.sizes[3])
+            constants["P_PAD"] = padded_dim(self.sizes[3])
         return {**constants, **tile.options}
 
     def launch(self, name: str, tiles: Tiles, run) -> Any:

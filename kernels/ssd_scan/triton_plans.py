@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from kernels.ssd_scan.triton import CARRY_TILES, CHUNK_TILES, CHUNKS, GROUP_TILES, padded_head_dim
+from kernels.ssd_scan.triton import CARRY_TILES, CHUNK_TILES, CHUNKS, GROUP_TILES
 from kernels.triton_support.plans import BF16X3, Plan, Work
+from kernels.triton_support.tiles import padded_dim
 
 TOKENS, HEADS, HEAD_DIM, STATE_SIZE = 32768, 80, 64, 128
 CHUNK, PART = CHUNKS["sm_90"], GROUP_TILES["sm_90"][0].sizes["BLOCK_N"]
@@ -15,7 +16,7 @@ _SIZES = {
 }  # fmt: skip
 _DOCUMENTS = {"positions": "*i64:16"}
 _CONSTANTS = {"HAS_POSITIONS": True, "PRECISION": "bf16x3"}
-_HEADS = {**_CONSTANTS, "P_PAD": padded_head_dim(HEAD_DIM)}
+_HEADS = {**_CONSTANTS, "P_PAD": padded_dim(HEAD_DIM)}
 _X = 4.0 * TOKENS * HEADS * HEAD_DIM
 """Bytes of x."""
 _B = 4.0 * TOKENS * STATE_SIZE

@@ -54,6 +54,11 @@ INTERPRETED = "sm_90"
 """Architecture whose settings :func:`launch_best` names to the interpreter if a kernel has none of its own."""
 
 
+def padded_dim(size: int) -> int:
+    """Return a width of a block of products: ``size`` rounded up to a power of two of at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
 def settings_for(tiles: Tiles, device: torch.device) -> tuple[Tile, ...]:
     """Return the settings for the architecture of a device, or those of the interpreter."""
     if is_interpreting():
