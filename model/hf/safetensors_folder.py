@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.errors import MALFORMED, CheckpointError
+from model.validation import json_type
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
@@ -51,7 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a mapping at the top level, found {type(content).__name__}")
+        raise CheckpointError(f"{path}: expected an object at the top level, found {json_type(content)}")
     return content
 
 

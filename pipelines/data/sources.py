@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model.errors import DataError
+from model.validation import json_type
 from pipelines.data.source_files import SourceFile
 from pipelines.recipe.quoting import shorten
 
@@ -110,7 +111,7 @@ def _jsonl_documents(file: SourceFile, field: str) -> Iterator[SourceDocument]:
             hint = "; UTF-16 and UTF-32 need a byte order mark" if has_zeros else ""
             raise DataError(f"{source}: not a JSON record ({error}){hint}") from error
         if not isinstance(record, dict):
-            raise DataError(f"{source}: expected a JSON object, found {type(record).__name__}")
+            raise DataError(f"{source}: expected a JSON object, found {json_type(record)}")
         if field not in record:
             raise DataError(f"{source}: has no field {shorten(field)} (data.text_field), only {_quote(record)}")
         yield _text_document(source, record[field])
@@ -158,7 +159,7 @@ def _text_document(source: str, text: object) -> SourceDocument:
     if text is None:
         text = ""
     if not isinstance(text, str):
-        raise DataError(f"{source}: the text is {type(text).__name__}, not a string")
+        raise DataError(f"{source}: the text is {json_type(text)}, not a string")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -7,15 +7,9 @@ from typing import Any
 import pydantic
 
 from model.errors import shorten_words, unknown_key
+from model.validation import expectation, own_message
 from pipelines.recipe.key_types import fields_of, find_section
 from pipelines.recipe.quoting import shorten
-
-_EXPECTED = (
-    dict.fromkeys(("tuple_type", "list_type"), "expected a list")
-    | dict.fromkeys(("model_type", "model_attributes_type", "dataclass_type"), "expected a section of settings")
-    | {"dict_type": "expected a mapping", "bool_type": "expected true or false"}
-)
-"""Messages by pydantic's type of error, where its own name Python types."""
 
 
 def describe_errors(error: pydantic.ValidationError) -> str:
@@ -35,14 +29,11 @@ def _describe(item: Any) -> str:
     if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = fields_of(find_section(item["loc"][:-1]))
         return unknown_key(key, str(item["loc"][-1]), known)
-    message = item["msg"].removeprefix("Value error, ")
-    if item["type"] == "string_type":
-        is_scalar = isinstance(item["input"], bool | int | float)
-        message = "expected text; put it in quotes" if is_scalar else "expected text"
-    elif item["type"] in _EXPECTED:
-        message = _EXPECTED[item["type"]]
-    elif item["type"] == "string_unicode":
-        message = "expected text in valid Unicode"
+    message = expectation(item) or own_message(item)
+    if item["type"] == "string_type" and isinstance(item["input"], bool | int | float):
+        message += "; put it in quotes"
+    elif item["type"] in ("model_type", "model_attributes_type", "dataclass_type"):
+        message = "expected a section of settings"
     key = shorten_words(key)
     if item["input"] is None:
         return f"{key}: {message}, found nothing"

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from pydantic_core import PydanticCustomError
+
+from model.validation import expectation, json_type, own_message
+
+_JSON_SENTENCES = {"string_type": "expected a string"} | dict.fromkeys(
+    ("dict_type", "model_type", "model_attributes_type", "dataclass_type"), "expected an object"
+)
 
 
 def field_error(field: str, problem: str) -> PydanticCustomError:
@@ -15,10 +22,16 @@ def field_error(field: str, problem: str) -> PydanticCustomError:
 def describe(item: Any) -> tuple[str, str]:
     """Return the message and the outermost field of one of pydantic's errors about a JSON object."""
     path = [str(part) for part in item["loc"] if part != "body"]
-    problem = item["msg"].removeprefix("Value error, ")
     if item["type"] == "field":
         path.append(item["ctx"]["field"])
         problem = item["ctx"]["problem"]
-    elif item["type"] == "missing":
-        problem = "missing"
+    elif expected := _JSON_SENTENCES.get(item["type"]) or expectation(item):
+        problem = expected if item["type"] == "missing" else f"{expected}, found {_quote(item['input'])}"
+    else:
+        problem = own_message(item)
     return f"{'.'.join(path)}: {problem}", path[0]
+
+
+def _quote(value: Any) -> str:
+    """Return a value in JSON. Lists and objects, which can be large, are only named."""
+    return json_type(value) if isinstance(value, list | dict) else json.dumps(value)

@@ -9,7 +9,7 @@ from pipelines.recipe.loading import load_recipe
 from pipelines.recipe.schema import Recipe
 from tests.pipelines.test_hostile_input import KEYS
 
-PYTHON = ("tuple", "dict", "RunSection", "Section", "instance", "byte string", "function", "mapping cannot")
+PYTHON = ("tuple", "dict", "RunSection", "Section", "instance", "byte string", "function", "mapping cannot", "should")
 
 
 def refusal(tmp_path, text, *overrides):
@@ -35,6 +35,11 @@ STAGES = "train: {stages: [{steps: 3}]}"
         ("run:", [], "run: expected a section of settings, found nothing"),
         ("train: {optimizer: 5}", [], "train.optimizer: expected a section of settings, found 5"),
         ("data: {task_settings: 5}", [], "data.task_settings: expected a mapping, found 5"),
+        ("run: {name: ../x}", [], "run.name: expected letters, digits, '_', '.' and '-', beginning with a letter or"),
+        ("promote: {alias: 9}", [], "promote.alias: expected text; put it in quotes, found 9"),
+        ("train: {stages: []}", [], "train.stages: must not be empty, found []"),
+        ("train: {grad_clip: 0}", [], "train.grad_clip: must be above 0, found 0"),
+        ("serve: {temperature: 1}", [], "serve.temperature: unknown key"),
         ("a: [b", [], "/a.yaml: not valid YAML: while parsing a flow sequence in line 1, column 4"),
         ("a: \x00", [], "/a.yaml: not valid YAML"),
     ],

@@ -48,15 +48,15 @@ def test_a_stage_that_cannot_act_is_refused(prepared, changes, message):
     [
         ({"train.stages": [{}]}, r"train.stages.0: a stage has either steps or tokens"),
         ({"train.stages": [{"steps": 3, "tokens": 3000}]}, r"train.stages.0: a stage has either steps or tokens"),
-        ({"train.stages": [{"steps": 0}]}, r"train.stages.0.steps: .* greater than or equal to 1, found 0"),
-        ({"train.stages": []}, "train.stages: .* at least 1 item"),
+        ({"train.stages": [{"steps": 0}]}, r"train.stages.0.steps: .* at least 1, found 0"),
+        ({"train.stages": []}, "train.stages: must not be empty"),
         (
             {"train.stages": [{"steps": 1, "learning_rate_scale": 0}]},
-            r"train.stages.0.learning_rate_scale: .* greater than 0, found 0",
+            r"train.stages.0.learning_rate_scale: .* above 0, found 0",
         ),
         (
             {"train.stages": [{"steps": 1, "learning_rate_scale": math.inf}]},
-            r"train.stages.0.learning_rate_scale: Input should be a finite number, found inf",
+            r"train.stages.0.learning_rate_scale: expected a finite number, found inf",
         ),
         ({"train.optimizer.learning_rate": 0}, "train.optimizer.learning_rate: must be positive, found 0"),
         ({"train.optimizer.weight_decay": math.nan}, "train.optimizer.weight_decay: must be 0 or more, found nan"),

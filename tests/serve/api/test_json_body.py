@@ -27,7 +27,7 @@ def post(client, content: bytes, headers=JSON, route="/v1/completions"):
         (b'{"max_tokens": ' + b"9" * 5000 + b"}", None, "too many digits"),
         (b'{"n": 1, "stop": "a", "n": 2}', "n", "n: the field occurs more than once"),
         (b'{"stream_options": {"include_usage": true, "include_usage": false}}', "include_usage", "more than once"),
-        (b'{"temperature": NaN}', "temperature", "temperature: Input should be a finite number"),
+        (b'{"temperature": NaN}', "temperature", "temperature: expected a finite number"),
         (b'{"temperature": Infinity}', "temperature", "finite number"),
         (b'{"temperature": 1e999}', "temperature", "finite number"),
         (b'{"max_tokens": NaN}', "max_tokens", "integer"),

@@ -1,0 +1,59 @@
+"""Plain sentences for pydantic's validation errors: recipes, request bodies and JSON files share them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_SENTENCES = {
+    "missing": "missing",
+    "bool_type": "expected true or false",
+    "bool_parsing": "expected true or false",
+    "int_type": "expected an integer",
+    "int_parsing": "expected an integer",
+    "int_from_float": "expected an integer",
+    "int_parsing_size": "expected an integer with fewer digits",
+    "float_type": "expected a number",
+    "float_parsing": "expected a number",
+    "finite_number": "expected a finite number",
+    "string_type": "expected text",
+    "string_unicode": "expected text in valid Unicode",
+    "string_too_short": "expected at least {min_length} characters",
+    "string_too_long": "expected at most {max_length} characters",
+    "tuple_type": "expected a list",
+    "list_type": "expected a list",
+    "too_short": "expected at least {min_length} items",
+    "too_long": "expected at most {max_length} items",
+    "dict_type": "expected a mapping",
+    "model_type": "expected a mapping",
+    "model_attributes_type": "expected a mapping",
+    "dataclass_type": "expected a mapping",
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be at most {le}",
+    "literal_error": "expected {expected}",
+}
+
+
+def expectation(error: Mapping[str, Any]) -> str | None:
+    """Return what one of pydantic's errors expects of a value, without the value; None for errors that a validator
+    raised with a sentence of its own."""
+    if error["type"] in ("too_short", "string_too_short") and error["ctx"]["min_length"] == 1:
+        return "must not be empty"
+    sentence = _SENTENCES.get(error["type"])
+    bounds = {name: f"{value:g}" if isinstance(value, float) else value for name, value in error.get("ctx", {}).items()}
+    return None if sentence is None else sentence.format_map(bounds)
+
+
+def own_message(error: Mapping[str, Any]) -> str:
+    """Return the message of an error without pydantic's prefix."""
+    return error["msg"].removeprefix("Value error, ")
+
+
+def json_type(value: object) -> str:
+    """Return the type of a value read from JSON, with its article."""
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
+    return names.get(type(value), "a number")
