@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -65,8 +66,8 @@ def load_data_tokenizer(data: DataSection) -> Tokenizer:
     try:
         return load_tokenizer(data.tokenizer, data.bos_token, data.eos_token)
     except ConfigError as error:
-        blamed = "data" if str(error).startswith(("bos_token:", "eos_token:")) else "data.tokenizer"
-        raise ConfigError(f"{blamed}{'.' if blamed == 'data' else ': '}{error}") from error
+        message = re.sub(r"(^|with )(bos|eos)_token\b", r"\1data.\2_token", str(error).removeprefix("tokenizer "))
+        raise ConfigError(message if message.startswith("data.") else f"data.tokenizer: {message}") from error
 
 
 def tokenizer_sha256(tokenizer: Tokenizer) -> str:

@@ -87,7 +87,7 @@ def _write_splits(
         if left is not None and text_bytes - before > left - 4:  # it may fall within a character of up to 4 bytes
             break
     if not text_bytes:
-        raise DataError(f"data.sources: no text in {len(files)} files")
+        raise DataError(f"data.sources: no text in {len(files)} file{'' if len(files) == 1 else 's'}")
     writers["train"].require(MIN_OF_SHARE * (1 - data.validation_share) * text_bytes)
     writers["validation"].require(MIN_OF_SHARE * data.validation_share * text_bytes)
     splits = {split: writer.finish() for split, writer in writers.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,8 +69,11 @@ def check_creatable(path: Path, key: str) -> None:
         if os.path.lexists(folder):
             if not folder.is_dir():
                 raise ConfigError(f"{key}: {path} cannot be created, because {folder} is not a folder")
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise ConfigError(f"{key}: {path} cannot be created, because {folder} cannot be written to")
+            try:  # permissions alone do not tell: /proc and full disks have them
+                tempfile.TemporaryDirectory(dir=folder).cleanup()
+            except OSError as error:
+                reason = f"{folder} cannot be written to ({error.strerror})"
+                raise ConfigError(f"{key}: {path} cannot be created, because {reason}") from None
             return
 
 

@@ -66,6 +66,8 @@ def run(recipe: Recipe) -> EvaluateResult:
         check_writable(trained.uri)
     if recipe.train.use_gpu and not torch.cuda.is_available():
         raise ConfigError("train.use_gpu: no CUDA device here; pass --train.use_gpu false to evaluate on the CPU")
+    if trained is None:
+        checkpoints.load(checkpoint)  # a damaged checkpoint leaves no failed run behind
     digest = weights_digest(checkpoint)
     data_folder = recipe.data_folder if recipe.data_folder.is_dir() else None
     if data_folder is None:

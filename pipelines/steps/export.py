@@ -114,7 +114,7 @@ def run(
         try:
             loaded = load_tokenizer(tokenizer or source, bos_token, eos_token, model.config.vocab_size)
         except ConfigError as error:
-            raise ConfigError(re.sub("^(bos|eos)_token:", r"--\1-token:", str(error))) from error
+            raise ConfigError(re.sub(r"(^|with )(bos|eos)_token\b", r"\1--\2-token", str(error))) from error
     for name, value in tokens.items():
         if value is not None and loaded is None:
             raise ConfigError(f"--{name}: {source} has no {TOKENIZER_FILE}; name one with --tokenizer")

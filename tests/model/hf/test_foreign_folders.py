@@ -283,8 +283,8 @@ def test_config_json_may_have_any_unicode_encoding(folder, encoding):
     [
         (b"", "config.json: is empty"),
         (POINTER.encode(), "config.json: is a Git LFS pointer"),
-        (b"[]", "config.json: expected a mapping at the top level, found list"),
-        (b"NaN", "config.json: expected a mapping at the top level, found float"),
+        (b"[]", "config.json: expected an object at the top level, found a list"),
+        (b"NaN", "config.json: expected an object at the top level, found a number"),
         (b'{"a": 1, "a": 2}', r"config.json: not valid JSON \(key 'a' occurs twice\)"),
         ("größer".encode("latin-1"), r"config.json: not valid JSON \("),
         (b"[" * 100_000, r"config.json: not valid JSON \("),

@@ -448,7 +448,7 @@ def test_damaged_folders_are_named(folder):
         import_pretrained(folder)
 
     (folder / "config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="expected a mapping at the top level, found list"):
+    with pytest.raises(CheckpointError, match="expected an object at the top level, found a list"):
         import_pretrained(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config.json: not valid JSON"):

@@ -227,7 +227,7 @@ def test_a_vocabulary_without_declared_or_usual_tokens_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("side_files", "message"),
     [
-        ({"tokenizer_config": []}, "tokenizer_config.json: expected a JSON object, found list"),
+        ({"tokenizer_config": []}, "tokenizer_config.json: expected a JSON object, found a list"),
         ({"tokenizer_config": {"eos_token": 3}}, "tokenizer_config.json: eos_token: expected a token"),
         ({"tokenizer_config": {"added_tokens_decoder": {"x": {}}}}, "added_tokens_decoder: not a token"),
         ({"tokenizer_config": {"added_tokens_decoder": {"9" * 5000: {"content": "x"}}}}, "added_tokens_decoder: not a"),

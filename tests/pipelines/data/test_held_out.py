@@ -133,5 +133,5 @@ def test_too_little_text_is_refused_with_advice(tmp_path):
 
 @pytest.mark.parametrize("text", ["", " \n\t ", "\r\n" * 3])
 def test_empty_and_blank_files_are_refused(tmp_path, text):
-    with pytest.raises(DataError, match=r"no text in 1 files|too little text for"):
+    with pytest.raises(DataError, match=r"no text in 1 file|too little text for"):
         prepare.run(recipe(tmp_path, write(tmp_path, "input.txt", text)))

@@ -125,8 +125,8 @@ def test_a_file_that_vanishes_is_named(tmp_path, name):
         (b"\x1f\x8b\x08\0", ":1: not a JSON record"),
         ('{"text": "x"}'.encode("utf-16"), ": is not text"),
         ('{"text": "x"}'.encode("utf-16-le"), ":1: not a JSON record"),
-        (b'{"text": ["x"]}', ":1: the text is list, not a string"),
-        (b"null", ":1: expected a JSON object, found NoneType"),
+        (b'{"text": ["x"]}', ":1: the text is a list, not a string"),
+        (b"null", ":1: expected a JSON object, found null"),
         (b'{"' + b"k" * 10_000 + b'": 1}', ":1: has no field 'text'"),
     ],
 )

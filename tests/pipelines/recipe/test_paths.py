@@ -171,3 +171,10 @@ def test_check_creatable_names_the_obstacle(tmp_path):
     check_creatable(tmp_path / "a/b/c", "--to")
     with pytest.raises(ConfigError, match=r"--to: .*file/x/y cannot be created, because .*file is not a folder"):
         check_creatable(tmp_path / "file/x/y", "--to")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="has no /proc")
+def test_check_creatable_tries_instead_of_asking_for_permissions():
+    with pytest.raises(ConfigError, match=r"--to: /proc/a/b cannot be created, because /proc cannot be written to \("):
+        check_creatable(Path("/proc/a/b"), "--to")

@@ -90,6 +90,16 @@ def test_an_evaluation_that_fails_marks_its_own_run_as_failed(tmp_path):
     assert [run.info.status for run in tracking.client.search_runs([tracking.experiment_id])] == ["FAILED"]
 
 
+def test_a_damaged_checkpoint_leaves_no_run(tmp_path):
+    checkpoints.save(Transformer(MODEL), tmp_path / "a", ByteTokenizer())
+    weights = tmp_path / "a" / checkpoints.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-100])
+    recipe = recipe_with(tmp_path / "runs", checkpoint=str(tmp_path / "a"))
+    with pytest.raises(CheckpointError, match=rf"{weights.name}: "):
+        evaluate.run(recipe)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_checkpoint_of_transformers_is_refused_with_the_way_to_convert_it(tmp_path):
     export_pretrained(Transformer(ModelConfig.from_preset("tiny")), tmp_path / "hf")
     recipe = recipe_with(tmp_path / "runs", checkpoint=str(tmp_path / "hf"))

@@ -198,3 +198,9 @@ def test_the_summary_counts_in_plain_words(tmp_path, capsys):
     prepare.run(recipe(tmp_path, "byte", ["one document only " * 40]))
     printed = capsys.readouterr().out
     assert "1 document (" in printed and "bytes of text)" in printed and "in 1 shard\n" in printed
+
+
+def test_a_missing_end_of_sequence_is_asked_for_by_the_key_of_the_recipe(tmp_path):
+    folder = write_files(tmp_path / "tokenizer", byte_level(names=("<a>", "<b>")))
+    with pytest.raises(ConfigError, match=r"^data\.tokenizer: /.*: no end-of-seq.*name one with data\.eos_token$"):
+        prepare.run(recipe(tmp_path, folder, documents()))
