@@ -36,6 +36,22 @@ def score_tasks(
         return evaluate(network, **_documents(recipe, tasks, lengths), device="cuda" if recipe.train.use_gpu else "cpu")
 
 
+def check_section(recipe: Recipe) -> None:
+    """Raise ConfigError for tasks, lengths, depths and task settings that no network could be scored with."""
+    from evals.run import check_settings
+
+    section = recipe.evaluate
+    try:
+        check_settings(section.tasks, section.lengths, section.depths)
+    except ConfigError as error:
+        raise ConfigError(f"evaluate.{error}") from None
+    settings = {task: recipe.data.settings_of(task) for task in section.tasks}
+    try:
+        check_settings(section.tasks, section.lengths, section.depths, settings)
+    except ConfigError as error:
+        raise ConfigError(f"data.task_settings: {error}") from None
+
+
 def check_tasks(recipe: Recipe) -> None:
     """Generate as few documents of every task as possible, before any training.
 

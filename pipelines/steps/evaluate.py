@@ -9,13 +9,12 @@ from pathlib import Path
 
 import torch
 
-from evals.run import check_settings
 from evals.scores import EFFECTIVE_SHARE
 from model import checkpoint as checkpoints
 from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
 from pipelines.data.manifest import MANIFEST_NAME, read_manifest
-from pipelines.experiments.scoring import score_tasks
+from pipelines.experiments.scoring import check_section, score_tasks
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.recall import Score, recall_figure, scores_from_metrics
 from pipelines.reports.terminal import print_table
@@ -48,15 +47,7 @@ def run(recipe: Recipe) -> EvaluateResult:
     Raises ConfigError, CheckpointError or DataError before anything is logged; a new run is then marked as failed.
     """
     section = recipe.evaluate
-    try:
-        check_settings(section.tasks, section.lengths, section.depths)
-    except ConfigError as error:
-        raise ConfigError(f"evaluate.{error}") from None
-    settings = {task: recipe.data.settings_of(task) for task in section.tasks}
-    try:
-        check_settings(section.tasks, section.lengths, section.depths, settings)
-    except ConfigError as error:
-        raise ConfigError(f"data.task_settings: {error}") from None
+    check_section(recipe)
     checkpoint = (section.checkpoint or recipe.final_checkpoint).absolute()
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint}: no checkpoint there; run the train step first")

@@ -24,7 +24,7 @@ from model.errors import CheckpointError, ConfigError, DataError, FiftyfoldError
 from pipelines.data.check import check_prepared
 from pipelines.data.manifest import Manifest, read_manifest
 from pipelines.experiments.outputs import command_line, publish
-from pipelines.experiments.scoring import score_tasks
+from pipelines.experiments.scoring import check_section, score_tasks
 from pipelines.ray_runtime.fit import RAY_RUN, finalize, unwrap_ray_error
 from pipelines.ray_runtime.session import local_cpus, ray_session, require_resources
 from pipelines.ray_runtime.trial import trial_storage
@@ -91,6 +91,8 @@ def run(recipe: Recipe) -> SweepResult:
     manifest = read_manifest(recipe.data_folder, verify=True)
     recipe = check_prepared(recipe, manifest)
     check_space(recipe)
+    if recipe.sweep.evaluate_front:
+        check_section(recipe)
     optuna = search_of(recipe) == "optuna"
     points, skipped = _valid_points(recipe, sample_points(recipe) if optuna else combinations(recipe))
     if not points:

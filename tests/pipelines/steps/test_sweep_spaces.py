@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from model.errors import ConfigError
 from pipelines.recipe.loading import overlay, with_overrides
 from pipelines.steps import sweep
 from pipelines.tracking.mlflow_store import open_tracking
@@ -42,6 +43,13 @@ def test_optuna_searches_ranges_and_schedules_and_skips_invalid_points(base):
     assert 0 <= client.get_run(result.run_id).data.metrics["sweep/hypervolume"] <= 1
     winner = overlay(recipe, result.overrides)
     assert list(winner.model.layers) == result.winner.settings["model.layers"]
+
+
+def test_a_task_that_does_not_exist_is_refused_before_any_trial(base):
+    recipe = with_overrides(base, {"sweep.name": "no-task", "sweep.evaluate_front": True, "evaluate.tasks": ["ruler"]})
+    with pytest.raises(ConfigError, match=r"^evaluate\.tasks: 'ruler' is not one of mqar, "):
+        sweep.run(recipe)
+    assert not recipe.sweep_folder.exists()
 
 
 def test_an_invalid_point_of_a_grid_is_skipped_with_its_reason(base, capsys):
