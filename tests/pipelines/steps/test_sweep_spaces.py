@@ -46,7 +46,8 @@ def test_optuna_searches_ranges_and_schedules_and_skips_invalid_points(base):
 
 
 def test_a_task_that_does_not_exist_is_refused_before_any_trial(base):
-    recipe = with_overrides(base, {"sweep.name": "no-task", "sweep.evaluate_front": True, "evaluate.tasks": ["ruler"]})
+    space = {"sweep.space": {"model.index_topk": [2, 3]}, "sweep.evaluate_front": True, "evaluate.tasks": ["ruler"]}
+    recipe = with_overrides(base, {"sweep.name": "no-task", **space})
     with pytest.raises(ConfigError, match=r"^evaluate\.tasks: 'ruler' is not one of mqar, "):
         sweep.run(recipe)
     assert not recipe.sweep_folder.exists()
