@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,9 +19,13 @@ from pipelines.ray_runtime.session import local_cpus, ray_session
 from pipelines.recipe.loading import overlay, with_overrides
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.cache_measurement import measured_cache
+from pipelines.reports.statistics import tokens_to
 from pipelines.reports.terminal import print_table
 from pipelines.steps import Step, deploy, evaluate, prepare, promote, sweep, train
-from pipelines.tracking.mlflow_store import open_tracking, ui_command
+from pipelines.tracking.mlflow_store import attach, open_tracking, ui_command
+from pipelines.training.curriculum import curriculum, stage_at
+
+RECALL = 0.9
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class Contestant:
     metrics: dict[str, float]
     muon_share: float
     seconds: float
+    recall_tokens: float | None = None
+    """Training tokens after which the held-out recall first reached :data:`RECALL`; infinite if it did not."""
 
 
 def run(recipe: Recipe) -> None:
@@ -67,13 +74,21 @@ def run(recipe: Recipe) -> None:
             with _timed(clock, "ask"):
                 right = _ask(recipe, deployment)
             contestants = [
-                Contestant("hybrid", recipe, {**hybrid.metrics, **scores["hybrid"]}, hybrid.muon_share, hybrid.seconds),
+                Contestant(
+                    "hybrid",
+                    recipe,
+                    {**hybrid.metrics, **scores["hybrid"]},
+                    hybrid.muon_share,
+                    hybrid.seconds,
+                    recall_tokens(recipe, hybrid.run_id),
+                ),
                 Contestant(
                     "baseline",
                     baseline,
                     {**standard.metrics, **scores["baseline"]},
                     standard.muon_share,
                     standard.seconds,
+                    recall_tokens(baseline, standard.run_id),
                 ),
             ]
             if promoted.winner.checkpoint == swept.checkpoint:
@@ -142,6 +157,20 @@ def _ask(recipe: Recipe, deployment: deploy.Deployment) -> int:
     return right
 
 
+def recall_tokens(recipe: Recipe, run_id: str) -> float:
+    """Return the training tokens of a run to :data:`RECALL`, interpolated between validations, or infinity."""
+    stages = curriculum(recipe)
+    history = attach(open_tracking(recipe).uri, run_id).history("validation/recall")
+    line = [(sum(stage_at(stages, n).tokens_per_step for n in range(step)), -value) for step, value in history]
+    return tokens_to(line, -RECALL)
+
+
+def _format_tokens(tokens: float | None) -> str:
+    if tokens is None:
+        return "-"
+    return f"{tokens:,.0f}" if math.isfinite(tokens) else "not reached"
+
+
 def _print_tables(contestants: list[Contestant], clock: dict[str, float], total: float) -> None:
     """Print the final tables: the models side by side, and the time of each step."""
 
@@ -158,6 +187,7 @@ def _print_tables(contestants: list[Contestant], clock: dict[str, float], total:
     rows = [
         row("validation loss, text (nats per token)", metric("validation/text_loss")),
         row(f"recall, {length} tokens (lm-eval)", metric("eval/recall", ".1%")),
+        row(f"training tokens to {RECALL:.0%} recall", lambda c: _format_tokens(c.recall_tokens)),
         row(
             "cache bytes per token, closed form", lambda c: f"{sum(cache_bytes_per_token(c.recipe.model).values()):.1f}"
         ),

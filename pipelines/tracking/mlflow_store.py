@@ -150,6 +150,10 @@ class TrackedRun:
         """Return the last value of every metric."""
         return dict(self._client.get_run(self.run_id).data.metrics)
 
+    def history(self, name: str) -> list[tuple[int, float]]:
+        """Return (step, value) of every value logged for a metric."""
+        return [(entry.step, entry.value) for entry in self._client.get_metric_history(self.run_id, name)]
+
     def log_dataset(self, dataset: DatasetInput) -> None:
         """Store a data set as an input of the run. Repeating it changes nothing."""
         self._client.log_inputs(self.run_id, datasets=[dataset])

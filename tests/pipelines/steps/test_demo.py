@@ -1,0 +1,29 @@
+"""The figures of the demo's table."""
+
+import math
+
+import pytest
+
+from pipelines.recipe.loading import recipe_from_dict
+from pipelines.steps.demo import recall_tokens
+from pipelines.tracking.mlflow_store import open_tracking
+
+
+@pytest.mark.parametrize(
+    ("recalls", "tokens"),
+    [
+        ({10: 0.5, 20: 0.8, 25: 1.0}, 10 * 4 * 64 + 10 * 2 * 64 + 2.5 * 2 * 64),
+        ({10: 0.95, 20: 0.5}, 10 * 4 * 64),
+        ({10: 0.5, 20: 0.89}, math.inf),
+        ({}, math.inf),
+    ],
+)
+def test_the_tokens_to_recall_are_interpolated_between_validations(tmp_path, recalls, tokens):
+    stages = [{"steps": 10, "batch_rows": 4}, {"steps": 15, "batch_rows": 2}]
+    recipe = recipe_from_dict(
+        {"run": {"folder": str(tmp_path)}, "data": {"sequence_length": 64}, "train": {"stages": stages}}
+    )
+    with open_tracking(recipe).start_run("a", kind="train", recipe=recipe) as run:
+        for step, recall in recalls.items():
+            run.log_metrics({"validation/recall": recall}, step)
+    assert recall_tokens(recipe, run.run_id) == pytest.approx(tokens)
