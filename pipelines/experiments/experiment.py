@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from pipelines.experiments.trial_process import run_trial
 from pipelines.experiments.trials import LOSS, Result, Trial, plan
 from pipelines.ray_runtime.fit import unwrap_ray_error
 from pipelines.ray_runtime.session import local_cpus, ray_session, require_resources, usable_cpus
-from pipelines.ray_runtime.tuner import raise_if_interrupted
+from pipelines.ray_runtime.tuner import fit_tuner
 from pipelines.recipe.experiments import ExperimentSection
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.statistics import too_few
@@ -71,9 +70,8 @@ class Experiment:
             tune.with_parameters(run_trial, trials=descriptions, tracking=tracking),
             {"CPU": section.cpus_per_trial, **({"GPU": 1.0} if use_gpu else {})},
         )
-        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints tracebacks; failures are reported below
         at_once = max(1, int(usable_cpus() // section.cpus_per_trial))
-        results = tune.Tuner(
+        tuner = tune.Tuner(
             trainable,
             param_space={"folder": tune.grid_search([str(folder) for folder in pending])},
             tune_config=tune.TuneConfig(
@@ -85,10 +83,9 @@ class Experiment:
                 verbose=0,
                 callbacks=[self._progress.callback(pending)],
             ),
-        ).fit()
-        raise_if_interrupted(results, len(pending))
+        )
         failures = {}
-        for result in results:  # type: ignore[attr-defined]
+        for result in fit_tuner(tuner, len(pending)):  # type: ignore[attr-defined]
             if result.error is not None:
                 trial = pending[Path((result.config or {})["folder"])]
                 failures[trial.label] = str(unwrap_ray_error(result.error))

@@ -11,6 +11,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
+from pipelines.ray_runtime.fit import unwrap_ray_error
 from pipelines.ray_runtime.session import usable_cpus
 from pipelines.ray_runtime.trial import run_trial
 from pipelines.recipe.experiments import Range, Setting
@@ -49,11 +50,22 @@ def _space(recipe: Recipe) -> dict[str, Any]:
     return found
 
 
-def raise_if_interrupted(results: tune.ResultGrid, trials: int) -> None:
-    """Raise KeyboardInterrupt if fewer than ``trials`` trials ended. After Ctrl-C, Tune returns instead of raising."""
+def fit_tuner(tuner: tune.Tuner, trials: int) -> tune.ResultGrid:
+    """Run a tuner's trials. Raises FiftyfoldError if Tune fails, as it does when Ray ends a trial for lack of memory.
+
+    After Ctrl-C, Tune returns instead of raising. Raises KeyboardInterrupt if fewer than ``trials`` trials ended.
+    """
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints tracebacks of failed trials; the step reports
+    try:
+        results = tuner.fit()
+    except (RuntimeError, ray.exceptions.RayError, tune.TuneError) as error:
+        if not isinstance(error.__cause__ or error, (ray.exceptions.RayError, tune.TuneError)):
+            raise
+        raise unwrap_ray_error(error) from error
     ended = sum(result.error is not None or bool((result.metrics or {}).get("done")) for result in results)  # type: ignore[attr-defined]
     if ended < trials:
         raise KeyboardInterrupt
+    return results
 
 
 def run_trials(recipe: Recipe, points: list[dict[str, Setting]], tracked: TrackedRun) -> tune.ResultGrid:
@@ -70,7 +82,6 @@ def run_trials(recipe: Recipe, points: list[dict[str, Setting]], tracked: Tracke
     )
     trial = tune.with_resources(trial, {"CPU": sweep.cpus_per_trial if sweep.in_process else 0.1})
     validations = max(len(validation_steps(trial_recipe(recipe, settings))) for settings in points)
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints tracebacks of failed trials; the step reports
     path = recipe.sweep_folder / "tune"
     optuna = search_of(recipe) == "optuna"
     total = (sweep.trials or 0) if optuna else len(points)
@@ -104,9 +115,7 @@ def run_trials(recipe: Recipe, points: list[dict[str, Setting]], tracked: Tracke
                 callbacks=[_TrialPrinter(recipe, total)],
             ),
         )
-    results = tuner.fit()
-    raise_if_interrupted(results, total)
-    return results
+    return fit_tuner(tuner, total)
 
 
 def _choose_dtypes(recipe: Recipe, tracked: TrackedRun) -> compute_dtype.Dtypes:
