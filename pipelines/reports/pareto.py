@@ -60,12 +60,27 @@ class SweepReport:
         return self.mode == "max"
 
     @property
-    def scores(self) -> list[tuple[float, float]]:
-        return [(point.cost, point.metrics[self.metric]) for point in self.points]
+    def finished(self) -> list[int]:
+        """Indices of the points that were trained for as many steps as any. Only these are compared."""
+        most = max(point.steps for point in self.points)
+        return [i for i, point in enumerate(self.points) if point.steps == most]
 
     @property
     def front(self) -> set[int]:
-        return pareto_front(self.scores, self.higher)
+        return self.front_of(self.metric, self.higher)
+
+    @property
+    def hypervolume(self) -> float:
+        return hypervolume([self._score(i, self.metric) for i in self.finished], self.higher)
+
+    def front_of(self, metric: str, higher: bool) -> set[int]:
+        """Return the indices of the finished points on the Pareto front of a metric."""
+        found = pareto_front([self._score(i, metric) for i in self.finished], higher)
+        return {self.finished[i] for i in found}
+
+    def _score(self, index: int, metric: str) -> tuple[float, float]:
+        point = self.points[index]
+        return point.cost, point.metrics.get(metric, math.nan)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -121,28 +136,24 @@ def hypervolume(points: Sequence[tuple[float, float]], higher: bool) -> float:
 def table(report: SweepReport) -> Table:
     """Return the trials by cache size, each with its run."""
     names = [BYTES_PER_TOKEN, *dict.fromkeys((report.metric, "validation/recall", "validation/loss"))]
-    front = report.front
+    front, finished = report.front, report.finished
     rows = []
     for i, point in enumerate(report.points):
-        place = "chosen" if i == report.chosen else "front" if i in front else "dominated"
+        place = "front" if i in front else "dominated" if i in finished else "stopped early"
+        place = "chosen" if i == report.chosen else place
         values = (f"{point.metrics.get(name, float('nan')):.3f}" for name in names)
         rows.append([point.label, *values, str(point.steps), place, point.run_id[:8]])
-    note = f"hypervolume {hypervolume(report.scores, report.higher):.3f} of the rectangle that the trials span"
+    note = f"hypervolume {report.hypervolume:.3f} of the rectangle that the finished trials span"
     if report.skipped:
-        note += f"; {len(report.skipped)} invalid points skipped"
-    return Table(f"{report.name}: trials", ["settings", *names, "steps", "", "run"], rows, note)
+        note += f"; invalid points skipped: {len(report.skipped)}"
+    return Table(f"{report.name}: trials", ["settings", *names, "steps", "place", "run"], rows, note)
 
 
 def verdict(report: SweepReport) -> list[str]:
     """Return sentences on the cost of each setting, over trials that ran to the end, and on the front."""
-    longest = max(point.steps for point in report.points)
-    whole = [
-        point
-        for point in report.points
-        if point.steps == longest and point.metrics[report.metric] == point.metrics[report.metric]
-    ]
-    where = f"at {report.length} tokens"
-    found = [f"{len(whole)} of {len(report.points)} trials ran to the end ({longest} steps); only these are compared."]
+    whole = [report.points[i] for i in report.finished if math.isfinite(report.points[i].metrics[report.metric])]
+    where, steps = f"at {report.length} tokens", max(point.steps for point in report.points)
+    found = [f"{len(whole)} of {len(report.points)} trials ran to the end ({steps} steps); only these are compared."]
     for key in report.points[0].settings:
         found += _effect(key, whole, report.metric, where)
     front = [report.points[i] for i in sorted(report.front)]
@@ -153,7 +164,7 @@ def verdict(report: SweepReport) -> list[str]:
             f"(÷ {large.cost / small.cost:.2f}), and {report.metric} goes from {large.metrics[report.metric]:.3f} to "
             f"{small.metrics[report.metric]:.3f} {where}."
         )
-    elif front:
+    elif front and len(whole) > 1:
         found.append(f"One point is better than all others: {front[0].label}, run {front[0].run_id}.")
     for setting, scores in report.by_length.items():
         listed = [
@@ -168,26 +179,40 @@ def verdict(report: SweepReport) -> list[str]:
 
 
 def _effect(key: str, points: Sequence[Point], metric: str, where: str) -> list[str]:
-    """Return a sentence on the lowest and highest value of a numeric key, or on each half of many values."""
+    """Return a sentence on the lowest and highest value of a numeric key, over pairs of trials that differ in it alone.
+
+    Without such a pair, as in a continuous space, halves of the trials are compared if each has two at least.
+    """
     values = [point.settings[key] for point in points]
     if not values or any(isinstance(value, bool | str | list) for value in values) or len(set(values)) < 2:
         return []
-    distinct = sorted(set(values))
-    few = len(distinct) <= len(points) // 2
-    middle = statistics.median(values)
-    low = [p for p in points if (p.settings[key] == distinct[0] if few else p.settings[key] < middle)]
-    high = [p for p in points if (p.settings[key] == distinct[-1] if few else p.settings[key] >= middle)]
-    if not low or not high:
-        return []
-    names = (f"{distinct[0]:g}", f"{distinct[-1]:g}") if few else (f"below {middle:.3g}", f"from {middle:.3g}")
+    lowest, middle, highest = min(values), statistics.median(values), max(values)
+    ends = {value: {_others(p, key): p for p in points if p.settings[key] == value} for value in (lowest, highest)}
+    matched = [others for others in ends[lowest] if others in ends[highest]]
+    if matched:
+        low, high = ([ends[value][others] for others in matched] for value in (lowest, highest))
+        names = f"{lowest:g} → {highest:g}"
+        note = f"{len(matched)} pair{'s' * (len(matched) > 1)} of trials that differ in nothing else"
+    else:
+        low = [point for point in points if point.settings[key] < middle]
+        high = [point for point in points if point.settings[key] >= middle]
+        names = f"below {middle:.3g} → from {middle:.3g}"
+        note = f"means over {len(low)} and {len(high)} trials, which also differ in other settings"
+        if min(len(low), len(high)) < 2:
+            return []
     sizes, scores = (
         [statistics.fmean(point.metrics[name] for point in side) for side in (low, high)]
         for name in (BYTES_PER_TOKEN, metric)
     )
     return [
-        f"{key} {names[0]} → {names[1]}: cache {sizes[0]:.1f} → {sizes[1]:.1f} bytes per token, {metric} "
-        f"{scores[0]:.3f} → {scores[1]:.3f} {where} (means over {len(low)} and {len(high)} trials)."
+        f"{key} {names}: cache {sizes[0]:.1f} → {sizes[1]:.1f} bytes per token, {metric} {scores[0]:.3f} → "
+        f"{scores[1]:.3f} {where} ({note})."
     ]
+
+
+def _others(point: Point, key: str) -> str:
+    """Return a point's other settings, to find points that differ in ``key`` alone."""
+    return repr({name: value for name, value in point.settings.items() if name != key})
 
 
 def figure(report: SweepReport) -> Figure:
@@ -201,15 +226,16 @@ def figure(report: SweepReport) -> Figure:
     panels = [drawn.add_subplot(grid[0, 0]), drawn.add_subplot(grid[0, 1]), drawn.add_subplot(grid[1, :])]
     most = max(point.steps for point in report.points)
     for axes, (name, title, higher) in zip(panels, _PANELS):
-        scores = [(point.cost, point.metrics.get(name, float("nan"))) for point in report.points]
-        front = pareto_front(scores, higher)
+        scores = [(point.cost, point.metrics.get(name, math.nan)) for point in report.points]
+        front = report.front_of(name, higher)
         axes.plot(*zip(*sorted(scores[i] for i in front)), color=_LINE, linewidth=1.2, label="Pareto front", zorder=1)
         for i, (cost, score) in enumerate(scores):
             color = _CHOSEN if i == report.chosen else _FRONT if i in front else _DOMINATED
             face = color if report.points[i].steps == most else "white"
-            axes.scatter(cost, score, s=210, edgecolor=color, facecolor=face, zorder=2 + i)
+            order = 2 + (len(scores) if i == report.chosen else i)  # no other point covers the chosen one
+            axes.scatter(cost, score, s=210, edgecolor=color, facecolor=face, zorder=order)
             ink = "white" if face == color else color
-            axes.annotate(str(i + 1), (cost, score), ha="center", va="center", fontsize=8, color=ink, zorder=2 + i)
+            axes.annotate(str(i + 1), (cost, score), ha="center", va="center", fontsize=8, color=ink, zorder=order)
         if report.budget is not None:
             label = f"budget {report.budget:g} B"
             axes.axvline(report.budget, color=_LINE, linestyle="--", linewidth=1, label=label)
@@ -225,6 +251,8 @@ def figure(report: SweepReport) -> Figure:
         place = 1 - (i + 1) / (len(report.points) + 1)
         panels[2].text(0, place, text, fontsize=9, color=color, transform=panels[2].transAxes)
     panels[2].set_title(
-        "trials with runs (red: chosen, gray: dominated, hollow: stopped early)", fontsize=9, loc="left"
+        "trials with runs (red: chosen, drawn over equal ones; gray: dominated; hollow: stopped early)",
+        fontsize=9,
+        loc="left",
     )
     return drawn

@@ -36,7 +36,7 @@ from pipelines.recipe.schema import Recipe
 from pipelines.recipe.yaml_format import dump_yaml
 from pipelines.reports.cache_measurement import BYTES_PER_TOKEN, MEASURED_TOKENS, measured_cache
 from pipelines.reports.comparison import task_scores
-from pipelines.reports.pareto import Point, SweepReport, hypervolume, verdict
+from pipelines.reports.pareto import Point, SweepReport, verdict
 from pipelines.reports.pareto import figure as pareto_figure
 from pipelines.reports.pareto import table as pareto_table
 from pipelines.steps import Step
@@ -297,7 +297,7 @@ def _log_results(
     tracked.log_dict({"verdict": sentences, "skipped": skipped}, "verdict.json")
     print("\n".join(f"  {sentence}" for sentence in sentences), flush=True)
     tracked.log_metrics({f"winner/{name}": winner.metrics[name] for name in _SHOWN if name in winner.metrics})
-    tracked.log_metrics({"sweep/hypervolume": hypervolume(report.scores, report.higher)})
+    tracked.log_metrics({"sweep/hypervolume": report.hypervolume})
     tracked.set_tags({"winner": trial_label(winner.settings), "winner.run_id": winner.run_id})
 
 

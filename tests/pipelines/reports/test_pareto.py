@@ -46,11 +46,37 @@ def test_hypervolume_is_the_dominated_share_of_the_rectangle():
 def test_a_verdict_names_what_a_setting_costs_and_at_which_length():
     found = report([(10.0, 0.5), (20.0, 0.7), (30.0, 0.8), (40.0, 0.6)], chosen=2)
     text = "\n".join(verdict(found))
-    assert "model.index_topk 0 → 3: cache 10.0 → 40.0" not in text  # four values of four points: halves are compared
-    assert "model.index_topk below 1.5 → from 1.5: cache 15.0 → 35.0 bytes per token, validation/recall 0.600 → 0.700 at 256 tokens" in text  # fmt: skip  # noqa: E501
+    assert "model.index_topk 0 → 3: cache 10.0 → 40.0 bytes per token, validation/recall 0.500 → 0.600 at 256 tokens (1 pair of trials that differ in nothing else)" in text  # fmt: skip  # noqa: E501
     assert "kv_format" not in text
     assert "from 30.0 to 10.0 bytes per token (÷ 3.00), and validation/recall goes from 0.800 to 0.500" in text
     assert text.endswith("Chosen: topk=2, 30.0 bytes per token, run run2.")
+
+
+def of_settings(*points):
+    """Return points of (settings, cache bytes, recall)."""
+    return [
+        Point(f"p{i}", settings, {BYTES_PER_TOKEN: cost, "validation/recall": recall}, f"run{i}", 10)
+        for i, (settings, cost, recall) in enumerate(points)
+    ]
+
+
+def test_a_setting_is_compared_between_trials_that_differ_in_nothing_else():
+    points = of_settings(
+        ({"csa_ratio": 4, "topk": 4}, 50.0, 0.7),
+        ({"csa_ratio": 4, "topk": 8}, 50.0, 0.8),
+        ({"csa_ratio": 8, "topk": 8}, 25.0, 0.6),
+    )
+    text = "\n".join(verdict(report([], points=points)))
+    assert "topk 4 → 8: cache 50.0 → 50.0 bytes per token, validation/recall 0.700 → 0.800" in text
+    assert "csa_ratio 4 → 8: cache 50.0 → 25.0 bytes per token, validation/recall 0.800 → 0.600" in text
+
+
+def test_halves_of_a_continuous_space_are_compared_and_said_to_differ_in_more():
+    points = of_settings(*(({"rate": i / 10, "clip": i}, 10.0 + i, i / 4) for i in range(4)))
+    text = "\n".join(verdict(report([], points=points)))
+    assert "rate below 0.15 → from 0.15: cache 10.5 → 12.5" in text
+    assert "(means over 2 and 2 trials, which also differ in other settings)" in text
+    assert "rate" not in "".join(verdict(report([], points=points[:3]))).partition("Chosen")[0]
 
 
 def test_a_verdict_lists_the_scores_of_the_front_by_length():
@@ -62,14 +88,18 @@ def test_a_verdict_lists_the_scores_of_the_front_by_length():
 def test_stopped_trials_do_not_count_in_the_verdict():
     points = report([(10.0, 0.9), (20.0, 0.7)]).points
     stopped = Point(**{**vars(points[0]), "steps": 5})
-    assert verdict(report([], points=[stopped, points[1]]))[0].startswith("1 of 2 trials ran to the end (10 steps)")
+    found = report([], points=[stopped, points[1]], chosen=1)
+    sentences = verdict(found)
+    assert sentences[0].startswith("1 of 2 trials ran to the end (10 steps)")
+    assert not any("Along the front" in sentence or "One point" in sentence for sentence in sentences)
+    assert [row[-2] for row in table(found).rows] == ["stopped early", "chosen"] and found.front == {1}
 
 
 def test_every_point_of_the_table_has_its_run():
     found = report([(10.0, 0.5), (20.0, 0.7), (30.0, 0.6)], chosen=1, skipped={"x": "invalid"})
     rows = table(found).rows
     assert [row[-2:] for row in rows] == [["front", "run0"], ["chosen", "run1"], ["dominated", "run2"]]
-    assert "1 invalid points skipped" in table(found).note
+    assert "invalid points skipped: 1" in table(found).note
 
 
 def test_a_report_survives_json_and_is_drawn():
