@@ -52,18 +52,20 @@ def check_section(recipe: Recipe) -> None:
         raise ConfigError(f"data.task_settings: {error}") from None
 
 
-def check_tasks(recipe: Recipe) -> None:
-    """Generate as few documents of every task as possible, before any training.
+def check_tasks(recipe: Recipe, network: Path | None = None) -> None:
+    """Generate as few documents of every task as possible, for a checkpoint or, before any training, for the recipe's
+    model.
 
-    Raises ConfigError for a task that the model cannot hold, or that is vacuous.
+    Raises ConfigError for a task that the model cannot hold, or that proves nothing.
     """
     from evals.run import generate
 
     documents = _documents(recipe, recipe.evaluate.tasks, recipe.evaluate.lengths)
     documents["samples"] = min(fewest_samples(recipe), recipe.evaluate.samples)
     with tempfile.TemporaryDirectory() as scratch, _named_keys():
-        network = Path(scratch) / "untrained"
-        checkpoint.save(Transformer(recipe.model), network, load_tokenizer(recipe.data_folder))
+        if network is None:
+            network = Path(scratch) / "untrained"
+            checkpoint.save(Transformer(recipe.model), network, load_tokenizer(recipe.data_folder))
         generate(network, **documents)
 
 

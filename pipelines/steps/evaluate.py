@@ -14,7 +14,7 @@ from model import checkpoint as checkpoints
 from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
 from pipelines.data.manifest import MANIFEST_NAME, read_manifest
-from pipelines.experiments.scoring import check_section, score_tasks
+from pipelines.experiments.scoring import check_section, check_tasks, score_tasks
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.recall import Score, recall_figure, scores_from_metrics
 from pipelines.reports.terminal import print_table
@@ -57,8 +57,9 @@ def run(recipe: Recipe) -> EvaluateResult:
         check_writable(trained.uri)
     if recipe.train.use_gpu and not torch.cuda.is_available():
         raise ConfigError("train.use_gpu: no CUDA device here; pass --train.use_gpu false to evaluate on the CPU")
-    if trained is None:
-        checkpoints.load(checkpoint)  # a damaged checkpoint leaves no failed run behind
+    if trained is None:  # nothing that is refused leaves a failed run behind
+        checkpoints.load(checkpoint)
+        check_tasks(recipe.model_copy(update={"model": config}), checkpoint)
     digest = weights_digest(checkpoint)
     data_folder = recipe.data_folder if recipe.data_folder.is_dir() else None
     if data_folder is None:

@@ -81,10 +81,14 @@ def test_a_checkpoint_without_a_training_run_is_scored_in_a_run_of_its_own(tmp_p
         promote.run(recipe)
 
 
-def test_an_evaluation_that_fails_marks_its_own_run_as_failed(tmp_path):
+def test_an_evaluation_that_fails_marks_its_own_run_as_failed(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(evaluate, "score_tasks", fail)
     checkpoints.save(Transformer(MODEL), tmp_path / "a", ByteTokenizer())
-    recipe = recipe_with(tmp_path / "runs", lengths=[4096], checkpoint=str(tmp_path / "a"))
-    with pytest.raises(ConfigError, match="exceeds the model's context"):
+    recipe = recipe_with(tmp_path / "runs", checkpoint=str(tmp_path / "a"))
+    with pytest.raises(RuntimeError, match="broken"):
         evaluate.run(recipe)
     tracking = open_tracking(recipe)
     assert [run.info.status for run in tracking.client.search_runs([tracking.experiment_id])] == ["FAILED"]
@@ -96,6 +100,22 @@ def test_a_damaged_checkpoint_leaves_no_run(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     recipe = recipe_with(tmp_path / "runs", checkpoint=str(tmp_path / "a"))
     with pytest.raises(CheckpointError, match=rf"{weights.name}: "):
+        evaluate.run(recipe)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "tokenizer", "message"),
+    [
+        ({"lengths": [4096]}, ByteTokenizer(), "exceeds the model's context"),
+        ({"distance": 2}, ByteTokenizer(), "distance 2"),
+        ({}, None, "tokenizer"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_scored_leaves_no_run(tmp_path, section, tokenizer, message):
+    checkpoints.save(Transformer(MODEL), tmp_path / "a", tokenizer)
+    recipe = recipe_with(tmp_path / "runs", checkpoint=str(tmp_path / "a"), **section)
+    with pytest.raises((CheckpointError, ConfigError), match=message):
         evaluate.run(recipe)
     assert not (tmp_path / "runs").exists()
 
