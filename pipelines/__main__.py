@@ -115,11 +115,12 @@ def _split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def main(arguments: list[str]) -> int:
     """Run a step; return the exit status."""
-    name = "command line"
+    name, resumes = "command line", False
     try:
         _check_imports()
         name, files, overrides, print_config, options = parse(arguments)
         step = load_step(name)
+        resumes = step.resumes
         recipe = step.load(options, files, overrides)
         if print_config:
             from pipelines.recipe.yaml_format import dump_yaml
@@ -135,7 +136,7 @@ def main(arguments: list[str]) -> int:
     except OSError as error:
         return _fail(f"{error.filename or name}: {error.strerror or error}")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(f"interrupted{'; run the same command again to continue' if resumes else ''}", file=sys.stderr)
         return INTERRUPTED
     except RecursionError:
         return _fail(f"{name}: an input file is nested too deeply")

@@ -15,11 +15,13 @@ from typing import Any
 
 import psutil
 import ray
+import torch
 
 from model.errors import ConfigError, FiftyfoldError
 from pipelines import RAY_JOB_VARIABLE
 from pipelines.ray_runtime.signals import handle_sigterm
 from pipelines.recipe.quoting import first_line
+from pipelines.recipe.schema import Recipe
 
 OBJECT_STORE_BYTES = 400 * 2**20
 MIN_LOGICAL_CPUS = 6
@@ -157,6 +159,13 @@ def usable_cpus() -> float:
     A local cluster has more logical CPUs than cores.
     """
     return ray.cluster_resources()["CPU"] if "RAY_ADDRESS" in os.environ else float(os.cpu_count() or 1)
+
+
+def check_gpu(recipe: Recipe) -> None:
+    """Raise ConfigError for a recipe with GPUs if the step would start a cluster on a machine without any."""
+    starts_cluster = not (ray.is_initialized() or os.environ.get("RAY_ADDRESS"))
+    if recipe.train.use_gpu and starts_cluster and not torch.cuda.is_available():
+        raise ConfigError("train.use_gpu: no CUDA device here; pass --train.use_gpu false to use the CPU")
 
 
 def require_resources(key: str, cpus: float, gpus: float = 0) -> None:

@@ -67,6 +67,7 @@ class TrainingProgress:
         parts = []
         for label, key, spec in (
             ("loss", "train/loss", ".3f"),
+            ("validation loss", "validation/loss", ".3f"),
             ("recall", "validation/recall", ".1%"),
             ("tokens/s", "train/tokens_per_second", ",.0f"),
         ):

@@ -33,3 +33,5 @@ class Step:
     """Declare command-line options of the step's own."""
     load: Callable[[argparse.Namespace, Sequence[Path], Sequence[str]], Recipe] = _load_files
     """``load(options, files, overrides)`` returns the recipe to run."""
+    resumes: bool = False
+    """Run again after an interruption, the step continues where it stopped."""

@@ -23,4 +23,4 @@ def run(recipe: Recipe, quick: bool = False, write: Path | None = None) -> Ablat
     return run_ablation(recipe, write)
 
 
-STEP = Step(run, add_options, load)
+STEP = Step(run, add_options, load, resumes=True)

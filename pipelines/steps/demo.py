@@ -15,7 +15,7 @@ from model import checkpoint
 from model.costs import cache_bytes_per_token
 from model.errors import FiftyfoldError
 from model.tokenizer import load_tokenizer
-from pipelines.ray_runtime.session import local_cpus, ray_session
+from pipelines.ray_runtime.session import check_gpu, local_cpus, ray_session
 from pipelines.recipe.loading import overlay, with_overrides
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.cache_measurement import measured_cache
@@ -47,6 +47,7 @@ def run(recipe: Recipe) -> None:
     Raises FiftyfoldError if the champion's recall is below ``demo.least_recall``.
     """
     baseline = overlay(recipe, recipe.demo.baseline)
+    check_gpu(recipe)
     started = time.monotonic()
     deploy.check_key(recipe.serve)
     deploy.check_port(recipe.serve.host, recipe.serve.port)  # fails now rather than after the training
@@ -214,4 +215,4 @@ def _timed(clock: dict[str, float], name: str) -> Iterator[None]:
     clock[name] = time.monotonic() - started
 
 
-STEP = Step(run)
+STEP = Step(run, resumes=True)

@@ -47,6 +47,7 @@ from pipelines.tracking.served_models import ModelStore, ServedModel
 from serve.api.authorization import read_key
 from serve.api.chat_template import ChatTemplate
 from serve.api.config import is_loopback
+from serve.engine.speculation import check_speculation
 
 HEALTH_TIMEOUT_SECONDS = 60.0
 _POLL_SECONDS = 0.5
@@ -214,6 +215,11 @@ def check_model(checkpoint: Path, section: ServeSection) -> None:
 
     Raises CheckpointError or ConfigError.
     """
+    if section.speculative_tokens:
+        try:
+            check_speculation(checkpoints.load_config(checkpoint))
+        except ConfigError as error:
+            raise ConfigError(f"serve.{error}") from None
     model = checkpoints.load(checkpoint)
     model.execution = Execution(section.execution)
     ChatTemplate(load_tokenizer(checkpoint, model_vocab_size=model.config.vocab_size))

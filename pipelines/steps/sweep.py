@@ -26,7 +26,7 @@ from pipelines.data.manifest import Manifest, read_manifest
 from pipelines.experiments.outputs import command_line, publish
 from pipelines.experiments.scoring import check_section, score_tasks
 from pipelines.ray_runtime.fit import RAY_RUN, finalize, unwrap_ray_error
-from pipelines.ray_runtime.session import local_cpus, ray_session, require_resources
+from pipelines.ray_runtime.session import check_gpu, local_cpus, ray_session, require_resources
 from pipelines.ray_runtime.trial import trial_storage
 from pipelines.ray_runtime.tuner import cpus_per_trial, run_trials
 from pipelines.recipe.experiments import Setting
@@ -88,6 +88,7 @@ def run(recipe: Recipe) -> SweepResult:
     Points that cannot be trained are skipped. Raises ConfigError, before any trial starts, if the space holds no valid
     point or none within the cache budget.
     """
+    check_gpu(recipe)
     manifest = read_manifest(recipe.data_folder, verify=True)
     recipe = check_prepared(recipe, manifest)
     check_space(recipe)
@@ -366,4 +367,4 @@ def _to_yaml(settings: dict[str, Setting]) -> str:
     return dump_yaml(values)
 
 
-STEP = Step(run)
+STEP = Step(run, resumes=True)

@@ -148,6 +148,10 @@ def check_space(recipe: Recipe) -> None:
                 raise ConfigError(f"sweep.trials: is not set, but '{key}' has a range of values")
         elif len(set(map(repr, values))) < len(values):
             raise ConfigError(f"sweep.space: '{key}' has a value twice")
+        if key.startswith("model.mixer_options.") and "model.layers" not in section.space:
+            mixer = key.split(".")[2]
+            if mixer not in recipe.model.layers:
+                raise ConfigError(f"sweep.space: '{key}' changes nothing, because model.layers has no '{mixer}'")
     if not section.space:
         raise ConfigError("sweep.space: is empty")
     if section.search == "optuna" and section.trials is None:

@@ -116,7 +116,10 @@ def test_sigterm_ends_a_step_as_ctrl_c_does_from_its_start(tmp_path):
         with suppress(subprocess.TimeoutExpired):
             step.wait(timeout=20)
             break
-    assert (step.wait(timeout=1), step.stderr.read()) == (cli.INTERRUPTED, "interrupted\n")
+    assert (step.wait(timeout=1), step.stderr.read()) == (
+        cli.INTERRUPTED,
+        "interrupted; run the same command again to continue\n",
+    )
     os.close(held)
 
 

@@ -267,6 +267,7 @@ def test_a_tie_goes_to_the_smaller_cache_and_nan_never_wins():
         ({"sweep.space": {"model.csa_ratio": {"int": [2, 6]}}}, r"sweep\.trials: is not set, but 'model\.csa_ratio'"),
         ({"sweep.space": {"model.index_topk": {"int": [30, 40]}}, "sweep.trials": 2}, "holds no valid point"),
         ({"sweep.space": {"run.name": ["a", "b"]}}, "'run.name' changes nothing in a trial"),
+        ({"sweep.space": {"model.mixer_options.gqa.conv_kernel": [2, 4]}}, "changes nothing, because model.layers has"),
         ({"sweep.space": {"train.checkpoint_every": [2, 3]}}, "'train.checkpoint_every' changes nothing"),
         ({"sweep.space": {"train.stages.0.steps": [2, 3]}}, "'train.stages.0.steps' names an item of a list"),
         (
