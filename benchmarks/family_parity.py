@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> Result:
             started = time.monotonic()
             rows.append(measure(model_type, name))
             print(f"{model_type}, {name}: {time.monotonic() - started:.0f} s", flush=True)
-    return Result(table(rows))
+    return Result(table(rows), has_times=False)
 
 
 def main(arguments: list[str] | None = None) -> str:

@@ -192,7 +192,7 @@ def run(options: argparse.Namespace) -> Result:
         started = time.monotonic()
         rows.append(measure(name))
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
-    return Result(table(rows))
+    return Result(table(rows), has_times=False)
 
 
 def main(arguments: list[str] | None = None) -> str:

@@ -34,6 +34,8 @@ class Result:
     caption: str = ""
     has_servers: bool = False
     """True if processes other than this one and its children are measured, too."""
+    has_times: bool = True
+    """False if no result depends on the load of the machine, which is then not reported."""
 
 
 def positive_int(text: str) -> int:
@@ -77,8 +79,9 @@ def run_benchmark(
     threads = getattr(options, "threads", before)
     numbers = " and ".join(map(str, threads)) if isinstance(threads, list) else str(threads)
     plural = "" if numbers == "1" else "s"
-    used = "" if result.has_servers else f"{numbers} thread{plural}; "  # servers choose their own number
-    about = f"{system_info()}; {used}{load.describe(result.has_servers)}."
+    used = [] if result.has_servers else [f"{numbers} thread{plural}"]  # servers choose their own number
+    busy = [load.describe(result.has_servers)] if result.has_times else []
+    about = f"{'; '.join([system_info(), *used, *busy])}."
     text = f"## {machine.title}\n\n{about}\n\n{result.tables}"
     if page:
         if result.figure:

@@ -19,7 +19,8 @@ _FAR = 1 << 40
 class Crossover:
     """Sequence length from which on one cost is at least another, in raw FLOPs and in FP8 equivalents.
 
-    None stands for more than 2^40 tokens. ``key`` identifies the crossover, ``rule`` describes both costs.
+    None stands for more than 2^40 tokens. ``key`` identifies the crossover. ``rule`` defines the terms of ``name``;
+    crossovers with the same terms share it.
     """
 
     key: str
@@ -44,7 +45,7 @@ def find_crossovers(config: ModelConfig, references: tuple[CostModel, ...] = ())
         found.append(Crossover(key, name, raw, weighted, rule))
 
     if own.fixed and own.per_token:
-        rule = "packed entries against windows, tails and recurrent states, in bytes"
+        rule = "growing cache: packed entries; fixed state: windows, tails and recurrent states; both in bytes"
         growing, fixed = own.bytes_per_token, float(sum(own.fixed.values()))
         crossing("fixed", "growing cache passes the fixed state", rule, lambda n, _: growing * n, lambda *_: fixed, 1)
     indexed = list(dict.fromkeys(config.mixers[layer] for layer in config.indexed_layers))
@@ -53,29 +54,28 @@ def find_crossovers(config: ModelConfig, references: tuple[CostModel, ...] = ())
         assert ratio is not None
         first = (config.index_topk + 1) * ratio
         key = "topk" if mixer is indexed[0] else f"topk {mixer.name}"
-        rule = f"index_topk + 1 entries of {ratio} token{'s' * (ratio > 1)}"
+        rule = f"{mixer.name} chooses from index_topk + 1 entries of {ratio} token{'s' * (ratio > 1)} on"
         found.append(Crossover(key, f"{mixer.name} begins to choose", first, first, rule))
     if {CompressedSparseAttention, HeavilyCompressedAttention} <= set(config.mixers):
         coarse, fine = _part(own, HeavilyCompressedAttention), _part(own, CompressedSparseAttention)
-        crossing("hca", "core attention of hca passes that of csa", "both in the same format", coarse, fine)
+        rule = "core attention of hca and of csa: both in the same format"
+        crossing("hca", "core attention of hca passes that of csa", rule, coarse, fine)
+    sums = "index scores and core attention: sums over the layers of one network"
     if indexed:
-        names = " and ".join(mixer.name for mixer in indexed)
-        rule = f"scores of all {names} layers against core attention of all layers"
-        crossing("index", "index scores pass core attention", rule, _kinds(own, "index"), _kinds(own, "core"))
-    rule = "index scores and core attention against all other work"
+        crossing("index", "index scores pass core attention", sums, _kinds(own, "index"), _kinds(own, "core"))
+    rule = "attention: index scores and core attention; everything else: all other work of the step"
     attention, others = ("index", "core"), ("linear", "residual")
     crossing("attention", "attention passes everything else", rule, _kinds(own, *attention), _kinds(own, *others))
     for other in references:
-        rule = f"{other.name}: index scores against core attention"
         if any(work.kind == "index" for work in other.work(1)):
             rising, passed = _kinds(other, "index"), _kinds(other, "core")
             crossing(
-                f"{other.name}: index", f"index scores of {other.name} pass its core attention", rule, rising, passed
+                f"{other.name}: index", f"index scores of {other.name} pass its core attention", sums, rising, passed
             )
-        rule = f"full decode step against that of {other.name}"
+        rule = "decoding: all work of the step"
         kinds = _kinds(other, *attention, *others), _kinds(own, *attention, *others)
         crossing(f"{other.name}: decode", f"decoding costs no more than with {other.name}", rule, *kinds)
-        rule = f"cache of a sequence, fixed state included, against that of {other.name}"
+        rule = "cache: of one sequence, fixed state included"
         sizes = _cache(other), _cache(own)
         crossing(f"{other.name}: cache", f"the cache is no larger than with {other.name}", rule, *sizes, 1)
     return tuple(found)

@@ -44,6 +44,10 @@ class CostModel:
         """FP8 FLOPs of equal cost (:data:`model.work.FP8_EQUIVALENT`)."""
         return sum(work.equivalent for work in self.work(tokens))
 
+    def equals(self, other: CostModel, tokens: int) -> bool:
+        """Return whether both networks have the same cache and the same work after ``tokens`` tokens."""
+        return (self.per_token, self.fixed, self.work(tokens)) == (other.per_token, other.fixed, other.work(tokens))
+
 
 def times(more: float, less: float) -> float | None:
     """Return ``more / less``, or None if ``less`` is zero. The growing cache of a model with windows only is zero."""

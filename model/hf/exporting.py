@@ -22,6 +22,8 @@ from model.tokenizer import Tokenizer
 from model.tokenizer.side_files import GENERATION_CONFIG, TOKENIZER_CONFIG
 from model.transformer import Transformer
 
+_PIECE = 1 << 22
+"""Elements compared at a time."""
 _NO_TOKENS = {"bos_token_id": None, "eos_token_id": None}
 
 
@@ -32,8 +34,10 @@ def export_pretrained(
     tokenizer: Tokenizer | None = None,
     experts: ExpertFormat | None = None,
     max_shard_bytes: int = 5 << 30,
-) -> None:
+) -> dict[WeightFormat, float]:
     """Write a checkpoint to ``folder``, atomically replacing a checkpoint that exists there.
+
+    Returns the formats that rounded weights, each with the largest absolute change of a weight.
 
     The mixers of the network decide its family (:mod:`model.hf.registry`). ``format`` is one of:
 
@@ -79,6 +83,7 @@ def export_pretrained(
             (GENERATION_CONFIG, generation),
         ):
             (scratch / file).write_text(json.dumps(content, indent=2) + "\n")
+    return {fmt: change for fmt, change in writer.changes.items() if change > 0}
 
 
 def tensor_bytes(model: Transformer, format: Layout, experts: ExpertFormat = "fp4") -> dict[str, int]:
@@ -92,6 +97,8 @@ class _TransformersWriter:
 
     def __init__(self, model: Transformer, plan: dict[str, Source]):
         self.model, self.plan, self.state = model, plan, model.state_dict()
+        self.changes: dict[WeightFormat, float] = {}
+        """Largest absolute change of a weight so far by the format it was rounded to."""
 
     def entries(self, source: Source) -> list[tuple[str, int]]:
         """Return name and size in bytes of the tensors written for a source."""
@@ -101,7 +108,17 @@ class _TransformersWriter:
     def get_tensor(self, name: str) -> Tensor:
         source = self.plan[name]
         values = self.values(source)
-        return Precision(self.model.config).round_expert(values) if source.format == "fp4" else values
+        if source.format != "fp4":
+            return values
+        rounded = Precision(self.model.config).round_expert(values)
+        self.record(source.format, values, rounded)
+        return rounded
+
+    def record(self, fmt: WeightFormat, values: Tensor, rounded: Tensor) -> None:
+        """Add the difference of two contiguous tensors to :attr:`changes`."""
+        pieces = (tensor.reshape(-1).split(_PIECE) for tensor in (values, rounded))
+        changes = ((a - b.float()).abs().max().item() for a, b in zip(*pieces, strict=True))
+        self.changes[fmt] = max(self.changes.get(fmt, 0.0), *changes)
 
     def values(self, source: Source) -> Tensor:
         """Assemble a source's tensor from ours, on the CPU: float32, or int64 for expert tables."""
@@ -149,10 +166,14 @@ class _ReleasedWriter(_TransformersWriter):
         source = self.plan[name]
         values, fmt = self.values(source), self.stored_format(source)
         if fmt not in ("fp8", "fp4"):
-            return values.to(release_format.STORED[fmt])
+            stored = values.to(release_format.STORED[fmt])
+            if fmt == "bf16":
+                self.record(fmt, values, stored)
+            return stored
         if source.format == "fp4" and fmt == "fp8" and self.model.config.qat:
             weight, scales = release_format.encode_fp4_as_fp8(self.model, source, values)
         else:
             weight, scales = release_format.encode(self.model, source, values, fmt)
+        self.record(fmt, values, release_format.decode(weight, scales.view(torch.uint8), fmt))
         self.encoded[release_format.scale_name(name)] = scales
         return weight

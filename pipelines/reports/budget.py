@@ -39,6 +39,7 @@ class Budget:
     parameters: ParameterCount
     own: CostModel
     references: tuple[CostModel, ...]
+    """V3.2 and GQA-8, without one that is the model itself."""
     ablations: tuple[Ablation, ...]
     waterfall: tuple[Step, ...]
     crossovers: tuple[Crossover, ...]
@@ -111,12 +112,13 @@ def budget_of(config: ModelConfig, context: int, name: str = "model", muon: bool
     model = Transformer.on_meta(config)
     muon_parameters = sum(p.numel() for n, p in model.named_parameters() if rule_for(n, p, "muon") == "muon")
     parameters = count_parameters(model)
-    references = (v32_costs(), gqa8_costs(config))
+    own = costs_of(config, name)
+    references = tuple(other for other in (v32_costs(), gqa8_costs(config)) if not own.equals(other, context))
     return Budget(
         config,
         context,
         parameters,
-        costs_of(config, name),
+        own,
         references,
         find_ablations(config, parameters, muon_parameters, muon),
         waterfall(config, muon),

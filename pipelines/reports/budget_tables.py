@@ -75,7 +75,7 @@ def print_budget(budget: Budget) -> None:
 
     rows = [[r.name, _format_tokens(r.tokens), _format_tokens(r.tokens_equivalent)] for r in budget.crossovers]
     print_table("crossover lengths", ["from this length on", "tokens", "tokens, FP8 equivalents"], rows)
-    _print_rules(*dict.fromkeys(f"{regime.name}: {regime.rule}" for regime in budget.crossovers))
+    _print_rules(*dict.fromkeys(regime.rule for regime in budget.crossovers))
 
 
 _COST_COLUMNS = [

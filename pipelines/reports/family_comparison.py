@@ -19,6 +19,8 @@ from pipelines.reports.terminal import print_table
 LENGTHS = tuple(1 << power for power in range(10, 21, 2))
 """Sequence lengths of the tables: 1K to 1M."""
 _POINTS_PER_DOUBLING = 4
+_EXTRAPOLATED = " *"
+"""Mark of lengths beyond the model's maximum positions."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,13 @@ class Comparison:
             "model": {"name": self.networks[0].name, "config": self.config.to_dict()},
             "weighting": WEIGHTING,
             "networks": [
-                _network(network, measurement)
+                _network(network, measurement, self.config.max_positions)
                 for network, measurement in itertools.zip_longest(self.networks, self.measurements)
             ],
         }
 
 
-def _network(network: CostModel, measurement: Measurement | None) -> dict[str, Any]:
+def _network(network: CostModel, measurement: Measurement | None, max_positions: int) -> dict[str, Any]:
     return {
         "name": network.name,
         "rule": network.rule,
@@ -58,6 +60,7 @@ def _network(network: CostModel, measurement: Measurement | None) -> dict[str, A
         "costs": [
             {
                 "tokens": n,
+                "extrapolated": n > max_positions,
                 "cache_bytes": network.cache_bytes(n),
                 "decode_flops": network.flops(n),
                 "decode_fp8_equivalent": network.equivalent(n),
@@ -90,8 +93,8 @@ def compare(
 def print_comparison(comparison: Comparison) -> None:
     """Print a table per cost, followed by the rules of the networks."""
     c = comparison.config
-    print(f"{c.num_layers} layers, hidden {c.hidden_size}, {c.num_heads} heads\n")
-    columns = ["network", *map(binary, LENGTHS)]
+    print(f"{c.num_layers} layers, hidden {c.hidden_size}, {c.num_heads} heads, at most {c.max_positions:,} tokens\n")
+    columns = ["network", *(f"{binary(n)}{_EXTRAPOLATED * (n > c.max_positions)}" for n in LENGTHS)]
     tables = (
         ("cache of one sequence, MB", CostModel.cache_bytes, 1e6),
         ("decoding one token, GFLOP", CostModel.flops, 1e9),
@@ -101,6 +104,8 @@ def print_comparison(comparison: Comparison) -> None:
         rows = [[each.name, *(_format(cost(each, n) / unit) for n in LENGTHS)] for each in comparison.networks]
         print_table(title, columns, rows)
         print()
+    if c.max_positions < LENGTHS[-1]:
+        print(f"  {_EXTRAPOLATED.strip()} extrapolation beyond the model's max_positions, {c.max_positions:,} tokens\n")
     if comparison.measurements:
         rows = [
             [each.name, f"{m.closed_form:,.0f}", f"{m.measured:,}", f"{m.measured / m.closed_form - 1:+.2%}"]
@@ -120,7 +125,8 @@ def draw_comparison(comparison: Comparison) -> Figure:
     steps = range(doublings * _POINTS_PER_DOUBLING + 1)
     lengths = [round(LENGTHS[0] * 2 ** (step / _POINTS_PER_DOUBLING)) for step in steps]
     measured = [(found.tokens, found.measured) for found in comparison.measurements]
-    return comparison_figure(lengths, comparison.networks[:-1], comparison.networks[-1], measured)
+    networks, max_positions = comparison.networks, comparison.config.max_positions
+    return comparison_figure(lengths, networks[:-1], networks[-1], measured, max_positions)
 
 
 def _format(x: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.axes import Axes
@@ -16,6 +17,9 @@ _OWN, _LINE = "#2c5f8a", "#9aa7b1"
 
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 _REFERENCES = ("#c0392b", "#7f8c8d")
+_SHADED = "Gray: extrapolation beyond the model's maximum positions. "
+_CLOSE = 1.5
+"""Ratio of two crossovers below which their labels would touch."""
 _PARTS = {"index": "#2c5f8a", "core": "#c0392b", "rest": "#7f8c8d", "attention": "#222222"}
 
 
@@ -67,12 +71,40 @@ def budget_figure(
             parts.plot(lengths, values, color=_PARTS["core"], linestyle=style, linewidth=1.1, label=part)
     parts.set(title="decoding one token: the model's parts", ylabel="FLOPs (raw)")
 
-    def mark(axes: Axes, tokens: int | None, height: Callable[[int], float], color: str, label: str = "") -> None:
-        """Mark a crossover with a dot and a vertical line."""
-        if tokens is None or not lengths[0] <= tokens <= lengths[-1]:
-            return
-        axes.vlines(tokens, 0, height(tokens), color="black", linewidth=0.7, alpha=0.6)
-        axes.plot(tokens, height(tokens), "o", color=color, markersize=5, zorder=5, label=label or None)
+    crossover = {key: crossing.tokens for key, crossing in crossings.items()}
+    _mark(cache, lengths, [(crossover.get("fixed"), lambda n: own.bytes_per_token * n)])
+    dominant = crossings["attention"].tokens_equivalent if "attention" in crossings else None
+    _mark(total, lengths, [(dominant, own.equivalent)], f"{own.name}: attention and index dominate from here")
+    _mark(
+        parts,
+        lengths,
+        [
+            (crossover.get("hca"), lambda n: sum(w.flops for w in own.work(n) if w.part == "core attention, csa")),
+            (crossover.get("index"), lambda n: work(n, "core")),
+            (crossover.get("attention"), lambda n: work(n, "linear", "residual")),
+        ],
+    )
+    for axes in (cache, total, parts):
+        _format_lengths(axes, lengths, config.max_positions)
+    figure.supxlabel(
+        f"Dots: lengths at which the closed forms cross. {_SHADED}{WEIGHTING[0].upper()}{WEIGHTING[1:]}.",
+        fontsize=8,
+        wrap=True,
+    )
+    return figure
+
+
+def _mark(
+    axes: Axes,
+    lengths: Sequence[int],
+    crossings: Sequence[tuple[int | None, Callable[[int], float]]],
+    label: str = "",
+) -> None:
+    """Mark crossovers within ``lengths``, pairs of tokens and height, with a dot, a vertical line and a label."""
+    found = sorted((n, height(n)) for n, height in crossings if n is not None and lengths[0] <= n <= lengths[-1])
+    for (tokens, height), (following, _) in zip(found, [*found[1:], (math.inf, 0.0)]):
+        axes.vlines(tokens, 0, height, color="black", linewidth=0.7, alpha=0.6)
+        axes.plot(tokens, height, "o", color="black", markersize=5, zorder=5, label=label or None)
         axes.text(
             tokens,
             0.015,
@@ -80,32 +112,10 @@ def budget_figure(
             transform=axes.get_xaxis_transform(),
             rotation=90,
             fontsize=9,
-            ha="left",
+            ha="right" if following < _CLOSE * tokens else "left",  # away from the next label
             va="bottom",
             zorder=6,
         )
-
-    crossover = {key: crossing.tokens for key, crossing in crossings.items()}
-    mark(cache, crossover.get("fixed"), lambda n: own.bytes_per_token * n, "black")
-    mark(
-        parts,
-        crossover.get("hca"),
-        lambda n: sum(w.flops for w in own.work(n) if w.part == "core attention, csa"),
-        "black",
-    )
-    mark(parts, crossover.get("index"), lambda n: work(n, "core"), "black")
-    mark(parts, crossover.get("attention"), lambda n: work(n, "linear", "residual"), "black")
-    dominant = crossings["attention"].tokens_equivalent if "attention" in crossings else None
-    mark(total, dominant, own.equivalent, "black", f"{own.name}: attention and index dominate from here")
-    for axes in (cache, total, parts):
-        _format_lengths(axes, lengths, config.max_positions)
-    figure.supxlabel(
-        "Dots: lengths at which the closed forms cross. Gray: extrapolation beyond the model's maximum positions. "
-        f"{WEIGHTING[0].upper()}{WEIGHTING[1:]}.",
-        fontsize=8,
-        wrap=True,
-    )
-    return figure
 
 
 _COMPARED = ("#2c5f8a", "#c0392b", "#2e8b57", "#8e44ad", "#7f8c8d")
@@ -117,6 +127,7 @@ def comparison_figure(
     networks: Sequence[CostModel],
     assumption: CostModel,
     measured: Sequence[tuple[int, int]],
+    max_positions: int,
 ) -> Figure:
     """Draw cache bytes and decode FLOPs against sequence length, with a line per network.
 
@@ -124,6 +135,7 @@ def comparison_figure(
         networks: The model, then at most four others.
         assumption: A network that is not implemented, drawn dashed.
         measured: Tokens and bytes of measured caches, in the order of ``networks``, drawn as dots.
+        max_positions: Tokens beyond which the model's costs are extrapolated.
     """
     figure = Figure(figsize=(12, 5.4), layout="constrained")
     cache, work = figure.subplots(1, 2)
@@ -145,10 +157,11 @@ def comparison_figure(
     cache.set(title="cache of one sequence, fixed state included", ylabel="bytes")
     work.set(title="decoding one token, all operations", ylabel="FLOPs")
     for axes in (cache, work):
-        _format_lengths(axes, lengths, lengths[-1])
+        _format_lengths(axes, lengths, max_positions)
     dots = "Dots: measured. " if measured else ""
+    shaded = _SHADED if max_positions < lengths[-1] else ""
     figure.supxlabel(
-        f"{dots}Equal width, number of layers, number of heads and feed-forward. Dashed: an assumption, not a "
+        f"{dots}{shaded}Equal width, number of layers, number of heads and feed-forward. Dashed: an assumption, not a "
         "published design, with the cache of GQA.",
         fontsize=8,
         wrap=True,

@@ -15,6 +15,8 @@ from model.errors import ConfigError
 from model.gguf import WeightType, export_gguf
 from model.hf import export_pretrained, import_pretrained, is_pretrained
 from model.hf.family import ExpertFormat
+from model.hf.registry import FAMILIES
+from model.hf.tensors import WeightFormat
 from model.tokenizer import BYTE, load_tokenizer
 from model.tokenizer import FILE_NAME as TOKENIZER_FILE
 from model.tokenizer.side_files import CONFIG
@@ -35,7 +37,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         dest="source",
         metavar="FOLDER",
         type=path_option("--from"),
-        help="a checkpoint in our format, of DeepseekV4ForCausalLM or as released; default: the run's final checkpoint",
+        help="a checkpoint folder of this project, of transformers or as DeepSeek-V4 is released "
+        f"(model_type {', '.join(FAMILIES)}); default: the run's final checkpoint",
     )
     parser.add_argument(
         "--to",
@@ -118,11 +121,15 @@ def run(
     for name, value in tokens.items():
         if value is not None and loaded is None:
             raise ConfigError(f"--{name}: {source} has no {TOKENIZER_FILE}; name one with --tokenizer")
+    changes: dict[WeightFormat, float] = {}
     if target_format == "fiftyfold":
         checkpoint.save(model, target, loaded)
     else:
-        export_pretrained(model, target, target_format, loaded, experts)
+        changes = export_pretrained(model, target, target_format, loaded, experts)
     print(f"wrote {target} ({target_format}, {model.num_parameters():,} parameters)")
+    if changes:
+        formats = ", ".join(f"{fmt.upper()} (by at most {change:.2g})" for fmt, change in changes.items())
+        print(f"weights are rounded to {formats}; importing {target} does not restore the exact ones")
     if target_format == "transformers":
         _print_precision_note("transformers", model)
     if loaded is None:
@@ -151,6 +158,8 @@ def _print_left_behind(source: Path, target: Path) -> None:
 def _export_gguf(model: Transformer, target: Path, weights: WeightType) -> None:
     export_gguf(model, target, weights)
     print(f"wrote {target} (gguf {weights}, {model.num_parameters():,} parameters)")
+    if model.config.qat:
+        print("weights of routed experts are rounded to FP4, as in the forward pass here")
     _print_precision_note("llama.cpp", model)
     print("without a vocabulary: llama.cpp reads and writes token ids")
     if model.config.mtp_layers:

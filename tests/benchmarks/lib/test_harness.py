@@ -66,6 +66,14 @@ def test_a_run_replaces_its_machines_section_only(page, monkeypatch):
     assert "; 1 and 2 threads; other processes used" in sections["A; AVX2"]
 
 
+def test_the_load_is_left_out_where_no_result_depends_on_it(capsys):
+    for has_times in (True, False):
+        run_benchmark(make_parser(None, threads=1), lambda o, has_times=has_times: Result("1", has_times=has_times), [])
+        about = capsys.readouterr().out.splitlines()[2]
+        assert ("other processes" in about) == has_times
+        assert about.endswith("." if has_times else "; 1 thread.")
+
+
 def test_a_figure_is_named_after_the_machine(page, monkeypatch):
     from benchmarks.lib.drawing import log_log
 

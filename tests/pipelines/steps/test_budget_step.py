@@ -1,6 +1,7 @@
 """The budget step from the command line: figures, tables, and one sentence for every user error."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -93,6 +94,7 @@ def test_families_are_compared_from_1k_to_1m_tokens(capsys):
     assert [each["name"] for each in networks] == NAMES and ssa["name"] == "SSA (assumption)"
     for each in found["networks"]:
         assert [cost["tokens"] for cost in each["costs"]] == [1 << power for power in (10, 12, 14, 16, 18, 20)]
+        assert [cost["extrapolated"] for cost in each["costs"]] == 4 * [False] + 2 * [True]  # beyond 65,536 tokens
         for cost in each["costs"]:
             growing = each["cache_bytes_per_token"] * cost["tokens"]
             assert cost["cache_bytes"] == growing + each["fixed_state_bytes"]
@@ -115,6 +117,17 @@ def test_the_comparison_is_printed_and_drawn(capsys, tmp_path):
     assert "…" not in printed and path.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("model", "marked"), [("tiny", ["256K *", "1M *"]), ("v4-flash", [])])
+def test_lengths_beyond_the_models_positions_are_marked(capsys, model, marked):
+    assert cli.main(["budget", "--model", model, "--against", "gqa"]) == 0
+    printed = capsys.readouterr().out
+    headers = [line for line in printed.splitlines() if "network" in line and "1K" in line]
+    assert len(headers) == 3
+    for line in headers:
+        assert [cell for each in re.split("[│┃]", line) if (cell := each.strip()).endswith("*")] == marked
+    assert ("* extrapolation beyond the model's max_positions, 65,536 tokens" in printed) == bool(marked)
+
+
 def test_a_family_fits_every_preset(capsys):
     for preset in PRESETS:
         found = answer(capsys, "--model", preset, "--against", "v32,mamba2,kimi,gqa", "--context", "1024")
@@ -135,6 +148,21 @@ def test_tables_name_their_rules(capsys):
     for text in ("3,514.25", "13.68", "9.68", "50.12", "284,332,230,231", "FP4 index products x0.5", "4,096 bytes per"):
         assert text in printed, text
     assert "…" not in printed  # nothing is truncated
+
+
+def test_a_reference_is_not_compared_with_itself(capsys):
+    found = answer(capsys, "--model", "v3.2")
+    assert [each["name"] for each in found["references"]] == ["GQA-8 (BF16)"]
+    assert not any("V3.2" in regime["name"] for regime in found["regimes"])
+    wider = answer(capsys, "--model", "v3.2", "--model.hidden_size", "8192")
+    assert [each["name"] for each in wider["references"]] == ["V3.2 (MLA + DSA, FP8)", "GQA-8 (BF16)"]
+
+
+def test_footnotes_of_the_crossovers_do_not_repeat_the_rows(capsys):
+    assert cli.main(FLASH) == 0
+    notes = capsys.readouterr().out.split("crossover lengths")[1].split("┘")[1].strip().splitlines()
+    assert len(notes) == len(set(notes)) == 7
+    assert not any("V3.2" in note or "GQA-8" in note for note in notes)
 
 
 @pytest.mark.parametrize("model", ["v4-flash", "tiny"])

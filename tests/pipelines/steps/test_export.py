@@ -72,6 +72,25 @@ def test_the_released_format_rounds_what_it_must_and_no_more(ours, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["transformers", "released"])
+def test_an_export_prints_how_far_it_rounds_weights(ours, tmp_path, capsys, format):
+    assert export(ours, tmp_path / "there", "--format", format) == 0
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("weights are rounded to")]
+    assert export(tmp_path / "there", tmp_path / "back", "--format", "fiftyfold") == 0
+    before, after = checkpoint.load(ours).state_dict(), checkpoint.load(tmp_path / "back").state_dict()
+    changes = {name: (tensor - after[name]).abs().max().item() for name, tensor in before.items()}
+    experts = max(change for name, change in changes.items() if re.search(r"ffn\.w[123]$", name))
+    assert f"FP4 (by at most {experts:.2g})" in line
+    for name, others in (("FP8", r"attn\.wq_a\.weight$"), ("BF16", r"^embed")):
+        printed = re.search(rf"{name} \(by at most (\S+)\)", line)
+        assert bool(printed) == (format == "released")
+        if printed:
+            assert 0 < max(change for name, change in changes.items() if re.search(others, name)) <= float(printed[1])
+    # Values that were rounded once are written as they are.
+    assert export(tmp_path / "there", tmp_path / "again", "--format", format) == 0
+    assert "weights are rounded" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("format", ["transformers", "released"])
 @pytest.mark.parametrize(("qat", "precision"), [(False, "bf16"), (True, "fp4")])
 def test_how_the_network_rounds_is_not_lost(tmp_path, format, qat, precision):
     model = Transformer(ModelConfig(qat=qat, kv_format=precision, index_format="fp8", rope_format="fp32"))
@@ -118,7 +137,8 @@ def test_a_file_for_llama_cpp(tmp_path, capsys):
     assert export(tmp_path / "ours", target, "--format", "gguf", "--type", "q8_0") == 0
     assert GGUFReader(target).get_field("deepseek4.block_count").contents() == 2
     printed = capsys.readouterr().out
-    for part in ("(gguf q8_0, ", "llama.cpp keeps its cache in floats", "without a vocabulary", "without the multi-"):
+    parts = ("(gguf q8_0, ", "llama.cpp keeps its cache in floats", "without a vocabulary", "without the multi-")
+    for part in (*parts, "weights of routed experts are rounded to FP4"):
         assert part in printed
     assert export(tmp_path / "ours", target, "--format", "gguf") == 2
     assert "already exists" in capsys.readouterr().err
