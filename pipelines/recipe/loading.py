@@ -15,6 +15,7 @@ from typing import Any
 import pydantic
 
 from model.errors import ConfigError
+from model.wording import quote
 from pipelines import RAY_JOB_VARIABLE
 from pipelines.recipe.experiments import Range
 from pipelines.recipe.key_types import is_path, type_of
@@ -22,7 +23,6 @@ from pipelines.recipe.keys import get_key, merge, set_key
 from pipelines.recipe.messages import describe_errors
 from pipelines.recipe.overrides import nested
 from pipelines.recipe.paths import parse_path
-from pipelines.recipe.quoting import shorten
 from pipelines.recipe.schema import Recipe
 from pipelines.recipe.section import Section
 from pipelines.recipe.yaml_format import parse_yaml
@@ -43,7 +43,7 @@ def load_recipe(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
         merged = _merge_over(merged, later)
     except ConfigError as error:
         key, _, reason = str(error).partition(": ")
-        raise ConfigError(f"{key}: cannot be set to {shorten(get_key(later, key))} ({reason})") from error
+        raise ConfigError(f"{key}: cannot be set to {quote(get_key(later, key))} ({reason})") from error
     return recipe_from_dict(merged)
 
 
@@ -124,7 +124,7 @@ def _absolute(name: str, key: str, value: Any) -> Any:
     try:
         return str(parse_path(value).absolute())
     except ValueError as error:
-        raise ConfigError(f"{name}: {error}, found {shorten(value)}") from None
+        raise ConfigError(f"{name}: {error}, found {quote(value)}") from None
 
 
 def _merge_file(merged: dict[str, Any], file: str | Path, content: dict[str, Any]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import pydantic
 
 from model.errors import shorten_words, unknown_key
 from model.validation import expectation, own_message
+from model.wording import quote
 from pipelines.recipe.key_types import fields_of, find_section
-from pipelines.recipe.quoting import shorten
 
 
 def describe_errors(error: pydantic.ValidationError) -> str:
@@ -38,4 +38,4 @@ def _describe(item: Any) -> str:
     if item["input"] is None:
         return f"{key}: {message}, found nothing"
     is_section = isinstance(item["input"], dict)
-    return f"{key}: {message}" if is_section else f"{key}: {message}, found {shorten(item['input'])}"
+    return f"{key}: {message}" if is_section else f"{key}: {message}, found {quote(item['input'])}"

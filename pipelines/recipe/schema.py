@@ -23,6 +23,7 @@ from pydantic import (
 from model.config import ModelConfig
 from model.errors import ConfigError
 from model.optim import OptimizerConfig
+from model.wording import quote
 from pipelines.recipe.experiments import AblateSection, CompareSection, ReportSection, SweepSection
 from pipelines.recipe.paths import LocalPath, ModelUri, PathText, SourcePattern, TokenizerSource, TrackingUri
 from pipelines.recipe.section import MAX_LENGTH, Section, Share
@@ -303,7 +304,7 @@ def _parse_model_config(value: Any) -> ModelConfig:
     if isinstance(value, ModelConfig):
         return value
     if not isinstance(value, dict):
-        raise ConfigError(f"model: expected a mapping, found {value!r}")
+        raise ConfigError(f"model: expected a mapping, found {quote(value)}")
     try:
         return ModelConfig.from_dict(value)
     except ConfigError as error:

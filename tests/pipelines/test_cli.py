@@ -51,7 +51,10 @@ def test_the_precision_table_covers_later_stages(capsys):
         (["--config", "configs/tiny.yaml", "--train.stages", "{steps: 3}"], "error: train.stages: cannot be set to"),
         (["--train.stages", "[steps: 3"], "error: train.stages: cannot be set to '[steps: 3'"),
         (["--train.batch_rows", "0"], "error: train.batch_rows: must be at least 1, found 0"),
-        (["--train.optimizer.momentum", "2"], "error: train.optimizer.momentum: must lie in [0, 1), found 2.0"),
+        (
+            ["--train.optimizer.momentum", "2"],
+            "error: train.optimizer.momentum: must be at least 0 and below 1, found 2.0",
+        ),
         (["--train.autocast", "float16"], "autocast: expected 'auto', 'none' or 'bfloat16', found 'float16'\n"),
         (["--train.optimizer.ns_dtype", "half"], "ns_dtype: expected 'auto', 'float32' or 'bfloat16', found"),
         (["--model.preset", "huge"], "error: model.preset: unknown preset 'huge'"),

@@ -182,7 +182,7 @@ def test_the_prediction_layer_after_the_last_is_left_out(folder):
             "'quantization_config': quantized weights are not supported",
         ),
         ({"scoring_func": "softmax"}, "'scoring_func': expected 'sigmoid', found 'softmax'"),
-        ({"norm_topk_prob": False}, "'norm_topk_prob': expected True, found False"),
+        ({"norm_topk_prob": False}, "'norm_topk_prob': expected true, found false"),
         ({"num_key_value_heads": 2}, "'num_key_value_heads': expected 4 as in 'num_attention_heads', found 2"),
         ({"q_lora_rank": None}, "'q_lora_rank' is missing"),
         ({"kv_lora_rank": 0}, "key 'kv_lora_rank': expected a whole number of at least 1"),

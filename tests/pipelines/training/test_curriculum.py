@@ -56,10 +56,16 @@ def test_a_stage_that_cannot_act_is_refused(prepared, changes, message):
         ),
         (
             {"train.stages": [{"steps": 1, "learning_rate_scale": math.inf}]},
-            r"train.stages.0.learning_rate_scale: expected a finite number, found inf",
+            r"train.stages.0.learning_rate_scale: expected a finite number, found .inf",
         ),
-        ({"train.optimizer.learning_rate": 0}, "train.optimizer.learning_rate: must be positive, found 0"),
-        ({"train.optimizer.weight_decay": math.nan}, "train.optimizer.weight_decay: must be 0 or more, found nan"),
+        (
+            {"train.optimizer.learning_rate": 0},
+            "train.optimizer.learning_rate: expected a finite number above 0, found 0",
+        ),
+        (
+            {"train.optimizer.weight_decay": math.nan},
+            "train.optimizer.weight_decay: expected a finite number of at least 0, found .nan",
+        ),
     ],
 )
 def test_a_stage_without_a_step_or_a_rate_is_refused(prepared, changes, named):
