@@ -61,6 +61,7 @@ def json_type(value: object) -> str:
     return names.get(type(value), "a number")
 
 
-def count(number: int, noun: str) -> str:
+def count(number: float, noun: str) -> str:
     """Return a number with its noun, whose plural takes an s."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+    text = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{text} {noun}" + ("" if number == 1 else "s")

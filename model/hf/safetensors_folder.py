@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.errors import MALFORMED, CheckpointError
-from model.wording import json_type
+from model.wording import count, json_type
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
@@ -105,7 +105,7 @@ def _read_shards(folder: Path, weight_map: dict[str, str]) -> dict[str, TensorHe
         if Path(shard).name != shard:
             raise CheckpointError(f"{index}: shard '{shard}' is not a file name in this folder")
     if missing := [shard for shard in shards if not _exists(folder / shard)]:
-        raise CheckpointError(f"{index}: names {len(shards)} shards, of which missing: {_shortened(missing)}")
+        raise CheckpointError(f"{index}: names {count(len(shards), 'shard')}, of which missing: {_shortened(missing)}")
     found: dict[str, TensorHeader] = {}
     for shard in shards:
         for name, stored in _read_header(folder / shard).items():

@@ -142,7 +142,7 @@ class StageSection(Section):
     @model_validator(mode="after")
     def _check_one_length(self) -> StageSection:
         if (self.steps is None) == (self.tokens is None):
-            raise ValueError("a stage has either steps or tokens")
+            raise ValueError(f"expected either steps or tokens, found {'neither' if self.steps is None else 'both'}")
         return self
 
 
@@ -174,7 +174,7 @@ class StabilitySection(Section):
     @model_validator(mode="after")
     def _check_rolls_back(self) -> StabilitySection:
         if self.anticipatory_routing is not None and self.action != "roll_back":
-            raise ValueError("anticipatory_routing requires action: roll_back")
+            raise ValueError(f"anticipatory_routing: needs action roll_back, found {self.action}")
         return self
 
 
@@ -268,7 +268,7 @@ class ServeSection(Section, ServerConfig):
     model_uri: ModelUri = "models:/fiftyfold@champion"
     """``models:/<name>@<alias>``, ``models:/<name>/<version>``, or a checkpoint folder. Clients use the registered
     name, or the last two parts of the folder's path."""
-    models: dict[PrintableText, ModelUri] = Field(default_factory=dict)
+    models: dict[Name, ModelUri] = Field(default_factory=dict)
     """Further models by the names that clients use, each with a value like ``model_uri``. All have the same
     settings."""
     alias_poll_seconds: Annotated[float, Field(gt=0)] | None = 10.0

@@ -179,7 +179,8 @@ def _parse_families(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     for place, name in enumerate(names):
         if name not in COMPARED:
-            raise ConfigError(f"--against: '{name}' is not one of {', '.join(COMPARED)}")
+            always = "; SSA is in every comparison" if name.lower() == "ssa" else ""
+            raise ConfigError(f"--against: '{name}' is not one of {', '.join(COMPARED)}{always}")
         if name in names[:place]:
             raise ConfigError(f"--against: names '{name}' twice")
     return names

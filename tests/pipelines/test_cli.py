@@ -53,7 +53,7 @@ def test_the_precision_table_covers_later_stages(capsys):
         (["--train.batch_rows", "0"], "error: train.batch_rows: must be at least 1, found 0"),
         (
             ["--train.optimizer.momentum", "2"],
-            "error: train.optimizer.momentum: must be at least 0 and below 1, found 2.0",
+            "error: train.optimizer.momentum: must be at least 0 and below 1",
         ),
         (["--train.autocast", "float16"], "autocast: expected 'auto', 'none' or 'bfloat16', found 'float16'\n"),
         (["--train.optimizer.ns_dtype", "half"], "ns_dtype: expected 'auto', 'float32' or 'bfloat16', found"),

@@ -192,7 +192,7 @@ LISTS = {"full_attn_layers": [2], "kda_layers": [1, 3], "head_dim": 16, "num_hea
     [
         ({"mla_use_nope": False}, "'mla_use_nope': expected true, found false"),
         ({"moe_renormalize": False}, "'moe_renormalize': expected true, found false"),
-        ({"moe_router_activation_func": "softmax"}, "'moe_router_activation_func': expected 'sigmoid'"),
+        ({"moe_router_activation_func": "softmax"}, 'moe_router_activation_func.: expected "sigmoid"'),
         ({"quantization_config": {"quant_method": "fp8"}}, "'quantization_config': quantized weights"),
         ({"layer_types": None}, "keys 'layer_types' and 'linear_attn_config' are both missing"),
         ({"linear_attn_config": {**LISTS, "kda_layers": [1]}}, "lists layer 3 of 3 neither as full nor as kda"),

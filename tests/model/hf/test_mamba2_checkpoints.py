@@ -94,7 +94,7 @@ def test_the_export_step_converts_both_ways(folder, tmp_path, capsys):
     ("changes", "message"),
     [
         ({"use_bias": True}, "'use_bias': expected false, found true"),
-        ({"hidden_act": "gelu"}, "'hidden_act': expected 'silu', found 'gelu'"),
+        ({"hidden_act": "gelu"}, 'hidden_act.: expected "silu", found "gelu"'),
         ({"n_groups": 3}, "key 'n_groups': expected a divisor of 4 heads, found 3"),
         ({"num_heads": 5}, "'num_heads': 5 heads of head_dim 16 are not expand 2 times hidden_size 32"),
         ({"state_size": 0}, "key 'state_size': expected a whole number of at least 1, found 0"),

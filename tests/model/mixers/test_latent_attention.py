@@ -92,7 +92,7 @@ def test_rounding_is_counted_in_training():
             "mla",
             {"mscale_all_dim": float("nan")},
             {},
-            "mla.mscale_all_dim: expected a number of at least 0, found .nan",
+            "mscale_all_dim: expected a number of at least 0, found .nan",
         ),
         ("dsa", {"rope": False}, {}, "dsa.rope: unknown option; there are q_lora_rank, kv_lora_rank"),
         ("mla", {"kv_rank": 8}, {}, "mla.kv_rank: unknown option; there are q_lora_rank, kv_lora_rank"),

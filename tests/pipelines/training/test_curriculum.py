@@ -60,11 +60,11 @@ def test_a_stage_that_cannot_act_is_refused(prepared, changes, message):
         ),
         (
             {"train.optimizer.learning_rate": 0},
-            "train.optimizer.learning_rate: expected a finite number above 0, found 0",
+            "learning_rate: expected a finite number above 0, found 0",
         ),
         (
             {"train.optimizer.weight_decay": math.nan},
-            "train.optimizer.weight_decay: expected a finite number of at least 0, found .nan",
+            "weight_decay: expected a finite number of at least 0, found .nan",
         ),
     ],
 )

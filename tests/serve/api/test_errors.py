@@ -76,7 +76,7 @@ OK = {"prompt": "the"}
         (
             OK | {"logit_bias": {"5": True}},
             "logit_bias",
-            "logit_bias.5: expected a number from -100 to 100, found true",
+            "expected a number from -100 to 100, found true",
         ),
         (OK | {"logit_bias": {"05": 1}}, "logit_bias", 'expected token IDs as keys, found "05"'),
         (OK | {"logit_bias": {"-1": 1}}, "logit_bias", 'expected token IDs as keys, found "-1"'),
