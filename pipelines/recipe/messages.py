@@ -56,7 +56,7 @@ def with_suggestion(message: str) -> str:
     if unknown is None:
         return message
     name = unknown[1].rpartition(".")[2]
-    found = [key for key in _keys(Recipe, "") if key.rpartition(".")[2] == name][:_MAX_SUGGESTIONS]
+    found = [f"'{key}'" for key in _keys(Recipe, "") if key.rpartition(".")[2] == name][:_MAX_SUGGESTIONS]
     others = ", ".join(found[:-1])
     return f"{unknown[0]}; did you mean {f'{others} or ' * bool(others)}{found[-1]}?" if found else message
 

@@ -77,6 +77,17 @@ def test_user_errors_are_one_sentence(arguments, message, capsys):
     assert len(captured.err.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("step", ["ablate", "compare"])
+def test_a_folder_that_cannot_be_written_is_named_with_the_step_s_file(step, capsys):
+    assert cli.main([step, "--write", "/proc/a/b"]) == cli.USER_ERROR
+    assert capsys.readouterr().err.startswith(f"error: --write: /proc/a/b/{step}.json cannot be created")
+
+
+def test_a_first_report_names_the_steps_to_run(tmp_path, capsys):
+    assert cli.main(["report", "--run.folder", str(tmp_path)]) == cli.USER_ERROR
+    assert "no such tracking store; run the steps ablate, compare and sweep first" in capsys.readouterr().err
+
+
 def test_a_later_sweep_space_replaces_an_earlier_one():
     given = ["sweep.space={model.csa_ratio: [2, 4]}"], ["sweep.space.model.csa_ratio=[2, 4]"]
     assert [load_recipe(RECIPES, key).sweep.space for key in given] == [{"model.csa_ratio": [2, 4]}] * 2

@@ -21,6 +21,7 @@ from model.costs import (
 from model.errors import ConfigError
 from model.forward.execution import Execution
 from model.mixers.mamba2 import Mamba2
+from model.wording import count
 from tests.model.networks import EXACT, SMALL, build, random_ids
 
 OPTIONS = SMALL["mixer_options"]["mamba2"]
@@ -89,7 +90,7 @@ def test_reports_of_costs_cover_recurrent_layers(layers):
     recurrent, own = layers.count("mamba2"), sum(cache_bytes_per_token(model.config).values())
     named = {step.name: step for step in steps}
     assert named["recurrent layers"].bytes_per_token == 4096 * (len(layers) - recurrent)
-    assert named["recurrent layers"].rule == f"{recurrent} mamba2 layers keep a state of fixed size"
+    assert named["recurrent layers"].rule == f"state of a fixed size in {count(recurrent, 'mamba2 layer')}"
     assert steps[-1].bytes_per_token == own and ("the model's own gqa layers" in named) == ("gqa" in layers)
     if own:
         product = math.prod(step.factor for step in steps[1:])
