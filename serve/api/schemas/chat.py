@@ -6,13 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, PlainValidator, model_validator
 
-from model.wording import quote_json
 from serve.api.schemas.base import Integer
 from serve.api.schemas.generation import GenerationRequest
 from serve.api.schemas.messages import parse_messages, parse_tools
 from serve.api.schemas.neutral_fields import CHAT_NEUTRAL_TYPES, CHAT_NEUTRAL_VALUES
 from serve.api.schemas.usage import Extension, Usage
-from serve.api.schemas.validation import field_error
+from serve.api.schemas.validation import field_error, quote_value
 
 MAX_TOP_LOGPROBS = 20
 MAX_TEMPLATE_VARIABLES = 64
@@ -20,7 +19,7 @@ MAX_TEMPLATE_VARIABLES = 64
 
 def _parse_tool_choice(value: Any) -> str:
     if value not in ("auto", "none"):
-        raise ValueError(f'expected "auto" or "none", found {quote_json(value)}; the server does not force tool calls')
+        raise ValueError(f'expected "auto" or "none", found {quote_value(value)}; the server does not force tool calls')
     return value
 
 

@@ -11,8 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from model.wording import quote_json
-from serve.api.schemas.validation import field_error, wrong_item
+from serve.api.schemas.validation import field_error, quote_value, wrong_item
 
 _NUMBER = (int, float)
 
@@ -192,7 +191,7 @@ def drop_neutral(
         if name in neutral_values:
             values = neutral_values[name]
             if not any(_equal(value, neutral) for neutral in values):
-                exception = f" except as {json.dumps(values[0])}, found {quote_json(value)}" if values else ""
+                exception = f" except as {json.dumps(values[0])}, found {quote_value(value)}" if values else ""
                 raise field_error(name, f"not supported by this server{exception}; omit the field")
         elif name in neutral_types:
             types = neutral_types[name]

@@ -14,6 +14,11 @@ _JSON_SENTENCES = {"string_type": "expected a string"} | dict.fromkeys(
 )
 
 
+def quote_value(value: Any) -> str:
+    """Return a value of a request. Lists and objects that are not empty, which can be large, are only named."""
+    return json_type(value) if isinstance(value, list | dict) and value else quote_json(value)
+
+
 def field_error(field: str, problem: str) -> PydanticCustomError:
     """Return an error that a validator of a whole model raises about one of its fields."""
     return PydanticCustomError("field", "{problem}", {"field": field, "problem": problem})
@@ -21,12 +26,12 @@ def field_error(field: str, problem: str) -> PydanticCustomError:
 
 def wrong(expected: str, found: Any) -> ValueError:
     """Return an error that a validator of one field raises about its value."""
-    return ValueError(f"expected {expected}, found {_quote(found)}")
+    return ValueError(f"expected {expected}, found {quote_value(found)}")
 
 
 def wrong_item(place: str | int, expected: str, found: Any) -> PydanticCustomError:
     """Return an error that a validator raises about an inner value: an item of a list, or a field of an object."""
-    return field_error(str(place), f"expected {expected}, found {_quote(found)}")
+    return field_error(str(place), f"expected {expected}, found {quote_value(found)}")
 
 
 def describe(item: Any) -> tuple[str, str]:
@@ -36,12 +41,7 @@ def describe(item: Any) -> tuple[str, str]:
         path.append(item["ctx"]["field"])
         problem = item["ctx"]["problem"]
     elif expected := _JSON_SENTENCES.get(item["type"]) or expectation(item):
-        problem = expected if item["type"] == "missing" else f"{expected}, found {_quote(item['input'])}"
+        problem = expected if item["type"] == "missing" else f"{expected}, found {quote_value(item['input'])}"
     else:
         problem = own_message(item)
     return f"{'.'.join(path)}: {problem}", path[0]
-
-
-def _quote(value: Any) -> str:
-    """Return a value of a request. Lists and objects that are not empty, which can be large, are only named."""
-    return json_type(value) if isinstance(value, list | dict) and value else quote_json(value)

@@ -181,7 +181,7 @@ def test_the_prediction_layer_after_the_last_is_left_out(folder):
             {"quantization_config": {"quant_method": "fp8"}},
             "'quantization_config': quantized weights are not supported",
         ),
-        ({"scoring_func": "softmax"}, "'scoring_func': expected 'sigmoid', found 'softmax'"),
+        ({"scoring_func": "softmax"}, 'scoring_func.: expected "sigmoid", found "softmax"'),
         ({"norm_topk_prob": False}, "'norm_topk_prob': expected true, found false"),
         ({"num_key_value_heads": 2}, "'num_key_value_heads': expected 4 as in 'num_attention_heads', found 2"),
         ({"q_lora_rank": None}, "'q_lora_rank' is missing"),
@@ -191,12 +191,12 @@ def test_the_prediction_layer_after_the_last_is_left_out(folder):
         ({"n_group": 3}, r"key 'n_group': 8 experts \(n_routed_experts\) do not divide into 3 groups"),
         (
             {"layer_types": ["full_attention"] * 3},
-            r"'layer_types\[0\]': expected one of indexed_attention, found 'full_",
+            r"'layer_types\[0\]': expected one of indexed_attention, found .full_",
         ),
         ({"mlp_layer_types": ["sparse", "dense", "sparse"]}, r"entry 1 \(from 0\) is 'dense' after a 'sparse' entry"),
         ({"moe_layer_freq": 2}, "'moe_layer_freq': expected 1, found 2"),
         ({"rope_parameters": {"rope_type": "default"}}, "'rope_theta' is missing, at the top level and in"),
-        ({"rope_theta": 1e4, "rope_parameters": {"rope_type": "linear"}}, "'rope_parameters.rope_type': expected 'def"),
+        ({"rope_theta": 1e4, "rope_parameters": {"rope_type": "linear"}}, "'rope_parameters.rope_type': expected .def"),
         ({"rope_parameters": {**YARN, "attention_factor": 1.1}}, "'rope_parameters.attention_factor': expected none"),
         ({"kv_lora_rank": 48}, r"kv_a.* has shape .* by 'kv_lora_rank' 48.* of config.json"),
         (
@@ -219,7 +219,7 @@ def test_what_does_not_fit_is_named(folder, changes, message):
         ({"scoring_func": "sqrtsoftplus"}, "scoring_func: a DeepSeek-V3.2 checkpoint needs 'sigmoid'"),
         ({"num_shared_experts": 0}, "num_shared_experts: .* needs at least 1, found 0"),
         ({"swiglu_limit": 10.0}, "swiglu_limit: .* needs 0.0, found 10.0"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings: .* needs False"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings: .* needs false, found true"),
         ({"ffn": "none", "first_k_dense_replace": 0}, "ffn: .* needs 'moe' or 'dense', found 'none'"),
     ],
 )

@@ -358,7 +358,7 @@ def test_an_amplitude_other_than_one_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"compress.attention_factor': expected 1.0, found null"):
         read_config(tmp_path, content)
     content["rope_parameters"]["main"]["rope_type"] = "yarn"
-    with pytest.raises(CheckpointError, match=r"main.rope_type': expected 'default', found 'yarn'"):
+    with pytest.raises(CheckpointError, match=r'main.rope_type.: expected "default", found "yarn"'):
         read_config(tmp_path, content)
 
 
