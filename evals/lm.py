@@ -28,6 +28,7 @@ from model.generation import prefill
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.tokenizer.stop_strings import StopStrings, remove_marks
 from model.tokenizer.streaming import decoding_context
+from model.wording import count, quote
 
 Tokens = tuple[int, ...]
 Item = TypeVar("Item")
@@ -200,7 +201,7 @@ class CheckpointLM(TemplateLM):
                 raise ConfigError("generation_kwargs: do_sample is not supported; decoding is greedy")
             prompt = tuple(self.tok_encode(text))
             max_new_tokens = settings["max_gen_toks"]
-            description = f"a prompt of {len(prompt)} tokens and its continuation"
+            description = f"a prompt of {count(len(prompt), 'token')} and its continuation"
             self._check_length(len(prompt) + max_new_tokens - 1, description)
             groups[max_new_tokens, tuple(settings["until"])][prompt].append(i)
 
@@ -294,7 +295,7 @@ def _parse_batch_size(batch_size: int | str, limit: int | None) -> int:
     if str(batch_size).startswith("auto"):
         return sys.maxsize if limit is None else limit
     if not str(batch_size).isdecimal() or int(batch_size) < 1:
-        raise ConfigError(f"batch_size: expected a number of prompts or auto, found {batch_size!r}")
+        raise ConfigError(f"batch_size: expected a number of prompts or auto, found {quote(batch_size)}")
     return int(batch_size)
 
 

@@ -19,6 +19,7 @@ from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
 from model.hf import is_pretrained, read_pretrained_config
 from model.tokenizer import Tokenizer, load_tokenizer
+from model.wording import count, quote
 
 API_CONTEXT = 2048
 """Context in tokens that lm-eval assumes of a server, where ``max_length`` names none; it truncates longer prompts."""
@@ -58,11 +59,12 @@ class Source:
                 )
             return self.stacked_windows
         if isinstance(distance, bool) or not isinstance(distance, int) or distance < 0:
-            raise ConfigError(f"{task}: distance: expected a number of tokens, found {distance!r}")
+            raise ConfigError(f"{task}: distance: expected a whole number of tokens, found {quote(distance)}")
         if self.config is not None and distance < self.stacked_windows:
+            windows = count(len(self.config.layers), "stacked window")
             raise ConfigError(
-                f"{task}: distance {distance} is vacuous: {len(self.config.layers)} stacked windows of "
-                f"{self.config.window} tokens reach a fact up to {self.stacked_windows} tokens before its question"
+                f"{task}: distance {distance} proves nothing, because {windows} of {self.config.window} tokens reach a "
+                f"fact up to {self.stacked_windows} tokens before its question"
             )
         return distance
 
@@ -73,8 +75,8 @@ class Source:
         entries = min(tokens // ratio for ratio in self.config.indexer_ratios.values())
         if entries <= self.config.index_topk:
             raise ConfigError(
-                f"{task}: length {length} is vacuous: there are {entries} compressed entries before the first "
-                f"question, and indexers select {self.config.index_topk} of them (index_topk)"
+                f"{task}: length {length} proves nothing, because there are {entries} compressed entries before the "
+                f"first question, and indexers select {self.config.index_topk} of them (index_topk)"
             )
 
 

@@ -19,7 +19,9 @@ from model.depth import depth_values
 from model.errors import ConfigError, unknown_key
 from model.mixers import MIXERS
 from model.mixers.base import Mixer, require
+from model.mixers.options import is_number
 from model.presets import PRESETS
+from model.wording import TYPE_NAMES, quote
 
 MAX_LAYERS = 1000
 MTP_MIXER = "sliding"
@@ -298,22 +300,20 @@ def _check_types(config: ModelConfig) -> None:
     """Raise ConfigError for values of the wrong type. Runs before range checks, which would fail on a string."""
     hints = typing.get_type_hints(ModelConfig)
     for field in dataclasses.fields(config):
-        value, hint = getattr(config, field.name), hints[field.name]
-        origin = typing.get_origin(hint)
+        value, hint, origin = getattr(config, field.name), hints[field.name], typing.get_origin(hints[field.name])
         if origin is Literal:
-            allowed = typing.get_args(hint)
-            if value not in allowed:
-                raise ConfigError(f"{field.name}: '{value}' is not one of {', '.join(map(str, allowed))}")
+            if value not in (allowed := typing.get_args(hint)):
+                raise ConfigError(f"{field.name}: {quote(value)} is not one of {', '.join(map(str, allowed))}")
         elif origin is tuple:
             for name in value:
                 if not isinstance(name, str) or name not in MIXERS:
-                    raise ConfigError(f"layers: '{name}' is not one of {', '.join(MIXERS)}")
+                    raise ConfigError(f"layers: {quote(name)} is not one of {', '.join(MIXERS)}")
         elif hint is float:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ConfigError(f"{field.name}: expected a number, found {value!r}")
+            expected = "a finite number" if isinstance(value, float) else TYPE_NAMES[float]
+            require(is_number(value), f"{field.name}: expected {expected}, found {quote(value)}")
             object.__setattr__(config, field.name, float(value))
-        elif typing.get_origin(hint) is not Mapping and type(value) is not hint:
-            raise ConfigError(f"{field.name}: expected {hint.__name__}, found {value!r}")
+        elif origin is not Mapping and type(value) is not hint:
+            raise ConfigError(f"{field.name}: expected {TYPE_NAMES[hint]}, found {quote(value)}")
 
 
 def _validate(c: ModelConfig) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from model.errors import ConfigError
 from model.presets import PRESETS
+from model.wording import quote
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,12 @@ class Family:
 def depth_values(depth: Any, family: Any = "v4") -> dict[str, Any]:
     """Return the fields of the network of ``family`` with ``depth`` layers. Raises ConfigError."""
     if not isinstance(family, str) or family not in FAMILIES:
-        raise ConfigError(f"family: expected one of {', '.join(FAMILIES)}, found {family!r}")
+        raise ConfigError(f"family: expected one of {', '.join(FAMILIES)}, found {quote(family)}")
     found = FAMILIES[family]
     least, most = found.depths[0], found.depths[-1]
     if type(depth) is not int or depth not in found.depths:
         of = "" if family == "v4" else f" for family '{family}'"
-        raise ConfigError(f"depth: expected a whole number from {least} to {most}{of}, found {depth!r}")
+        raise ConfigError(f"depth: expected a whole number from {least} to {most}{of}, found {quote(depth)}")
     return found.values(depth)
 
 

@@ -24,6 +24,7 @@ from model.mixers import MIXERS
 from model.mixers.hca import HeavilyCompressedAttention
 from model.precision import Precision
 from model.transformer import Transformer
+from model.wording import quote
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -158,25 +159,25 @@ def check_expressible(config: ModelConfig) -> None:
 
     def require(ok: bool, key: str, expected: str, found: Any) -> None:
         if not ok:
-            raise ConfigError(f"{key}: llama.cpp's {ARCHITECTURE} needs {expected}, found {found}")
+            raise ConfigError(f"{key}: llama.cpp's {ARCHITECTURE} needs {expected}, found {quote(found)}")
 
     c = config
     for name in c.layers:
         require(MIXERS[name].one_key_value, "layers", "only sliding, csa and hca layers", name)
     require(c.hyper_connections, "hyper_connections", "true", c.hyper_connections)
     require(c.hc_mult == 4, "hc_mult", "4", c.hc_mult)
-    require(c.ffn == "moe", "ffn", "'moe'", repr(c.ffn))
+    require(c.ffn == "moe", "ffn", quote("moe"), c.ffn)
     for key, needed in (
         ("first_k_dense_replace", 0),
         ("scoring_func", "sqrtsoftplus"),
         ("n_group", 1),
         ("tie_word_embeddings", False),
     ):
-        require(getattr(c, key) == needed, key, repr(needed), repr(getattr(c, key)))
+        require(getattr(c, key) == needed, key, quote(needed), getattr(c, key))
     require(c.swiglu_limit > 0, "swiglu_limit", "a limit above 0", c.swiglu_limit)
     require(c.num_shared_experts >= 1, "num_shared_experts", "at least 1", c.num_shared_experts)
     # llama.cpp divides by zero if its index-key cache is empty, or if its hca cache is and has keys of equal width.
-    require(bool(c.indexed_layers), "layers", "at least one csa layer", "none")
+    require(bool(c.indexed_layers), "layers", "at least one csa layer", c.layers)
     require(c.csa_ratio == 4, "csa_ratio", "4", c.csa_ratio)
     dims = c.index_head_dim
     require(dims >= _MIN_INDEX_HEAD_DIM, "index_head_dim", f"at least {_MIN_INDEX_HEAD_DIM}", dims)

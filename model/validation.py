@@ -9,10 +9,10 @@ _SENTENCES = {
     "missing": "missing",
     "bool_type": "expected true or false",
     "bool_parsing": "expected true or false",
-    "int_type": "expected an integer",
-    "int_parsing": "expected an integer",
-    "int_from_float": "expected an integer",
-    "int_parsing_size": "expected an integer with fewer digits",
+    "int_type": "expected a whole number",
+    "int_parsing": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "int_parsing_size": "expected a whole number with fewer digits",
     "float_type": "expected a number",
     "float_parsing": "expected a number",
     "finite_number": "expected a finite number",
@@ -49,11 +49,3 @@ def expectation(error: Mapping[str, Any]) -> str | None:
 def own_message(error: Mapping[str, Any]) -> str:
     """Return the message of an error without pydantic's prefix."""
     return error["msg"].removeprefix("Value error, ")
-
-
-def json_type(value: object) -> str:
-    """Return the type of a value read from JSON, with its article."""
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
-    return names.get(type(value), "a number")

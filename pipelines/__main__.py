@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from model.errors import ConfigError, FiftyfoldError, is_out_of_memory
+from model.wording import quote
 from pipelines.ray_runtime.signals import handle_sigterm
 from pipelines.recipe.paths import path_option
-from pipelines.recipe.quoting import shorten
 
 if TYPE_CHECKING:
     from pipelines.steps import Step
@@ -83,7 +83,7 @@ def parse(arguments: list[str]) -> Invocation:
         load_step(arguments[0]).add_options(parser)
     known, rest = parser.parse_known_args(arguments)
     if rest:
-        raise ConfigError(f"command line: {shorten(rest[0])} is neither an option nor --section.key value")
+        raise ConfigError(f"command line: {quote(rest[0])} is neither an option nor --section.key value")
     options: dict[str, Any] = vars(known)
     step, files, print_config = (options.pop(name) for name in ("step", "config", "print_config"))
     return Invocation(step, files, overrides, print_config, argparse.Namespace(**options))

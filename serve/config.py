@@ -38,7 +38,7 @@ class ServerConfig(EngineConfig, HttpConfig):
     @model_validator(mode="after")
     def _check_replicas(self) -> ServerConfig:
         if self.max_replicas is not None and self.max_replicas < self.replicas:
-            raise ValueError(f"max_replicas ({self.max_replicas}) must be at least replicas ({self.replicas})")
+            raise ValueError(f"max_replicas: must be at least replicas ({self.replicas}), found {self.max_replicas}")
         return self
 
     @property

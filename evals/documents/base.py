@@ -17,6 +17,7 @@ import numpy as np
 from evals.documents.facts import VALUES, Speller
 from model.config import ModelConfig
 from model.errors import ConfigError
+from model.wording import TYPE_NAMES, count, quote
 
 MAX_ANSWER = 10
 """Characters of the longest answer."""
@@ -72,7 +73,8 @@ class Task(ABC):
             wanted = (int, float) if "float" in str(field.type) else (int,)
             optional = value is None and "None" in str(field.type)
             if not optional and (isinstance(value, bool) or not isinstance(value, wanted)):
-                raise ConfigError(f"{self.name}: {field.name}: expected a number, found {value!r}")
+                expected = TYPE_NAMES[wanted[-1]]
+                raise ConfigError(f"{self.name}: {field.name}: expected {expected}, found {quote(value)}")
         self.check()
 
     @abstractmethod
@@ -159,12 +161,11 @@ class RetrievalTask(Task):
         text_tokens = length - rounds * question_tokens - 1 - fact_tokens  # without BOS and the inserted facts
         last_position = text_tokens - distance  # of a fact in the text
         if last_position < 1:
-            raise ConfigError(
-                f"length: {length} tokens are too few for {len(facts)} facts at least {distance} tokens before the "
-                "first question" + (f", asked {rounds} times" if rounds > 1 else "")
-            )
+            room = f"{count(len(facts), 'fact')} at least {count(distance, 'token')} before the first question"
+            asked = f", asked {rounds} times" if rounds > 1 else ""
+            raise ConfigError(f"length: {length} tokens are too few for {room}{asked}")
         if len(filler) < text_tokens:
-            raise ConfigError(f"filler: expected at least {text_tokens} tokens of text, found {len(filler)}")
+            raise ConfigError(f"filler: expected at least {count(text_tokens, 'token')} of text, found {len(filler)}")
         if plan.depth is not None:
             positions = [round(plan.depth * last_position)] * len(facts)
         else:

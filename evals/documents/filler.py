@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from evals.documents.facts import RESERVED
 from model.errors import DataError
 from model.tokenizer import Tokenizer, load_tokenizer
+from model.wording import count
 
 MIN_CHARACTERS = 1_000_000
 """Amount of text from which fillers are sampled; more for longer documents."""
@@ -36,7 +37,9 @@ class Filler:
     def sample(self, rng: random.Random, length: int) -> np.ndarray:
         """Return ``length`` tokens from a random position, int32. Raises DataError if the text is too short."""
         if length > len(self._tokens):
-            raise DataError(f"filler: {len(self._tokens)} tokens of text are too few for documents of {length} tokens")
+            raise DataError(
+                f"filler: expected text for documents of {length} tokens, found {count(len(self._tokens), 'token')}"
+            )
         start = rng.randrange(len(self._tokens) - length + 1)
         return self._tokens[start : start + length]
 

@@ -10,6 +10,7 @@ from evals.documents.base import Task
 from model.errors import ConfigError, DataError
 from model.tokenizer import Tokenizer
 from model.tokenizer.base import REPLACEMENT
+from model.wording import count
 
 MAX_SHIFTS = 64
 """Tokens by which the start of a span may move to a place where encoding both sides apart changes nothing."""
@@ -40,8 +41,8 @@ class Perplexity(Task):
         end = round(self.depth * (length - 1))  # without BOS
         if end - self.tokens < 1:
             raise ConfigError(
-                f"{self.name}: length {length} is vacuous: the {self.tokens} tokens before depth {self.depth:g} have "
-                "no context; raise the length or the depth, or lower tokens"
+                f"{self.name}: length {length} is too short, because the {count(self.tokens, 'token')} before depth "
+                f"{self.depth:g} have no context; raise the length or the depth, or lower tokens"
             )
         begin = rng.randrange(len(text) - (length - 1) + 1)
         # A slice of tokens may cut characters at its ends.

@@ -28,6 +28,7 @@ from evals.documents.perplexity import Perplexity
 from evals.source import Source, load_source
 from model.errors import ConfigError
 from model.tokenizer import Tokenizer
+from model.wording import count, quote
 
 MAX_ATTEMPTS = 20
 
@@ -49,7 +50,9 @@ def retrieval_questions(
     distance = source.distance(task, metadata.get("distance"))
     lengths = built.lengths(length)
     if samples < built.fewest_samples:
-        raise ConfigError(f"{task}: {samples} samples are too few for one document of each of {len(lengths)} lengths")
+        raise ConfigError(
+            f"{task}: samples: expected at least one document of each of {len(lengths)} lengths, found {samples}"
+        )
     speller = Speller(source.tokenizer)
     speller.check()
     filler = read_filler(metadata.get("data"), source.tokenizer, length)
@@ -96,7 +99,7 @@ def _settings(task: Task) -> str:
 def _check_counts(task: str, **counts: Any) -> None:
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{task}: {name}: expected a number of at least 1, found {value!r}")
+            raise ConfigError(f"{task}: {name}: expected a whole number of at least 1, found {quote(value)}")
 
 
 def _generate(
@@ -140,5 +143,5 @@ def _find_problem(document: Document, text: str, body: str, tokenizer: Tokenizer
     after = body[place + len("".join(document.facts[-1])) :]
     between = len(tokenizer.encode(after))
     if between < distance:
-        return f"length: a fact is {between} tokens before the first question, closer than {distance} tokens"
+        return f"length: a fact is {count(between, 'token')} before the first question, closer than {distance:,}"
     return ""

@@ -14,6 +14,7 @@ from torch import Tensor
 from model.atomic_files import atomic_file
 from model.cache import Cache
 from model.errors import MALFORMED, CacheError
+from model.wording import count
 
 FORMAT_VERSION = "1"
 
@@ -71,7 +72,7 @@ def restore_cache(cache: Cache, path: str | Path) -> None:
                 f"{path}: saved with another model configuration: {key} is {model.get(key)} there, {ours.get(key)} here"
             )
     if rewind != cache.rewind:
-        raise CacheError(f"{path}: saved with a rewind of {rewind} tokens, the cache has {cache.rewind}")
+        raise CacheError(f"{path}: saved with a rewind of {count(rewind, 'token')}, the cache has {cache.rewind}")
     cache.begin(1, length)
     cache.advance()
     try:

@@ -25,6 +25,7 @@ from model.distributed.fsdp import local_state, set_local_state
 from model.errors import MALFORMED, CheckpointError, ConfigError
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
+from model.wording import quote_json
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -115,9 +116,9 @@ def _read_config(folder: Path) -> tuple[ModelConfig, ShardSet | None]:
     except MALFORMED as error:
         raise CheckpointError(f"{path}: not a checkpoint configuration ({error})") from error
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format version {version!r} is not the supported {FORMAT_VERSION}")
+        raise CheckpointError(f"{path}: format version {quote_json(version)} is not the supported {FORMAT_VERSION}")
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: 'model' is not a mapping")
+        raise CheckpointError(f"{path}: 'model': expected an object, found {quote_json(values)}")
     shards = _read_shard_set(path, content)
     try:
         return ModelConfig.from_dict(values), shards
@@ -134,7 +135,7 @@ def _read_shard_set(path: Path, content: dict[str, Any]) -> ShardSet | None:
         return None
     count, save_id = (values.get("count"), values.get(id_key)) if isinstance(values, dict) else (None, None)
     if type(count) is not int or not isinstance(save_id, str):
-        raise CheckpointError(f"{path}: '{key}' is not a mapping of 'count' and '{id_key}'")
+        raise CheckpointError(f"{path}: '{key}' is not an object of 'count' and '{id_key}'")
     if count < 1:
         raise CheckpointError(f"{path}: '{key}.count' is {count}, expected at least 1")
     return ShardSet(count, save_id, legacy)

@@ -8,6 +8,7 @@ from model.config import ModelConfig
 from model.costs.references import CostModel, costs_of
 from model.depth import FAMILIES
 from model.errors import ConfigError
+from model.wording import count
 from model.work import Work
 
 COMPARED = tuple(name for name, family in FAMILIES.items() if family.mixers is not None)
@@ -38,9 +39,10 @@ def family_costs(config: ModelConfig, name: str) -> CostModel:
         for mixer, values in found.mixer_options.items()
     }
     sizes = "; ".join(f"{mixer}: {listed}" for mixer, listed in options.items() if listed)
-    sizes = sizes or f"{found.num_kv_heads} key-value heads of {found.head_dim} dims"
-    rule = f"{found.num_layers} layers, {found.num_heads} heads; {sizes}; the model's width and feed-forward"
-    return dataclasses.replace(costs_of(found), name=FAMILIES[name].title, rule=f"{rule}, plain residuals")
+    sizes = sizes or f"{count(found.num_kv_heads, 'key-value head')} of {found.head_dim} dims"
+    shape = f"{count(found.num_layers, 'layer')}, {count(found.num_heads, 'head')}; {sizes}"
+    rule = f"{shape}; the model's width and feed-forward, plain residuals"
+    return dataclasses.replace(costs_of(found), name=FAMILIES[name].title, rule=rule)
 
 
 def ssa_costs(config: ModelConfig, density: float = SSA_DENSITY) -> CostModel:

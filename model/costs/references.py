@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from model.config import CACHE_FORMATS, ModelConfig
 from model.costs.cache import cache_bytes_per_token, fixed_state_bytes
 from model.costs.flops import decode_work
+from model.wording import count
 from model.work import Work
 
 FLOAT32_BYTES = 4
@@ -91,8 +92,8 @@ def gqa8_costs(config: ModelConfig) -> CostModel:
     return dataclasses.replace(
         costs,
         name="GQA-8 (BF16)",
-        rule=f"{config.num_layers} layers, {standard.num_heads} query and 8 key-value heads of 128: 4,096 bytes per "
-        "token and layer; the model's width, feed-forward and head, plain residuals; every product BF16",
+        rule=f"{count(config.num_layers, 'layer')}, {standard.num_heads} query and 8 key-value heads of 128: 4,096 "
+        "bytes per token and layer; the model's width, feed-forward and head, plain residuals; every product BF16",
         work=lambda tokens: [dataclasses.replace(work, format="bf16") for work in costs.work(tokens)],
     )
 

@@ -11,6 +11,7 @@ from model.costs.cache import cache_bytes_per_token
 from model.costs.references import GQA_HEAD_DIM, GQA_HEADS, times
 from model.mixers.base import Mixer
 from model.precision import index_layout, main_layout
+from model.wording import count
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,15 @@ def waterfall(config: ModelConfig, muon: bool = True) -> tuple[Step, ...]:
     compressed = Counter(mixer for mixer in one_key_value if growing[mixer])
     shared, forgetting = len(one_key_value), len(one_key_value) - compressed.total()
     kept = sum(_bytes_per_token(growing[mixer]) for mixer in standard)
-    entries = sum(count / growing[mixer][0].ratio for mixer, count in compressed.items())
+    entries = sum(number / growing[mixer][0].ratio for mixer, number in compressed.items())
     indexed = [ratio for layer, ratio in config.indexer_ratios.items() if config.mixers[layer].one_key_value]
     keys = sum(1 / ratio for ratio in indexed)
-    ratios = [f"{count} {mixer.name} at 1/{growing[mixer][0].ratio}" for mixer, count in compressed.items()]
+    ratios = [f"{number} {mixer.name} at 1/{growing[mixer][0].ratio}" for mixer, number in compressed.items()]
     stages: list[tuple[str, float, str]] = [
         (
             "GQA-8, BF16",
             4.0 * GQA_HEADS * GQA_HEAD_DIM * config.num_layers,
-            f"{config.num_layers} layers x 2 x 8 heads x 128 dims x 2 bytes",
+            f"{count(config.num_layers, 'layer')} x 2 x 8 heads x 128 dims x 2 bytes",
         )
     ]
     if recurrent:
@@ -57,7 +58,7 @@ def waterfall(config: ModelConfig, muon: bool = True) -> tuple[Step, ...]:
             (
                 "recurrent layers",
                 (config.num_layers - len(recurrent)) * stages[0][1] / config.num_layers,
-                f"{len(recurrent)} {names} layers keep a state of fixed size",
+                f"state of a fixed size in {count(len(recurrent), f'{names} layer')}",
             )
         )
     if standard:
@@ -66,8 +67,9 @@ def waterfall(config: ModelConfig, muon: bool = True) -> tuple[Step, ...]:
                 f"the model's own {_names(standard)} layers",
                 kept + shared * stages[0][1] / config.num_layers,
                 ", ".join(
-                    f"{count} {mixer.name} layers x {_bytes_per_token(growing[mixer]):,g} bytes per token in BF16"
-                    for mixer, count in Counter(standard).items()
+                    f"{count(number, f'{mixer.name} layer')} x {_bytes_per_token(growing[mixer]):,g} bytes per token "
+                    "in BF16"
+                    for mixer, number in Counter(standard).items()
                 ),
             )
         )
@@ -76,12 +78,12 @@ def waterfall(config: ModelConfig, muon: bool = True) -> tuple[Step, ...]:
             (
                 "one head with a shared key and value",
                 kept + shared * main,
-                f"{shared} layers x {config.head_dim} dims x 2 bytes, every token",
+                f"{count(shared, 'layer')} x {config.head_dim} dims x 2 bytes, every token",
             ),
             (
                 "windows: sliding layers drop old tokens",
                 kept + (shared - forgetting) * main,
-                f"{forgetting} layers keep {config.window} tokens, which is fixed state",
+                f"fixed state of {count(config.window, 'token')} in {count(forgetting, 'layer')}",
             ),
             (
                 "compression: csa and hca",
@@ -91,7 +93,7 @@ def waterfall(config: ModelConfig, muon: bool = True) -> tuple[Step, ...]:
             (
                 "index keys, BF16",
                 kept + entries * main + keys * index,
-                f"{len(indexed)} layers x {config.index_head_dim} dims x 2 bytes"
+                f"{count(len(indexed), 'layer')} x {config.index_head_dim} dims x 2 bytes"
                 + (f" at 1/{indexed[0]}" if indexed else ""),
             ),
             (
@@ -107,9 +109,9 @@ def waterfall(config: ModelConfig, muon: bool = True) -> tuple[Step, ...]:
         ]
     total = sum(cache_bytes_per_token(config).values())
     packed = {mixer: _bytes_per_token(_growing(mixer, config)) for mixer in dict.fromkeys(standard)}
-    for mixer, count in Counter(standard).items():
+    for mixer, number in Counter(standard).items():
         if packed[mixer] != _bytes_per_token(growing[mixer]):
-            before = stages[-1][1] + count * (packed[mixer] - _bytes_per_token(growing[mixer]))
+            before = stages[-1][1] + number * (packed[mixer] - _bytes_per_token(growing[mixer]))
             rule = f"{packed[mixer]:,g} bytes per token and layer, scales included"
             stages.append((f"{mixer.name} layers in {_formats(config, *mixer.formats)}", before, rule))
     if muon:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +10,8 @@ from typing import Any
 
 from model.config import MAX_LAYERS, ModelConfig
 from model.errors import CheckpointError, ConfigError
+from model.mixers.options import is_number
+from model.wording import quote_json
 
 
 class ConfigReader:
@@ -22,11 +24,11 @@ class ConfigReader:
         return CheckpointError(f"{self.path}: {message}")
 
     def wrong(self, key: str, expected: str, found: Any) -> CheckpointError:
-        return self.error(f"key '{key}': expected {expected}, found {found!r}")
+        return self.error(f"key '{key}': expected {expected}, found {quote_json(found)}")
 
     def missing(self, *keys: str) -> CheckpointError:
         """Return the error for a key, or for alternative keys, none of which exists. It names the same keys of inner
-        mappings."""
+        objects."""
         nested = [
             f"'{outer}.{key}'"
             for key in keys
@@ -49,7 +51,7 @@ class ConfigReader:
     def integer(self, key: str, default: int | None = None) -> int:
         value = self.require(key) if default is None else self.content.get(key, default)
         if type(value) is not int:
-            raise self.wrong(key, "an integer", value)
+            raise self.wrong(key, "a whole number", value)
         return value
 
     def layer_count(self) -> int:
@@ -61,7 +63,7 @@ class ConfigReader:
 
     def number(self, key: str, mapping: dict[str, Any] | None = None, inside: str = "") -> float:
         value = self.require(key) if mapping is None else mapping.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not is_number(value):
             raise self.wrong(f"{inside}{key}", "a number", value)
         return float(value)
 
@@ -72,12 +74,12 @@ class ConfigReader:
         return value
 
     def mapping(self, key: str) -> dict[str, Any]:
-        """Return the mapping under ``key``; empty if the key is missing."""
+        """Return the object under ``key``; empty if the key is missing."""
         value = self.content.get(key)
         if value is None:
             return {}
         if not isinstance(value, dict):
-            raise self.wrong(key, "a mapping", value)
+            raise self.wrong(key, "an object", value)
         return value
 
     def one_per_layer(self, key: str, layers: int, known: tuple[str, ...]) -> list[str]:
@@ -96,7 +98,7 @@ class ConfigReader:
         """Check keys of which the network implements one value, which is also the default."""
         for key, expected in values.items():
             if self.content.get(key, expected) != expected:
-                raise self.wrong(key, repr(expected), self.content[key])
+                raise self.wrong(key, json.dumps(expected), self.content[key])
 
     def build(self, fields: dict[str, Any], key_of: Mapping[str, str]) -> ModelConfig:
         """Return the configuration with these fields. Errors use the file's keys, ``key_of`` our names."""

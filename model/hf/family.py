@@ -11,6 +11,7 @@ from model.config import CACHE_FORMATS, ModelConfig
 from model.errors import ConfigError
 from model.hf.config_reader import ConfigReader
 from model.hf.tensors import Layout, Source
+from model.wording import quote
 
 OWN_KEY = "fiftyfold"
 """Key for fields without a published counterpart, :attr:`Family.own_fields`."""
@@ -67,7 +68,7 @@ class Family:
         """Add the fields and options under :data:`OWN_KEY`."""
         own, known = r.content.get(OWN_KEY, {}), (*self.own_fields, *self.own_options)
         if not isinstance(own, dict) or set(own) - set(known):
-            raise r.wrong(OWN_KEY, f"a mapping of {', '.join(known)}", own)
+            raise r.wrong(OWN_KEY, f"an object of {', '.join(known)}", own)
         for name, value in own.items():
             if name in self.own_options:
                 fields["mixer_options"].setdefault(self.own_options[name], {})[name] = value
@@ -108,12 +109,12 @@ class Family:
             self.require(config.mtp_layers == 0, "mtp_layers", "0", config.mtp_layers)
         for field, value in self.needs.items():
             found = getattr(config, field)
-            self.require(found == value, field, repr(value), repr(found))
+            self.require(found == value, field, quote(value), found)
 
     def require(self, ok: bool, key: str, expected: str, found: Any) -> None:
         """Raise ConfigError for the field ``key`` unless ``ok``."""
         if not ok:
-            raise ConfigError(f"{key}: a {self.title} checkpoint needs {expected}, found {found}")
+            raise ConfigError(f"{key}: a {self.title} checkpoint needs {expected}, found {quote(found)}")
 
     # --- tensors
 

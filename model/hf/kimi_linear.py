@@ -159,7 +159,7 @@ class KimiLinear(Family):
         check_feed_forward(self, config)
         if _LATENT in config.layers:
             rope = config.mixer_options[_LATENT]["rope"]
-            self.require(not rope, f"mixer_options.{_LATENT}.rope", "False", rope)
+            self.require(not rope, f"mixer_options.{_LATENT}.rope", "false", rope)
 
     def detect_layout(self, names: Iterable[str]) -> Layout:
         return "modules" if any(name.endswith(_STACKED) for name in names) else "transformers"
@@ -180,7 +180,7 @@ def _read_delta(r: ConfigReader) -> dict[str, Any]:
         name = _RELEASED_DELTA_KEYS[option]
         value = released[name] if name in released else r.integer(key)
         if type(value) is not int:
-            raise r.wrong(f"linear_attn_config.{name}", "an integer", value)
+            raise r.wrong(f"linear_attn_config.{name}", "a whole number", value)
         found[option] = value
     return found
 

@@ -86,5 +86,5 @@ def check_keys(r: ConfigReader) -> None:
 
 def check_feed_forward(family: Family, config: ModelConfig) -> None:
     """Raise ConfigError unless the format has the feed-forward blocks of the network."""
-    family.require(config.ffn != "none", "ffn", "'moe' or 'dense'", repr(config.ffn))
+    family.require(config.ffn != "none", "ffn", "'moe' or 'dense'", config.ffn)
     family.require(config.num_shared_experts >= 1, "num_shared_experts", "at least 1", config.num_shared_experts)

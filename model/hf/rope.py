@@ -34,12 +34,12 @@ def read_yarn(r: ConfigReader, scaling: dict[str, Any], inside: str) -> dict[str
     if kind == "default":
         return {}
     if kind != "yarn":
-        raise r.wrong(f"{inside}{key}", "'default' or 'yarn'", kind)
+        raise r.wrong(f"{inside}{key}", '"default" or "yarn"', kind)
     if scaling.get("truncate", True) is not True:
         raise r.wrong(f"{inside}truncate", "true", scaling["truncate"])
     original = scaling.get("original_max_position_embeddings")
     if type(original) is not int:
-        raise r.wrong(f"{inside}original_max_position_embeddings", "an integer", original)
+        raise r.wrong(f"{inside}original_max_position_embeddings", "a whole number", original)
     defaults = {"beta_fast": 32.0, "beta_slow": 1.0, **scaling}
     return {
         "yarn_factor": r.number("factor", scaling, inside),

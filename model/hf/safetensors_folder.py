@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.errors import MALFORMED, CheckpointError
-from model.validation import json_type
+from model.wording import count, json_type
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
@@ -94,7 +94,7 @@ def list_tensors(folder: Path, report: Callable[[str], None] = print) -> dict[st
 def _read_weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{index}: key 'weight_map' is not a mapping of tensor names to files")
+        raise CheckpointError(f"{index}: key 'weight_map' is not an object of tensor names to files")
     return weight_map
 
 
@@ -105,7 +105,7 @@ def _read_shards(folder: Path, weight_map: dict[str, str]) -> dict[str, TensorHe
         if Path(shard).name != shard:
             raise CheckpointError(f"{index}: shard '{shard}' is not a file name in this folder")
     if missing := [shard for shard in shards if not _exists(folder / shard)]:
-        raise CheckpointError(f"{index}: names {len(shards)} shards, of which missing: {_shortened(missing)}")
+        raise CheckpointError(f"{index}: names {count(len(shards), 'shard')}, of which missing: {_shortened(missing)}")
     found: dict[str, TensorHeader] = {}
     for shard in shards:
         for name, stored in _read_header(folder / shard).items():

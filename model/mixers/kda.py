@@ -30,6 +30,7 @@ from model.mixers.base import require
 from model.mixers.options import check_count
 from model.mixers.recurrent import RecurrentMixer, draw_rates, draw_steps
 from model.mixers.short_convolution import ShortConvolution
+from model.wording import quote
 from model.work import Work
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class KimiDeltaAttention(RecurrentMixer):
         chunk = o["chunk_size"]
         require(
             type(chunk) is int and 1 <= chunk < 1 << 31 and chunk.bit_count() == 1,
-            f"{key}.chunk_size: expected a power of two, found {chunk!r}",
+            f"{key}.chunk_size: expected a power of two, found {quote(chunk)}",
         )
         super().check(config)
 

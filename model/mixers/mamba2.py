@@ -24,6 +24,7 @@ from model.mixers.base import require
 from model.mixers.options import check_count, check_flag, check_number, is_number
 from model.mixers.recurrent import RecurrentMixer, draw_rates, draw_steps
 from model.mixers.short_convolution import ShortConvolution
+from model.wording import quote
 from model.work import Work
 
 if TYPE_CHECKING:
@@ -112,13 +113,13 @@ class Mamba2(RecurrentMixer):
     @staticmethod
     def _check_steps(key: str, o: Any) -> None:
         low, high, limit = o["time_step_min"], o["time_step_max"], o["time_step_limit"]
-        require(is_number(low) and low > 0, f"{key}.time_step_min: expected a number above 0, found {low!r}")
+        require(is_number(low) and low > 0, f"{key}.time_step_min: expected a number above 0, found {quote(low)}")
         check_number(f"{key}.time_step_max", high, least=low)
         pair = isinstance(limit, list) and len(limit) == 2 and is_number(limit[0]) and limit[0] >= 0
         require(
             pair and (limit[1] is None or (is_number(limit[1]) and limit[1] > limit[0])),
             f"{key}.time_step_limit: expected two rising numbers of at least 0, the second null for no limit, "
-            f"found {limit!r}",
+            f"found {quote(limit)}",
         )
 
     @staticmethod
@@ -126,7 +127,8 @@ class Mamba2(RecurrentMixer):
         expand, heads, head_dim, groups = (o[name] for name in ("expand", "num_heads", "head_dim", "n_groups"))
         require(
             expand is None or (is_number(expand) and expand > 0 and float(hidden * expand).is_integer()),
-            f"{key}.expand: expected a number above 0 that makes hidden_size {hidden} a whole number, found {expand!r}",
+            f"{key}.expand: expected a number above 0 that makes hidden_size {hidden} a whole number, "
+            f"found {quote(expand)}",
         )
         if heads is not None:
             check_count(f"{key}.num_heads", heads)

@@ -29,6 +29,7 @@ from model.mixers.base import Mixer, StoredFormat, require, yarn_of
 from model.mixers.batch_invariant import invariant_attention
 from model.mixers.options import check_count, check_flag, check_number
 from model.precision import FORMAT_BITS
+from model.wording import quote
 from model.work import Work
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class MultiHeadLatentAttention(Mixer):
         rope_dims, least = sizes.qk_rope_head_dim, 2 if sizes.rope else 0
         require(
             type(rope_dims) is int and least <= rope_dims < 1 << 31 and rope_dims % 2 == 0,
-            f"{key}.qk_rope_head_dim: expected an even number of at least {least}, found {rope_dims!r}",
+            f"{key}.qk_rope_head_dim: expected an even number of at least {least}, found {quote(rope_dims)}",
         )
         for name in ("mscale", "mscale_all_dim"):
             check_number(f"{key}.{name}", getattr(sizes, name))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 from model.mixers.base import require
+from model.wording import quote
 
 _MOST = (1 << 31) - 1
 
@@ -16,19 +17,19 @@ def check_count(key: str, value: Any, least: int = 1, optional: bool = False) ->
     counts = type(value) is int and least <= value <= _MOST
     most = f" and at most {_MOST}" * (type(value) is int and value > _MOST)
     expected = f"a whole number of at least {least}{most}{' or null' * optional}"
-    require(counts or (optional and value is None), f"{key}: expected {expected}, found {value!r}")
+    require(counts or (optional and value is None), f"{key}: expected {expected}, found {quote(value)}")
 
 
 def check_flag(key: str, value: Any) -> None:
     """Raise ConfigError unless ``value`` is a bool."""
-    require(isinstance(value, bool), f"{key}: expected true or false, found {value!r}")
+    require(isinstance(value, bool), f"{key}: expected true or false, found {quote(value)}")
 
 
 def check_number(key: str, value: Any, least: float = 0) -> None:
     """Raise ConfigError unless ``value`` is a finite number of at least ``least``."""
-    require(is_number(value) and value >= least, f"{key}: expected a number of at least {least}, found {value!r}")
+    require(is_number(value) and value >= least, f"{key}: expected a number of at least {least}, found {quote(value)}")
 
 
 def is_number(value: Any) -> bool:
-    """Return whether ``value`` is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Return whether ``value`` is a finite number, of a size that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -16,6 +16,7 @@ from model.layers.linear import Linear
 from model.mixers.base import Mixer, StoredFormat
 from model.mixers.options import check_count
 from model.mixers.short_convolution import ShortConvolution
+from model.wording import quote
 
 if TYPE_CHECKING:
     from model.cache.layer_cache import LayerCache
@@ -55,7 +56,7 @@ class RecurrentMixer(Mixer):
         state_format = o["state_format"]
         if not isinstance(state_format, str) or state_format not in STATE_FORMATS:
             known = ", ".join(STATE_FORMATS)
-            raise ConfigError(f"{key}.state_format: expected one of {known}, found {state_format!r}")
+            raise ConfigError(f"{key}.state_format: expected one of {known}, found {quote(state_format)}")
 
     @classmethod
     def state_dtype(cls, config: ModelConfig) -> torch.dtype:

@@ -11,6 +11,7 @@ import torch
 from kernels.hardware import multiplies_bf16_fast
 from kernels.newton_schulz import V4_COEFFICIENTS
 from model.errors import ConfigError
+from model.wording import quote
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,15 @@ class OptimizerConfig:
         for name in ("learning_rate", "adamw_learning_rate", "indexer_learning_rate", "rms", "eps"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ConfigError(f"{name}: must be positive, found {value}")
+                raise ConfigError(f"{name}: expected a finite number above 0, found {quote(value)}")
         if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
-            raise ConfigError(f"weight_decay: must be 0 or more, found {self.weight_decay}")
-        for name, value in (("momentum", self.momentum), ("beta1", self.betas[0]), ("beta2", self.betas[1])):
+            raise ConfigError(f"weight_decay: expected a finite number of at least 0, found {quote(self.weight_decay)}")
+        for name, value in (("momentum", self.momentum), ("betas.0", self.betas[0]), ("betas.1", self.betas[1])):
             if not 0 <= value < 1:
-                raise ConfigError(f"{name}: must lie in [0, 1), found {value}")
+                raise ConfigError(f"{name}: must be at least 0 and below 1, found {quote(value)}")
         if not self.ns_coefficients or not all(math.isfinite(x) for step in self.ns_coefficients for x in step):
             raise ConfigError(
-                f"ns_coefficients: expected at least one step of finite (a, b, c), found {list(self.ns_coefficients)}"
+                f"ns_coefficients: expected at least one step of finite (a, b, c), found {quote(self.ns_coefficients)}"
             )
 
     def on(self, device: torch.device) -> OptimizerConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,6 +143,11 @@ class HuggingFaceTokenizer(Tokenizer):
         with no other."""
         if not self._vocabulary:
             raise ConfigError(f"tokenizer {self.path}: has no tokens")
+        vocabulary = self._content["model"]["vocab"]
+        if isinstance(vocabulary, list):
+            vocabulary = {name: token_id for token_id, (name, _) in enumerate(vocabulary)}
+        # First, because the library numbers added tokens by the size of a vocabulary.
+        self._names_of({**vocabulary, **{token["content"]: token["id"] for token in self._declared_tokens}})
         for token in self._declared_tokens:
             found = self._vocabulary.get(token["content"])
             if found != token["id"]:
@@ -150,8 +155,12 @@ class HuggingFaceTokenizer(Tokenizer):
                     f"tokenizer {self.path}: added token '{token['content']}' has ID {token['id']}, but the tokenizers "
                     f"library reads it as {found}; IDs of added tokens must continue those of the vocabulary"
                 )
+        return self._names_of(self._vocabulary)
+
+    def _names_of(self, vocabulary: Mapping[str, int]) -> dict[int, str]:
+        """Return tokens by ID. Raises ConfigError for an ID that is too large or has two tokens."""
         names: dict[int, str] = {}
-        for name, token_id in self._vocabulary.items():
+        for name, token_id in vocabulary.items():
             if token_id > MAX_TOKEN_ID:
                 raise ConfigError(f"tokenizer {self.path}: token '{name}' has ID {token_id}, above {MAX_TOKEN_ID}")
             if token_id in names:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from model.errors import ConfigError
-from model.validation import json_type
+from model.wording import json_type, quote_json
 
 TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
 GENERATION_CONFIG, CONFIG = "generation_config.json", "config.json"
@@ -70,10 +70,12 @@ class SideFiles:
         """Return the declared token IDs of a key, in order. Negative IDs stand for none."""
         value = self.generation_config.get(key)
         values = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(item) is int for item in values):
-            raise ConfigError(
-                f"{self.folder}: {key} of {GENERATION_CONFIG} or {CONFIG} is {value!r}, not a token ID or a list"
-            )
+        for item in values:
+            if type(item) is not int:
+                raise ConfigError(
+                    f"{self.folder}: {key} of {GENERATION_CONFIG} or {CONFIG}: expected a token ID or a list of token "
+                    f"IDs, found {quote_json(item)}"
+                )
         return [item for item in values if item >= 0]
 
     def special_names(self) -> set[str]:
@@ -120,15 +122,23 @@ class SideFiles:
         """Return the entries of ``added_tokens_decoder`` in the form of ``tokenizer.json``."""
         decoder = self.tokenizer_config.get("added_tokens_decoder") or {}
         tokens = []
-        for key, token in decoder.items() if isinstance(decoder, dict) else [("", decoder)]:
-            if not (
-                key.isdecimal() and len(key) < 20 and isinstance(token, dict) and isinstance(token.get("content"), str)
-            ):
-                raise ConfigError(f"{self.folder / TOKENIZER_CONFIG}: added_tokens_decoder: not a token ({token!r})")
+        if not isinstance(decoder, dict):
+            raise self._wrong_token("added_tokens_decoder", "an object of tokens by ID", decoder)
+        for key, token in decoder.items():
+            place = f"added_tokens_decoder[{quote_json(key)}]"
+            if not (key.isdecimal() and len(key) < 20):
+                raise self._wrong_token("added_tokens_decoder", "token IDs as keys", key)
+            if not isinstance(token, dict):
+                raise self._wrong_token(place, "an object", token)
+            if not isinstance(token.get("content"), str):
+                raise self._wrong_token(f"{place}.content", "a string", token.get("content"))
             flags = {name: token.get(name) is True for name in ("single_word", "lstrip", "rstrip", "special")}
             normalized = token.get("normalized", not flags["special"]) is True
             tokens.append({"id": int(key), "content": token["content"], **flags, "normalized": normalized})
         return tokens
+
+    def _wrong_token(self, key: str, expected: str, found: Any) -> ConfigError:
+        return ConfigError(f"{self.folder / TOKENIZER_CONFIG}: {key}: expected {expected}, found {quote_json(found)}")
 
     def with_tokens(self, bos_token: str, eos_token: str) -> SideFiles:
         """Return files that declare these tokens."""
@@ -206,4 +216,4 @@ def _token_names(file: Path, key: str, value: Any) -> Iterator[str]:
         for item in value:
             yield from _token_names(file, key, item)
     elif value is not None:
-        raise ConfigError(f"{file}: {key}: expected a token or a list of tokens, found {value!r}")
+        raise ConfigError(f"{file}: {key}: expected a token or a list of tokens, found {quote_json(value)}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import ConfigError
+from model.wording import quote_json
 
 UNUSED = ("truncation", "padding")
 """Settings of one use of a vocabulary, with other lengths than ours."""
@@ -19,7 +20,7 @@ def without_settings(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     """
     model = content.get("model")
     if not isinstance(model, dict):
-        raise _wrong(path, "model", "a mapping", model)
+        raise _wrong(path, "model", "an object", model)
     _check_added_tokens(path, content.get("added_tokens"))
     _check_vocabulary(path, model.get("vocab"))
     if "dropout" in model:
@@ -35,9 +36,9 @@ def _check_added_tokens(path: Path, tokens: Any) -> None:
     for place, token in enumerate(tokens):
         key = f"added_tokens[{place}]"
         if not isinstance(token, dict):
-            raise _wrong(path, key, "a mapping", token)
+            raise _wrong(path, key, "an object", token)
         if not isinstance(token.get("content"), str):
-            raise _wrong(path, f"{key}.content", "text", token.get("content"))
+            raise _wrong(path, f"{key}.content", "a string", token.get("content"))
         if type(token.get("id")) is not int or token["id"] < 0:
             raise _wrong(path, f"{key}.id", "a token ID", token.get("id"))
 
@@ -47,7 +48,7 @@ def _check_vocabulary(path: Path, vocabulary: Any) -> None:
     if isinstance(vocabulary, dict):
         for token, token_id in vocabulary.items():
             if type(token_id) is not int or token_id < 0:
-                raise _wrong(path, f"model.vocab[{_shortened(token)}]", "a token ID", token_id)
+                raise _wrong(path, f"model.vocab[{quote_json(token)}]", "a token ID", token_id)
     elif isinstance(vocabulary, list):
         for place, item in enumerate(vocabulary):
             if not (
@@ -55,13 +56,8 @@ def _check_vocabulary(path: Path, vocabulary: Any) -> None:
             ):
                 raise _wrong(path, f"model.vocab[{place}]", "a token and its score", item)
     else:
-        raise _wrong(path, "model.vocab", "a mapping or a list", vocabulary)
+        raise _wrong(path, "model.vocab", "an object or a list", vocabulary)
 
 
 def _wrong(path: Path, key: str, expected: str, found: Any) -> ConfigError:
-    return ConfigError(f"tokenizer {path}: {key}: expected {expected}, found {_shortened(found)}")
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+    return ConfigError(f"tokenizer {path}: {key}: expected {expected}, found {quote_json(found)}")

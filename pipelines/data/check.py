@@ -8,8 +8,8 @@ from pathlib import Path
 
 from model.errors import ConfigError, DataError
 from model.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
+from model.wording import quote
 from pipelines.data.manifest import Manifest, file_sha256
-from pipelines.recipe.quoting import shorten
 from pipelines.recipe.schema import DataSection, Recipe
 
 
@@ -26,7 +26,7 @@ def check_prepared(recipe: Recipe, manifest: Manifest) -> Recipe:
     for key, value in recipe.data.content().items():
         if value != prepared.get(key):
             raise ConfigError(
-                f"data.{key}: {shorten(value)}, but {folder} was prepared with {shorten(prepared.get(key))}; prepare "
+                f"data.{key}: {quote(value)}, but {folder} was prepared with {quote(prepared.get(key))}; prepare "
                 "under another data.name"
             )
     chosen = recipe.data.bos_token is not None or recipe.data.eos_token is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,6 +122,16 @@ def _weighted_tasks(recipe: Recipe) -> list[tuple[RetrievalTask, float]]:
             try:
                 task = RETRIEVAL_TASKS[name].create(data.settings_of(name), recipe.model)
             except ConfigError as error:
-                raise ConfigError(f"data.task_settings: {error}") from None
+                raise name_setting(error) from None
             tasks.append((task, weight / total))
     return tasks
+
+
+def name_setting(error: ConfigError) -> ConfigError:
+    """Return an error about a task's setting, such as "mqar: pairs must be ...", with the recipe's key instead."""
+    task, _, rest = str(error).partition(": ")
+    setting = re.match(r"\w+", rest)
+    if task not in TASKS or setting is None or setting[0] not in TASKS[task].settings():
+        return ConfigError(f"data.task_settings: {error}")
+    key = "data.pairs" if (task, setting[0]) == ("mqar", "pairs") else f"data.task_settings.{task}.{setting[0]}"
+    return ConfigError(f"{key}: {rest[setting.end() :].lstrip(': ')}")

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from evals.documents.facts import reserved_ids
 from model.errors import DataError
 from model.tokenizer import Tokenizer
+from model.wording import count
 from pipelines.data.manifest import KINDS, SPLITS, HeldOut, Kind, Shard, Split, SplitManifest, file_sha256
 from pipelines.data.packing import count_rows
 from pipelines.data.retrieval_rows import RetrievalGenerator, StoredDocument
@@ -187,7 +188,7 @@ class _SplitWriter:
     def _too_little_text(self) -> DataError:
         change = "lower" if self._split == "train" else "raise"
         return _TooLittleTextError(
-            f"data.sources: too little text for {self._split} ({self._text_bytes} bytes, for rows of "
+            f"data.sources: too little text for {self._split} ({count(self._text_bytes, 'byte')}, for rows of "
             f"{self._sequence_length} tokens); add text, {change} data.validation_share, or lower data.sequence_length"
         )
 

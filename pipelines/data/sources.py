@@ -19,9 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from model.errors import DataError
-from model.validation import json_type
+from model.wording import json_type, quote
 from pipelines.data.source_files import SourceFile
-from pipelines.recipe.quoting import shorten
 
 CHUNK_CHARACTERS = 1 << 20
 _LINE_BYTES = 1 << 16
@@ -113,7 +112,7 @@ def _jsonl_documents(file: SourceFile, field: str) -> Iterator[SourceDocument]:
         if not isinstance(record, dict):
             raise DataError(f"{source}: expected a JSON object, found {json_type(record)}")
         if field not in record:
-            raise DataError(f"{source}: has no field {shorten(field)} (data.text_field), only {_quote(record)}")
+            raise DataError(f"{source}: has no field {quote(field)} (data.text_field), only {_quote(record)}")
         yield _text_document(source, record[field])
 
 
@@ -133,7 +132,7 @@ def _lines(file: SourceFile) -> Iterator[str | bytes]:
 
 
 def _parquet_documents(file: SourceFile, column: str) -> Iterator[SourceDocument]:
-    name = shorten(column)
+    name = quote(column)
     try:
         with pq.ParquetFile(file.path, pre_buffer=False) as source:
             schema = source.schema_arrow

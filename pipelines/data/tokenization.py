@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from model.tokenizer import ByteTokenizer, Tokenizer
+from model.wording import count
 
 
 def truncate(chunks: Iterator[str], max_bytes: int | None) -> Iterator[str]:
@@ -43,8 +44,8 @@ class LostCharacters:
     def report(self) -> None:
         """Print how many characters were lost, if any, and the first of them."""
         if self.found:
-            first = " ".join(sorted(self.found)[:20])
-            print(f"data.tokenizer: does not have {len(self.found)} characters of the text, among them {first}")
+            first, number = " ".join(sorted(self.found)[:20]), count(len(self.found), "character")
+            print(f"data.tokenizer: does not have {number} of the text, among them {first}")
 
 
 def skip(chunks: Iterable[str], start: int) -> Iterator[str]:

@@ -14,6 +14,7 @@ import torch
 from ray import tune
 
 from model.errors import ConfigError, FiftyfoldError
+from model.wording import count
 from pipelines.data.check import check_prepared
 from pipelines.data.manifest import Manifest, read_manifest
 from pipelines.experiments.arms import Arm
@@ -24,6 +25,7 @@ from pipelines.ray_runtime.session import check_gpu, local_cpus, ray_session, re
 from pipelines.ray_runtime.tuner import fit_tuner
 from pipelines.recipe.experiments import ExperimentSection
 from pipelines.recipe.schema import Recipe
+from pipelines.reports.counting import time_left
 from pipelines.reports.statistics import too_few
 from pipelines.tracking.lineage import dataset_input
 from pipelines.tracking.mlflow_store import TrackedRun, open_tracking
@@ -119,8 +121,8 @@ class Experiment:
         if failures:
             reasons = "; ".join(f"{label}: {reason}" for label, reason in failures.items())
             raise FiftyfoldError(
-                f"{self.name}: {len(failures)} of {len(trials)} trials failed ({reasons}); the others are kept, run "
-                "the step again to finish"
+                f"{self.name}: {len(failures)} of {count(len(trials), 'trial')} failed ({reasons}); the others are "
+                "kept, run the step again to finish"
             )
         found: dict[str, list[Result]] = {}
         for trial in trials:
@@ -193,7 +195,7 @@ class _Progress:
         """Count trials that are reused."""
         if trials:
             self._finished += trials
-            print(f"{self.name}: {trials} finished trials are reused", flush=True)
+            print(f"{self.name}: {count(trials, 'finished trial')} {'is' if trials == 1 else 'are'} reused", flush=True)
 
     def callback(self, pending: dict[Path, Trial]) -> tune.Callback:
         progress = self
@@ -210,7 +212,6 @@ class _Progress:
         elapsed = time.monotonic() - self._started
         left = max(0, self.total - self._finished) * elapsed / self._trained
         print(
-            f"{self.name}: trial {self._finished}/{self.total}: {trial.label}: {LOSS} {loss:.4f}, "
-            f"about {left / 60:.0f} min left",
+            f"{self.name}: trial {self._finished}/{self.total}: {trial.label}: {LOSS} {loss:.4f}, {time_left(left)}",
             flush=True,
         )

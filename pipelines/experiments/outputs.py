@@ -7,7 +7,7 @@ import io
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load(options: argparse.Namespace, files: Sequence[Path], overrides: Sequence[str]) -> Recipe:
-    """Return the recipe, in its quick form if asked for. Raises ConfigError."""
-    if options.write is not None:
-        check_creatable(options.write / RESULTS, "--write")
-    recipe = load_recipe(files, overrides)
-    return quick(recipe) if options.quick else recipe
+def loader(step: str) -> Callable[[argparse.Namespace, Sequence[Path], Sequence[str]], Recipe]:
+    """Return the function that loads the recipe of a step with results, in its quick form if asked for. It raises
+    ConfigError."""
+
+    def load(options: argparse.Namespace, files: Sequence[Path], overrides: Sequence[str]) -> Recipe:
+        if options.write is not None:
+            check_creatable(options.write / f"{step}.json", "--write")
+        recipe = load_recipe(files, overrides)
+        return quick(recipe) if options.quick else recipe
+
+    return load
 
 
 def quick(recipe: Recipe) -> Recipe:

@@ -14,6 +14,7 @@ from model import checkpoint
 from model.errors import ConfigError
 from model.tokenizer import load_tokenizer
 from model.transformer import Transformer
+from pipelines.data.retrieval_rows import name_setting
 from pipelines.recipe.schema import Recipe
 
 
@@ -49,7 +50,7 @@ def check_section(recipe: Recipe) -> None:
     try:
         check_settings(section.tasks, section.lengths, section.depths, settings)
     except ConfigError as error:
-        raise ConfigError(f"data.task_settings: {error}") from None
+        raise name_setting(error) from None
 
 
 def check_tasks(recipe: Recipe, network: Path | None = None) -> None:

@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 from ray.serve.schema import ApplicationStatus
 
 from model.errors import ConfigError, FiftyfoldError
+from model.wording import count
 from pipelines.ray_runtime.session import PROJECT
 from pipelines.recipe.schema import ServeSection
 from pipelines.tracking.served_models import ServedModel
@@ -41,7 +42,7 @@ def check_cluster(section: ServeSection) -> None:
         available, needed = resources.get(kind, 0), replicas * each
         if needed > available:
             raise ConfigError(
-                f"serve.replicas: {replicas} replicas of {each:g} {kind} need {needed:g} {kind}, "
+                f"serve.replicas: {count(replicas, 'replica')} of {each:g} {kind} would use {count(needed, kind)}, "
                 f"the Ray cluster has {available:g}"
             )
     if ray_serve.status().proxies:

@@ -18,6 +18,7 @@ import ray
 import torch
 
 from model.errors import ConfigError, FiftyfoldError
+from model.wording import count
 from pipelines import RAY_JOB_VARIABLE
 from pipelines.ray_runtime.signals import handle_sigterm
 from pipelines.recipe.quoting import first_line
@@ -97,8 +98,8 @@ def _check_temporary_folder() -> None:
     excess = len(os.fsencode(socket)) - _MAX_SOCKET_BYTES
     if excess > 0:
         raise ConfigError(
-            f"{name}: {folder} is {excess} bytes too long for the sockets of Ray; set RAY_TMPDIR to a folder with a "
-            "shorter path, such as /tmp"
+            f"{name}: {folder} is {count(excess, 'byte')} too long for the sockets of Ray; set RAY_TMPDIR to a folder "
+            "with a shorter path, such as /tmp"
         )
 
 
@@ -173,4 +174,4 @@ def require_resources(key: str, cpus: float, gpus: float = 0) -> None:
     available = ray.cluster_resources()
     for kind, needed in (("CPU", cpus), ("GPU", gpus)):
         if needed > available.get(kind, 0):
-            raise ConfigError(f"{key}: needs {needed:g} {kind}, the Ray cluster has {available.get(kind, 0):g}")
+            raise ConfigError(f"{key}: needs {count(needed, kind)}, the Ray cluster has {available.get(kind, 0):g}")

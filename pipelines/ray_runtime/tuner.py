@@ -16,6 +16,7 @@ from pipelines.ray_runtime.session import usable_cpus
 from pipelines.ray_runtime.trial import run_trial
 from pipelines.recipe.experiments import Range, Setting
 from pipelines.recipe.schema import Recipe
+from pipelines.reports.counting import time_left
 from pipelines.tracking.mlflow_store import TrackedRun
 from pipelines.training import compute_dtype
 from pipelines.training.curriculum import validation_steps
@@ -151,6 +152,6 @@ class _TrialPrinter(tune.Callback):
         print(
             f"{self.name}: trial {self.done}/{self.total} {trial_label(decode(trial.config['settings']))}  "
             f"{self.metric} {result.get(self.metric, float('nan')):.3f} after {result.get('step', 0):.0f} steps, "
-            f"about {left / 60:.0f} min left",
+            f"{time_left(left)}",
             flush=True,
         )

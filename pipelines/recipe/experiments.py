@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 
+from model.wording import quote
 from pipelines.recipe.section import MAX_LENGTH, Section
 from pipelines.recipe.text_types import Name, RecipeKey, Text
 
@@ -15,7 +16,7 @@ _Integer = Annotated[int, Field(strict=True)]
 def _check_setting(value: Any) -> Any:
     names = isinstance(value, list) and value and all(isinstance(item, str) for item in value)
     if not names and not isinstance(value, bool | int | float | str):
-        raise ValueError("values must be numbers, strings, booleans or lists of names")
+        raise ValueError("expected a number, text, true or false, or a list of names")
     return value
 
 
@@ -35,7 +36,8 @@ class Range(Section):
     @model_validator(mode="after")
     def _check_bounds(self) -> Range:
         if sum(value is not None for _, value in self) != 1:
-            raise ValueError("expected one of log_uniform, uniform and int")
+            given = [name for name, value in self if value is not None]
+            raise ValueError(f"expected one of log_uniform, uniform and int, found {' and '.join(given) or 'none'}")
         low, high = self.bounds
         if low >= high:
             raise ValueError(f"the lower bound {low:g} is not below the upper bound {high:g}")
@@ -121,8 +123,9 @@ class ExperimentSection(Section):
     def _check_distinct(self) -> Self:
         for name in ("seeds", "rates"):
             values = getattr(self, name)
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name}: has a value twice")
+            for place, value in enumerate(values):
+                if value in values[:place]:
+                    raise ValueError(f"{name}: has the value {quote(value)} twice")
         return self
 
 

@@ -46,6 +46,14 @@ def is_text(annotation: Any) -> bool:
     )
 
 
+def is_single(annotation: Any) -> bool:
+    """Return whether a setting of this type is a single value, without settings or items in it."""
+    alternatives = _alternatives(annotation)
+    return bool(alternatives) and all(
+        item in (int, float, bool, str, Path, types.NoneType) or get_origin(item) is Literal for item in alternatives
+    )
+
+
 def is_path(annotation: Any) -> bool:
     return Path in _alternatives(annotation)
 

@@ -15,14 +15,14 @@ from typing import Any
 import pydantic
 
 from model.errors import ConfigError
+from model.wording import quote
 from pipelines import RAY_JOB_VARIABLE
 from pipelines.recipe.experiments import Range
-from pipelines.recipe.key_types import is_path, type_of
+from pipelines.recipe.key_types import is_path, is_single, type_of
 from pipelines.recipe.keys import get_key, merge, set_key
-from pipelines.recipe.messages import describe_errors
+from pipelines.recipe.messages import describe_errors, with_suggestion
 from pipelines.recipe.overrides import nested
 from pipelines.recipe.paths import parse_path
-from pipelines.recipe.quoting import shorten
 from pipelines.recipe.schema import Recipe
 from pipelines.recipe.section import Section
 from pipelines.recipe.yaml_format import parse_yaml
@@ -43,7 +43,7 @@ def load_recipe(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
         merged = _merge_over(merged, later)
     except ConfigError as error:
         key, _, reason = str(error).partition(": ")
-        raise ConfigError(f"{key}: cannot be set to {shorten(get_key(later, key))} ({reason})") from error
+        raise ConfigError(f"{key}: cannot be set to {quote(get_key(later, key))} ({reason})") from error
     return recipe_from_dict(merged)
 
 
@@ -74,6 +74,9 @@ def recipe_from_dict(values: Any) -> Recipe:
         recipe = Recipe.model_validate(values)
     except pydantic.ValidationError as error:
         raise ConfigError(describe_errors(error)) from None
+    except ConfigError as error:
+        raise ConfigError(with_suggestion(str(error))) from None
+    _check_space(recipe)
     if not recipe.run.folder.is_absolute() and RAY_JOB_VARIABLE in os.environ:
         raise ConfigError(
             f"run.folder: '{recipe.run.folder}' is relative, but a submitted job runs in a temporary copy of the "
@@ -88,6 +91,15 @@ def recipe_from_dict(values: Any) -> Recipe:
     }
     overrides = {key: _absolute(f"sweep.overrides.{key}", key, value) for key, value in sweep.overrides.items()}
     return recipe.model_copy(update={"sweep": sweep.model_copy(update={"space": space, "overrides": overrides})})
+
+
+def _check_space(recipe: Recipe) -> None:
+    """Raise ConfigError for keys inside a single value, such as those of a range that does not exist."""
+    for key in recipe.sweep.space:
+        outer, _, name = key.rpartition(".")
+        if is_single(type_of(outer)):
+            kinds = ", ".join(["choice", *Range.model_fields])
+            raise ConfigError(f"sweep.space.{outer}: expected a list of values or one of {kinds}, found '{name}'")
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
@@ -124,7 +136,7 @@ def _absolute(name: str, key: str, value: Any) -> Any:
     try:
         return str(parse_path(value).absolute())
     except ValueError as error:
-        raise ConfigError(f"{name}: {error}, found {shorten(value)}") from None
+        raise ConfigError(f"{name}: {error}, found {quote(value)}") from None
 
 
 def _merge_file(merged: dict[str, Any], file: str | Path, content: dict[str, Any]) -> dict[str, Any]:

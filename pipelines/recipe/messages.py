@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import pydantic
 
 from model.errors import shorten_words, unknown_key
 from model.validation import expectation, own_message
+from model.wording import quote
 from pipelines.recipe.key_types import fields_of, find_section
-from pipelines.recipe.quoting import shorten
+from pipelines.recipe.schema import Recipe
+
+_MAX_SUGGESTIONS = 3
 
 
 def describe_errors(error: pydantic.ValidationError) -> str:
@@ -25,17 +30,39 @@ def _root_causes(error: pydantic.ValidationError) -> list[Any]:
 
 
 def _describe(item: Any) -> str:
-    key = ".".join(str(part) for part in item["loc"])
+    location, value = item["loc"], item["input"]
     if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = fields_of(find_section(item["loc"][:-1]))
-        return unknown_key(key, str(item["loc"][-1]), known)
+        key = ".".join(str(part) for part in location)
+        return with_suggestion(unknown_key(key, str(location[-1]), fields_of(find_section(location[:-1]))))
+    if location[-1:] == ("[key]",):
+        location = location[:-2]  # the mapping; the message quotes its key
     message = expectation(item) or own_message(item)
-    if item["type"] == "string_type" and isinstance(item["input"], bool | int | float):
+    setting = re.match(r"(\w+): ", message)
+    if setting is not None and setting[1] in fields_of(find_section(location)):  # a check of a whole section
+        location, message = (*location, setting[1]), message[setting.end() :]
+    if item["type"] == "string_type" and isinstance(value, bool | int | float):
         message += "; put it in quotes"
     elif item["type"] in ("model_type", "model_attributes_type", "dataclass_type"):
         message = "expected a section of settings"
-    key = shorten_words(key)
-    if item["input"] is None:
-        return f"{key}: {message}, found nothing"
-    is_section = isinstance(item["input"], dict)
-    return f"{key}: {message}" if is_section else f"{key}: {message}, found {shorten(item['input'])}"
+    key = shorten_words(".".join(str(part) for part in location))
+    if ", found " in message or (isinstance(value, dict) and not message.startswith("expected")):
+        return f"{key}: {message}"  # a check that says itself what it found, or one of a whole section
+    return f"{key}: {message}, found {'a mapping' if isinstance(value, dict) else quote(value)}"
+
+
+def with_suggestion(message: str) -> str:
+    """Return the message for an unknown key with the keys of other sections that have the same last part, if any."""
+    unknown = re.match(r"(\S+): unknown key", message)
+    if unknown is None:
+        return message
+    name = unknown[1].rpartition(".")[2]
+    found = [f"'{key}'" for key in _keys(Recipe, "") if key.rpartition(".")[2] == name][:_MAX_SUGGESTIONS]
+    others = ", ".join(found[:-1])
+    return f"{unknown[0]}; did you mean {f'{others} or ' * bool(others)}{found[-1]}?" if found else message
+
+
+def _keys(section: Any, prefix: str) -> Iterator[str]:
+    """Yield the dotted keys of a section's settings, in the order of the schema."""
+    for name, annotation in fields_of(section).items():
+        yield f"{prefix}{name}"
+        yield from _keys(annotation, f"{prefix}{name}.")

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from model.errors import ConfigError
+from model.wording import quote
 from pipelines.recipe.key_types import is_list_of_text, is_optional, is_text, type_of
 from pipelines.recipe.keys import merge, set_key
-from pipelines.recipe.quoting import shorten
 from pipelines.recipe.yaml_format import parse_yaml
 
 
@@ -22,7 +22,7 @@ def parse_override(override: str) -> tuple[str, Any]:
     try:
         return key, _parse_value(type_of(key), text)
     except ConfigError as error:
-        raise ConfigError(f"{key}: cannot be set to {shorten(text)} ({error})") from None
+        raise ConfigError(f"{key}: cannot be set to {quote(text)} ({error})") from None
 
 
 def _parse_value(annotation: Any, text: str) -> Any:
@@ -46,5 +46,5 @@ def nested(overrides: Sequence[str]) -> dict[str, Any]:
             values = merge(values, own)
         except ConfigError as error:
             reason = str(error).partition(": ")[2]
-            raise ConfigError(f"{key}: cannot be set to {shorten(value)} ({reason})") from None
+            raise ConfigError(f"{key}: cannot be set to {quote(value)} ({reason})") from None
     return values

@@ -18,7 +18,7 @@ from pydantic import BeforeValidator
 
 from model.errors import ConfigError
 from model.tokenizer import BYTE
-from pipelines.recipe.quoting import shorten
+from model.wording import quote
 
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@:]+)(@(?P<alias>[^/@:]+)|/(?P<version>[0-9]+))")
 SQLITE = "sqlite:///"
@@ -38,7 +38,7 @@ def path_option(name: str) -> Callable[[str], Path]:
         try:
             return parse_path(text)
         except ValueError as error:
-            raise ConfigError(f"{name}: {error}, found {shorten(text)}") from None
+            raise ConfigError(f"{name}: {error}, found {quote(text)}") from None
 
     return parse
 

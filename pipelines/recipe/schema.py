@@ -23,6 +23,7 @@ from pydantic import (
 from model.config import ModelConfig
 from model.errors import ConfigError
 from model.optim import OptimizerConfig
+from model.wording import quote
 from pipelines.recipe.experiments import AblateSection, CompareSection, ReportSection, SweepSection
 from pipelines.recipe.paths import LocalPath, ModelUri, PathText, SourcePattern, TokenizerSource, TrackingUri
 from pipelines.recipe.section import MAX_LENGTH, Section, Share
@@ -141,7 +142,7 @@ class StageSection(Section):
     @model_validator(mode="after")
     def _check_one_length(self) -> StageSection:
         if (self.steps is None) == (self.tokens is None):
-            raise ValueError("a stage has either steps or tokens")
+            raise ValueError(f"expected either steps or tokens, found {'neither' if self.steps is None else 'both'}")
         return self
 
 
@@ -173,7 +174,7 @@ class StabilitySection(Section):
     @model_validator(mode="after")
     def _check_rolls_back(self) -> StabilitySection:
         if self.anticipatory_routing is not None and self.action != "roll_back":
-            raise ValueError("anticipatory_routing requires action: roll_back")
+            raise ValueError(f"anticipatory_routing: needs action roll_back, found {self.action}")
         return self
 
 
@@ -267,7 +268,7 @@ class ServeSection(Section, ServerConfig):
     model_uri: ModelUri = "models:/fiftyfold@champion"
     """``models:/<name>@<alias>``, ``models:/<name>/<version>``, or a checkpoint folder. Clients use the registered
     name, or the last two parts of the folder's path."""
-    models: dict[PrintableText, ModelUri] = Field(default_factory=dict)
+    models: dict[Name, ModelUri] = Field(default_factory=dict)
     """Further models by the names that clients use, each with a value like ``model_uri``. All have the same
     settings."""
     alias_poll_seconds: Annotated[float, Field(gt=0)] | None = 10.0
@@ -303,7 +304,7 @@ def _parse_model_config(value: Any) -> ModelConfig:
     if isinstance(value, ModelConfig):
         return value
     if not isinstance(value, dict):
-        raise ConfigError(f"model: expected a mapping, found {value!r}")
+        raise ConfigError(f"model: expected a mapping, found {quote(value)}")
     try:
         return ModelConfig.from_dict(value)
     except ConfigError as error:

@@ -39,7 +39,7 @@ Name = Annotated[
     Field(max_length=128),
     _matching(r"[A-Za-z0-9][A-Za-z0-9_.-]*", "letters, digits, '_', '.' and '-', beginning with a letter or digit"),
 ]
-"""The name of a folder, an MLflow run or a registered model."""
+"""The name of a folder, an MLflow run, or a registered or served model."""
 Alias = Annotated[
     str,
     Field(max_length=128),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from model.costs import PARAMETER_RULE, WEIGHTING, CostModel, times
+from model.wording import count
 from pipelines.reports.budget import Budget
 from pipelines.reports.cache_measurement import MEASUREMENT_RULE
 from pipelines.reports.terminal import print_table
@@ -14,7 +15,9 @@ def print_budget(budget: Budget) -> None:
     """Print all tables, each followed by the rules of its figures."""
     config, own, n = budget.config, budget.own, budget.context
     schedule = ", ".join(f"{count} {name}" for name, count in Counter(config.layers).items())
-    print(f"{own.name}: {config.num_layers} layers ({schedule}), hidden {config.hidden_size}, at {n:,} tokens\n")
+    print(
+        f"{own.name}: {count(config.num_layers, 'layer')} ({schedule}), hidden {config.hidden_size}, at {n:,} tokens\n"
+    )
 
     rows = [
         [name, f"{total:,}", f"{active:,}"]

@@ -1,9 +1,6 @@
-"""Counts and sizes in sentences."""
+"""Sizes and times in sentences."""
 
-
-def count(number: int, noun: str) -> str:
-    """Return a number with its noun, whose plural takes an s."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+from model.wording import count
 
 
 def size(number: int) -> str:
@@ -12,3 +9,8 @@ def size(number: int) -> str:
         if number >= unit:
             return f"{number / unit:,.1f} {name}"
     return count(number, "byte")
+
+
+def time_left(seconds: float) -> str:
+    """Return a time that is left, in whole minutes."""
+    return "under a minute left" if seconds < 60 else f"about {seconds / 60:.0f} min left"

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from model.config import ModelConfig
 from model.costs import WEIGHTING, CostModel, costs_of, family_config, family_costs, ssa_costs
 from model.errors import CacheError
+from model.wording import count
 from pipelines.reports.cache_measurement import Measurement, check_memory, measure_cache
 from pipelines.reports.figures import binary, comparison_figure
 from pipelines.reports.terminal import print_table
@@ -93,7 +94,8 @@ def compare(
 def print_comparison(comparison: Comparison) -> None:
     """Print a table per cost, followed by the rules of the networks."""
     c = comparison.config
-    print(f"{c.num_layers} layers, hidden {c.hidden_size}, {c.num_heads} heads, at most {c.max_positions:,} tokens\n")
+    sizes = f"{count(c.num_layers, 'layer')}, hidden {c.hidden_size}, {count(c.num_heads, 'head')}"
+    print(f"{sizes}, at most {c.max_positions:,} tokens\n")
     columns = ["network", *(f"{binary(n)}{_EXTRAPOLATED * (n > c.max_positions)}" for n in LENGTHS)]
     tables = (
         ("cache of one sequence, MB", CostModel.cache_bytes, 1e6),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipelines.experiments.ablation import run_ablation
-from pipelines.experiments.outputs import add_options, load
+from pipelines.experiments.outputs import add_options, loader
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.ablation import AblationResult
 from pipelines.steps import Step
@@ -23,4 +23,4 @@ def run(recipe: Recipe, quick: bool = False, write: Path | None = None) -> Ablat
     return run_ablation(recipe, write)
 
 
-STEP = Step(run, add_options, load, resumes=True)
+STEP = Step(run, add_options, loader("ablate"), resumes=True)

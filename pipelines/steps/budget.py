@@ -19,6 +19,7 @@ from model.costs import COMPARED, SSA_DENSITY
 from model.errors import ConfigError
 from model.hf import is_pretrained, read_pretrained_config
 from model.presets import PRESETS
+from model.wording import quote
 from pipelines.recipe.loading import load_recipe, read_yaml, with_overrides
 from pipelines.recipe.overrides import parse_override
 from pipelines.recipe.paths import check_creatable, path_option
@@ -110,7 +111,7 @@ def _read_model(path: Path) -> ModelConfig:
     if path.is_file():
         content = read_yaml(path)
         if "model" in content:
-            raise ConfigError(f"{path}: model: expected a mapping, found {content['model']!r}")
+            raise ConfigError(f"{path}: model: expected a mapping, found {quote(content['model'])}")
         try:
             return ModelConfig.from_dict(content)
         except ConfigError as error:
@@ -178,7 +179,8 @@ def _parse_families(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     for place, name in enumerate(names):
         if name not in COMPARED:
-            raise ConfigError(f"--against: '{name}' is not one of {', '.join(COMPARED)}")
+            always = "; SSA is in every comparison" if name.lower() == "ssa" else ""
+            raise ConfigError(f"--against: '{name}' is not one of {', '.join(COMPARED)}{always}")
         if name in names[:place]:
             raise ConfigError(f"--against: names '{name}' twice")
     return names

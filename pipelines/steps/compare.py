@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipelines.experiments.comparison import run_comparison
-from pipelines.experiments.outputs import add_options, load
+from pipelines.experiments.outputs import add_options, loader
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.comparison import ComparisonResult
 from pipelines.steps import Step
@@ -23,4 +23,4 @@ def run(recipe: Recipe, quick: bool = False, write: Path | None = None) -> Compa
     return run_comparison(recipe, write)
 
 
-STEP = Step(run, add_options, load, resumes=True)
+STEP = Step(run, add_options, loader("compare"), resumes=True)

@@ -12,14 +12,14 @@ from pathlib import Path
 from model.atomic_files import atomic_folder
 from model.errors import ConfigError, DataError
 from model.tokenizer import Tokenizer
+from model.wording import count, quote
 from pipelines.data.check import load_data_tokenizer, tokenizer_sha256
 from pipelines.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, read_manifest
 from pipelines.data.retrieval_rows import RetrievalGenerator
 from pipelines.data.shard_writer import write_splits
 from pipelines.data.source_files import SourceFile, find_files
-from pipelines.recipe.quoting import shorten
 from pipelines.recipe.schema import Recipe
-from pipelines.reports.counting import count, size
+from pipelines.reports.counting import size
 from pipelines.steps import Step
 from serve.api.chat_template import ChatTemplate
 
@@ -120,7 +120,7 @@ def _read_existing(folder: Path, settings: dict[str, object], tokenizer: Tokeniz
         raise DataError(f"{folder}: was prepared when the source files had other sizes; {advice}")
     if changed:
         listed = ", ".join(
-            f"{key} {shorten(found.get(key))} there and {shorten(settings.get(key))} here"
+            f"{key} {quote(found.get(key))} there and {quote(settings.get(key))} here"
             for key in changed
             if key != "files_sha256"
         )

@@ -38,7 +38,7 @@ def run(recipe: Recipe) -> Path:
 
     Raises ConfigError that names the step to run if a run is missing or has no results.
     """
-    tracking = open_tracking(recipe, create=False)
+    tracking = open_tracking(recipe, create=False, needed="the steps ablate, compare and sweep")
     found = {step: _find(tracking, recipe, step) for step in SOURCES}
     ablated = _results(tracking, "ablate", found["ablate"], AblationResult.from_dict)
     compared = _results(tracking, "compare", found["compare"], ComparisonResult.from_dict)

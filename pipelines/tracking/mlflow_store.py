@@ -221,11 +221,12 @@ class TrackedRun:
             )
 
 
-def open_tracking(recipe: Recipe, write: bool = True, create: bool = True) -> Tracking:
+def open_tracking(recipe: Recipe, write: bool = True, create: bool = True, needed: str = "the train step") -> Tracking:
     """Open the tracking store of ``recipe``; create its database and experiment on first use.
 
     Safe to call from several processes at once. Raises ConfigError naming a URI that cannot be opened, unless ``write``
-    is False, a store that cannot be written to, and unless ``create`` is set, an SQLite database that does not exist.
+    is False, a store that cannot be written to, and unless ``create`` is set, an SQLite database that does not exist,
+    with the steps ``needed`` to fill it.
     """
     folder = recipe.run.folder.absolute()
     uri = recipe.tracking.uri
@@ -241,7 +242,7 @@ def open_tracking(recipe: Recipe, write: bool = True, create: bool = True) -> Tr
         uri = sqlite_uri(sqlite_path(uri).absolute())
     if not create and uri.startswith(SQLITE) and not sqlite_path(uri).exists():
         raise ConfigError(
-            f"{sqlite_path(uri)}: no such tracking store; run the train step first, or name its place with run.folder "
+            f"{sqlite_path(uri)}: no such tracking store; run {needed} first, or name its place with run.folder "
             "or tracking.uri"
         )
     client = connect(uri)

@@ -10,6 +10,7 @@ from model.config import ModelConfig
 from model.errors import ConfigError, DataError
 from model.forward.context import AttentionMode
 from model.precision import format_table
+from model.wording import count
 from pipelines.data.local_reader import local_rows
 from pipelines.data.manifest import Manifest
 from pipelines.recipe.schema import Recipe
@@ -128,8 +129,8 @@ def check_fills_batch(stages: tuple[Stage, ...], folder: Path, manifest: Manifes
         found = sum(1 for _ in local_rows(folder, "train", length, limit=rows))
         if found < rows:
             raise DataError(
-                f"train split: its {sum(split.tokens.values()):,} tokens fill {found} rows of {length}, fewer than the "
-                f"{rows} of one batch of train.stages.{stage.index}"
+                f"train split: its {sum(split.tokens.values()):,} tokens fill {count(found, 'row')} of {length}, fewer "
+                f"than the {rows} of one batch of train.stages.{stage.index}"
             )
 
 
@@ -140,20 +141,22 @@ def _check_stage(recipe: Recipe, stage: Stage) -> None:
         if not condition:
             raise ConfigError(message)
 
-    require(stage.steps > 0, f"{key}.tokens: fewer than the {stage.tokens_per_step} of a single step")
-    require(
-        length <= config.max_positions,
-        f"{key}.sequence_length: {length} exceeds model.max_positions {config.max_positions}",
-    )
+    def name(setting: str, inherited: str) -> str:
+        """Return the key of a stage's setting, which is ``inherited`` if the stage has none of its own."""
+        return inherited if getattr(train.stages[stage.index], setting) is None else f"{key}.{setting}"
+
+    require(stage.steps > 0, f"{key}.tokens: fewer than the {stage.tokens_per_step} tokens of a single step")
+    named = name("sequence_length", "data.sequence_length")
+    require(length <= config.max_positions, f"{named}: {length} exceeds model.max_positions {config.max_positions}")
     divisor = train.workers * train.accumulation_steps
     require(
         stage.batch_rows % divisor == 0,
-        f"{key}.batch_rows: {stage.batch_rows} rows do not divide over {train.workers} workers and "
-        f"{train.accumulation_steps} accumulation steps",
+        f"{name('batch_rows', 'train.batch_rows')}: {stage.batch_rows} rows do not divide over "
+        f"{count(train.workers, 'worker')} and {count(train.accumulation_steps, 'accumulation step')}",
     )
     require(
         not config.qat or any(loop == "yes" for _, _, loop, _ in format_table(config)),
-        f"{key}: quantization-aware training is on, but quantizes no tensor",
+        f"{name('qat', 'model.qat')}: quantization-aware training is on, but quantizes no tensor",
     )
     try:
         for mixer in set(config.mixers):
@@ -162,15 +165,15 @@ def _check_stage(recipe: Recipe, stage: Stage) -> None:
         raise ConfigError(f"model.{error}") from None
     if not config.indexed_layers:
         require(not stage.warms_up, f"{key}: indexer_warmup is set, but no layer of model.layers has an indexer")
-        for name in ("index_topk", "indexer_learning_rate"):
-            given = getattr(train.stages[stage.index], name)
-            require(given is None, f"{key}.{name}: {given} is set, but no layer of model.layers has an indexer")
+        for setting in ("index_topk", "indexer_learning_rate"):
+            given = getattr(train.stages[stage.index], setting)
+            require(given is None, f"{key}.{setting}: {given} is set, but no layer of model.layers has an indexer")
         return
     entries = min(length // ratio for ratio in config.indexer_ratios.values())
     require(
         stage.attention != "sparse" or entries > config.index_topk,
-        f"{key}: index_topk {config.index_topk} is not below the {entries} entries of a {length}-token sequence, so a "
-        "sparse stage would select everything",
+        f"{name('index_topk', 'model.index_topk')}: {config.index_topk} is not below the {entries} entries of a "
+        f"{length}-token sequence, so the sparse {key} would select everything",
     )
     require(
         train.indexer_loss_weight > 0 or stage.attention == "dense",

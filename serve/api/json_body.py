@@ -12,6 +12,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
+from model.wording import json_type
 from serve.engine import RequestError
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -55,7 +56,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
     except ValueError:  # Python limits the digits of an integer
         raise RequestError("the body contains an integer with too many digits") from None
     if not isinstance(value, dict):
-        raise RequestError("the body must be a JSON object")
+        raise RequestError(f"the body must be a JSON object, found {json_type(value)}")
     return value
 
 

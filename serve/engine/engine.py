@@ -208,6 +208,13 @@ class Engine:
                     f"prompt: token ID {token} is out of range for a vocabulary of {vocab_size}", param="prompt"
                 )
         total = len(prompt) + params.max_tokens
+        if params.max_tokens >= context:
+            raise RequestError(
+                f"max_tokens: {params.max_tokens} leaves no room for a prompt in the model's context of "
+                f"{context} tokens",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
         if total > context:
             raise RequestError(
                 f"prompt: {len(prompt)} tokens plus max_tokens {params.max_tokens} is {total}, more than the model's "
@@ -217,9 +224,10 @@ class Engine:
             )
         pages, most = self.memory.pages_for(total), self.memory.pool.pages
         if pages > most:
+            field = "max_tokens" if self.memory.pages_for(params.max_tokens) > most else "prompt"
             raise RequestError(
-                f"prompt: {total} tokens need {pages} cache pages, but the server has {most} (cache_mebibytes)",
-                param="prompt",
+                f"{field}: {total} tokens need {pages} cache pages, but the server has {most} (cache_mebibytes)",
+                param=field,
                 code="context_length_exceeded",
             )
 

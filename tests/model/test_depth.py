@@ -123,7 +123,7 @@ def test_a_depth_that_could_change_nothing_is_refused():
         ({"depth": 3}, "depth: expected a whole number from 4 to 61, found 3"),
         ({"depth": 62}, "depth: expected a whole number from 4 to 61, found 62"),
         ({"depth": "12"}, "depth: expected a whole number from 4 to 61, found '12'"),
-        ({"depth": True}, "depth: expected a whole number from 4 to 61, found True"),
+        ({"depth": True}, "depth: expected a whole number from 4 to 61, found true"),
         ({"depth": 12, "preset": "tiny"}, "depth: 12 and preset 'tiny' are mutually exclusive"),
         ({"depth": 12, "window": 0}, "window: must be at least 1, found 0"),
         (

@@ -208,7 +208,7 @@ def test_sharded_networks_have_the_gradients_of_whole_ones(ids):
         ({"topk_group": 1}, "experts_per_token: 3 exceeds the 2 experts of topk_group 1 groups"),
         ({"swiglu_limit": -1.0}, "swiglu_limit: must not be negative"),
         ({"ffn": "swiglu"}, "ffn: 'swiglu' is not one of moe, dense, none"),
-        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: expected bool"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: expected true or false, found 'yes'"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes, message):

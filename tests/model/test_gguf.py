@@ -157,19 +157,19 @@ def test_metadata_describes_the_network(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"layers": ("sliding", "gqa")}, "layers: .* only sliding, csa and hca layers, found gqa"),
+        ({"layers": ("sliding", "gqa")}, "layers: .* only sliding, csa and hca layers, found 'gqa'"),
         ({"layers": ("csa",), "index_head_dim": 32}, "index_head_dim: .* needs at least 64, found 32"),
         ({"layers": ("csa",), "csa_ratio": 8}, "csa_ratio: .* needs 4, found 8"),
         ({"layers": ("csa", "hca"), "hca_ratio": 32}, "hca_ratio: .* needs 128, found 32"),
-        ({"layers": ("sliding", "hca")}, "layers: .* needs at least one csa layer, found none"),
+        ({"layers": ("sliding", "hca")}, "layers: .* needs at least one csa layer, found .'sliding', 'hca'."),
         ({"layers": ("csa",), "head_dim": 64}, "index_head_dim: .* a width other than head_dim .* found 64"),
         ({"hc_mult": 2}, "hc_mult: .* needs 4, found 2"),
-        ({"hyper_connections": False}, "hyper_connections: .* needs true, found False"),
+        ({"hyper_connections": False}, "hyper_connections: .* needs true, found false"),
         ({"ffn": "dense", "num_hash_layers": 0}, "ffn: .* needs 'moe', found 'dense'"),
         ({"first_k_dense_replace": 1, "num_hash_layers": 0}, "first_k_dense_replace: .* needs 0, found 1"),
         ({"scoring_func": "sigmoid"}, "scoring_func: .* needs 'sqrtsoftplus', found 'sigmoid'"),
         ({"n_group": 2, "topk_group": 2}, "n_group: .* needs 1, found 2"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings: .* needs False, found True"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings: .* needs false, found true"),
         ({"swiglu_limit": 0.0}, "swiglu_limit: .* a limit above 0, found 0.0"),
         ({"num_shared_experts": 0}, "num_shared_experts: .* needs at least 1, found 0"),
         (

@@ -51,7 +51,10 @@ def test_the_precision_table_covers_later_stages(capsys):
         (["--config", "configs/tiny.yaml", "--train.stages", "{steps: 3}"], "error: train.stages: cannot be set to"),
         (["--train.stages", "[steps: 3"], "error: train.stages: cannot be set to '[steps: 3'"),
         (["--train.batch_rows", "0"], "error: train.batch_rows: must be at least 1, found 0"),
-        (["--train.optimizer.momentum", "2"], "error: train.optimizer.momentum: must lie in [0, 1), found 2.0"),
+        (
+            ["--train.optimizer.momentum", "2"],
+            "error: train.optimizer.momentum: must be at least 0 and below 1",
+        ),
         (["--train.autocast", "float16"], "autocast: expected 'auto', 'none' or 'bfloat16', found 'float16'\n"),
         (["--train.optimizer.ns_dtype", "half"], "ns_dtype: expected 'auto', 'float32' or 'bfloat16', found"),
         (["--model.preset", "huge"], "error: model.preset: unknown preset 'huge'"),
@@ -72,6 +75,17 @@ def test_user_errors_are_one_sentence(arguments, message, capsys):
     captured = capsys.readouterr()
     assert message in captured.err
     assert len(captured.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("step", ["ablate", "compare"])
+def test_a_folder_that_cannot_be_written_is_named_with_the_step_s_file(step, capsys):
+    assert cli.main([step, "--write", "/proc/a/b"]) == cli.USER_ERROR
+    assert capsys.readouterr().err.startswith(f"error: --write: /proc/a/b/{step}.json cannot be created")
+
+
+def test_a_first_report_names_the_steps_to_run(tmp_path, capsys):
+    assert cli.main(["report", "--run.folder", str(tmp_path)]) == cli.USER_ERROR
+    assert "no such tracking store; run the steps ablate, compare and sweep first" in capsys.readouterr().err
 
 
 def test_a_later_sweep_space_replaces_an_earlier_one():

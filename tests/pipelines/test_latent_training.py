@@ -68,9 +68,9 @@ def test_sharded_training_is_bit_identical_to_replicated_training(recipe, tmp_pa
     [
         (
             {"model.layers": ["dsa"], "model.index_topk": 96},
-            "index_topk 96 is not below the 96 entries of a 96-token sequence",
+            "index_topk: 96 is not below the 96 entries of a 96-token sequence",
         ),
-        ({"model.index_topk": 24}, "index_topk 24 is not below the 24 entries"),
+        ({"model.index_topk": 24}, "index_topk: 24 is not below the 24 entries"),
         ({"model.layers": ["mla"]}, "indexer_warmup is set, but no layer of model.layers has an indexer"),
     ],
 )

@@ -271,7 +271,7 @@ def test_a_registered_model_is_found_by_alias(tmp_path, saved) -> None:
 
 def test_replicas_that_do_not_fit_the_cluster_are_refused(ray_cluster, saved) -> None:
     # Ray Serve would wait forever for the missing CPUs.
-    with pytest.raises(ConfigError, match=r"50 replicas of 0\.5 CPU need 25 CPU, the Ray cluster has \d+$"):
+    with pytest.raises(ConfigError, match=r"50 replicas of 0\.5 CPU would use 25 CPUs, the Ray cluster has \d+$"):
         start(recipe_for(saved.parents[1], saved, replicas=50))
 
 
@@ -298,7 +298,7 @@ def test_build_names_invalid_args() -> None:
         build_model({"checkpoint": "x", "model_name": "x", "prefil_chunk": 5})
     with pytest.raises(ConfigError, match="serve args: checkpoint: Field required"):
         build_model({"model_name": "x"})
-    with pytest.raises(ConfigError, match=r"serve args: .*max_replicas \(1\) must be at least replicas \(2\)"):
+    with pytest.raises(ConfigError, match=r"serve args: .*max_replicas: must be at least replicas \(2\), found 1"):
         build_model({"checkpoint": "x", "model_name": "x", "replicas": 2, "max_replicas": 1})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -56,7 +57,7 @@ def _schedule(r: ConfigReader) -> tuple[list[str], int, int]:
         ratios[name] = r.content.get(f"compress_rate_{name}", ratios[name])
     for name, ratio in ratios.items():
         if type(ratio) is not int:
-            raise r.wrong("compress_rates", f"an integer for {name}", ratio)
+            raise r.wrong("compress_rates", f"a whole number for {name}", ratio)
     if r.has("layer_types"):
         layers = [MIXERS[name] for name in r.one_per_layer("layer_types", count, tuple(MIXERS))]
         if r.has("compress_ratios"):
@@ -148,11 +149,11 @@ def _rope(r: ConfigReader) -> dict[str, Any]:
     if any(name in rope for name in _ROPES):
         for name in _ROPES:
             if not isinstance(rope.get(name), dict):
-                raise r.wrong(f"rope_parameters.{name}", "a mapping, as for the other kind of layers", rope.get(name))
+                raise r.wrong(f"rope_parameters.{name}", "an object, as for the other kind of layers", rope.get(name))
         main, compress, inside = rope["main"], rope["compress"], "rope_parameters.compress."
         kind = main.get("rope_type", "default")
         if kind != "default":
-            raise r.wrong("rope_parameters.main.rope_type", "'default'", kind)
+            raise r.wrong("rope_parameters.main.rope_type", '"default"', kind)
         thetas = {
             "rope_theta": r.number("rope_theta", main, "rope_parameters.main."),
             "compress_rope_theta": r.number("rope_theta", compress, inside),
@@ -175,10 +176,10 @@ def _check_quantization(r: ConfigReader) -> None:
         return
     for key, expected in QUANTIZATION.items():
         if quantization.get(key, expected) != expected:
-            raise r.wrong(f"quantization_config.{key}", repr(expected), quantization[key])
+            raise r.wrong(f"quantization_config.{key}", json.dumps(expected), quantization[key])
     experts = quantization.get("expert_dtype", r.content.get("expert_dtype"))
     if experts not in (None, "fp4", "fp8"):
-        raise r.wrong("expert_dtype", "'fp4' or 'fp8'", experts)
+        raise r.wrong("expert_dtype", '"fp4" or "fp8"', experts)
 
 
 def write_fields(config: ModelConfig, layout: Layout, experts: ExpertFormat) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from serve.api.schemas.neutral_fields import drop_neutral
-from serve.api.schemas.validation import field_error
+from serve.api.schemas.validation import field_error, wrong, wrong_item
 
 
 class RequestBody(BaseModel):
@@ -46,19 +46,23 @@ ModelName = Annotated[str, Field(max_length=MAX_NAME_CHARS)]
 """Name of a model in a request."""
 
 
-def parse_token_ids(value: Any) -> Any:
-    """Return a list of integers if ``value`` is a list of integral numbers, else ``value``."""
-    if not isinstance(value, list) or all(type(item) is int for item in value):
-        return value
-    return [integral(item) for item in value]
+def parse_strings(value: list[Any]) -> list[str]:
+    """Return a list of strings. Raises an error that names the first other item."""
+    for index, item in enumerate(value):
+        if not isinstance(item, str):
+            raise wrong_item(index, "a string", item)
+    return value
 
 
-def is_token_ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)
+def parse_tokens(value: Any, place: str = "") -> list[int]:
+    """Return a list of token IDs. Raises an error that names the first other item.
 
-
-def parse_tokens(value: Any) -> list[int]:
-    """Return a list of token IDs. Raises ValueError for anything else."""
-    if not is_token_ids(ids := parse_token_ids(value)):
-        raise ValueError("expected a list of token IDs")
+    ``place`` is the prefix of the items' places in the field, such as ``3.`` for a list in a list.
+    """
+    if not isinstance(value, list):
+        raise wrong("a list of token IDs", value)
+    ids = value if all(type(item) is int for item in value) else [integral(item) for item in value]
+    for index, item in enumerate(ids):
+        if type(item) is not int:
+            raise wrong_item(f"{place}{index}", "a token ID", item)
     return ids

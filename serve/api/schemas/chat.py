@@ -11,7 +11,7 @@ from serve.api.schemas.generation import GenerationRequest
 from serve.api.schemas.messages import parse_messages, parse_tools
 from serve.api.schemas.neutral_fields import CHAT_NEUTRAL_TYPES, CHAT_NEUTRAL_VALUES
 from serve.api.schemas.usage import Extension, Usage
-from serve.api.schemas.validation import field_error
+from serve.api.schemas.validation import field_error, quote_value
 
 MAX_TOP_LOGPROBS = 20
 MAX_TEMPLATE_VARIABLES = 64
@@ -19,7 +19,7 @@ MAX_TEMPLATE_VARIABLES = 64
 
 def _parse_tool_choice(value: Any) -> str:
     if value not in ("auto", "none"):
-        raise ValueError('only "auto" and "none" are supported; the server does not force tool calls')
+        raise ValueError(f'expected "auto" or "none", found {quote_value(value)}; the server does not force tool calls')
     return value
 
 
@@ -56,8 +56,11 @@ class ChatRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _check_chat_fields(self) -> ChatRequest:
-        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise field_error("max_tokens", "differs from max_completion_tokens; send one of them")
+        limits = (self.max_tokens, self.max_completion_tokens)
+        if None not in limits and limits[0] != limits[1]:
+            raise field_error(
+                "max_tokens", f"{limits[0]} differs from max_completion_tokens {limits[1]}; send one of them"
+            )
         if self.top_logprobs is not None and not self.logprobs:
             raise field_error("top_logprobs", "allowed only if logprobs is true")
         if self.tool_choice is not None and not self.tools:

@@ -7,26 +7,33 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, PlainValidator, model_validator
 
-from serve.api.schemas.base import Integer, is_token_ids, parse_token_ids
+from serve.api.schemas.base import Integer, integral, parse_strings, parse_tokens
 from serve.api.schemas.generation import MAX_CHOICES, GenerationRequest
 from serve.api.schemas.neutral_fields import NEUTRAL_TYPES, NEUTRAL_VALUES
 from serve.api.schemas.usage import Extension, Usage
-from serve.api.schemas.validation import field_error
+from serve.api.schemas.validation import field_error, wrong, wrong_item
 
 MAX_LOGPROBS = 5
 
 
 def _parse_prompt(value: Any) -> list[str | list[int]]:
-    """Return one item per prompt; an empty list becomes one empty prompt."""
+    """Return one item per prompt; an empty list becomes one empty prompt. The first item of a list tells what the
+    others are."""
     if isinstance(value, str):
         return [value]
-    if isinstance(value, list):
-        if is_token_ids(ids := parse_token_ids(value)):
-            return [ids]
-        value = [parse_token_ids(item) for item in value]
-        if all(isinstance(item, str) for item in value) or all(is_token_ids(item) for item in value):
-            return value
-    raise ValueError("expected a string, a list of strings, a list of token IDs, or a list of lists of token IDs")
+    if not isinstance(value, list):
+        raise wrong("a string, a list of strings, a list of token IDs, or a list of lists of token IDs", value)
+    first = integral(value[0]) if value else 0
+    if type(first) is int:
+        return [parse_tokens(value)]
+    if isinstance(first, str):
+        return [*parse_strings(value)]
+    if not isinstance(first, list):
+        raise wrong_item(0, "a string, a token ID or a list of token IDs", first)
+    for index, item in enumerate(value):
+        if not isinstance(item, list):
+            raise wrong_item(index, "a list of token IDs", item)
+    return [parse_tokens(item, f"{index}.") for index, item in enumerate(value)]
 
 
 class CompletionRequest(GenerationRequest):
@@ -59,7 +66,7 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _check_best_of(self) -> CompletionRequest:
         if self.candidates < self.n:
-            raise field_error("best_of", f"must be at least n ({self.n})")
+            raise field_error("best_of", f"must be at least n ({self.n}), found {self.best_of}")
         if self.candidates > self.n and self.stream:
             raise field_error("best_of", "not supported with stream; the best completions are known only at the end")
         return self

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, PlainValidator, model_validator
 
 from model.tokenizer import Tokenizer
-from serve.api.schemas.base import MAX_INTEGER, Integer, ModelName, RequestBody, parse_tokens
-from serve.api.schemas.validation import field_error
+from serve.api.schemas.base import MAX_INTEGER, Integer, ModelName, RequestBody, parse_strings, parse_tokens
+from serve.api.schemas.validation import field_error, wrong, wrong_item
 from serve.engine import RequestError, SamplingParams
 
 MAX_CHOICES = 128
@@ -23,14 +22,13 @@ MAX_BIAS = 100.0
 
 def _parse_stop(value: Any) -> list[str]:
     stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise ValueError("expected a string or a list of strings")
+    if not isinstance(stops, list):
+        raise wrong("a string or a list of strings", value)
     if len(stops) > MAX_STOP_STRINGS:
         raise ValueError(f"expected at most {MAX_STOP_STRINGS} stop strings, found {len(stops)}")
-    if any(len(stop) > MAX_STOP_CHARS for stop in stops):
-        raise ValueError(f"expected stop strings of at most {MAX_STOP_CHARS} characters")
-    if "" in stops:
-        raise ValueError("an empty stop string is not allowed")
+    for index, stop in enumerate(parse_strings(stops)):
+        if not 1 <= len(stop) <= MAX_STOP_CHARS:
+            raise field_error(str(index), f"expected 1 to {MAX_STOP_CHARS} characters, found {len(stop)}")
     return stops
 
 
@@ -46,15 +44,15 @@ def _parse_logit_bias(value: Any) -> dict[int, float]:
     if value == []:
         return {}
     if not isinstance(value, dict):
-        raise ValueError('expected an object of biases by token ID, such as {"42": -100}')
+        raise wrong('an object of biases by token ID, such as {"42": -100}', value)
     if len(value) > MAX_BIASES:
         raise ValueError(f"expected at most {MAX_BIASES} token IDs, found {len(value)}")
     biases = {}
     for key, bias in value.items():
         if not (key.isascii() and key.isdecimal() and len(key) < 12 and str(int(key)) == key):
-            raise ValueError(f"'{key}' is not a token ID")
+            raise wrong("token IDs as keys", key)
         if type(bias) not in (int, float) or not -MAX_BIAS <= bias <= MAX_BIAS:  # also false for NaN
-            raise ValueError(f"the bias of token ID {key} must be a number from {-MAX_BIAS:g} to {MAX_BIAS:g}")
+            raise wrong_item(key, f"a number from {-MAX_BIAS:g} to {MAX_BIAS:g}", bias)
         biases[int(key)] = float(bias)
     return biases
 
@@ -123,11 +121,11 @@ class GenerationRequest(RequestBody):
     @model_validator(mode="after")
     def _check_shared_fields(self) -> GenerationRequest:
         if self.do_sample is False and self.temperature > 0:
-            raise field_error("do_sample", "false is not supported by this server; set temperature to 0 instead")
+            raise field_error("do_sample", f"false contradicts temperature {self.temperature:g}; set temperature to 0")
         if self.stream_options.include_usage and not self.stream:
             raise field_error("stream_options", "allowed only if stream is true")
-        if self.min_tokens > (math.inf if self.token_limit is None else self.token_limit):
-            raise field_error("min_tokens", f"must not exceed the limit of {self.token_limit} tokens")
+        if self.token_limit is not None and self.min_tokens > self.token_limit:
+            raise field_error("min_tokens", f"must be at most max_tokens ({self.token_limit}), found {self.min_tokens}")
         return self
 
     def check_token_ids(self, tokenizer: Tokenizer, vocab_size: int) -> None:

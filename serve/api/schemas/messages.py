@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from serve.api.schemas.validation import field_error
+from serve.api.schemas.validation import field_error, wrong, wrong_item
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 10_000
@@ -21,7 +21,7 @@ def parse_messages(value: Any) -> list[dict[str, Any]]:
     Raises an error that names the first invalid field.
     """
     if not isinstance(value, list) or not value:
-        raise ValueError("expected a list of at least one message")
+        raise wrong("a list of at least one message", value)
     if len(value) > MAX_MESSAGES:
         raise ValueError(f"expected at most {MAX_MESSAGES} messages, found {len(value)}")
     return [_parse_message(str(i), message) for i, message in enumerate(value)]
@@ -30,13 +30,15 @@ def parse_messages(value: Any) -> list[dict[str, Any]]:
 def _parse_message(place: str, value: Any) -> dict[str, Any]:
     fields = _object(place, value)
     role = fields.pop("role", None)
+    if role is None:
+        raise field_error(f"{place}.role", "missing")
     if role not in ROLES:
-        raise field_error(f"{place}.role", f"expected one of {', '.join(ROLES)}")
+        raise wrong_item(f"{place}.role", f"one of {', '.join(ROLES)}", role)
     message: dict[str, Any] = {"role": role}
     content, calls = fields.pop("content", None), fields.pop("tool_calls", None)
     if calls:
         if role != "assistant":
-            raise field_error(f"{place}.tool_calls", "allowed in messages of the assistant only")
+            raise field_error(f"{place}.tool_calls", f"allowed in messages of the assistant only, found role {role}")
         message["tool_calls"] = _parse_calls(f"{place}.tool_calls", calls)
     if content is None and not calls:
         raise field_error(f"{place}.content", "missing")
@@ -52,7 +54,7 @@ def _parse_content(place: str, content: Any) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise field_error(place, "expected a string or a list of text parts")
+        raise wrong_item(place, "a string or a list of text parts", content)
     return "\n".join(_parse_part(f"{place}.{i}", part) for i, part in enumerate(content))
 
 
@@ -60,8 +62,7 @@ def _parse_part(place: str, value: Any) -> str:
     part = _object(place, value)
     kind = part.pop("type", None)
     if kind != "text":
-        found = f"parts of type '{kind}' are not supported; " if isinstance(kind, str) else ""
-        raise field_error(f"{place}.type", f"{found}expected text")
+        raise field_error(f"{place}.type", "missing") if kind is None else wrong_item(f"{place}.type", '"text"', kind)
     text = _string(f"{place}.text", part.pop("text", None))
     for name in part:
         raise field_error(f"{place}.{name}", "unknown field")
@@ -71,18 +72,20 @@ def _parse_part(place: str, value: Any) -> str:
 def _parse_calls(place: str, value: Any) -> list[dict[str, Any]]:
     """Return tool calls with their arguments as objects, as templates expect them."""
     if not isinstance(value, list):
-        raise field_error(place, "expected a list of tool calls")
+        raise wrong_item(place, "a list of tool calls", value)
     calls = []
     for i, item in enumerate(value):
         call = _object(f"{place}.{i}", item)
         function = _function(f"{place}.{i}", call)
         arguments = function.get("arguments")
+        if arguments is None:
+            raise field_error(f"{place}.{i}.function.arguments", "missing")
         try:
             parsed = json.loads(arguments) if isinstance(arguments, str) else None
         except (ValueError, RecursionError):
             parsed = None
         if not isinstance(parsed, dict):
-            raise field_error(f"{place}.{i}.function.arguments", "expected a JSON object in a string")
+            raise wrong_item(f"{place}.{i}.function.arguments", "a JSON object in a string", arguments)
         calls.append({**call, "function": {**function, "arguments": parsed}})
     return calls
 
@@ -90,7 +93,7 @@ def _parse_calls(place: str, value: Any) -> list[dict[str, Any]]:
 def parse_tools(value: Any) -> list[dict[str, Any]]:
     """Return descriptions of functions, as they are passed to the template."""
     if not isinstance(value, list):
-        raise ValueError("expected a list of tools")
+        raise wrong("a list of tools", value)
     if len(value) > MAX_TOOLS:
         raise ValueError(f"expected at most {MAX_TOOLS} tools, found {len(value)}")
     for i, tool in enumerate(value):
@@ -101,8 +104,10 @@ def parse_tools(value: Any) -> list[dict[str, Any]]:
 def _function(place: str, item: Mapping[str, Any]) -> dict[str, Any]:
     """Return the function of a tool or a tool call."""
     if item.get("type", "function") != "function":
-        raise field_error(f"{place}.type", "expected function")
-    function = _object(f"{place}.function", item.get("function"))
+        raise wrong_item(f"{place}.type", '"function"', item["type"])
+    if item.get("function") is None:
+        raise field_error(f"{place}.function", "missing")
+    function = _object(f"{place}.function", item["function"])
     _string(f"{place}.function.name", function.get("name"))
     return function
 
@@ -110,11 +115,11 @@ def _function(place: str, item: Mapping[str, Any]) -> dict[str, Any]:
 def _object(place: str, value: Any) -> dict[str, Any]:
     """Return the fields that are not null."""
     if not isinstance(value, dict):
-        raise field_error(place, "expected an object")
+        raise wrong_item(place, "an object", value)
     return {name: item for name, item in value.items() if item is not None}
 
 
 def _string(place: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise field_error(place, "missing" if value is None else "expected a string")
+        raise field_error(place, "missing") if value is None else wrong_item(place, "a string", value)
     return value

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from serve.api.schemas.validation import field_error
+from serve.api.schemas.validation import field_error, quote_value, wrong_item
 
 _NUMBER = (int, float)
 
@@ -172,7 +172,7 @@ CHAT_NEUTRAL_TYPES: dict[str, tuple[type, ...]] = {
     "tool_prompt": (str,),
 }
 
-_TYPE_NAMES = {str: "a string", bool: "a boolean", list: "a list", int: "a number"}
+_TYPE_NAMES = {str: "a string", bool: "true or false", list: "a list", int: "a number"}
 
 
 def drop_neutral(
@@ -191,12 +191,12 @@ def drop_neutral(
         if name in neutral_values:
             values = neutral_values[name]
             if not any(_equal(value, neutral) for neutral in values):
-                exception = f" except as {json.dumps(values[0])}" if values else ""
+                exception = f" except as {json.dumps(values[0])}, found {quote_value(value)}" if values else ""
                 raise field_error(name, f"not supported by this server{exception}; omit the field")
         elif name in neutral_types:
             types = neutral_types[name]
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-                raise field_error(name, f"expected {_TYPE_NAMES[types[0]]} (the field has no effect)")
+                raise wrong_item(name, f"{_TYPE_NAMES[types[0]]} (the field has no effect)", value)
         else:
             kept[name] = value
     return kept

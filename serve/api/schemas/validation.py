@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from pydantic_core import PydanticCustomError
 
-from model.validation import expectation, json_type, own_message
+from model.validation import expectation, own_message
+from model.wording import json_type, quote_json
 
 _JSON_SENTENCES = {"string_type": "expected a string"} | dict.fromkeys(
     ("dict_type", "model_type", "model_attributes_type", "dataclass_type"), "expected an object"
 )
 
 
+def quote_value(value: Any) -> str:
+    """Return a value of a request. Lists and objects that are not empty, which can be large, are only named."""
+    return json_type(value) if isinstance(value, list | dict) and value else quote_json(value)
+
+
 def field_error(field: str, problem: str) -> PydanticCustomError:
     """Return an error that a validator of a whole model raises about one of its fields."""
     return PydanticCustomError("field", "{problem}", {"field": field, "problem": problem})
+
+
+def wrong(expected: str, found: Any) -> ValueError:
+    """Return an error that a validator of one field raises about its value."""
+    return ValueError(f"expected {expected}, found {quote_value(found)}")
+
+
+def wrong_item(place: str | int, expected: str, found: Any) -> PydanticCustomError:
+    """Return an error that a validator raises about an inner value: an item of a list, or a field of an object."""
+    return field_error(str(place), f"expected {expected}, found {quote_value(found)}")
 
 
 def describe(item: Any) -> tuple[str, str]:
@@ -26,12 +41,7 @@ def describe(item: Any) -> tuple[str, str]:
         path.append(item["ctx"]["field"])
         problem = item["ctx"]["problem"]
     elif expected := _JSON_SENTENCES.get(item["type"]) or expectation(item):
-        problem = expected if item["type"] == "missing" else f"{expected}, found {_quote(item['input'])}"
+        problem = expected if item["type"] == "missing" else f"{expected}, found {quote_value(item['input'])}"
     else:
         problem = own_message(item)
     return f"{'.'.join(path)}: {problem}", path[0]
-
-
-def _quote(value: Any) -> str:
-    """Return a value in JSON. Lists and objects, which can be large, are only named."""
-    return json_type(value) if isinstance(value, list | dict) else json.dumps(value)

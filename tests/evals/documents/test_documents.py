@@ -146,9 +146,9 @@ def test_a_residue_sweep_has_every_remainder_of_both_ratios():
         ("perplexity", {"depth": 0}, "perplexity: depth must be above 0"),
         ("perplexity", {"tokens": 0}, "perplexity: tokens must be from 1"),
         ("mqar", {"hops": 3}, r"mqar: 'hops' is not one of its settings \(pairs\)"),
-        ("mqar", {"pairs": "8"}, "mqar: pairs: expected a number, found '8'"),
-        ("mqar", {"pairs": True}, "mqar: pairs: expected a number, found True"),
-        ("mqar", {"pairs": 2.5}, "mqar: pairs: expected a number, found 2.5"),
+        ("mqar", {"pairs": "8"}, "mqar: pairs: expected a whole number, found '8'"),
+        ("mqar", {"pairs": True}, "mqar: pairs: expected a whole number, found true"),
+        ("mqar", {"pairs": 2.5}, "mqar: pairs: expected a whole number, found 2.5"),
     ],
 )
 def test_vacuous_and_unknown_settings_are_refused(name, settings, message):
@@ -157,7 +157,7 @@ def test_vacuous_and_unknown_settings_are_refused(name, settings, message):
 
 
 def test_a_sweep_that_leaves_out_remainders_is_refused():
-    with pytest.raises(ConfigError, match=r"residue: span 16 is vacuous: .* compression ratio 32"):
+    with pytest.raises(ConfigError, match=r"residue: span 16 is too short, because .* compression ratio 32"):
         RETRIEVAL_TASKS["residue"].create({"span": 16}, ModelConfig(hca_ratio=32))
 
 

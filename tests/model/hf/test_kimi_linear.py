@@ -190,15 +190,15 @@ LISTS = {"full_attn_layers": [2], "kda_layers": [1, 3], "head_dim": 16, "num_hea
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mla_use_nope": False}, "'mla_use_nope': expected True, found False"),
-        ({"moe_renormalize": False}, "'moe_renormalize': expected True, found False"),
-        ({"moe_router_activation_func": "softmax"}, "'moe_router_activation_func': expected 'sigmoid'"),
+        ({"mla_use_nope": False}, "'mla_use_nope': expected true, found false"),
+        ({"moe_renormalize": False}, "'moe_renormalize': expected true, found false"),
+        ({"moe_router_activation_func": "softmax"}, 'moe_router_activation_func.: expected "sigmoid"'),
         ({"quantization_config": {"quant_method": "fp8"}}, "'quantization_config': quantized weights"),
         ({"layer_types": None}, "keys 'layer_types' and 'linear_attn_config' are both missing"),
         ({"linear_attn_config": {**LISTS, "kda_layers": [1]}}, "lists layer 3 of 3 neither as full nor as kda"),
         ({"linear_attn_config": {**LISTS, "kda_layers": [1, 2, 3]}}, "kda_layers': lists layer 2 a second time"),
         ({"linear_attn_config": {**LISTS, "kda_layers": [0, 2]}}, r"a list of layers from 1 to 3, found \[0, 2\]"),
-        ({"linear_attn_config": {**LISTS, "head_dim": "16"}}, "'linear_attn_config.head_dim': expected an integer"),
+        ({"linear_attn_config": {**LISTS, "head_dim": "16"}}, "'linear_attn_config.head_dim': expected a whole number"),
         ({"linear_head_dim": 0}, "key 'linear_head_dim': expected a whole number of at least 1"),
         ({"linear_head_dim": 8}, r"has shape .* by .*'linear_head_dim' 8.* of config.json"),
         ({"kv_lora_rank": 48}, r"has shape .* by .*'kv_lora_rank' 48.* of config.json"),
@@ -225,7 +225,7 @@ def test_one_missing_piece_of_a_projection_is_named(folder):
     ("overrides", "message"),
     [
         ({"layers": ("kda", "csa", "kda")}, "layers: no checkpoint format has layers of kda, csa together"),
-        ({"mixer_options": {"mla": {"rope": True}}}, "mixer_options.mla.rope: .* needs False, found True"),
+        ({"mixer_options": {"mla": {"rope": True}}}, "mixer_options.mla.rope: .* needs false, found true"),
         ({"num_shared_experts": 0}, "num_shared_experts: a Kimi Linear checkpoint needs at least 1"),
     ],
 )

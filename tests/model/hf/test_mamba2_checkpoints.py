@@ -93,8 +93,8 @@ def test_the_export_step_converts_both_ways(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_bias": True}, "'use_bias': expected False, found True"),
-        ({"hidden_act": "gelu"}, "'hidden_act': expected 'silu', found 'gelu'"),
+        ({"use_bias": True}, "'use_bias': expected false, found true"),
+        ({"hidden_act": "gelu"}, 'hidden_act.: expected "silu", found "gelu"'),
         ({"n_groups": 3}, "key 'n_groups': expected a divisor of 4 heads, found 3"),
         ({"num_heads": 5}, "'num_heads': 5 heads of head_dim 16 are not expand 2 times hidden_size 32"),
         ({"state_size": 0}, "key 'state_size': expected a whole number of at least 1, found 0"),
@@ -107,7 +107,7 @@ def test_the_export_step_converts_both_ways(folder, tmp_path, capsys):
         ({"vocab_size": 51}, r"expected \[51, 32\] by 'vocab_size' 51 of config.json"),
         ({"quantization_config": {"quant_method": "awq"}}, "'quantization_config': quantized weights are not supp"),
         ({"fiftyfold": {"state_format": "fp8"}}, "key 'state_format': expected one of fp32, bf16, found 'fp8'"),
-        ({"fiftyfold": {"window": 3}}, "'fiftyfold': expected a mapping of kv_format, .*, state_format, found"),
+        ({"fiftyfold": {"window": 3}}, "'fiftyfold': expected an object of kv_format, .*, state_format, found"),
     ],
 )
 def test_what_does_not_fit_is_named(folder, changes, message):
@@ -121,7 +121,7 @@ def test_what_does_not_fit_is_named(folder, changes, message):
     ("overrides", "message"),
     [
         ({"ffn": "moe"}, "ffn: a Mamba-2 checkpoint needs 'none', found 'moe'"),
-        ({"hyper_connections": True}, "hyper_connections: .* needs False, found True"),
+        ({"hyper_connections": True}, "hyper_connections: .* needs false, found true"),
         ({"mtp_layers": 1}, "mtp_layers: .* needs 0, found 1"),
         ({"mixer_options": {"mamba2": {"num_heads": 3, "head_dim": 8}}}, "num_heads: .* a multiple of hidden_size 32"),
     ],

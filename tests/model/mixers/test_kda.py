@@ -107,7 +107,7 @@ def test_the_waterfall_covers_recurrent_layers(layers):
         ({"head_dim": 5}, r"head_dim: expected a divisor of hidden_size 32 because num_heads is not given, found 5"),
         ({"head_dim": 64}, r"head_dim: expected a divisor of hidden_size 32 because num_heads is not given, found 64"),
         ({"chunk_size": 24}, r"chunk_size: expected a power of two, found 24"),
-        ({"chunk_size": True}, r"chunk_size: expected a power of two, found True"),
+        ({"chunk_size": True}, r"chunk_size: expected a power of two, found true"),
         ({"chunk_size": 0}, r"chunk_size: expected a power of two, found 0"),
     ],
 )

@@ -21,6 +21,7 @@ from model.costs import (
 from model.errors import ConfigError
 from model.forward.execution import Execution
 from model.mixers.mamba2 import Mamba2
+from model.wording import count
 from tests.model.networks import EXACT, SMALL, build, random_ids
 
 OPTIONS = SMALL["mixer_options"]["mamba2"]
@@ -89,7 +90,7 @@ def test_reports_of_costs_cover_recurrent_layers(layers):
     recurrent, own = layers.count("mamba2"), sum(cache_bytes_per_token(model.config).values())
     named = {step.name: step for step in steps}
     assert named["recurrent layers"].bytes_per_token == 4096 * (len(layers) - recurrent)
-    assert named["recurrent layers"].rule == f"{recurrent} mamba2 layers keep a state of fixed size"
+    assert named["recurrent layers"].rule == f"state of a fixed size in {count(recurrent, 'mamba2 layer')}"
     assert steps[-1].bytes_per_token == own and ("the model's own gqa layers" in named) == ("gqa" in layers)
     if own:
         product = math.prod(step.factor for step in steps[1:])
@@ -106,7 +107,7 @@ def test_reports_of_costs_cover_recurrent_layers(layers):
         ({"head_dim": 7}, r"head_dim: expected a divisor of 64 channels, found 7"),
         ({"state_size": 2.5}, r"state_size: expected a whole number of at least 1, found 2\.5"),
         ({"n_groups": 3}, r"n_groups: expected a divisor of 8 heads, found 3"),
-        ({"chunk_size": True}, r"chunk_size: expected a whole number of at least 1, found True"),
+        ({"chunk_size": True}, r"chunk_size: expected a whole number of at least 1, found true"),
         ({"use_conv_bias": 1}, r"use_conv_bias: expected true or false, found 1"),
         ({"expand": 0.7}, r"expand: expected a number above 0 that makes .* a whole number, found 0\.7"),
         ({"expand": -1}, r"expand: expected a number above 0"),
@@ -115,7 +116,10 @@ def test_reports_of_costs_cover_recurrent_layers(layers):
         ({"time_step_max": 1e-5}, r"time_step_max: expected a number of at least 0\.001, found 1e-05"),
         ({"time_step_limit": [0.1]}, r"time_step_limit: expected two rising numbers.*found \[0\.1\]"),
         ({"time_step_limit": [0.1, 0.1]}, r"time_step_limit: expected two rising numbers"),
-        ({"time_step_limit": [0.0, math.inf]}, r"time_step_limit: expected .* null for no limit, found \[0\.0, inf\]"),
+        (
+            {"time_step_limit": [0.0, math.inf]},
+            r"time_step_limit: .* null for no limit, found \[0\.0, \.inf\]",
+        ),
     ],
 )
 def test_bad_options_are_named(options, message):

@@ -207,7 +207,7 @@ def test_a_missing_gradient_leaves_the_parameter_alone():
 def test_asking_for_muon_without_matrices_is_an_error():
     with pytest.raises(ConfigError, match="optimizer rule 'muon': no parameter is a matrix"):
         MuonAdamW([("norm.weight", nn.Parameter(torch.ones(4)))], OptimizerConfig())
-    with pytest.raises(ConfigError, match="learning_rate: must be positive"):
+    with pytest.raises(ConfigError, match="learning_rate: expected a finite number above 0"):
         OptimizerConfig(learning_rate=0.0)
 
 

@@ -66,9 +66,18 @@ def test_unused_ids_count_towards_the_size(tmp_path):
             lambda c: c["added_tokens"].append(added_token("<|x|>", 600)),
             r"'<\|x\|>' has ID 600, but .* reads it as 258",
         ),
-        (lambda c: c["added_tokens"].append(added_token("<|x|>", 1)), r"'<\|x\|>' has ID 1, but"),
+        (lambda c: c["added_tokens"].append(added_token("<|x|>", 1)), r"tokens '.*' and '<\|x\|>' share ID 1"),
         (lambda c: c["model"]["vocab"].update(a=1), "tokens '.*' and '.*' share ID 1"),
         (lambda c: c["model"]["vocab"].update(a=2**31), f"token 'a' has ID {2**31}, above"),
+        # The library numbers an added token by the size of the vocabulary, which both faults change.
+        (
+            lambda c: (c["model"]["vocab"].update(a=1), c["added_tokens"].append(added_token("<|x|>", 258))),
+            "share ID 1",
+        ),
+        (
+            lambda c: (c["model"]["vocab"].update(a=2 * 10**7), c["added_tokens"].append(added_token("<|x|>", 258))),
+            "token 'a' has ID 20000000, above 16777215",
+        ),
         (lambda c: (c["model"].update(vocab={}), c.update(added_tokens=[])), "has no tokens"),
     ],
 )
@@ -229,10 +238,23 @@ def test_a_vocabulary_without_declared_or_usual_tokens_is_refused(tmp_path):
     [
         ({"tokenizer_config": []}, "tokenizer_config.json: expected a JSON object, found a list"),
         ({"tokenizer_config": {"eos_token": 3}}, "tokenizer_config.json: eos_token: expected a token"),
-        ({"tokenizer_config": {"added_tokens_decoder": {"x": {}}}}, "added_tokens_decoder: not a token"),
-        ({"tokenizer_config": {"added_tokens_decoder": {"9" * 5000: {"content": "x"}}}}, "added_tokens_decoder: not a"),
-        ({"generation_config": {"eos_token_id": "1"}}, "eos_token_id of generation_config.json .* is '1'"),
-        ({"config": {"eos_token_id": [1, True]}}, r"eos_token_id of .* config.json is \[1, True\]"),
+        (
+            {"tokenizer_config": {"added_tokens_decoder": {"x": {}}}},
+            'token IDs as keys, found "x"',
+        ),
+        (
+            {"tokenizer_config": {"added_tokens_decoder": {"9" * 5000: {"content": "x"}}}},
+            "added_tokens_decoder: expected token IDs as",
+        ),
+        (
+            {"tokenizer_config": {"added_tokens_decoder": {"1": {}}}},
+            r'decoder\["1"\].content: expected a string, found null',
+        ),
+        ({"generation_config": {"eos_token_id": "1"}}, 'eos_token_id of generation_config.json .*, found "1"'),
+        (
+            {"config": {"eos_token_id": [1, True]}},
+            r"eos_token_id of .* config.json: expected a token ID or a list .*, found true",
+        ),
     ],
 )
 def test_malformed_declarations_are_named(tmp_path, side_files, message):

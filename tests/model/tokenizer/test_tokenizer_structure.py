@@ -37,19 +37,19 @@ def changed(content, change):
     ("change", "message"),
     [
         (lambda c: c.update(added_tokens=5), r"added_tokens: expected a list, found 5"),
-        (lambda c: c["added_tokens"].append(5), r"added_tokens\[3\]: expected a mapping, found 5"),
+        (lambda c: c["added_tokens"].append(5), r"added_tokens\[3\]: expected an object, found 5"),
         (
             lambda c: c["added_tokens"][2].update(content=["x"]),
-            r"added_tokens\[2\]\.content: expected text, found \['x",
+            r"added_tokens\[2\]\.content: expected a string, found \[.x.\]",
         ),
-        (lambda c: c["added_tokens"][2].pop("id"), r"added_tokens\[2\]\.id: expected a token ID, found None"),
-        (lambda c: c["added_tokens"][2].update(id="600"), r"added_tokens\[2\]\.id: expected a token ID, found '600'"),
+        (lambda c: c["added_tokens"][2].pop("id"), r"added_tokens\[2\]\.id: expected a token ID, found null"),
+        (lambda c: c["added_tokens"][2].update(id="600"), r"added_tokens\[2\]\.id: expected a token ID, found .600."),
         (lambda c: c["added_tokens"][2].update(id=-1), r"added_tokens\[2\]\.id: expected a token ID, found -1"),
-        (lambda c: c["added_tokens"][2].update(id=True), r"added_tokens\[2\]\.id: expected a token ID, found True"),
-        (lambda c: c["model"].update(vocab=5), r"model\.vocab: expected a mapping or a list, found 5"),
+        (lambda c: c["added_tokens"][2].update(id=True), r"added_tokens\[2\]\.id: expected a token ID, found true"),
+        (lambda c: c["model"].update(vocab=5), r"model\.vocab: expected an object or a list, found 5"),
         (lambda c: c["model"].update(vocab=[5, 6]), r"model\.vocab\[0\]: expected a token and its score, found 5"),
-        (lambda c: c["model"]["vocab"].update(a="x"), r"model\.vocab\['a'\]: expected a token ID, found 'x'"),
-        (lambda c: c.update(model=[]), r"model: expected a mapping, found \[\]"),
+        (lambda c: c["model"]["vocab"].update(a="x"), r"model\.vocab\[.a.\]: expected a token ID, found .x."),
+        (lambda c: c.update(model=[]), r"model: expected an object, found \[\]"),
     ],
 )
 @pytest.mark.parametrize("side_files", [{}, SIDE_FILES], ids=["alone", "with added tokens"])

@@ -75,8 +75,9 @@ def test_settings_and_distance_of_documents():
         ({"task_settings": {"ruler": {}}}, "data.task_settings: 'ruler' is not one of mqar"),
         (
             {"retrieval_tasks": {"multi_key": 1}, "task_settings": {"multi_key": {"keys": 1}}},
-            "data.task_settings: multi_key: keys must be from 2 to 26, found 1",
+            "^data.task_settings.multi_key.keys: must be from 2 to 26, found 1",
         ),
+        ({"pairs": 100}, "^data.pairs: must be from 2 to 26, found 100"),
         ({"task_settings": {"mqar": {"pairs": 3}}}, "the pairs of mqar are set by data.pairs"),
         ({"retrieval_distance": 240}, "data.retrieval_distance must fit .*: mqar: 256 tokens are too few"),
         ({"retrieval_tasks": {"mqar": -1}}, "data.retrieval_tasks.mqar"),

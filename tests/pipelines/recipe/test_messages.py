@@ -32,7 +32,7 @@ STAGES = "train: {stages: [{steps: 3}]}"
         ("{}", ["run.name=x", "run.name.y=1"], "run.name.y: cannot be set to 1 (run.name is a single value"),
         ("data: {sources: /x}", [], "data.sources: expected a list, found '/x'"),
         ("evaluate: {lengths: 5}", [], "evaluate.lengths: expected a list, found 5"),
-        ("run:", [], "run: expected a section of settings, found nothing"),
+        ("run:", [], "run: expected a section of settings, found null"),
         ("train: {optimizer: 5}", [], "train.optimizer: expected a section of settings, found 5"),
         ("data: {task_settings: 5}", [], "data.task_settings: expected a mapping, found 5"),
         ("run: {name: ../x}", [], "run.name: expected letters, digits, '_', '.' and '-', beginning with a letter or"),
@@ -40,6 +40,19 @@ STAGES = "train: {stages: [{steps: 3}]}"
         ("train: {stages: []}", [], "train.stages: must not be empty, found []"),
         ("train: {grad_clip: 0}", [], "train.grad_clip: must be above 0, found 0"),
         ("serve: {temperature: 1}", [], "serve.temperature: unknown key"),
+        ("train: {seed: 1}", [], "train.seed: unknown key; did you mean 'run.seed', 'data.seed' or 'evaluate.seed'?"),
+        ("model: {learning_rate: 1}", [], "model.learning_rate: unknown key; did you mean 'train.optimizer."),
+        ("seed: 1", [], "seed: unknown key; did you mean 'run.seed'"),
+        ("model: {window: null}", [], "model.window: expected a whole number, found null"),
+        ("model: {window: true}", [], "model.window: expected a whole number, found true"),
+        ("model: {qat: 5}", [], "model.qat: expected true or false, found 5"),
+        ("model: {norm_eps: .inf}", [], "model.norm_eps: expected a finite number, found .inf"),
+        ("run: {seed: 1.5}", [], "run.seed: expected a whole number, found 1.5"),
+        ("compare: {seeds: [3, 4, 3]}", [], "compare.seeds: has the value 3 twice"),
+        ("ablate: {rates: [1, 1.0]}", [], "ablate.rates: has the value 1.0 twice"),
+        ("serve: {models: {a b: /x}}", [], "serve.models: expected letters, digits, '_', '.' and '-', beginning"),
+        ("serve: {replicas: 2, max_replicas: 1}", [], "serve.max_replicas: must be at least replicas (2), found 1"),
+        ("train: {sharding: fsdp, workers: 1}", [], "train.sharding: fsdp needs several workers"),
         ("a: [b", [], "/a.yaml: not valid YAML: while parsing a flow sequence in line 1, column 4"),
         ("a: \x00", [], "/a.yaml: not valid YAML"),
     ],
@@ -84,7 +97,7 @@ def test_no_boolean_can_be_a_number(tmp_path, key):
     ],
 )
 def test_nested_numbers_cannot_be_booleans(tmp_path, text, key):
-    assert re.match(f"{re.escape(key)}: expected a number, found (True|False)", refusal(tmp_path, text))
+    assert re.match(f"{re.escape(key)}: expected a number, found (true|false)", refusal(tmp_path, text))
 
 
 def test_the_keys_cover_the_recipe():

@@ -1,8 +1,8 @@
-"""Counts and sizes in sentences."""
+"""Sizes and times in sentences."""
 
 import pytest
 
-from pipelines.reports.counting import count, size
+from pipelines.reports.counting import size, time_left
 
 
 @pytest.mark.parametrize(
@@ -12,5 +12,6 @@ def test_sizes_have_a_unit_of_which_there_is_one(number, text):
     assert size(number) == text
 
 
-def test_nouns_agree_with_their_number():
-    assert [count(n, "shard") for n in (0, 1, 2000)] == ["0 shards", "1 shard", "2,000 shards"]
+def test_the_time_left_is_in_whole_minutes():
+    assert time_left(59) == time_left(0) == "under a minute left"
+    assert [time_left(seconds) for seconds in (60, 200)] == ["about 1 min left", "about 3 min left"]

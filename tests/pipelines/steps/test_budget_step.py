@@ -201,6 +201,7 @@ def test_a_model_without_a_growing_cache_is_no_error(capsys, tmp_path):
         ),
         (["--config", "configs/tiny.yaml", "--model.family", "kimi"], "model.family: 'kimi' is scaled by depth"),
         (["--model", "tiny", "--against", "v32,v5"], "--against: 'v5' is not one of v32, mamba2, kimi, gqa"),
+        (["--model", "tiny", "--against", "ssa"], "v32, mamba2, kimi, gqa; SSA is in every comparison"),
         (["--model", "tiny", "--against", "v4"], "--against: 'v4' is not one of v32, mamba2, kimi, gqa"),
         (["--model", "tiny", "--against", ""], "--against: '' is not one of v32, mamba2, kimi, gqa"),
         (["--model", "tiny", "--against", "gqa,v32,gqa"], "--against: names 'gqa' twice"),

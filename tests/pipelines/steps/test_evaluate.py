@@ -139,7 +139,7 @@ def test_a_checkpoint_of_transformers_is_refused_with_the_way_to_convert_it(tmp_
             r"^data\.task_settings: multi_key: 'pairs' is not one of its settings \(keys\)$",
         ),
         ({}, {"lengths": [4096]}, "mqar: length 4096 exceeds the model's context; choose lengths up to 512 tokens"),
-        ({}, {"distance": 20}, "mqar: distance 20 is vacuous"),
+        ({}, {"distance": 20}, "mqar: distance 20 proves nothing"),
     ],
 )
 def test_unknown_and_vacuous_settings_are_refused(tmp_path, data, section, message):

@@ -215,7 +215,7 @@ def test_settings_that_the_data_or_the_cluster_cannot_serve_are_refused(prepared
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=rf"data\.{key}: {here}, but .* was prepared with {there}"):
             check_prepared(with_overrides(prepared, {f"data.{key}": [] if key == "sources" else here}), manifest)
-    with pytest.raises(ConfigError, match=r"train\.workers: needs 9 CPU, the Ray cluster has 6"):
+    with pytest.raises(ConfigError, match=r"train\.workers: needs 9 CPUs, the Ray cluster has 6"):
         train.run(with_overrides(prepared, {"run.name": "many", "train.workers": 8}))
 
 
@@ -272,7 +272,7 @@ def test_a_tie_goes_to_the_smaller_cache_and_nan_never_wins():
         ({"sweep.space": {"train.stages.0.steps": [2, 3]}}, "'train.stages.0.steps' names an item of a list"),
         (
             {"sweep.space": {"model.qat": [None]}},
-            "model.qat.0: values must be numbers, strings, booleans or lists of names, found nothing",
+            "model.qat.0: expected a number, text, true or false, or a list of names, found null",
         ),
         (
             {"sweep.space": {"model.index_topk": [2]}, "sweep.metric": "validation/los"},

@@ -124,7 +124,7 @@ def test_anticipatory_routing_ends_with_its_stage(prepared):
 
 def test_anticipatory_routing_needs_a_rollback_and_a_router(prepared):
     ahead = {"lag": 2, "steps": 6}
-    with pytest.raises(ConfigError, match=r"train\.stability: anticipatory_routing requires action: roll_back"):
+    with pytest.raises(ConfigError, match=r"^train\.stability\.anticipatory_routing: needs action roll_back, found"):
         with_overrides(prepared, {"train.stability.anticipatory_routing": ahead})
     for changes in ({"model.ffn": "dense"}, {"model.num_hash_layers": 3}):
         recipe = with_overrides(

@@ -61,8 +61,9 @@ def test_layer_schedules_survive_as_categories_of_optuna():
     [
         ({"int": [5, 2]}, "the lower bound 5 is not below the upper bound 2"),
         ({"log_uniform": [0, 1]}, "log_uniform: expected bounds above 0, found 0"),
-        ({"uniform": [0, 1], "int": [0, 1]}, "expected one of log_uniform, uniform and int"),
-        ({"int": [1.5, 2]}, r"int\.0: expected an integer"),
+        ({"uniform": [0, 1], "int": [0, 1]}, "expected one of log_uniform, uniform and int, found uniform and int"),
+        ({"normal": [0, 1]}, "expected a list of values or one of choice, log_uniform, uniform, int, found 'normal'"),
+        ({"int": [1.5, 2]}, r"int\.0: expected a whole number"),
     ],
 )
 def test_bad_ranges_are_refused(values, message):

@@ -30,7 +30,7 @@ def post(client, content: bytes, headers=JSON, route="/v1/completions"):
         (b'{"temperature": NaN}', "temperature", "temperature: expected a finite number"),
         (b'{"temperature": Infinity}', "temperature", "finite number"),
         (b'{"temperature": 1e999}', "temperature", "finite number"),
-        (b'{"max_tokens": NaN}', "max_tokens", "integer"),
+        (b'{"max_tokens": NaN}', "max_tokens", "whole number"),
         (b'{"prompt": [NaN]}', "prompt", "expected a string"),
         (b'{"min_p": NaN}', "min_p", "finite number"),
     ],

@@ -1,5 +1,7 @@
 """Tokenizer routes."""
 
+import pytest
+
 TEXT = "the other rain "
 
 
@@ -12,3 +14,16 @@ def test_tokenizer_routes(client, letters) -> None:
     tokens = client.post("/tokenize", json={"prompt": TEXT}).json()["tokens"]
     assert tokens == [letters.bos_id, *letters.encode(TEXT)]
     assert client.post("/detokenize", json={"tokens": tokens}).json() == {"prompt": TEXT}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ("a", 'tokens: expected a list of token IDs, found "a"'),
+        ([5, "a"], 'tokens.1: expected a token ID, found "a"'),
+        ([[5]], "tokens.0: expected a token ID, found a list"),
+    ],
+)
+def test_other_values_than_token_ids_are_quoted(client, tokens, message) -> None:
+    response = client.post("/detokenize", json={"tokens": tokens})
+    assert (response.status_code, response.json()["error"]["message"]) == (400, message)
