@@ -56,7 +56,7 @@ class Run:
         self._format = format
         self._candidates = body.candidates
         engine = served.engine
-        body.check_token_ids(engine.tokenizer, engine.model_config.vocab_size)
+        body.check_token_ids(engine.tokenizer, engine.vocab_size)
         requests = []
         for tokens in prompts:
             limit = body.token_limit

@@ -83,7 +83,9 @@ class Engine:
         self.config = config or EngineConfig()
         self.model_config = model.config
         self.tokenizer = tokenizer
-        self._scheduler = Scheduler(model, self.config)
+        self.vocab_size = min(model.config.vocab_size, tokenizer.vocab_size)
+        """Number of token IDs. Further rows of the embedding are padding."""
+        self._scheduler = Scheduler(model, self.config, self.vocab_size)
         self._worker = Worker(self._scheduler, self._deliver, self._fail)
         self.observer: Callable[[Sequence, Delta], None] | None = None
         """Called on the event loop with every output, before it is delivered."""
@@ -201,7 +203,7 @@ class Engine:
         await self._worker.stop()
 
     def _validate(self, prompt: list[int], params: SamplingParams) -> None:
-        vocab_size, context = self.model_config.vocab_size, self.model_config.max_positions
+        vocab_size, context = self.vocab_size, self.model_config.max_positions
         for token in (min(prompt), max(prompt)):
             if not 0 <= token < vocab_size:
                 raise RequestError(

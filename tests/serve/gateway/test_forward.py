@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 from replicas import Replicas
@@ -207,6 +208,37 @@ def test_a_disconnect_reaches_the_replica(endless_model, letters, streamed) -> N
         assert engine._scheduler.stats.decoded_tokens - before < 400
 
     before = engine._scheduler.stats.decoded_tokens
+    asyncio.run(main())
+
+
+def test_a_draining_gateway_ends_its_requests_and_refuses_new_ones() -> None:
+    begun, release = asyncio.Event(), asyncio.Event()
+
+    class Slow:
+        async def respond(self, request, body, prefix=()):
+            yield [{"type": "http.response.start", "status": 200, "headers": []}]
+            begun.set()
+            await release.wait()
+            yield [{"type": "http.response.body", "body": b"complete"}]
+
+    async def main() -> None:
+        app = create_gateway({"slow": Slow()}, CONFIG, 60)
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+            running = asyncio.ensure_future(client.post("/v1/completions", json=ASK))
+            await begun.wait()
+            drained = asyncio.ensure_future(app.state.drain())
+            await asyncio.sleep(0)
+            for path in ("/v1/completions", "/tokenize"):
+                refused = await client.post(path, json=ASK)
+                assert (refused.status_code, refused.json()["error"]["message"]) == (503, "the server is stopping")
+            for path in ("/health", "/healthz"):
+                assert (await client.get(path)).status_code == 503
+            assert not drained.done()
+            release.set()
+            assert (await running).text == "complete"
+            await drained
+
     asyncio.run(main())
 
 
