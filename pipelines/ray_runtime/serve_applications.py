@@ -15,6 +15,7 @@ import ray
 from ray import serve as ray_serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentBroadcastResponse
 from ray.serve.schema import ApplicationStatus
 
 from model.errors import ConfigError, FiftyfoldError
@@ -102,14 +103,20 @@ def drain(seconds: float, stop: threading.Event) -> bool:
     deadline = time.monotonic() + seconds
     try:
         drained = ray_serve.get_app_handle(GATEWAY).broadcast("drain")
-        while True:
-            answers = drained.results(timeout_s=_DRAIN_POLL_SECONDS, return_exceptions=True)
-            if not any(isinstance(answer, TimeoutError) for answer in answers):
-                return True  # other errors are of gateways that have ended
-            if stop.is_set() or time.monotonic() >= deadline:
-                return False
+        while not (done := _all_answer(drained)) and not stop.is_set() and time.monotonic() < deadline:
+            pass
     except (RuntimeError, RayError, RayServeException):
         return False
+    return done
+
+
+def _all_answer(response: DeploymentBroadcastResponse) -> bool:
+    """Wait briefly. Return whether all replicas have answered; those that have ended count."""
+    try:
+        answers = response.results(timeout_s=_DRAIN_POLL_SECONDS, return_exceptions=True)
+    except TimeoutError:
+        return False
+    return not any(isinstance(answer, TimeoutError) for answer in answers)
 
 
 def failure(error: Exception, applications: Sequence[str]) -> str:
