@@ -178,7 +178,7 @@ class CheckpointLM(TemplateLM):
                             target = torch.tensor(continuation[low - first : high - first], device=self._device)
                             scores = logits[row, low - start : high - start].log_softmax(dim=-1)
                             totals[i] += scores.gather(1, target[:, None]).double().sum().item()
-                            greedy[i] &= bool((scores.argmax(dim=-1) == target).all())
+                            greedy[i] &= bool((self._most_likely(scores) == target).all())
             bar.update(len(batch))
         bar.close()
         results = list(zip(totals, greedy))
@@ -244,7 +244,7 @@ class CheckpointLM(TemplateLM):
         texts = [_GrowingText(self._tokenizer, context, stops) for context in contexts]
         finished: list[str | None] = [None] * len(texts)
         for step in range(max_new_tokens):
-            next_ids = logits.argmax(dim=-1)
+            next_ids = self._most_likely(logits)
             for row, token in enumerate(next_ids.tolist()):
                 if finished[row] is not None:
                     continue
@@ -256,6 +256,11 @@ class CheckpointLM(TemplateLM):
                 break
             logits = self._model(next_ids[:, None], cache)[:, -1]
         return [text or "" for text in finished]
+
+    def _most_likely(self, scores: Tensor) -> Tensor:
+        """Return the token ID with the highest of the scores [..., vocab]. Rows of the embedding beyond the tokenizer's
+        IDs are padding."""
+        return scores[..., : self._tokenizer.vocab_size].argmax(dim=-1)
 
     # --- batches
 

@@ -17,6 +17,10 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 # Serve kills an HTTP proxy that is not ready in 5 s by default; importing it on a busy machine takes longer.
 os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "30")
+# Serve's processes call each other over gRPC, which costs less per message than calls of Ray actors. By default a
+# message, which holds a whole request body, may have 4 MiB only.
+os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
+os.environ.setdefault("RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH", str(2**31 - 1))
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # disable Tune's own panels: the sweep step prints its trials
 
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"

@@ -133,12 +133,19 @@ class Gateway:
 
     def __init__(self, args: dict[str, Any]):
         self._args = GatewayArgs.model_validate(args)
+        self._app: FastAPI | None = None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         args = self._args
         models = {name: ServeBackend(name) for name in args.models}
         # A JSON response begins when it is complete, so that its first byte can take the whole time limit.
-        return create_gateway(models, args, args.request_timeout_seconds + _FIRST_BYTE_MARGIN_SECONDS)
+        self._app = create_gateway(models, args, args.request_timeout_seconds + _FIRST_BYTE_MARGIN_SECONDS)
+        return self._app
+
+    async def drain(self) -> None:
+        """Refuse further requests, and return when the running ones have ended."""
+        if self._app is not None:
+            await self._app.state.drain()
 
 
 def build_gateway(args: dict[str, Any]) -> Application:

@@ -95,7 +95,7 @@ class Load:
     def _body(self, **fields: Any) -> dict[str, Any]:
         """Return a random request that fits the context, in part with a prompt that starts like others."""
         length = int(self._random.expovariate(8 / self.context)) + 1
-        new = self._random.randint(1, 40)
+        new = fields.get("max_tokens", self._random.randint(1, 40))
         prompt: Any = [self._random.randrange(2, 30) for _ in range(min(length, self.context - new - 1))]
         if self._random.random() < 0.3:
             prompt = _SHARED[: self._random.randint(1, 200)]

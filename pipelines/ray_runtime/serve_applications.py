@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +14,8 @@ from typing import Any
 import ray
 from ray import serve as ray_serve
 from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentBroadcastResponse
 from ray.serve.schema import ApplicationStatus
 
 from model.errors import ConfigError, FiftyfoldError
@@ -24,6 +28,7 @@ from serve.config import ServerConfig
 
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 """Serve's logging. Without access log, no request leaves a trace on disk."""
+_DRAIN_POLL_SECONDS = 0.2
 _ERROR_LINE = re.compile(r"^[\w.]*(?:Error|Exception|Exit|Interrupt)\b.*$", re.MULTILINE)
 """The last line of a traceback."""
 
@@ -89,6 +94,30 @@ def replacement_state(model: ServedModel) -> tuple[ApplicationStatus, str]:
     status = ray_serve.status().applications[name].status
     failed = status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
     return status, failure(RuntimeError(f"the application is {status.value}"), [name]) if failed else ""
+
+
+def drain(seconds: float, stop: threading.Event) -> bool:
+    """Let the gateways refuse new requests, and return True when the running ones have ended.
+
+    Returns False after ``seconds``, when ``stop`` is set, and if Ray Serve does not answer.
+    """
+    deadline = time.monotonic() + seconds
+    try:
+        drained = ray_serve.get_app_handle(GATEWAY).broadcast("drain")
+        while not (done := _all_answer(drained)) and not stop.is_set() and time.monotonic() < deadline:
+            pass
+    except (RuntimeError, RayError, RayServeException):
+        return False
+    return done
+
+
+def _all_answer(response: DeploymentBroadcastResponse) -> bool:
+    """Wait briefly. Return whether all replicas have answered; those that have ended count."""
+    try:
+        answers = response.results(timeout_s=_DRAIN_POLL_SECONDS, return_exceptions=True)
+    except TimeoutError:
+        return False
+    return not any(isinstance(answer, TimeoutError) for answer in answers)
 
 
 def failure(error: Exception, applications: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import socket
@@ -32,6 +33,7 @@ from model.forward.execution import Execution
 from model.tokenizer import load_tokenizer
 from pipelines.ray_runtime.serve_applications import (
     check_cluster,
+    drain,
     needed_cpus,
     replace_model,
     replacement_state,
@@ -82,12 +84,24 @@ class Deployment:
         return self.models[0].checkpoint
 
     def serve_until_signal(self) -> None:
-        """Return on SIGINT or SIGTERM. Follow aliases that move meanwhile."""
-        stop = threading.Event()
-        handlers = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Return after SIGINT or SIGTERM, when all requests have ended. Follow aliases that move meanwhile.
+
+        From the first signal on, new requests are refused, and running ones have ``drain_seconds``. A second signal
+        ends the wait.
+        """
+        stop, stop_now = threading.Event(), threading.Event()
+
+        def on_signal(*_: object) -> None:
+            (stop_now if stop.is_set() else stop).set()
+
+        handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             while not stop.wait(self._section.alias_poll_seconds):
                 self.follow_aliases(stop)
+            seconds = self._section.drain_seconds
+            print(f"stopping; requests have {seconds:g} seconds to end (Ctrl-C ends them now)", flush=True)
+            if not drain(seconds, stop_now):
+                print("stopping with unfinished requests", flush=True)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -177,7 +191,6 @@ def run(recipe: Recipe, write_config: Path | None = None) -> DeployResult | Path
     with start(recipe) as deployment:
         _print_endpoint(deployment, recipe.serve)
         deployment.serve_until_signal()
-        print("stopping", flush=True)
     return DeployResult(deployment.url, deployment.model_name, deployment.checkpoint)
 
 
@@ -314,14 +327,14 @@ def _print_endpoint(deployment: Deployment, section: ServeSection) -> None:
 
 
 class _WithoutShutdownNotice(io.TextIOBase):
-    """Forwards output except Ray's error about the shutdown call that Serve's controller does not survive."""
+    """Forwards output except Ray's errors about calls of Serve's controller that end with it."""
 
     def __init__(self, out: TextIO):
         self._out = out
         self._dropped = False
 
     def write(self, text: str) -> int:
-        if "Task ServeController.graceful_shutdown failed" in text:
+        if re.search(r"Task ServeController\.\w+ failed", text):
             self._dropped = True
         elif not (self._dropped and text == "\n"):
             self._dropped = False

@@ -10,12 +10,11 @@ from serve.api import cache, chat, completions, errors, metrics, models, page, t
 from serve.api.authorization import Authorization, digest, read_key
 from serve.api.chat_template import ChatTemplate
 from serve.api.config import HttpConfig
-from serve.api.event_stream import Pace
 from serve.api.json_body import JsonRoute
 from serve.api.logprobs import TokenFormatter
 from serve.api.middleware import CrossOrigin, Paths, RequestBodies
 from serve.api.served_model import ServedModel
-from serve.engine import Engine
+from serve.engine import Engine, Pace
 
 
 def new_app(**options: Any) -> FastAPI:

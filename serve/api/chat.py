@@ -6,11 +6,11 @@ import asyncio
 
 from fastapi import FastAPI, Request, Response
 
-from serve.api.event_stream import Pace
 from serve.api.formats import ChatFormat
 from serve.api.run import Run, respond
 from serve.api.schemas.chat import ChatCompletion, ChatRequest
 from serve.api.served_model import ServedModel
+from serve.engine import Pace
 
 
 def add_routes(app: FastAPI, served: ServedModel, pace: Pace) -> None:

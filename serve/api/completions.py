@@ -7,13 +7,16 @@ import asyncio
 from fastapi import FastAPI, Request, Response
 
 from model.tokenizer import Tokenizer
-from serve.api.event_stream import Pace
 from serve.api.formats import CompletionFormat
 from serve.api.prompts import encode_text
 from serve.api.run import Run, respond
 from serve.api.schemas.completions import Completion, CompletionRequest
 from serve.api.served_model import ServedModel
+from serve.engine import Pace
 from serve.engine.detokenizer import finished_text
+
+_LARGE_TEXT = 1 << 14
+"""Characters from which prompts are encoded in a thread, so that other streams go on."""
 
 
 def add_routes(app: FastAPI, served: ServedModel, pace: Pace) -> None:
@@ -23,8 +26,10 @@ def add_routes(app: FastAPI, served: ServedModel, pace: Pace) -> None:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         served.check_name(body.model)
         served.engine.check_size(len(body.prompt) * body.candidates)  # before a million prompts are encoded
-        # Run in a thread: encoding many megabytes of text must not block other streams.
-        prompts = await asyncio.to_thread(_encode, body, tokenizer)
+        if sum(len(prompt) for prompt in body.prompt if isinstance(prompt, str)) < _LARGE_TEXT:
+            prompts = _encode(body, tokenizer)
+        else:
+            prompts = await asyncio.to_thread(_encode, body, tokenizer)
         echoes = None
         if body.echo:
             echoes = [prompt if isinstance(prompt, str) else finished_text(tokenizer, prompt) for prompt in body.prompt]

@@ -50,8 +50,9 @@ class HttpConfig(BaseModel):
     keep_alive_seconds: Annotated[float, Field(gt=0)] = 1.0
     """A stream without output for this time sends a comment, which event-stream clients skip."""
     stream_interval_seconds: Annotated[float, Field(ge=0)] = 0.03
-    """Least time between two chunks of a completion's stream. A chunk holds all text of that time. The first chunk and
-    the end of the stream do not wait. 0 sends one chunk per token."""
+    """Least time between two chunks of a stream, which hold all text of that time. More than six streams wait longer,
+    up to 0.2 s, so that up to 40 of them have 200 chunks per second together. The first chunk and the end of a stream
+    do not wait. 0 sends one chunk per token."""
     allowed_origins: Annotated[tuple[Origin, ...], BeforeValidator(_listed)] = ()
     """Origins of web pages whose scripts may call the server (CORS), or ``*`` for all pages. May be a single one."""
     api_key_file: Annotated[str, Field(min_length=1)] | None = None

@@ -2,67 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-T = TypeVar("T")
 KEEP_ALIVE = ": keep-alive\n\n"
-"""A comment, which clients skip."""
+"""A comment, which clients skip. It shows clients and proxies that the server is at work on a long prompt, and the
+server that a client has left."""
 DONE = "data: [DONE]\n\n"
 """The last event of every stream."""
 OBFUSCATION_BLOCK = 64
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Times between the events of a stream."""
-
-    interval: float = 0.0
-    """Least seconds between two chunks of text."""
-    keep_alive: float = 1.0
-    """Seconds of silence after which a comment is sent."""
-
-
-async def in_batches(items: AsyncIterator[T], interval: float) -> AsyncIterator[list[T]]:
-    """Yield all of ``items`` in lists: the first one at once, later ones at least ``interval`` seconds apart.
-
-    The last list does not wait for the interval. An error of ``items`` is raised after the items before it. With an
-    interval of 0, every list has one item.
-    """
-    if not interval:
-        async for item in items:
-            yield [item]
-        return
-    ready: list[T] = []
-    arrived = asyncio.Event()
-
-    async def collect() -> None:
-        async for item in items:
-            ready.append(item)
-            arrived.set()
-
-    collecting = asyncio.ensure_future(collect())
-    collecting.add_done_callback(lambda _: arrived.set())
-    try:
-        while not (collecting.done() and not ready):
-            await arrived.wait()
-            arrived.clear()
-            if ready:
-                batch = ready.copy()
-                ready.clear()
-                yield batch
-                await asyncio.wait({collecting}, timeout=interval)
-        collecting.result()
-    finally:
-        collecting.cancel()
 
 
 def format_event(content: str) -> str:
@@ -74,25 +28,6 @@ def obfuscation(content: str) -> str:
     """Return random characters that fill ``content`` up to a multiple of 64 characters."""
     length = -len(content) % OBFUSCATION_BLOCK
     return secrets.token_hex(length)[:length]
-
-
-async def with_keep_alive(events: AsyncIterator[str], seconds: float) -> AsyncIterator[str]:
-    """Yield ``events``, and a comment whenever no event has come for ``seconds``.
-
-    Comments show clients and proxies that the server is at work on a long prompt, and show the server a client that
-    has left.
-    """
-    while True:
-        following = asyncio.ensure_future(anext(events))
-        try:
-            while not (await asyncio.wait({following}, timeout=seconds))[0]:
-                yield KEEP_ALIVE
-            event = following.result()
-        except StopAsyncIteration:
-            return
-        finally:
-            following.cancel()
-        yield event
 
 
 class EventStreamResponse(StreamingResponse):

@@ -7,6 +7,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import Request, Response
@@ -16,24 +17,22 @@ from model.errors import FiftyfoldError
 from serve.api.errors import CLIENT_CLOSED_REQUEST, error_response, wait_for_disconnect
 from serve.api.event_stream import (
     DONE,
+    KEEP_ALIVE,
     EventStreamResponse,
-    Pace,
     format_event,
-    in_batches,
     obfuscation,
-    with_keep_alive,
 )
 from serve.api.formats import ResponseFormat
 from serve.api.schemas.generation import GenerationRequest
 from serve.api.schemas.usage import Extension, PromptTokensDetails, Usage
 from serve.api.served_model import ServedModel
-from serve.engine import Delta
+from serve.engine import Delta, Pace
 
 
 async def respond(run: Run, request: Request, pace: Pace) -> Response:
     """Return the response of a run: JSON, or an event stream if the request asks for one."""
     if run.body.stream:
-        return EventStreamResponse(with_keep_alive(run.events(pace.interval), pace.keep_alive), close=run.stream.abort)
+        return EventStreamResponse(run.events(pace), close=run.stream.abort)
     response = asyncio.ensure_future(run.response())
     disconnected = asyncio.ensure_future(wait_for_disconnect(request))
     try:
@@ -56,7 +55,7 @@ class Run:
         self._format = format
         self._candidates = body.candidates
         engine = served.engine
-        body.check_token_ids(engine.tokenizer, engine.model_config.vocab_size)
+        body.check_token_ids(engine.tokenizer, engine.vocab_size)
         requests = []
         for tokens in prompts:
             limit = body.token_limit
@@ -92,34 +91,45 @@ class Run:
             chosen += sorted(group, key=lambda i: -outputs[i].mean_logprob)[: self.body.n]
         return chosen
 
-    async def events(self, interval: float) -> AsyncIterator[str]:
-        """Yield the response as server-sent events, in batches at least ``interval`` seconds apart.
+    async def events(self, pace: Pace) -> AsyncIterator[str]:
+        """Yield the response as server-sent events, several of them at a time, and comments while there is none.
 
         The chunks' texts concatenate to the JSON response's text.
         """
         include_usage = self.body.stream_options.include_usage
-        optional: dict[str, Any] = {"usage": None} if include_usage else {}
         started: set[int] = set()
-        unfinished = len(self.stream.sequences)
+        left = len(self.stream.sequences)
         try:
-            async for batch in in_batches(self.stream, interval):
-                parts: dict[int, list[Delta]] = {}
-                for index, part in batch:
-                    parts.setdefault(index, []).append(part)
-                for index, deltas in parts.items():
-                    delta, sequence, first = Delta.join(deltas), self.stream.sequences[index], index not in started
-                    started.add(index)
-                    unfinished -= delta.final
-                    choices = self._format.chunk_choices(index, index // self._candidates, sequence, delta, first)
-                    for number, choice in enumerate(choices, 1):
-                        if not unfinished and number == len(choices) and not include_usage:
-                            optional["fiftyfold"] = self._extension()
-                        yield self._event(choices=[choice], **optional)
+            async with aclosing(self.stream.batches(pace)) as batches:
+                async for batch in batches:
+                    left -= sum(delta.final for _, delta in batch)
+                    events = self._chunks(batch, started, is_last=not left and not include_usage)
+                    if not left:
+                        break
+                    yield "".join(events) or KEEP_ALIVE
             if include_usage:
-                yield self._event(choices=[], usage=self._usage(), fiftyfold=self._extension())
+                events.append(self._event(choices=[], usage=self._usage(), fiftyfold=self._extension()))
         except FiftyfoldError as error:
-            yield format_event(json.dumps(error_response(error)[1]))
-        yield DONE
+            events = [format_event(json.dumps(error_response(error)[1]))]
+        yield "".join(events) + DONE
+
+    def _chunks(self, batch: list[tuple[int, Delta]], started: set[int], is_last: bool) -> list[str]:
+        """Return the events of a list of outputs, the response's last one included if ``is_last``. Update ``started``,
+        the completions with earlier events."""
+        parts: dict[int, list[Delta]] = {}
+        for index, part in batch:
+            parts.setdefault(index, []).append(part)
+        choices = []
+        for index, deltas in parts.items():
+            sequence, first = self.stream.sequences[index], index not in started
+            prompt = index // self._candidates
+            choices += self._format.chunk_choices(index, prompt, sequence, Delta.join(deltas), first)
+        started.update(parts)
+        optional: dict[str, Any] = {"usage": None} if self.body.stream_options.include_usage else {}
+        events = [self._event(choices=[choice], **optional) for choice in choices[: len(choices) - is_last]]
+        if is_last:
+            events.append(self._event(choices=choices[-1:], **optional, fiftyfold=self._extension()))
+        return events
 
     def _event(self, **fields: Any) -> str:
         chunk = self._message(self._format.chunk, **fields)

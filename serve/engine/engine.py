@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,51 +21,8 @@ from serve.engine.sampling_params import SamplingParams
 from serve.engine.scheduler import Results, Scheduler
 from serve.engine.sequence import Delta, Sequence
 from serve.engine.stats import EngineStats
+from serve.engine.stream import Stream
 from serve.engine.worker import Worker
-
-
-class Stream:
-    """Asynchronous iterator over the output of one request: pairs of a completion's index and a :class:`Delta`.
-
-    Iteration ends after the final delta of every completion and raises the first error of any completion. One task at
-    a time may iterate.
-    """
-
-    def __init__(self, sequences: list[Sequence], scheduler: Scheduler):
-        self.sequences = sequences
-        self._scheduler = scheduler
-        self._index = {id(sequence): index for index, sequence in enumerate(sequences)}
-        self._unfinished = len(sequences)
-        self._deltas: deque[tuple[int, Delta]] = deque()
-        self._reader: asyncio.Future[None] | None = None
-
-    def put(self, sequence: Sequence, delta: Delta) -> None:
-        """Append a delta. The engine calls this on the event loop."""
-        self._deltas.append((self._index[id(sequence)], delta))
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
-
-    def abort(self) -> None:
-        """Abort the request. Its caches are freed after the current step. No-op for a finished request."""
-        for sequence in self.sequences:
-            self._scheduler.abort(sequence)
-
-    def __aiter__(self) -> AsyncIterator[tuple[int, Delta]]:
-        return self
-
-    async def __anext__(self) -> tuple[int, Delta]:
-        if not self._unfinished:
-            raise StopAsyncIteration
-        while not self._deltas:
-            self._reader = asyncio.get_running_loop().create_future()
-            await self._reader
-        index, delta = self._deltas.popleft()
-        if delta.error is not None:
-            self._unfinished = 0
-            raise delta.error
-        if delta.final:
-            self._unfinished -= 1
-        return index, delta
 
 
 class Engine:
@@ -83,7 +39,9 @@ class Engine:
         self.config = config or EngineConfig()
         self.model_config = model.config
         self.tokenizer = tokenizer
-        self._scheduler = Scheduler(model, self.config)
+        self.vocab_size = min(model.config.vocab_size, tokenizer.vocab_size)
+        """Number of token IDs. Further rows of the embedding are padding."""
+        self._scheduler = Scheduler(model, self.config, self.vocab_size)
         self._worker = Worker(self._scheduler, self._deliver, self._fail)
         self.observer: Callable[[Sequence, Delta], None] | None = None
         """Called on the event loop with every output, before it is delivered."""
@@ -161,7 +119,7 @@ class Engine:
             )
         deadline = time.monotonic() + self.config.request_timeout_seconds
         sequences = [Sequence(prompt, params, self.tokenizer, deadline) for prompt, params in requests]
-        stream = Stream(sequences, self._scheduler)
+        stream = Stream(sequences, self._scheduler.abort)
         for sequence in sequences:
             self._streams[id(sequence)] = stream
         self._worker.submit(sequences)
@@ -201,7 +159,7 @@ class Engine:
         await self._worker.stop()
 
     def _validate(self, prompt: list[int], params: SamplingParams) -> None:
-        vocab_size, context = self.model_config.vocab_size, self.model_config.max_positions
+        vocab_size, context = self.vocab_size, self.model_config.max_positions
         for token in (min(prompt), max(prompt)):
             if not 0 <= token < vocab_size:
                 raise RequestError(

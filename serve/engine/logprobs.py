@@ -22,18 +22,22 @@ class TokenLogprob(NamedTuple):
     """Characters of text before this token."""
 
 
-def token_logprobs(logits: Tensor, token_ids: Sequence[int], top_ns: Sequence[int]) -> list[TokenLogprob]:
+def token_logprobs(
+    logits: Tensor, token_ids: Sequence[int], top_ns: Sequence[int], vocab_size: int | None = None
+) -> list[TokenLogprob]:
     """Return the log-probabilities of n tokens under logits [n, vocab], with ``top_ns[i]`` alternatives each.
 
-    The distribution is the model's own, before penalties, temperature and truncation. Text offsets are left at 0.
+    The distribution is the model's own, before penalties, temperature and truncation. Alternatives have IDs below
+    ``vocab_size``. Text offsets are left at 0.
     """
     logprobs = logits.float().log_softmax(dim=-1)
     ids = torch.tensor(token_ids, device=logits.device)
     token_values = logprobs.gather(1, ids[:, None])[:, 0].tolist()
-    most = min(max(top_ns, default=0), logprobs.shape[1])
+    offered = logprobs[:, :vocab_size]
+    most = min(max(top_ns, default=0), offered.shape[1])
     if not most:
         return [TokenLogprob(token_id, value, ((token_id, value),)) for token_id, value in zip(token_ids, token_values)]
-    top_values, top_ids = logprobs.topk(most, dim=-1)
+    top_values, top_ids = offered.topk(most, dim=-1)
     records = []
     for token_id, logprob, row_ids, row, n in zip(
         token_ids, token_values, top_ids.tolist(), top_values.tolist(), top_ns

@@ -6,11 +6,35 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.sampling import sample
 from serve.engine.sampling_params import SamplingParams
+
+
+class TokenCounts:
+    """Distinct tokens of a prompt and a completion, and how often each occurs in the completion."""
+
+    def __init__(self, prompt: Iterable[int]):
+        self._places = {token: place for place, token in enumerate(dict.fromkeys(prompt))}
+        self._ids = np.array([*self._places], dtype=np.int64)
+        self._counts = np.zeros(len(self._ids), dtype=np.float32)
+
+    def add(self, token: int) -> None:
+        """Count a token of the completion."""
+        place = self._places.setdefault(token, len(self._places))
+        if place == len(self._ids):
+            spare = np.zeros(16 + place // 2, dtype=np.int64)
+            self._ids, self._counts = np.append(self._ids, spare), np.append(self._counts, spare.astype(np.float32))
+        self._ids[place] = token
+        self._counts[place] += 1
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return n token IDs, int64, and their counts, float32. Both are views that :meth:`add` changes."""
+        n = len(self._places)
+        return self._ids[:n], self._counts[:n]
 
 
 class Sampler:
@@ -23,11 +47,9 @@ class Sampler:
         self.generated = 0
         self.stop_ids = sorted(stop_ids)
         p = params
-        self.counts_tokens = bool(p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty)
-        self._uncounted_prompt = list(prompt) if p.repetition_penalty != 1 else []
-        self._uncounted: list[int] = []
-        """Generated tokens that ``_counts`` does not include yet."""
-        self._counts: tuple[Tensor, Tensor] | None = None
+        counts_tokens = p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty
+        self.counts = TokenCounts(prompt if p.repetition_penalty != 1 else ()) if counts_tokens else None
+        """Counts for the penalties; None without any."""
         self._bias: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -37,21 +59,7 @@ class Sampler:
 
     @property
     def changes_logits(self) -> bool:
-        return self.counts_tokens or bool(self.params.logit_bias) or self.delays_end
-
-    def token_counts(self, vocab: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return which tokens occur in the prompt or the completion, bool [vocab], and how often each occurs in the
-        completion, float32 [vocab]."""
-        if self._counts is None:
-            seen = torch.zeros(vocab, dtype=torch.bool, device=device)
-            seen[self._uncounted_prompt] = True
-            self._counts, self._uncounted_prompt = (seen, torch.zeros(vocab, device=device)), []
-        seen, counts = self._counts
-        for token in self._uncounted:
-            seen[token] = True
-            counts[token] += 1
-        self._uncounted = []
-        return seen, counts
+        return self.counts is not None or bool(self.params.logit_bias) or self.delays_end
 
     def bias(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the token IDs and the values of ``logit_bias``."""
@@ -72,8 +80,8 @@ class Sampler:
         self.generated += 1
         if self._draws:
             self._draws.popleft()
-        if self.counts_tokens:
-            self._uncounted.append(token)
+        if self.counts is not None:
+            self.counts.add(token)
 
 
 def sample_tokens(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
@@ -109,10 +117,8 @@ def predict_tokens(logits: Tensor, samplers: Sequence[Sampler], ahead: int = 0) 
 def change_logits(logits: Tensor, samplers: Sequence[Sampler]) -> None:
     """Apply penalties, bias and ``min_tokens`` to contiguous logits [B, vocab], in place."""
     vocab, device = logits.shape[-1], logits.device
-    if rows := [i for i, sampler in enumerate(samplers) if sampler.counts_tokens]:
-        counted = [samplers[i].token_counts(vocab, device) for i in rows]
-        logits[rows] = _penalize(logits[rows], [samplers[i].params for i in rows], counted)
     flat = logits.view(-1)
+    _penalize(flat, vocab, samplers)
     if rows := [i for i, sampler in enumerate(samplers) if sampler.params.logit_bias]:
         biases = [samplers[i].bias(device) for i in rows]
         ids = torch.cat([ids + i * vocab for i, (ids, _) in zip(rows, biases)])
@@ -121,14 +127,22 @@ def change_logits(logits: Tensor, samplers: Sequence[Sampler]) -> None:
         flat[excluded] = float("-inf")
 
 
-def _penalize(logits: Tensor, params: list[SamplingParams], counted: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return logits [R, vocab] after the repetition, presence and frequency penalties."""
-    seen, counts = torch.stack([seen for seen, _ in counted]), torch.stack([counts for _, counts in counted])
+def _penalize(flat: Tensor, vocab: int, samplers: Sequence[Sampler]) -> None:
+    """Apply the repetition, presence and frequency penalties to logits [B * vocab], in place."""
+    counted = [(i, one.params, *one.counts.arrays()) for i, one in enumerate(samplers) if one.counts is not None]
+    if not counted:
+        return
+    lengths = [len(ids) for _, _, ids, _ in counted]
 
-    def column(value_of: Callable[[SamplingParams], float]) -> Tensor:
-        return torch.tensor([[value_of(p)] for p in params], dtype=logits.dtype, device=logits.device)
+    def tensor(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(flat.device)
 
-    repetition = column(lambda p: p.repetition_penalty)
-    logits = torch.where(seen, torch.where(logits > 0, logits / repetition, logits * repetition), logits)
-    frequency, presence = column(lambda p: p.frequency_penalty), column(lambda p: p.presence_penalty)
-    return logits - (frequency * counts + presence * (counts > 0))
+    def each(value_of: Callable[[SamplingParams], float]) -> Tensor:
+        return tensor(np.repeat(np.array([value_of(params) for _, params, _, _ in counted], np.float32), lengths))
+
+    places = tensor(np.concatenate([ids + i * vocab for i, _, ids, _ in counted]))
+    counts = tensor(np.concatenate([counts for _, _, _, counts in counted]))
+    logits, repetition = flat[places], each(lambda p: p.repetition_penalty)
+    logits = torch.where(logits > 0, logits / repetition, logits * repetition)
+    frequency, presence = each(lambda p: p.frequency_penalty), each(lambda p: p.presence_penalty)
+    flat[places] = logits - (frequency * counts + presence * (counts > 0))

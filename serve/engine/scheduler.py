@@ -37,9 +37,12 @@ class Scheduler:
     forward pass, and reads a number of prompt tokens that :class:`PrefillPace` allows. A sequence waits until the pool
     has pages for its prompt. If the pool is full when a running sequence needs a page, the newest sequence loses its
     cache and waits to be read again.
+
+    Only IDs below ``vocab_size`` are sampled and offered as alternatives: an embedding may have more rows than there
+    are tokens. None allows all of the model's.
     """
 
-    def __init__(self, model: Transformer, config: EngineConfig):
+    def __init__(self, model: Transformer, config: EngineConfig, vocab_size: int | None = None):
         self.model = model
         self.config = config
         self.device = next(model.parameters()).device
@@ -48,7 +51,9 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.prefilling: list[Sequence] = []
         self.batch = DecodeBatch()
-        self.drafter = Drafter(model, config.speculative_tokens) if config.speculative_tokens else None
+        self._vocab_size = vocab_size
+        count = config.speculative_tokens
+        self.drafter = Drafter(model, count, vocab_size) if count else None
         self.model_label = "the model"
         """Name of the model in errors and logs."""
         self._pace = PrefillPace(config.prefill_chunk, config.prefill_share)
@@ -216,13 +221,14 @@ class Scheduler:
 
     def _sample(self, logits: Tensor, sequences: list[Sequence]) -> Results:
         """Sample a token of every sequence from logits [B, vocab]. Non-finite logits fail only their sequence."""
-        tokens = sample_tokens(logits, [sequence.sampler for sequence in sequences])
+        tokens = sample_tokens(logits[:, : self._vocab_size], [sequence.sampler for sequence in sequences])
         records: list[TokenLogprob | None] = [None] * len(sequences)
         wanting = [i for i, one in enumerate(sequences) if one.params.logprobs is not None and tokens[i] >= 0]
         if wanting:
             rows = logits if len(wanting) == len(sequences) else logits[wanting]
             top_ns = [sequences[i].params.logprobs or 0 for i in wanting]
-            for i, record in zip(wanting, token_logprobs(rows, [tokens[i] for i in wanting], top_ns)):
+            found = token_logprobs(rows, [tokens[i] for i in wanting], top_ns, self._vocab_size)
+            for i, record in zip(wanting, found):
                 records[i] = record
         return [
             (sequence, sequence.advance(token, record) if token >= 0 else self._not_finite())

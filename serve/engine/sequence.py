@@ -144,8 +144,8 @@ class Sequence:
         """Record the log-probabilities of the tokens that follow the next n prompt tokens, given logits [n, vocab]."""
         start = max(0, len(self.prompt_logprobs) - 1)
         following = self.tokens[start + 1 : min(self.prompt_length, start + 1 + logits.shape[0])]
-        n = len(following)
-        records = token_logprobs(logits[:n], following, [self.params.logprobs or 0] * n) if n else []
+        n, top = len(following), self.params.logprobs or 0
+        records = token_logprobs(logits[:n], following, [top] * n, self._tokenizer.vocab_size) if n else []
         if not self.prompt_logprobs:
             records.insert(0, TokenLogprob(self.tokens[0], None))
         for record in records:

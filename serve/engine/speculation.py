@@ -40,12 +40,12 @@ class Drafter:
     """Drafts ``count`` tokens per completion with the network's multi-token prediction module.
 
     The module has one step of lookahead; further drafts feed its own streams back to it. Its cache has a row for each
-    token that has a successor.
+    token that has a successor. Drafts have IDs below ``vocab_size``.
     """
 
-    def __init__(self, model: Transformer, count: int):
+    def __init__(self, model: Transformer, count: int, vocab_size: int | None = None):
         check_speculation(model.config)
-        self.model, self.count = model, count
+        self.model, self.count, self._vocab_size = model, count, vocab_size
         parts = model.config.block_mixers[-1].cache_parts(model.config).values()
         self._reach = max(part.tokens for part in parts if isinstance(part, WindowPart))
         """Tokens that the module sees at a time."""
@@ -78,7 +78,7 @@ class Drafter:
             if step:
                 ids = torch.tensor(drafts[-1], device=cache.device).unsqueeze(1)
                 newest = self.model.read_ahead(newest, ids, cache, [length + step - 1 for length in lengths])
-            predicted = predict_tokens(self.model.ahead_logits(newest)[:, -1], samplers, step)
+            predicted = predict_tokens(self.model.ahead_logits(newest)[:, -1, : self._vocab_size], samplers, step)
             drafts.append([max(0, token) for token in predicted])  # any token will do where logits are not finite
         for sequence, own in zip(sequences, zip(*drafts)):
             sequence.drafts = list(own)

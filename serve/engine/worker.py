@@ -18,15 +18,16 @@ MAX_STEPS_AHEAD = 4
 """Steps whose results the event loop may not have taken yet. Then the thread waits, which leaves the interpreter to the
 loop on a busy machine."""
 _POLL_SECONDS = 1.0
-"""Interval of the checks for a closed event loop while waiting for it."""
+"""Interval of the checks for an event loop that has been closed or stopped while waiting for it."""
 
 
 class Worker:
     """Steps ``scheduler`` in a thread of its own while there is work, and calls ``deliver`` on the event loop.
 
     The thread does not wait for the loop between steps: it takes new sequences itself, and wakes the loop once for the
-    results of all steps since the loop last looked. Without work the thread sleeps. If a step or a delivery raises,
-    ``fail`` is called on the loop with the exception, and again for later submissions. No further step is run.
+    results of all steps since the loop last looked. Without work the thread sleeps. It aborts all sequences if the loop
+    is closed, or stopped for a second while the thread waits for it. If a step or a delivery raises, ``fail`` is called
+    on the loop with the exception, and again for later submissions. No further step is run.
     """
 
     def __init__(
@@ -103,12 +104,14 @@ class Worker:
                 except RuntimeError:
                     if not loop.is_closed():
                         raise
-            while len(self._undelivered) > MAX_STEPS_AHEAD and not loop.is_closed():
-                self._changed.wait(_POLL_SECONDS)
-            if loop is not self._loop or not loop.is_closed():
+            ended = loop.is_closed()
+            while len(self._undelivered) > MAX_STEPS_AHEAD and not ended:
+                ended = not self._changed.wait(_POLL_SECONDS) and not loop.is_running()
+            if loop is not self._loop or not ended:
                 return
-            self._undelivered = []
-        self._scheduler.abort_all()  # no reader is left
+            if loop.is_closed():
+                self._undelivered = []
+        self._scheduler.abort_all()  # no reader is left, or each finds its request aborted if a stopped loop runs again
 
     # --- on the event loop
 

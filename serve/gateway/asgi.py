@@ -16,7 +16,7 @@ from serve.api.asgi import add_middleware, new_app
 from serve.api.config import HttpConfig
 from serve.api.errors import UnavailableError, error_body
 from serve.gateway.backend import Backend, ReplicaLostError, fetch
-from serve.gateway.forward import Forwarder
+from serve.gateway.forward import STOPPING, Forwarder
 
 _HEALTH_SECONDS = 5.0
 _ANSWER_SECONDS = 30.0
@@ -26,7 +26,8 @@ def create_gateway(models: Mapping[str, Backend], config: HttpConfig, timeout_se
     """Return an application that serves ``models`` by name; the first one answers requests that name none.
 
     It checks API keys, origins and sizes. It answers the page, health checks and the list of models itself, and
-    forwards all other requests to a replica. Raises ConfigError for an API key that cannot be read.
+    forwards all other requests to a replica. ``app.state.drain`` is :meth:`Forwarder.drain`. Raises ConfigError for an
+    API key that cannot be read.
 
     Args:
         timeout_seconds: Longest wait for the first byte of a replica.
@@ -57,6 +58,8 @@ def create_gateway(models: Mapping[str, Backend], config: HttpConfig, timeout_se
     @app.get("/healthz")
     async def healthz() -> Response:
         """Answer 200 if a replica of every model is healthy, else 503."""
+        if forwarder.draining:
+            raise UnavailableError(STOPPING)
         try:
             async with asyncio.timeout(_HEALTH_SECONDS):
                 found = await asyncio.gather(*(_json(name, backend, "/healthz") for name, backend in models.items()))
@@ -69,6 +72,7 @@ def create_gateway(models: Mapping[str, Backend], config: HttpConfig, timeout_se
         return JSONResponse({"status": "ok", "unfinished": unfinished, "models": found})
 
     app.router.default = forwarder
+    app.state.drain = forwarder.drain
     return app
 
 

@@ -22,6 +22,7 @@ from serve.gateway.prefixes import Ask, read_ask
 
 ATTEMPTS = 3
 """Replicas to which the gateway sends a request in turn if they end while they work on it."""
+STOPPING = "the server is stopping"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LARGE_BODY = 1 << 16
 """Bytes from which a body is parsed in a thread, so that other streams go on."""
@@ -38,10 +39,32 @@ class Forwarder:
     def __init__(self, models: Mapping[str, Backend], timeout_seconds: float):
         self._models = models
         self._timeout_seconds = timeout_seconds
+        self._running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.draining = False
+        """True if further requests are refused."""
+
+    async def drain(self) -> None:
+        """Refuse further requests, and return when the running ones have ended."""
+        self.draining = True
+        await self._idle.wait()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await WebSocketClose()(scope, receive, send)
+        if self.draining:
+            raise UnavailableError(STOPPING)
+        self._running += 1
+        self._idle.clear()
+        try:
+            await self._respond(scope, receive, send)
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
+
+    async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         body = await request.body()
         if scope["method"] == "POST":

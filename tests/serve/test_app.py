@@ -320,7 +320,7 @@ def test_a_signal_stops_the_deployment(tmp_path, saved, number) -> None:
         rest = process.stdout.read()
         assert process.wait(60) == 0, rest
     assert lines[0].startswith(f"serving {saved} as 'letters/final' at http://127.0.0.1:{recipe.serve.port}/v1")
-    assert [line.split("(")[0] for line in rest.splitlines()] == ["stopping", "DeployResult"]
+    assert [line.split("(")[0].split(";")[0] for line in rest.splitlines()] == ["stopping", "DeployResult"]
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", recipe.serve.port)) != 0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 import ray
-from chaos import CONTROLLER, GATEWAY, PROXY, REPLICA, answers, busy, kill, processes, wait_for
+from chaos import CONTROLLER, GATEWAY, PATIENCE_SECONDS, PROXY, REPLICA, answers, busy, kill, processes, wait_for
 from deployments import recipe_for
 
 from model import checkpoint
@@ -55,6 +55,19 @@ def test_models_are_served_side_by_side(deployment) -> None:
     assert text_of(deployment.url, "letters") != text_of(deployment.url, "other")
     report = httpx.get(f"{deployment.url}/healthz").json()
     assert [model["model"] for model in report["models"]] == ["letters", "other"]
+
+
+def test_bodies_of_many_megabytes_pass_in_both_directions(deployment) -> None:
+    def ask(**fields: object) -> httpx.Response:
+        return httpx.post(
+            f"{deployment.url}/v1/completions", json={"model": "letters", **fields}, timeout=PATIENCE_SECONDS
+        )
+
+    refused = ask(prompt="a" * 9_000_000)  # gRPC's own limit is 4 MiB
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == "context_length_exceeded"
+    scored = ask(prompt=[[5] * 480] * 48, max_tokens=0, echo=True, logprobs=5)
+    assert scored.status_code == 200 and len(scored.content) > 4 * 2**20
+    assert len(scored.json()["choices"]) == 48
 
 
 def test_requests_with_a_common_prefix_reach_the_replica_that_holds_it(deployment) -> None:

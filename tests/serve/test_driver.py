@@ -1,18 +1,15 @@
 """SIGKILL of the process that deploys, and a restart of everything."""
 
-import os
 import signal
 import socket
 import subprocess
-import sys
-from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 import ray
 from chaos import answers, busy, wait_for
-from deployments import recipe_for
+from deployments import deploy, recipe_for, url_of
 from ray import serve as ray_serve
 
 from model import checkpoint
@@ -30,31 +27,6 @@ def recipe(tmp_path, endless_model, letters) -> Recipe:
     client.create_model_version("letters", (tmp_path / "one").as_uri())
     client.set_registered_model_alias("letters", "champion", "1")
     return recipe
-
-
-def deploy(recipe: Recipe, address: str | None) -> subprocess.Popen:
-    """Run the deploy step in a process of its own and wait until it serves."""
-    command = [sys.executable, "-m", "pipelines", "deploy", "--run.folder", str(recipe.run.folder)]
-    for key in ("model_uri", "port", "cpus_per_replica", "weights"):
-        command += [f"--serve.{key}", str(getattr(recipe.serve, key))]
-    environment = {**os.environ, **({"RAY_ADDRESS": address} if address else {})}
-    process = subprocess.Popen(
-        command,
-        cwd=Path(__file__).parents[2],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    lines = []
-    while not (lines and lines[-1].strip().startswith("curl ")):
-        lines.append(process.stdout.readline())
-        assert lines[-1], "".join(lines)
-    return process
-
-
-def url_of(recipe: Recipe) -> str:
-    return f"http://127.0.0.1:{recipe.serve.port}"
 
 
 def kill(process: subprocess.Popen) -> None:

@@ -129,7 +129,7 @@ class GenerationRequest(RequestBody):
         return self
 
     def check_token_ids(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        """Raise RequestError for token IDs outside the model's vocabulary, and for stop tokens that leave no token to
+        """Raise RequestError for token IDs outside the vocabulary, and for stop tokens that leave no token to
         sample."""
         for name in ("logit_bias", "stop_token_ids"):
             for token in getattr(self, name):

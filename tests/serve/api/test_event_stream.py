@@ -3,97 +3,14 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
 
 import httpx
 import pytest
 
 from serve.api.asgi import create_app
 from serve.api.config import HttpConfig
-from serve.api.event_stream import KEEP_ALIVE, in_batches, with_keep_alive
+from serve.api.event_stream import KEEP_ALIVE
 from serve.engine import Engine, EngineConfig
-
-
-async def slow_events(*pauses: float) -> AsyncIterator[str]:
-    for i, pause in enumerate(pauses):
-        await asyncio.sleep(pause)
-        yield f"event {i}"
-
-
-def test_comments_fill_pauses_only() -> None:
-    async def main() -> list[str]:
-        end_pause = asyncio.Event()
-
-        async def events() -> AsyncIterator[str]:
-            yield "first"
-            await end_pause.wait()
-            yield "second"
-            yield "third"
-
-        found: list[str] = []
-        async for event in with_keep_alive(events(), 0.01):
-            found.append(event)
-            if found.count(KEEP_ALIVE) == 3:
-                end_pause.set()
-        return found
-
-    events = asyncio.run(main())
-    assert (events[0], events[-2:]) == ("first", ["second", "third"])
-    assert len(events) >= 6 and set(events[1:-2]) == {KEEP_ALIVE}
-
-
-def test_items_that_come_fast_are_sent_together() -> None:
-    async def batches(events: AsyncIterator[str], interval: float) -> list[list[str]]:
-        return [batch async for batch in in_batches(events, interval)]
-
-    found = asyncio.run(batches(slow_events(*[0.01] * 30), 60))
-    assert found[0] == ["event 0"]  # the first one at once
-    assert len(found) == 2 and found[1][-1] == "event 29"  # the rest when they end, and not after a minute
-    assert [len(batch) for batch in asyncio.run(batches(slow_events(*[0.01] * 5), 0))] == [1] * 5
-    assert asyncio.run(batches(slow_events(), 60)) == []
-
-
-def test_an_error_comes_after_the_items_before_it() -> None:
-    async def failing() -> AsyncIterator[str]:
-        yield "first"
-        await asyncio.sleep(0.01)
-        yield "second"
-        raise KeyError("x")
-
-    async def main() -> None:
-        batches = in_batches(failing(), 60)
-        assert [await anext(batches), await anext(batches)] == [["first"], ["second"]]
-        with pytest.raises(KeyError):
-            await anext(batches)
-
-    asyncio.run(main())
-
-
-def test_errors_and_the_end_of_the_client_reach_the_events() -> None:
-    closed = []
-
-    async def failing() -> AsyncIterator[str]:
-        try:
-            yield "event"
-            await asyncio.sleep(60)
-        finally:
-            closed.append(True)
-
-    async def main() -> None:
-        events = with_keep_alive(failing(), 0.01)
-        assert [await anext(events), await anext(events)] == ["event", KEEP_ALIVE]
-        await events.aclose()
-        await asyncio.sleep(0)
-        assert closed == [True]
-
-        async def broken() -> AsyncIterator[str]:
-            raise KeyError("x")
-            yield
-
-        with pytest.raises(KeyError):
-            await anext(with_keep_alive(broken(), 1))
-
-    asyncio.run(main())
 
 
 def test_a_long_prompt_sends_comments_and_then_the_same_stream(endless_model, letters, monkeypatch) -> None:

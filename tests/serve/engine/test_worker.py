@@ -2,10 +2,11 @@
 
 import asyncio
 import threading
+import time
 
 import pytest
 
-from serve.engine import Engine, EngineConfig, EngineError, SamplingParams
+from serve.engine import Engine, EngineConfig, EngineError, RequestAbortedError, SamplingParams, Stream
 from serve.engine.sequence import Sequence
 from serve.engine.worker import MAX_STEPS_AHEAD, Worker
 
@@ -49,8 +50,7 @@ def test_steps_go_on_while_the_loop_is_busy_and_arrive_in_order() -> None:
         worker = Worker(scheduler, taken.extend, pytest.fail)
         worker.submit(["a"])
         assert scheduler.ahead.wait(60)  # blocks the loop
-        while worker._busy and not worker._changed._waiters:  # until the worker waits, or has run to the end
-            threading.Event().wait(0.001)
+        time.sleep(0.05)  # without a bound, the worker would run to the end
         assert (scheduler.steps, taken) == (MAX_STEPS_AHEAD + 1, [])
         await until(lambda: len(taken) == 50)
         await worker.stop()
@@ -151,6 +151,30 @@ def test_a_closed_loop_ends_the_work(endless_model, letters) -> None:
         return stream.sequences[0].completion_tokens
 
     assert asyncio.run(again()) == 3
+
+
+def test_a_stopped_loop_ends_the_work_and_its_reader_learns_of_it(endless_model, letters) -> None:
+    engine = Engine(endless_model, letters, EngineConfig(kept_prefixes=0))
+    loop = asyncio.new_event_loop()
+
+    async def begin() -> Stream:
+        stream = engine.submit([([0, 9], SamplingParams(max_tokens=400, temperature=0))])
+        await anext(stream)
+        return stream
+
+    async def read(stream: Stream) -> None:
+        async for _ in stream:
+            pass
+
+    try:
+        stream = loop.run_until_complete(begin())
+        engine._worker._job.result(60)  # the thread sleeps
+        assert engine.memory.used_pages == 0
+        with pytest.raises(RequestAbortedError):
+            loop.run_until_complete(read(stream))
+        assert 0 < stream.sequences[0].completion_tokens < 400
+    finally:
+        loop.close()
 
 
 def test_a_failing_observer_ends_all_requests(endless_model, letters) -> None:
