@@ -36,15 +36,13 @@ template <typename F>
 inline Lane lanes_of(F f) {
   float values[kLanes];
   for (int64_t l = 0; l < kLanes; ++l) values[l] = f(l);
-  Lane lane;
-  std::memcpy(&lane, values, sizeof(lane));
-  return lane;
+  return load16(values);
 }
 
 template <typename F>
 inline void each_lane(Lane& lane, F f) {
   float values[kLanes];
-  std::memcpy(values, &lane, sizeof(lane));
+  store(lane, values);
   lane = lanes_of([&](int64_t l) { return f(values[l]); });
 }
 
@@ -257,7 +255,7 @@ template <int T, int V>
     });
   }
   unrolled<T>([&](auto t) {
-    unrolled<V>([&](auto v) { std::memcpy(to + t * D + 16 * v, &sums[t * V + v], sizeof(Floats)); });
+    unrolled<V>([&](auto v) { store(sums[t * V + v], to + t * D + 16 * v); });
   });
 }
 
@@ -323,7 +321,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hc_pre_backward(
       for (int64_t w = 0; w < s.weights; ++w) {
         const int64_t kind = kind_of(w, n);
         float upstream[kLanes];
-        std::memcpy(upstream, &grad[w], sizeof(upstream));
+        store(grad[w], upstream);
         for (int64_t l = 0; l < count; ++l) {
           const int64_t t = first + l;
           const float value = product[t * s.weights + w];

@@ -7,17 +7,26 @@ namespace fiftyfold {
 
 constexpr int64_t kFp4Block = 32;
 
-// Twice the values of 16 E2M1 codes, one per byte.
-#if defined(__AVX2__)
+// Set `even` and `odd` to twice the values of the low and high nibbles of 16 bytes.
+#if defined(__AVX512F__)
+inline void doubled_e2m1(const uint8_t* bytes, Floats& even, Floats& odd) {
+  const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
+  const __m512i codes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+  even = (Floats)_mm512_permutexvar_ps(codes, table);  // by the lowest four bits
+  odd = (Floats)_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4), table);
+}
+#elif defined(__AVX2__)
 inline Floats doubled_e2m1(__m128i codes) {
   const __m128i table = _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
   const __m128i values = _mm_shuffle_epi8(table, codes);
-#if defined(__AVX512F__)
-  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(values));
-#else
   return {(Floats8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(values)),
           (Floats8)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(values, 8)))};
-#endif
+}
+
+inline void doubled_e2m1(const uint8_t* bytes, Floats& even, Floats& odd) {
+  const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)), low = _mm_set1_epi8(15);
+  even = doubled_e2m1(_mm_and_si128(codes, low));
+  odd = doubled_e2m1(_mm_and_si128(_mm_srli_epi16(codes, 4), low));
 }
 #else
 inline Floats doubled_e2m1(uint8x16_t codes) {
@@ -27,20 +36,13 @@ inline Floats doubled_e2m1(uint8x16_t codes) {
   const auto four = [](int16x4_t v) { return (Floats4)vcvtq_f32_s32(vmovl_s16(v)); };
   return {{four(vget_low_s16(low)), four(vget_high_s16(low))}, {four(vget_low_s16(high)), four(vget_high_s16(high))}};
 }
-#endif
 
-// Set `even` and `odd` to twice the values of the low and high nibbles of 16 bytes.
 inline void doubled_e2m1(const uint8_t* bytes, Floats& even, Floats& odd) {
-#if defined(__AVX2__)
-  const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)), low = _mm_set1_epi8(15);
-  even = doubled_e2m1(_mm_and_si128(codes, low));
-  odd = doubled_e2m1(_mm_and_si128(_mm_srli_epi16(codes, 4), low));
-#else
   const uint8x16_t codes = vld1q_u8(bytes);
   even = doubled_e2m1(vandq_u8(codes, vdupq_n_u8(15)));
   odd = doubled_e2m1(vshrq_n_u8(codes, 4));
-#endif
 }
+#endif
 
 // Reorder every block of 32 elements for packed_dot: even indices before odd ones. n is a multiple of 32.
 inline void separate_even_odd(const float* x, int64_t n, float* out) {
@@ -58,15 +60,13 @@ inline void packed_dots(const float* const* x, const uint8_t* row, int64_t n, fl
   const uint8_t* scales = row + n / 2;
   Floats sums[2 * T];
   unrolled<2 * T>([&](auto i) { sums[i] = Floats{}; });
-  const auto add = [&](int64_t b, auto parity) {
+  const auto add = [&](int64_t b, auto parity) __attribute__((always_inline)) {
     Floats even, odd;
     doubled_e2m1(row + b * (kFp4Block / 2), even, odd);
     const float scale = 0.5f * e8m0_to_float(scales[b]);
-    even *= scale;
-    odd *= scale;
     unrolled<T>([&](auto t) {
       const float* from = x[t] + b * kFp4Block;
-      sums[2 * t + parity] += load16(from) * even + load16(from + kFp4Block / 2) * odd;
+      sums[2 * t + parity] += (load16(from) * even + load16(from + kFp4Block / 2) * odd) * scale;
     });
   };
   const int64_t blocks = n / kFp4Block;

@@ -71,32 +71,51 @@ inline Joined<Half> larger_of(Joined<Half> a, Joined<Half> b) {
   return {larger_of(a.low, b.low), larger_of(a.high, b.high)};
 }
 
-inline Floats load16(const float* p) {
-  Floats v;
+inline Register load_register(const float* p) {
+  Register v;
   std::memcpy(&v, p, sizeof(v));
   return v;
 }
 
 // Widen BF16 elements.
-template <typename V>
-inline V load(const uint16_t* bf16) {
-  if constexpr (std::is_same_v<V, Register>) {
+inline Register load_register(const uint16_t* bf16) {
 #if defined(__AVX512F__)
-    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bf16));
-    return (Register)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bf16));
+  return (Register)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
 #elif defined(__AVX2__)
-    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bf16));
-    return (Register)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bf16));
+  return (Register)_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
 #else
-    return (Register)vshll_n_u16(vld1_u16(bf16), 16);
+  return (Register)vshll_n_u16(vld1_u16(bf16), 16);
 #endif
+}
+
+// One register after the other: a copy of a whole Joined would take a detour through memory.
+template <typename V, typename T>
+inline V load(const T* p) {
+  if constexpr (std::is_same_v<V, Register>) {
+    return load_register(p);
   } else {
     using Half = decltype(V::low);
-    return {load<Half>(bf16), load<Half>(bf16 + sizeof(Half) / sizeof(float))};
+    return {load<Half>(p), load<Half>(p + sizeof(Half) / sizeof(float))};
   }
 }
 
-inline Floats load16(const uint16_t* bf16) { return load<Floats>(bf16); }
+template <typename V>
+inline void store(V v, float* p) {
+  if constexpr (std::is_same_v<V, Register>) {
+    std::memcpy(p, &v, sizeof(v));
+  } else {
+    store(v.low, p);
+    store(v.high, p + sizeof(v.low) / sizeof(float));
+  }
+}
+
+// float32 or BF16.
+template <typename T>
+inline Floats load16(const T* p) {
+  return load<Floats>(p);
+}
 
 // Sum the lanes by halves: lane i and lane i + 8, then i + 4, i + 2 and i + 1.
 inline float sum_of(Floats4 v) { return (v[0] + v[2]) + (v[1] + v[3]); }

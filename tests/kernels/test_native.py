@@ -14,6 +14,7 @@ from kernels.native import build, levels
 
 ROOT = Path(__file__).parents[2]
 
+
 def run(code, **environment):
     settings = {**os.environ, **environment, "PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True)

@@ -136,7 +136,11 @@ def test_native_products_run_for_large_bf16_matrices_where_the_processor_has_the
     with torch.no_grad():
         assert backend_for(large, torch.bfloat16) == "cpu"
         assert {backend_for(small, torch.bfloat16), backend_for(large, torch.float32)} == {"eager"}
-        for module, name, value in ((native, "level", "avx2"), (cpu, "multiplies_bf16_fast", False), (cpu, "has_amx", True)):
+        for module, name, value in (
+            (native, "level", "avx2"),
+            (cpu, "multiplies_bf16_fast", False),
+            (cpu, "has_amx", True),
+        ):
             with monkeypatch.context() as patch:
                 patch.setattr(module, name, lambda *_, value=value: value)
                 assert backend_for(large, torch.bfloat16) == "eager"
@@ -145,5 +149,7 @@ def test_native_products_run_for_large_bf16_matrices_where_the_processor_has_the
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_native_backend_refuses_other_dtypes(dtype):
-    with pytest.raises(ValueError, match=f"supports bfloat16 products on CPUs with AVX512-BF16; found {dtype} products$"):
+    with pytest.raises(
+        ValueError, match=f"supports bfloat16 products on CPUs with AVX512-BF16; found {dtype} products$"
+    ):
         newton_schulz(torch.zeros(4, 4), dtype=dtype, backend="cpu")
