@@ -23,8 +23,8 @@ FLAGS: dict[str, list[str]] = {
 def supported_levels() -> list[str]:
     """Return the levels that this processor supports, fastest first; none on an unknown processor.
 
-    The environment variable ``ATEN_CPU_CAPABILITY`` (``avx2``, ``default``) limits them on x86, as it limits the kernels
-    of PyTorch. All 64-bit ARM processors have NEON.
+    The environment variable ``ATEN_CPU_CAPABILITY`` (``avx2``, ``default``) limits them on x86, as it limits the
+    kernels of PyTorch. All 64-bit ARM processors have NEON.
     """
     machine = platform.machine().lower()
     if machine in ("aarch64", "arm64"):
