@@ -66,16 +66,17 @@ struct PlainMatrices {
   }
   template <int T>
   void shared_dots(const float* const* x, const W* w, float* out) const {
-    Floats sums[T] = {};
+    Floats sums[T];
+    unrolled<T>([&](auto t) { sums[t] = Floats{}; });
     int64_t i = 0;
     for (; i + 16 <= columns; i += 16) {
       const Floats row = load16(w + i);
-      for (int t = 0; t < T; ++t) sums[t] += load16(x[t] + i) * row;
+      unrolled<T>([&](auto t) { sums[t] += load16(x[t] + i) * row; });
     }
-    for (int t = 0; t < T; ++t) {
+    unrolled<T>([&](auto t) {
       out[t] = sum_of(sums[t]);
       for (int64_t j = i; j < columns; ++j) out[t] += x[t][j] * widen(w[j]);
-    }
+    });
   }
 };
 

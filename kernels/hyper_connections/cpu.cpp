@@ -36,15 +36,13 @@ template <typename F>
 inline Lane lanes_of(F f) {
   float values[kLanes];
   for (int64_t l = 0; l < kLanes; ++l) values[l] = f(l);
-  Lane lane;
-  std::memcpy(&lane, values, sizeof(lane));
-  return lane;
+  return load16(values);
 }
 
 template <typename F>
 inline void each_lane(Lane& lane, F f) {
   float values[kLanes];
-  std::memcpy(values, &lane, sizeof(lane));
+  store(lane, values);
   lane = lanes_of([&](int64_t l) { return f(values[l]); });
 }
 
@@ -63,7 +61,7 @@ inline void divide_by_sums(Lane* matrix, int64_t streams, float eps, Lane* inver
 inline void softmax_rows(Lane* matrix, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     Lane *row = matrix + i * n, peak = row[0], sum = {};
-    for (int64_t j = 1; j < n; ++j) peak = row[j] > peak ? row[j] : peak;
+    for (int64_t j = 1; j < n; ++j) peak = larger_of(row[j], peak);
     for (int64_t j = 0; j < n; ++j) {
       row[j] -= peak;
       each_lane(row[j], exp_of);
@@ -245,20 +243,20 @@ Tensor hc_head(const Tensor& streams, const Tensor& fn, const Tensor& scale, con
 template <int T, int V>
 [[gnu::noinline]] void add_product_block(const float* g, const float* f, const Shape& s, float* to) {
   const int64_t D = s.width();
-  Floats sums[T][V];
-  for (int t = 0; t < T; ++t) {
-    for (int v = 0; v < V; ++v) sums[t][v] = load16(to + t * D + 16 * v);
-  }
+  Floats sums[T * V];
+  unrolled<T>([&](auto t) {
+    unrolled<V>([&](auto v) { sums[t * V + v] = load16(to + t * D + 16 * v); });
+  });
   for (int64_t w = 0; w < s.weights; ++w) {
     Floats columns[V];
-    for (int v = 0; v < V; ++v) columns[v] = load16(f + w * D + 16 * v);
-    for (int t = 0; t < T; ++t) {
-      for (int v = 0; v < V; ++v) sums[t][v] += g[t * s.weights + w] * columns[v];
-    }
+    unrolled<V>([&](auto v) { columns[v] = load16(f + w * D + 16 * v); });
+    unrolled<T>([&](auto t) {
+      unrolled<V>([&](auto v) { sums[t * V + v] += g[t * s.weights + w] * columns[v]; });
+    });
   }
-  for (int t = 0; t < T; ++t) {
-    for (int v = 0; v < V; ++v) std::memcpy(to + t * D + 16 * v, &sums[t][v], sizeof(Floats));
-  }
+  unrolled<T>([&](auto t) {
+    unrolled<V>([&](auto v) { store(sums[t * V + v], to + t * D + 16 * v); });
+  });
 }
 
 // The same for `count` tokens and the columns [begin, end).
@@ -323,7 +321,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hc_pre_backward(
       for (int64_t w = 0; w < s.weights; ++w) {
         const int64_t kind = kind_of(w, n);
         float upstream[kLanes];
-        std::memcpy(upstream, &grad[w], sizeof(upstream));
+        store(grad[w], upstream);
         for (int64_t l = 0; l < count; ++l) {
           const int64_t t = first + l;
           const float value = product[t * s.weights + w];

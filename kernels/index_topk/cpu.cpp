@@ -2,10 +2,6 @@
 //
 // Keys are transposed tile by tile, so that a vector holds one dim of many keys: sums over dims need no shuffles. All
 // queries and heads read a tile from the first-level cache.
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
-
 #include "../native/common.h"
 
 namespace fiftyfold {
@@ -65,7 +61,7 @@ using Bytes = __m512i;
 inline Bytes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
 inline void store_bytes(void* p, Bytes v) { _mm512_storeu_si512(p, v); }
 inline Bytes fill(int32_t v) { return _mm512_set1_epi32(v); }
-inline Bytes table_of(__m128i t) { return _mm512_broadcast_i32x4(t); }
+inline Bytes table_of(const uint8_t* t) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)t)); }
 inline Bytes look_up(Bytes table, Bytes at) { return _mm512_shuffle_epi8(table, at); }
 inline Bytes low_nibbles(Bytes v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
 inline Bytes high_nibbles(Bytes v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
@@ -78,7 +74,7 @@ using Bytes = __m256i;
 inline Bytes load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline void store_bytes(void* p, Bytes v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 inline Bytes fill(int32_t v) { return _mm256_set1_epi32(v); }
-inline Bytes table_of(__m128i t) { return _mm256_broadcastsi128_si256(t); }
+inline Bytes table_of(const uint8_t* t) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)t)); }
 inline Bytes look_up(Bytes table, Bytes at) { return _mm256_shuffle_epi8(table, at); }
 inline Bytes low_nibbles(Bytes v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
 inline Bytes high_nibbles(Bytes v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
@@ -86,13 +82,25 @@ inline Bytes add_products(Bytes sum, Bytes keys, Bytes query) {
   return _mm256_add_epi16(sum, _mm256_maddubs_epi16(keys, query));
 }
 inline Bytes add_pairs(Bytes v) { return _mm256_madd_epi16(v, _mm256_set1_epi16(1)); }
+#else  // NEON
+using Bytes = int8x16_t;
+inline Bytes load_bytes(const void* p) { return vld1q_s8(static_cast<const int8_t*>(p)); }
+inline void store_bytes(void* p, Bytes v) { vst1q_s8(static_cast<int8_t*>(p), v); }
+inline Bytes fill(int32_t v) { return (Bytes)vdupq_n_s32(v); }
+inline Bytes table_of(const uint8_t* t) { return (Bytes)vld1q_u8(t); }
+inline Bytes look_up(Bytes table, Bytes at) { return vqtbl1q_s8(table, (uint8x16_t)at); }
+inline Bytes low_nibbles(Bytes v) { return vandq_s8(v, vdupq_n_s8(15)); }
+inline Bytes high_nibbles(Bytes v) { return (Bytes)vshrq_n_u8((uint8x16_t)v, 4); }
+inline Bytes add_products(Bytes sum, Bytes keys, Bytes query) {
+  const int16x8_t low = vmull_s8(vget_low_s8(keys), vget_low_s8(query)), high = vmull_high_s8(keys, query);
+  return (Bytes)vaddq_s16((int16x8_t)sum, vpaddq_s16(low, high));
+}
+inline Bytes add_pairs(Bytes v) { return (Bytes)vpaddlq_s16((int16x8_t)v); }
 #endif
 
-#if defined(__AVX2__)
-#define FIFTYFOLD_FP4_TILE 1
 // FP4 keys as integers. Doubled FP4 values are integers of magnitude 12 or less: products and sums within a block of 32
-// dims are exact in 16 bits. The instruction requires unsigned keys, so 12 is added to them, and its contribution to the
-// sum is subtracted. A 32-bit lane holds four dims of a key: the low or the high nibbles of four bytes.
+// dims are exact in 16 bits. The x86 instruction requires unsigned keys, so 12 is added to them, and its contribution to
+// the sum is subtracted. A 32-bit lane holds four dims of a key: the low or the high nibbles of four bytes.
 class Fp4Tile {
  public:
   Fp4Tile(const Layout& layout, int64_t heads)
@@ -132,7 +140,8 @@ class Fp4Tile {
 
   void load(const Pages& pages, int64_t begin, int64_t count) {
     alignas(64) uint32_t words[kKeys];
-    const Bytes table = table_of(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+    constexpr uint8_t kValues[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+    const Bytes table = table_of(kValues);
     const int64_t words_per_block = groups_ / 2;
     const uint8_t* rows[kKeys];
     const uint8_t* next = nullptr;
@@ -213,7 +222,6 @@ class Fp4Tile {
   std::vector<float> key_scales_, query_scales_;
   const float* weights_ = nullptr;
 };
-#endif
 
 // Selects the indices of the k best of scores[0, n), best first. Ties go to the lower index, -inf is never selected, and
 // unused slots are -1.
@@ -352,11 +360,9 @@ Tensor index_topk_with(const Tensor& queries, const Tensor& head_weights, const 
 Tensor index_topk(const Tensor& query, const Tensor& head_weights, const Tensor& storage, const Tensor& page_table,
                   int64_t page_size, const Tensor& visible, int64_t k, at::IntArrayRef spec, bool narrow) {
   const Layout layout(spec);
-#ifdef FIFTYFOLD_FP4_TILE
   if (Fp4Tile::serves(layout)) {
     return index_topk_with<Fp4Tile>(query, head_weights, storage, page_table, page_size, visible, k, layout, narrow);
   }
-#endif
   return index_topk_with<FloatTile>(query, head_weights, storage, page_table, page_size, visible, k, layout, narrow);
 }
 

@@ -29,7 +29,8 @@ def level() -> str | None:
     levels = supported_levels()
     if not levels:
         _log.warning(
-            "native CPU operators: AVX2 is missing or disabled on this processor; PyTorch's operators run instead"
+            "native CPU operators: this processor has neither AVX2 nor NEON, or they are disabled; PyTorch's operators "
+            "run instead"
         )
         return None
     refused = False

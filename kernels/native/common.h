@@ -19,6 +19,8 @@
 #include <utility>
 #include <vector>
 
+#include "vectors.h"
+
 namespace fiftyfold {
 
 using at::Tensor;
@@ -115,41 +117,6 @@ inline float dot(const float* __restrict x, const W* __restrict w, int64_t n) {
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) sum += x[i] * widen(w[i]);
   return sum;
-}
-
-using Floats = float __attribute__((vector_size(64)));
-using Words = uint32_t __attribute__((vector_size(64)));
-using Halves = uint16_t __attribute__((vector_size(32)));
-
-inline Floats load16(const float* p) {
-  Floats v;
-  std::memcpy(&v, p, sizeof(v));
-  return v;
-}
-
-inline Floats load16(const uint16_t* bf16) {
-  Halves halves;
-  std::memcpy(&halves, bf16, sizeof(halves));
-  const Words words = __builtin_convertvector(halves, Words) << 16;
-  Floats v;
-  std::memcpy(&v, &words, sizeof(v));
-  return v;
-}
-
-using Floats8 = float __attribute__((vector_size(32)));
-using Floats4 = float __attribute__((vector_size(16)));
-
-// Sum the lanes by halves: lane i and lane i + 8, then i + 4, i + 2 and i + 1.
-inline float sum_of(Floats v) {
-  Floats8 low, high;
-  std::memcpy(&low, &v, sizeof(low));
-  std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof(low), sizeof(high));
-  low += high;
-  Floats4 first, second;
-  std::memcpy(&first, &low, sizeof(first));
-  std::memcpy(&second, reinterpret_cast<const char*>(&low) + sizeof(first), sizeof(second));
-  first += second;
-  return (first[0] + first[2]) + (first[1] + first[3]);
 }
 
 // Dot product with a matrix row in main memory. Prefetches kAhead bytes, because rows are too short for the hardware

@@ -17,19 +17,21 @@ FLAGS: dict[str, list[str]] = {
     "avx2": ["-march=x86-64-v3"],
     "neon": ["-march=armv8-a"],
 }
-"""Compiler flags of every level, fastest first."""
+"""Compiler flags of every level. The sources choose their vectors by the macros that these define."""
 
 
 def supported_levels() -> list[str]:
-    """Return the levels that this processor supports, fastest first.
+    """Return the levels that this processor supports, fastest first; none on an unknown processor.
 
-    The environment variable ``ATEN_CPU_CAPABILITY`` (``avx2``, ``default``) limits them, as it limits the kernels of
-    PyTorch.
+    The environment variable ``ATEN_CPU_CAPABILITY`` (``avx2``, ``default``) limits them on x86, as it limits the
+    kernels of PyTorch. All 64-bit ARM processors have NEON.
     """
-    if platform.machine() in ("aarch64", "arm64"):
+    machine = platform.machine().lower()
+    if machine in ("aarch64", "arm64"):
         return ["neon"]
-    capability = torch.backends.cpu.get_cpu_capability()
-    return {"AVX512": ["avx512", "avx2"], "AVX2": ["avx2"]}.get(capability, [])
+    if machine in ("x86_64", "amd64"):
+        return {"AVX512": ["avx512", "avx2"], "AVX2": ["avx2"]}.get(torch.backends.cpu.get_cpu_capability(), [])
+    return []
 
 
 @functools.cache

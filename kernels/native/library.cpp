@@ -8,6 +8,7 @@
 #include "../hyper_connections/cpu.cpp"
 #include "../index_topk/cpu.cpp"
 #include "../linear/cpu.cpp"
+#include "../newton_schulz/cpu.cpp"
 #include "../paged_attention/cpu.cpp"
 #include "../projection/cpu.cpp"
 #include "../quantize/cpu.cpp"

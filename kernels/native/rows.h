@@ -22,21 +22,19 @@ constexpr int kTokenBlock = 2, kRowBlock = 2;
 // the compiler would keep the sums in memory.
 template <int T, int R, typename W>
 [[gnu::noinline]] void multiply_block(const Rows& from, int64_t t, const W* w, int64_t n, const Rows& to, int64_t o) {
-  Floats sums[T][R];
-  for (int a = 0; a < T; ++a) {
-    for (int b = 0; b < R; ++b) sums[a][b] = Floats{};
-  }
+  Floats sums[T * R];
+  unrolled<T * R>([&](auto i) { sums[i] = Floats{}; });
   for (int64_t i = 0; i < n; i += 16) {
     Floats x[T];
-    for (int a = 0; a < T; ++a) x[a] = load16(from.data + (t + a) * from.stride + i);
-    for (int b = 0; b < R; ++b) {
+    unrolled<T>([&](auto a) { x[a] = load16(from.data + (t + a) * from.stride + i); });
+    unrolled<R>([&](auto b) {
       const Floats row = load16(w + (o + b) * n + i);
-      for (int a = 0; a < T; ++a) sums[a][b] += x[a] * row;
-    }
+      unrolled<T>([&](auto a) { sums[a * R + b] += x[a] * row; });
+    });
   }
-  for (int a = 0; a < T; ++a) {
-    for (int b = 0; b < R; ++b) to.data[(t + a) * to.stride + o + b] = sum_of(sums[a][b]);
-  }
+  unrolled<T>([&](auto a) {
+    unrolled<R>([&](auto b) { to.data[(t + a) * to.stride + o + b] = sum_of(sums[a * R + b]); });
+  });
 }
 
 // to[t, o] = from[t] . w[o] for the rows [begin, end) of weights. Reads every row of weights once for all tokens.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.backends import get_backend
-from kernels.newton_schulz import eager, reference, triton
+from kernels.newton_schulz import cpu, eager, reference, triton
 from kernels.newton_schulz.eager import STEPS_PER_GRAM_MATRIX, count_multiplications
 from kernels.newton_schulz.reference import V4_COEFFICIENTS
 from kernels.triton_support.platform import can_run
@@ -22,12 +22,14 @@ __all__ = [
     "newton_schulz",
 ]
 
-BACKENDS = {"reference": reference, "eager": eager, "triton": triton}
+BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu, "triton": triton}
 
 
 def backend_for(matrices: Tensor, dtype: torch.dtype = torch.float32) -> str:
     """Return the backend for matrices and products of this dtype."""
-    return "triton" if can_run(matrices) and triton.supports(matrices, dtype) else "eager"
+    if can_run(matrices) and triton.supports(matrices, dtype):
+        return "triton"
+    return "cpu" if cpu.supports(matrices, dtype) else "eager"
 
 
 def newton_schulz(

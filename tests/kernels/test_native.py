@@ -13,7 +13,6 @@ from kernels import native
 from kernels.native import build, levels
 
 ROOT = Path(__file__).parents[2]
-pytestmark = needs_native
 
 
 def run(code, **environment):
@@ -40,16 +39,47 @@ print(native.level())
 """
 
 
+@pytest.mark.parametrize(
+    ("machine", "capability", "expected"),
+    [
+        ("x86_64", "AVX512", ["avx512", "avx2"]),
+        ("AMD64", "AVX2", ["avx2"]),
+        ("x86_64", "DEFAULT", []),
+        ("aarch64", "DEFAULT", ["neon"]),
+        ("arm64", "SVE256", ["neon"]),
+        ("riscv64", "DEFAULT", []),
+        ("ppc64le", "VSX", []),
+    ],
+)
+def test_levels_of_processors(machine, capability, expected, monkeypatch):
+    monkeypatch.setattr(levels.platform, "machine", lambda: machine)
+    monkeypatch.setattr(levels.torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert levels.supported_levels() == expected
+    assert set(expected) <= set(levels.FLAGS)
+
+
+def test_an_unknown_processor_runs_without_native_operators_and_one_line_says_so(monkeypatch, caplog, capsys):
+    monkeypatch.setattr(levels.platform, "machine", lambda: "riscv64")
+    with caplog.at_level(logging.WARNING, logger="fiftyfold"):
+        assert native.level.__wrapped__() is None
+    (record,) = caplog.records
+    assert "neither AVX2 nor NEON" in record.message and "PyTorch's operators run instead" in record.message
+    assert build.main() == 0 and capsys.readouterr() == ("", "")
+
+
+@needs_native
+@pytest.mark.skipif("avx2" not in levels.supported_levels(), reason="no levels to choose from")
 @pytest.mark.parametrize("name", ["avx2", "default"])
 def test_lower_instruction_sets_decode_correctly(name):
     """PyTorch's limit applies. Without AVX2 PyTorch's operators run, and one line says so."""
     found = run(DECODE, ATEN_CPU_CAPABILITY=name)
     assert found.returncode == 0, found.stderr
-    expected = "avx2" if name == "avx2" and "avx2" in levels.supported_levels() else "None"
+    expected = {"avx2": "avx2", "default": "None"}[name]
     assert found.stdout.strip() == expected
     assert found.stderr.count("native CPU operators") == (expected == "None")
 
 
+@pytest.mark.skipif(not levels.supported_levels(), reason="an unknown processor")
 def test_without_a_library_one_line_says_so_and_results_are_correct(tmp_path):
     found = run(DECODE, XDG_CACHE_HOME=str(tmp_path))
     assert found.returncode == 0 and found.stdout.strip() == "None", found.stderr
@@ -75,6 +105,7 @@ def test_an_untrusted_library_is_not_loaded(fault, tmp_path, monkeypatch, caplog
 
 def test_a_missing_or_failing_compiler(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "supported_levels", lambda: ["avx2"])
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert build.main() == 0
     assert "no C++ compiler found" in (message := capsys.readouterr().err) and "make native" in message
