@@ -64,7 +64,6 @@ def _attention(s: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[C
             given[3],
             s.window,
             chosen=chosen[:, :n],
-            with_mass=False,
             backend=backend,
         )
         return out, given

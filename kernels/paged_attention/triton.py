@@ -8,7 +8,6 @@ decoding can be captured in a CUDA graph; the grid depends on capacities and not
 
 from __future__ import annotations
 
-import functools
 import importlib
 import math
 
@@ -23,6 +22,7 @@ from kernels.triton_support.platform import (
     ARCHITECTURES,
     check_selection,
     is_interpreting,
+    multiprocessors,
     on_device_of,
     require_choice,
     require_device,
@@ -121,7 +121,7 @@ def paged_attention(
         rows_per_program = min(tile.sizes["BLOCK_H"], max(16, power_of_two(H)))
         groups, size = -(-H // rows_per_program), tile.sizes["BLOCK_N"]
         tiles = -(-window // size) + -(-most // size)
-        wanted = _PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(query.device) // (B * S * groups)
+        wanted = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(query.device) // (B * S * groups)
         splits = max(1, min(tiles, wanted))
         parts = torch.empty(splits, B * S * H, value_size, dtype=torch.float32, device=query.device)
         stats = torch.empty(splits, B * S * H, 2, dtype=torch.float32, device=query.device)
@@ -142,8 +142,3 @@ def paged_attention(
             parts, stats, bias, out, B * S * H, H, splits, VALUES=value_size, VALUES_PAD=power_of_two(value_size)
         )
     return out
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count

@@ -17,6 +17,7 @@ OPERATIONS = (
     "sparse_attention",
     "paged_attention",
     "index_topk",
+    "indexer_kl",
     "cache_io",
     "hyper_connections",
     "newton_schulz",

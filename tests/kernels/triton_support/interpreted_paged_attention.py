@@ -77,7 +77,7 @@ def test_the_number_of_splits_does_not_change_the_result(monkeypatch):
     arguments = *inputs(LAYOUTS[1], 1, 2, "visible"), LAYOUTS[1], WINDOW
     results = []
     for multiprocessors in (1, 2, 100):
-        monkeypatch.setattr(triton, "_multiprocessors", lambda device, n=multiprocessors: n)
+        monkeypatch.setattr(triton, "multiprocessors", lambda device, n=multiprocessors: n)
         results.append(paged_attention(*arguments, backend="triton"))
     for found in results[1:]:
         torch.testing.assert_close(found, results[0], rtol=1e-5, atol=1e-6)
