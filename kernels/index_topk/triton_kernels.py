@@ -32,7 +32,7 @@ def score(
         there = slot < limit
         page = tl.load(page_table + b * P + slot // page_size, mask=there, other=0)
         base = storage + (page * page_size + slot % page_size) * NBYTES
-        k = unpack_body(base, there, BODY, BODY_PAD, FORMAT, BLOCK, SCALES, SCALE_OFFSET).to(query.dtype.element_ty)
+        k = unpack_body(base, there, 0, BODY_PAD, BODY, FORMAT, BLOCK, SCALES, SCALE_OFFSET).to(query.dtype.element_ty)
         if UPCAST:
             k = k.to(tl.float32)
         head = tl.arange(0, HEADS)

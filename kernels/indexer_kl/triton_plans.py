@@ -40,7 +40,7 @@ def _divergence(kind: str, width: float, is_chosen: bool) -> Plan:
             nbytes=3 * _QUERY_BYTES + 8.0 * pairs,
             cache_bytes=2.0 * 2.0 * DIMS * pairs,
             atomic_bytes=4.0 * DIMS * pairs * is_chosen,
-            vector_ops=12.0 * HEADS * pairs,
+            loops=lambda tile: pairs / tile.sizes["BLOCK_N"],
         ),
     )  # fmt: skip
 
@@ -68,7 +68,7 @@ PLANS = [
             flops=2 * 2.0 * HEADS * DIMS * QUERIES * ENTRIES / 2,
             nbytes=_QUERY_BYTES + 4.0 * QUERIES * ENTRIES / 2,
             cache_bytes=_key_bytes(KEY_TILES["sm_90"][0]),
-            vector_ops=4.0 * HEADS * QUERIES * ENTRIES / 2,
+            loops=lambda tile: QUERIES * ENTRIES / 2 / tile.sizes["BLOCK_N"],
         ),
     ),
 ]  # fmt: skip
