@@ -1,5 +1,6 @@
 """Triton kernels of the indexer's loss. See :mod:`kernels.indexer_kl.triton`.
 
+Constants are at least 2 ** -126: Triton 3.6 takes smaller ones for float64.
 Products have keys as rows, so that sums over heads run mostly within a thread. Offsets that grow with tokens are int64.
 ``UPCAST`` converts operands to float32, for the interpreter, which multiplies BF16 wrongly.
 """
@@ -83,7 +84,7 @@ def divergence(
         score = tl.sum(products * w[None, :], axis=1)
         t = tl.load(own_mass + slot, mask=seen, other=0.0)
         teacher += t
-        entropy += tl.where(t > 0, t * tl.log(tl.maximum(t, 1e-38)), 0.0)
+        entropy += tl.where(t > 0, t * tl.log(tl.maximum(t, 1e-37)), 0.0)
         crossed += t * score
         new = tl.maximum(peak, tl.where(seen, score, -1e30))
         total = total * tl.exp(peak - new) + tl.where(seen, tl.exp(score - new), 0.0)
@@ -91,7 +92,7 @@ def divergence(
     highest = tl.max(peak, axis=0)
     summed = tl.sum(total * tl.exp(peak - highest), axis=0)
     known = summed > 0  # False without any permitted entry
-    log_sum = tl.where(known, highest + tl.log(tl.maximum(summed, 1e-38)), 0.0)
+    log_sum = tl.where(known, highest + tl.log(tl.maximum(summed, 1e-37)), 0.0)
     all_mass = tl.sum(teacher, axis=0)
     floor = tl.maximum(all_mass, LEAST)
     share = all_mass / floor

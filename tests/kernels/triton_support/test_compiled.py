@@ -32,7 +32,7 @@ def report(*arguments):
 
 # The attention kernels take up to half a minute each to compile, and the scans are many; the long test has them all.
 QUICK = [
-    "index_topk", "indexer_kl", "cache_io", "paged_attention.combine", "sparse_attention.sum_parts",
+    "index_topk", "indexer_kl", "cache_io", "paged_attention", "sparse_attention.sum_parts",
     "hyper_connections", "newton_schulz", "compress", "ssd_scan.outputs", "ssd_scan.carry (forward)",
     "gated_delta_rule.products", "gated_delta_rule.carry (forward)", "expert_dispatch",
 ]  # fmt: skip
