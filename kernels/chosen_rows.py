@@ -14,6 +14,13 @@ _GATHERED_ON_GPU = 1 << 26
 """Limit on a GPU, where small blocks would leave it idle."""
 
 
+def chosen_mask(chosen: Tensor, rows: int) -> Tensor:
+    """Return the chosen indices int [B, S, K], -1 in unused slots, as a mask: bool [B, S, rows]."""
+    mask = torch.zeros(*chosen.shape[:2], rows + 1, dtype=torch.bool, device=chosen.device)
+    # Unused slots (-1) wrap around to the extra last column, which is cut off.
+    return mask.scatter_(-1, chosen.long() % mask.shape[-1], True)[..., :-1]
+
+
 class ChosenRows:
     """Indices of the rows of [B, T, c] that the queries chose, ``chosen`` int [B, S, K], -1 in unused slots.
 

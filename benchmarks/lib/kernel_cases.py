@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.lib.expert_cases import experts
+from benchmarks.lib.indexer_cases import indexer_losses
 from benchmarks.lib.kernel_case import Case, Sizes, gradients
 from benchmarks.lib.scan_cases import scans
 from kernels.cache_io import EntryLayout, Pages, pack, unpack
@@ -24,6 +25,7 @@ def cases(s: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     """Yield the cases, with fresh random inputs. ``dtype`` is that of the attention's operands."""
     yield from _attention(s, device, dtype)
     yield _selection(s, device)
+    yield from indexer_losses(s, device, dtype)
     yield from _decoding(s, device)
     yield from _packing(s, device)
     yield from _mixing(s, device)
@@ -64,7 +66,6 @@ def _attention(s: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[C
             given[3],
             s.window,
             chosen=chosen[:, :n],
-            with_mass=False,
             backend=backend,
         )
         return out, given

@@ -105,18 +105,23 @@ def to_grid(x, exponent):
 
 @triton.jit
 def unpack_body(
-    base, there, BODY: tl.constexpr, BODY_PAD: tl.constexpr, FORMAT: tl.constexpr, BLOCK: tl.constexpr,
-    SCALES: tl.constexpr, SCALE_OFFSET: tl.constexpr,
+    base, there, START: tl.constexpr, WIDTH: tl.constexpr, BODY: tl.constexpr, FORMAT: tl.constexpr,
+    BLOCK: tl.constexpr, SCALES: tl.constexpr, SCALE_OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Unpack the body of rows at pointers ``base`` [N]: float32 [N, BODY_PAD], with zeros after ``BODY`` dims."""
+    """Unpack dims ``START`` to ``START + WIDTH`` of the body of rows at pointers ``base`` [N]: float32 [N, WIDTH], with
+    zeros after ``BODY`` dims. ``START`` is a multiple of ``WIDTH``, a power of two."""
     N: tl.constexpr = base.shape[0]
-    d = tl.arange(0, BODY_PAD)
-    inside = there[:, None] & (d < BODY)[None, :]
+    d = START + tl.arange(0, WIDTH)
+    half = START // 2 + tl.arange(0, WIDTH // 2)
+    inside = there[:, None]
+    half_inside = there[:, None]
+    if START + WIDTH > BODY:
+        inside = there[:, None] & (d < BODY)[None, :]
+        half_inside = there[:, None] & (half < BODY // 2)[None, :]
     if FORMAT == FP4:
-        half = tl.arange(0, BODY_PAD // 2)
-        bytes4 = tl.load(base[:, None] + half[None, :], mask=there[:, None] & (half < BODY // 2)[None, :], other=0)
+        bytes4 = tl.load(base[:, None] + half[None, :], mask=half_inside, other=0)
         codes = bytes4.to(tl.int32)
-        values = tl.reshape(tl.join(e2m1_value(codes & 15), e2m1_value(codes >> 4)), [N, BODY_PAD])
+        values = tl.reshape(tl.join(e2m1_value(codes & 15), e2m1_value(codes >> 4)), [N, WIDTH])
     elif FORMAT == FP32:
         words = tl.load(base.to(tl.pointer_type(tl.int32))[:, None] + d[None, :], mask=inside, other=0)
         values = words.to(tl.float32, bitcast=True)
@@ -129,12 +134,16 @@ def unpack_body(
         values = values * _scale(base + SCALE_OFFSET, there, FORMAT)[:, None]
     elif SCALES > 1:
         # Several scales imply the format's own block size, a power of two.
-        block = tl.arange(0, BODY_PAD // BLOCK)
-        known = there[:, None] & (block < SCALES)[None, :]
         width: tl.constexpr = 4 if FORMAT == FP8_WIDE else 1
-        scales = _scale((base + SCALE_OFFSET)[:, None] + width * block[None, :], known, FORMAT)
-        grouped = tl.reshape(values, [N, BODY_PAD // BLOCK, BLOCK]) * scales[:, :, None]
-        values = tl.reshape(grouped, [N, BODY_PAD])
+        first: tl.constexpr = START // BLOCK
+        if WIDTH <= BLOCK:
+            values = values * _scale(base + SCALE_OFFSET + width * first, there, FORMAT)[:, None]
+        else:
+            block = first + tl.arange(0, WIDTH // BLOCK)
+            known = there[:, None] & (block < SCALES)[None, :]
+            scales = _scale((base + SCALE_OFFSET)[:, None] + width * block[None, :], known, FORMAT)
+            grouped = tl.reshape(values, [N, WIDTH // BLOCK, BLOCK]) * scales[:, :, None]
+            values = tl.reshape(grouped, [N, WIDTH])
     return values
 
 
@@ -241,7 +250,7 @@ def unpack(
     there = row < R
     base = packed + row * NBYTES
     d = tl.arange(0, BODY_PAD)
-    values = unpack_body(base, there, BODY, BODY_PAD, FORMAT, BLOCK, SCALES, SCALE_OFFSET)
+    values = unpack_body(base, there, 0, BODY_PAD, BODY, FORMAT, BLOCK, SCALES, SCALE_OFFSET)
     tl.store(out + row[:, None] * SIZE + d[None, :], values, mask=there[:, None] & (d < BODY)[None, :])
     if ROPE > 0:
         r = tl.arange(0, ROPE_PAD)

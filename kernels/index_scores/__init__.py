@@ -12,9 +12,9 @@ __all__ = ["BACKENDS", "backend_for", "index_scores"]
 BACKENDS = {"reference": reference, "eager": eager}
 
 
-def backend_for(query: Tensor, chosen: Tensor | None = None) -> str:
-    """Return the backend for query. ``eager`` scores ``chosen`` keys on any device, without scoring the others."""
-    return "eager" if query.is_cpu or chosen is not None else "reference"
+def backend_for(query: Tensor) -> str:
+    """Return the backend for query: ``eager`` on any device."""
+    return "eager"
 
 
 def index_scores(
@@ -40,5 +40,5 @@ def index_scores(
     Returns:
         float32 [B, S, T], or [B, S, K] with ``chosen``.
     """
-    scores = get_backend(BACKENDS, backend or backend_for(query, chosen)).index_scores
+    scores = get_backend(BACKENDS, backend or backend_for(query)).index_scores
     return scores(query, keys, head_weights, permitted, chosen)

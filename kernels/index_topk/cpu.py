@@ -8,6 +8,9 @@ from torch import Tensor
 from kernels import native
 from kernels.autocast import cast, detached
 from kernels.cache_io import EntryLayout, Pages
+from kernels.index_topk.eager import select_entries
+
+__all__ = ["index_topk", "select_entries"]
 
 
 def index_topk(

@@ -1,4 +1,5 @@
-"""Selection of entries from packed keys, in tiles that are unpacked and scored while they are in the cache."""
+"""Selection of entries, from packed keys in tiles that are unpacked and scored while they are in the cache, and within
+whole sequences by blocks of queries."""
 
 from __future__ import annotations
 
@@ -7,7 +8,9 @@ from torch import Tensor
 
 from kernels.autocast import in_float32
 from kernels.cache_io import EntryLayout, Pages, unpack
-from kernels.index_topk.selection import topk_indices
+from kernels.entry_ranges import EntryRanges
+from kernels.index_scores import index_scores
+from kernels.index_topk.selection import select_topk, topk_indices
 
 _SCORES = 1 << 22
 """Most scores of a group of several queries, [queries, entries]."""
@@ -16,6 +19,8 @@ _QUERIES = 64
 _TILE_PRODUCTS = 1 << 20
 """Products of a tile of keys, [queries * heads, entries], within the bounds on its rows."""
 _MIN_TILE_ROWS, _MAX_TILE_ROWS = 1024, 16384
+_BLOCK_SCORES, _BLOCK_SCORES_ON_GPU = 1 << 22, 1 << 26
+"""Most scores of a block of several queries of whole sequences."""
 
 
 @torch.no_grad()
@@ -68,3 +73,19 @@ def _select_visible(scores: Tensor, visible: Tensor, k: int) -> Tensor:
     """Return the ``k`` best of scores, float [s, T], among the first ``visible``, int64 [s]: int64 [s, k]."""
     permitted = torch.arange(scores.shape[1], device=scores.device, dtype=torch.int32) < visible.unsqueeze(-1)
     return topk_indices(torch.where(permitted, scores, float("-inf")).float(), k)
+
+
+@torch.no_grad()
+def select_entries(
+    query: Tensor, keys: Tensor, head_weights: Tensor, visible: EntryRanges, k: int, dtype: torch.dtype
+) -> Tensor:
+    """Implement :func:`kernels.index_topk.select_entries`."""
+    (B, S), T = query.shape[:2], keys.shape[1]
+    step = max(1, (_BLOCK_SCORES if query.is_cpu else _BLOCK_SCORES_ON_GPU) // (B * T))
+    pieces = []
+    for begin in range(0, S, step):
+        queries = slice(begin, begin + step)
+        permitted = visible.of(queries).mask(T)
+        scores = index_scores(query[:, queries], keys, head_weights[:, queries], permitted)
+        pieces.append(select_topk(scores.to(dtype), permitted, k))
+    return torch.cat(pieces, dim=1)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels.cache_io import EntryLayout, Pages
 from kernels.cache_io.reference import unpack
+from kernels.entry_ranges import EntryRanges
 from kernels.index_scores.reference import index_scores
 from kernels.index_topk.selection import select_topk
 
@@ -32,3 +33,12 @@ def index_topk(
     rows = keys.gather(indices.minimum(last.clamp(min=0)))
     scores = index_scores(query, unpack(rows, layout), head_weights).to(dtype)
     return select_topk(scores, indices.unsqueeze(1) < limits.unsqueeze(-1), k)
+
+
+@torch.no_grad()
+def select_entries(
+    query: Tensor, keys: Tensor, head_weights: Tensor, visible: EntryRanges, k: int, dtype: torch.dtype
+) -> Tensor:
+    """Implement :func:`kernels.index_topk.select_entries`."""
+    scores = index_scores(query, keys, head_weights).to(dtype)
+    return select_topk(scores, visible.mask(keys.shape[1]).contiguous(), k)

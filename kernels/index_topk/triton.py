@@ -1,4 +1,4 @@
-"""Selection of entries from packed keys by Triton kernels.
+"""Selection of entries by Triton kernels. Keys of whole sequences are packed to BF16 first.
 
 Scores of a bounded number of queries are written to a workspace, from which the k-th best is found by its bytes,
 without a sort of all scores: a score takes 2 * h * c operations and only 4 bytes. Products have BF16 operands and
@@ -13,8 +13,10 @@ import importlib
 import torch
 from torch import Tensor
 
+from kernels.autocast import product_dtype
 from kernels.cache_io import EntryLayout, Pages
 from kernels.cache_io.triton import layout_constants, power_of_two
+from kernels.entry_ranges import EntryRanges
 from kernels.triton_support.platform import ARCHITECTURES, is_interpreting, on_device_of, require_choice, require_device
 from kernels.triton_support.tiles import Tile, Tiles, launch_best
 
@@ -52,6 +54,15 @@ def supports(query: Tensor, layout: EntryLayout, k: int) -> bool:
     return not _fault(query, layout, k)
 
 
+def supports_sequences(query: Tensor, k: int) -> bool:
+    """Return whether :func:`select_entries` runs by default on a GPU: with 16-bit products."""
+    return product_dtype(query) in (torch.bfloat16, torch.float16) and supports(query, _sequence_layout(query), k)
+
+
+def _sequence_layout(query: Tensor) -> EntryLayout:
+    return EntryLayout(query.shape[-1], "bf16")
+
+
 def _fault(query: Tensor, layout: EntryLayout, k: int) -> str:
     """Return why inputs are not supported, or an empty string."""
     if layout.body_format not in FORMATS or layout.rope:
@@ -74,30 +85,55 @@ def index_topk(
 ) -> Tensor:
     """Implement :func:`kernels.index_topk.index_topk`. Scores are always batch-invariant. Raises ValueError for
     unsupported inputs."""
+    _check(query, layout, k, dtype)
+    capacity = keys.page_table.shape[1] * keys.page_size
+    # The number of entries is known to the GPU only. To wait for it pays for prompts, not for single tokens.
+    n = capacity if query.shape[1] == 1 else min(capacity, int(visible.max()))
+    return _best(query, keys, layout, head_weights, None, visible.contiguous(), n, k, dtype)
+
+
+def select_entries(
+    query: Tensor, keys: Tensor, head_weights: Tensor, visible: EntryRanges, k: int, dtype: torch.dtype
+) -> Tensor:
+    """Implement :func:`kernels.index_topk.select_entries`. Raises ValueError for unsupported inputs."""
+    layout = _sequence_layout(query)
+    _check(query, layout, k, dtype)
+    B, T, _ = keys.shape
+    packed = keys.detach().to(torch.bfloat16).contiguous().view(torch.uint8).view(B * T, layout.nbytes)
+    pages = Pages(packed, T, torch.arange(B, device=keys.device).unsqueeze(1))
+    first, end = (x.contiguous() for x in visible)
+    return _best(query, pages, layout, head_weights, first, end, T, k, dtype)
+
+
+def _check(query: Tensor, layout: EntryLayout, k: int, dtype: torch.dtype) -> None:
     require_device("index_topk", query)
     require_choice("index_topk", "dtypes of scores", dtype, (torch.float32, torch.bfloat16))
     if fault := _fault(query, layout, k):
         raise ValueError(f"index_topk: the triton backend supports {fault}")
+
+
+def _best(
+    query: Tensor, keys: Pages, layout: EntryLayout, head_weights: Tensor, first: Tensor | None, end: Tensor, n: int,
+    k: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Return the best of the entries from ``first`` (0 for None) to ``end``, int64 [B or 1, S], at most n."""
     B, S = query.shape[:2]
-    capacity = keys.page_table.shape[1] * keys.page_size
-    # The number of entries is known to the GPU only. To wait for it pays for prompts, not for single tokens.
-    n = capacity if S == 1 else min(capacity, int(visible.max()))
     chosen = torch.full((B, S, k), -1, dtype=torch.int64, device=query.device)
     if not n:
         return chosen
     step = max(1, min(S, _WORKSPACE_SCORES // (B * n)))
     q = query.detach().to(torch.float32 if is_interpreting() else torch.bfloat16).contiguous()
-    weights, visible = head_weights.detach().float().contiguous(), visible.contiguous()
+    weights = head_weights.detach().float().contiguous()
     for begin in range(0, S, step):
         count = min(step, S - begin)
-        scores = _scores(q, weights, keys, layout, visible, begin, count, n, dtype == torch.bfloat16)
-        _select(scores, n, visible, k, begin, chosen)
+        scores = _scores(q, weights, keys, layout, first, end, begin, count, n, dtype == torch.bfloat16)
+        _select(scores, n, first, end, k, begin, chosen)
     return chosen
 
 
 def _scores(
-    query: Tensor, weights: Tensor, keys: Pages, layout: EntryLayout, visible: Tensor, begin: int, count: int, n: int,
-    rounds: bool,
+    query: Tensor, weights: Tensor, keys: Pages, layout: EntryLayout, first: Tensor | None, end: Tensor, begin: int,
+    count: int, n: int, rounds: bool,
 ) -> Tensor:  # fmt: skip
     """Return the scores of ``count`` queries from ``begin``, float32 [B, count, n rounded up to whole tiles].
 
@@ -111,9 +147,9 @@ def _scores(
         scores = torch.empty(B, count, round_up(n, MAX_TILE), dtype=torch.float32, device=query.device)
         grid = (-(-n // tile.sizes["BLOCK_N"]), -(-count // tile.sizes["QUERIES"]), B)
         kernels.score[grid](
-            query, weights, keys.storage, keys.page_table.contiguous(), visible, scores,
-            begin, count, S, h, keys.page_size, keys.page_table.shape[1], S if len(visible) > 1 else 0, scores.shape[2],
-            **constants, ROUND=rounds, UPCAST=is_interpreting(), **tile.options,
+            query, weights, keys.storage, keys.page_table.contiguous(), end if first is None else first, end, scores,
+            begin, count, S, h, keys.page_size, keys.page_table.shape[1], S if len(end) > 1 else 0, scores.shape[2],
+            **constants, HAS_FIRST=first is not None, ROUND=rounds, UPCAST=is_interpreting(), **tile.options,
         )  # fmt: skip
         return scores
 
@@ -128,7 +164,7 @@ def score_constants(layout: EntryLayout, heads: int) -> dict[str, int]:
     return {**{name: constants[name] for name in names}, "HEADS": max(16, power_of_two(heads))}
 
 
-def _select(scores: Tensor, n: int, visible: Tensor, k: int, begin: int, chosen: Tensor) -> None:
+def _select(scores: Tensor, n: int, first: Tensor | None, end: Tensor, k: int, begin: int, chosen: Tensor) -> None:
     """Write the selection of the queries from ``begin`` into chosen [B, S, k]. Rows of scores begin with n scores."""
     kernels = importlib.import_module("kernels.index_topk.triton_kernels")
     (B, count), S = scores.shape[:2], chosen.shape[1]
@@ -144,9 +180,10 @@ def _select(scores: Tensor, n: int, visible: Tensor, k: int, begin: int, chosen:
             best = torch.empty(shape, dtype=torch.float32, device=scores.device)
             found = torch.empty(shape, dtype=torch.int32, device=scores.device)
             kernels.select[(rows, segments)](
-                given, found if indices is None else indices, visible, best, found,
-                given.shape[-1], size, own, k, S if len(visible) > 1 else 0, count, begin, shape[1],
-                HAS_INDICES=indices is not None, WIDTH=width, **tile.options,
+                given, found if indices is None else indices, end if first is None else first, end, best, found,
+                given.shape[-1], size, own, k, S if len(end) > 1 else 0, count, begin, shape[1],
+                HAS_INDICES=indices is not None, HAS_FIRST=first is not None and indices is None, WIDTH=width,
+                **tile.options,
             )  # fmt: skip
             return best, found, segments * width
 

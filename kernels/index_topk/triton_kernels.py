@@ -8,11 +8,11 @@ from kernels.cache_io.triton_kernels import round_to_bf16, unpack_body
 
 @triton.jit
 def score(
-    query, head_weights, storage, page_table, visible, scores,
+    query, head_weights, storage, page_table, firsts, ends, scores,
     begin, count, S, h, page_size, P, visible_stride, n,
     NBYTES: tl.constexpr, BODY: tl.constexpr, FORMAT: tl.constexpr, BODY_PAD: tl.constexpr, BLOCK: tl.constexpr,
-    SCALES: tl.constexpr, SCALE_OFFSET: tl.constexpr, HEADS: tl.constexpr, ROUND: tl.constexpr, UPCAST: tl.constexpr,
-    QUERIES: tl.constexpr, BLOCK_N: tl.constexpr,
+    SCALES: tl.constexpr, SCALE_OFFSET: tl.constexpr, HEADS: tl.constexpr, HAS_FIRST: tl.constexpr,
+    ROUND: tl.constexpr, UPCAST: tl.constexpr, QUERIES: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write the scores of a tile of keys for ``QUERIES`` of the ``count`` queries from ``begin``: [B, count, n].
 
@@ -24,12 +24,15 @@ def score(
     last = tl.minimum(first + QUERIES, begin + count)
     slot = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     near = first + tl.arange(0, QUERIES)
-    limit = tl.max(tl.load(visible + b * visible_stride + near, mask=near < last, other=0), axis=0)
-    if tl.program_id(0) * BLOCK_N < limit:
+    limit = tl.max(tl.load(ends + b * visible_stride + near, mask=near < last, other=0), axis=0)
+    low = limit * 0
+    if HAS_FIRST:
+        low = tl.min(tl.load(firsts + b * visible_stride + near, mask=near < last, other=2147483647), axis=0)
+    if (tl.program_id(0) * BLOCK_N < limit) & (tl.program_id(0) * BLOCK_N + BLOCK_N > low):
         there = slot < limit
         page = tl.load(page_table + b * P + slot // page_size, mask=there, other=0)
         base = storage + (page * page_size + slot % page_size) * NBYTES
-        k = unpack_body(base, there, BODY, BODY_PAD, FORMAT, BLOCK, SCALES, SCALE_OFFSET).to(query.dtype.element_ty)
+        k = unpack_body(base, there, 0, BODY_PAD, BODY, FORMAT, BLOCK, SCALES, SCALE_OFFSET).to(query.dtype.element_ty)
         if UPCAST:
             k = k.to(tl.float32)
         head = tl.arange(0, HEADS)
@@ -57,21 +60,21 @@ def _ordered(score):
 
 
 @triton.jit
-def _keys(scores, begin, limit, TILE: tl.constexpr):
+def _keys(scores, begin, low, limit, TILE: tl.constexpr):
     """Load a tile of scores: as unsigned keys in their order (int64, below 2 ** 32), and which may be selected.
 
     Rows of scores are whole tiles, which are loaded without a mask: it would split the loads.
     """
     at = begin + tl.arange(0, TILE)
     value = tl.load(scores + at)
-    return value, _ordered(value).to(tl.int64) + 2147483648, (at < limit) & (value > float("-inf"))
+    return value, _ordered(value).to(tl.int64) + 2147483648, (at >= low) & (at < limit) & (value > float("-inf"))
 
 
 @triton.jit
 def select(
-    scores, indices, limits, best, chosen,
+    scores, indices, firsts, ends, best, chosen,
     stride, n, segment, k, limit_stride, limit_width, begin, out_stride,
-    HAS_INDICES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+    HAS_INDICES: tl.constexpr, HAS_FIRST: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Write the ``k`` best scores of a segment of a row and their indices; equal scores in the order of the indices.
 
@@ -82,10 +85,13 @@ def select(
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * segment
     limit = tl.minimum(start + segment, n)
+    low = start
     if not HAS_INDICES:
-        b = row // limit_width
-        seen = tl.load(limits + b * limit_stride + begin + row % limit_width).to(tl.int32)
-        limit = tl.minimum(limit, seen)
+        query = row // limit_width * limit_stride + begin + row % limit_width
+        limit = tl.minimum(limit, tl.load(ends + query).to(tl.int32))
+        if HAS_FIRST:
+            low = tl.maximum(low, tl.load(firsts + query).to(tl.int32))
+            start = tl.maximum(start, low // TILE * TILE)
     own = scores + row * stride
     bins = tl.arange(0, 256)
     wanted = row * 0
@@ -94,7 +100,7 @@ def select(
         shift = 24 - 8 * i
         counts = tl.zeros([256], tl.int32)
         for tile in range(start, limit, TILE):
-            value, key, valid = _keys(own, tile, limit, TILE)
+            value, key, valid = _keys(own, tile, low, limit, TILE)
             inside = valid & ((key >> shift >> 8) == prefix)
             counts += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=inside)
         above = tl.cumsum(counts, axis=0, reverse=True)
@@ -108,7 +114,7 @@ def select(
     taken = row * 0
     equals = row * 0
     for tile in range(start, limit, TILE):
-        value, key, valid = _keys(own, tile, limit, TILE)
+        value, key, valid = _keys(own, tile, low, limit, TILE)
         at = tile + tl.arange(0, TILE)
         index = at
         if HAS_INDICES:

@@ -22,11 +22,17 @@ MIN_ROWS = 512
 """Rows from which the kernel runs by default: a smaller product does not occupy a GPU either way."""
 
 TILES: Tiles = {
-    "interpreter": (Tile(4, 1, {"BLOCK": 16, "BLOCK_K": 16}),),
-    "sm_80": (Tile(8, 3, {"BLOCK": 128, "BLOCK_K": 64}),),
-    "sm_90": (Tile(8, 3, {"BLOCK": 128, "BLOCK_K": 64}), Tile(8, 4, {"BLOCK": 128, "BLOCK_K": 64})),
-    "sm_100": (Tile(8, 3, {"BLOCK": 128, "BLOCK_K": 64}),),
-    "gfx942": (Tile(4, 1, {"BLOCK": 128, "BLOCK_K": 32}),),
+    "interpreter": (Tile(4, 1, {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16}),),
+    "sm_80": (Tile(8, 3, {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}),),
+    "sm_90": (
+        Tile(8, 3, {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64}),
+        Tile(8, 4, {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}),
+    ),
+    "sm_100": (
+        Tile(8, 3, {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64}),
+        Tile(8, 3, {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}),
+    ),
+    "gfx942": (Tile(8, 1, {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 32}),),
 }
 assert set(TILES) == {"interpreter", *ARCHITECTURES}
 
@@ -47,6 +53,13 @@ def newton_schulz(
     return iterate(matrices, coefficients, dtype, symmetric_product)
 
 
+def blocks_of(rows: int, tile: Tile) -> int:
+    """Return the blocks of a matrix that reach the diagonal or lie above it."""
+    M, N = tile.sizes["BLOCK_M"], tile.sizes["BLOCK_N"]
+    columns = -(-rows // N)
+    return N // M * (columns * (columns - 1) // 2) + -(-rows // M)
+
+
 def symmetric_product(
     left: Tensor, right: Tensor, added: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0
 ) -> Tensor:
@@ -63,8 +76,7 @@ def symmetric_product(
 
     def run(tile: Tile) -> Tensor:
         out = left.new_empty(*left.shape[:-1], R)
-        side = -(-R // tile.sizes["BLOCK"])
-        kernels.symmetric[(side * (side + 1) // 2, batch)](
+        kernels.symmetric[(blocks_of(R, tile), batch)](
             left, rows, added, out, R, C, alpha, beta,
             HAS_ADDED=has_added, PRECISION="ieee", UPCAST=is_interpreting(), **tile.options,
         )  # fmt: skip

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from kernels.newton_schulz.triton import TILES
+from kernels.newton_schulz.triton import TILES, blocks_of
 from kernels.triton_support.plans import Plan, Work
 
 ROWS, BATCH = 2048, 16
-_BLOCKS = ROWS // 128
+_TILE = TILES["sm_90"][0]
+_M, _N = _TILE.sizes["BLOCK_M"], _TILE.sizes["BLOCK_N"]
+_BLOCKS = BATCH * blocks_of(ROWS, _TILE)
 
 PLANS = [
     Plan(
@@ -20,10 +22,11 @@ PLANS = [
         TILES,
         multiplies=True,
         copies_ahead=("sm_80", "sm_90", "sm_100"),
+        max_spills={"sm_90": 48, "sm_100": 120},
         work=Work(
-            flops=BATCH * 2.0 * ROWS**3 * (_BLOCKS + 1) / (2 * _BLOCKS),
+            flops=_BLOCKS * 2.0 * _M * _N * ROWS,
             nbytes=BATCH * 2.0 * 3 * ROWS**2,
-            cache_bytes=BATCH * 2.0 * ROWS**2 * (_BLOCKS + 1),
+            cache_bytes=_BLOCKS * 2.0 * (_M + _N) * ROWS,
             target="60% of products",
         ),
     )

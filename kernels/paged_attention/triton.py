@@ -8,9 +8,9 @@ decoding can be captured in a CUDA graph; the grid depends on capacities and not
 
 from __future__ import annotations
 
-import functools
 import importlib
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +23,12 @@ from kernels.triton_support.platform import (
     ARCHITECTURES,
     check_selection,
     is_interpreting,
+    multiprocessors,
     on_device_of,
     require_choice,
     require_device,
 )
-from kernels.triton_support.tiles import Tile, Tiles, launch_best
+from kernels.triton_support.tiles import Tile, Tiles, launch_best, padded_dim
 
 FORMATS = ("bf16", "fp8", "fp8_128", "fp4")
 """Formats of bodies whose values BF16 holds exactly."""
@@ -35,14 +36,23 @@ _PROGRAMS_PER_MULTIPROCESSOR = 2
 _LOG2_E = math.log2(math.e)
 MAX_PADDED_DIMS = 576
 """Most dims of a row, body and rope padded to powers of two: V3.2's rows of 512 and 64."""
+_MAX_PIECE, _MAX_PIECES = 256, 3
+_SHIFT = 2.0**80
+"""Factor between E4M3 values and what they are unpacked to by words. Exact for queries up to 2 ** 47 and entries up to
+2 ** 95 in magnitude."""
 
 TILES: Tiles = {
     "interpreter": (Tile(4, 1, {"BLOCK_H": 16, "BLOCK_N": 16}),),
-    "sm_80": (Tile(8, 1, {"BLOCK_H": 32, "BLOCK_N": 16}),),
-    "sm_90": (Tile(8, 1, {"BLOCK_H": 64, "BLOCK_N": 16}), Tile(8, 1, {"BLOCK_H": 32, "BLOCK_N": 16})),
-    "sm_100": (Tile(8, 1, {"BLOCK_H": 32, "BLOCK_N": 16}),),
-    "gfx942": (Tile(4, 1, {"BLOCK_H": 16, "BLOCK_N": 16}),),
+    "sm_80": (Tile(8, 1, {"BLOCK_H": 32, "BLOCK_N": 32}),),
+    "sm_90": (
+        Tile(4, 1, {"BLOCK_H": 64, "BLOCK_N": 32}),  # two programs per multiprocessor, at the price of spills
+        Tile(8, 2, {"BLOCK_H": 64, "BLOCK_N": 64}),
+        Tile(8, 1, {"BLOCK_H": 64, "BLOCK_N": 64}),
+    ),
+    "sm_100": (Tile(8, 1, {"BLOCK_H": 32, "BLOCK_N": 32}),),
+    "gfx942": (Tile(4, 1, {"BLOCK_H": 16, "BLOCK_N": 32}),),
 }
+"""On sm_100 the sums of 64 heads do not fit the tensor memory beside their logits."""
 COMBINE_TILES: Tiles = {name: (Tile(4, 1),) for name in ARCHITECTURES}
 
 
@@ -66,6 +76,23 @@ def _fault(layout: EntryLayout) -> str:
     return ""
 
 
+def row_constants(layout: EntryLayout) -> dict[str, Any]:
+    """Return a layout as compile-time constants: the body's pieces, and whether it is unpacked by words."""
+    constants: dict[str, Any] = layout_constants(layout)
+    del constants["BODY_PAD"]
+    pieces: list[int] = []
+    rest = layout.body
+    while rest > 0:
+        width = 1 << (rest.bit_length() - 1)
+        if len(pieces) == _MAX_PIECES - 1 or width < 16:
+            width = padded_dim(rest)
+        pieces.append(min(width, _MAX_PIECE))
+        rest -= pieces[-1]
+    words = layout.body_format == "fp8" and layout.nbytes % 4 == 0 and layout.body % 4 == 0
+    widths = dict(zip(("P0", "P1", "P2"), (*pieces, 0, 0)))
+    return {**constants, **widths, "WORDS": words, "SHIFT": _SHIFT if words else 1.0}
+
+
 def paged_attention(
     query: Tensor,
     tokens: TokenRows | None,
@@ -84,7 +111,11 @@ def paged_attention(
     require_choice("paged_attention", "dtypes", query.dtype, (torch.float32, torch.bfloat16, torch.float16))
     kernels = importlib.import_module("kernels.paged_attention.triton_kernels")
     B, S, H, _ = query.shape
-    q = query.detach().to(torch.float32 if is_interpreting() else torch.bfloat16).contiguous()
+    constants = row_constants(layout)
+    q = query.detach().float()
+    if constants["WORDS"]:
+        q = torch.cat((q[..., : layout.body] * constants["SHIFT"], q[..., layout.body :]), dim=-1)
+    q = q.to(torch.float32 if is_interpreting() else torch.bfloat16).contiguous()
     integers = torch.zeros(1, dtype=torch.int64, device=query.device)
     nothing = integers.view(torch.uint8)
     rows, offsets, first = (tokens.rows, tokens.offsets, tokens.first) if tokens else (nothing, integers, integers)
@@ -108,8 +139,7 @@ def paged_attention(
             visible = entries.visible.contiguous()
     has_chosen = entries is not None and entries.chosen is not None
     most = K if has_chosen else P * page_size
-    constants = {
-        **layout_constants(layout),
+    constants |= {
         "VALUES": value_size,
         "HAS_WINDOW": tokens is not None,
         "HAS_ENTRIES": entries is not None,
@@ -121,7 +151,7 @@ def paged_attention(
         rows_per_program = min(tile.sizes["BLOCK_H"], max(16, power_of_two(H)))
         groups, size = -(-H // rows_per_program), tile.sizes["BLOCK_N"]
         tiles = -(-window // size) + -(-most // size)
-        wanted = _PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(query.device) // (B * S * groups)
+        wanted = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(query.device) // (B * S * groups)
         splits = max(1, min(tiles, wanted))
         parts = torch.empty(splits, B * S * H, value_size, dtype=torch.float32, device=query.device)
         stats = torch.empty(splits, B * S * H, 2, dtype=torch.float32, device=query.device)
@@ -142,8 +172,3 @@ def paged_attention(
             parts, stats, bias, out, B * S * H, H, splits, VALUES=value_size, VALUES_PAD=power_of_two(value_size)
         )
     return out
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count

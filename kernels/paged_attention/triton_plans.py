@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from kernels.cache_io import EntryLayout
-from kernels.cache_io.triton import layout_constants
-from kernels.paged_attention.triton import COMBINE_TILES, TILES
+from kernels.paged_attention.triton import COMBINE_TILES, TILES, row_constants
 from kernels.triton_support.plans import Plan, Work
 
 BATCH, HEADS, ENTRIES, WINDOW = 16, 64, 8192, 128
 LAYOUT = EntryLayout(448, "fp8", 64)
 _KEYS = ENTRIES + WINDOW
 _LOGITS = BATCH * HEADS * _KEYS
-_PADDED = 512 + 64
 
 PLANS = [
     Plan(
@@ -25,16 +23,16 @@ PLANS = [
             "splits": "i32", "scale": "fp32",
         },
         {
-            **layout_constants(LAYOUT), "VALUES": 512, "HAS_WINDOW": True, "HAS_ENTRIES": True, "HAS_CHOSEN": False,
+            **row_constants(LAYOUT), "VALUES": 512, "HAS_WINDOW": True, "HAS_ENTRIES": True, "HAS_CHOSEN": False,
             "UPCAST": False,
         },
         TILES,
         multiplies=True,
-        max_spills={"sm_80": 192, "sm_90": 416, "sm_100": 224},
+        max_spills={"sm_80": 32, "sm_90": 984, "sm_100": 80},
         work=Work(
-            flops=4.0 * _LOGITS * _PADDED,
+            flops=4.0 * _LOGITS * LAYOUT.size,
             nbytes=float(BATCH * _KEYS * LAYOUT.nbytes),
-            vector_ops=30.0 * _LOGITS + 8.0 * BATCH * _KEYS * _PADDED,
+            loops=lambda tile: BATCH * HEADS / tile.sizes["BLOCK_H"] * _KEYS / tile.sizes["BLOCK_N"],
             target="70% of bandwidth",
         ),
     ),

@@ -10,14 +10,19 @@ import torch
 from torch import Tensor
 
 from kernels.backends import get_backend
+from kernels.chosen_rows import chosen_mask
+from kernels.entry_ranges import EntryRanges
 from kernels.sparse_attention import eager, gathered, reference, triton
 from kernels.sparse_attention.batch_invariant import INVARIANT_TILE, TiledAttention
+from kernels.sparse_attention.mass import EntryMass, StoredMass
 from kernels.sparse_attention.triton import deterministic_gradients
 from kernels.triton_support.platform import can_run
 
 __all__ = [
     "BACKENDS",
     "INVARIANT_TILE",
+    "EntryMass",
+    "StoredMass",
     "TiledAttention",
     "backend_for",
     "deterministic_gradients",
@@ -33,10 +38,13 @@ def backend_for(
     entries: Tensor | None,
     value_size: int | None = None,
     chosen: Tensor | None = None,
+    entry_mask: Tensor | EntryRanges | None = None,
 ) -> str:
-    """Return the backend. ``eager`` supports neither past tokens nor entries gathered per query, ``triton`` only the
-    latter. ``eager`` gathers ``chosen`` entries itself, without a window and on any device."""
-    if can_run(query) and triton.supports(query, entries, value_size or query.shape[-1]):
+    """Return the backend. ``eager`` supports neither past tokens nor entries gathered per query, and runs on CPUs,
+    except for ``chosen`` entries without a window, which it gathers on any device. ``triton`` supports no entries
+    gathered per query, and ranges in place of a mask."""
+    has_mask = isinstance(entry_mask, Tensor)
+    if can_run(query) and not has_mask and triton.supports(query, entries, value_size or query.shape[-1]):
         return "triton"
     if chosen is not None and window_kv is None and query.dtype.itemsize <= 4:
         return "eager"
@@ -49,16 +57,15 @@ def sparse_attention(
     query: Tensor,
     window_kv: Tensor | None,
     entries: Tensor | None,
-    entry_mask: Tensor | None,
+    entry_mask: Tensor | EntryRanges | None,
     sink: Tensor | None,
     window: int = 0,
     reach: Tensor | None = None,
     scale: float | None = None,
     value_size: int | None = None,
     chosen: Tensor | None = None,
-    with_mass: bool = True,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, EntryMass | None]:
     """Attend to the last ``window`` tokens, the permitted entries, and a sink that has no value.
 
     One vector is both key and value. Time and memory grow with S * window, not with S * S.
@@ -68,42 +75,42 @@ def sparse_attention(
         window_kv: [B, P + S, c], with P <= window - 1 past tokens followed by the tokens of the queries; or None to
             attend to entries alone. Every query must then have a permitted one.
         entries: [B, T, c], shared by all queries; [B, S, K, c], gathered per query; or None.
-        entry_mask: bool [B or 1, S, T or K], True for permitted entries; None without entries or with ``chosen``.
+        entry_mask: bool [B or 1, S, T or K], True for permitted entries, or their ranges; None without entries. Not
+            read with ``chosen``.
         sink: [H], logits; or None.
         window: Tokens that a query attends to, including itself; 0 without ``window_kv``.
         reach: int64 [B, S], a smaller limit than ``window`` for single queries, for packed documents; or None.
         scale: Softmax scale, by default ``c ** -0.5``.
         value_size: Values are the first dims of a vector, by default all.
         chosen: int [B, S, K], indices of the permitted ``entries`` [B, T, c] of every query, each at most once; -1 in
-            unused slots. Instead of ``entry_mask``. Without ``window_kv``, time does not grow with T on a CPU.
-        with_mass: False permits None in place of the mass, which costs the ``triton`` backend half as many products
-            as the output. Other backends always return it.
+            unused slots. Instead of ``entry_mask``. Without ``window_kv``, and for the ``triton`` backend, time does
+            not grow with T.
 
     Returns:
-        The output [B, S, H, value_size] and the attention mass of the entries, summed over heads: [B, S, T or K], or
-        None without entries. The mass has no gradient.
+        The output [B, S, H, value_size] and the attention mass of the entries, [B, S, T], with ``chosen`` [B, S, K], or
+        None without entries. The ``triton`` backend computes the mass when it is read, for the queries that are read.
     """
     c = query.shape[-1]
     if sink is None:
         sink = query.new_full(query.shape[2:3], float("-inf"), dtype=torch.float32)
     scale = c**-0.5 if scale is None else scale
-    name = backend or backend_for(query, window_kv, entries, value_size, chosen)
+    name = backend or backend_for(query, window_kv, entries, value_size, chosen, entry_mask)
     if name == "triton":
         return triton.sparse_attention(
-            query, window_kv, entries, entry_mask, sink, window, reach, scale, value_size or c, chosen, with_mass
+            query, window_kv, entries, entry_mask, sink, window, reach, scale, value_size or c, chosen
         )
-    if chosen is not None and entries is not None:
+    if entries is None:
+        chosen = None
+    elif chosen is not None:
         if name == "eager" and window_kv is None:
-            return gathered.sparse_attention(query, entries, chosen, sink, scale, value_size or c)
-        entries, entry_mask = _gather(entries, chosen)
-        name = backend or backend_for(query, window_kv, entries, value_size)
-    return get_backend(BACKENDS, name).sparse_attention(
+            out, mass = gathered.sparse_attention(query, entries, chosen, sink, scale, value_size or c)
+            return out, StoredMass(mass)
+        entry_mask = chosen_mask(chosen, entries.shape[1])
+    elif isinstance(entry_mask, EntryRanges):
+        entry_mask = entry_mask.mask(entries.shape[1])
+    out, mass = get_backend(BACKENDS, name).sparse_attention(
         query, window_kv, entries, entry_mask, sink, window, reach, scale, value_size or c
     )
-
-
-def _gather(entries: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the chosen entries of every query, [B, S, K, c], and their mask."""
-    B, S, K = chosen.shape
-    flat = chosen.clamp(min=0).long().view(B, S * K, 1).expand(-1, -1, entries.shape[-1])
-    return entries.gather(1, flat).view(B, S, K, -1), chosen >= 0
+    if mass is not None and chosen is not None:
+        mass = mass.gather(-1, chosen.clamp(min=0).long()).masked_fill(chosen < 0, 0.0)
+    return out, None if mass is None else StoredMass(mass)

@@ -1,7 +1,7 @@
 """Attention within whole sequences by Triton kernels, forward and backward.
 
-Scores stay on the chip: memory grows neither with S * window nor with S * T, except for the returned mass. The backward
-pass recomputes them. Many queries add to the gradient of one key. By default they do so with atomic additions, whose
+Scores stay on the chip: memory grows neither with S * window nor with S * T. The backward pass and the returned mass
+recompute them. Many queries add to the gradient of one key. By default they do so with atomic additions, whose
 order varies; within :func:`deterministic_gradients`, and under ``torch.use_deterministic_algorithms``, every program
 writes its part, and the parts of a key are added in a fixed order.
 """
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from kernels.autocast import in_float32, product_dtype
+from kernels.entry_ranges import EntryRanges
+from kernels.sparse_attention.mass import EntryMass
 from kernels.triton_support.platform import (
     ARCHITECTURES,
     check_selection,
@@ -33,9 +35,8 @@ DTYPES = (torch.bfloat16, torch.float16)
 """Dtypes of products. The interpreter also computes float32."""
 _PART_BYTES = 1 << 28
 """Most scratch memory of deterministic gradients, unless a single block of queries needs more."""
-_MASK_QUERIES = 1024
-"""Queries of a mask that are converted to integers at a time."""
 _LOG2_E = math.log2(math.e)
+_EVERY = slice(None)
 _is_deterministic = False
 
 FORWARD_TILES: Tiles = {
@@ -74,6 +75,11 @@ def deterministic_gradients() -> Iterator[None]:
         _is_deterministic = before
 
 
+def adds_in_fixed_order() -> bool:
+    """Return whether gradients must have the same bits every time."""
+    return _is_deterministic or torch.are_deterministic_algorithms_enabled()
+
+
 def supports(query: Tensor, entries: Tensor | None, value_size: int) -> bool:
     """Return whether the backend supports these inputs on a GPU."""
     c = query.shape[-1]
@@ -85,15 +91,14 @@ def sparse_attention(
     query: Tensor,
     window_kv: Tensor | None,
     entries: Tensor | None,
-    entry_mask: Tensor | None,
+    entry_mask: Tensor | EntryRanges | None,
     sink: Tensor,
     window: int,
     reach: Tensor | None,
     scale: float,
     value_size: int,
     chosen: Tensor | None = None,
-    with_mass: bool = True,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, EntryMass | None]:
     """Implement :func:`kernels.sparse_attention.sparse_attention` for entries [B, T, c] and ``value_size == c``.
 
     Raises ValueError for unsupported inputs.
@@ -108,12 +113,16 @@ def sparse_attention(
         raise ValueError(f"{name}: the triton backend supports entries [B, T, c]; pass gathered ones as chosen")
     if entries is None or not entries.shape[1] or (chosen is not None and not chosen.shape[2]):
         entries = entry_mask = chosen = None
+    if isinstance(entry_mask, Tensor) and chosen is None:
+        raise ValueError(f"{name}: the triton backend supports ranges of entries; pass those of a mask as chosen")
+    ranges = None if chosen is not None else entry_mask
     if chosen is not None and entries is not None:
         check_selection(name, chosen, entries.shape[1])
     with in_float32(query):
-        return _Attention.apply(
-            query, window_kv, entries, sink, entry_mask, chosen, window, reach, dtype, scale, with_mass
-        )
+        out, log_sum = _Attention.apply(query, window_kv, entries, sink, ranges, chosen, window, reach, dtype, scale)
+    if entries is None:
+        return out, None
+    return out, _RecomputedMass(query.detach(), entries.detach(), ranges, chosen, dtype, scale, log_sum)
 
 
 @dataclass(frozen=True)
@@ -123,8 +132,8 @@ class _Keys:
     window_kv: Tensor
     entries: Tensor
     chosen: Tensor
-    mask: Tensor
-    limits: Tensor
+    firsts: Tensor
+    ends: Tensor
     reach: Tensor
     past: int
     window: int
@@ -135,21 +144,17 @@ class _Keys:
     has_reach: bool
 
     @classmethod
-    def of(cls, query, window_kv, entries, mask, chosen, window, reach, dtype) -> _Keys:
+    def of(cls, query, window_kv, entries, ranges, chosen, window, reach, dtype) -> _Keys:
         B, S = query.shape[:2]
         unread = query.new_empty(1, dtype=dtype)
         integers = query.new_empty(1, dtype=torch.int32)
-        limits = integers
-        if mask is not None:
-            # Entries after the last one that a query sees are skipped.
-            numbers = torch.arange(1, mask.shape[2] + 1, dtype=torch.int32, device=mask.device)
-            limits = torch.cat([(part * numbers).amax(-1) for part in mask.split(_MASK_QUERIES, dim=1)], dim=1)
+        firsts, ends = (integers, integers) if ranges is None else (x.to(torch.int32).contiguous() for x in ranges)
         return cls(
             unread if window_kv is None else window_kv.to(dtype).contiguous(),
             unread if entries is None else entries.to(dtype).contiguous(),
             integers if chosen is None else chosen.to(torch.int32).contiguous(),
-            integers if mask is None else mask.contiguous().view(torch.int8),
-            limits.to(torch.int32).contiguous(),
+            firsts,
+            ends,
             integers if reach is None else reach.expand(B, S).to(torch.int32).contiguous(),
             0 if window_kv is None else window_kv.shape[1] - S,
             window,
@@ -165,10 +170,10 @@ class _Keys:
         """Most entries that a program visits."""
         return self.K if self.mode == 1 else self.T
 
-    def strides(self, S: int) -> tuple[int, int]:
-        """Return the strides of the mask and of its limits between sequences: 0 where these share one."""
-        shares = self.mode != 2 or self.mask.shape[0] == 1
-        return (0, 0) if shares else (S * self.T, S)
+    @property
+    def range_stride(self) -> int:
+        """Stride of the ranges between sequences: 0 where these share one."""
+        return self.ends.shape[-1] if self.mode == 2 and len(self.ends) > 1 else 0
 
     def flags(self) -> dict[str, bool | int]:
         return {
@@ -192,11 +197,13 @@ class _Keys:
 
 
 class _Attention(torch.autograd.Function):
+    """Returns the output and the base-2 logarithms of the softmaxes' sums, float32 [B, S, H]."""
+
     @staticmethod
-    def forward(ctx, query, window_kv, entries, sink, mask, chosen, window, reach, dtype, scale, with_mass):
+    def forward(ctx, query, window_kv, entries, sink, ranges, chosen, window, reach, dtype, scale):
         kernels = importlib.import_module("kernels.sparse_attention.triton_kernels")
         B, S, H, c = query.shape
-        keys = _Keys.of(query, window_kv, entries, mask, chosen, window, reach, dtype)
+        keys = _Keys.of(query, window_kv, entries, ranges, chosen, window, reach, dtype)
         q = query.to(dtype).contiguous()
         bias = sink.float().mul(_LOG2_E).contiguous()
         shape = (B * S, H, c, keys.mode, keys.slots, dtype)
@@ -207,20 +214,18 @@ class _Attention(torch.autograd.Function):
             blocks = keys.blocks(H, tile)
             grid = (-(-S // blocks["BLOCK_Q"]), -(-H // blocks["BLOCK_H"]), B)
             kernels.forward[grid](
-                q, keys.window_kv, keys.entries, keys.chosen, keys.mask, keys.limits, bias, keys.reach, out, log_sum,
-                S, H, keys.past, window, keys.T, keys.K, *keys.strides(S), scale * _LOG2_E,
+                q, keys.window_kv, keys.entries, keys.chosen, keys.firsts, keys.ends, bias, keys.reach, out, log_sum,
+                S, H, keys.past, window, keys.T, keys.K, keys.range_stride, scale * _LOG2_E,
                 D=c, **keys.flags(), **blocks,
             )  # fmt: skip
             return out, log_sum
 
         out, log_sum = launch_best("sparse_attention.forward", FORWARD_TILES, shape, query.device, attend)
-        mass = _mass(kernels, q, keys, log_sum, scale, shape) if with_mass and keys.mode else None
         ctx.keys, ctx.scale, ctx.shape = keys, scale, shape
         ctx.dtypes = [None if x is None else x.dtype for x in (query, window_kv, entries, sink)]
         ctx.save_for_backward(q, out, log_sum, bias)
-        if mass is not None:
-            ctx.mark_non_differentiable(mass)
-        return out, mass
+        ctx.mark_non_differentiable(log_sum)
+        return out, log_sum
 
     @staticmethod
     def backward(ctx, grad_out, _):
@@ -230,31 +235,41 @@ class _Attention(torch.autograd.Function):
         grad_sink = -((bias - log_sum).exp2() * inner).sum((0, 1))
         gradients = _backward(ctx.keys, q, upstream, log_sum, inner, ctx.scale, ctx.shape)
         cast = (None if d is None else g.to(d) for g, d in zip((*gradients, grad_sink), ctx.dtypes))
-        return *cast, *[None] * 7
+        return *cast, *[None] * 6
 
 
-def _mass(kernels, q: Tensor, keys: _Keys, log_sum: Tensor, scale: float, shape: tuple) -> Tensor:
-    """Return the attention mass of the entries, summed over heads: float32 [B, S, T or K]."""
-    B, S, H, c = q.shape
+class _RecomputedMass:
+    """The attention mass, recomputed from the logarithms of the softmaxes' sums for the queries that are read."""
 
-    def run(tile: Tile) -> Tensor:
-        mass = q.new_empty(B, S, keys.slots, dtype=torch.float32)
-        blocks = keys.blocks(H, tile)
-        kernels.entry_mass[(-(-S // blocks["BLOCK_Q"]), 1, B)](
-            q, keys.entries, keys.chosen, keys.mask, keys.limits, log_sum, mass,
-            S, H, keys.T, keys.K, *keys.strides(S), scale * _LOG2_E,
-            D=c, MODE=keys.mode, UPCAST=is_interpreting(), **blocks,
-        )  # fmt: skip
-        return mass
+    def __init__(self, query, entries, ranges, chosen, dtype, scale, log_sum):
+        self._query, self._log_sum, self._dtype, self._scale = query, log_sum, dtype, scale
+        self._keys = _Keys.of(query, None, entries, ranges, chosen, 0, None, dtype)
 
-    return launch_best("sparse_attention.entry_mass", MASS_TILES, shape, q.device, run)
+    def of(self, queries: slice = _EVERY) -> Tensor:
+        kernels = importlib.import_module("kernels.sparse_attention.triton_kernels")
+        keys, (B, S, H, c) = self._keys, self._query.shape
+        begin, end, _ = queries.indices(S)
+        q = self._query[:, begin:end].to(self._dtype).contiguous()
+
+        def run(tile: Tile) -> Tensor:
+            mass = q.new_empty(B, end - begin, keys.slots, dtype=torch.float32)
+            blocks = keys.blocks(H, tile)
+            kernels.entry_mass[(-(-(end - begin) // blocks["BLOCK_Q"]), 1, B)](
+                q, keys.entries, keys.chosen, keys.firsts, keys.ends, self._log_sum, mass,
+                begin, end - begin, S, H, keys.T, keys.K, keys.range_stride, self._scale * _LOG2_E,
+                D=c, MODE=keys.mode, UPCAST=is_interpreting(), **blocks,
+            )  # fmt: skip
+            return mass
+
+        shape = (B * (end - begin), H, c, keys.mode, keys.slots, self._dtype)
+        return launch_best("sparse_attention.entry_mass", MASS_TILES, shape, q.device, run)
 
 
 def _backward(keys: _Keys, q: Tensor, upstream: Tensor, log_sum: Tensor, inner: Tensor, scale: float, shape: tuple):
     """Return the gradients of queries, window rows and entries. The latter two are float32."""
     kernels = importlib.import_module("kernels.sparse_attention.triton_kernels")
     B, S, H, c = q.shape
-    is_atomic = not (_is_deterministic or torch.are_deterministic_algorithms_enabled())
+    is_atomic = not adds_in_fixed_order()
 
     def run(tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
         grad_query = torch.empty_like(q)
@@ -274,9 +289,9 @@ def _backward(keys: _Keys, q: Tensor, upstream: Tensor, log_sum: Tensor, inner: 
             for of_query, of_keys in [(True, True)] if tile.sizes["passes"] == 1 else [(True, False), (False, True)]:
                 settings = blocks if of_query else {**blocks, "num_stages": KEY_STAGES}
                 kernels.backward[(programs, heads, B)](
-                    q, keys.window_kv, keys.entries, keys.chosen, keys.mask, keys.limits, keys.reach, upstream,
+                    q, keys.window_kv, keys.entries, keys.chosen, keys.firsts, keys.ends, keys.reach, upstream,
                     log_sum, inner, grad_query, grad_window, grad_entries, parts,
-                    begin, S, H, keys.past, keys.window, keys.T, keys.K, *keys.strides(S), window_slots, slots,
+                    begin, S, H, keys.past, keys.window, keys.T, keys.K, keys.range_stride, window_slots, slots,
                     scale * _LOG2_E, scale,
                     D=c, **keys.flags(), ATOMIC=is_atomic, OF_QUERY=of_query, OF_KEYS=of_keys, **settings,
                 )  # fmt: skip
@@ -314,10 +329,15 @@ def _sum_parts(
             inside = (entry >= 0) & (entry < keys.T)
         else:
             entry = torch.arange(keys.T, device=device).view(1, 1, 1, -1)
-            seen = keys.limits.expand(B, S)[:, begin : begin + programs * Q]
-            seen = torch.nn.functional.pad(seen, (0, programs * Q - seen.shape[1])).unflatten(1, (programs, Q)).amax(-1)
-            # A program writes the parts of whole tiles only up to the last entry that one of its queries sees.
-            inside = entry < seen.view(B, 1, programs, 1)
+            extra = max(0, begin + programs * Q - S)
+            # A program writes the parts of whole tiles from the first to the last entry that one of its queries sees.
+            first, last = (
+                torch.nn.functional.pad(x.expand(B, S)[:, begin : begin + programs * Q], (0, extra), value=value)
+                .unflatten(1, (programs, Q))
+                .view(B, 1, programs, 1, Q)
+                for x, value in ((keys.firsts, keys.T), (keys.ends, 0))
+            )
+            inside = (entry >= first.amin(-1)) & (entry < last.amax(-1))
         at = window_rows + sequence * keys.T + entry
         targets[..., window_slots : window_slots + keys.slots] = torch.where(inside, at, unused)
     targets, order = targets.flatten().sort(stable=True)

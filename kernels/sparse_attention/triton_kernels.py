@@ -4,8 +4,8 @@ A program computes ``BLOCK_Q`` consecutive queries and ``BLOCK_H`` heads: row r 
 ``r // BLOCK_H``, so that all heads of a query multiply one tile of keys. ``BLOCK_Q`` is 1 for chosen entries, which
 differ between queries. Keys are the window's rows, then the entries. Logits have base 2. Sums are float32.
 
-``MODE`` is 0 without entries, 1 for chosen entries, 2 for a mask. Offsets that grow with tokens are int64. ``UPCAST``
-converts operands to float32, for the interpreter, which multiplies BF16 wrongly.
+``MODE`` is 0 without entries, 1 for chosen entries, 2 for ranges of entries. Offsets that grow with tokens are int64.
+``UPCAST`` converts operands to float32, for the interpreter, which multiplies BF16 wrongly.
 """
 
 import triton
@@ -13,7 +13,7 @@ import triton.language as tl
 
 NONE: tl.constexpr = tl.constexpr(0)
 CHOSEN: tl.constexpr = tl.constexpr(1)
-MASK: tl.constexpr = tl.constexpr(2)
+RANGE: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit
@@ -35,7 +35,19 @@ def _window_mask(j, s, limit, past):
 
 
 @triton.jit
-def _entry_tile(begin, s, first, exists, chosen, mask, S, T, K, mask_stride, MODE: tl.constexpr, BLOCK_N: tl.constexpr):
+def _entry_range(firsts, ends, s, S, K, range_stride, MODE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return the entries that the rows see, from low [M] to high [M], and the slots that the program visits: all
+    chosen ones, or whole tiles with all entries that its queries see."""
+    if MODE == RANGE:
+        at = tl.program_id(2).to(tl.int64) * range_stride + s
+        low = tl.load(firsts + at, mask=s < S, other=2147483647)
+        high = tl.load(ends + at, mask=s < S, other=0)
+        return low, high, tl.min(low, axis=0) // BLOCK_N * BLOCK_N, tl.max(high, axis=0)
+    return s * 0, s * 0, tl.program_id(0) * 0, K
+
+
+@triton.jit
+def _entry_tile(begin, s, first, exists, chosen, low, high, S, T, K, MODE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Return entries [N], which of them exist [N], and which the rows see [M, N], of the tile from slot ``begin``."""
     b = tl.program_id(2).to(tl.int64)
     slot = begin + tl.arange(0, BLOCK_N)
@@ -46,18 +58,8 @@ def _entry_tile(begin, s, first, exists, chosen, mask, S, T, K, mask_stride, MOD
     else:
         row = slot
         there = slot < T
-        ptr = mask + b * mask_stride + s.to(tl.int64)[:, None] * T + slot[None, :]
-        seen = tl.load(ptr, mask=there[None, :] & exists[:, None], other=0) != 0
+        seen = (slot[None, :] >= low[:, None]) & (slot[None, :] < high[:, None]) & there[None, :] & exists[:, None]
     return row, there, seen
-
-
-@triton.jit
-def _entry_end(limits, s, S, K, limit_stride, MODE: tl.constexpr):
-    """Return the number of slots to visit: all chosen, or up to the last entry that a query of the program sees."""
-    if MODE == CHOSEN:
-        return K
-    b = tl.program_id(2).to(tl.int64)
-    return tl.max(tl.load(limits + b * limit_stride + s, mask=s < S, other=0), axis=0)
 
 
 @triton.jit
@@ -84,8 +86,8 @@ def _accumulate(q, k, seen, peak, total, acc, scale, UPCAST: tl.constexpr):
 
 @triton.jit
 def forward(
-    query, window_kv, entries, chosen, mask, limits, sink, reach, out, log_sum,
-    S, H, past, window, T, K, mask_stride, limit_stride, scale,
+    query, window_kv, entries, chosen, firsts, ends, sink, reach, out, log_sum,
+    S, H, past, window, T, K, range_stride, scale,
     D: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_REACH: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -97,9 +99,9 @@ def forward(
     q = tl.load(query + row[:, None] * D + d[None, :], mask=exists[:, None], other=0.0)
     if UPCAST:
         q = q.to(tl.float32)
-    start = tl.load(sink + head, mask=head < H, other=0.0)
-    peak = tl.maximum(start, -1e30)  # stays finite without a sink
-    total = tl.exp2(start - peak)
+    bias = tl.load(sink + head, mask=head < H, other=0.0)
+    peak = tl.maximum(bias, -1e30)  # stays finite without a sink
+    total = tl.exp2(bias - peak)
     acc = tl.zeros([BLOCK_Q * BLOCK_H, D], dtype=tl.float32)
     if HAS_WINDOW:
         limit = s * 0 + window
@@ -114,8 +116,9 @@ def forward(
             peak, total, acc = _accumulate(q, k, seen, peak, total, acc, scale, UPCAST)
     if MODE != NONE:
         base = entries + b * T * D
-        for begin in range(0, _entry_end(limits, s, S, K, limit_stride, MODE), BLOCK_N):
-            entry, there, seen = _entry_tile(begin, s, first, exists, chosen, mask, S, T, K, mask_stride, MODE, BLOCK_N)
+        low, high, start, end = _entry_range(firsts, ends, s, S, K, range_stride, MODE, BLOCK_N)
+        for begin in range(start, end, BLOCK_N):
+            entry, there, seen = _entry_tile(begin, s, first, exists, chosen, low, high, S, T, K, MODE, BLOCK_N)
             k = _keys(base, entry, there, d, D, UPCAST)
             peak, total, acc = _accumulate(q, k, seen, peak, total, acc, scale, UPCAST)
     acc = acc / total[:, None]
@@ -125,50 +128,58 @@ def forward(
 
 @triton.jit
 def entry_mass(
-    query, entries, chosen, mask, limits, log_sum, mass,
-    S, H, T, K, mask_stride, limit_stride, scale,
+    query, entries, chosen, firsts, ends, log_sum, mass,
+    begin_query, count, S, H, T, K, range_stride, scale,
     D: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write the attention mass of the entries, summed over heads. Program ids: query block, 0, sequence.
+    """Write the attention mass of the entries, summed over heads, for ``count`` queries from ``begin_query``, which
+    are those of ``query`` and ``mass``. Program ids: query block, 0, sequence.
 
     Further groups of heads add to what the program has stored for the first.
     """
-    first = tl.program_id(0) * BLOCK_Q
+    own_first = tl.program_id(0) * BLOCK_Q
+    first = begin_query + own_first
     b = tl.program_id(2).to(tl.int64)
     r = tl.arange(0, BLOCK_Q * BLOCK_H)
-    s = first + r // BLOCK_H
+    own = own_first + r // BLOCK_H
+    s = begin_query + own
     d = tl.arange(0, D)
     n = tl.arange(0, BLOCK_N)
-    queries = first + tl.arange(0, BLOCK_Q)
+    queries = own_first + tl.arange(0, BLOCK_Q)
     width = T
     if MODE == CHOSEN:
         width = K
-    own = mass + (b * S + queries)[:, None] * width
+    out = mass + (b * count + queries)[:, None] * width
     base = entries + b * T * D
-    end = _entry_end(limits, s, S, K, limit_stride, MODE)
+    low, high, start, end = _entry_range(firsts, ends, s, S, K, range_stride, MODE, BLOCK_N)
     for group in range(0, tl.cdiv(H, BLOCK_H)):
         head = group * BLOCK_H + r % BLOCK_H
-        exists = (s < S) & (head < H)
-        row = (b * S + s) * H + head
+        exists = (own < count) & (head < H)
+        row = (b * count + own) * H + head
         q = tl.load(query + row[:, None] * D + d[None, :], mask=exists[:, None], other=0.0)
         if UPCAST:
             q = q.to(tl.float32)
-        sums = tl.load(log_sum + row, mask=exists, other=0.0)
-        for begin in range(0, end, BLOCK_N):
-            entry, there, seen = _entry_tile(begin, s, first, exists, chosen, mask, S, T, K, mask_stride, MODE, BLOCK_N)
+        sums = tl.load(log_sum + (b * S + s) * H + head, mask=exists, other=0.0)
+        for begin in range(start, end, BLOCK_N):
+            entry, there, seen = _entry_tile(begin, s, first, exists, chosen, low, high, S, T, K, MODE, BLOCK_N)
             k = tl.trans(_keys(base, entry, there, d, D, UPCAST))
             p = tl.exp2(tl.dot(q, k, input_precision="ieee") * scale - sums[:, None])
             p = tl.where(seen, p, 0.0)
             summed = tl.sum(tl.reshape(p, [BLOCK_Q, BLOCK_H, BLOCK_N]), axis=1)
-            inside = (queries < S)[:, None] & (begin + n < width)[None, :]
-            at = own + (begin + n)[None, :]
+            inside = (queries < count)[:, None] & (begin + n < width)[None, :]
+            at = out + (begin + n)[None, :]
             if group > 0:
                 summed += tl.load(at, mask=inside, other=0.0)
             tl.store(at, summed, mask=inside)
-    for begin in range(tl.cdiv(end, BLOCK_N) * BLOCK_N, width, BLOCK_N):
-        inside = (queries < S)[:, None] & (begin + n < width)[None, :]
-        tl.store(own + (begin + n)[None, :], tl.zeros([BLOCK_Q, BLOCK_N], tl.float32), mask=inside)
+    nothing = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
+    for begin in range(0, tl.minimum(start, width), BLOCK_N):
+        inside = (queries < count)[:, None] & (begin + n < width)[None, :]
+        tl.store(out + (begin + n)[None, :], nothing, mask=inside)
+    rest = start + tl.cdiv(tl.maximum(end - start, 0), BLOCK_N) * BLOCK_N
+    for begin in range(rest, width, BLOCK_N):
+        inside = (queries < count)[:, None] & (begin + n < width)[None, :]
+        tl.store(out + (begin + n)[None, :], nothing, mask=inside)
 
 
 @triton.jit
@@ -204,9 +215,9 @@ def _add_keys(target, row, there, grad, p, q, g, d, D: tl.constexpr, ATOMIC: tl.
 
 @triton.jit
 def backward(
-    query, window_kv, entries, chosen, mask, limits, reach, grad_out, log_sum, inner, grad_query, grad_window,
+    query, window_kv, entries, chosen, firsts, ends, reach, grad_out, log_sum, inner, grad_query, grad_window,
     grad_entries, parts,
-    begin_query, S, H, past, window, T, K, mask_stride, limit_stride, window_slots, slots, scale, factor,
+    begin_query, S, H, past, window, T, K, range_stride, window_slots, slots, scale, factor,
     D: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_REACH: tl.constexpr, MODE: tl.constexpr, UPCAST: tl.constexpr,
     ATOMIC: tl.constexpr, OF_QUERY: tl.constexpr, OF_KEYS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -263,8 +274,9 @@ def backward(
                 _add_keys(target, place, there, grad, p, q1, g1, d1, D, ATOMIC, not OF_QUERY)
     if MODE != NONE:
         base = entries + b * T * D
-        for begin in range(0, _entry_end(limits, s, S, K, limit_stride, MODE), BLOCK_N):
-            entry, there, seen = _entry_tile(begin, s, first, exists, chosen, mask, S, T, K, mask_stride, MODE, BLOCK_N)
+        low, high, start, end = _entry_range(firsts, ends, s, S, K, range_stride, MODE, BLOCK_N)
+        for begin in range(start, end, BLOCK_N):
+            entry, there, seen = _entry_tile(begin, s, first, exists, chosen, low, high, S, T, K, MODE, BLOCK_N)
             k0 = _keys(base, entry, there, d0, D, UPCAST)
             k1 = _keys(base, entry, there, d1, D, UPCAST)
             grad, p = _weights(q0, q1, g0, g1, k0, k1, seen, sums, delta, scale, factor)

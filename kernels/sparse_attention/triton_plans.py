@@ -12,8 +12,8 @@ TOKENS, HEADS, DIMS, CHOSEN, WINDOW = 4096, 64, 512, 512, 128
 _KEYS = CHOSEN + WINDOW
 _LOGITS = TOKENS * HEADS * _KEYS
 _ROWS = "*bf16:16"
-_VISIBILITY = {"chosen": "*i32:16", "mask": "*i8:16", "limits": "*i32:16"}
-_SIZES = {"S": "i32:16", "H": "i32:16", "T": "i32:16", "K": "i32:16", "mask_stride": "i64:16", "limit_stride": "i64:16"}
+_VISIBILITY = {"chosen": "*i32:16", "firsts": "*i32:16", "ends": "*i32:16"}
+_SIZES = {"S": "i32:16", "H": "i32:16", "T": "i32:16", "K": "i32:16", "range_stride": "i32:16"}
 _QUERY_BYTES = 2.0 * TOKENS * HEADS * DIMS
 _FLAGS = {"D": DIMS, "HAS_WINDOW": True, "HAS_REACH": False, "MODE": 1, "UPCAST": False}
 _NVIDIA = ("sm_80", "sm_90", "sm_100")
@@ -88,6 +88,8 @@ PLANS = [
             **_SIZES,
             "log_sum": "*fp32:16",
             "mass": "*fp32:16",
+            "begin_query": "i32:16",
+            "count": "i32:16",
             "scale": "fp32",
         },
         {"D": DIMS, "MODE": 1, "UPCAST": False},

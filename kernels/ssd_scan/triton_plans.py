@@ -70,6 +70,7 @@ PLANS = [
         _HEADS,
         CHUNK_TILES,
         multiplies=True,
+        max_spills={"sm_80": 8},  # with Triton 3.6
         work=Work(
             _BY_STATE + _PRODUCTS * CHUNK * (STATE_SIZE + HEAD_DIM),
             4 * _X + 2 * _B + 2 * _STATES,

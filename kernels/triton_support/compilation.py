@@ -60,6 +60,8 @@ class Compiled:
     """Matrix instructions, asynchronous copies, loads of at least 8 bytes, all loads, and atomic additions."""
     matrix_kind: str
     """Most frequent matrix instruction, without its suffixes."""
+    loop: int = 0
+    """Instructions of the largest innermost loop; 0 for AMD, whose listing is not read for loops."""
 
     @property
     def uses_old_instructions(self) -> bool:
@@ -109,7 +111,7 @@ def compile_plan(plan: Plan, architecture: str, tile: Tile) -> Compiled:
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     built = triton.compile(source, target=target, options={"num_warps": tile.warps, "num_stages": tile.stages})
     shared = built.metadata.shared
-    registers, spills, listing = _of_amd(built.asm["amdgcn"]) if amd else _of_nvidia(built.asm["cubin"])
+    registers, spills, loop, listing = _of_amd(built.asm["amdgcn"]) if amd else _of_nvidia(built.asm["cubin"])
     counts = {
         group: sum(n for name, n in listing.items() if re.match(pattern or MATRIX_INSTRUCTIONS[architecture], name))
         for group, pattern in _GROUPS.items()
@@ -117,7 +119,8 @@ def compile_plan(plan: Plan, architecture: str, tile: Tile) -> Compiled:
     programs = _programs(architecture, registers, shared, tile.warps)
     kinds = [name for name, _ in listing.most_common() if re.match(MATRIX_INSTRUCTIONS[architecture], name)]
     kind = re.split(r"[._]\d|\.", kinds[0])[0] if kinds else ""
-    return Compiled(plan.name, architecture, str(tile), registers, shared, spills, tile.warps, programs, counts, kind)
+    figures = registers, shared, spills, tile.warps, programs, counts, kind, loop
+    return Compiled(plan.name, architecture, str(tile), *figures)
 
 
 def _programs(architecture: str, registers: int, shared: int, warps: int) -> int:
@@ -127,7 +130,7 @@ def _programs(architecture: str, registers: int, shared: int, warps: int) -> int
     return max(1, min(by_registers, by_shared, _MAX_THREADS // threads, 32))
 
 
-def _of_nvidia(binary: bytes) -> tuple[int, int, collections.Counter[str]]:
+def _of_nvidia(binary: bytes) -> tuple[int, int, int, collections.Counter[str]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
@@ -136,16 +139,40 @@ def _of_nvidia(binary: bytes) -> tuple[int, int, collections.Counter[str]]:
     registers = max(int(n) for n in re.findall(r"REG:(\d+)", usage))
     # The stack of a kernel without calls holds spilled registers only.
     spills = sum(int(n) for n in re.findall(r"STACK:(\d+)", usage))
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", listing, re.MULTILINE)
-    return registers, spills, collections.Counter(names)
+    names, loop = _instructions(listing)
+    return registers, spills, loop, collections.Counter(names)
 
 
-def _of_amd(assembly: str) -> tuple[int, int, collections.Counter[str]]:
+_LINE = re.compile(
+    r"^\s*(?P<label>\.L\w+):|^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<name>[A-Z][\w.]*)(?P<rest>.*)"
+)
+
+
+def _instructions(listing: str) -> tuple[list[str], int]:
+    """Return the names of all instructions, and the number of those in the largest loop without a loop inside."""
+    names: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for match in filter(None, map(_LINE.match, listing.splitlines())):
+        if match["label"]:
+            labels[match["label"]] = len(names)
+            continue
+        names.append(match["name"])
+        target = re.search(r"\.L\w+", match["rest"]) if match["name"].startswith("BRA") else None
+        if target and target[0] in labels:  # backwards
+            loops.append((labels[target[0]], len(names)))
+    innermost = [
+        one for one in loops if not any(other != one and one[0] <= other[0] and other[1] <= one[1] for other in loops)
+    ]
+    return names, max((end - begin for begin, end in innermost), default=0)
+
+
+def _of_amd(assembly: str) -> tuple[int, int, int, collections.Counter[str]]:
     def figure(name: str) -> int:
         return sum(int(n) for n in re.findall(rf"^\s+\.{name}:\s+(\d+)", assembly, re.MULTILINE))
 
     names = re.findall(r"^\s+([a-z]\w+)\s", assembly, re.MULTILINE)
-    return figure("vgpr_count"), figure("private_segment_fixed_size"), collections.Counter(names)
+    return figure("vgpr_count"), figure("private_segment_fixed_size"), 0, collections.Counter(names)
 
 
 def _run(tool: str, *arguments: str) -> str:

@@ -17,6 +17,7 @@ OPERATIONS = (
     "sparse_attention",
     "paged_attention",
     "index_topk",
+    "indexer_kl",
     "cache_io",
     "hyper_connections",
     "newton_schulz",
@@ -45,6 +46,9 @@ class Work:
     """Bytes of atomic additions."""
     vector_ops: float = 0.0
     """Instructions of 32-bit arithmetic per lane outside matrix units; an exponential counts as 8."""
+    loops: Callable[[Tile], float] | None = None
+    """Returns how often all programs together execute the body of the largest loop. Its compiled instructions then take
+    the place of ``vector_ops``."""
     rate: float = 1.0
     """Share of the rate of BF16 products that the products reach."""
     target: str = ""

@@ -52,6 +52,12 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Return the multiprocessors of a GPU, or a small number for the interpreter."""
+    return 3 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def float32_precision() -> str:
     """Return Triton's name of the precision of float32 products: three TF32 products where the GPU has them."""
     return "ieee" if is_interpreting() or torch.version.hip is not None else "tf32x3"

@@ -16,6 +16,7 @@ from kernels.triton_support.compilation import Compiled, compile_plan
 from kernels.triton_support.plans import Plan, all_plans
 from kernels.triton_support.platform import ARCHITECTURES, is_interpreting
 from kernels.triton_support.roofline import H100, predict
+from kernels.triton_support.tiles import Tile
 
 _HEADER = (
     "| kernel | GPU | setting | registers | spills, B | shared, KiB | programs | matrix | async copies | wide loads |\n"
@@ -23,7 +24,7 @@ _HEADER = (
 )
 
 
-def compile_all(architectures: list[str], names: list[str], all_tiles: bool) -> list[tuple[Plan, Compiled]]:
+def compile_all(architectures: list[str], names: list[str], all_tiles: bool) -> list[tuple[Plan, Tile, Compiled]]:
     """Compile the default or all settings of the kernels whose names begin with one of ``names``."""
     found = []
     for plan in all_plans():
@@ -31,22 +32,22 @@ def compile_all(architectures: list[str], names: list[str], all_tiles: bool) -> 
             continue
         for architecture, tile in plan.choices():
             if architecture in architectures and (all_tiles or tile == plan.tiles[architecture][0]):
-                found.append((plan, compile_plan(plan, architecture, tile)))
+                found.append((plan, tile, compile_plan(plan, architecture, tile)))
     return found
 
 
-def table(found: list[tuple[Plan, Compiled]]) -> str:
+def table(found: list[tuple[Plan, Tile, Compiled]]) -> str:
     """Format the figures as Markdown, with predictions for an H100."""
     lines = [_HEADER]
-    for plan, c in found:
+    for plan, _, c in found:
         i = c.instructions
         figures = (plan.name, c.architecture, c.tile, c.registers, c.spills, f"{c.shared / 1024:.0f}", c.programs)
         counts = (f"{i['matrix']} {c.matrix_kind}".strip(), i["async copy"], i["wide load"])
         lines.append(f"| {' | '.join(map(str, (*figures, *counts)))} |\n")
     lines.append(f"\n| kernel | setting | predicted on {H100.name}, at most | target |\n|---|---|---|---|\n")
-    for plan, c in found:
+    for plan, tile, c in found:
         if plan.work is not None and c.architecture == H100.architecture:
-            lines.append(f"| {plan.name} | {c.tile} | {predict(plan, c)} | {plan.work.target} |\n")
+            lines.append(f"| {plan.name} | {c.tile} | {predict(plan, tile, c)} | {plan.work.target} |\n")
     return "".join(lines)
 
 
@@ -61,9 +62,9 @@ def main() -> int:
         sys.exit("error: TRITON_INTERPRET is set; the interpreter cannot compile")
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # silences a warning of triton 3.9
     found = compile_all(options.architectures, options.kernels, options.all_tiles)
-    faults = [fault for plan, compiled in found for fault in compiled.faults(plan)]
+    faults = [fault for plan, _, compiled in found for fault in compiled.faults(plan)]
     if options.json:
-        print(json.dumps({"kernels": [compiled.to_json() for _, compiled in found], "faults": faults}))
+        print(json.dumps({"kernels": [compiled.to_json() for *_, compiled in found], "faults": faults}))
     else:
         print(table(found))
         print("\n".join(faults))

@@ -1,6 +1,7 @@
 """Predicted speed of kernels: an upper bound from their work, the compiled figures and the figures of a GPU.
 
-A launch takes as long as the slowest of: matrix products and vector arithmetic, device memory, the second-level cache,
+A launch takes as long as the slowest of: matrix products and vector arithmetic (estimated, or counted in the compiled
+loop), device memory, the second-level cache,
 and atomic additions. Where a multiprocessor holds a single program, nothing overlaps its products with its arithmetic,
 and their times add up. Latency, launches and load imbalance are left out, so that a measured speed is lower.
 """
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 from kernels.triton_support.compilation import Compiled
 from kernels.triton_support.plans import Plan
+from kernels.triton_support.tiles import Tile
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Gpu:
 
 
 H100 = Gpu("H100 SXM", "sm_90", 989e12, 3.35e12, 5.5e12, 132 * 128 * 1.755e9, 0.62)
+_LANES = 32
 _ATOMIC_SHARE = 0.5
 """Share of the cache's bandwidth that float32 additions reach: they read and write."""
 
@@ -55,13 +58,17 @@ class Prediction:
         return f"{speed}, bound by {self.bound}"
 
 
-def predict(plan: Plan, compiled: Compiled, gpu: Gpu = H100) -> Prediction:
-    """Return the prediction for a plan with work. Raises ValueError for figures of another architecture."""
+def predict(plan: Plan, tile: Tile, compiled: Compiled, gpu: Gpu = H100) -> Prediction:
+    """Return the prediction for a plan with work and one of its settings, whose figures ``compiled`` are. Raises
+    ValueError for figures of another architecture."""
     if compiled.architecture != gpu.architecture or plan.work is None:
         raise ValueError(f"{plan.name}: no prediction for {compiled.architecture} on {gpu.name}")
     work = plan.work
     rate = gpu.flops * work.rate * (gpu.old_instructions if compiled.uses_old_instructions else 1.0)
     matrix, vector = work.flops / rate, work.vector_ops / gpu.vector_ops
+    if work.loops is not None:
+        issued = work.loops(tile) * compiled.warps * compiled.loop
+        vector = max(vector, issued / (gpu.vector_ops / _LANES))
     overlaps = compiled.programs > 1
     times = {
         "products": max(matrix, vector) if overlaps else matrix + vector,

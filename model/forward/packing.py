@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.entry_ranges import EntryRanges
+
 
 @dataclass(frozen=True)
 class CompressionBlocks:
@@ -18,8 +20,8 @@ class CompressionBlocks:
     """int64 [B, n]: position of each block's first token in its document."""
     starts: Tensor
     """bool [B, n]: whether the block is the first of its document."""
-    mask: Tensor
-    """bool [B, S, n]: whether block i belongs to token t's document and is complete at t."""
+    visible: EntryRanges
+    """Of each token, the blocks of its document that are complete at it."""
 
     def gather(self, rows: Tensor) -> Tensor:
         """Return the rows of the blocks' tokens: [B, S, w] -> [B, n * ratio, w]."""
@@ -70,8 +72,6 @@ class PackedDocuments:
         final[rows, complete[rows, last] - 1] = last
         first = final - (ratio - 1)
         own = (self.positions + 1) // ratio  # blocks of the token's document complete at it
-        block = torch.arange(n, device=device)
-        mask = (block >= (complete - own).unsqueeze(-1)) & (block < complete.unsqueeze(-1))
         positions = self.positions.gather(1, first)
         tokens = (first.unsqueeze(-1) + torch.arange(ratio, device=device)).flatten(1)
-        return CompressionBlocks(tokens, positions, positions == 0, mask)
+        return CompressionBlocks(tokens, positions, positions == 0, EntryRanges(complete - own, complete))

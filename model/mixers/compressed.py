@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from kernels.entry_ranges import EntryRanges
 from model.cache.parts import CachePart, CompressorPart, GrowingPart
 from model.errors import ConfigError
 from model.forward.context import Context
@@ -100,9 +101,9 @@ def visible_entries(context: Context, ratio: int) -> Tensor:
     return (context.positions + 1) // ratio
 
 
-def entry_mask(context: Context, ratio: int, entries: Tensor) -> Tensor:
-    """Return which of ``entries`` [B, T, c], pooled from ``ratio`` tokens each, the queries may use: bool
-    [B or 1, S, T]."""
+def entry_ranges(context: Context, ratio: int) -> EntryRanges:
+    """Return the entries of ``ratio`` tokens each that the queries of whole sequences may use."""
     if context.documents is not None:
-        return context.documents.blocks(ratio).mask
-    return torch.arange(entries.shape[1], device=entries.device) < visible_entries(context, ratio).unsqueeze(-1)
+        return context.documents.blocks(ratio).visible
+    end = visible_entries(context, ratio)
+    return EntryRanges(torch.zeros_like(end), end)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from kernels.autocast import detached
 from kernels.hadamard import hadamard
-from kernels.index_scores import index_scores
 from kernels.index_topk import index_topk
+from kernels.indexer_kl import indexer_kl
 from kernels.paged_attention import EntrySet
 from model.cache.parts import CachePart, CompressorPart, GrowingPart
 from model.forward.context import Context
 from model.layers.rope import Rotation
 from model.mixers.base import StoredFormat, require
-from model.mixers.compressed import CompressedAttention, entry_mask, visible_entries
-from model.mixers.indexer import LightningIndexer, indexer_kl, measure_selection, selection_mask
+from model.mixers.compressed import CompressedAttention, entry_ranges, visible_entries
+from model.mixers.indexer import IndexInputs, LightningIndexer, measure_selection
 from model.mixers.sliding import History, Projected
 from model.precision import index_layout
 from model.work import Work, product_format
@@ -114,18 +115,19 @@ class CompressedSparseAttention(CompressedAttention):
         history = projected.history
         entries = self.pool(history, context, None)
         keys = self.pool_index(history, context, None)
-        visible = entry_mask(context, self.ratio, entries)
         assert history.index_query is not None and history.index_weights is not None
-        scores = index_scores(history.index_query, keys, history.index_weights, visible)
-        mask = visible if context.attention == "dense" else selection_mask(scores, visible, self.config)
+        index = IndexInputs(history.index_query, keys, history.index_weights)
+        visible = entry_ranges(context, self.ratio)
+        chosen = None if context.attention == "dense" else index.select(visible, self.config)
+        out, mass = self.core_attention(projected, entries, visible, context, chosen)
         aux = context.aux
-        out, mass = self.core_attention(projected, entries, mask, context, with_mass=aux is not None)
         if aux is not None and mass is not None:
-            aux.losses["indexer_kl"][self.layer] = indexer_kl(mass, scores, mask)
+            aux.losses["indexer_kl"][self.layer] = indexer_kl(*index, mass, visible, chosen)
             if aux.measure_selection:
-                _, teacher = self.core_attention(projected, entries, visible, context, with_mass=True)
+                with torch.no_grad():
+                    _, teacher = self.core_attention(projected, entries, visible, context)
                 assert teacher is not None
-                measure_selection(aux, self.layer, teacher, scores, visible, self.config)
+                measure_selection(aux, self.layer, teacher, index, visible, self.config)
         return out
 
     def select(self, history: History, context: Context, cache: LayerCache) -> EntrySet:

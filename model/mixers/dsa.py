@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.autocast import cast, detached, product_dtype
+from kernels.chosen_rows import chosen_mask
+from kernels.entry_ranges import EntryRanges
 from kernels.hadamard import hadamard
-from kernels.index_scores import index_scores
-from kernels.index_topk import index_topk, select_topk
+from kernels.index_topk import index_topk
+from kernels.indexer_kl import indexer_kl
 from kernels.paged_attention import EntrySet
-from kernels.sparse_attention import sparse_attention
+from kernels.sparse_attention import EntryMass, sparse_attention
 from model.cache.parts import CachePart, GrowingPart
-from model.forward.aux_outputs import AuxOutputs
 from model.forward.context import Context
 from model.layers.linear import Linear
 from model.layers.norm import LayerNorm
 from model.layers.rope import Rotation
 from model.mixers.base import StoredFormat, require
-from model.mixers.indexer import as_mask, indexer_kl, measure_selection
-from model.mixers.mla import IndexInputs, MultiHeadLatentAttention, Projected
+from model.mixers.indexer import IndexInputs, measure_selection
+from model.mixers.mla import MultiHeadLatentAttention, Projected
 from model.precision import index_layout
 from model.work import Work, product_format
 
@@ -34,7 +35,8 @@ KEY_NORM_EPS = 1e-6
 """The released code does not take it from the configuration."""
 
 _QUERIES = 128
-"""Queries scored together."""
+"""Queries whose attention mass is computed together."""
+_EVERY = slice(None)
 _GATHER_COST = 16
 """Number of heads whose products with a latent take as long as gathering it and adding its gradient (on a CPU)."""
 
@@ -135,8 +137,8 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
         index_keys = self.indexer.keys(detached(narrow), rotation)
         index = IndexInputs(
             self.precision.round_index(index_query, self.training, context.aux),
-            self.indexer.head_weights(detached(x)),
             self.precision.round_index(index_keys, self.training, context.aux),
+            self.indexer.head_weights(detached(x)),
         )
         query = self.queries(narrow, latent, rotation)
         return Projected(self.absorb(query) if cached else query, self.project_rows(narrow, rotation, context), index)
@@ -145,7 +147,9 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
         """Attend within whole sequences to the tokens that the indexer selects, or in dense mode to all past ones."""
         query, rows, index = projected
         assert index is not None
-        chosen = None if context.attention == "dense" else self.choose(index, context)
+        visible = _token_ranges(context, rows.shape[1])
+        chosen = None if context.attention == "dense" else index.select(visible, self.config)
+        mass: EntryMass | None
         if chosen is not None and self.gathers(*chosen.shape[1:]):
             latents, mass = sparse_attention(
                 self.absorb(query),
@@ -156,21 +160,21 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
                 scale=self.scale,
                 value_size=self.latent_dims,
                 chosen=chosen,
-                with_mass=context.aux is not None,
             )
             out = self.values(latents)
         else:
             key, value = self.expand(rows)
             mask = None if context.documents is None else context.documents.causal_mask()
             if chosen is not None:
-                mask = as_mask(chosen, rows.shape[1])
+                mask = chosen_mask(chosen, rows.shape[1])
             out = self.attend_per_head(query, key, value, mask)
-            mass = None if context.aux is None else self.attention_mass(query, key, context, mask)
-            if mass is not None and chosen is not None:
-                mass = mass.gather(-1, chosen.clamp(min=0)).masked_fill(chosen < 0, 0.0)
-        if context.aux is not None:
-            assert mass is not None
-            self.train_indexer(context.aux, mass, chosen, projected, context)
+            mass = _MassPerHead(query * self.scale, key, visible, chosen)
+        aux = context.aux
+        if aux is not None and mass is not None:
+            aux.losses["indexer_kl"][self.layer] = indexer_kl(*index, mass, visible, chosen)
+            if aux.measure_selection:
+                teacher = _MassPerHead(query * self.scale, self.expand(rows)[0], visible)
+                measure_selection(aux, self.layer, teacher, index, visible, self.config)
         return out
 
     def gathers(self, tokens: int, chosen: int) -> bool:
@@ -185,53 +189,9 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
         gathered = chosen * (2 * sizes.kv_lora_rank + sizes.qk_rope_head_dim) * (heads + _GATHER_COST)
         return gathered < tokens * (sizes.qk_nope_head_dim + sizes.qk_rope_head_dim + sizes.v_head_dim) * heads
 
-    @torch.no_grad()
-    def choose(self, index: IndexInputs, context: Context) -> Tensor:
-        """Return the selected tokens of every query, by blocks of queries: int64 [B, S, K], -1 in unused slots."""
-        tokens, pieces = index.keys.shape[1], []
-        for block in _query_blocks(tokens):
-            scores = index_scores(index.query[:, block], index.keys[:, : block.stop], index.weights[:, block])
-            scores = scores.to(self.precision.score_dtype)
-            pieces.append(select_topk(scores, _visible(context, block), min(self.config.index_topk, tokens)))
-        return torch.cat(pieces, dim=1)
-
-    @torch.no_grad()
-    def attention_mass(self, query: Tensor, key: Tensor, context: Context, mask: Tensor | None = None) -> Tensor:
-        """Return attention probabilities under a mask, bool [B, S, S], or of all past tokens, summed over heads:
-        float32 [B, S, S]."""
-        B, S = query.shape[:2]
-        mass = query.new_zeros(B, S, S, dtype=torch.float32)
-        query, key = (cast(x, key.dtype).transpose(1, 2) for x in (query * self.scale, key))
-        for block in _query_blocks(S):
-            visible = _visible(context, block) if mask is None else mask[:, block, : block.stop]
-            logits = (query[:, :, block] @ key[:, :, : block.stop].transpose(2, 3)).float()
-            weights = logits.masked_fill_(~visible.unsqueeze(1), float("-inf")).softmax(-1)
-            mass[:, block, : block.stop] = weights.sum(1)
-        return mass
-
-    def train_indexer(
-        self, aux: AuxOutputs, mass: Tensor, chosen: Tensor | None, projected: Projected, context: Context
-    ) -> None:
-        """Add the indexer's loss, and its selection's metrics if wanted, to ``aux``.
-
-        ``mass`` is the attention mass of all tokens [B, S, S], or of the ``chosen`` ones [B, S, K].
-        """
-        query, rows, index = projected
-        assert index is not None
-        inputs, everything = (index.query, index.keys, index.weights), slice(0, rows.shape[1])
-        permitted = _visible(context, everything) if chosen is None else chosen >= 0
-        scores = index_scores(*inputs, permitted if chosen is None else None, chosen)
-        aux.losses["indexer_kl"][self.layer] = indexer_kl(mass, scores, permitted)
-        if aux.measure_selection:
-            if chosen is not None:
-                permitted = _visible(context, everything)
-                scores = index_scores(*inputs, permitted)
-                mass = self.attention_mass(query, self.expand(rows)[0], context)
-            measure_selection(aux, self.layer, mass, scores.detach(), permitted, self.config)
-
     def select(self, projected: Projected, context: Context, cache: LayerCache) -> EntrySet:
         assert projected.indexed is not None
-        query, weights, keys = projected.indexed
+        query, keys, weights = projected.indexed
         cache.index.append(keys)
         if self.training:  # stored keys are always rounded, so the queries must be, too
             query = self.precision.round_index(query, training=False)
@@ -248,16 +208,38 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
         return EntrySet(cache.latents.pages, chosen=chosen)
 
 
-def _query_blocks(tokens: int) -> Iterator[slice]:
-    """Yield slices of at most ``_QUERIES`` consecutive queries."""
-    for begin in range(0, tokens, _QUERIES):
-        yield slice(begin, min(begin + _QUERIES, tokens))
+class _MassPerHead:
+    """The attention mass of tokens with a key per head, of all visible tokens or of the chosen ones.
+
+    Takes scaled queries [B, S, H, c] and keys [B, S, H, c].
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, visible: EntryRanges, chosen: Tensor | None = None):
+        self._query, self._key = (cast(x.detach(), key.dtype).transpose(1, 2) for x in (query, key))
+        self._visible, self._chosen = visible, chosen
+
+    @torch.no_grad()
+    def of(self, queries: slice = _EVERY) -> Tensor:
+        S = self._query.shape[2]
+        begin, end, _ = queries.indices(S)
+        chosen = self._chosen
+        pieces = []
+        for start in range(begin, end, _QUERIES):
+            stop = min(start + _QUERIES, end)
+            own = slice(start, stop)
+            seen = self._visible.of(own).mask(stop) if chosen is None else chosen_mask(chosen[:, own], S)[..., :stop]
+            logits = (self._query[:, :, own] @ self._key[:, :, :stop].transpose(2, 3)).float()
+            mass = logits.masked_fill_(~seen.unsqueeze(1), float("-inf")).softmax(-1).sum(1)
+            if chosen is None:
+                mass = F.pad(mass, (0, S - stop))
+            else:
+                unused = chosen[:, own] < 0
+                mass = mass.gather(-1, chosen[:, own].clamp(min=0)).masked_fill(unused, 0.0)
+            pieces.append(mass)
+        return torch.cat(pieces, dim=1)
 
 
-def _visible(context: Context, block: slice) -> Tensor:
-    """Return the mask of the tokens before ``block.stop`` that each query of the block may see: bool [B or 1, queries,
-    stop]."""
-    positions = context.positions[:, block]
-    own = torch.arange(block.start, block.stop, device=positions.device)
-    token = torch.arange(block.stop, device=positions.device)
-    return (token <= own.unsqueeze(-1)) & (token >= (own - positions).unsqueeze(-1))
+def _token_ranges(context: Context, tokens: int) -> EntryRanges:
+    """Return the tokens that each query may attend to: those of its document, up to itself."""
+    token = torch.arange(tokens, device=context.positions.device)
+    return EntryRanges(token - context.positions, (token + 1).expand(context.positions.shape))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.paged_attention import EntrySet
 from model.forward.context import Context
-from model.mixers.compressed import CompressedAttention, entry_mask, visible_entries
+from model.mixers.compressed import CompressedAttention, entry_ranges, visible_entries
 from model.mixers.sliding import History, Projected
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class HeavilyCompressedAttention(CompressedAttention):
 
     def attend(self, projected: Projected, context: Context) -> Tensor:
         entries = self.pool(projected.history, context, None)
-        return self.core_attention(projected, entries, entry_mask(context, self.ratio, entries), context)[0]
+        return self.core_attention(projected, entries, entry_ranges(context, self.ratio), context)[0]
 
     def select(self, history: History, context: Context, cache: LayerCache) -> EntrySet | None:
         cache.entries.append(self.pool(history, context, cache.tail))

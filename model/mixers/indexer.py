@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kernels.index_topk import select_topk
+from kernels.entry_ranges import EntryRanges
+from kernels.index_topk import select_entries
 from kernels.projection import index_query
+from kernels.sparse_attention import EntryMass
 from model.forward.aux_outputs import AuxOutputs
 from model.layers.linear import Linear
 from model.layers.rope import Rotary, Rotation
@@ -17,6 +19,10 @@ from model.precision import Precision
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
+
+
+_MEASURED_QUERIES = 1024
+"""Queries whose selection is measured together."""
 
 
 class LightningIndexer(nn.Module):
@@ -35,47 +41,43 @@ class LightningIndexer(nn.Module):
         return query, self.weights_proj(x) * (self.head_dim * self.heads) ** -0.5
 
 
-def selection_mask(scores: Tensor, visible: Tensor, config: ModelConfig) -> Tensor:
-    """Return the ``index_topk`` visible entries with the best scores [B, S, T] as a mask, bool [B, S, T]."""
-    return as_mask(select_topk(scores.to(Precision(config).score_dtype), visible, config.index_topk), scores.shape[-1])
+class IndexInputs(NamedTuple):
+    """Inputs of an indexer's scores."""
+
+    query: Tensor
+    """float32 [B, S, index_heads, index_head_dim]"""
+    keys: Tensor
+    """float32 [B, T, index_head_dim], as stored."""
+    weights: Tensor
+    """float32 [B, S, index_heads]"""
+
+    def select(self, visible: EntryRanges, config: ModelConfig) -> Tensor:
+        """Return the ``index_topk`` visible entries with the best scores, int64 [B, S, K], -1 in unused slots."""
+        return select_entries(*self, visible, config.index_topk, Precision(config).score_dtype)
 
 
-def as_mask(chosen: Tensor, entries: int) -> Tensor:
-    """Return the chosen indices int64 [B, S, K], -1 in unused slots, as a mask: bool [B, S, entries]."""
-    mask = torch.zeros(*chosen.shape[:2], entries + 1, dtype=torch.bool, device=chosen.device)
-    # Unused slots (-1) wrap around to the extra last column, which is cut off.
-    return mask.scatter_(-1, chosen % mask.shape[-1], True)[..., :-1]
-
-
+@torch.no_grad()
 def measure_selection(
-    aux: AuxOutputs, layer: int, teacher: Tensor, scores: Tensor, visible: Tensor, config: ModelConfig
+    aux: AuxOutputs, layer: int, teacher: EntryMass, index: IndexInputs, visible: EntryRanges, config: ModelConfig
 ) -> None:
     """Measure the share of dense attention mass on selected entries, over queries that see more than k entries.
 
-    ``teacher`` is the mass of the visible entries and ``scores`` are their index scores, float32 [B, S, T]. ``visible``
-    is bool [B or 1, S, T].
+    ``teacher`` is the mass of the visible entries. Memory does not grow with S * T if the teacher's does not.
     """
-    k = config.index_topk
-    crowded = (visible.sum(-1) > k).expand(scores.shape[:2])
+    (B, S), k = index.query.shape[:2], config.index_topk
+    crowded = (visible.end - visible.first > k).expand(B, S)
     if not crowded.any():
         return
-    held = (teacher * selection_mask(scores, visible, config))[crowded].sum(-1)
-    best = teacher[crowded].topk(k, dim=-1).values.sum(-1)
-    total = teacher[crowded].sum(-1)
-    aux.metrics["recall_at_k"][layer] = (held / total).mean()
-    aux.metrics["recall_at_k_of_best"][layer] = (held / best).mean()
-
-
-def indexer_kl(teacher: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
-    """KL(teacher || softmax(scores)) over the permitted entries, averaged over queries that have any.
-
-    teacher [B, S, T] is the attention probability of each entry in the softmax over entries, window and sink, summed
-    over heads. It is normalized here over the permitted entries (V3.2's rule, adapted to the joint softmax). scores [B,
-    S, T] carry the gradient; mask bool [B or 1, S, T].
-    """
-    has_any = mask.any(-1)
-    target = teacher / teacher.sum(-1, keepdim=True).clamp(min=1e-20)
-    log_choice = scores.masked_fill(~mask, float("-inf")).log_softmax(-1).masked_fill(~mask, 0.0)
-    divergence = (torch.xlogy(target, target) - target * log_choice).sum(-1)
-    counted = has_any.expand_as(divergence)
-    return divergence.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)
+    chosen = index.select(visible, config)
+    of_all = of_best = torch.zeros((), device=chosen.device)
+    for begin in range(0, S, _MEASURED_QUERIES):
+        queries = slice(begin, begin + _MEASURED_QUERIES)
+        counted = crowded[:, queries]
+        mass, selected = teacher.of(queries)[counted], chosen[:, queries][counted]
+        if len(mass):
+            held = mass.gather(-1, selected.clamp(min=0)).masked_fill(selected < 0, 0.0).sum(-1)
+            of_all = of_all + (held / mass.sum(-1)).sum()
+            of_best = of_best + (held / mass.topk(k, dim=-1).values.sum(-1)).sum()
+    count = crowded.sum()
+    aux.metrics["recall_at_k"][layer] = of_all / count
+    aux.metrics["recall_at_k_of_best"][layer] = of_best / count

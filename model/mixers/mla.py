@@ -27,6 +27,7 @@ from model.layers.norm import RMSNorm
 from model.layers.rope import Rotary, Rotation
 from model.mixers.base import Mixer, StoredFormat, require, yarn_of
 from model.mixers.batch_invariant import invariant_attention
+from model.mixers.indexer import IndexInputs
 from model.mixers.options import check_count, check_flag, check_number
 from model.precision import FORMAT_BITS
 from model.wording import quote
@@ -38,17 +39,6 @@ if TYPE_CHECKING:
 
 LATENT_NORM_EPS = 1e-6
 """The released code of DeepSeek-V3.2 and Kimi Linear does not take it from the configuration."""
-
-
-class IndexInputs(NamedTuple):
-    """Inputs of an indexer's scores."""
-
-    query: Tensor
-    """float32 [B, S, index_heads, index_head_dim]"""
-    weights: Tensor
-    """float32 [B, S, index_heads]"""
-    keys: Tensor
-    """float32 [B, S, index_head_dim], as stored."""
 
 
 class Projected(NamedTuple):

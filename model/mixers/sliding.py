@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from kernels.autocast import cast, product_dtype
+from kernels.entry_ranges import EntryRanges
 from kernels.paged_attention import EntrySet, paged_attention
 from kernels.projection import grouped_output, key_value, latent_query, packed_key_value
-from kernels.sparse_attention import sparse_attention
+from kernels.sparse_attention import EntryMass, sparse_attention
 from model.cache.parts import CachePart, WindowPart
 from model.forward.context import Context
 from model.layers.linear import Linear
@@ -172,21 +173,16 @@ class SlidingWindowAttention(Mixer):
         self,
         projected: Projected,
         entries: Tensor | None,
-        mask: Tensor | None,
+        visible: EntryRanges | None,
         context: Context,
-        with_mass: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """:func:`kernels.sparse_attention.sparse_attention` with the layer's sink and window.
-
-        Without ``with_mass``, the mass of the entries is undefined.
-        """
+        chosen: Tensor | None = None,
+    ) -> tuple[Tensor, EntryMass | None]:
+        """:func:`kernels.sparse_attention.sparse_attention` with the layer's sink and window."""
         query, window = projected.query, self.config.window
         reach = None
         if context.documents is not None:
             reach = (context.positions + 1).clamp(max=window).expand(query.shape[:2])
-        return sparse_attention(
-            query, projected.key_value, entries, mask, self.sink, window, reach, with_mass=with_mass
-        )
+        return sparse_attention(query, projected.key_value, entries, visible, self.sink, window, reach, chosen=chosen)
 
     def output(self, mixed: Tensor, rotation: Rotation | None) -> Tensor:
         """Project back to [B, S, hidden] by a grouped low-rank projection (report 2.3.1)."""

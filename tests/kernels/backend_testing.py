@@ -43,3 +43,14 @@ def random_positions(shape):
     batch, tokens = shape[:2]
     rows = [positions_of(torch.randint(1, 9, (tokens,)).tolist())[0] for _ in range(batch)]
     return torch.stack([row[2 * (i == 0) :][:tokens] for i, row in enumerate(rows)])
+
+
+def poison_new_tensors(monkeypatch):
+    """Fill floating-point tensors that ``Tensor.new_empty`` returns with NaN, so that missing outputs are noticed."""
+    allocate = torch.Tensor.new_empty
+
+    def poisoned(x, *shape, **options):
+        out = allocate(x, *shape, **options)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)

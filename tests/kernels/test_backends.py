@@ -53,6 +53,8 @@ CALLS = {
     "hyper_connections.hc_head": (x[None], x, x, x, 1e-6, 1e-6),
     "index_scores.index_scores": (x, x, x),
     "index_topk.index_topk": (x, None, layout, x, x, 1),
+    "index_topk.select_entries": (x[None], x, x, None, 1),
+    "indexer_kl.indexer_kl": (x[None], x, x, None, None),
     "linear.linear": (x, x[0]),
     "linear.linear_concat": (x, [x[0]]),
     "linear.grouped_linear": (x, x),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.index_scores import backend_for, eager, index_scores
+from kernels.index_scores import eager, index_scores
 
 B, H, C = 2, 3, 16
 
@@ -36,9 +36,11 @@ def test_eager_equals_the_reference_forward_and_backward_and_under_autocast(prod
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("gathers", [True, False])
 @pytest.mark.parametrize("gathered", [1, 500, 1 << 18])
-def test_scores_of_chosen_keys_are_those_among_all_scores(gathered, monkeypatch):
+def test_scores_of_chosen_keys_are_those_among_all_scores(gathered, gathers, monkeypatch):
     monkeypatch.setattr("kernels.chosen_rows._GATHERED", gathered)
+    monkeypatch.setattr(eager, "gathers", lambda *given: gathers)
     chosen = torch.rand(B, 40, 10).argsort(-1)[..., :4].clone()
     chosen[:, ::3, 1:] = -1
     query, keys, weights = torch.randn(B, 40, H, C), torch.randn(B, 10, C), torch.randn(B, 40, H)
@@ -59,11 +61,18 @@ def test_eager_skips_keys_that_no_query_may_see():
     assert not index_scores(query, keys, weights).isfinite().all()
 
 
-def test_chosen_keys_are_scored_by_blocks_on_any_device():
+def test_chosen_keys_are_gathered_where_that_takes_less_time():
+    keys, few, many = torch.zeros(1, 1000, C), torch.zeros(1, 1, 10), torch.zeros(1, 1, 900)
+    assert eager.gathers(keys, few, 4) and not eager.gathers(keys, many, 64)
+
+
+@pytest.mark.parametrize("chosen", [None, 4, 10])
+def test_scores_are_computed_by_blocks_on_any_device(chosen):
     """An operation that mixes the meta device with the CPU raises."""
-    leaves = [torch.randn(s, device="meta", requires_grad=True) for s in ((B, 40, H, C), (B, 10, C), (B, 40, H))]
-    chosen = torch.zeros(B, 40, 4, dtype=torch.int64, device="meta")
-    assert (backend_for(leaves[0], chosen), backend_for(leaves[0])) == ("eager", "reference")
-    scores = eager._ChosenScores.apply(*leaves, chosen)
+    leaves = [torch.randn(s, device="meta", requires_grad=True) for s in ((B, 40, H, C), (B, 100, C), (B, 40, H))]
+    if chosen is not None:
+        chosen = torch.zeros(B, 40, chosen, dtype=torch.int64, device="meta")
+    permitted = torch.ones(1, 40, 100, dtype=torch.bool, device="meta")
+    scores = eager._Scores.apply(*leaves, permitted, chosen)
     scores.sum().backward()
-    assert scores.shape == chosen.shape and all(x.grad.is_meta for x in leaves)
+    assert scores.shape == (B, 40, 100 if chosen is None else chosen.shape[-1]) and all(x.grad.is_meta for x in leaves)

@@ -20,6 +20,7 @@ def test_sparse_attention_is_one_softmax_over_window_entries_and_sink(length, pa
     entries = torch.randn(B, length, T, c) if gathered else torch.randn(B, T, c)
     mask, sink = torch.rand(B, length, T) < 0.6, torch.randn(H)
     out, mass = sparse_attention(q, kv, entries, mask, sink, window)
+    mass = mass.of()
     for b in range(B):
         for s in range(length):
             keys = kv[b, max(0, past + s - window + 1) : past + s + 1]
@@ -42,7 +43,7 @@ def test_masked_entries_have_no_effect():
     nothing = torch.zeros(1, 40, 6, dtype=torch.bool)
     masked, mass = sparse_attention(q, kv, torch.randn(1, 6, 8), nothing, sink, 16)
     torch.testing.assert_close(masked, alone)
-    assert mass.abs().max() == 0
+    assert mass.of().abs().max() == 0
 
 
 def inputs(length, entries, packed=False):
@@ -66,7 +67,7 @@ def results(backend, given, autocast=False):
         out, mass = sparse_attention(q, k, middle[0] if middle else None, mask, s, WINDOW, reach, backend=backend)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     out.float().backward(upstream)
-    return [out.detach().float(), *([] if mass is None else [mass]), *(x.grad for x in leaves)]
+    return [out.detach().float(), *([] if mass is None else [mass.of()]), *(x.grad for x in leaves)]
 
 
 @pytest.fixture(params=[4, 64], autouse=True)
@@ -98,7 +99,7 @@ def latent_results(backend, mask, value_size, autocast=False):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out, mass = sparse_attention(query, None, rows, mask, None, scale=0.3, value_size=value_size, backend=backend)
     out.float().backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)))
-    return [out.detach().float(), mass, query.grad, rows.grad]
+    return [out.detach().float(), mass.of(), query.grad, rows.grad]
 
 
 def causal_mask(dense):
@@ -142,7 +143,7 @@ def selection_results(backend, autocast=False):
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         out, mass = sparse_attention(query, None, entries, None, sink, **options)
     out.float().backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)))
-    return [out.detach().float(), mass, *(x.grad for x in leaves)]
+    return [out.detach().float(), mass.of(), *(x.grad for x in leaves)]
 
 
 @pytest.mark.parametrize("gathered", [1, 700, 1 << 18])

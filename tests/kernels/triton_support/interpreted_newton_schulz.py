@@ -3,13 +3,21 @@
 import pytest
 import torch
 
-from kernels.newton_schulz import newton_schulz
-from kernels.newton_schulz.triton import symmetric_product
+from kernels.newton_schulz import newton_schulz, triton
+from kernels.newton_schulz.triton import blocks_of, symmetric_product
+from kernels.triton_support.tiles import Tile
+from tests.kernels.backend_testing import poison_new_tensors
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(16, 16), (33, 20), (50, 7), (1, 40)])
-def test_symmetric_products_compute_half_of_the_blocks_and_mirror_them(rows, columns):
+@pytest.mark.parametrize("wide", [16, 32, 64])
+@pytest.mark.parametrize(("rows", "columns"), [(16, 16), (33, 20), (50, 7), (1, 40), (150, 17)])
+def test_symmetric_products_compute_blocks_above_the_diagonal_and_mirror_them(rows, columns, wide, monkeypatch):
+    tile = Tile(4, 1, {"BLOCK_M": 16, "BLOCK_N": wide, "BLOCK_K": 16})
+    monkeypatch.setitem(triton.TILES, "interpreter", (tile,))
+    firsts = [(i, j) for i in range(0, rows, 16) for j in range(0, rows, wide) if j + wide > i]
+    assert blocks_of(rows, tile) == len(firsts)
     x = torch.randn(2, rows, columns)
+    poison_new_tensors(monkeypatch)
     found = symmetric_product(x, x.mT)
     torch.testing.assert_close(found, x @ x.mT, rtol=1e-5, atol=1e-5)
     assert torch.equal(found, found.mT)

@@ -48,6 +48,7 @@ LAYOUTS = [EntryLayout(448, "fp8", 64), EntryLayout(40, "fp4", 8), EntryLayout(1
         (LAYOUTS[0], 1, 3, "chosen"),
         (LAYOUTS[1], 2, 20, "visible"),
         (LAYOUTS[2], 3, 2, "none"),
+        (EntryLayout(300, "fp8", 20), 1, 2, "visible"),  # pieces of 256, 32 and 12 dims
         (EntryLayout(70, "bf16", 10), 1, 2, "chosen"),
     ],
     ids=str,
@@ -57,6 +58,18 @@ def test_attention_over_packed_rows_equals_the_reference(layout, tokens, heads, 
     arguments = query, window, entries, sink, layout, WINDOW
     found = paged_attention(*arguments, backend="triton")
     torch.testing.assert_close(found, paged_attention(*arguments, backend="reference"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-4, 1.0, 1e9, 1e28])
+def test_rows_of_any_magnitude(size):
+    """E4M3 rows are unpacked to smaller numbers, which must neither vanish nor overflow."""
+    layout = EntryLayout(64, "fp8", 16)
+    query, *_ = inputs(layout, 2, 3, "none")
+    packed = pack(torch.randn(B, T, 80) * size, layout, backend="reference")
+    entries = EntrySet(pages_of(packed), visible=torch.full((1, 2), T))
+    arguments = query / max(1.0, size), None, entries, None, layout
+    found, expected = (paged_attention(*arguments, backend=backend) for backend in ("triton", "reference"))
+    torch.testing.assert_close(found / size, expected / size, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("value_size", [30, 45])
@@ -77,7 +90,7 @@ def test_the_number_of_splits_does_not_change_the_result(monkeypatch):
     arguments = *inputs(LAYOUTS[1], 1, 2, "visible"), LAYOUTS[1], WINDOW
     results = []
     for multiprocessors in (1, 2, 100):
-        monkeypatch.setattr(triton, "_multiprocessors", lambda device, n=multiprocessors: n)
+        monkeypatch.setattr(triton, "multiprocessors", lambda device, n=multiprocessors: n)
         results.append(paged_attention(*arguments, backend="triton"))
     for found in results[1:]:
         torch.testing.assert_close(found, results[0], rtol=1e-5, atol=1e-6)

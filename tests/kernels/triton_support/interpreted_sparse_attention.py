@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from kernels.entry_ranges import EntryRanges
 from kernels.sparse_attention import deterministic_gradients, sparse_attention, triton
 from kernels.triton_support.platform import checked_selections
 from kernels.triton_support.tiles import Tile
+from tests.kernels.backend_testing import poison_new_tensors
 
 B, C, WINDOW = 2, 32, 9
 
@@ -16,15 +18,13 @@ def inputs(tokens, heads, entries, past=0):
     return query, window_kv, pool, torch.randn(heads)
 
 
-def run(backend, given, reach=None, mask=None, chosen=None, window=WINDOW, with_mass=True):
+def run(backend, given, reach=None, ranges=None, chosen=None, window=WINDOW):
     leaves = [None if x is None else x.clone().requires_grad_() for x in given]
     query, window_kv, entries, sink = leaves
-    out, mass = sparse_attention(
-        query, window_kv, entries, mask, sink, window, reach, chosen=chosen, with_mass=with_mass, backend=backend
-    )
+    out, mass = sparse_attention(query, window_kv, entries, ranges, sink, window, reach, chosen=chosen, backend=backend)
     out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)))
     found = [out.detach(), *(x.grad for x in leaves if x is not None)]
-    return found if mass is None else [*found, mass]
+    return found if mass is None else [*found, mass.of(), mass.of(slice(1, 3))]
 
 
 def compare(given, **options):
@@ -52,12 +52,33 @@ def test_chosen_entries(tokens, heads, past):
     compare(inputs(tokens, heads, 21, past), chosen=select(tokens, 21, 18))
 
 
-@pytest.mark.parametrize("shares_mask", [False, True])
-def test_masked_entries_with_several_queries_in_a_program(shares_mask):
-    mask = torch.rand(1 if shares_mask else B, 7, 19) < 0.4
-    mask[:, :3] = False
+def random_ranges(rows, tokens, entries):
+    """Return ranges of random lengths, some of them empty."""
+    ends = torch.randint(0, entries + 1, (rows, tokens, 2)).sort(-1).values
+    ends[:, :2, 1] = ends[:, :2, 0]
+    return EntryRanges(ends[..., 0], ends[..., 1])
+
+
+@pytest.mark.parametrize("rows", [1, B])
+def test_ranges_of_entries_with_several_queries_in_a_program(rows):
     reach = torch.tensor([[1, 2, 3, 1, 2, 9, 9]]).expand(B, -1)
-    compare(inputs(7, 3, 19), mask=mask, reach=reach)
+    compare(inputs(7, 3, 53), ranges=random_ranges(rows, 7, 53), reach=reach)
+
+
+def test_tiles_before_and_after_all_ranges_are_skipped(monkeypatch):
+    """Entries that no query of a program sees are not read, and have neither a mass nor a part of a gradient."""
+    query, window_kv, pool, sink = inputs(5, 16, 70)
+    ranges = EntryRanges(torch.full((1, 5), 37), torch.full((1, 5), 41))
+    expected = run("reference", (query, window_kv, pool, sink), ranges=ranges)
+    pool = pool.clone()
+    pool[:, :32], pool[:, 48:] = float("nan"), float("nan")
+    poison_new_tensors(monkeypatch)
+    found = run("triton", (query, window_kv, pool, sink), ranges=ranges)
+    with deterministic_gradients():
+        again = run("triton", (query, window_kv, pool, sink), ranges=ranges)
+    for x, y, z in zip(found, again, expected, strict=True):
+        torch.testing.assert_close(x, z, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(y, z, rtol=1e-4, atol=1e-5)
 
 
 def test_a_window_alone():
@@ -67,9 +88,8 @@ def test_a_window_alone():
 
 def test_entries_alone_without_a_sink():
     query, _, pool, _ = inputs(3, 2, 20)
-    mask = torch.rand(B, 3, 20) < 0.5
-    mask[..., 17] = True
-    compare((query, None, pool, None), mask=mask, window=0)
+    ranges = EntryRanges(torch.tensor([[0, 17, 3]]), torch.tensor([[18, 18, 20]]))
+    compare((query, None, pool, None), ranges=ranges, window=0)
 
 
 def test_a_selection_without_any_entry_equals_a_window_alone():
@@ -119,7 +139,10 @@ def test_unsupported_inputs_are_refused_with_the_supported_set():
         run("triton", (torch.zeros(B, 2, 2, 24), torch.zeros(B, 2, 24), None, sink))
     with pytest.raises(ValueError, match=r"supports dtypes bfloat16, float16, float32; found float64$"):
         run("triton", [x.double() for x in (query, window_kv)] + [None, sink])
+    mask = torch.ones(B, 2, 5, dtype=torch.bool)
     with pytest.raises(ValueError, match="pass gathered ones as chosen"):
-        run("triton", (query, window_kv, pool.unsqueeze(1).expand(-1, 2, -1, -1), sink), mask=torch.ones(B, 2, 5) > 0)
+        run("triton", (query, window_kv, pool.unsqueeze(1).expand(-1, 2, -1, -1), sink), ranges=mask)
+    with pytest.raises(ValueError, match="supports ranges of entries; pass those of a mask as chosen"):
+        run("triton", (query, window_kv, pool, sink), ranges=mask)
     with pytest.raises(ValueError, match=r"supports value sizes 32; found 8$"):
         sparse_attention(query, window_kv, None, None, sink, WINDOW, value_size=8, backend="triton")

@@ -32,9 +32,9 @@ def report(*arguments):
 
 # The attention kernels take up to half a minute each to compile, and the scans are many; the long test has them all.
 QUICK = [
-    "index_topk", "cache_io", "paged_attention.combine", "sparse_attention.sum_parts", "hyper_connections",
-    "newton_schulz", "compress", "ssd_scan.outputs", "ssd_scan.carry (forward)", "gated_delta_rule.products",
-    "gated_delta_rule.carry (forward)", "expert_dispatch",
+    "index_topk", "indexer_kl", "cache_io", "paged_attention", "sparse_attention.sum_parts",
+    "hyper_connections", "newton_schulz", "compress", "ssd_scan.outputs", "ssd_scan.carry (forward)",
+    "gated_delta_rule.products", "gated_delta_rule.carry (forward)", "expert_dispatch",
 ]  # fmt: skip
 
 
@@ -106,13 +106,33 @@ def test_listings_of_both_vendors_are_read(monkeypatch):
         "        /*0020*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4] ;\n",
     }
     monkeypatch.setattr(compilation, "_run", lambda tool, *arguments: outputs[tool])
-    registers, spills, names = compilation._of_nvidia(b"")
-    assert (registers, spills, dict(names)) == (96, 24, {"LDG.E.128": 1, "HGMMA.64x64x16.F32.BF16": 1})
+    registers, spills, loop, names = compilation._of_nvidia(b"")
+    assert (registers, spills, loop) == (96, 24, 0)
+    assert dict(names) == {"LDG.E.128": 1, "HGMMA.64x64x16.F32.BF16": 1}
     assembly = (
         "\tv_mfma_f32_32x32x8_bf16_1k a[0:15], v[0:1]\n    .private_segment_fixed_size: 16\n    .vgpr_count:     90\n"
     )
-    registers, spills, names = compilation._of_amd(assembly)
+    registers, spills, _, names = compilation._of_amd(assembly)
     assert (registers, spills, names["v_mfma_f32_32x32x8_bf16_1k"]) == (90, 16, 1)
+
+
+def test_the_largest_innermost_loop_is_counted():
+    listing = """
+.L_x_0:
+        /*0010*/                   FMUL R1, R2, R3 ;
+.L_x_1:
+        /*0020*/                   FADD R1, R2, R3 ;
+        /*0030*/              @P0 BRA `(.L_x_1) ;
+        /*0040*/             @!P1 BRA `(.L_x_2) ;
+        /*0050*/                   BRA `(.L_x_0) ;
+.L_x_2:
+        /*0060*/                   FADD R1, R2, R3 ;
+        /*0070*/                   FADD R1, R2, R3 ;
+        /*0080*/              @P0 BRA.U `(.L_x_2) ;
+        /*0090*/                   EXIT ;
+"""
+    names, loop = compilation._instructions(listing)
+    assert len(names) == 9 and loop == 3
 
 
 def test_occupancy_is_limited_by_registers_shared_memory_and_threads():
@@ -122,20 +142,26 @@ def test_occupancy_is_limited_by_registers_shared_memory_and_threads():
     assert compilation._programs("sm_90", 16, 0, 8) == 8
 
 
+def predicted(work, compiled):
+    return roofline.predict(replace(PLAN, work=work), PLAN.tiles["sm_90"][0], compiled)
+
+
 def test_predictions_name_what_binds():
     def bound(**work):
-        return roofline.predict(replace(PLAN, work=Work(**{"flops": 0.0, "nbytes": 0.0, **work})), GOOD)
+        return predicted(Work(**{"flops": 0.0, "nbytes": 0.0, **work}), GOOD)
 
     assert bound(flops=989e12, nbytes=1.0).seconds == 1
     assert bound(flops=989e12, vector_ops=roofline.H100.vector_ops / 2).seconds == 1
     alone = replace(GOOD, programs=1)
     both = Work(989e12, 0.0, vector_ops=roofline.H100.vector_ops / 2)
-    assert roofline.predict(replace(PLAN, work=both), alone).seconds == 1.5
+    assert predicted(both, alone).seconds == 1.5
+    looped = Work(989e12, 0.0, loops=lambda tile: roofline.H100.vector_ops / 32 / tile.warps)
+    assert predicted(looped, replace(GOOD, loop=3)).seconds == pytest.approx(3.0)
     old = replace(GOOD, matrix_kind="HMMA")
-    assert roofline.predict(replace(PLAN, work=Work(989e12, 0.0)), old).seconds == pytest.approx(1 / 0.62)
+    assert predicted(Work(989e12, 0.0), old).seconds == pytest.approx(1 / 0.62)
     memory = bound(nbytes=6.7e12, flops=1.0)
     assert memory.bound == "memory" and memory.seconds == 2 and memory.bandwidth_share == 1
     assert bound(nbytes=1.0, atomic_bytes=5.5e12).bound == "atomics"
     assert bound(nbytes=1.0, cache_bytes=5.5e12).bound == "cache"
     with pytest.raises(ValueError, match="no prediction for sm_80"):
-        roofline.predict(PLAN, replace(GOOD, architecture="sm_80"))
+        predicted(Work(1.0, 1.0), replace(GOOD, architecture="sm_80"))

@@ -11,7 +11,6 @@ from model.costs import cache_bytes_per_token
 from model.errors import ConfigError
 from model.forward.aux_outputs import AuxOutputs
 from model.forward.execution import Execution
-from model.mixers.indexer import indexer_kl
 from model.optim import MuonAdamW, OptimizerConfig
 from model.precision import format_table
 from model.transformer import Transformer
@@ -150,7 +149,9 @@ def test_the_teacher_is_the_attention_of_every_head():
         pair.mixer.train()
         pair.whole(x, aux, attention=attention)
         teacher = logits.masked_fill(~mask.unsqueeze(1), float("-inf")).softmax(-1).sum(1)
-        expected = indexer_kl(teacher.detach(), scores, mask)
+        target = (teacher / teacher.sum(-1, keepdim=True)).detach()
+        log_choice = scores.masked_fill(~mask, float("-inf")).log_softmax(-1).masked_fill(~mask, 0.0)
+        expected = (torch.xlogy(target, target) - target * log_choice).sum(-1).mean()
         torch.testing.assert_close(aux.losses["indexer_kl"][0], expected, rtol=1e-4, atol=1e-6)
         parameters = list(pair.mixer.indexer.parameters())
         losses = aux.loss("indexer_kl"), expected
@@ -197,15 +198,19 @@ def test_both_forms_of_sparse_attention_agree(positions, monkeypatch):
 
 
 @pytest.mark.parametrize("attention", ["dense", "sparse"])
-def test_long_sequences_are_scored_by_blocks_of_queries(attention, monkeypatch):
-    """Blocks of queries change neither the output nor the indexer's loss."""
+def test_long_sequences_are_computed_by_blocks_of_queries(attention, monkeypatch):
+    """Blocks of queries change neither the output, nor the indexer's loss, nor its metrics."""
     model = build(layers=("dsa", "dsa"), index_topk=40, **EXACT)
     ids, results = torch.randint(0, 50, (2, 61)), []
     for queries in (61, 7):
         monkeypatch.setattr("model.mixers.dsa._QUERIES", queries)
-        aux = AuxOutputs()
+        monkeypatch.setattr("model.mixers.indexer._MEASURED_QUERIES", queries)
+        for operation, name in (("indexer_kl", "_SCORES"), ("index_topk", "_BLOCK_SCORES")):
+            monkeypatch.setattr(f"kernels.{operation}.eager.{name}", queries * 2 * 61)
+        aux = AuxOutputs(measure_selection=True)
         with torch.no_grad():
-            results.append((model(ids, aux=aux, attention=attention), aux.loss("indexer_kl")))
+            logits = model(ids, aux=aux, attention=attention)
+        results.append((logits, aux.loss("indexer_kl"), *aux.metrics["recall_at_k"].values()))
     for one, other in zip(*results):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
