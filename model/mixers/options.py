@@ -30,6 +30,6 @@ def check_number(key: str, value: Any, least: float = 0) -> None:
     require(is_number(value) and value >= least, f"{key}: expected a number of at least {least}, found {quote(value)}")
 
 
-def is_number(value: Any) -> TypeGuard[float]:
+def is_number(value: Any) -> TypeGuard[int | float]:
     """Return whether ``value`` is a finite number, of a size that a float can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
