@@ -146,7 +146,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.layers, list | tuple):
-            raise ConfigError(f"layers: expected a list of mixer names, found {self.layers!r}")
+            raise ConfigError(f"layers: expected a list of mixer names, found {quote(self.layers)}")
         object.__setattr__(self, "layers", tuple(self.layers))
         _check_types(self)
         options = _complete_options(self)
@@ -181,7 +181,7 @@ class ModelConfig:
         values = dict(values)
         preset, depth, family = (values.pop(key, None) for key in ("preset", "depth", "family"))
         if preset is not None and depth is not None:
-            raise ConfigError(f"depth: {depth!r} and preset '{preset}' are mutually exclusive")
+            raise ConfigError(f"depth: {quote(depth)} and preset '{preset}' are mutually exclusive")
         if family is not None and depth is None:
             raise ConfigError(f"family: '{family}' is scaled by depth, which is not given")
         if preset is not None:
@@ -209,7 +209,7 @@ class ModelConfig:
             raise ConfigError(f"{path}: expected a mapping at the top level")
         section = content.get("model", content)
         if not isinstance(section, dict):
-            raise ConfigError(f"{path}: model: expected a mapping, found {section!r}")
+            raise ConfigError(f"{path}: model: expected a mapping, found {quote(section)}")
         return cls.from_dict(section)
 
     def to_dict(self) -> dict[str, Any]:
@@ -277,12 +277,12 @@ def _complete_options(config: ModelConfig) -> dict[str, dict[str, Any]]:
     """Return ``mixer_options`` of mixers that are in use or have options given, with defaults filled in."""
     given = config.mixer_options
     if not isinstance(given, Mapping):
-        raise ConfigError(f"mixer_options: expected a mapping, found {given!r}")
+        raise ConfigError(f"mixer_options: expected a mapping, found {quote(given)}")
     for name, values in given.items():
         if name not in MIXERS:
             raise ConfigError(f"mixer_options.{name}: unknown mixer; there are {', '.join(MIXERS)}")
         if not isinstance(values, Mapping):
-            raise ConfigError(f"mixer_options.{name}: expected a mapping, found {values!r}")
+            raise ConfigError(f"mixer_options.{name}: expected a mapping, found {quote(values)}")
         for key in values:
             if key not in MIXERS[name].options:
                 known = ", ".join(MIXERS[name].options) or "none"

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from model.errors import ConfigError
+from model.wording import quote
 
 MAX_DEPTH = 32
 MAX_VALUES = 100_000
@@ -40,7 +41,7 @@ class _Loader(yaml.SafeLoader):
                 key = self.construct_object(key_node, deep=True)
                 if not isinstance(key, str):
                     raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key!r} is not text; put it in quotes", key_node.start_mark
+                        None, None, f"the key {quote(key)} is not text; put it in quotes", key_node.start_mark
                     )
                 if key in seen:
                     raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)

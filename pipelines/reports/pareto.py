@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from model.wording import count
 from pipelines.reports.cache_measurement import BYTES_PER_TOKEN
 from pipelines.reports.tables import Table
 
@@ -153,7 +154,9 @@ def verdict(report: SweepReport) -> list[str]:
     """Return sentences on the cost of each setting, over trials that ran to the end, and on the front."""
     whole = [report.points[i] for i in report.finished if math.isfinite(report.points[i].metrics[report.metric])]
     where, steps = f"at {report.length} tokens", max(point.steps for point in report.points)
-    found = [f"{len(whole)} of {len(report.points)} trials ran to the end ({steps} steps); only these are compared."]
+    found = [
+        f"{len(whole)} of {count(len(report.points), 'trial')} ran to the end ({steps} steps); only these are compared."
+    ]
     for key in report.points[0].settings:
         found += _effect(key, whole, report.metric, where)
     front = [report.points[i] for i in sorted(report.front)]
@@ -192,7 +195,7 @@ def _effect(key: str, points: Sequence[Point], metric: str, where: str) -> list[
     if matched:
         low, high = ([ends[value][others] for others in matched] for value in (lowest, highest))
         names = f"{lowest:g} → {highest:g}"
-        note = f"{len(matched)} pair{'s' * (len(matched) > 1)} of trials that differ in nothing else"
+        note = f"{count(len(matched), 'pair')} of trials that differ in nothing else"
     else:
         low = [point for point in points if point.settings[key] < middle]
         high = [point for point in points if point.settings[key] >= middle]

@@ -50,7 +50,8 @@ def run(recipe: Recipe) -> EvaluateResult:
     check_section(recipe)
     checkpoint = (section.checkpoint or recipe.final_checkpoint).absolute()
     if not checkpoint.is_dir():
-        raise CheckpointError(f"{checkpoint}: no checkpoint there; run the train step first")
+        advice = "run the train step first" if section.checkpoint is None else "evaluate.checkpoint names none"
+        raise CheckpointError(f"{checkpoint}: no checkpoint there; {advice}")
     config = checkpoints.load_config(checkpoint)
     trained = run_of_checkpoint(checkpoint)
     if trained is not None:

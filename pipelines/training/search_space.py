@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from model.config import ModelConfig
 from model.errors import ConfigError
+from model.wording import quote
 from pipelines.recipe.experiments import Range, Setting
 from pipelines.recipe.loading import with_overrides
 from pipelines.recipe.schema import Recipe
@@ -146,8 +147,11 @@ def check_space(recipe: Recipe) -> None:
         if isinstance(values, Range):
             if section.trials is None:
                 raise ConfigError(f"sweep.trials: is not set, but '{key}' has a range of values")
-        elif len(set(map(repr, values))) < len(values):
-            raise ConfigError(f"sweep.space: '{key}' has a value twice")
+        else:
+            written = list(map(repr, values))  # in Python, true equals 1
+            for place, value in enumerate(values):
+                if written[place] in written[:place]:
+                    raise ConfigError(f"sweep.space: '{key}' has the value {quote(value)} twice")
         if key.startswith("model.mixer_options.") and "model.layers" not in section.space:
             mixer = key.split(".")[2]
             if mixer not in recipe.model.layers:

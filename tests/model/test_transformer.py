@@ -302,7 +302,7 @@ def test_cache_refuses_what_does_not_fit_and_stays_as_it_was():
     ("change", "message"),
     [
         ({"layers": ("csa", "lstm")}, "'lstm' is not one of"),
-        ({"layers": ({},)}, "layers: '{}' is not one of"),
+        ({"layers": ({},)}, "layers: {} is not one of"),
         ({"num_heads": 3}, "3 heads do not divide into o_groups 2"),
         ({"index_head_dim": 24}, "power of two"),
         ({"experts_per_token": 9}, "exceeds num_experts"),
@@ -315,7 +315,7 @@ def test_cache_refuses_what_does_not_fit_and_stays_as_it_was():
         ({"head_dim": "wide"}, "expected a whole number, found 'wide'"),
         ({"csa_ratio": True}, "expected a whole number, found true"),
         ({"num_hash_layers": 9}, "does not fit a schedule of 4 layers"),
-        ({"init_std": float("nan")}, "expected a number"),
+        ({"init_std": float("nan")}, "expected a finite number, found .nan"),
     ],
 )
 def test_bad_configurations_are_named(change, message):

@@ -119,7 +119,7 @@ BOMB = "a: &k0 [x]\n" + "".join(f"b{i}: &k{i} [{', '.join([f'*k{i - 1}'] * 9)}]\
     [
         ("run: {name: a, name: b}", "duplicate key 'name'"),
         ("1: 2", "the key 1 is not text"),
-        ("run: {on: 2}", "the key True is not text"),
+        ("run: {on: 2}", "the key true is not text"),
         ("a: &a [*a]", "nested too deeply"),
         ("a: " + "[" * 2000, "nested too deeply"),
         (BOMB, "holds more than"),

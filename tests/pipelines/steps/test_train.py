@@ -251,7 +251,7 @@ def test_a_tie_goes_to_the_smaller_cache_and_nan_never_wins():
             r"sweep\.in_process: trials .* but train\.workers is 2",
         ),
         ({"sweep.space": {"model.qat": [1.5]}}, r"holds no valid point \(model\.qat: .*1\.5"),
-        ({"sweep.space": {"model.index_topk": [2, 2]}}, "'model.index_topk' has a value twice"),
+        ({"sweep.space": {"model.index_topk": [2, 2]}}, "'model.index_topk' has the value 2 twice"),
         (
             {"sweep.space": {"model.csa_ratio": [2, 4]}, "sweep.max_cache_bytes_per_token": 5},
             r"sweep\.max_cache_bytes_per_token: no point of sweep\.space fits 5 bytes; the smallest takes \d+",
