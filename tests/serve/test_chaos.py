@@ -65,9 +65,9 @@ def test_bodies_of_many_megabytes_pass_in_both_directions(deployment) -> None:
 
     refused = ask(prompt="a" * 9_000_000)  # gRPC's own limit is 4 MiB
     assert refused.status_code == 400 and refused.json()["error"]["code"] == "context_length_exceeded"
-    scored = ask(prompt=[[5] * 480] * 48, max_tokens=0, echo=True, logprobs=5)
+    scored = ask(prompt=[[5] * 480] * 64, max_tokens=0, echo=True, logprobs=5)
     assert scored.status_code == 200 and len(scored.content) > 4 * 2**20
-    assert len(scored.json()["choices"]) == 48
+    assert len(scored.json()["choices"]) == 64
 
 
 def test_requests_with_a_common_prefix_reach_the_replica_that_holds_it(deployment) -> None:
