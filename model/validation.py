@@ -7,6 +7,7 @@ from typing import Any
 
 _SENTENCES = {
     "missing": "missing",
+    "extra_forbidden": "unknown key",
     "bool_type": "expected true or false",
     "bool_parsing": "expected true or false",
     "int_type": "expected a whole number",

@@ -88,8 +88,8 @@ class PagePool:
         """Raise CacheError unless ``count`` pages are free."""
         if count > len(self._free):
             raise CacheError(
-                f"the page pool is exhausted: of {self.pages} pages of {self.page_tokens} tokens, {len(self._free)} "
-                f"are free and {count} needed"
+                f"the page pool is exhausted: {count} more needed, {len(self._free)} of {self.pages} free (pages of "
+                f"{self.page_tokens} tokens)"
             )
 
     def allocate(self, count: int) -> list[int]:

@@ -209,7 +209,7 @@ def test_an_exhausted_pool_is_refused_and_the_cache_stays_as_it_was():
     cache = Cache(model.config, 1, MAX_TOKENS, pool=pool)
     with torch.inference_mode():
         model(ids[:, :70], cache)
-        needed = r"pool is exhausted: 2 more pages of 72 tokens are needed, 1 of 2 are free"
+        needed = r"pool is exhausted: 2 more needed, 1 of 2 free \(pages of 72 tokens\)"
         with pytest.raises(CacheError, match=needed):
             model(ids[:, 70:], cache)
         with pytest.raises(CacheError, match="81 more tokens do not fit: the cache holds 70 of at most 150"):
@@ -226,7 +226,7 @@ def test_what_cannot_be_read_changes_nothing():
     cache = Cache(model.config, 1, MAX_TOKENS, pool=pool)
     with pytest.raises(ValueError, match="do not all lie in a vocabulary"), torch.inference_mode():
         model(torch.tensor([[3, SMALL["vocab_size"]]]), cache)
-    with pytest.raises(CacheError, match="3 more pages of 72 tokens are needed, 2 of 2 are free"):
+    with pytest.raises(CacheError, match="3 more needed, 2 of 2 free"):
         prefill(model, cache, torch.zeros(1, MAX_TOKENS, dtype=torch.int64), chunk=10)
     assert cache.length == 0 and pool.free_pages == 2
     torch.testing.assert_close(next_logits(model, cache)[0], logits_of(model, [7]), rtol=1e-3, atol=2e-4)

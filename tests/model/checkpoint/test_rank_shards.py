@@ -90,7 +90,7 @@ MALFORMED_SHARDS = [
 def test_a_malformed_list_of_shards_is_refused(tmp_path, shards):
     content = {"format_version": 1, "model": ModelConfig().to_dict(), "shards": shards}
     (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(CheckpointError, match="'shards' is not a mapping of 'count' and 'save_id'"):
+    with pytest.raises(CheckpointError, match="'shards' is not an object of 'count' and 'save_id'"):
         checkpoint.load(tmp_path)
 
 

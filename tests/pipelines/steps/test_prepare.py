@@ -422,7 +422,7 @@ def _no_manifest(folder: Path, made: Recipe) -> Recipe:
     [
         (_other_settings, "pairs 4 there and 3 here"),
         (_other_window, "window 16 there and 8 here"),
-        (_other_packing, "packing True there and False here"),
+        (_other_packing, "packing true there and false here"),
         (_older_format, "has format 1, this version reads format 2"),
         (_grown_source, "source files had other sizes"),
         (_short_shard, "00000.parquet: damaged token shard"),

@@ -210,11 +210,11 @@ def test_settings_that_the_data_or_the_cluster_cannot_serve_are_refused(prepared
     with pytest.raises(ConfigError, match=r"model\.window: 9 is wider than the 8 tokens"):
         train.run(with_overrides(prepared, {"run.name": "wide", "model.window": 9}))
     for key, there, here in (
-        ("packing", True, False), ("pairs", 3, 4), ("sequence_length", 96, 64), ("seed", 1234, 5),
-        ("sources", "", r"\[\]"),
+        ("packing", True, False), ("pairs", 3, 4), ("sequence_length", 96, 64), ("seed", 1234, 5), ("sources", "", []),
     ):  # fmt: skip
-        with pytest.raises(ConfigError, match=rf"data\.{key}: {here}, but .* was prepared with {there}"):
-            check_prepared(with_overrides(prepared, {f"data.{key}": [] if key == "sources" else here}), manifest)
+        message = rf"data\.{key}: {re.escape(json.dumps(here))}, but .* was prepared with {json.dumps(there)[:4]}"
+        with pytest.raises(ConfigError, match=message.replace('with ""', "with ")):
+            check_prepared(with_overrides(prepared, {f"data.{key}": here}), manifest)
     with pytest.raises(ConfigError, match=r"train\.workers: needs 9 CPUs, the Ray cluster has 6"):
         train.run(with_overrides(prepared, {"run.name": "many", "train.workers": 8}))
 
