@@ -188,7 +188,7 @@ def _print_tables(contestants: list[Contestant], clock: dict[str, float], total:
     rows = [
         row("validation loss, text (nats per token)", metric("validation/text_loss")),
         row(f"recall, {length} tokens (lm-eval)", metric("eval/recall", ".1%")),
-        row(f"training tokens to {RECALL:.0%} recall", lambda c: _format_tokens(c.recall_tokens)),
+        row(f"training tokens to {RECALL:.0%} validation recall", lambda c: _format_tokens(c.recall_tokens)),
         row(
             "cache bytes per token, closed form", lambda c: f"{sum(cache_bytes_per_token(c.recipe.model).values()):.1f}"
         ),
@@ -197,7 +197,7 @@ def _print_tables(contestants: list[Contestant], clock: dict[str, float], total:
             lambda c: f"{measured[c.name]['cache/bytes_per_token']:.1f}",
         ),
         row(
-            "cache size reduction against the baseline",
+            "cache, times smaller than the baseline",
             lambda c: f"{baseline / measured[c.name]['cache/bytes_per_token']:.1f}",
         ),
         row("Muon / AdamW share of parameters", lambda c: f"{c.muon_share:.0%} / {1 - c.muon_share:.0%}"),

@@ -13,6 +13,7 @@ from evals.scores import EFFECTIVE_SHARE
 from model import checkpoint as checkpoints
 from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
+from model.wording import quote
 from pipelines.data.manifest import MANIFEST_NAME, read_manifest
 from pipelines.experiments.scoring import check_section, check_tasks, score_tasks
 from pipelines.recipe.schema import Recipe
@@ -50,8 +51,9 @@ def run(recipe: Recipe) -> EvaluateResult:
     check_section(recipe)
     checkpoint = (section.checkpoint or recipe.final_checkpoint).absolute()
     if not checkpoint.is_dir():
-        advice = "run the train step first" if section.checkpoint is None else "evaluate.checkpoint names none"
-        raise CheckpointError(f"{checkpoint}: no checkpoint there; {advice}")
+        if section.checkpoint is not None:
+            raise CheckpointError(f"evaluate.checkpoint: expected a checkpoint folder, found {quote(str(checkpoint))}")
+        raise CheckpointError(f"{checkpoint}: no checkpoint there; run the train step first")
     config = checkpoints.load_config(checkpoint)
     trained = run_of_checkpoint(checkpoint)
     if trained is not None:
