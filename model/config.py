@@ -149,11 +149,8 @@ class ModelConfig:
             raise ConfigError(f"layers: expected a list of mixer names, found {quote(self.layers)}")
         object.__setattr__(self, "layers", tuple(self.layers))
         _check_types(self)
-        options = _complete_options(self)
-        object.__setattr__(self, "mixer_options", options)
+        object.__setattr__(self, "mixer_options", _complete_options(self))
         _validate(self)
-        used = {name: values for name, values in options.items() if MIXERS[name] in self.block_mixers}
-        object.__setattr__(self, "mixer_options", used)
 
     # --- construction
 
@@ -274,7 +271,7 @@ class ModelConfig:
 
 
 def _complete_options(config: ModelConfig) -> dict[str, dict[str, Any]]:
-    """Return ``mixer_options`` of mixers that are in use or have options given, with defaults filled in."""
+    """Return ``mixer_options`` with the defaults of every mixer in use filled in."""
     given = config.mixer_options
     if not isinstance(given, Mapping):
         raise ConfigError(f"mixer_options: expected a mapping, found {quote(given)}")
@@ -287,8 +284,8 @@ def _complete_options(config: ModelConfig) -> dict[str, dict[str, Any]]:
             if key not in MIXERS[name].options:
                 known = ", ".join(MIXERS[name].options) or "none"
                 raise ConfigError(f"mixer_options.{name}.{key}: unknown option; there are {known}")
-    names = dict.fromkeys([*(mixer.name for mixer in config.block_mixers if mixer.options), *given])
-    filled = {name: {**MIXERS[name].options, **given.get(name, {})} for name in names}
+    used = [mixer for mixer in dict.fromkeys(config.block_mixers) if mixer.options]
+    filled = {mixer.name: {**mixer.options, **given.get(mixer.name, {})} for mixer in used}
     # JSON knows no tuples: with lists, a configuration equals the one that is read back from a checkpoint.
     return {
         name: {key: list(value) if isinstance(value, list | tuple) else value for key, value in values.items()}
@@ -362,7 +359,7 @@ def _validate(c: ModelConfig) -> None:
         f"rope_head_dim: {c.rope_head_dim} leaves no unrotated dims in head_dim {c.head_dim}",
     )
     require(c.head_dim % 2 == 0, f"head_dim: must be even, found {c.head_dim}")
-    for mixer in {*c.block_mixers, *(MIXERS[name] for name in c.mixer_options)}:
+    for mixer in set(c.block_mixers):
         mixer.check(c)
     require(
         c.first_k_dense_replace == 0 or (c.ffn == "moe" and 0 < c.first_k_dense_replace < len(c.layers)),

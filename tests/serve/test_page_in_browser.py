@@ -94,7 +94,7 @@ def test_another_model_can_be_selected(server, browse) -> None:
 
 def test_errors_are_shown(server, browse) -> None:
     found = browse(WHEN_READY % SEND.replace("=40", "=4000"))
-    assert "more than the model's context of 512 tokens" in found["error"]
+    assert "no room for a prompt in the model's context of 512 tokens" in found["error"]
     assert found["text"] == "the rain"
 
 

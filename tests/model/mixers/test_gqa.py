@@ -81,11 +81,3 @@ def test_the_convolution_is_counted_in_cache_and_work():
 def test_a_bad_kernel_is_named(kernel):
     with pytest.raises(ConfigError, match=r"^mixer_options\.gqa\.conv_kernel: expected a whole number of at least 2"):
         ModelConfig(**{**SMALL, "layers": ("gqa",), "mixer_options": options(kernel)})
-
-
-@pytest.mark.parametrize("layers", [["gqa"], ["csa"]])
-def test_options_are_checked_and_kept_for_layers_in_use(layers):
-    with pytest.raises(ConfigError, match=r"mixer_options\.gqa\.conv_kernel: expected .* found 'abc'"):
-        ModelConfig.from_preset("tiny", layers=layers, mixer_options={"gqa": {"conv_kernel": "abc"}})
-    config = ModelConfig.from_preset("tiny", layers=layers, mixer_options={"gqa": {"conv_kernel": 4}})
-    assert config.mixer_options == ({"gqa": {"conv_kernel": 4}} if layers == ["gqa"] else {})

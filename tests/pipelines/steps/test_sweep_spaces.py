@@ -64,4 +64,4 @@ def test_an_invalid_point_of_a_grid_is_skipped_with_its_reason(base, capsys):
     assert list(report["by_length"]) == ["mqar at 96 tokens", "mqar at 128 tokens"]
     assert all(list(scores) == [result.winner.run_id] for scores in report["by_length"].values())
     assert [trial.settings for trial in result.trials] == [{"model.index_topk": 2}]
-    assert "skips: skipped model.index_topk=24: train.stages.0: index_topk 24 is not" in capsys.readouterr().out
+    assert "skips: skipped model.index_topk=24: model.index_topk: 24 is not below" in capsys.readouterr().out
