@@ -21,7 +21,7 @@ class CompressionBlocks:
     starts: Tensor
     """bool [B, n]: whether the block is the first of its document."""
     visible: EntryRanges
-    """Of each token, the blocks of its document that are complete at it."""
+    """Blocks that each token sees: those of its document that are complete at it."""
 
     def gather(self, rows: Tensor) -> Tensor:
         """Return the rows of the blocks' tokens: [B, S, w] -> [B, n * ratio, w]."""

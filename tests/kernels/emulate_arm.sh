@@ -26,8 +26,10 @@ Dir::Cache "$apt/cache";
 Dir::Etc::sourcelist "$apt/sources";
 Dir::Etc::sourceparts "/dev/null";
 END
+  # The mirror is this machine's own.
+  mirror=${DEBIAN_MIRROR:-$(apt-get indextargets --format '$(SITE)' "Created-By: Packages" | head -n 1)}
   key=/usr/share/keyrings/debian-archive-keyring.gpg
-  echo "deb [signed-by=$key] http://deb.debian.org/debian bookworm main" >"$apt/sources"
+  echo "deb [signed-by=$key] $mirror bookworm main" >"$apt/sources"
   export APT_CONFIG=$apt/conf
   apt-get -q update
   apt-get -q install -y --no-install-recommends --download-only python3.11 libstdc++6 libgomp1
