@@ -42,11 +42,11 @@ def expectation(error: Mapping[str, Any]) -> str | None:
     raised with a sentence of its own."""
     if error["type"] in ("too_short", "string_too_short") and error["ctx"]["min_length"] == 1:
         return "must not be empty"
-    sentence = _SENTENCES.get(error["type"])
+    expected = _SENTENCES.get(error["type"])
     bounds = {name: f"{value:g}" if isinstance(value, float) else value for name, value in error.get("ctx", {}).items()}
-    return None if sentence is None else sentence.format_map(bounds)
+    return None if expected is None else expected.format_map(bounds)
 
 
-def own_message(error: Mapping[str, Any]) -> str:
-    """Return the message of an error without pydantic's prefix."""
-    return error["msg"].removeprefix("Value error, ")
+def sentence(error: Mapping[str, Any]) -> str:
+    """Return the sentence for one of pydantic's errors, without the value."""
+    return expectation(error) or error["msg"].removeprefix("Value error, ")

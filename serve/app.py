@@ -25,7 +25,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.types import Message
 
 from model.errors import ConfigError
-from model.validation import expectation, own_message
+from model.validation import sentence
 from serve.api.asgi import create_app
 from serve.api.errors import UnavailableError
 from serve.api.schemas.base import MAX_NAME_CHARS
@@ -195,5 +195,5 @@ def _validate(schema: type[Args], args: dict[str, Any]) -> Args:
     except pydantic.ValidationError as error:
         item = error.errors()[0]
         place = ".".join(map(str, item["loc"]))
-        problem = expectation(item) or own_message(item)
+        problem = sentence(item)
         raise ConfigError(f"serve args: {place + ': ' if place else ''}{problem}") from None

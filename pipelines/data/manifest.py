@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from evals.documents import RETRIEVAL_TASKS
 from model.errors import DataError
 from model.tokenizer.hugging_face import MAX_TOKEN_ID
-from model.validation import expectation, own_message
+from model.validation import sentence
 from pipelines.recipe.section import MAX_LENGTH
 
 Split = Literal["train", "validation"]
@@ -105,7 +105,7 @@ def read_manifest(folder: str | Path, verify: bool = False) -> Manifest:
         manifest = Manifest.model_validate_json(content)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        key, reason = ".".join(str(part) for part in first["loc"]), expectation(first) or own_message(first)
+        key, reason = ".".join(str(part) for part in first["loc"]), sentence(first)
         raise DataError(f"{path}: damaged manifest ({f'{key}: ' if key else ''}{reason})") from error
     for split in SPLITS:
         if split not in manifest.splits:

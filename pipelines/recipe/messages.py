@@ -9,7 +9,7 @@ from typing import Any
 import pydantic
 
 from model.errors import shorten_words, unknown_key
-from model.validation import expectation, own_message
+from model.validation import sentence
 from model.wording import quote
 from pipelines.recipe.key_types import fields_of, find_section
 from pipelines.recipe.schema import Recipe
@@ -36,7 +36,7 @@ def _describe(item: Any) -> str:
         return with_suggestion(unknown_key(key, str(location[-1]), fields_of(find_section(location[:-1]))))
     if location[-1:] == ("[key]",):
         location = location[:-2]  # the mapping; the message quotes its key
-    message = expectation(item) or own_message(item)
+    message = sentence(item)
     setting = re.match(r"(\w+): ", message)
     if setting is not None and setting[1] in fields_of(find_section(location)):  # a check of a whole section
         location, message = (*location, setting[1]), message[setting.end() :]

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic_core import PydanticCustomError
 
-from model.validation import expectation, own_message
+from model.validation import expectation, sentence
 from model.wording import json_type, quote_json
 
 _JSON_SENTENCES = {"string_type": "expected a string"} | dict.fromkeys(
@@ -43,5 +43,5 @@ def describe(item: Any) -> tuple[str, str]:
     elif expected := _JSON_SENTENCES.get(item["type"]) or expectation(item):
         problem = expected if item["type"] == "missing" else f"{expected}, found {quote_value(item['input'])}"
     else:
-        problem = own_message(item)
+        problem = sentence(item)
     return f"{'.'.join(path)}: {problem}", path[0]

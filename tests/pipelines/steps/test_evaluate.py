@@ -94,6 +94,12 @@ def test_an_evaluation_that_fails_marks_its_own_run_as_failed(tmp_path, monkeypa
     assert [run.info.status for run in tracking.client.search_runs([tracking.experiment_id])] == ["FAILED"]
 
 
+def test_a_checkpoint_that_does_not_exist_is_named_by_its_key(tmp_path):
+    recipe = recipe_with(tmp_path / "runs", checkpoint=str(tmp_path / "none"))
+    with pytest.raises(CheckpointError, match=r"^evaluate\.checkpoint: expected a checkpoint folder, found '/.*none'$"):
+        evaluate.run(recipe)
+
+
 def test_a_damaged_checkpoint_leaves_no_run(tmp_path):
     checkpoints.save(Transformer(MODEL), tmp_path / "a", ByteTokenizer())
     weights = tmp_path / "a" / checkpoints.WEIGHTS
