@@ -95,22 +95,33 @@ class Experiment:
         return failures
 
     def select_rates(self, arms: Sequence[Arm]) -> dict[str, SelectedRate]:
-        """Return the best of the section's learning rates by arm: the lowest final loss with the first seed.
+        """Return the best learning rate of each arm: the lowest final loss with the first seed.
 
+        Tries the section's ``rates``, then up to ``further_rates`` beyond the edge at which an arm's best rate is.
         Raises FiftyfoldError for an arm without a finite loss. All finished trials are kept.
         """
-        rates, seed = self.section.rates, self.section.seeds[0]
-        trials = {(arm.name, rate): plan(arm, seed, rate) for arm in arms for rate in rates}
-        failures = self.run(list(trials.values()))
-        found = {}
-        for arm in arms:
-            finished = {rate: trials[arm.name, rate] for rate in rates if trials[arm.name, rate].is_finished}
-            found[arm.name] = choose_rate(
-                {rate: trial.result().metrics[LOSS] for rate, trial in finished.items()},
-                f"{self.name}: no learning rate of {arm.name} ended with a finite loss "
-                f"({'; '.join(sorted(set(failures.values()))) or 'all diverged'}); finished trials are kept",
+        seed = self.section.seeds[0]
+        trials = {arm.name: {rate: plan(arm, seed, rate) for rate in self.section.rates} for arm in arms}
+        failures = self.run([trial for by_rate in trials.values() for trial in by_rate.values()])
+        reasons = "; ".join(sorted(set(failures.values()))) or "all diverged"
+        selected = {
+            name: choose_rate(
+                _losses(by_rate),
+                f"{self.name}: no learning rate of {name} ended with a finite loss ({reasons}); "
+                "finished trials are kept",
             )
-        return found
+            for name, by_rate in trials.items()
+        }
+        for _ in range(self.section.further_rates):
+            further = {}
+            for arm in arms:
+                rate = rate_beyond(selected[arm.name].rate, list(trials[arm.name]))
+                if rate is not None:
+                    further[arm.name] = trials[arm.name][rate] = plan(arm, seed, rate)
+            self.expect(len(further))
+            self.run(list(further.values()))
+            selected |= {name: choose_rate(_losses(trials[name]), f"{self.name}: {name}") for name in further}
+        return selected
 
     def run_seeds(self, trials: Sequence[Trial]) -> dict[str, list[Result]]:
         """Run trials; return their results by arm, in the order of the seeds.
@@ -130,12 +141,29 @@ class Experiment:
         return found
 
 
+def _losses(trials: dict[float, Trial]) -> dict[float, float]:
+    """Return the final losses of finished trials by rate."""
+    return {rate: trial.result().metrics[LOSS] for rate, trial in trials.items() if trial.is_finished}
+
+
 def choose_rate(losses: dict[float, float], failure: str) -> SelectedRate:
     """Return the rate with the lowest finite loss. Raises FiftyfoldError with the message ``failure`` if none is."""
     finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
     if not finite:
         raise FiftyfoldError(failure)
     return SelectedRate(min(finite, key=lambda rate: finite[rate]), finite)
+
+
+def rate_beyond(selected: float, tried: Sequence[float]) -> float | None:
+    """Return the next rate beyond the edge at which the selected one is, as far as its neighbor; None within the list.
+
+    A list of one rate has no edge.
+    """
+    ordered = sorted(tried)
+    if len(ordered) < 2 or selected not in (ordered[0], ordered[-1]):
+        return None
+    neighbor = ordered[1] if selected == ordered[0] else ordered[-2]
+    return float(f"{selected * selected / neighbor:.6g}")
 
 
 @contextmanager

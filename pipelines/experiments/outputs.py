@@ -79,6 +79,7 @@ def quick(recipe: Recipe) -> Recipe:
         section = getattr(recipe, name)
         rates = list(section.rates)
         changes[f"{name}.rates"] = rates if len(rates) < 3 else [rates[len(rates) // 2], rates[-1]]
+        changes[f"{name}.further_rates"] = 0
         changes[f"{name}.name"] = f"{section.name}-quick"
     return with_overrides(recipe, changes)
 

@@ -115,6 +115,9 @@ class ExperimentSection(Section):
     rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (0.25, 0.5, 1.0, 2.0, 4.0)
     """Multiples of the recipe's learning rates (``learning_rate``, ``adamw_learning_rate`` and
     ``indexer_learning_rate``) to try. The same for every arm."""
+    further_rates: Annotated[int, Field(ge=0)] = 2
+    """Maximum number of rates to try beyond the edge of ``rates``, if an arm's best rate is there. Each is as far from
+    the edge as the edge from its neighbor."""
     cpus_per_trial: Annotated[float, Field(gt=0)] = 1.0
     max_concurrent: Annotated[int, Field(ge=1)] | None = None
     """Maximum number of trainings at a time. None fills the cluster, or this machine's cores."""

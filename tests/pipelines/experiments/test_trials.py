@@ -6,7 +6,7 @@ import pytest
 
 from model.errors import FiftyfoldError
 from pipelines.experiments.arms import Arm
-from pipelines.experiments.experiment import choose_rate
+from pipelines.experiments.experiment import Experiment, choose_rate, rate_beyond
 from pipelines.experiments.outputs import quick
 from pipelines.experiments.trials import RESULT, plan
 from pipelines.recipe.loading import load_recipe, with_overrides
@@ -52,6 +52,49 @@ def test_the_lowest_finite_loss_selects_the_rate():
     assert found.rate == 1.0 and found.losses == {0.5: 2.0, 1.0: 1.5}
     with pytest.raises(FiftyfoldError, match="none of them"):
         choose_rate({1.0: float("nan")}, "none of them")
+
+
+def test_a_best_rate_at_the_edge_of_the_list_leads_to_another_one_beyond_it():
+    assert rate_beyond(3.0, [0.3, 1.0, 3.0]) == 9.0
+    assert rate_beyond(9.0, [0.3, 1.0, 3.0, 9.0]) == 27.0
+    assert rate_beyond(0.3, [1.0, 3.0, 0.3]) == 0.09
+    assert rate_beyond(1.0, [0.3, 1.0, 3.0]) is None
+    assert rate_beyond(1.0, [1.0]) is None
+
+
+class CountedExperiment(Experiment):
+    """Finishes trials with losses from a function of the rate instead of training."""
+
+    def __init__(self, section, loss):
+        self.name, self.section, self.loss, self.rates = "counted", section, loss, []
+
+    def expect(self, trials):
+        pass
+
+    def run(self, trials):
+        failures = {}
+        for trial in trials:
+            self.rates.append(trial.rate)
+            if (loss := self.loss(trial.rate)) is None:
+                failures[trial.label] = "out of memory"
+                continue
+            trial.folder.mkdir(parents=True)
+            result = {"run_id": "a", "metrics": {"validation/loss": loss}, "curve": [], "seconds": 1}
+            (trial.folder / RESULT).write_text(json.dumps(result))
+        return failures
+
+
+def test_rates_beyond_the_edge_are_tried_until_the_best_is_within_or_the_limit_is_reached(prepared):
+    arm = Arm("full", "all", prepared)
+    changes = {"seeds": (91,), "rates": (0.5, 1.0, 2.0), "further_rates": 2}
+    section = prepared.compare.model_copy(update=changes)
+    experiment = CountedExperiment(section, lambda rate: abs(rate - 4.0))
+    assert experiment.select_rates([arm])["full"].rate == 4.0
+    assert experiment.rates == [0.5, 1.0, 2.0, 4.0, 8.0]
+    section = section.model_copy(update={"seeds": (92,)})
+    experiment = CountedExperiment(section, lambda rate: None if rate > 2.0 else -rate)
+    assert experiment.select_rates([arm])["full"].rate == 2.0
+    assert experiment.rates == [0.5, 1.0, 2.0, 4.0], "a rate that failed is not tried again"
 
 
 def test_the_quick_form_keeps_stages_arms_and_seeds():
