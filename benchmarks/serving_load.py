@@ -53,7 +53,7 @@ def measure(options: argparse.Namespace) -> Result:
     text += f"\n\nGenerated tokens read: {report.tokens:,}. Cache pages in use at the end: {pages}. "
     text += f"Memory: {report.memory[0][1]:.0f} MiB at the start, {report.memory[-1][1]:.0f} MiB at the end, "
     text += f"{report.slope:+.2f} MiB per minute after the first {WARM_UP_SHARE:.0%} of the time.\n"
-    return Result(text)
+    return Result(text, has_servers=True)
 
 
 def main(arguments: list[str] | None = None) -> str:
