@@ -68,12 +68,25 @@ class CompletionRequest(GenerationRequest):
         if self.candidates < self.n:
             raise field_error("best_of", f"must be at least n ({self.n}), found {self.best_of}")
         if self.candidates > self.n and self.stream:
-            raise field_error("best_of", "not supported with stream; the best completions are known only at the end")
+            raise field_error(
+                "best_of",
+                f"must equal n ({self.n}) if stream is true, found {self.best_of}; the best completions are known only "
+                "at the end",
+            )
         return self
 
     @property
     def token_limit(self) -> int:
         return self.max_tokens
+
+    @property
+    def limit_field(self) -> str:
+        return "max_tokens"
+
+    @property
+    def prompt_fields(self) -> list[str]:
+        count = len(self.prompt)
+        return ["prompt"] if count == 1 else [f"prompt.{index}" for index in range(count)]
 
     @property
     def alternatives(self) -> int | None:
