@@ -18,6 +18,9 @@ class RequestBody(BaseModel):
 
     required: ClassVar[Mapping[str, str]] = {}
     """Expected values of the fields without a default, for the error if one is missing."""
+    counterparts: ClassVar[Mapping[str, str]] = {}
+    """Fields of other routes, and the fields of this one that correspond to them, for the error about an unknown
+    field."""
     neutral_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     neutral_types: ClassVar[Mapping[str, tuple[type, ...]]] = {}
     """Fields that the server does not have and accepts where they change nothing, as in
@@ -31,7 +34,7 @@ class RequestBody(BaseModel):
         fields = drop_neutral(value, cls.neutral_values, cls.neutral_types)
         for name in fields:
             if name not in cls.model_fields:
-                raise unknown_field(name, name, cls.model_fields)  # pydantic would list all of them
+                raise unknown_field(name, name, cls.model_fields, cls.counterparts)  # pydantic would list all
         for name, expected in cls.required.items():
             if name not in fields:
                 raise missing(name, expected)

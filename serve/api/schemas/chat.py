@@ -51,6 +51,7 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: dict[str, Any] = Field(default={}, max_length=MAX_TEMPLATE_VARIABLES)
     """Further variables of the template, such as ``enable_thinking``."""
 
+    counterparts: ClassVar = {"prompt": "messages"}
     required: ClassVar = {"messages": EXPECTED_MESSAGES}
     neutral_values = CHAT_NEUTRAL_VALUES
     neutral_types = CHAT_NEUTRAL_TYPES

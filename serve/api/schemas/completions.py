@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, PlainValidator, model_validator
 
@@ -60,6 +60,7 @@ class CompletionRequest(GenerationRequest):
     """Generate this many completions per prompt and return the ``n`` with the highest mean log-probability per token,
     the best one first."""
 
+    counterparts: ClassVar = {"messages": "prompt", "max_completion_tokens": "max_tokens"}
     neutral_values = NEUTRAL_VALUES
     neutral_types = NEUTRAL_TYPES
 

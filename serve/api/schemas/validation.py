@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from pydantic_core import PydanticCustomError
@@ -28,9 +29,13 @@ def field_error(place: str | tuple[str, ...], problem: str) -> PydanticCustomErr
     return PydanticCustomError("field", "{problem}", {"path": path, "problem": problem})
 
 
-def unknown_field(place: str, name: str, known: Iterable[str]) -> PydanticCustomError:
-    """Return an error about the field ``name`` at ``place``, with the most similar known field if any."""
-    return field_error(place, f"unknown field{did_you_mean(name, known)}")
+def unknown_field(
+    place: str, name: str, known: Iterable[str], counterparts: Mapping[str, str] = MappingProxyType({})
+) -> PydanticCustomError:
+    """Return an error about the field ``name`` at ``place``, with its counterpart or else the most similar known field
+    if any."""
+    suggestion = f"; did you mean '{counterparts[name]}'?" if name in counterparts else did_you_mean(name, known)
+    return field_error(place, f"unknown field{suggestion}")
 
 
 def missing(place: str, expected: str) -> PydanticCustomError:

@@ -254,7 +254,7 @@ USER = {"role": "user", "content": "a"}
         ({"max_tokens": 511}, "messages", "tokens plus max_tokens 511 is"),
         ({"messages": [USER | {"content": "a" * 600}]}, "messages", "tokens leave no room for a completion in the"),
         ({"best_of": 2}, "best_of", "not supported"),
-        ({"prompt": "a"}, "prompt", "unknown field"),
+        ({"prompt": "a"}, "prompt", "prompt: unknown field; did you mean 'messages'?"),
         (
             {"chat_template_kwargs": {"messages": 1}},
             "chat_template_kwargs",
