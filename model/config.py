@@ -41,7 +41,7 @@ class ModelConfig:
     The V4 recipe makes five choices, each with one switch:
 
     1. hybrid attention: ``layers`` (names of :data:`model.mixers.MIXERS`);
-    2. precision per tensor role: :data:`CACHE_FORMATS` (``fp4``, ``fp8``, ``fp8_128`` or ``bf16``);
+    2. precision per tensor role: :data:`CACHE_FORMATS`, each a :data:`CacheFormat`;
     3. Muon: ``train.optimizer.rule`` in the recipe;
     4. hyper-connections: ``hyper_connections``;
     5. quantization-aware training: ``qat``.
@@ -63,11 +63,13 @@ class ModelConfig:
     """Initialize the last projection of every attention and feed-forward block to zero. The release only gives
     "std 0.02". Zero initialization learns faster over a few hundred steps, so the tiny recipes use it."""
 
-    # --- attention, shared by sliding / csa / hca
+    # --- attention of sliding, csa and hca layers; gqa also uses num_heads and head_dim, mla and dsa num_heads
     num_heads: int = 4
     head_dim: int = 64
     rope_head_dim: int = 16
     q_lora_rank: int = 64
+    """Width of the latent that queries are projected from. Not the option ``q_lora_rank`` of mla and dsa layers, which
+    is in ``mixer_options``."""
     o_groups: int = 2
     o_lora_rank: int = 32
     window: int = 16

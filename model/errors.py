@@ -51,5 +51,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 def unknown_key(key: str, name: str, known: Iterable[str]) -> str:
     """Return the message for an unknown ``key`` whose last part is ``name``, with the most similar known name if
     any."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"{shorten_words(key)}: unknown key" + (f"; did you mean '{close[0]}'?" if close else "")
+    return f"{shorten_words(key)}: unknown key{did_you_mean(name, known)}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message that asks for the most similar known name; nothing if none is similar."""
+    close = difflib.get_close_matches(name, list(known), n=1) if len(name) <= _MAX_WORD else []
+    return f"; did you mean '{close[0]}'?" if close else ""

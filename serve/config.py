@@ -11,7 +11,7 @@ from serve.engine import EngineConfig
 
 
 class ServerConfig(EngineConfig, HttpConfig):
-    """Settings of the engine and of its HTTP interface, and the number and resources of replicas."""
+    """Number and resources of replicas and gateways, and the settings of the base classes."""
 
     replicas: Annotated[int, Field(ge=1)] = 1
     """Replicas of each model; with ``max_replicas``, the fewest."""

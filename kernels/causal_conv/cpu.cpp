@@ -31,20 +31,20 @@ struct ConvInputs {
     if (places) positions = places->contiguous();
   }
 
-  // Number of earlier tokens that token t of sequence b sees, at most K - 1.
+  // Return the number of earlier tokens that token t of sequence b sees, at most K - 1.
   int64_t reach(int64_t b, int64_t t) const {
     const int64_t stored = tail_rows.defined() ? K - 1 : std::min(t, K - 1);
     return positions ? std::min(stored, positions->const_data_ptr<int64_t>()[b * S + t]) : stored;
   }
 
-  // The row `distance` tokens before token t.
+  // Return the channels [C] of the token `distance` tokens before token t.
   const float* row(int64_t b, int64_t t, int64_t distance) const {
     const int64_t place = t - distance;
     return place >= 0 ? x.const_data_ptr<float>() + b * x.stride(0) + place * x.stride(1)
                       : tail_rows.const_data_ptr<float>() + (b * (K - 1) + K - 1 + place) * C;
   }
 
-  // The convolution's n channels from c on, before SiLU.
+  // Write the convolution of the channels [c, c + n) at token t, before SiLU.
   void sum(int64_t b, int64_t t, int64_t c, int64_t n, float* __restrict out) const {
     if (bias) {
       std::memcpy(out, bias->const_data_ptr<float>() + c, 4 * n);
@@ -69,7 +69,7 @@ struct ConvInputs {
   }
 };
 
-// -> float32 [B, S, C].
+// Convolve and apply SiLU. Return float32 [B, S, C].
 Tensor causal_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                    const std::optional<Tensor>& tail, const std::optional<Tensor>& positions) {
   const ConvInputs in(x, weight, bias, tail, positions);
@@ -85,8 +85,8 @@ Tensor causal_conv(const Tensor& x, const Tensor& weight, const std::optional<Te
   return out;
 }
 
-// grad float32 [B, S, C] -> gradients of x [B, S, C], of the tail [B, K - 1, C], and for every sequence those of the
-// transposed weight and of the bias [B, K + 1, C].
+// From grad, float32 [B, S, C], return the gradients of x [B, S, C], of the tail [B, K - 1, C], and for every sequence those
+// of the transposed weight and of the bias [B, K + 1, C].
 std::tuple<Tensor, Tensor, Tensor> causal_conv_backward(const Tensor& grads, const Tensor& x, const Tensor& weight,
                                                         const std::optional<Tensor>& bias,
                                                         const std::optional<Tensor>& tail,

@@ -32,7 +32,7 @@ struct Group {
   int count;
 };
 
-// `picks` are sorted by expert.
+// Return the groups of picks, which are sorted by expert.
 std::vector<Group> groups_of(const std::vector<Pick>& picks) {
   std::vector<Group> groups;
   for (int64_t i = 0; i < static_cast<int64_t>(picks.size()); ++i) {
@@ -46,10 +46,10 @@ std::vector<Group> groups_of(const std::vector<Pick>& picks) {
   return groups;
 }
 
-// Weight matrices of one kind of storage. `dots` multiplies a row by `count` vectors that `arranged` has reordered for
-// it.
+// The next two classes hold weight matrices and share two methods: `dots` multiplies a row by `count` vectors, in the order of
+// elements that `arranged` gives them.
 
-// float32 or BF16 elements.
+// Matrices of float32 or BF16 elements.
 template <typename W>
 struct PlainMatrices {
   const W* data;
@@ -80,7 +80,7 @@ struct PlainMatrices {
   }
 };
 
-// Packed FP4 rows.
+// Matrices of packed FP4 rows.
 struct PackedMatrices {
   const uint8_t* data;
   int64_t columns, row_bytes;

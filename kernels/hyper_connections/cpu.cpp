@@ -29,9 +29,13 @@ Shape shape_of(const Tensor& streams, const Tensor& fn) {
   return {streams.size(0) * streams.size(1), streams.size(2), streams.size(3), fn.size(0)};
 }
 
-// --- weights of kLanes tokens; matrices are row-major, [n * n]. N is n if it is known to the compiler, else 0.
+// --- mixing weights of kLanes tokens
+//
+// A matrix [n, n] is an array of n * n vectors, in row-major order. The template argument N is n if the compiler knows it,
+// else 0.
 
-// The lanes f(0), f(1) ... An array, because loops over the elements of a vector type are not vectorized.
+// Return a vector whose lane l is f(l). The values pass through an array, because compilers do not vectorize loops over the
+// elements of a vector type.
 template <typename F>
 inline Lane lanes_of(F f) {
   float values[kLanes];
@@ -39,6 +43,7 @@ inline Lane lanes_of(F f) {
   return load16(values);
 }
 
+// Replace every element x of a vector by f(x).
 template <typename F>
 inline void each_lane(Lane& lane, F f) {
   float values[kLanes];
@@ -46,7 +51,8 @@ inline void each_lane(Lane& lane, F f) {
   lane = lanes_of([&](int64_t l) { return f(values[l]); });
 }
 
-// Divide by the sums over the rows (dim 0) or the columns of a row (dim 1).
+// Divide the elements of a matrix by the sum of their column (kOverRows: the sum runs over dim 0) or of their row (dim 1).
+// Store the inverse sums, [n].
 template <int64_t N, bool kOverRows>
 inline void divide_by_sums(Lane* matrix, int64_t streams, float eps, Lane* inverse) {
   const int64_t n = N ? N : streams, step = kOverRows ? n : 1, line = kOverRows ? 1 : n;
@@ -71,7 +77,8 @@ inline void softmax_rows(Lane* matrix, int64_t n) {
   }
 }
 
-// Even half-steps divide by column sums (over dim 0), odd ones by row sums.
+// Replace logits by their Sinkhorn normalization: a softmax over rows, then half-steps that divide by column sums and by row
+// sums in turn. The first and the last half-step divide by column sums.
 template <int64_t N>
 void sinkhorn(Lane* matrix, int64_t streams, int64_t iterations, float eps) {
   const int64_t n = N ? N : streams;
@@ -86,7 +93,7 @@ void sinkhorn(Lane* matrix, int64_t streams, int64_t iterations, float eps) {
   for (int64_t i = 0; i < n * n; ++i) matrix[i] = own[i];
 }
 
-// Gradient of the matrix before a half-step, from that of its result.
+// Replace the gradient of a half-step's result by the gradient of its input.
 template <int64_t N, bool kOverRows>
 inline void divide_by_sums_backward(Lane* grad, const Lane* result, int64_t streams, const Lane* inverse) {
   const int64_t n = N ? N : streams, step = kOverRows ? n : 1, line = kOverRows ? 1 : n;
@@ -97,7 +104,7 @@ inline void divide_by_sums_backward(Lane* grad, const Lane* result, int64_t stre
   }
 }
 
-// Replace the gradient of the result of sinkhorn by that of its logits. Recomputes the half-steps.
+// Replace the gradient of sinkhorn's result by the gradient of its logits. Half-steps are computed again.
 template <int64_t N>
 void sinkhorn_backward(const Lane* logits, Lane* grad, int64_t streams, int64_t iterations, float eps,
                        std::vector<Lane>& memory) {
@@ -146,8 +153,8 @@ void logits_of(const float* raw, const float* inverse_rms, const float* scale, c
   }
 }
 
-// Product of fn with the concatenated streams of every token, raw [tokens, weights], and their inverse root mean square
-// [tokens]. Filled by tiles, so that the streams of a tile are in the cache when they are collapsed.
+// Product of fn with the concatenated streams of every token, raw [tokens, weights], and the inverse root mean square of the
+// streams, [tokens]. Callers fill it tile by tile, so that the streams of a tile are in the cache when they are collapsed.
 struct NormalizedProduct {
   Tensor raw, inverse_rms;
   const float *streams, *fn;
@@ -171,6 +178,7 @@ struct NormalizedProduct {
   }
 };
 
+// Write the weighted sum of one token's streams, [d]. Its weights are in lane `lane` of `pre`.
 void collapse(const float* streams, const Lane* pre, int64_t lane, const Shape& s, float* out) {
   const float first = pre[0][lane];
   for (int64_t i = 0; i < s.d; ++i) out[i] = first * streams[i];
@@ -183,7 +191,7 @@ void collapse(const float* streams, const Lane* pre, int64_t lane, const Shape& 
 
 int64_t tiles_of(const Shape& s) { return (s.tokens + kLanes - 1) / kLanes; }
 
-// Returns the input of a block [B, S, d], post [B, S, n], comb [B, S, n, n] and, for the backward pass, the raw product
+// Return the input of a block [B, S, d], post [B, S, n], comb [B, S, n, n] and, for the backward pass, the raw product
 // [tokens, 2n + n * n] and the inverse root mean square [tokens].
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> hc_pre(const Tensor& streams, const Tensor& fn, const Tensor& scale,
                                                          const Tensor& base, int64_t iterations, double eps,
@@ -259,7 +267,7 @@ template <int T, int V>
   });
 }
 
-// The same for `count` tokens and the columns [begin, end).
+// to[t, c] += sum of g[t, w] * f[w, c] over w, for `count` tokens and the columns [begin, end).
 void add_products(const float* g, const float* f, const Shape& s, int64_t count, int64_t begin, int64_t end, float* to) {
   const int64_t D = s.width();
   int64_t c = begin;
@@ -277,8 +285,8 @@ void add_products(const float* g, const float* f, const Shape& s, int64_t count,
   }
 }
 
-// Gradients of streams, fn, scale and base from those of x [B, S, d], post and comb, and from `later` [B, S, n, d], the
-// gradient of later uses of the streams, if there are any.
+// Return the gradients of streams, fn, scale and base. Given are those of x [B, S, d], post and comb, and `later`
+// [B, S, n, d], the gradient of later uses of the streams, if there are any.
 std::tuple<Tensor, Tensor, Tensor, Tensor> hc_pre_backward(
     const Tensor& grad_x, const Tensor& grad_post, const Tensor& grad_comb, const std::optional<Tensor>& later,
     const Tensor& streams, const Tensor& fn, const Tensor& scale, const Tensor& base, const Tensor& raw,
@@ -460,7 +468,7 @@ void post_all_backward(const Tensor& grad, const Tensor& streams, const Tensor& 
   });
 }
 
-// Gradients of streams, comb, post and output, all float32.
+// Return the gradients of streams, comb, post and output, all float32.
 std::tuple<Tensor, Tensor, Tensor, Tensor> hc_post_backward(const Tensor& upstream, const Tensor& streams,
                                                             const Tensor& comb, const Tensor& post,
                                                             const Tensor& output) {

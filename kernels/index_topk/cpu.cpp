@@ -253,7 +253,7 @@ class Selector {
 
   static constexpr int64_t kBlock = 16;
 
-  // The k-th largest of the maxima of all blocks: at least k scores reach it.
+  // Return a bound that at least k scores reach: the k-th largest of the maxima of blocks. -inf if there are fewer blocks.
   float lower_bound(const float* scores, int64_t n, int64_t k) {
     const int64_t blocks = n / kBlock;
     peaks_.resize(blocks);
@@ -332,7 +332,7 @@ Tensor index_topk_with(const Tensor& queries, const Tensor& head_weights, const 
     }
     return chosen;
   }
-  // The more keys, the fewer queries share a tile: this bounds the memory of their scores.
+  // Fewer queries share a tile if there are more keys, which bounds the memory of their scores.
   int64_t longest = 1;
   for (int64_t i = 0; i < limit.numel(); ++i) longest = std::max(longest, limits[i]);
   const int64_t together = std::max<int64_t>(1, std::min(kQueries, kScores / longest)), tiles = (S + together - 1) / together;

@@ -64,7 +64,7 @@ inline void multiply_rows(const Rows& from, const W* w, int64_t in, int64_t begi
   }
 }
 
-// The same for all rows of weights, in parallel.
+// to[t, o] = from[t] . w[o] for all `out` rows of weights, in parallel.
 template <typename W>
 inline void multiply(const Rows& from, const W* w, int64_t in, int64_t out, const Rows& to) {
   const int64_t step = from.count < kTokenBlock ? 1 : kRowBlock;

@@ -24,7 +24,7 @@ template <int N, typename F>
 
 using Floats4 = float __attribute__((vector_size(16)));
 
-// Two vectors as one. The compiler keeps them in registers, but a vector type wider than a register in memory.
+// Two vectors as one. Compilers keep this struct in registers. They would keep a vector type wider than a register in memory.
 template <typename Half>
 struct Joined {
   Half low, high;
@@ -90,7 +90,7 @@ inline Register load_register(const uint16_t* bf16) {
 #endif
 }
 
-// One register after the other: a copy of a whole Joined would take a detour through memory.
+// Load one register after another, because a copy of a whole Joined would go through memory.
 template <typename V, typename T>
 inline V load(const T* p) {
   if constexpr (std::is_same_v<V, Register>) {

@@ -39,10 +39,10 @@ struct Settings {
   int64_t top_k;
 };
 
-// Below the total, so that the token found has a positive probability.
+// Return the share `uniform` of the total. It is below the total, so that the token found has a positive probability.
 double target_of(double uniform, double total) { return std::min(uniform * total, std::nextafter(total, 0.0)); }
 
-// Index of the first weight at which the running sum exceeds its share `uniform` of the total.
+// Return the index of the first weight at which the running sum exceeds the share `uniform` of the total.
 int64_t draw(const double* weights, int64_t V, double uniform) {
   double total = 0, sum = 0;
   for (int64_t i = 0; i < V; ++i) total += weights[i];
@@ -54,7 +54,8 @@ int64_t draw(const double* weights, int64_t V, double uniform) {
   return V - 1;
 }
 
-// The same among the tokens that top_k, top_p and min_p keep, in descending order. `order` [V] is scratch space.
+// Like draw, but among the tokens that top_k, top_p and min_p keep, in descending order of weight. `order` [V] is scratch
+// space.
 int64_t draw_truncated(const double* weights, int64_t V, const Settings& s, int64_t* order) {
   const int64_t most = s.top_k > 0 ? std::min(s.top_k, V) : V;
   const auto likelier = [&](int64_t a, int64_t b) {
@@ -87,7 +88,7 @@ int64_t draw_truncated(const double* weights, int64_t V, const Settings& s, int6
   return order[std::min<int64_t>(found - cumulative.begin(), cumulative.size() - 1)];
 }
 
-// logits float32 [B, V] -> B token IDs, -1 for a row without a finite largest logit or with NaN.
+// Return one token ID per row of logits, float32 [B, V]; -1 for a row without a finite largest logit or with NaN.
 std::vector<int64_t> sample(const Tensor& all_logits, at::ArrayRef<double> uniform, at::ArrayRef<double> temperature,
                             at::IntArrayRef top_k, at::ArrayRef<double> top_p, at::ArrayRef<double> min_p) {
   const Tensor logits = contiguous_float(all_logits, "sample: logits");

@@ -4,7 +4,7 @@
 namespace fiftyfold {
 namespace {
 
-// gate and up, both float32 or both BF16 [..., n], and gain float32 [..., 1], optional.
+// Checked inputs: gate and up, both float32 or both BF16, [..., n], and gain, float32 [..., 1], optional.
 struct GatedInputs {
   Tensor gate, up, gain;
   int64_t rows, n;
@@ -23,7 +23,7 @@ struct GatedInputs {
   const float* gains() const { return gain.defined() ? gain.const_data_ptr<float>() : nullptr; }
 };
 
-// -> [..., n] in the dtype of gate.
+// Return gain * silu(gate) * up, [..., n] in the dtype of gate.
 Tensor swiglu(const Tensor& gates, const Tensor& ups, double limit, const std::optional<Tensor>& scale) {
   const GatedInputs in(gates, ups, scale);
   Tensor out = at::empty_like(in.gate);
@@ -41,7 +41,7 @@ Tensor swiglu(const Tensor& gates, const Tensor& ups, double limit, const std::o
   return out;
 }
 
-// Gradients of gate and up for one row. Returns that of the gain.
+// Write the gradients of gate and up for one row. Return the gradient of the gain.
 template <typename T>
 float swiglu_row_backward(const T* grad, const T* gate, const T* up, int64_t n, float gain, float limit, T* grad_gate,
                           T* grad_up) {
@@ -59,7 +59,7 @@ float swiglu_row_backward(const T* grad, const T* gate, const T* up, int64_t n, 
   return sum;
 }
 
-// grad in the dtype of gate -> gradients of gate and up, and of the gain, float32 [rows] ([0] without a gain).
+// From grad, in the dtype of gate, return the gradients of gate and up, and of the gain, float32 [rows] ([0] without a gain).
 std::tuple<Tensor, Tensor, Tensor> swiglu_backward(const Tensor& grads, const Tensor& gates, const Tensor& ups,
                                                    double limit, const std::optional<Tensor>& scale) {
   const GatedInputs in(gates, ups, scale);

@@ -231,7 +231,8 @@ def figure(report: SweepReport) -> Figure:
     for axes, (name, title, higher) in zip(panels, _PANELS):
         scores = [(point.cost, point.metrics.get(name, math.nan)) for point in report.points]
         front = report.front_of(name, higher)
-        axes.plot(*zip(*sorted(scores[i] for i in front)), color=_LINE, linewidth=1.2, label="Pareto front", zorder=1)
+        steps = zip(*sorted(scores[i] for i in front))  # a budget between two points buys the smaller cache's score
+        axes.plot(*steps, drawstyle="steps-post", color=_LINE, linewidth=1.2, label="Pareto front", zorder=1)
         for i, (cost, score) in enumerate(scores):
             color = _CHOSEN if i == report.chosen else _FRONT if i in front else _DOMINATED
             face = color if report.points[i].steps == most else "white"

@@ -1,1 +1,1 @@
-"""HTTP interface: OpenAI's completions, models, health, and tokenization."""
+"""HTTP interface: OpenAI's completions and chat completions, models, health, tokenizer, caches, metrics, and a page."""

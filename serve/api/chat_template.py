@@ -29,6 +29,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from model.errors import ConfigError
 from model.tokenizer import Tokenizer
+from model.wording import count
+from serve.api.schemas.validation import quote_value
 from serve.engine import RequestError
 
 BUILT_IN = "built-in"
@@ -80,16 +82,19 @@ class ChatTemplate:
         try:
             return self._encode(self._stand_ins.restore_harmless(text))
         except ConfigError as error:
-            raise RequestError(f"messages: {error}", param="messages") from error
+            raise RequestError.about("messages", str(error)) from error
 
     def _render(
         self, messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool, variables: dict[str, Any]
     ) -> str:
         if tools and not self.reads_tools:
-            raise RequestError(f"tools: the chat template ({self.source}) does not use tools; omit the field", "tools")
-        for name in variables:
+            found = count(len(tools), "tool")
+            problem = f"the chat template ({self.source}) does not use tools, found {found}; omit the field"
+            raise RequestError.about("tools", problem)
+        for name, value in variables.items():
             if name in self._special_variables or name in _OWN_VARIABLES:
-                raise RequestError(f"chat_template_kwargs: '{name}' cannot be set", param="chat_template_kwargs")
+                problem = f"set by the server itself, found {quote_value(value)}; omit it"
+                raise RequestError.about(f"chat_template_kwargs.{name}", problem)
         template = self._with_tools if tools else self._default
         protect = self._stand_ins.protect
         try:
@@ -106,13 +111,13 @@ class ChatTemplate:
                 }
             )
         except RecursionError:
-            raise RequestError("messages: nested too deeply", param="messages") from None
+            raise RequestError.about("messages", "nested too deeply") from None
         except _Refusal as error:
             reason = self._stand_ins.restore(str(error))
-            raise RequestError(f"messages: the chat template refuses them: {reason}", param="messages") from None
+            raise RequestError.about("messages", f"the chat template refuses them: {reason}") from None
         except Exception as error:  # whatever the template's expressions raise
             reason = f"{type(error).__name__}: {self._stand_ins.restore(str(error))}"
-            raise RequestError(f"messages: the chat template cannot render them ({reason})", param="messages") from None
+            raise RequestError.about("messages", f"the chat template cannot render them ({reason})") from None
 
     def _encode(self, text: str) -> list[int]:
         """Return the token IDs of rendered text with stand-ins."""

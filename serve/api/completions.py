@@ -39,4 +39,7 @@ def add_routes(app: FastAPI, served: ServedModel, pace: Pace) -> None:
 
 def _encode(body: CompletionRequest, tokenizer: Tokenizer) -> list[list[int]]:
     """Return token IDs: text is encoded with BOS in front, token IDs are unchanged."""
-    return [encode_text(tokenizer, p, body.parse_special) if isinstance(p, str) else p for p in body.prompt]
+    return [
+        encode_text(tokenizer, prompt, body.parse_special, field=field) if isinstance(prompt, str) else prompt
+        for prompt, field in zip(body.prompt, body.prompt_fields)
+    ]

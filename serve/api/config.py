@@ -54,7 +54,8 @@ class HttpConfig(BaseModel):
     up to 0.2 s, so that up to 40 of them have 200 chunks per second together. The first chunk and the end of a stream
     do not wait. 0 sends one chunk per token."""
     allowed_origins: Annotated[tuple[Origin, ...], BeforeValidator(_listed)] = ()
-    """Origins of web pages whose scripts may call the server (CORS), or ``*`` for all pages. May be a single one."""
+    """Origins of web pages whose scripts may call the server (CORS), such as ``http://localhost:3000``; ``*`` for all
+    pages. A single one needs no list."""
     api_key_file: Annotated[str, Field(min_length=1)] | None = None
     """File that holds the API key, readable from every node of the cluster. Requests then need the header
     ``Authorization: Bearer <key>`` (:mod:`serve.api.authorization`)."""

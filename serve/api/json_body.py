@@ -63,8 +63,8 @@ def parse_json(body: bytes) -> dict[str, Any]:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        [(repeated, _)] = Counter(name for name, _ in pairs).most_common(1)
-        raise RequestError(f"{repeated}: the field occurs more than once", repeated)
+        [(repeated, times)] = Counter(name for name, _ in pairs).most_common(1)
+        raise RequestError(f"{repeated}: the field must occur once, found {times} times", repeated)
     return value
 
 

@@ -26,7 +26,7 @@ from serve.api.formats import ResponseFormat
 from serve.api.schemas.generation import GenerationRequest
 from serve.api.schemas.usage import Extension, PromptTokensDetails, Usage
 from serve.api.served_model import ServedModel
-from serve.engine import Delta, Pace
+from serve.engine import Delta, Pace, RequestFields
 
 
 async def respond(run: Run, request: Request, pace: Pace) -> Response:
@@ -56,13 +56,14 @@ class Run:
         self._candidates = body.candidates
         engine = served.engine
         body.check_token_ids(engine.tokenizer, engine.vocab_size)
-        requests = []
-        for tokens in prompts:
+        requests, fields = [], []
+        for tokens, prompt_field in zip(prompts, body.prompt_fields):
             limit = body.token_limit
             if limit is None:
                 limit = max(1, engine.max_sequence_tokens - max(1, len(tokens)))
             requests += [(tokens, body.sampling_params(i, limit)) for i in range(self._candidates)]
-        self.stream = engine.submit(requests)
+            fields += [RequestFields(prompt_field, body.limit_field)] * self._candidates
+        self.stream = engine.submit(requests, fields)
         self._common_fields: dict[str, Any] = {
             "id": f"{format.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),

@@ -42,7 +42,6 @@ def add_routes(app: FastAPI, served: ServedModel) -> None:
         served.check_name(body.model)
         for token in body.tokens:
             if not 0 <= token < tokenizer.vocab_size:
-                raise RequestError(
-                    f"tokens: token ID {token} is out of range for a vocabulary of {tokenizer.vocab_size}", "tokens"
-                )
+                problem = f"token ID {token} is out of range for a vocabulary of {tokenizer.vocab_size}"
+                raise RequestError.about("tokens", problem)
         return {"prompt": tokenizer.decode(body.tokens)}

@@ -7,6 +7,7 @@ from serve.engine.errors import (
     QueueFullError,
     RequestAbortedError,
     RequestError,
+    RequestFields,
     RequestTimeoutError,
 )
 from serve.engine.logprobs import TokenLogprob
@@ -23,6 +24,7 @@ __all__ = [
     "QueueFullError",
     "RequestAbortedError",
     "RequestError",
+    "RequestFields",
     "RequestTimeoutError",
     "SamplingParams",
     "Stream",

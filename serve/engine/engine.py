@@ -15,7 +15,7 @@ from model.forward.execution import Execution
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
 from serve.engine.config import EngineConfig
-from serve.engine.errors import EngineError, QueueFullError, RequestError
+from serve.engine.errors import EngineError, QueueFullError, RequestError, RequestFields
 from serve.engine.memory import CacheMemory
 from serve.engine.sampling_params import SamplingParams
 from serve.engine.scheduler import Results, Scheduler
@@ -100,18 +100,20 @@ class Engine:
         """Return the cache bytes per token of a full context, summed over the storages (on the meta device)."""
         return Cache(self.model_config, 1, self.model_config.max_positions, device="meta").bytes_per_token()
 
-    def submit(self, requests: list[tuple[list[int], SamplingParams]]) -> Stream:
+    def submit(
+        self, requests: list[tuple[list[int], SamplingParams]], fields: list[RequestFields] | None = None
+    ) -> Stream:
         """Submit completions of (prompt token IDs, parameters), all or none. An empty prompt starts from BOS.
 
         Raises RequestError for a request that can never run, QueueFullError if the queue is full, and EngineError if
-        the engine has stopped.
+        the engine has stopped. ``fields`` are the names for a RequestError about each completion.
         """
         self.check_health()
         self.check_size(len(requests))
         self._forget_other_loop()
         requests = [(prompt or [self.tokenizer.bos_id], params) for prompt, params in requests]
-        for prompt, params in requests:
-            self._validate(prompt, params)
+        for (prompt, params), names in zip(requests, fields or [RequestFields()] * len(requests), strict=True):
+            self._validate(prompt, params, names)
         if self.unfinished + len(requests) > self._capacity:
             raise QueueFullError(
                 f"the server is busy with {self.unfinished} of at most {self._capacity} completions "
@@ -158,36 +160,29 @@ class Engine:
             stream.abort()
         await self._worker.stop()
 
-    def _validate(self, prompt: list[int], params: SamplingParams) -> None:
+    def _validate(self, prompt: list[int], params: SamplingParams, fields: RequestFields) -> None:
         vocab_size, context = self.vocab_size, self.model_config.max_positions
         for token in (min(prompt), max(prompt)):
             if not 0 <= token < vocab_size:
-                raise RequestError(
-                    f"prompt: token ID {token} is out of range for a vocabulary of {vocab_size}", param="prompt"
-                )
-        total = len(prompt) + params.max_tokens
-        if params.max_tokens >= context:
-            raise RequestError(
-                f"max_tokens: {params.max_tokens} leaves no room for a prompt in the model's context of "
-                f"{context} tokens",
-                param="max_tokens",
-                code="context_length_exceeded",
-            )
+                problem = f"token ID {token} is out of range for a vocabulary of {vocab_size}"
+                raise RequestError.about(fields.prompt, problem)
+        too_long, room = "context_length_exceeded", f"in the model's context of {context} tokens"
+        total, limit = len(prompt) + params.max_tokens, fields.max_tokens
+        if limit is not None and params.max_tokens >= context:
+            raise RequestError.about(limit, f"{params.max_tokens} leaves no room for a prompt {room}", too_long)
         if total > context:
-            raise RequestError(
-                f"prompt: {len(prompt)} tokens plus max_tokens {params.max_tokens} is {total}, more than the model's "
-                f"context of {context} tokens",
-                param="prompt",
-                code="context_length_exceeded",
-            )
+            if limit is None:
+                problem = f"{len(prompt)} tokens leave no room for a completion {room}"
+            else:
+                sums = f"{len(prompt)} tokens plus {limit} {params.max_tokens} is {total}"
+                problem = f"{sums}, more than the model's context of {context} tokens"
+            raise RequestError.about(fields.prompt, problem, too_long)
         pages, most = self.memory.pages_for(total), self.memory.pool.pages
         if pages > most:
-            field = "max_tokens" if self.memory.pages_for(params.max_tokens) > most else "prompt"
-            raise RequestError(
-                f"{field}: {total} tokens need {pages} cache pages, but the server has {most} (cache_mebibytes)",
-                param=field,
-                code="context_length_exceeded",
-            )
+            problem = f"{total} tokens need {pages} cache pages, but the server has {most} (cache_mebibytes)"
+            if limit is not None and self.memory.pages_for(params.max_tokens) > most:
+                raise RequestError.about(limit, problem, too_long)
+            raise RequestError.about(fields.prompt, problem, too_long)
 
     def name_model(self, name: str) -> None:
         """Use ``name`` in errors and logs."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from model.errors import FiftyfoldError
 
 
@@ -12,6 +14,21 @@ class RequestError(FiftyfoldError):
         super().__init__(message)
         self.param = param
         self.code = code
+
+    @classmethod
+    def about(cls, field: str, problem: str, code: str | None = None) -> RequestError:
+        """Return an error about a field with a dotted name; ``param`` is its first part."""
+        return cls(f"{field}: {problem}", param=field.partition(".")[0], code=code)
+
+
+@dataclass(frozen=True)
+class RequestFields:
+    """Names of a completion's fields in the client's request, for errors about them."""
+
+    prompt: str = "prompt"
+    """Dotted: the second prompt of a batch is ``prompt.1``."""
+    max_tokens: str | None = "max_tokens"
+    """None if the client sent no limit."""
 
 
 class QueueFullError(FiftyfoldError):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from serve.api.schemas.neutral_fields import drop_neutral
-from serve.api.schemas.validation import field_error, wrong, wrong_item
+from serve.api.schemas.validation import missing, unknown_field, wrong, wrong_item
 
 
 class RequestBody(BaseModel):
@@ -16,6 +16,11 @@ class RequestBody(BaseModel):
     # ignored looks like a setting without effect.
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+    required: ClassVar[Mapping[str, str]] = {}
+    """Expected values of the fields without a default, for the error if one is missing."""
+    counterparts: ClassVar[Mapping[str, str]] = {}
+    """Fields of other routes, and the fields of this one that correspond to them, for the error about an unknown
+    field."""
     neutral_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     neutral_types: ClassVar[Mapping[str, tuple[type, ...]]] = {}
     """Fields that the server does not have and accepts where they change nothing, as in
@@ -29,7 +34,10 @@ class RequestBody(BaseModel):
         fields = drop_neutral(value, cls.neutral_values, cls.neutral_types)
         for name in fields:
             if name not in cls.model_fields:
-                raise field_error(name, "unknown field")  # pydantic would list all of them
+                raise unknown_field(name, name, cls.model_fields, cls.counterparts)  # pydantic would list all
+        for name, expected in cls.required.items():
+            if name not in fields:
+                raise missing(name, expected)
         return fields
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, PlainValidator, model_validator
 
 from serve.api.schemas.base import Integer
 from serve.api.schemas.generation import GenerationRequest
-from serve.api.schemas.messages import parse_messages, parse_tools
+from serve.api.schemas.messages import EXPECTED_MESSAGES, parse_messages, parse_tools
 from serve.api.schemas.neutral_fields import CHAT_NEUTRAL_TYPES, CHAT_NEUTRAL_VALUES
 from serve.api.schemas.usage import Extension, Usage
 from serve.api.schemas.validation import field_error, quote_value
@@ -51,6 +51,8 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: dict[str, Any] = Field(default={}, max_length=MAX_TEMPLATE_VARIABLES)
     """Further variables of the template, such as ``enable_thinking``."""
 
+    counterparts: ClassVar = {"prompt": "messages"}
+    required: ClassVar = {"messages": EXPECTED_MESSAGES}
     neutral_values = CHAT_NEUTRAL_VALUES
     neutral_types = CHAT_NEUTRAL_TYPES
 
@@ -59,17 +61,28 @@ class ChatRequest(GenerationRequest):
         limits = (self.max_tokens, self.max_completion_tokens)
         if None not in limits and limits[0] != limits[1]:
             raise field_error(
-                "max_tokens", f"{limits[0]} differs from max_completion_tokens {limits[1]}; send one of them"
+                "max_tokens", f"must equal max_completion_tokens ({limits[1]}), found {limits[0]}; send one of them"
             )
         if self.top_logprobs is not None and not self.logprobs:
-            raise field_error("top_logprobs", "allowed only if logprobs is true")
+            problem = f"allowed only if logprobs is true, found {self.top_logprobs} with logprobs false"
+            raise field_error("top_logprobs", problem)
         if self.tool_choice is not None and not self.tools:
-            raise field_error("tool_choice", "allowed only with tools")
+            problem = f"allowed only with tools, found {quote_value(self.tool_choice)} without"
+            raise field_error("tool_choice", problem)
         return self
 
     @property
     def token_limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def limit_field(self) -> str | None:
+        sent = (name for name in ("max_completion_tokens", "max_tokens") if getattr(self, name) is not None)
+        return next(sent, None)
+
+    @property
+    def prompt_fields(self) -> list[str]:
+        return ["messages"]
 
     @property
     def alternatives(self) -> int | None:

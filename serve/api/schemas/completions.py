@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field, PlainValidator, model_validator
 
@@ -60,6 +60,7 @@ class CompletionRequest(GenerationRequest):
     """Generate this many completions per prompt and return the ``n`` with the highest mean log-probability per token,
     the best one first."""
 
+    counterparts: ClassVar = {"messages": "prompt", "max_completion_tokens": "max_tokens"}
     neutral_values = NEUTRAL_VALUES
     neutral_types = NEUTRAL_TYPES
 
@@ -68,12 +69,25 @@ class CompletionRequest(GenerationRequest):
         if self.candidates < self.n:
             raise field_error("best_of", f"must be at least n ({self.n}), found {self.best_of}")
         if self.candidates > self.n and self.stream:
-            raise field_error("best_of", "not supported with stream; the best completions are known only at the end")
+            raise field_error(
+                "best_of",
+                f"must equal n ({self.n}) if stream is true, found {self.best_of}; the best completions are known only "
+                "at the end",
+            )
         return self
 
     @property
     def token_limit(self) -> int:
         return self.max_tokens
+
+    @property
+    def limit_field(self) -> str:
+        return "max_tokens"
+
+    @property
+    def prompt_fields(self) -> list[str]:
+        count = len(self.prompt)
+        return ["prompt"] if count == 1 else [f"prompt.{index}" for index in range(count)]
 
     @property
     def alternatives(self) -> int | None:

@@ -28,7 +28,8 @@ def _parse_stop(value: Any) -> list[str]:
         raise ValueError(f"expected at most {MAX_STOP_STRINGS} stop strings, found {len(stops)}")
     for index, stop in enumerate(parse_strings(stops)):
         if not 1 <= len(stop) <= MAX_STOP_CHARS:
-            raise field_error(str(index), f"expected 1 to {MAX_STOP_CHARS} characters, found {len(stop)}")
+            problem = f"expected 1 to {MAX_STOP_CHARS} characters, found {len(stop)}"
+            raise ValueError(problem) if isinstance(value, str) else field_error(str(index), problem)
     return stops
 
 
@@ -105,6 +106,16 @@ class GenerationRequest(RequestBody):
 
     @property
     @abstractmethod
+    def limit_field(self) -> str | None:
+        """Name of the field that sets :attr:`token_limit`; None if the client sent none."""
+
+    @property
+    @abstractmethod
+    def prompt_fields(self) -> list[str]:
+        """Dotted names of the prompts, in order."""
+
+    @property
+    @abstractmethod
     def alternatives(self) -> int | None:
         """Alternatives to report per token; None reports no log-probabilities."""
 
@@ -121,11 +132,17 @@ class GenerationRequest(RequestBody):
     @model_validator(mode="after")
     def _check_shared_fields(self) -> GenerationRequest:
         if self.do_sample is False and self.temperature > 0:
-            raise field_error("do_sample", f"false contradicts temperature {self.temperature:g}; set temperature to 0")
-        if self.stream_options.include_usage and not self.stream:
-            raise field_error("stream_options", "allowed only if stream is true")
+            raise field_error(
+                "do_sample", f"must be true unless temperature is 0, found false with temperature {self.temperature:g}"
+            )
+        for name, is_set in self.stream_options:
+            if is_set and not self.stream:
+                problem = "allowed only if stream is true, found true with stream false"
+                raise field_error(("stream_options", name), problem)
         if self.token_limit is not None and self.min_tokens > self.token_limit:
-            raise field_error("min_tokens", f"must be at most max_tokens ({self.token_limit}), found {self.min_tokens}")
+            raise field_error(
+                "min_tokens", f"must be at most {self.limit_field} ({self.token_limit}), found {self.min_tokens}"
+            )
         return self
 
     def check_token_ids(self, tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -134,14 +151,14 @@ class GenerationRequest(RequestBody):
         for name in ("logit_bias", "stop_token_ids"):
             for token in getattr(self, name):
                 if not 0 <= token < vocab_size:
-                    raise RequestError(
-                        f"{name}: token ID {token} is out of range for a vocabulary of {vocab_size}", param=name
-                    )
+                    problem = f"token ID {token} is out of range for a vocabulary of {vocab_size}"
+                    raise RequestError.about(name, problem)
         stops = set(self.stop_token_ids) | (set() if self.ignore_eos else tokenizer.stop_ids)
         if self.min_tokens and len(stops) >= vocab_size:
-            raise RequestError(
-                "stop_token_ids: with min_tokens, a token must remain that does not end the completion",
-                param="stop_token_ids",
+            raise RequestError.about(
+                "stop_token_ids",
+                f"with min_tokens {self.min_tokens}, a token must remain that does not end the completion, found "
+                f"{len(stops)} of {vocab_size} that end it",
             )
 
     def sampling_params(self, choice: int, max_tokens: int) -> SamplingParams:

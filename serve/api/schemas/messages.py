@@ -6,13 +6,18 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from serve.api.schemas.validation import field_error, wrong, wrong_item
+from serve.api.schemas.validation import field_error, missing, quote_value, unknown_field, wrong, wrong_item
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 10_000
 MAX_TOOLS = 128
+EXPECTED_MESSAGES = "a list of at least one message"
+_EXPECTED_ROLE = f"one of {', '.join(ROLES)}"
+_EXPECTED_CONTENT = "a string or a list of text parts"
+_EXPECTED_ARGUMENTS = "a JSON object in a string"
 _STRINGS = ("name", "tool_call_id", "reasoning_content")
 """Fields of a message that are passed to the template if they are strings."""
+_FIELDS = ("role", "content", "tool_calls", *_STRINGS)
 
 
 def parse_messages(value: Any) -> list[dict[str, Any]]:
@@ -21,7 +26,7 @@ def parse_messages(value: Any) -> list[dict[str, Any]]:
     Raises an error that names the first invalid field.
     """
     if not isinstance(value, list) or not value:
-        raise wrong("a list of at least one message", value)
+        raise wrong(EXPECTED_MESSAGES, value)
     if len(value) > MAX_MESSAGES:
         raise ValueError(f"expected at most {MAX_MESSAGES} messages, found {len(value)}")
     return [_parse_message(str(i), message) for i, message in enumerate(value)]
@@ -31,21 +36,23 @@ def _parse_message(place: str, value: Any) -> dict[str, Any]:
     fields = _object(place, value)
     role = fields.pop("role", None)
     if role is None:
-        raise field_error(f"{place}.role", "missing")
+        raise missing(f"{place}.role", _EXPECTED_ROLE)
     if role not in ROLES:
-        raise wrong_item(f"{place}.role", f"one of {', '.join(ROLES)}", role)
+        raise wrong_item(f"{place}.role", _EXPECTED_ROLE, role)
     message: dict[str, Any] = {"role": role}
     content, calls = fields.pop("content", None), fields.pop("tool_calls", None)
     if calls:
         if role != "assistant":
-            raise field_error(f"{place}.tool_calls", f"allowed in messages of the assistant only, found role {role}")
+            raise field_error(
+                f"{place}.tool_calls", f"allowed in messages of the assistant only, found role {quote_value(role)}"
+            )
         message["tool_calls"] = _parse_calls(f"{place}.tool_calls", calls)
     if content is None and not calls:
-        raise field_error(f"{place}.content", "missing")
+        raise missing(f"{place}.content", _EXPECTED_CONTENT)
     message["content"] = "" if content is None else _parse_content(f"{place}.content", content)
     for name, item in fields.items():
         if name not in _STRINGS:
-            raise field_error(f"{place}.{name}", "unknown field")
+            raise unknown_field(f"{place}.{name}", name, _FIELDS)
         message[name] = _string(f"{place}.{name}", item)
     return message
 
@@ -54,7 +61,7 @@ def _parse_content(place: str, content: Any) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise wrong_item(place, "a string or a list of text parts", content)
+        raise wrong_item(place, _EXPECTED_CONTENT, content)
     return "\n".join(_parse_part(f"{place}.{i}", part) for i, part in enumerate(content))
 
 
@@ -62,10 +69,10 @@ def _parse_part(place: str, value: Any) -> str:
     part = _object(place, value)
     kind = part.pop("type", None)
     if kind != "text":
-        raise field_error(f"{place}.type", "missing") if kind is None else wrong_item(f"{place}.type", '"text"', kind)
+        raise missing(f"{place}.type", '"text"') if kind is None else wrong_item(f"{place}.type", '"text"', kind)
     text = _string(f"{place}.text", part.pop("text", None))
     for name in part:
-        raise field_error(f"{place}.{name}", "unknown field")
+        raise unknown_field(f"{place}.{name}", name, ("type", "text"))
     return text
 
 
@@ -79,13 +86,13 @@ def _parse_calls(place: str, value: Any) -> list[dict[str, Any]]:
         function = _function(f"{place}.{i}", call)
         arguments = function.get("arguments")
         if arguments is None:
-            raise field_error(f"{place}.{i}.function.arguments", "missing")
+            raise missing(f"{place}.{i}.function.arguments", _EXPECTED_ARGUMENTS)
         try:
             parsed = json.loads(arguments) if isinstance(arguments, str) else None
         except (ValueError, RecursionError):
             parsed = None
         if not isinstance(parsed, dict):
-            raise wrong_item(f"{place}.{i}.function.arguments", "a JSON object in a string", arguments)
+            raise wrong_item(f"{place}.{i}.function.arguments", _EXPECTED_ARGUMENTS, arguments)
         calls.append({**call, "function": {**function, "arguments": parsed}})
     return calls
 
@@ -106,7 +113,7 @@ def _function(place: str, item: Mapping[str, Any]) -> dict[str, Any]:
     if item.get("type", "function") != "function":
         raise wrong_item(f"{place}.type", '"function"', item["type"])
     if item.get("function") is None:
-        raise field_error(f"{place}.function", "missing")
+        raise missing(f"{place}.function", "an object")
     function = _object(f"{place}.function", item["function"])
     _string(f"{place}.function.name", function.get("name"))
     return function
@@ -121,5 +128,5 @@ def _object(place: str, value: Any) -> dict[str, Any]:
 
 def _string(place: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise field_error(place, "missing") if value is None else wrong_item(place, "a string", value)
+        raise missing(place, "a string") if value is None else wrong_item(place, "a string", value)
     return value

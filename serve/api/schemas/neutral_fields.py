@@ -191,8 +191,9 @@ def drop_neutral(
         if name in neutral_values:
             values = neutral_values[name]
             if not any(_equal(value, neutral) for neutral in values):
-                exception = f" except as {json.dumps(values[0])}, found {quote_value(value)}" if values else ""
-                raise field_error(name, f"not supported by this server{exception}; omit the field")
+                exception = f" except as {json.dumps(values[0])}" if values else ""
+                problem = f"not supported by this server{exception}, found {quote_value(value)}; omit the field"
+                raise field_error(name, problem)
         elif name in neutral_types:
             types = neutral_types[name]
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):

@@ -19,6 +19,7 @@ class TokenizeRequest(RequestBody):
     """Read spellings of special tokens as these tokens."""
     model: ModelName | None = None
 
+    required: ClassVar = {"prompt": "a string"}
     neutral_values: ClassVar = {"return_token_strs": (False,)}
 
 
@@ -27,3 +28,5 @@ class DetokenizeRequest(RequestBody):
 
     tokens: Annotated[list[int], PlainValidator(parse_tokens, json_schema_input_type=list[int])]
     model: ModelName | None = None
+
+    required: ClassVar = {"tokens": "a list of token IDs"}

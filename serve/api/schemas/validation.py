@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from pydantic_core import PydanticCustomError
 
+from model.errors import did_you_mean
 from model.validation import expectation, sentence
 from model.wording import json_type, quote_json
 
@@ -19,9 +22,25 @@ def quote_value(value: Any) -> str:
     return json_type(value) if isinstance(value, list | dict) and value else quote_json(value)
 
 
-def field_error(field: str, problem: str) -> PydanticCustomError:
-    """Return an error that a validator of a whole model raises about one of its fields."""
-    return PydanticCustomError("field", "{problem}", {"field": field, "problem": problem})
+def field_error(place: str | tuple[str, ...], problem: str) -> PydanticCustomError:
+    """Return an error that a validator of a whole model raises about one of its fields, or about the field of a field
+    if ``place`` is a tuple of names."""
+    path = (place,) if isinstance(place, str) else place
+    return PydanticCustomError("field", "{problem}", {"path": path, "problem": problem})
+
+
+def unknown_field(
+    place: str, name: str, known: Iterable[str], counterparts: Mapping[str, str] = MappingProxyType({})
+) -> PydanticCustomError:
+    """Return an error about the field ``name`` at ``place``, with its counterpart or else the most similar known field
+    if any."""
+    suggestion = f"; did you mean '{counterparts[name]}'?" if name in counterparts else did_you_mean(name, known)
+    return field_error(place, f"unknown field{suggestion}")
+
+
+def missing(place: str, expected: str) -> PydanticCustomError:
+    """Return an error about a field that is missing or null."""
+    return field_error(place, f"missing, expected {expected}")
 
 
 def wrong(expected: str, found: Any) -> ValueError:
@@ -38,10 +57,10 @@ def describe(item: Any) -> tuple[str, str]:
     """Return the message and the outermost field of one of pydantic's errors about a JSON object."""
     path = [str(part) for part in item["loc"] if part != "body"]
     if item["type"] == "field":
-        path.append(item["ctx"]["field"])
+        path += item["ctx"]["path"]
         problem = item["ctx"]["problem"]
     elif expected := _JSON_SENTENCES.get(item["type"]) or expectation(item):
-        problem = expected if item["type"] == "missing" else f"{expected}, found {quote_value(item['input'])}"
+        problem = f"{expected}, found {quote_value(item['input'])}"
     else:
         problem = sentence(item)
     return f"{'.'.join(path)}: {problem}", path[0]

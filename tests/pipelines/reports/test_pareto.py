@@ -110,3 +110,9 @@ def test_a_report_survives_json_and_is_drawn():
     assert "text and answers (nats per token)" in drawn.axes[1].get_title()
     text = [each.get_text() for each in drawn.axes[2].texts]
     assert text == ["1  topk=0  run0", "2  topk=1  run1"]
+
+
+def test_the_front_is_drawn_as_a_staircase_from_each_point_to_the_next_larger_cache():
+    for axes in figure(report([(20.0, 0.7), (10.0, 0.5), (30.0, 0.6)])).axes[:2]:
+        [front] = [line for line in axes.get_lines() if line.get_label() == "Pareto front"]
+        assert (front.get_drawstyle(), list(front.get_xdata())) == ("steps-post", [10.0, 20.0])

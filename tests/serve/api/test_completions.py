@@ -295,9 +295,11 @@ def test_offsets_count_the_spellings_of_special_tokens_in_a_parsed_prompt(level_
 def test_a_prompt_that_the_tokenizer_cannot_encode_is_refused(byte_model, tmp_path) -> None:
     tokenizer = load_tokenizer(write_files(tmp_path, unigram("abc", unknown=False)))
     with TestClient(create_app(Engine(byte_model, tokenizer), "abc", CONFIG)) as client:
-        response = client.post("/v1/completions", json={"prompt": "abcd"})
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == "prompt" and "cannot encode 'd'" in response.text
+        for prompt, name in (("abcd", "prompt"), (["a", "abcd"], "prompt.1")):
+            response = client.post("/v1/completions", json={"prompt": prompt})
+            error = response.json()["error"]
+            assert (response.status_code, error["param"]) == (400, "prompt")
+            assert error["message"].startswith(f"{name}: ") and "cannot encode 'd'" in error["message"]
 
 
 def test_offsets_of_a_prompt_that_decodes_to_more_text(byte_model, tmp_path) -> None:

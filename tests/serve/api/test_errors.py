@@ -37,6 +37,8 @@ OK = {"prompt": "the"}
         (OK | {"max_tokens": 10**30}, "max_tokens", "the model's context of 512 tokens"),
         (OK | {"max_tokens": 512.0}, "max_tokens", "max_tokens: 512 leaves no room for a prompt"),
         (OK | {"max_tokens": 511}, "prompt", "tokens plus max_tokens 511 is"),
+        ({"prompt": ["a", "a" * 600]}, "prompt", "prompt.1: 601 tokens plus max_tokens 16 is 617"),
+        ({"prompt": [[1], [1, 38]], "n": 2}, "prompt", "prompt.1: token ID 38 is out of range"),
         (OK | {"prompt": "a" * 512, "max_tokens": 1}, "prompt", "the model's context of 512 tokens"),
         ({"prompt": [10**4000]}, "prompt", "is out of range for a vocabulary of 38"),
         (OK | {"temperature": 10**400}, "temperature", "number"),
@@ -55,12 +57,20 @@ OK = {"prompt": "the"}
         (OK | {"prompt": [10**300]}, "prompt", "token ID 1" + "0" * 48 + "…" + "0" * 49 + " is out of range"),
         (OK | {"stop": 5}, "stop", "expected a string or a list of strings, found 5"),
         (OK | {"stop": ["a", None]}, "stop", "stop.1: expected a string, found null"),
-        (OK | {"stop": ""}, "stop", "stop.0: expected 1 to 4096 characters, found 0"),
+        (OK | {"stop": ""}, "stop", "stop: expected 1 to 4096 characters, found 0"),
+        (OK | {"stop": ["a", ""]}, "stop", "stop.1: expected 1 to 4096 characters, found 0"),
         (OK | {"stop": ["a"] * 17}, "stop", "at most 16 stop strings, found 17"),
         (OK | {"logprobs": 6}, "logprobs", "at most 5"),
         (OK | {"logprobs": True}, "logprobs", "expected a whole number"),
         (OK | {"echo": "yes"}, "echo", "true or false"),
-        (OK | {"stream_options": {"include_usage": True}}, "stream_options", "allowed only if stream is true"),
+        *(
+            (
+                OK | {"stream_options": {name: True}},
+                "stream_options",
+                f"stream_options.{name}: allowed only if stream is true, found true with stream false",
+            )
+            for name in ("include_usage", "include_obfuscation")
+        ),
         (OK | {"stream": True, "stream_options": {"x": 1}}, "stream_options", "stream_options.x: unknown field"),
         (OK | {"suffix": "end"}, "suffix", 'except as "", found "end"'),
         (OK | {"frequency_penalty": 2.5}, "frequency_penalty", "at most 2"),
@@ -85,13 +95,20 @@ OK = {"prompt": "the"}
         (OK | {"stop_token_ids": [38]}, "stop_token_ids", "token ID 38 is out of range"),
         (OK | {"stop_token_ids": 5}, "stop_token_ids", "expected a list of token IDs, found 5"),
         (OK | {"stop_token_ids": [5] * 1025}, "stop_token_ids", "at most 1024 token IDs, found 1025"),
-        (OK | {"stop_token_ids": [*range(38)], "min_tokens": 1}, "stop_token_ids", "a token must remain"),
+        (OK | {"stop_token_ids": [*range(38)], "min_tokens": 1}, "stop_token_ids", "found 38 of 38 that end it"),
         (OK | {"best_of": 1, "n": 2}, "best_of", "must be at least n (2), found 1"),
-        (OK | {"best_of": 2, "stream": True}, "best_of", "not supported with stream"),
+        (OK | {"best_of": 2, "stream": True}, "best_of", "must equal n (1) if stream is true, found 2"),
         (OK | {"best_of": 129}, "best_of", "at most 128"),
         (OK | {"n": 1, "best_of": 13}, None, "asks for 13 completions, but the server accepts at most 12"),
-        (OK | {"do_sample": False}, "do_sample", "set temperature to 0"),
-        (OK | {"max_token": 5}, "max_token", "unknown field"),
+        (OK | {"do_sample": False}, "do_sample", "must be true unless temperature is 0, found false with"),
+        (OK | {"max_token": 5}, "max_token", "max_token: unknown field; did you mean 'max_tokens'?"),
+        (OK | {"messages": []}, "messages", "messages: unknown field; did you mean 'prompt'?"),
+        (OK | {"max_completion_tokens": 5}, "max_completion_tokens", "did you mean 'max_tokens'?"),
+        (
+            OK | {"stream": True, "stream_options": {"include_use": 1}},
+            "stream_options",
+            "did you mean 'include_usage'?",
+        ),
         ([OK], None, "must be a JSON object, found a list"),
         ("the", None, "must be a JSON object, found a string"),
     ],
@@ -166,7 +183,7 @@ def test_other_errors(client) -> None:
     response = client.post("/detokenize", json={"tokens": [99]})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "tokens")
     response = client.post("/tokenize", json={})
-    assert (response.status_code, response.json()["error"]["message"]) == (400, "prompt: missing")
+    assert (response.status_code, response.json()["error"]["message"]) == (400, "prompt: missing, expected a string")
 
 
 @pytest.mark.parametrize("streamed", [False, True])

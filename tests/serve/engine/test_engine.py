@@ -16,6 +16,7 @@ from serve.engine import (
     QueueFullError,
     RequestAbortedError,
     RequestError,
+    RequestFields,
     RequestTimeoutError,
     SamplingParams,
 )
@@ -299,6 +300,22 @@ def test_invalid_requests_are_refused(letters_model, letters) -> None:
         with pytest.raises(RequestError, match="token ID -1 "):
             engine.submit([([-1], SamplingParams())])
         assert engine.unfinished == 0
+
+    run(main())
+
+
+def test_a_request_larger_than_the_cache_is_refused_by_the_names_of_its_client(
+    letters_model, letters, monkeypatch
+) -> None:
+    async def main() -> None:
+        engine = Engine(letters_model, letters)
+        pages = engine.memory.pool.pages
+        monkeypatch.setattr(engine.memory, "pages_for", lambda tokens: tokens * pages // 300)
+        for limit, max_tokens, name in (("limit", 310, "limit"), ("limit", 150, "text.1"), (None, 310, "text.1")):
+            with pytest.raises(RequestError, match="cache pages, but the server has") as caught:
+                engine.submit([([0] * 200, SamplingParams(max_tokens=max_tokens))], [RequestFields("text.1", limit)])
+            assert str(caught.value).startswith(f"{name}: ")
+            assert caught.value.param == name.partition(".")[0]
 
     run(main())
 

@@ -4,6 +4,7 @@ import pytest
 
 from serve.api.schemas.completions import CompletionRequest
 from serve.api.schemas.neutral_fields import NEUTRAL_TYPES, NEUTRAL_VALUES
+from serve.api.schemas.validation import quote_value
 
 COMMON = {"prompt": "the", "max_tokens": 12, "seed": 3}
 
@@ -112,7 +113,7 @@ def test_null_means_omitted_for_every_field(client) -> None:
     assert complete(client, **body) == complete(client, seed=3, max_tokens=16)
     assert client.post("/tokenize", json={"prompt": "a", "model": None, "return_token_strs": None}).status_code == 200
     response = client.post("/tokenize", json={"prompt": None})
-    assert (response.status_code, response.json()["error"]["message"]) == (400, "prompt: missing")
+    assert (response.status_code, response.json()["error"]["message"]) == (400, "prompt: missing, expected a string")
 
 
 @pytest.mark.parametrize("name", NEUTRAL_VALUES)
@@ -122,6 +123,7 @@ def test_other_values_are_refused_by_name(client, name) -> None:
         error = response.json()["error"]
         assert (response.status_code, error["param"]) == (400, name), value
         assert error["message"].startswith(f"{name}: not supported by this server")
+        assert f", found {quote_value(value)}; omit the field" in error["message"]
 
 
 @pytest.mark.parametrize("name", NEUTRAL_TYPES)
