@@ -73,9 +73,12 @@ def test_output_between_two_lists_is_collected_for_the_interval() -> None:
 
 def test_without_an_interval_every_output_has_a_list_of_its_own() -> None:
     async def main() -> None:
-        output = Output()
-        output.put("a", "b", END)
-        assert [texts(batch) async for batch in output.stream.batches(Pace())] == [["a"], ["b"], ["end"]]
+        for outputs in (lambda stream: stream.batches(Pace()), lambda stream: stream):
+            output = Output(2)
+            output.put("a", END)
+            output.put("b", END, completion=1)
+            found = [one if isinstance(one, list) else [one] async for one in outputs(output.stream)]
+            assert [texts(batch) for batch in found] == [["a"], ["end"], ["b"], ["end"]]
 
     run(main())
 
