@@ -148,7 +148,9 @@ def test_many_streams_share_a_rate() -> None:
         for lists in batches[3:]:
             await lists.aclose()
         assert (pace.streams, pace.shared_interval) == (3, 0.03)
-        assert Pace().shared_interval == 0
+        each_alone = Pace()
+        each_alone.streams += 1000
+        assert each_alone.shared_interval == 0
         assert Pace(HOUR).shared_interval == HOUR
 
     run(main())
