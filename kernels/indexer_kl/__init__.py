@@ -1,4 +1,7 @@
-"""The loss of the lightning indexer: its divergence from the attention whose entries it selects (report 2.3.1)."""
+"""The loss of the lightning indexer: its divergence from the attention whose entries it selects.
+
+The rule is that of the DeepSeek-V3.2 report (2.1); V4's gives none.
+"""
 
 from __future__ import annotations
 
@@ -31,16 +34,15 @@ def indexer_kl(
 ) -> Tensor:
     """Return KL(teacher || softmax(scores)) over the permitted entries, averaged over queries that have any.
 
-    The teacher is the attention mass, which is normalized over the permitted entries (V3.2's rule, adapted to the joint
-    softmax). The scores are :func:`kernels.index_scores.index_scores`. ``eager`` and ``triton`` compute the gradients
-    in the forward pass, for one block of queries at a time: neither the mass nor the scores of all queries exist at
-    once.
+    The teacher is the attention mass of the joint softmax, normalized over the permitted entries. The scores are
+    :func:`kernels.index_scores.index_scores`. ``eager`` and ``triton`` compute the gradients in the forward pass, for
+    one block of queries at a time: neither the mass nor the scores of all queries exist at once.
 
     Args:
         query: float32 [B, S, h, c], index queries.
         keys: float32 [B, T, c], index keys.
         head_weights: float32 [B, S, h], already scaled.
-        mass: Attention mass of the permitted entries; 0 for others.
+        mass: Attention mass of the permitted entries. That of others has no effect.
         visible: The permitted entries of every query.
         chosen: int [B, S, K], the permitted entries in place of all ``visible`` ones, each at most once; -1 in unused
             slots. The mass is that of these slots.

@@ -36,13 +36,13 @@ def _sum(
         own = None if chosen is None else chosen[:, queries]
         permitted = visible.of(queries).mask(T) if own is None else own >= 0
         some = query[:, queries], keys, head_weights[:, queries], permitted, own
-        scores = scores_of(*some)
-        teacher = mass.of(queries)
+        scores, hidden = scores_of(*some), ~permitted
+        teacher = mass.of(queries).masked_fill(hidden, 0.0)
         target = teacher / teacher.sum(-1, keepdim=True).clamp(min=LEAST_MASS)
-        log_choice = scores.masked_fill_(~permitted, float("-inf")).log_softmax(-1).masked_fill_(~permitted, 0.0)
+        log_choice = scores.masked_fill_(hidden, float("-inf")).log_softmax(-1).masked_fill_(hidden, 0.0)
         total += (torch.xlogy(target, target) - target * log_choice).sum()
         if has_gradients:
-            upstream = (target.sum(-1, keepdim=True) * log_choice.exp_() - target).masked_fill_(~permitted, 0.0)
+            upstream = (target.sum(-1, keepdim=True) * log_choice.exp_() - target).masked_fill_(hidden, 0.0)
             of_query, of_keys, of_weights = score_gradients(upstream, *some)
             gradients[0][:, queries], gradients[2][:, queries] = of_query, of_weights
             gradients[1] += of_keys

@@ -13,7 +13,13 @@ def wants_gradients(*inputs: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
-def mean(total: Tensor, inputs: tuple[Tensor, ...], gradients: list[Tensor], visible: EntryRanges, chosen) -> Tensor:
+def mean(
+    total: Tensor,
+    inputs: tuple[Tensor, ...],
+    gradients: list[Tensor],
+    visible: EntryRanges,
+    chosen: Tensor | None,
+) -> Tensor:
     """Return the mean of a sum over queries, of those that have a permitted entry.
 
     ``gradients`` are those of the sum with respect to ``inputs``, or empty if no backward pass follows.

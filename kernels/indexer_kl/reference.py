@@ -24,7 +24,7 @@ def indexer_kl(
     """Implement :func:`kernels.indexer_kl.indexer_kl`."""
     permitted = visible.mask(keys.shape[1]) if chosen is None else chosen >= 0
     scores = index_scores(query, keys, head_weights, permitted, chosen)
-    teacher = mass.of().to(scores.dtype)
+    teacher = mass.of().to(scores.dtype).masked_fill(~permitted, 0.0)
     target = teacher / teacher.sum(-1, keepdim=True).clamp(min=LEAST_MASS)
     log_choice = scores.masked_fill(~permitted, float("-inf")).log_softmax(-1).masked_fill(~permitted, 0.0)
     divergence = (torch.xlogy(target, target) - target * log_choice).sum(-1)

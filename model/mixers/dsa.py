@@ -171,7 +171,7 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
             mass = _MassPerHead(query * self.scale, key, visible, chosen)
         aux = context.aux
         if aux is not None and mass is not None:
-            aux.losses["indexer_kl"][self.layer] = indexer_kl(*index, mass, visible, chosen)
+            aux.losses["indexer_kl"][self.layer] = indexer_kl(*index, mass, *_without_padding(visible, chosen, context))
             if aux.measure_selection:
                 teacher = _MassPerHead(query * self.scale, self.expand(rows)[0], visible)
                 measure_selection(aux, self.layer, teacher, index, visible, self.config)
@@ -243,3 +243,18 @@ def _token_ranges(context: Context, tokens: int) -> EntryRanges:
     """Return the tokens that each query may attend to: those of its document, up to itself."""
     token = torch.arange(tokens, device=context.positions.device)
     return EntryRanges(token - context.positions, (token + 1).expand(context.positions.shape))
+
+
+def _without_padding(
+    visible: EntryRanges, chosen: Tensor | None, context: Context
+) -> tuple[EntryRanges, Tensor | None]:
+    """Return the ranges and the selection without those of padding tokens.
+
+    A padding token attends to itself, but the mean of the indexer's loss must not count it.
+    """
+    if context.documents is None:
+        return visible, chosen
+    padding = ~context.documents.counted
+    if chosen is not None:
+        chosen = chosen.masked_fill(padding.unsqueeze(-1), -1)
+    return EntryRanges(visible.first, visible.end - padding.long()), chosen

@@ -26,13 +26,13 @@ def select(tokens, entries, k):
 
 
 def inputs(tokens=S, entries=T, k=None):
-    """Return the tensors, their mass, the ranges, and the chosen entries."""
+    """Return the tensors, a mass (also of entries that are not permitted), the ranges, and the chosen entries."""
     given = [torch.randn(shape) for shape in ((B, tokens, H, C), (B, entries, C), (B, tokens, H))]
     visible, chosen = ranges(tokens, entries), None if k is None else select(tokens, entries, k)
-    permitted = visible.mask(entries).expand(B, -1, -1) if chosen is None else chosen >= 0
-    mass = torch.rand(permitted.shape) * 10.0 ** torch.randint(-8, 1, permitted.shape)
+    shape = (B, tokens, entries) if chosen is None else chosen.shape
+    mass = torch.rand(shape) * 10.0 ** torch.randint(-8, 1, shape)
     mass[:, -1] *= 1e-24
-    return given, mass.masked_fill(~permitted, 0.0), visible, chosen
+    return given, mass, visible, chosen
 
 
 def run(backend, given, mass, visible, chosen, autocast=False):
@@ -85,7 +85,7 @@ def test_queries_without_an_entry_have_no_loss(backend, k):
     given, mass, _, chosen = inputs(k=k)
     nothing = EntryRanges(torch.full((1, S), 3), torch.full((1, S), 3))
     chosen = None if chosen is None else torch.full_like(chosen, -1)
-    assert not any(x.any() for x in run(backend, given, torch.zeros_like(mass), nothing, chosen))
+    assert not any(x.any() for x in run(backend, given, mass, nothing, chosen))
     empty = [given[0], given[1][:, :0], given[2]]
     nothing = EntryRanges(torch.zeros(1, S, dtype=torch.int64), torch.zeros(1, S, dtype=torch.int64))
     assert not run(backend, empty, mass[..., :0], nothing, None)[0]

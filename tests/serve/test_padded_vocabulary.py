@@ -1,4 +1,4 @@
-"""An embedding with more rows than the tokenizer has tokens: padding is neither sampled, offered nor taken."""
+"""An embedding with more rows than the tokenizer has tokens: padding is neither sampled, drafted, offered nor taken."""
 
 import asyncio
 from collections.abc import Iterator
@@ -30,7 +30,14 @@ def model(random_model_of) -> Transformer:
 
 
 @pytest.mark.parametrize("drafts", [0, 2])
-def test_padding_is_not_sampled_and_not_an_alternative(model, letters, drafts) -> None:
+def test_padding_is_not_sampled_and_not_an_alternative(model, letters, drafts, monkeypatch) -> None:
+    read, tokens_read = model.read, []  # drafts included
+
+    def recorded(input_ids, cache):
+        tokens_read.append(int(input_ids.max()))
+        return read(input_ids, cache)
+
+    monkeypatch.setattr(model, "read", recorded)
     params = [
         SamplingParams(max_tokens=40, logprobs=5, prompt_logprobs=True, ignore_eos=True, seed=seed, **settings)
         for seed, settings in enumerate(SETTINGS)
@@ -50,6 +57,7 @@ def test_padding_is_not_sampled_and_not_an_alternative(model, letters, drafts) -
         assert all(len(record.top) >= 5 and max(token for token, _ in record.top) < TOKENS for record in records)
         stats = engine.stats
         assert stats.drafted_tokens == 0 if not drafts else stats.drafted_tokens > 0
+        assert 0 < max(tokens_read) < TOKENS
         await engine.stop()
 
     asyncio.run(main())

@@ -21,10 +21,10 @@ def inputs(tokens, heads, dims, entries):
 
 
 def attention_mass(permitted):
-    """Return a random mass, 0 for other entries; some of it and all of one row's are tiny."""
+    """Return a random mass, also of entries that are not permitted; some of it and all of one row's are tiny."""
     mass = torch.rand(permitted.shape) * 10.0 ** torch.randint(-9, 1, permitted.shape)
     mass[:, -2] *= 1e-25
-    return mass.masked_fill(~permitted, 0.0)
+    return mass
 
 
 def run(backend, given, mass, visible, chosen=None):
@@ -83,7 +83,7 @@ def test_no_permitted_entry_at_all():
     given, _ = inputs(3, 2, 16, 4)
     nothing = EntryRanges(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64))
     for chosen in (None, torch.full((B, 3, 2), -1)):
-        mass = torch.zeros(B, 3, 4 if chosen is None else 2)
+        mass = torch.rand(B, 3, 4 if chosen is None else 2)
         assert not any(x.any() for x in run("triton", given, mass, nothing, chosen))
 
 

@@ -63,8 +63,9 @@ def test_every_document_comes_out_as_if_alone(layers, attention):
                 start = end
 
 
-def test_gradients_and_auxiliary_losses_are_those_of_the_documents_alone():
-    model = build(**EXACT).train()
+@pytest.mark.parametrize(("layers", "ratio"), [(("sliding", "csa", "hca", "csa"), 4), (("mla", "dsa"), 1)])
+def test_gradients_and_auxiliary_losses_are_those_of_the_documents_alone(layers, ratio):
+    model = build(layers=layers, **EXACT).train()
     documents, ids, positions = pack(LENGTHS, width=60)
 
     def gradients():
@@ -85,7 +86,7 @@ def test_gradients_and_auxiliary_losses_are_those_of_the_documents_alone():
         F.cross_entropy(model(part[None], aux=alone)[0], part, reduction="sum").backward()
         for layer, load in alone.expert_load.items():
             loads[layer] += load
-        n = max(0, len(part) - 3)  # queries that see an entry of 4 tokens
+        n = max(0, len(part) - ratio + 1)  # queries that see an entry
         if n:
             divergence += alone.losses["indexer_kl"][1].item() * n
             queries += n

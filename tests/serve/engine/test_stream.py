@@ -73,9 +73,12 @@ def test_output_between_two_lists_is_collected_for_the_interval() -> None:
 
 def test_without_an_interval_every_output_has_a_list_of_its_own() -> None:
     async def main() -> None:
-        output = Output()
-        output.put("a", "b", END)
-        assert [texts(batch) async for batch in output.stream.batches(Pace())] == [["a"], ["b"], ["end"]]
+        for outputs in (lambda stream: stream.batches(Pace()), lambda stream: stream):
+            output = Output(2)
+            output.put("a", END)
+            output.put("b", END, completion=1)
+            found = [one if isinstance(one, list) else [one] async for one in outputs(output.stream)]
+            assert [texts(batch) for batch in found] == [["a"], ["end"], ["b"], ["end"]]
 
     run(main())
 
@@ -145,7 +148,9 @@ def test_many_streams_share_a_rate() -> None:
         for lists in batches[3:]:
             await lists.aclose()
         assert (pace.streams, pace.shared_interval) == (3, 0.03)
-        assert Pace().shared_interval == 0
+        each_alone = Pace()
+        each_alone.streams += 1000
+        assert each_alone.shared_interval == 0
         assert Pace(HOUR).shared_interval == HOUR
 
     run(main())
