@@ -270,20 +270,27 @@ class ModelConfig:
         return -(-64 // common) * common
 
 
-def _complete_options(config: ModelConfig) -> dict[str, dict[str, Any]]:
-    """Return ``mixer_options`` with the defaults of every mixer in use filled in."""
-    given = config.mixer_options
+def check_option_names(given: Any, prefix: str = "") -> None:
+    """Raise ConfigError for ``mixer_options`` of an unknown mixer, and for unknown options. ``prefix`` precedes the
+    field's name in messages."""
+    field = f"{prefix}mixer_options"
     if not isinstance(given, Mapping):
-        raise ConfigError(f"mixer_options: expected a mapping, found {quote(given)}")
+        raise ConfigError(f"{field}: expected a mapping, found {quote(given)}")
     for name, values in given.items():
         if name not in MIXERS:
-            raise ConfigError(f"mixer_options.{name}: unknown mixer; there are {', '.join(MIXERS)}")
+            raise ConfigError(f"{field}.{name}: unknown mixer; there are {', '.join(MIXERS)}")
         if not isinstance(values, Mapping):
-            raise ConfigError(f"mixer_options.{name}: expected a mapping, found {quote(values)}")
+            raise ConfigError(f"{field}.{name}: expected a mapping, found {quote(values)}")
         for key in values:
             if key not in MIXERS[name].options:
                 known = ", ".join(MIXERS[name].options) or "none"
-                raise ConfigError(f"mixer_options.{name}.{key}: unknown option; there are {known}")
+                raise ConfigError(f"{field}.{name}.{key}: unknown option; there are {known}")
+
+
+def _complete_options(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """Return ``mixer_options`` with the defaults of every mixer in use filled in."""
+    given = config.mixer_options
+    check_option_names(given)
     used = [mixer for mixer in dict.fromkeys(config.block_mixers) if mixer.options]
     filled = {mixer.name: {**mixer.options, **given.get(mixer.name, {})} for mixer in used}
     # JSON knows no tuples: with lists, a configuration equals the one that is read back from a checkpoint.

@@ -24,6 +24,7 @@ from pipelines.recipe.loading import load_recipe, read_yaml, with_overrides
 from pipelines.recipe.overrides import parse_override
 from pipelines.recipe.paths import check_creatable, path_option
 from pipelines.recipe.schema import Recipe
+from pipelines.recipe.section import check_distinct
 from pipelines.reports.budget import Budget, budget_of
 from pipelines.reports.budget_tables import print_budget
 from pipelines.reports.cache_measurement import measure_cache
@@ -177,13 +178,14 @@ def _report(
 
 def _parse_families(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
-    for place, name in enumerate(names):
+    for name in names:
         if name not in COMPARED:
             always = "; SSA is in every comparison" if name.lower() == "ssa" else ""
             raise ConfigError(f"--against: '{name}' is not one of {', '.join(COMPARED)}{always}")
-        if name in names[:place]:
-            raise ConfigError(f"--against: names '{name}' twice")
-    return names
+    try:
+        return check_distinct(names)
+    except ValueError as error:
+        raise ConfigError(f"--against: {error}") from None
 
 
 def _parse_density(text: str | None) -> float:
