@@ -21,6 +21,7 @@ from model.hf import is_pretrained, read_pretrained_config
 from model.presets import PRESETS
 from model.wording import quote
 from pipelines.recipe.loading import load_recipe, read_yaml, with_overrides
+from pipelines.recipe.messages import naming
 from pipelines.recipe.overrides import parse_override
 from pipelines.recipe.paths import check_creatable, path_option
 from pipelines.recipe.schema import Recipe
@@ -85,7 +86,11 @@ def load(options: argparse.Namespace, files: Sequence[Path], overrides: Sequence
     if {"model.preset", "model.depth", *(["model.family"] if not scales else [])} & set(changes):
         raise ConfigError(f"command line: --model {options.model} is already a starting point, give no second one")
     family = changes.pop("model.family", "v4")
-    model = _named_model(options.model, family) if path is None else _read_model(path)
+    if path is None:
+        model = _named_model(options.model, family)
+    else:
+        with naming("--model"):
+            model = _read_model(path)
     return with_overrides(load_recipe([]).model_copy(update={"model": model}), changes)
 
 
@@ -118,7 +123,7 @@ def _read_model(path: Path) -> ModelConfig:
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
     raise ConfigError(
-        f"--model: '{path}' is no preset ({', '.join(PRESETS)}), no depth:N, no recipe file and no checkpoint folder"
+        f"'{path}' is no preset ({', '.join(PRESETS)}), no depth:N, no recipe file and no checkpoint folder"
     )
 
 
