@@ -7,8 +7,8 @@ import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from model.config import check_option_names
 from model.errors import ConfigError, unknown_key
+from model.mixers.given_options import check_option_names
 from pipelines.recipe.schema import Recipe
 
 
@@ -46,7 +46,10 @@ def check_key(key: str) -> None:
     if inner and is_single(annotation):
         raise ConfigError(f"{key}: {reached} is a single value, without settings in it")
     if inner and reached == "model.mixer_options":
-        check_option_names({inner[0]: dict.fromkeys(inner[1:2])}, "model.")
+        try:
+            check_option_names({inner[0]: dict.fromkeys(inner[1:2])})
+        except ConfigError as error:
+            raise ConfigError(f"model.{error}") from None
 
 
 def type_of(key: str) -> Any:
