@@ -160,6 +160,21 @@ def test_tracking_uris_are_checked_when_the_recipe_is_read(home):
             load_recipe([], [f"tracking.uri={uri}"])
 
 
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("ftp://user:secret@x", "begins with one of http://, .*, mssql://, found 'ftp://x'"),
+        ("/some/folder", "begins with one of .*, found '/some/folder'"),
+        ("sqlite://", "names a file, such as sqlite:///path/of/mlflow.db, found 'sqlite://'"),
+        ("sqlite:///:memory:", "names a file, .*, found 'sqlite:///:memory:'"),
+        ("http://", "names a host, found 'http://'"),
+    ],
+)
+def test_a_tracking_uri_of_no_store_is_refused_when_the_recipe_is_read(uri, expected):
+    with pytest.raises(ConfigError, match=rf"^tracking\.uri: expected a URI that {expected}$"):
+        load_recipe([], [f"tracking.uri={uri}"])
+
+
 @pytest.mark.parametrize("uri", ["models:/", "models:/x", "models:/x@", "models:/x/y", "models:x@y", "models:/x@y/z"])
 def test_a_malformed_model_uri_is_refused_when_the_recipe_is_read(uri):
     with pytest.raises(ConfigError, match=r"serve\.model_uri: expected models:/<name>@<alias>"):
