@@ -103,10 +103,12 @@ def _parse_model_uri(value: Any) -> str:
 def _parse_tracking_uri(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError("expected a URI")
+    if not value.isprintable() or " " in value:
+        raise ValueError(f"expected a URI without spaces, found {quote(without_password(value))}")
+    check_tracking_uri(value)
     home = re.fullmatch(r"sqlite:///(~[^/]*)(/.*)", value)
     if home:
-        value = sqlite_uri(_resolve(home[1]) + unquote(home[2]))
-    check_tracking_uri(value)
+        return sqlite_uri(_resolve(home[1]) + unquote(home[2]))
     return value
 
 
@@ -119,8 +121,6 @@ def check_tracking_uri(uri: str) -> None:
 
 def _tracking_problem(uri: str) -> str | None:
     """Return what is expected of a tracking URI, or None if ``uri`` is one."""
-    if not uri.isprintable() or " " in uri:
-        return "expected a URI without spaces"
     try:
         parts = urlsplit(uri)
         named = parts.port is None or bool(parts.hostname)

@@ -130,7 +130,7 @@ def test_the_keys_cover_the_recipe():
     assert len([key for key in KEYS if numbers(value_of(key))]) > 60
 
 
-@pytest.mark.parametrize("key", TEXT_KEYS)
+@pytest.mark.parametrize("key", [key for key in TEXT_KEYS if not key.startswith("train.stages.")])
 @pytest.mark.parametrize(
     "value", ["data", "~nobody-here", "s3://b", "ftp://b/c", "models:/x", "a b/c", "latest", "\x1b["]
 )

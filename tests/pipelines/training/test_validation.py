@@ -49,7 +49,7 @@ def test_the_names_of_the_metrics_are_known_before_a_training(prepared, changes)
     for kinds in (["text", "mqar", "needle"], ["text"]):
         trainer._validation = {kind: batches for kind, batches in trainer._validation.items() if kind in kinds}
         names = metric_names(trainer.model.config, kinds, recipe.data.sequence_length)
-        assert sorted(trainer.validate()) == sorted(names)
+        assert {name for name in trainer.validate() if name.startswith("validation/")} == set(names)
 
 
 def test_an_answer_counts_only_whole():
