@@ -19,6 +19,7 @@ from model.depth import depth_values
 from model.errors import ConfigError, unknown_key
 from model.mixers import MIXERS
 from model.mixers.base import Mixer, require
+from model.mixers.given_options import complete_options
 from model.mixers.options import is_number
 from model.presets import PRESETS
 from model.wording import TYPE_NAMES, quote
@@ -151,7 +152,7 @@ class ModelConfig:
             raise ConfigError(f"layers: expected a list of mixer names, found {quote(self.layers)}")
         object.__setattr__(self, "layers", tuple(self.layers))
         _check_types(self)
-        object.__setattr__(self, "mixer_options", _complete_options(self))
+        object.__setattr__(self, "mixer_options", complete_options(self.mixer_options, self.block_mixers))
         _validate(self)
 
     # --- construction
@@ -270,29 +271,6 @@ class ModelConfig:
         parts = [part for mixer in set(self.mixers) for part in mixer.cache_parts(self).values()]
         common = math.lcm(*(part.ratio for part in parts if isinstance(part, GrowingPart)))
         return -(-64 // common) * common
-
-
-def _complete_options(config: ModelConfig) -> dict[str, dict[str, Any]]:
-    """Return ``mixer_options`` with the defaults of every mixer in use filled in."""
-    given = config.mixer_options
-    if not isinstance(given, Mapping):
-        raise ConfigError(f"mixer_options: expected a mapping, found {quote(given)}")
-    for name, values in given.items():
-        if name not in MIXERS:
-            raise ConfigError(f"mixer_options.{name}: unknown mixer; there are {', '.join(MIXERS)}")
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"mixer_options.{name}: expected a mapping, found {quote(values)}")
-        for key in values:
-            if key not in MIXERS[name].options:
-                known = ", ".join(MIXERS[name].options) or "none"
-                raise ConfigError(f"mixer_options.{name}.{key}: unknown option; there are {known}")
-    used = [mixer for mixer in dict.fromkeys(config.block_mixers) if mixer.options]
-    filled = {mixer.name: {**mixer.options, **given.get(mixer.name, {})} for mixer in used}
-    # JSON knows no tuples: with lists, a configuration equals the one that is read back from a checkpoint.
-    return {
-        name: {key: list(value) if isinstance(value, list | tuple) else value for key, value in values.items()}
-        for name, values in filled.items()
-    }
 
 
 def _check_types(config: ModelConfig) -> None:

@@ -53,8 +53,15 @@ class Mixer(nn.Module):
     # --- declarations
 
     @classmethod
+    def check_options(cls, options: Mapping[str, Any], key: str) -> None:
+        """Raise ConfigError for a value that is wrong in every configuration. Also called without a layer of the mixer.
+
+        ``options`` are complete. ``key`` precedes their names in messages.
+        """
+
+    @classmethod
     def check(cls, config: ModelConfig) -> None:
-        """Raise ConfigError if the configuration does not allow this mixer."""
+        """Raise ConfigError if the configuration does not allow this mixer. Its options have been checked alone."""
 
     @classmethod
     def check_length(cls, config: ModelConfig, tokens: int) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,10 +62,13 @@ class GroupedQueryAttention(Mixer):
         return EntryLayout(2 * config.num_kv_heads * config.head_dim, config.gqa_format)
 
     @classmethod
+    def check_options(cls, options: Mapping[str, Any], key: str) -> None:
+        check_count(f"{key}.conv_kernel", options["conv_kernel"], least=2, optional=True)
+
+    @classmethod
     def check(cls, config: ModelConfig) -> None:
         heads, kv_heads = config.num_heads, config.num_kv_heads
         require(heads % kv_heads == 0, f"num_heads: {heads} query heads do not divide into num_kv_heads {kv_heads}")
-        check_count(f"mixer_options.{cls.name}.conv_kernel", cls.conv_kernel(config), least=2, optional=True)
 
     @classmethod
     def conv_kernel(cls, config: ModelConfig) -> int | None:

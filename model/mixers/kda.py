@@ -13,7 +13,8 @@ the published weights:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -81,23 +82,24 @@ class KimiDeltaAttention(RecurrentMixer):
         return (config.hidden_size // head_dim if heads is None else heads), head_dim
 
     @classmethod
-    def check(cls, config: ModelConfig) -> None:
-        o, key = config.mixer_options[cls.name], f"mixer_options.{cls.name}"
-        check_count(f"{key}.head_dim", o["head_dim"])
-        if o["num_heads"] is None:
-            require(
-                config.hidden_size % o["head_dim"] == 0,
-                f"{key}.head_dim: expected a divisor of hidden_size {config.hidden_size} because num_heads is not "
-                f"given, found {o['head_dim']}",
-            )
-        else:
-            check_count(f"{key}.num_heads", o["num_heads"])
-        chunk = o["chunk_size"]
+    def check_options(cls, options: Mapping[str, Any], key: str) -> None:
+        super().check_options(options, key)
+        check_count(f"{key}.head_dim", options["head_dim"])
+        check_count(f"{key}.num_heads", options["num_heads"], optional=True)
+        chunk = options["chunk_size"]
         require(
             type(chunk) is int and 1 <= chunk < 1 << 31 and chunk.bit_count() == 1,
             f"{key}.chunk_size: expected a power of two, found {quote(chunk)}",
         )
-        super().check(config)
+
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        o = config.mixer_options[cls.name]
+        require(
+            o["num_heads"] is not None or config.hidden_size % o["head_dim"] == 0,
+            f"mixer_options.{cls.name}.head_dim: expected a divisor of hidden_size {config.hidden_size} because "
+            f"num_heads is not given, found {o['head_dim']}",
+        )
 
     @classmethod
     def state_shape(cls, config: ModelConfig) -> tuple[int, int, int]:

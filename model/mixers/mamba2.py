@@ -7,6 +7,7 @@ softplus.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -100,21 +101,19 @@ class Mamba2(RecurrentMixer):
         return Shape(heads, o["head_dim"], o["n_groups"], o["state_size"])
 
     @classmethod
-    def check(cls, config: ModelConfig) -> None:
-        o = config.mixer_options[cls.name]
-        key = f"mixer_options.{cls.name}"
+    def check_options(cls, options: Mapping[str, Any], key: str) -> None:
+        super().check_options(options, key)
         for name in ("head_dim", "state_size", "n_groups", "chunk_size"):
-            check_count(f"{key}.{name}", o[name])
-        check_flag(f"{key}.use_conv_bias", o["use_conv_bias"])
-        super().check(config)
-        cls._check_steps(key, o)
-        cls._check_heads(key, o, config.hidden_size)
-
-    @staticmethod
-    def _check_steps(key: str, o: Any) -> None:
-        low, high, limit = o["time_step_min"], o["time_step_max"], o["time_step_limit"]
-        require(is_number(low) and low > 0, f"{key}.time_step_min: expected a number above 0, found {quote(low)}")
-        check_number(f"{key}.time_step_max", high, least=low)
+            check_count(f"{key}.{name}", options[name])
+        check_count(f"{key}.num_heads", options["num_heads"], optional=True)
+        check_flag(f"{key}.use_conv_bias", options["use_conv_bias"])
+        for name in ("expand", "time_step_min", "time_step_max"):
+            value = options[name]
+            require(
+                (value is None and name == "expand") or (is_number(value) and value > 0),
+                f"{key}.{name}: expected a number above 0, found {quote(value)}",
+            )
+        limit = options["time_step_limit"]
         pair = isinstance(limit, list) and len(limit) == 2 and is_number(limit[0]) and limit[0] >= 0
         require(
             pair and (limit[1] is None or (is_number(limit[1]) and limit[1] > limit[0])),
@@ -122,16 +121,20 @@ class Mamba2(RecurrentMixer):
             f"found {quote(limit)}",
         )
 
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        o, key = config.mixer_options[cls.name], f"mixer_options.{cls.name}"
+        check_number(f"{key}.time_step_max", o["time_step_max"], least=o["time_step_min"])
+        cls._check_heads(key, o, config.hidden_size)
+
     @staticmethod
     def _check_heads(key: str, o: Any, hidden: int) -> None:
         expand, heads, head_dim, groups = (o[name] for name in ("expand", "num_heads", "head_dim", "n_groups"))
         require(
-            expand is None or (is_number(expand) and expand > 0 and float(hidden * expand).is_integer()),
+            expand is None or float(hidden * expand).is_integer(),
             f"{key}.expand: expected a number above 0 that makes hidden_size {hidden} a whole number, "
             f"found {quote(expand)}",
         )
-        if heads is not None:
-            check_count(f"{key}.num_heads", heads)
         inner = int(hidden * (EXPAND if expand is None else expand))
         if heads is None:
             require(inner % head_dim == 0, f"{key}.head_dim: expected a divisor of {inner} channels, found {head_dim}")

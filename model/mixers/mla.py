@@ -9,6 +9,7 @@ sequences are attended to with the keys and values of every head, which are narr
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -110,19 +111,27 @@ class MultiHeadLatentAttention(Mixer):
         return EntryLayout(sizes.kv_lora_rank, config.kv_format, sizes.qk_rope_head_dim, config.rope_format)
 
     @classmethod
-    def check(cls, config: ModelConfig) -> None:
-        sizes, key = cls.sizes(config), f"mixer_options.{cls.name}"
+    def check_options(cls, options: Mapping[str, Any], key: str) -> None:
+        sizes = Sizes(**options)
         check_flag(f"{key}.rope", sizes.rope)
         check_count(f"{key}.q_lora_rank", sizes.q_lora_rank, optional=cls.direct_queries)
         for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
             check_count(f"{key}.{name}", getattr(sizes, name))
-        rope_dims, least = sizes.qk_rope_head_dim, 2 if sizes.rope else 0
+        rope_dims = sizes.qk_rope_head_dim
         require(
-            type(rope_dims) is int and least <= rope_dims < 1 << 31 and rope_dims % 2 == 0,
-            f"{key}.qk_rope_head_dim: expected an even number of at least {least}, found {quote(rope_dims)}",
+            type(rope_dims) is int and 0 <= rope_dims < 1 << 31 and rope_dims % 2 == 0,
+            f"{key}.qk_rope_head_dim: expected an even number of at least 0, found {quote(rope_dims)}",
         )
         for name in ("mscale", "mscale_all_dim"):
             check_number(f"{key}.{name}", getattr(sizes, name))
+
+    @classmethod
+    def check(cls, config: ModelConfig) -> None:
+        sizes, key = cls.sizes(config), f"mixer_options.{cls.name}"
+        require(
+            sizes.qk_rope_head_dim > 0 or not sizes.rope,
+            f"{key}.qk_rope_head_dim: expected an even number of at least 2, found 0",
+        )
         bits = FORMAT_BITS[config.kv_format]
         unit = FORMAT_BITS[config.rope_format] if sizes.qk_rope_head_dim else 8
         require(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,10 +51,9 @@ class RecurrentMixer(Mixer):
         raise TypeError(f"{cls.__name__} defines no convolved_channels")
 
     @classmethod
-    def check(cls, config: ModelConfig) -> None:
-        o, key = config.mixer_options[cls.name], f"mixer_options.{cls.name}"
-        check_count(f"{key}.conv_kernel", o["conv_kernel"], least=2)
-        state_format = o["state_format"]
+    def check_options(cls, options: Mapping[str, Any], key: str) -> None:
+        check_count(f"{key}.conv_kernel", options["conv_kernel"], least=2)
+        state_format = options["state_format"]
         if not isinstance(state_format, str) or state_format not in STATE_FORMATS:
             known = ", ".join(STATE_FORMATS)
             raise ConfigError(f"{key}.state_format: expected one of {known}, found {quote(state_format)}")

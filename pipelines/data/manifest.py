@@ -97,7 +97,8 @@ def read_manifest(folder: str | Path, verify: bool = False) -> Manifest:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; run the prepare step first") from error
+        advice = "run the prepare step first, or correct run.folder or data.name"
+        raise DataError(f"{path}: {error.strerror}; {advice}") from error
     try:
         version = _FormatVersion.model_validate_json(content).format
         if version != FORMAT_VERSION:

@@ -47,17 +47,16 @@ def _open(name: str, path: Path) -> SourceFile:
     """Check that ``path`` is a file of a known kind that can be opened, before anything is read."""
     name = _printable(name)
     if path.suffix.lower() not in SUFFIXES:
-        raise DataError(
-            f"{name}: unsupported suffix '{_printable(path.suffix)}'; sources are {', '.join(SUFFIXES)} files"
-        )
+        suffix = _printable(path.suffix)
+        raise DataError(f"data.sources: {name}: unsupported suffix '{suffix}'; sources are {', '.join(SUFFIXES)} files")
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
-            raise DataError(f"{name}: is not a regular file")
+            raise DataError(f"data.sources: {name}: is not a regular file")
         with path.open("rb"):
             return SourceFile(name, path, status.st_size)
     except OSError as error:
-        raise DataError(f"{name}: cannot be read ({error.strerror})") from error
+        raise DataError(f"data.sources: {name}: cannot be read ({error.strerror})") from error
 
 
 def _printable(name: str) -> str:
@@ -72,7 +71,7 @@ def _find_stdlib() -> dict[str, Path]:
         f"stdlib/{path.as_posix()}": root / path for path in relative_paths if STDLIB_SKIPPED.isdisjoint(path.parts)
     }
     if not found:
-        raise DataError(f"{root}: has no source files of the standard library; set data.sources")
+        raise DataError(f"data.sources: is empty, and {root} has no source files of the standard library")
     return found
 
 

@@ -28,7 +28,7 @@ from pipelines.recipe.schema import Recipe
 from pipelines.reports.counting import time_left
 from pipelines.reports.statistics import too_few
 from pipelines.tracking.lineage import dataset_input
-from pipelines.tracking.mlflow_store import TrackedRun, open_tracking
+from pipelines.tracking.mlflow_store import TrackedRun, attach, open_tracking
 from pipelines.tracking.run_folder import bind, lock_run_folder
 from pipelines.training import compute_dtype
 from pipelines.training.curriculum import check_fills_batch, curriculum
@@ -181,12 +181,14 @@ def open_experiment(step: str, recipe: Recipe, section: Any, arms: Sequence[Arm]
     tracking = open_tracking(recipe)
     folder = recipe.experiments_folder / section.name
     with lock_run_folder(folder, recipe, ("data",), f"{step}.name") as known_run:
-        tracked = tracking.start_run(section.name, kind=step, recipe=recipe, run_id=known_run)
-        bind(folder, tracked)
-        with tracked, ray_session(num_cpus=local_cpus()):
+        if known_run is not None:
+            attach(tracking.uri, known_run)  # raises for a run that does not exist
+        with ray_session(num_cpus=local_cpus()):  # if Ray does not start, the run stays as it was
             require_resources(f"{step}.cpus_per_trial", section.cpus_per_trial, 1.0 if recipe.train.use_gpu else 0.0)
-            tracked.log_dataset(dataset_input(recipe.data_folder, manifest, "training"))
-            yield Experiment(step, section.name, section, recipe, tracked)
+            with tracking.start_run(section.name, kind=step, recipe=recipe, run_id=known_run) as tracked:
+                bind(folder, tracked)
+                tracked.log_dataset(dataset_input(recipe.data_folder, manifest, "training"))
+                yield Experiment(step, section.name, section, recipe, tracked)
 
 
 def _check_arm(step: str, arm: Arm, manifest: Manifest) -> None:

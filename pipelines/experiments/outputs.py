@@ -86,7 +86,24 @@ def quick(recipe: Recipe) -> Recipe:
 
 def command_line(step: str) -> str:
     """Return the command of this process, or the step's name where another program runs the step."""
-    arguments = sys.argv[1:] if Path(sys.argv[0]).parts[-2:] == ("pipelines", "__main__.py") else [step]
+    return _to_command(_arguments() or [step])
+
+
+def command_of(step: str) -> str:
+    """Return the command of another ``step`` with the recipe files and settings of this process."""
+    arguments = _arguments() or [step]
+    place = 0  # of the step, which options and their values may precede
+    while arguments[place].startswith("-"):
+        place += 1 if "=" in arguments[place] else 2
+    return _to_command([*arguments[:place], step, *arguments[place + 1 :]])
+
+
+def _arguments() -> list[str]:
+    """Return the arguments of this process, none where another program runs the step."""
+    return sys.argv[1:] if Path(sys.argv[0]).parts[-2:] == ("pipelines", "__main__.py") else []
+
+
+def _to_command(arguments: Sequence[str]) -> str:
     return shlex.join(["python", "-m", "pipelines", *arguments])
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from evals.documents import task_class
+from evals.documents import TASKS, task_class
 from model import checkpoint
 from model.errors import ConfigError
 from model.tokenizer import load_tokenizer
@@ -72,7 +72,9 @@ def check_tasks(recipe: Recipe, network: Path | None = None) -> None:
 
 def fewest_samples(recipe: Recipe) -> int:
     """Return the number of documents that every task of the evaluate section accepts. Raises ConfigError."""
-    tasks = [task_class(name).create(recipe.data.settings_of(name), recipe.model) for name in recipe.evaluate.tasks]
+    names = recipe.evaluate.tasks
+    with _named_keys():
+        tasks = [task_class(name).create(recipe.data.settings_of(name), recipe.model) for name in names]
     return max(task.fewest_samples for task in tasks)
 
 
@@ -93,8 +95,15 @@ def _documents(recipe: Recipe, tasks: Sequence[str], lengths: Sequence[int]) -> 
 
 @contextmanager
 def _named_keys() -> Iterator[None]:
-    """Name the recipe's key in errors. Tasks know one length of evaluate.lengths, by their own name."""
+    """Name the recipe's key in errors. Tasks know one of ``evaluate.lengths`` and of ``evaluate.depths``."""
     try:
         yield
     except ConfigError as error:
-        raise ConfigError(re.sub("^length:", "evaluate.lengths:", str(error))) from error
+        named = re.match(r"(?:(\w+): )?(tasks|length|depth|samples|distance)s?\b", str(error))
+        if named is not None:
+            key = {"length": "lengths", "depth": "depths"}.get(named[2], named[2])
+            reason = str(error) if named[1] else str(error)[named.end() :].lstrip(": ")
+            raise ConfigError(f"evaluate.{key}: {reason}") from error
+        if str(error).partition(":")[0] in TASKS:
+            raise name_setting(error) from error
+        raise

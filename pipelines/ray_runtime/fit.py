@@ -39,6 +39,13 @@ def has_begun(storage: Path) -> bool:
     return (storage / RAY_RUN / checkpoint_index.INDEX).exists()
 
 
+def require_workers(recipe: Recipe) -> None:
+    """Raise ConfigError if the cluster has fewer resources than the workers of a training need."""
+    train = recipe.train
+    require_resources("train.workers", train.workers * train.cpus_per_worker + 1)  # one reads the data
+    require_resources("train.use_gpu", 0, train.workers if train.use_gpu else 0)
+
+
 def fit(
     recipe: Recipe,
     tracked: TrackedRun,
@@ -48,12 +55,10 @@ def fit(
 ) -> tuple[dict[str, float], ray.train.Checkpoint]:
     """Train on Ray Train workers with checkpoints under ``storage``, resuming from the last one there.
 
-    Return the metrics and the checkpoint of the last report. Raises FiftyfoldError.
+    Return the metrics and the checkpoint of the last report. Raises FiftyfoldError. Resources that the cluster does not
+    have are waited for forever (:func:`require_workers`).
     """
     train = recipe.train
-    cpus = train.workers * train.cpus_per_worker + 1  # one reads the data
-    require_resources("train.workers", cpus)
-    require_resources("train.use_gpu", 0, train.workers if train.use_gpu else 0)
     kept = checkpoint_index.repair(storage / RAY_RUN)
     if kept is not None:
         print(f"{recipe.run.name}: repaired the checkpoint index (truncated, or checkpoints deleted); {kept} remain")

@@ -14,7 +14,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from pipelines.data.manifest import read_manifest
 from pipelines.ray_runtime.event_forwarder import try_log
 from pipelines.ray_runtime.event_queue import TrainEvent
-from pipelines.ray_runtime.fit import fit
+from pipelines.ray_runtime.fit import fit, require_workers
 from pipelines.recipe.experiments import Setting
 from pipelines.recipe.loading import recipe_from_dict, with_overrides
 from pipelines.recipe.schema import Recipe
@@ -59,6 +59,7 @@ def run_trial(
         if sweep_recipe.sweep.in_process:
             _train_in_process(own, tracked)
             return
+        require_workers(own)
         quiet = TrainingProgress(trial_id, total_steps(own), quiet=True)
         storage = trial_storage(sweep_recipe, trial_id)
         metrics, last = fit(own, tracked, quiet, storage, [TuneReportCallback()])

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 
-from model.wording import quote
-from pipelines.recipe.section import MAX_LENGTH, Section
+from pipelines.recipe.section import MAX_LENGTH, Distinct, Section
 from pipelines.recipe.text_types import Name, RecipeKey, Text
 
 _Integer = Annotated[int, Field(strict=True)]
+_Positive = Annotated[float, Field(gt=0)]
 
 
 def _check_setting(value: Any) -> Any:
@@ -62,7 +62,7 @@ Setting = Annotated[bool | int | float | str | list[str], BeforeValidator(_check
 """A value of a recipe key that a sweep can try. A list of names is a layer schedule."""
 
 
-_SETTINGS = TypeAdapter(list[Setting])
+_SETTINGS: TypeAdapter[list[Setting]] = TypeAdapter(Annotated[list[Setting], Field(min_length=1), Distinct])
 
 
 def _read_values(values: Any) -> list[Setting] | Range:
@@ -91,7 +91,7 @@ class SweepSection(Section):
     """Dotted recipe keys to change in every trial, e.g. for a shorter curriculum."""
     in_process: bool = True
     """Train in the trial's own process. False gives each trial Ray Train workers of its own."""
-    cpus_per_trial: Annotated[float, Field(gt=0)] = 1.0
+    cpus_per_trial: _Positive = 1.0
     """CPUs of a trial that trains in its own process."""
     max_concurrent: Annotated[int, Field(ge=1)] | None = None
     """Maximum number of trials at a time. None fills the cluster, or this machine's cores."""
@@ -102,34 +102,25 @@ class SweepSection(Section):
     mode: Literal["min", "max"] = "min"
     evaluate_front: bool = False
     """Score the points on the Pareto front on the tasks and lengths of the evaluate section, for the verdict."""
-    max_cache_bytes_per_token: Annotated[float, Field(gt=0)] | None = None
+    max_cache_bytes_per_token: _Positive | None = None
     """Cache budget of the winner. None sets no budget. Refused, before any trial, if no point of the space fits."""
 
 
 class ExperimentSection(Section):
     """Settings of a comparison of arms, each an own recipe that is trained with several seeds."""
 
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1)] = (0, 1, 2)
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1), Distinct] = (0, 1, 2)
     """Seeds of the weights and of the order of the data. The first one selects the learning rates. Intervals and tests
     need three."""
-    rates: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (0.25, 0.5, 1.0, 2.0, 4.0)
+    rates: Annotated[tuple[_Positive, ...], Field(min_length=1), Distinct] = (0.25, 0.5, 1.0, 2.0, 4.0)
     """Multiples of the recipe's learning rates (``learning_rate``, ``adamw_learning_rate`` and
     ``indexer_learning_rate``) to try. The same for every arm."""
     further_rates: Annotated[int, Field(ge=0)] = 2
     """Maximum number of rates to try beyond the edge of ``rates``, if an arm's best rate is there. Each is as far from
     the edge as the edge from its neighbor."""
-    cpus_per_trial: Annotated[float, Field(gt=0)] = 1.0
+    cpus_per_trial: _Positive = 1.0
     max_concurrent: Annotated[int, Field(ge=1)] | None = None
     """Maximum number of trainings at a time. None fills the cluster, or this machine's cores."""
-
-    @model_validator(mode="after")
-    def _check_distinct(self) -> Self:
-        for name in ("seeds", "rates"):
-            values = getattr(self, name)
-            for place, value in enumerate(values):
-                if value in values[:place]:
-                    raise ValueError(f"{name}: has the value {quote(value)} twice")
-        return self
 
 
 Choice = Literal["attention", "precision", "muon", "hyper_connections", "qat"]

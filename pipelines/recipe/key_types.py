@@ -7,6 +7,8 @@ import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from model.errors import ConfigError, unknown_key
+from model.mixers.given_options import check_option_names
 from pipelines.recipe.schema import Recipe
 
 
@@ -25,6 +27,29 @@ def find_section(location: tuple[int | str, ...]) -> Any:
         candidates = (found, *get_args(found), *(inner for outer in get_args(found) for inner in get_args(outer)))
         section = next((each for each in candidates if isinstance(each, type) and fields_of(each)), None)
     return section
+
+
+def check_key(key: str) -> None:
+    """Raise ConfigError for a dotted key that no recipe has. Keys within mappings and lists are not known."""
+    section: Any = Recipe
+    parts = key.split(".")
+    for place, part in enumerate(parts):
+        known = fields_of(section)
+        if part not in known:
+            raise ConfigError(unknown_key(".".join(parts[: place + 1]), part, known))
+        annotation = known[part]
+        section = next((each for each in _alternatives(annotation) if fields_of(each)), None)
+        if section is None:
+            break
+    reached = ".".join(parts[: place + 1])
+    inner = parts[place + 1 :]
+    if inner and is_single(annotation):
+        raise ConfigError(f"{key}: {reached} is a single value, without settings in it")
+    if inner and reached == "model.mixer_options":
+        try:
+            check_option_names({inner[0]: dict.fromkeys(inner[1:2])})
+        except ConfigError as error:
+            raise ConfigError(f"model.{error}") from None
 
 
 def type_of(key: str) -> Any:

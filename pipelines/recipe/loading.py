@@ -18,7 +18,7 @@ from model.errors import ConfigError
 from model.wording import quote
 from pipelines import RAY_JOB_VARIABLE
 from pipelines.recipe.experiments import Range
-from pipelines.recipe.key_types import is_path, is_single, type_of
+from pipelines.recipe.key_types import check_key, is_path, is_single, type_of
 from pipelines.recipe.keys import get_key, merge, set_key
 from pipelines.recipe.messages import describe_errors, with_suggestion
 from pipelines.recipe.overrides import nested
@@ -76,7 +76,7 @@ def recipe_from_dict(values: Any) -> Recipe:
         raise ConfigError(describe_errors(error)) from None
     except ConfigError as error:
         raise ConfigError(with_suggestion(str(error))) from None
-    _check_space(recipe)
+    _check_keys(recipe)
     if not recipe.run.folder.is_absolute() and RAY_JOB_VARIABLE in os.environ:
         raise ConfigError(
             f"run.folder: '{recipe.run.folder}' is relative, but a submitted job runs in a temporary copy of the "
@@ -93,13 +93,23 @@ def recipe_from_dict(values: Any) -> Recipe:
     return recipe.model_copy(update={"sweep": sweep.model_copy(update={"space": space, "overrides": overrides})})
 
 
-def _check_space(recipe: Recipe) -> None:
-    """Raise ConfigError for keys inside a single value, such as those of a range that does not exist."""
+def _check_keys(recipe: Recipe) -> None:
+    """Raise ConfigError for unknown dotted keys in the sweep section and in variants of the ablation."""
     for key in recipe.sweep.space:
         outer, _, name = key.rpartition(".")
-        if is_single(type_of(outer)):
+        if is_single(type_of(outer)):  # as from a range that does not exist
             kinds = ", ".join(["choice", *Range.model_fields])
             raise ConfigError(f"sweep.space.{outer}: expected a list of values or one of {kinds}, found '{name}'")
+    changes = {"sweep.space": recipe.sweep.space, "sweep.overrides": recipe.sweep.overrides}
+    changes |= {f"ablate.variants.{name}": values for name, values in recipe.ablate.variants.items()}
+    for place, values in changes.items():
+        for key in values:
+            if key in _STARTING_POINTS:
+                raise ConfigError(f"{place}.{key}: {_TOO_LATE}")
+            try:
+                check_key(key)
+            except ConfigError as error:
+                raise ConfigError(f"{place}.{with_suggestion(str(error))}") from None
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:

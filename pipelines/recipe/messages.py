@@ -1,20 +1,30 @@
-"""Validation errors of a recipe as short sentences that name the key."""
+"""Error messages that name the key: validation errors of a recipe, and errors about what a setting names."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pydantic
 
-from model.errors import shorten_words, unknown_key
+from model.errors import FiftyfoldError, shorten_words, unknown_key
 from model.validation import sentence
 from model.wording import quote
 from pipelines.recipe.key_types import fields_of, find_section
 from pipelines.recipe.schema import Recipe
 
 _MAX_SUGGESTIONS = 3
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Put ``key``, a dotted key or an option, before the message of an error in the block."""
+    try:
+        yield
+    except FiftyfoldError as error:
+        raise type(error)(f"{key}: {error}") from error
 
 
 def describe_errors(error: pydantic.ValidationError) -> str:

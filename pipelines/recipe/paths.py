@@ -22,6 +22,9 @@ from model.wording import quote
 
 MODEL_URI = re.compile(r"models:/(?P<name>[^/@:]+)(@(?P<alias>[^/@:]+)|/(?P<version>[0-9]+))")
 SQLITE = "sqlite:///"
+SERVER_SCHEMES = ("http", "https", "databricks")
+DATABASE_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql")
+"""Schemes of tracking URIs."""
 _MAX_PATH_BYTES, _MAX_NAME_BYTES = 2048, 255
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 
@@ -98,20 +101,45 @@ def _parse_model_uri(value: Any) -> str:
 
 
 def _parse_tracking_uri(value: Any) -> str:
-    """Check what every tracking URI has in common. :mod:`pipelines.tracking` knows the schemes."""
-    if not isinstance(value, str) or not value.isprintable() or " " in value:
-        raise ValueError("expected a URI without spaces")
+    if not isinstance(value, str):
+        raise ValueError("expected a URI")
+    if not value.isprintable() or " " in value:
+        raise ValueError(f"expected a URI without spaces, found {quote(without_password(value))}")
+    check_tracking_uri(value)
     home = re.fullmatch(r"sqlite:///(~[^/]*)(/.*)", value)
     if home:
         return sqlite_uri(_resolve(home[1]) + unquote(home[2]))
+    return value
+
+
+def check_tracking_uri(uri: str) -> None:
+    """Raise ValueError for a URI that cannot be one of an MLflow store. The message quotes it without a password."""
+    problem = _tracking_problem(uri)
+    if problem is not None:
+        raise ValueError(f"{problem}, found {quote(without_password(uri))}")
+
+
+def _tracking_problem(uri: str) -> str | None:
+    """Return what is expected of a tracking URI, or None if ``uri`` is one."""
     try:
-        parts = urlsplit(value)
+        parts = urlsplit(uri)
         named = parts.port is None or bool(parts.hostname)
     except ValueError as error:
-        raise ValueError(f"not a URI ({error})") from None
-    if parts.scheme in ("http", "https") and not (named and parts.hostname):
-        raise ValueError("the URI names no host")
-    return value
+        return f"expected a URI ({error})"
+    scheme = parts.scheme.partition("+")[0]  # postgresql+psycopg names a driver
+    if scheme not in SERVER_SCHEMES + DATABASE_SCHEMES:
+        known = ", ".join(f"{name}://" for name in SERVER_SCHEMES + DATABASE_SCHEMES)
+        return f"expected a URI that begins with one of {known}"
+    if scheme in ("http", "https") and not (named and parts.hostname):
+        return "expected a URI that names a host"
+    if scheme == "sqlite" and (not uri.startswith(SQLITE) or sqlite_path(uri).name in ("", ":memory:")):
+        return f"expected a URI that names a file, such as {SQLITE}path/of/mlflow.db"
+    return None
+
+
+def without_password(uri: str) -> str:
+    """Return a URI without user name and password."""
+    return re.sub(r"(?<=://)[^/?#]*@", "", uri, count=1)
 
 
 def _resolve(value: Any) -> str:
@@ -143,7 +171,7 @@ def _expand_home(text: str) -> str:
     expanded = os.path.expanduser(text)
     if expanded.startswith("~") and not os.path.lexists(text):
         user = text.partition("/")[0]
-        raise ValueError(f"there is no home folder {user}; a file or folder of that name is ./{user}")
+        raise ValueError(f"expected the home folder of a user here (a file or folder of that name is ./{user})")
     return expanded
 
 

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self, cast
+from collections.abc import Sequence
+from typing import Annotated, Any, Self, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
 from pydantic_core import core_schema
+
+from model.wording import quote
 
 MAX_LENGTH = 1 << 24
 """Limit on the tokens of a row or document."""
 Share = Annotated[float, Field(ge=0, le=1)]
+_Values = TypeVar("_Values", bound=Sequence)
+
+
+def check_distinct(values: _Values) -> _Values:
+    """Return ``values``. Raises ValueError if one of them is there twice. Unlike in Python, true differs from 1."""
+    typed = [(isinstance(value, bool), value) for value in values]
+    for place, value in enumerate(values):
+        if typed[place] in typed[:place]:
+            raise ValueError(f"has the value {quote(value)} twice")
+    return values
+
+
+Distinct = AfterValidator(check_distinct)
+"""Refuses a list with a value that is there twice."""
 
 
 def _refuse_boolean(value: Any) -> Any:

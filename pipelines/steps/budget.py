@@ -21,9 +21,11 @@ from model.hf import is_pretrained, read_pretrained_config
 from model.presets import PRESETS
 from model.wording import quote
 from pipelines.recipe.loading import load_recipe, read_yaml, with_overrides
+from pipelines.recipe.messages import naming
 from pipelines.recipe.overrides import parse_override
 from pipelines.recipe.paths import check_creatable, path_option
 from pipelines.recipe.schema import Recipe
+from pipelines.recipe.section import check_distinct
 from pipelines.reports.budget import Budget, budget_of
 from pipelines.reports.budget_tables import print_budget
 from pipelines.reports.cache_measurement import measure_cache
@@ -84,7 +86,11 @@ def load(options: argparse.Namespace, files: Sequence[Path], overrides: Sequence
     if {"model.preset", "model.depth", *(["model.family"] if not scales else [])} & set(changes):
         raise ConfigError(f"command line: --model {options.model} is already a starting point, give no second one")
     family = changes.pop("model.family", "v4")
-    model = _named_model(options.model, family) if path is None else _read_model(path)
+    if path is None:
+        model = _named_model(options.model, family)
+    else:
+        with naming("--model"):
+            model = _read_model(path)
     return with_overrides(load_recipe([]).model_copy(update={"model": model}), changes)
 
 
@@ -117,7 +123,7 @@ def _read_model(path: Path) -> ModelConfig:
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
     raise ConfigError(
-        f"--model: '{path}' is no preset ({', '.join(PRESETS)}), no depth:N, no recipe file and no checkpoint folder"
+        f"'{path}' is no preset ({', '.join(PRESETS)}), no depth:N, no recipe file and no checkpoint folder"
     )
 
 
@@ -177,13 +183,14 @@ def _report(
 
 def _parse_families(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
-    for place, name in enumerate(names):
+    for name in names:
         if name not in COMPARED:
             always = "; SSA is in every comparison" if name.lower() == "ssa" else ""
             raise ConfigError(f"--against: '{name}' is not one of {', '.join(COMPARED)}{always}")
-        if name in names[:place]:
-            raise ConfigError(f"--against: names '{name}' twice")
-    return names
+    try:
+        return check_distinct(names)
+    except ValueError as error:
+        raise ConfigError(f"--against: {error}") from None
 
 
 def _parse_density(text: str | None) -> float:

@@ -15,8 +15,11 @@ from model import checkpoint
 from model.costs import cache_bytes_per_token
 from model.errors import FiftyfoldError
 from model.tokenizer import load_tokenizer
+from pipelines.experiments.outputs import command_of
+from pipelines.experiments.scoring import check_section
 from pipelines.ray_runtime.session import check_gpu, local_cpus, ray_session
 from pipelines.recipe.loading import overlay, with_overrides
+from pipelines.recipe.messages import naming
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.cache_measurement import measured_cache
 from pipelines.reports.statistics import tokens_to
@@ -46,11 +49,10 @@ def run(recipe: Recipe) -> None:
 
     Raises FiftyfoldError if the champion's recall is below ``demo.least_recall``.
     """
-    baseline = overlay(recipe, recipe.demo.baseline)
-    check_gpu(recipe)
+    with naming("demo.baseline"):
+        baseline = overlay(recipe, recipe.demo.baseline)
     started = time.monotonic()
-    deploy.check_key(recipe.serve)
-    deploy.check_port(recipe.serve.host, recipe.serve.port)  # fails now rather than after the training
+    _check(recipe, baseline)
     clock: dict[str, float] = {}
     with ray_session(num_cpus=local_cpus() + 1):
         with _timed(clock, "prepare"):
@@ -118,7 +120,18 @@ def run(recipe: Recipe) -> None:
                 print(f"endpoint: {deployment.url}/v1 (Ctrl-C stops)", flush=True)
                 deployment.serve_until_signal()
             else:
-                print(f"endpoint: {deployment.url}/v1, stopped; to serve again: python -m pipelines deploy")
+                print(f"endpoint: {deployment.url}/v1, stopped; to serve again: {command_of('deploy')}")
+
+
+def _check(recipe: Recipe, baseline: Recipe) -> None:
+    """Raise ConfigError for settings that a later step would refuse after the training."""
+    check_gpu(recipe)
+    for each in (recipe, baseline):
+        curriculum(each)
+    sweep.check(recipe)
+    check_section(recipe)
+    deploy.check_key(recipe.serve)
+    deploy.check_port(recipe.serve.host, recipe.serve.port)
 
 
 def _ask(recipe: Recipe, deployment: deploy.Deployment) -> int:

@@ -14,7 +14,8 @@ import socket
 import sys
 import threading
 import time
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -41,11 +42,12 @@ from pipelines.ray_runtime.serve_applications import (
     start_applications,
 )
 from pipelines.ray_runtime.session import ray_session
+from pipelines.recipe.messages import naming
 from pipelines.recipe.paths import check_creatable, path_option
 from pipelines.recipe.quoting import first_line
 from pipelines.recipe.schema import Recipe, ServeSection
 from pipelines.steps import Step
-from pipelines.tracking.served_models import ModelStore, ServedModel
+from pipelines.tracking.served_models import ModelStore, ServedModel, model_sources
 from serve.api.authorization import read_key
 from serve.api.chat_template import ChatTemplate
 from serve.api.config import is_loopback
@@ -100,7 +102,9 @@ class Deployment:
                 self.follow_aliases(stop)
             seconds = self._section.drain_seconds
             print(f"stopping; requests have {seconds:g} seconds to end (Ctrl-C ends them now)", flush=True)
-            if not drain(seconds, stop_now):
+            with _without_warnings():
+                drained = drain(seconds, stop_now)
+            if not drained:
                 print("stopping with unfinished requests", flush=True)
         finally:
             for number, handler in handlers.items():
@@ -139,7 +143,7 @@ class Deployment:
         if (new := self._store.moved(model, self._refused.get(model.name))) is None:
             return None
         try:
-            check_model(new.checkpoint, self._section)
+            check_model(new, self._section)
         except FiftyfoldError:
             self._refused[model.name] = new.version
             self._store.discard(new)
@@ -162,7 +166,7 @@ class Deployment:
 
     def stop(self) -> None:
         """Stop serving, and shut the Ray cluster down if it was started here. Later calls do nothing."""
-        with redirect_stdout(_WithoutShutdownNotice(sys.stdout)):
+        with redirect_stdout(_WithoutShutdownNotice(sys.stdout)), _without_warnings():
             self._started.close()
 
     def __enter__(self) -> Deployment:
@@ -206,36 +210,41 @@ def start(recipe: Recipe) -> Deployment:
     section = recipe.serve
     check_key(section, starts_cluster=not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")))
     check_port(section.host, section.port)  # before a model is downloaded
+    host = f"[{section.host}]" if ":" in section.host else section.host
+    url = f"http://{host}:{section.port}"
+    sources = ", ".join(f"'{name}' from {uri}" for name, uri, _ in model_sources(section))
+    print(f"starting Ray Serve at {url} with {sources}", flush=True)
     with ExitStack() as undo:
         store = ModelStore(recipe)
         undo.callback(store.close)
         models = store.find()
         for model in models:
-            check_model(model.checkpoint, section)
+            check_model(model, section)
         undo.enter_context(ray_session(num_cpus=max(os.cpu_count() or 1, needed_cpus(section))))
         check_cluster(section)
         undo.callback(ray_serve.shutdown)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         start_applications(section, models)
-        host = f"[{section.host}]" if ":" in section.host else section.host
-        url = f"http://{host}:{section.port}"
         weights = _wait_until_healthy(url)["models"][0]["weights"]
         return Deployment(url, models, weights, section, store, undo.pop_all())
 
 
-def check_model(checkpoint: Path, section: ServeSection) -> None:
-    """Load a checkpoint. Damage is then reported in one sentence, not by replicas that keep restarting.
+def check_model(model: ServedModel, section: ServeSection) -> None:
+    """Load a model's checkpoint. Damage is then reported in one sentence, not by replicas that keep restarting.
 
-    Raises CheckpointError or ConfigError.
+    Raises CheckpointError or ConfigError, naming the recipe's key.
     """
+    with naming(model.key):
+        config = checkpoints.load_config(model.checkpoint)
     if section.speculative_tokens:
         try:
-            check_speculation(checkpoints.load_config(checkpoint))
+            check_speculation(config)
         except ConfigError as error:
             raise ConfigError(f"serve.{error}") from None
-    model = checkpoints.load(checkpoint)
-    model.execution = Execution(section.execution)
-    ChatTemplate(load_tokenizer(checkpoint, model_vocab_size=model.config.vocab_size))
+    with naming(model.key):
+        loaded = checkpoints.load(model.checkpoint)
+        loaded.execution = Execution(section.execution)
+        ChatTemplate(load_tokenizer(model.checkpoint, model_vocab_size=config.vocab_size))
 
 
 def write_serve_config(recipe: Recipe, path: Path) -> Path:
@@ -248,7 +257,7 @@ def write_serve_config(recipe: Recipe, path: Path) -> Path:
     check_creatable(path, "--write-config")
     models = ModelStore(recipe).find()
     for model in models:
-        check_model(model.checkpoint, section)
+        check_model(model, section)
     try:
         with atomic_file(path) as scratch:
             scratch.write_text(yaml.safe_dump(serve_config(section, models), sort_keys=False))
@@ -324,6 +333,18 @@ def _print_endpoint(deployment: Deployment, section: ServeSection) -> None:
         f"  curl {deployment.url}/v1/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}",
         flush=True,
     )
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Print no warnings of Ray Serve about replicas that end. Errors are printed."""
+    logger = logging.getLogger("ray.serve")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 class _WithoutShutdownNotice(io.TextIOBase):

@@ -16,6 +16,7 @@ from model.errors import CheckpointError, ConfigError
 from model.wording import quote
 from pipelines.data.manifest import MANIFEST_NAME, read_manifest
 from pipelines.experiments.scoring import check_section, check_tasks, score_tasks
+from pipelines.recipe.messages import naming
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.recall import Score, recall_figure, scores_from_metrics
 from pipelines.reports.terminal import print_table
@@ -50,20 +51,25 @@ def run(recipe: Recipe) -> EvaluateResult:
     section = recipe.evaluate
     check_section(recipe)
     checkpoint = (section.checkpoint or recipe.final_checkpoint).absolute()
+    key = "run.name" if section.checkpoint is None else "evaluate.checkpoint"
     if not checkpoint.is_dir():
         if section.checkpoint is not None:
-            raise CheckpointError(f"evaluate.checkpoint: expected a checkpoint folder, found {quote(str(checkpoint))}")
-        raise CheckpointError(f"{checkpoint}: no checkpoint there; run the train step first")
-    config = checkpoints.load_config(checkpoint)
-    trained = run_of_checkpoint(checkpoint)
+            raise CheckpointError(f"{key}: expected a checkpoint folder, found {quote(str(checkpoint))}")
+        raise CheckpointError(
+            f"{key}: {checkpoint} does not exist; run the train step first, or set evaluate.checkpoint"
+        )
+    with naming(key):
+        config = checkpoints.load_config(checkpoint)
+        trained = run_of_checkpoint(checkpoint)
+        if trained is None:  # nothing that is refused leaves a failed run behind
+            checkpoints.load(checkpoint)
+        digest = weights_digest(checkpoint)
     if trained is not None:
-        check_writable(trained.uri)
+        check_writable(trained.uri, "run.folder" if section.checkpoint is None else key)
     if recipe.train.use_gpu and not torch.cuda.is_available():
         raise ConfigError("train.use_gpu: no CUDA device here; pass --train.use_gpu false to evaluate on the CPU")
-    if trained is None:  # nothing that is refused leaves a failed run behind
-        checkpoints.load(checkpoint)
+    if trained is None:
         check_tasks(recipe.model_copy(update={"model": config}), checkpoint)
-    digest = weights_digest(checkpoint)
     data_folder = recipe.data_folder if recipe.data_folder.is_dir() else None
     if data_folder is None:
         print(f"no prepared data in {recipe.data_folder}: fillers come from the standard library", flush=True)

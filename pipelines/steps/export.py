@@ -22,6 +22,7 @@ from model.tokenizer import FILE_NAME as TOKENIZER_FILE
 from model.tokenizer.side_files import CONFIG
 from model.transformer import Transformer
 from pipelines.recipe.loading import load_recipe
+from pipelines.recipe.messages import naming
 from pipelines.recipe.paths import check_creatable, path_option
 from pipelines.recipe.schema import Recipe
 from pipelines.steps import Step
@@ -89,9 +90,9 @@ def run(
     eos_token: str | None = None,
 ) -> Path:
     """Write ``target`` and return it. Raises ConfigError or CheckpointError; no partial output is left behind."""
-    source = source or recipe.final_checkpoint
+    source, source_key = (recipe.final_checkpoint, "run.name") if source is None else (source, "--from")
     if target is None:
-        raise ConfigError("--to: is missing")
+        raise ConfigError("--to: is missing; it names the folder to write, or the file for --format gguf")
     if target_format not in FORMATS:
         raise ConfigError(f"--format: '{target_format}' is not one of {', '.join(FORMATS)}")
     if os.path.lexists(target):
@@ -106,7 +107,8 @@ def run(
     for name, value in unused.items():
         if value is not None:
             raise ConfigError(f"--{name}: changes nothing in format '{target_format}'")
-    model = import_pretrained(source) if is_pretrained(source) else checkpoint.load(source)
+    with naming(source_key):
+        model = import_pretrained(source) if is_pretrained(source) else checkpoint.load(source)
     if target_format == GGUF:
         _export_gguf(model, target, weight_type or "f32")
         _print_left_behind(source, target)
@@ -117,7 +119,10 @@ def run(
         try:
             loaded = load_tokenizer(tokenizer or source, bos_token, eos_token, model.config.vocab_size)
         except ConfigError as error:
-            raise ConfigError(re.sub(r"(^|with )(bos|eos)_token\b", r"\1--\2-token", str(error))) from error
+            message = re.sub(r"(^|with )(bos|eos)_token\b", r"\1--\2-token", str(error))
+            key = source_key if tokenizer is None else "--tokenizer"
+            named = f"{key}: {message.removeprefix('tokenizer ')}"
+            raise ConfigError(message if message.startswith("--") else named) from error
     for name, value in tokens.items():
         if value is not None and loaded is None:
             raise ConfigError(f"--{name}: {source} has no {TOKENIZER_FILE}; name one with --tokenizer")

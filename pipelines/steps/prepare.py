@@ -18,6 +18,7 @@ from pipelines.data.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, rea
 from pipelines.data.retrieval_rows import RetrievalGenerator
 from pipelines.data.shard_writer import write_splits
 from pipelines.data.source_files import SourceFile, find_files
+from pipelines.recipe.paths import check_creatable
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.counting import size
 from pipelines.steps import Step
@@ -47,9 +48,10 @@ def run(recipe: Recipe) -> PrepareResult:
         if _holds_files(folder):
             result = PrepareResult(folder, _read_existing(folder, settings, tokenizer), reused=True)
         else:
+            check_creatable(folder, "run.folder")
             result = PrepareResult(folder, _write(recipe, files, tokenizer, settings), reused=False)
     except OSError as error:
-        raise DataError(f"{folder}: cannot be written ({error.strerror or error})") from error
+        raise DataError(f"run.folder: {folder} cannot be written ({error.strerror or error})") from error
     _print_summary(result)
     return result
 

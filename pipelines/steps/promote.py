@@ -63,8 +63,11 @@ def run(recipe: Recipe) -> PromoteResult:
             refused[f"{stored.info.run_name} ({stored.info.run_id[:8]})"] = str(error)
     if not eligible:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        budget = section.max_cache_bytes_per_token
+        within = "" if budget is None else f" and promote.max_cache_bytes_per_token {budget:g}"
         raise ConfigError(
-            f"promote: no run of experiment '{recipe.tracking.experiment}' is eligible: "
+            f"promote: no run of experiment '{recipe.tracking.experiment}' (tracking.experiment) is eligible for "
+            f"promote.metric '{section.metric}'{within}: "
             + (reasons or "none was trained yet, run the train step first")
         )
     sign = 1 if section.mode == "max" else -1

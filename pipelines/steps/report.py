@@ -17,7 +17,9 @@ from mlflow.exceptions import MlflowException
 
 from model.atomic_files import write_text
 from model.errors import ConfigError
+from model.wording import quote
 from pipelines.experiments.outputs import RESULTS, png_bytes, save_png
+from pipelines.recipe.paths import without_password
 from pipelines.recipe.schema import Recipe
 from pipelines.reports import ablation, comparison, pareto
 from pipelines.reports.ablation import AblationResult
@@ -39,7 +41,8 @@ def run(recipe: Recipe) -> Path:
     Raises ConfigError that names the step to run if a run is missing or has no results.
     """
     tracking = open_tracking(recipe, create=False, needed="the steps ablate, compare and sweep")
-    found = {step: _find(tracking, recipe, step) for step in SOURCES}
+    named = {step: _named_run(tracking, recipe, step) for step in SOURCES}  # wrong ids come first
+    found = {step: run_id or _newest_run(tracking, recipe, step) for step, run_id in named.items()}
     ablated = _results(tracking, "ablate", found["ablate"], AblationResult.from_dict)
     compared = _results(tracking, "compare", found["compare"], ComparisonResult.from_dict)
     swept = _results(tracking, "sweep", found["sweep"], SweepReport.from_dict)
@@ -59,11 +62,27 @@ def run(recipe: Recipe) -> Path:
     return folder / PAGE
 
 
-def _find(tracking: Tracking, recipe: Recipe, step: str) -> str:
-    """Return the id of the run that the recipe names, or of the newest finished run with the step's ``name``."""
-    named = getattr(recipe.report, step)
-    if named is not None:
-        return named
+def _named_run(tracking: Tracking, recipe: Recipe, step: str) -> str | None:
+    """Return the id of the run that the recipe names, if it names one. Raises ConfigError unless it is one of the
+    step."""
+    run_id, key = getattr(recipe.report, step), f"report.{step}"
+    if run_id is None:
+        return None
+    try:
+        run = tracking.client.get_run(run_id)
+    except MlflowException:
+        store = without_password(tracking.uri)
+        raise ConfigError(f"{key}: expected the id of an MLflow run in {store}, found {quote(run_id)}") from None
+    if run.info.lifecycle_stage != "active":
+        raise ConfigError(f"{key}: run {run_id} was deleted")
+    kind = run.data.tags.get("kind", "another program")
+    if kind != step:
+        raise ConfigError(f"{key}: expected a run of {step}, but {run_id} is one of {kind}")
+    return run_id
+
+
+def _newest_run(tracking: Tracking, recipe: Recipe, step: str) -> str:
+    """Return the id of the newest finished run with the step's ``name``. Raises ConfigError if there is none."""
     name = getattr(recipe, step).name
     runs = tracking.client.search_runs(
         [tracking.experiment_id],
@@ -87,8 +106,6 @@ def _results(tracking: Tracking, step: str, run_id: str, read: Callable[[dict[st
                 run_id=run_id, artifact_path=RESULTS, dst_path=scratch, tracking_uri=tracking.uri
             )
             found = json.loads(Path(path).read_text())
-        if found["step"] != step:
-            raise ConfigError(f"report.{step}: run {run_id} is one of {found['step']}")
         return read(found["result"])
     except (MlflowException, OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(

@@ -11,6 +11,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,7 @@ from pipelines.tracking.mlflow_store import TrackedRun, Tracking, attach, open_t
 from pipelines.tracking.run_folder import TRAINING_SECTIONS, bind, lock_run_folder, write_settings
 from pipelines.training.build import check_init_from, check_point
 from pipelines.training.search_space import (
+    check_metric,
     check_space,
     combinations,
     decode,
@@ -88,16 +90,14 @@ def run(recipe: Recipe) -> SweepResult:
     Points that cannot be trained are skipped. Raises ConfigError, before any trial starts, if the space holds no valid
     point or none within the cache budget.
     """
-    check_gpu(recipe)
+    check(recipe)
     manifest = read_manifest(recipe.data_folder, verify=True)
     recipe = check_prepared(recipe, manifest)
-    check_space(recipe)
-    if recipe.sweep.evaluate_front:
-        check_section(recipe)
     optuna = search_of(recipe) == "optuna"
     points, skipped = _valid_points(recipe, sample_points(recipe) if optuna else combinations(recipe))
     if not points:
         raise ConfigError(f"sweep.space: holds no valid point ({'; '.join(dict.fromkeys(skipped.values()))})")
+    check_metric(recipe, points, [kind for kind, rows in manifest.splits["validation"].rows.items() if rows])
     models = extreme_models(recipe) if optuna else (trial_recipe(recipe, settings).model for settings in points)
     _check_budget(recipe, models)
     if optuna:
@@ -111,7 +111,19 @@ def run(recipe: Recipe) -> SweepResult:
                 f"sweep.name: the winner would go to {_winner_folder(recipe)}, which already exists; choose another "
                 "sweep.name or delete it"
             )
+        if known_run is not None:
+            attach(tracking.uri, known_run)  # raises for a run that does not exist
         return _run(recipe, manifest, points, skipped, tracking, known_run)
+
+
+def check(recipe: Recipe) -> None:
+    """Raise ConfigError for settings of the sweep that are wrong with any data."""
+    check_gpu(recipe)
+    check_space(recipe)
+    if recipe.sweep.evaluate_front:
+        check_section(recipe)
+    kinds = [task for task, weight in recipe.data.retrieval_tasks.items() if weight]
+    check_metric(recipe, sample_points(recipe), ["text", *kinds])
 
 
 def _valid_points(
@@ -170,14 +182,16 @@ def _run(
     known_run: str | None,
 ) -> SweepResult:
     winner_file = _winner_file(recipe)
-    tracked = tracking.start_run(recipe.sweep.name, kind="sweep", recipe=recipe, run_id=known_run)
-    bind(recipe.sweep_folder, tracked)
     # Capped at this machine's CPUs; a trial that needs more is rejected below.
     at_once = recipe.sweep.max_concurrent or local_cpus()
     cpus = min(at_once * cpus_per_trial(recipe), local_cpus()) + 1
-    with tracked, ray_session(num_cpus=cpus):
-        tracked.log_dataset(dataset_input(recipe.data_folder, manifest, "training"))
+    with ExitStack() as stack:
+        stack.enter_context(ray_session(num_cpus=cpus))  # first: if Ray does not start, the run stays as it was
         require_resources("train.workers", cpus_per_trial(recipe))
+        run = tracking.start_run(recipe.sweep.name, kind="sweep", recipe=recipe, run_id=known_run)
+        tracked = stack.enter_context(run)
+        bind(recipe.sweep_folder, tracked)
+        tracked.log_dataset(dataset_input(recipe.data_folder, manifest, "training"))
         seconds, started = tracked.metrics().get(WALL_SECONDS, 0.0), time.monotonic()
         try:
             results = list(run_trials(recipe, points, tracked))  # type: ignore[call-overload]

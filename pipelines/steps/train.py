@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from model.transformer import Transformer
 from pipelines.data.check import check_prepared
 from pipelines.data.manifest import Manifest, read_manifest
 from pipelines.ray_runtime.event_forwarder import WALL_SECONDS
-from pipelines.ray_runtime.fit import finalize, fit, has_begun
+from pipelines.ray_runtime.fit import finalize, fit, has_begun, require_workers
 from pipelines.ray_runtime.session import check_gpu, local_cpus, ray_session
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.cache_measurement import measured_cache
@@ -57,18 +58,21 @@ def run(recipe: Recipe) -> TrainResult:
 def _run(recipe: Recipe, manifest: Manifest, tracking: Tracking, known_run: str | None) -> TrainResult:
     folder = recipe.run_folder
     muon_share = print_plan(recipe)
-    if known_run is not None and recipe.final_checkpoint.exists():
+    if known_run is not None:
         finished = attach(tracking.uri, known_run)
-        if tracking.client.get_run(known_run).info.status == "FINISHED":
+        if recipe.final_checkpoint.exists() and tracking.client.get_run(known_run).info.status == "FINISHED":
             print(f"{recipe.run.name}: already trained, checkpoint {recipe.final_checkpoint}")
             metrics = finished.metrics()
             return TrainResult(known_run, recipe.final_checkpoint, metrics, muon_share, metrics.get(WALL_SECONDS, 0.0))
-    tracked = tracking.start_run(recipe.run.name, kind="train", recipe=recipe, run_id=known_run)
-    bind(folder, tracked)
-    # Capped at this machine's CPUs; fit() rejects a recipe that needs more.
+    # Capped at this machine's CPUs; a recipe that needs more is refused.
     cpus = min(recipe.train.workers * recipe.train.cpus_per_worker, local_cpus()) + 1
-    interval = recipe.tracking.system_metrics_interval
-    with tracked, system_metrics(tracked, interval), ray_session(num_cpus=cpus):
+    with ExitStack() as stack:
+        stack.enter_context(ray_session(num_cpus=cpus))  # first: if Ray does not start, the run stays as it was
+        require_workers(recipe)
+        run = tracking.start_run(recipe.run.name, kind="train", recipe=recipe, run_id=known_run)
+        tracked = stack.enter_context(run)
+        bind(folder, tracked)
+        stack.enter_context(system_metrics(tracked, recipe.tracking.system_metrics_interval))
         tracked.log_dataset(dataset_input(recipe.data_folder, manifest, "training"))
         tracked.log_metrics({**measured_cache(recipe.model), "optimizer/muon_share": muon_share})
         tracked.set_tags({"parameters": str(_count_parameters(recipe))})

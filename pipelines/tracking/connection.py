@@ -21,13 +21,11 @@ from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.uri import is_local_uri
 
 from model.errors import ConfigError
-from pipelines.recipe.paths import SQLITE, sqlite_path, sqlite_uri
+from pipelines.recipe.paths import SERVER_SCHEMES, check_tracking_uri, sqlite_path, sqlite_uri, without_password
 from pipelines.recipe.quoting import first_line
 from pipelines.tracking.relocation import ARTIFACTS, adopt_default_experiment, mend_paths
 from pipelines.tracking.server import check_server
 
-SERVER_SCHEMES = ("http", "https", "databricks")
-DATABASE_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql")
 DATABASE = "mlflow.db"
 """Name of the default store's database in a runs folder."""
 
@@ -38,11 +36,11 @@ def connect(uri: str, create: bool = True) -> MlflowClient:
     The paths stored in an SQLite store that was moved are mended. Raises ConfigError, also for an SQLite database that
     does not exist unless ``create`` is set.
     """
-    parts = urlsplit(uri)
-    scheme = parts.scheme.partition("+")[0]  # postgresql+psycopg names a driver
-    if scheme not in SERVER_SCHEMES + DATABASE_SCHEMES:
-        known = ", ".join(f"{name}://" for name in SERVER_SCHEMES + DATABASE_SCHEMES)
-        raise ConfigError(f"tracking.uri: '{without_password(uri)}' does not begin with one of {known}")
+    try:
+        check_tracking_uri(uri)
+    except ValueError as error:
+        raise ConfigError(f"tracking.uri: {error}") from None
+    scheme = urlsplit(uri).scheme.partition("+")[0]
     if scheme in ("http", "https"):
         check_server(uri, without_password(uri))
     try:
@@ -78,10 +76,8 @@ def _open_sqlite(uri: str, create: bool) -> MlflowClient:
 
 
 def _check_sqlite(uri: str) -> bool:
-    """Return whether the database is still to be created. Raises ConfigError for a URI that cannot name one."""
+    """Return whether the database is still to be created. Raises ConfigError if there is none and can be none."""
     path = sqlite_path(uri)
-    if not uri.startswith(SQLITE) or path.name in ("", ":memory:"):
-        raise ConfigError(f"tracking.uri: '{uri}' names no file; write sqlite:///path/of/mlflow.db")
     if not path.parent.is_dir():
         raise ConfigError(f"tracking.uri: the folder {path.parent} of {uri} does not exist")
     try:
@@ -110,7 +106,7 @@ def lock(uri: str) -> Iterator[None]:
         if error.errno not in (errno.EROFS, errno.EACCES):
             raise
         if not path.exists():
-            raise ConfigError(f"{path.parent}: cannot be written to ({error.strerror})") from error
+            raise ConfigError(f"tracking.uri: {path.parent} cannot be written to ({error.strerror})") from error
         yield
         return
     with file:
@@ -118,14 +114,15 @@ def lock(uri: str) -> Iterator[None]:
         yield
 
 
-def check_writable(uri: str) -> None:
-    """Raise ConfigError if the files of an SQLite store cannot be written to."""
+def check_writable(uri: str, key: str) -> None:
+    """Raise ConfigError, naming the setting that the store follows from, if the files of an SQLite store cannot be
+    written to."""
     if not uri.startswith("sqlite:"):
         return
     path = sqlite_path(uri)
     for needed in (path.parent, path, path.parent / ARTIFACTS):
         if needed.exists() and not os.access(needed, os.W_OK):
-            raise ConfigError(f"{needed}: cannot be written to; results of this step are stored there")
+            raise ConfigError(f"{key}: {needed} cannot be written to; results of this step are stored there")
 
 
 def open_experiment(client: MlflowClient, uri: str, name: str, folder: Path) -> str:
@@ -168,9 +165,3 @@ def _artifact_location(uri: str, folder: Path) -> str | None:
         return (sqlite_path(uri).parent / ARTIFACTS).as_uri()
     (folder / ARTIFACTS).mkdir(parents=True, exist_ok=True)
     return (folder / ARTIFACTS).as_uri()
-
-
-def without_password(uri: str) -> str:
-    """Return a URI without user name and password."""
-    parts = urlsplit(uri)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri

@@ -29,7 +29,7 @@ from mlflow.utils.validation import (
 )
 
 from model.errors import ConfigError
-from pipelines.recipe.paths import SQLITE, sqlite_path, sqlite_uri
+from pipelines.recipe.paths import SQLITE, sqlite_path, sqlite_uri, without_password
 from pipelines.recipe.quoting import first_line
 from pipelines.recipe.yaml_format import dump_yaml
 from pipelines.tracking.connection import (
@@ -39,7 +39,6 @@ from pipelines.tracking.connection import (
     default_uri,
     lock,
     open_experiment,
-    without_password,
 )
 from pipelines.tracking.lineage import git_tags, source_tags
 
@@ -247,7 +246,7 @@ def open_tracking(recipe: Recipe, write: bool = True, create: bool = True, neede
         )
     client = connect(uri)
     if write:
-        check_writable(uri)
+        check_writable(uri, "run.folder" if recipe.tracking.uri is None else "tracking.uri")
     with lock(uri):
         return Tracking(uri, open_experiment(client, uri, recipe.tracking.experiment, folder), client)
 

@@ -6,16 +6,18 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Literal
 
 from model.config import ModelConfig
 from model.errors import ConfigError
 from model.wording import quote
+from pipelines.data.manifest import Kind
 from pipelines.recipe.experiments import Range, Setting
 from pipelines.recipe.loading import with_overrides
 from pipelines.recipe.schema import Recipe
-from pipelines.training.validation import NAMES
+from pipelines.training.curriculum import curriculum
+from pipelines.training.validation import metric_names
 
 _STAGE_SETTINGS = {
     "model.index_topk": "index_topk",
@@ -133,25 +135,21 @@ def short_label(settings: dict[str, Setting]) -> str:
 
 
 def check_space(recipe: Recipe) -> None:
-    """Raise ConfigError for a space or metric without effect."""
+    """Raise ConfigError for a space without effect, and for overrides that no trial can have."""
     section = recipe.sweep
+    try:
+        trial_recipe(recipe, {})
+    except ConfigError as error:
+        raise ConfigError(f"sweep.overrides: {error}") from None
     for key, values in section.space.items():
-        if not isinstance(values, Range) and not values:
-            raise ConfigError(f"sweep.space: '{key}' has no values")
         if not key.startswith(("model.", "train.")) and key != "run.seed":
             raise ConfigError(f"sweep.space: '{key}' changes nothing in a trial; keys begin with model. or train.")
         if any(part.isdigit() for part in key.split(".")):
             raise ConfigError(f"sweep.space: '{key}' names an item of a list; only whole settings can be tried")
         if key in ("train.checkpoint_every", "train.keep_checkpoints"):
             raise ConfigError(f"sweep.space: '{key}' changes nothing, because a sweep sets it itself")
-        if isinstance(values, Range):
-            if section.trials is None:
-                raise ConfigError(f"sweep.trials: is not set, but '{key}' has a range of values")
-        else:
-            written = list(map(repr, values))  # in Python, true equals 1
-            for place, value in enumerate(values):
-                if written[place] in written[:place]:
-                    raise ConfigError(f"sweep.space: '{key}' has the value {quote(value)} twice")
+        if isinstance(values, Range) and section.trials is None:
+            raise ConfigError(f"sweep.trials: is not set, but '{key}' has a range of values")
         if key.startswith("model.mixer_options.") and "model.layers" not in section.space:
             mixer = key.split(".")[2]
             if mixer not in recipe.model.layers:
@@ -160,10 +158,21 @@ def check_space(recipe: Recipe) -> None:
         raise ConfigError("sweep.space: is empty")
     if section.search == "optuna" and section.trials is None:
         raise ConfigError("sweep.trials: is not set, but sweep.search is optuna")
-    prefix, _, name = section.metric.partition("/")
-    if prefix != "validation" or name.partition("/layer_")[0] not in NAMES:
-        known = ", ".join(f"validation/{name}" for name in NAMES)
-        raise ConfigError(f"sweep.metric: trials report no '{section.metric}'; they report {known}")
+
+
+def check_metric(recipe: Recipe, points: Iterable[dict[str, Setting]], kinds: Collection[Kind]) -> None:
+    """Raise ConfigError unless all ``points`` that are valid log ``sweep.metric`` on validation rows of ``kinds``."""
+    logged: list[list[str]] = []
+    for settings in points:
+        try:
+            stages = curriculum(trial_recipe(recipe, settings))
+        except ConfigError:
+            continue
+        logged += [metric_names(stage.model, kinds, recipe.data.sequence_length) for stage in stages]
+    common = [name for name in logged[0] if all(name in names for names in logged)] if logged else []
+    if logged and recipe.sweep.metric not in common:
+        shown = ", ".join(name for name in common if "/layer_" not in name)
+        raise ConfigError(f"sweep.metric: expected one of {shown}, found {quote(recipe.sweep.metric)}")
 
 
 def check_trial(recipe: Recipe) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.config import ModelConfig
 from model.distributed.dtensor import is_sharded
 from model.distributed.fsdp import reshard_all
 from model.forward.aux_outputs import AuxOutputs
@@ -13,19 +16,36 @@ from model.forward.context import AttentionMode
 from model.transformer import Transformer
 from pipelines.data.batches import Batch, stack_rows
 from pipelines.data.local_reader import local_rows
-from pipelines.data.manifest import KINDS, read_manifest
+from pipelines.data.manifest import KINDS, Kind, read_manifest
 from pipelines.data.packing import TargetKind
 from pipelines.recipe.schema import Recipe
 from pipelines.training.collectives import max_over_ranks, sum_over_ranks
 
-NAMES = (
-    *("loss", "text_loss", "answer_loss", "recall", "mtp_loss"),
-    *(f"{kind}_{name}" for kind in KINDS[2:] for name in ("answer_loss", "recall")),
-    *("indexer_kl", "recall_at_k", "recall_at_k_of_best", "choosing_share"),
-)
-"""Metrics of :func:`validate`, without the prefix ``validation/``."""
 _COUNTS = ("loss", "tokens", "mtp_loss", "mtp_tokens", "right", "answers", "queries", "choosing")
 _SELECTION = ("indexer_kl", "recall_at_k", "recall_at_k_of_best")
+
+
+def metric_names(config: ModelConfig, kinds: Collection[Kind], length: int) -> list[str]:
+    """Return the names of the metrics of :func:`validate` for rows of ``kinds`` with ``length`` tokens."""
+    names = ["loss"]
+    for kind in KINDS:
+        if kind in kinds:
+            names += ["text_loss"] if kind == "text" else [_of_kind(kind, "answer_loss"), _of_kind(kind, "recall")]
+    if config.mtp_layers:
+        names.append("mtp_loss")
+    layers = config.indexed_layers
+    choosing = [layer for layer, ratio in config.indexer_ratios.items() if length // ratio > config.index_topk]
+    for name, measured in zip(_SELECTION, (layers, choosing, choosing)):
+        if measured:
+            names += [name, *(f"{name}/layer_{layer}" for layer in measured)]
+    if layers:
+        names.append("choosing_share")
+    return [f"validation/{name}" for name in names]
+
+
+def _of_kind(kind: Kind, name: str) -> str:
+    """Return the name of a metric of retrieval documents."""
+    return name if kind == "mqar" else f"{kind}_{name}"
 
 
 def held_out_batches(recipe: Recipe, rank: int = 0, world: int = 1) -> dict[str, list[Batch]]:
@@ -68,9 +88,8 @@ def validate(model: Transformer, batches: dict[str, list[Batch]], attention: Att
         if name == "text":
             metrics["validation/text_loss"] = losses[-1]
         else:
-            prefix = "" if name == "mqar" else f"{name}_"
-            metrics[f"validation/{prefix}answer_loss"] = losses[-1]
-            metrics[f"validation/{prefix}recall"] = sums["right"] / max(1, sums["answers"])
+            metrics[f"validation/{_of_kind(name, 'answer_loss')}"] = losses[-1]
+            metrics[f"validation/{_of_kind(name, 'recall')}"] = sums["right"] / max(1, sums["answers"])
         if name == selection_kind:
             for key in _selection_keys(model):
                 if sums[f"{key} batches"]:

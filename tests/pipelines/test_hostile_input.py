@@ -160,6 +160,7 @@ def run(place, capsys):
             assert line.startswith("error: ") and len(line) < 3000
             assert "an input file is nested" not in line  # which one?
             line.encode()
+            run.error = line
         return status
 
     return run
@@ -258,6 +259,50 @@ def test_paths_that_hold_no_checkpoint_are_refused(run, place, source):
     assert run("budget", "--model", source) == cli.USER_ERROR
     for step, key in (("evaluate", "evaluate.checkpoint"), ("train", "train.init_from"), ("deploy", "serve.model_uri")):
         assert run(step, "--config", str(place.file), "--run.name", "new", f"--{key}", source) == cli.USER_ERROR
+
+
+@pytest.mark.parametrize(
+    ("step", "key", "value"),
+    [
+        ("prepare", "run.folder", "/proc/a/b"),
+        ("prepare", "data.sources", "/nowhere/x.txt"),
+        ("prepare", "data.sources", "/dev/null"),
+        ("prepare", "data.tokenizer", "/nowhere/tokenizer.json"),
+        ("prepare", "data.retrieval_tasks", "{needles: 1}"),
+        ("prepare", "tracking.uri", "ftp://x"),
+        ("train", "run.folder", "/nowhere"),
+        ("train", "train.init_from", "FOLDER"),
+        ("train", "train.use_gpu", "true"),
+        ("train", "tracking.uri", "sqlite:////nowhere/m.db"),
+        ("sweep", "sweep.space", "{model.windows: [2, 4]}"),
+        ("sweep", "sweep.metric", "validation/recal"),
+        ("ablate", "ablate.variants", "{a: {model.windows: 4}}"),
+        ("ablate", "ablate.context", "99999"),
+        ("compare", "compare.arms", "{a: {windows: 4}}"),
+        ("report", "report.ablate", "abc"),
+        ("evaluate", "evaluate.checkpoint", "FILE"),
+        ("evaluate", "evaluate.checkpoint", "FOLDER"),
+        ("promote", "promote.metric", "eval/recal"),
+        ("promote", "tracking.experiment", "another"),
+        ("deploy", "serve.model_uri", "FOLDER"),
+        ("deploy", "serve.models", "{a: /nowhere}"),
+        ("deploy", "serve.models", "{a: models:/none/1}"),
+        ("deploy", "serve.api_key_file", "/nowhere"),
+        ("deploy", "serve.speculative_tokens", "2"),
+        ("demo", "demo.baseline", "/nowhere.yaml"),
+        ("demo", "demo.baseline", "/dev/null"),
+        ("demo", "sweep.metric", "validation/recal"),
+        ("demo", "evaluate.tasks", "ruler"),
+    ],
+)
+def test_a_refused_setting_is_named_by_its_key(run, place, step, key, value):
+    file = place.folder / "small.yaml"
+    serve = {"port": 1, "model_uri": str(place.recipe.final_checkpoint)}
+    content = {**place.recipe.to_dict(), "serve": serve, "demo": {"baseline": str(place.file)}}
+    content["sweep"] |= {"space": {"model.index_topk": [2, 3]}}
+    file.write_text(dump_yaml(content))
+    assert run(step, "--config", str(file), f"--{key}", value) == cli.USER_ERROR
+    assert key in run.error
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])

@@ -286,8 +286,8 @@ def test_widths_without_a_batch_invariant_mode_are_named(mixer):
     [
         ({"head_dim": 0}, r"head_dim: expected a whole number of at least 1, found 0"),
         ({"head_dim": None}, r"head_dim: expected a whole number of at least 1, found null"),
-        ({"num_heads": 0}, r"num_heads: expected a whole number of at least 1, found 0"),
-        ({"num_heads": 2.0}, r"num_heads: expected a whole number of at least 1, found 2\.0"),
+        ({"num_heads": 0}, r"num_heads: expected a whole number of at least 1 or null, found 0"),
+        ({"num_heads": 2.0}, r"num_heads: expected a whole number of at least 1 or null, found 2\.0"),
         ({"conv_kernel": 1}, r"conv_kernel: expected a whole number of at least 2, found 1"),
         ({"conv_kernel": "4"}, r"conv_kernel: expected a whole number of at least 2, found '4'"),
         ({"state_format": "fp8"}, r"state_format: expected one of fp32, bf16, found 'fp8'"),

@@ -60,7 +60,7 @@ def test_variants_are_further_arms(tiny):
     assert changed(recipe, wide) == {"model.window"} and full.name == "full"
     for variants, message in (
         ({"full": {"model.window": 8}}, "'full' is the name of an arm"),
-        ({"odd": {"model.windo": 8}}, r"ablate\.variants\.odd: model\.windo: unknown key"),
+        ({"odd": {"model.windo": 8}}, r"ablate\.variants\.odd\.model\.windo: unknown key"),
         ({}, "neither ablate.choices nor ablate.variants names an arm"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -11,13 +11,14 @@ import pytest
 import ray
 import yaml
 
-from model.errors import ConfigError
+from model.errors import ConfigError, FiftyfoldError
 from pipelines import __main__ as cli
 from pipelines.ray_runtime import session
 from pipelines.ray_runtime.session import PACKAGES, PROJECT, ray_session
 from pipelines.recipe.loading import with_overrides
+from pipelines.steps import ablate, sweep, train
 from pipelines.tracking.mlflow_store import open_tracking
-from pipelines.tracking.run_folder import RUN_FILE
+from pipelines.tracking.run_folder import RUN_FILE, bind
 
 TIMED_OUT = "The current node timed out during startup."
 
@@ -62,8 +63,36 @@ def test_a_failed_cluster_start_ends_the_step_with_one_sentence(prepared, starte
     assert cli.main(["train", "--config", str(tmp_path / "recipe.yaml")]) == cli.USER_ERROR
     assert capsys.readouterr().err == f"error: Ray: no local cluster started in two attempts ({TIMED_OUT})\n"
     assert [p.is_running() for p in processes] == [False, False]
-    run_id = yaml.safe_load((recipe.run_folder / RUN_FILE).read_text())["run_id"]
-    assert open_tracking(recipe).client.get_run(run_id).info.status == "FAILED"
+    assert not (recipe.run_folder / RUN_FILE).exists()
+
+
+SWEEP = {"sweep.name": "no-cluster", "sweep.space": {"model.index_topk": [2, 3]}}
+ABLATION = {"ablate.name": "no-cluster", "ablate.choices": ["qat"], "ablate.context": 64}
+
+
+@pytest.mark.parametrize(("step", "changes"), [(train, {"run.name": "no-cluster"}), (sweep, SWEEP), (ablate, ABLATION)])
+def test_a_run_is_left_as_it_was_where_ray_does_not_start(prepared, started, step, changes):
+    recipe = with_overrides(prepared, {**changes, "tracking.experiment": "no-cluster"})
+    folders = {
+        train: recipe.run_folder,
+        sweep: recipe.sweep_folder,
+        ablate: recipe.experiments_folder / recipe.ablate.name,
+    }
+    tracking = open_tracking(recipe)
+    with tracking.start_run("earlier", kind="train", recipe=recipe) as run:
+        run.log_metrics({"validation/loss": 2.0})
+    folders[step].mkdir(parents=True, exist_ok=True)
+    bind(folders[step], run)
+    before = tracking.client.get_run(run.run_id).to_dictionary()
+    started(9)
+    with pytest.raises(FiftyfoldError, match="no local cluster started"):
+        step.run(recipe)
+    assert tracking.client.get_run(run.run_id).to_dictionary() == before
+    assert [each.info.run_id for each in tracking.client.search_runs([tracking.experiment_id])] == [run.run_id]
+    tracking.client.delete_run(run.run_id)
+    with pytest.raises(ConfigError, match=rf"^run {run.run_id}: was deleted"):
+        step.run(recipe)
+    (folders[step] / RUN_FILE).unlink()
 
 
 @pytest.fixture

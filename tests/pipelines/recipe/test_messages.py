@@ -5,9 +5,10 @@ import re
 import pytest
 
 from model.errors import ConfigError
+from model.wording import quote
 from pipelines.recipe.loading import load_recipe
 from pipelines.recipe.schema import Recipe
-from tests.pipelines.test_hostile_input import KEYS
+from tests.pipelines.test_hostile_input import KEYS, TEXT_KEYS
 
 PYTHON = ("tuple", "dict", "RunSection", "Section", "instance", "byte string", "function", "mapping cannot", "should")
 
@@ -50,6 +51,31 @@ STAGES = "train: {stages: [{steps: 3}]}"
         ("run: {seed: 1.5}", [], "run.seed: expected a whole number, found 1.5"),
         ("compare: {seeds: [3, 4, 3]}", [], "compare.seeds: has the value 3 twice"),
         ("ablate: {rates: [1, 1.0]}", [], "ablate.rates: has the value 1.0 twice"),
+        ("sweep: {space: {model.index_topk: [2, 2]}}", [], "sweep.space.model.index_topk: has the value 2 twice"),
+        ("sweep: {space: {model.index_topk: []}}", [], "sweep.space.model.index_topk: must not be empty, found []"),
+        (
+            "sweep: {space: {model.index_top: [2]}}",
+            [],
+            "sweep.space.model.index_top: unknown key; did you mean 'index_",
+        ),
+        (
+            "sweep: {space: {train.window: [2]}}",
+            [],
+            "sweep.space.train.window: unknown key; did you mean 'model.window",
+        ),
+        ("sweep: {space: {model.preset: [tiny]}}", [], "sweep.space.model.preset: cannot be changed here"),
+        ("sweep: {overrides: {train.stepz: 2}}", [], "sweep.overrides.train.stepz: unknown key"),
+        ("sweep: {overrides: {run.seed.x: 2}}", [], "sweep.overrides.run.seed.x: run.seed is a single value"),
+        (
+            "sweep: {space: {model.mixer_options.gqa.kernel: [2]}}",
+            [],
+            "sweep.space.model.mixer_options.gqa.kernel: unknown option; there are conv_kernel",
+        ),
+        (
+            "ablate: {variants: {a: {modle.window: 2}}}",
+            [],
+            "ablate.variants.a.modle: unknown key; did you mean 'model'?",
+        ),
         ("serve: {models: {a b: /x}}", [], "serve.models: expected letters, digits, '_', '.' and '-', beginning"),
         ("serve: {replicas: 2, max_replicas: 1}", [], "serve.max_replicas: must be at least replicas (2), found 1"),
         ("train: {sharding: fsdp, workers: 1}", [], "train.sharding: fsdp needs several workers"),
@@ -102,3 +128,20 @@ def test_nested_numbers_cannot_be_booleans(tmp_path, text, key):
 
 def test_the_keys_cover_the_recipe():
     assert len([key for key in KEYS if numbers(value_of(key))]) > 60
+
+
+@pytest.mark.parametrize("key", [key for key in TEXT_KEYS if not key.startswith("train.stages.")])
+@pytest.mark.parametrize(
+    "value", ["data", "~nobody-here", "s3://b", "ftp://b/c", "models:/x", "a b/c", "latest", "\x1b["]
+)
+def test_a_refused_text_is_named_by_its_key_and_quoted_once(tmp_path, key, value):
+    try:
+        load_recipe([], [f"{key}={value}"])
+    except ConfigError as error:
+        assert str(error).startswith(key) and len(re.findall(re.escape(quote(value)), str(error))) == 1
+
+
+def test_keys_within_mappings_and_lists_are_left_to_the_values():
+    changes = "train.stages.0.steps: 2, data.task_settings.mqar.keys: 3, train.stability.anticipatory_routing.lag: 3"
+    load_recipe([], [f"sweep.overrides={{{changes}}}", "sweep.space={model.mixer_options.gqa.conv_kernel: [2, 3]}"])
+    assert load_recipe([], ["sweep.space={model.qat: [1, true]}"]).sweep.space == {"model.qat": [1, True]}

@@ -46,7 +46,7 @@ def test_home_folders_and_file_uris_are_resolved(home):
         ("file:///a%2", "as %25"),
         ("file:///a%ff", "not valid UTF-8"),
         ("file:///a%00", "NUL"),
-        ("~nobody-of-that-name/x", "no home folder ~nobody-of-that-name"),
+        ("~nobody-of-that-name/x", "expected the home folder of a user here .*is ./~nobody-of-that-name.$"),
         ("", "expected a path"),
         ("a\0b", "NUL"),
         ("a\udcff", "not valid UTF-8"),
@@ -158,6 +158,21 @@ def test_tracking_uris_are_checked_when_the_recipe_is_read(home):
     for uri in ("http://host:99999", "http://[::1", "http://", "https:///x", "http://a b", "http://a\nb"):
         with pytest.raises(ConfigError, match=r"^tracking\.uri: "):
             load_recipe([], [f"tracking.uri={uri}"])
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("ftp://user:secret@x", "begins with one of http://, .*, mssql://, found 'ftp://x'"),
+        ("/some/folder", "begins with one of .*, found '/some/folder'"),
+        ("sqlite://", "names a file, such as sqlite:///path/of/mlflow.db, found 'sqlite://'"),
+        ("sqlite:///:memory:", "names a file, .*, found 'sqlite:///:memory:'"),
+        ("http://", "names a host, found 'http://'"),
+    ],
+)
+def test_a_tracking_uri_of_no_store_is_refused_when_the_recipe_is_read(uri, expected):
+    with pytest.raises(ConfigError, match=rf"^tracking\.uri: expected a URI that {expected}$"):
+        load_recipe([], [f"tracking.uri={uri}"])
 
 
 @pytest.mark.parametrize("uri", ["models:/", "models:/x", "models:/x@", "models:/x/y", "models:x@y", "models:/x@y/z"])

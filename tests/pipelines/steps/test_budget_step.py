@@ -204,7 +204,7 @@ def test_a_model_without_a_growing_cache_is_no_error(capsys, tmp_path):
         (["--model", "tiny", "--against", "ssa"], "v32, mamba2, kimi, gqa; SSA is in every comparison"),
         (["--model", "tiny", "--against", "v4"], "--against: 'v4' is not one of v32, mamba2, kimi, gqa"),
         (["--model", "tiny", "--against", ""], "--against: '' is not one of v32, mamba2, kimi, gqa"),
-        (["--model", "tiny", "--against", "gqa,v32,gqa"], "--against: names 'gqa' twice"),
+        (["--model", "tiny", "--against", "gqa,v32,gqa"], "--against: has the value 'gqa' twice"),
         (["--model", "tiny", "--ssa-density", "0.1"], "--ssa-density: changes nothing without --against"),
         (
             ["--model", "tiny", "--against", "gqa", "--ssa-density", "0"],

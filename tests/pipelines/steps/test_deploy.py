@@ -2,8 +2,12 @@
 
 import importlib
 import json
+import logging
+import os
 import shutil
+import signal
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,6 +116,47 @@ def test_a_missing_variable_is_named_before_a_local_cluster_starts(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     with pytest.raises(CheckpointError, match="nowhere: no such checkpoint folder"):  # the key may be on the nodes
         deploy.start(recipe)
+
+
+def test_a_start_is_announced_before_anything_is_loaded(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(ModelStore, "find", lambda _: pytest.fail(capsys.readouterr().out))
+    recipe = recipe_with(host="::1", port=1, model_uri="models:/a@b", models={"c": str(tmp_path)})
+    monkeypatch.setattr(deploy, "check_port", lambda *_: None)
+    line = f"starting Ray Serve at http://[::1]:1 with 'a' from models:/a@b, 'c' from {tmp_path}\n"
+    with pytest.raises(pytest.fail.Exception) as caught:
+        deploy.start(recipe)
+    assert str(caught.value) == line
+
+
+def test_warnings_about_replicas_that_end_are_not_printed_and_errors_are(monkeypatch):
+    logger, records = logging.getLogger("ray.serve"), []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "handle", records.append)
+    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(logger, "level", logging.WARNING)
+
+    def log(name):
+        logger.warning(f"{name}: replica is temporarily unavailable")
+        logger.error(f"{name}: failed")
+
+    monkeypatch.setattr(deploy, "drain", lambda *_: log("drain"))
+    monkeypatch.setattr(deploy.Deployment, "follow_aliases", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    undo = ExitStack()
+    undo.callback(log, "stop")
+    section = ServeSection(alias_poll_seconds=1e-3)
+    with deploy.Deployment("http://t", [], "float32", section, None, undo) as deployment:
+        deployment.serve_until_signal()
+        log("between")
+    printed = [record.getMessage() for record in records]
+    warning = "between: replica is temporarily unavailable"
+    assert printed == ["drain: failed", warning, "between: failed", "stop: failed"]
+
+
+def test_a_damaged_model_is_named_by_its_key(tmp_path):
+    for key in ("serve.model_uri", "serve.models.a"):
+        model = ServedModel("a", str(tmp_path), key, tmp_path)
+        with pytest.raises(CheckpointError, match=rf"^{key}: {tmp_path}/config\.json: No such file"):
+            deploy.check_model(model, ServeSection())
 
 
 def test_the_printed_command_survives_any_path_and_name(capsys):

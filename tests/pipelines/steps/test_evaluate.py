@@ -144,8 +144,13 @@ def test_a_checkpoint_of_transformers_is_refused_with_the_way_to_convert_it(tmp_
             {"tasks": ["multi_key"]},
             r"^data\.task_settings: multi_key: 'pairs' is not one of its settings \(keys\)$",
         ),
-        ({}, {"lengths": [4096]}, "mqar: length 4096 exceeds the model's context; choose lengths up to 512 tokens"),
-        ({}, {"distance": 20}, "mqar: distance 20 proves nothing"),
+        (
+            {},
+            {"lengths": [4096]},
+            r"^evaluate\.lengths: mqar: length 4096 exceeds the model's context; choose lengths up to 512 tokens",
+        ),
+        ({}, {"distance": 20}, r"^evaluate\.distance: mqar: distance 20 proves nothing"),
+        ({}, {"tasks": ["residue"], "samples": 1}, r"^evaluate\.samples: residue: samples: expected at least one"),
     ],
 )
 def test_unknown_and_vacuous_settings_are_refused(tmp_path, data, section, message):

@@ -147,9 +147,10 @@ def test_a_report_shows_all_figures_and_their_runs(recipe, ablated, compared, tm
     artifacts = {each.path for each in open_tracking(recipe).client.list_artifacts(logged.info.run_id)}
     assert artifacts >= {"report.html", *(f"{name}.png" for name in figures)}
     assert sorted((recipe.experiments_folder / "trials").glob(f"*/{RESULT}"))  # not needed by the report
-    with pytest.raises(ConfigError, match=rf"report\.sweep: run {ablation.info.run_id} is one of ablate"):
-        report.run(with_overrides(recipe, {"report.sweep": ablation.info.run_id}))
-    with pytest.raises(ConfigError, match=r"report\.sweep: run nope has no results\.json that can be read"):
+    own = ablation.info.run_id
+    with pytest.raises(ConfigError, match=rf"report\.sweep: expected a run of sweep, but {own} is one of ablate"):
+        report.run(with_overrides(recipe, {"report.sweep": own}))
+    with pytest.raises(ConfigError, match=r"report\.sweep: expected the id of an MLflow run in \S+, found 'nope'"):
         report.run(with_overrides(recipe, {"report.sweep": "nope"}))
     with pytest.raises(ConfigError, match=r"no finished run of ablate named 'ablation-quick' \(ablate\.name\)"):
         report.run(with_overrides(recipe, {"ablate.name": "ablation-quick"}))
@@ -172,7 +173,7 @@ def test_points_without_a_score_at_a_length_do_not_end_a_sweep(recipe, capsys):
     ("changes", "message"),
     [
         ({"evaluate.lengths": [512]}, r"compare: arm hybrid: .*512 exceeds the model's context"),
-        ({"evaluate.tasks": ["nothing"]}, r"compare: arm hybrid: tasks: 'nothing' is not one of"),
+        ({"evaluate.tasks": ["nothing"]}, r"compare: arm hybrid: evaluate\.tasks: 'nothing' is not one of"),
         ({"compare.arms": {"gqa": {**GQA, "max_positions": 64}}}, r"compare: arm gqa: .*96.* exceeds"),
     ],
 )

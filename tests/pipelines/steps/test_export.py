@@ -147,7 +147,7 @@ def test_a_file_for_llama_cpp(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--from", "OURS"], "--to: is missing"),
+        (["--from", "OURS"], "--to: is missing; it names the folder to write, or the file for --format gguf"),
         (["--from", "OURS", "--to", "OURS"], "already exists"),
         (["--from", "OURS", "--to", "new", "--format", "onnx"], "'onnx' is not one of fiftyfold"),
         (["--from", "OURS", "--to", "new", "--format", "gguf", "--experts", "fp4"], "--experts: changes nothing in"),
@@ -155,7 +155,7 @@ def test_a_file_for_llama_cpp(tmp_path, capsys):
         (["--from", "OURS", "--to", "new", "--type", "f16"], "--type: changes nothing in format 'transformers'"),
         (["--from", "OURS", "--to", "new", "--format", "gguf"], "needs at least 64, found 16"),
         (["--from", "OURS", "--to", "new", "--model.window", "4"], "--model.window would change nothing"),
-        (["--from", "nowhere", "--to", "new"], "nowhere: no such checkpoint folder"),
+        (["--from", "nowhere", "--to", "new"], "error: --from: nowhere: no such checkpoint folder"),
         (["--from", "OURS", "--to", "new", "--tokenizer", "none.json"], "none.json: No such file"),
     ],
 )

@@ -516,5 +516,6 @@ def test_a_retrieval_document_that_does_not_fit_is_refused_before_reading(tmp_pa
 def test_a_run_folder_that_cannot_be_made_is_named(tmp_path):
     corpus = write_corpus(tmp_path / "in", texts(60))
     (tmp_path / "runs").write_text("a file")
-    with pytest.raises(DataError, match="runs/data/stdlib: cannot be written"):
+    message = r"^run\.folder: .*runs/data/stdlib cannot be created, because .*runs is not a folder$"
+    with pytest.raises(ConfigError, match=message):
         prepare.run(recipe(tmp_path, corpus))

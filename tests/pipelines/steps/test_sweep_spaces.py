@@ -5,7 +5,7 @@ import json
 import pytest
 
 from model.errors import ConfigError
-from pipelines.recipe.loading import overlay, with_overrides
+from pipelines.recipe.loading import overlay, recipe_from_dict, with_overrides
 from pipelines.steps import sweep
 from pipelines.tracking.mlflow_store import open_tracking
 
@@ -51,6 +51,22 @@ def test_a_task_that_does_not_exist_is_refused_before_any_trial(base):
     with pytest.raises(ConfigError, match=r"^evaluate\.tasks: 'ruler' is not one of mqar, "):
         sweep.run(recipe)
     assert not recipe.sweep_folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"space": {}}, r"^sweep\.space: is empty"),
+        ({"space": {"run.name": ["a", "b"]}}, r"^sweep\.space: 'run\.name' changes nothing in a trial"),
+        ({"metric": "validation/los"}, r"^sweep\.metric: expected one of validation/loss, .*, found 'validation/los'"),
+        ({"overrides": {"train.stages": []}}, r"^sweep\.overrides: train\.stages: must not be empty"),
+    ],
+)
+def test_a_bad_sweep_is_refused_before_data_is_asked_for(tmp_path, changes, message):
+    sections = {"space": {"model.window": [8, 16]}, **changes}
+    with pytest.raises(ConfigError, match=message):
+        sweep.run(recipe_from_dict({"run": {"folder": str(tmp_path)}, "sweep": sections}))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_invalid_point_of_a_grid_is_skipped_with_its_reason(base, capsys):

@@ -210,7 +210,7 @@ def test_a_read_only_folder_can_be_served_and_results_are_refused_before_any_com
     monkeypatch.setattr("pipelines.steps.evaluate.score_tasks", lambda *_, **__: pytest.fail("scored"))
     assert served(recipe_in(original)).is_dir()
     for step in (evaluate, promote):
-        with pytest.raises(ConfigError, match=rf"{original}\S*: cannot be written to"):
+        with pytest.raises(ConfigError, match=rf"^run\.folder: {original}\S* cannot be written to"):
             step.run(recipe_in(original))
 
 

@@ -4,7 +4,16 @@ import pytest
 
 from model.errors import ConfigError
 from pipelines.recipe.loading import recipe_from_dict
-from pipelines.training.search_space import combinations, decode, encode, extreme_models, search_of, short_label
+from pipelines.training.search_space import (
+    check_metric,
+    check_space,
+    combinations,
+    decode,
+    encode,
+    extreme_models,
+    search_of,
+    short_label,
+)
 
 
 def space(values, **changes):
@@ -69,3 +78,42 @@ def test_layer_schedules_survive_as_categories_of_optuna():
 def test_bad_ranges_are_refused(values, message):
     with pytest.raises(ConfigError, match=rf"sweep\.space\.model\.index_topk\.?:? ?{message}"):
         space({"model.index_topk": values})
+
+
+LOGGED = "validation/loss, validation/text_loss, validation/answer_loss, validation/recall"
+SELECTION = "validation/indexer_kl, validation/recall_at_k, validation/recall_at_k_of_best, validation/choosing_share"
+
+
+@pytest.mark.parametrize(
+    ("metric", "layers", "kinds", "expected"),
+    [
+        ("validation/los", ["csa"], ["text", "mqar"], f"{LOGGED}, {SELECTION}"),
+        ("validation/recall_at_k", ["hca"], ["text", "mqar"], LOGGED),
+        ("validation/recall_at_k/layer_1", ["csa"], ["text", "mqar"], f"{LOGGED}, {SELECTION}"),
+        ("validation/needle_recall", ["hca"], ["text", "mqar"], LOGGED),
+        ("validation/recall", ["hca"], ["text"], "validation/loss, validation/text_loss"),
+        ("validation/mtp_loss", ["hca"], ["text", "mqar"], LOGGED),
+        ("train/loss", ["hca"], ["text"], "validation/loss, validation/text_loss"),
+    ],
+)
+def test_a_metric_that_the_trials_do_not_log_is_refused_with_those_they_log(metric, layers, kinds, expected):
+    recipe = recipe_from_dict({"model": {"layers": layers}, "sweep": {"metric": metric}})
+    with pytest.raises(ConfigError) as caught:
+        check_metric(recipe, [{}], kinds)
+    assert str(caught.value) == f"sweep.metric: expected one of {expected}, found '{metric}'"
+    known = recipe_from_dict({"model": {"layers": layers}, "sweep": {"metric": expected.split(", ")[-1]}})
+    check_metric(known, [{}], kinds)
+
+
+def test_a_metric_must_be_logged_by_every_valid_trial():
+    values = {"model.layers": [["csa", "hca"], ["hca", "hca"]]}
+    recipe = space(values, metric="validation/choosing_share")
+    with pytest.raises(ConfigError, match=r"^sweep\.metric: expected one of .*, found 'validation/choosing_share'$"):
+        check_metric(recipe, combinations(recipe), ["text"])
+    check_metric(recipe, [{"model.layers": ["csa", "hca"]}, {"model.layers": ["unknown"]}], ["text"])
+
+
+def test_overrides_that_no_trial_can_have_are_named():
+    recipe = space({"model.csa_ratio": [2, 4]}, overrides={"train.stages.0.step": 3})
+    with pytest.raises(ConfigError, match=r"^sweep\.overrides: train\.stages\.0\.step: unknown key"):
+        check_space(recipe)

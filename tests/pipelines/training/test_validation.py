@@ -10,7 +10,7 @@ from plain_training import (
 )
 
 from pipelines.recipe.loading import with_overrides
-from pipelines.training.validation import count_answers
+from pipelines.training.validation import count_answers, metric_names
 
 
 def test_validation_masks_documents_too(prepared):
@@ -40,6 +40,16 @@ def test_selection_is_measured_where_there_is_a_choice(prepared):
     trainer._validation = {"mqar": [short]}
     none = trainer.validate()
     assert none["validation/choosing_share"] == 0 and "validation/recall_at_k" not in none
+
+
+@pytest.mark.parametrize("changes", [{}, {"model.mtp_layers": 1, "model.layers": ["csa", "hca", "csa"]}])
+def test_the_names_of_the_metrics_are_known_before_a_training(prepared, changes):
+    recipe = with_overrides(prepared, {"train.stages": [{"attention": "sparse", "steps": 1}], **changes})
+    trainer = trainer_for(recipe, Record())
+    for kinds in (["text", "mqar", "needle"], ["text"]):
+        trainer._validation = {kind: batches for kind, batches in trainer._validation.items() if kind in kinds}
+        names = metric_names(trainer.model.config, kinds, recipe.data.sequence_length)
+        assert {name for name in trainer.validate() if name.startswith("validation/")} == set(names)
 
 
 def test_an_answer_counts_only_whole():
