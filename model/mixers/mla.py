@@ -53,6 +53,9 @@ class Projected(NamedTuple):
     """Inputs of the selection of dsa layers."""
 
 
+_ROPE_DIMS = "expected an even number of at least 2, or 0 without rope"
+
+
 class Sizes(NamedTuple):
     """The options of the mixer (names as in transformers)."""
 
@@ -120,7 +123,7 @@ class MultiHeadLatentAttention(Mixer):
         rope_dims = sizes.qk_rope_head_dim
         require(
             type(rope_dims) is int and 0 <= rope_dims < 1 << 31 and rope_dims % 2 == 0,
-            f"{key}.qk_rope_head_dim: expected an even number of at least 0, found {quote(rope_dims)}",
+            f"{key}.qk_rope_head_dim: {_ROPE_DIMS}, found {quote(rope_dims)}",
         )
         for name in ("mscale", "mscale_all_dim"):
             check_number(f"{key}.{name}", getattr(sizes, name))
@@ -130,7 +133,7 @@ class MultiHeadLatentAttention(Mixer):
         sizes, key = cls.sizes(config), f"mixer_options.{cls.name}"
         require(
             sizes.qk_rope_head_dim > 0 or not sizes.rope,
-            f"{key}.qk_rope_head_dim: expected an even number of at least 2, found 0",
+            f"{key}.qk_rope_head_dim: {_ROPE_DIMS}, found 0",
         )
         bits = FORMAT_BITS[config.kv_format]
         unit = FORMAT_BITS[config.rope_format] if sizes.qk_rope_head_dim else 8

@@ -71,9 +71,24 @@ def test_rounding_is_counted_in_training():
 @pytest.mark.parametrize(
     ("mixer", "options", "fields", "message"),
     [
-        ("mla", {"qk_rope_head_dim": 3}, {}, "mla.qk_rope_head_dim: expected an even number of at least 2, found 3"),
-        ("mla", {"qk_rope_head_dim": 0}, {}, "mla.qk_rope_head_dim: expected an even number of at least 2, found 0"),
-        ("mla", {"qk_rope_head_dim": -2, "rope": False}, {}, "qk_rope_head_dim: expected an even number of at least 0"),
+        (
+            "mla",
+            {"qk_rope_head_dim": 3},
+            {},
+            "mla.qk_rope_head_dim: expected an even number of at least 2, or 0 without rope, found 3",
+        ),
+        (
+            "mla",
+            {"qk_rope_head_dim": 0},
+            {},
+            "mla.qk_rope_head_dim: expected an even number of at least 2, or 0 without rope, found 0",
+        ),
+        (
+            "mla",
+            {"qk_rope_head_dim": -2, "rope": False},
+            {},
+            "qk_rope_head_dim: expected an even number of at least 2, or 0 without rope, found -2",
+        ),
         ("mla", {"kv_lora_rank": 0}, {}, "mla.kv_lora_rank: expected a whole number of at least 1, found 0"),
         ("mla", {"kv_lora_rank": None}, {}, "mla.kv_lora_rank: expected a whole number of at least 1, found null"),
         ("mla", {"v_head_dim": 2.0}, {}, "mla.v_head_dim: expected a whole number of at least 1, found 2.0"),
