@@ -42,8 +42,11 @@ PLANS = [
     Plan(
         "hyper_connections.mix",
         "mix",
-        _pointers("streams raw scale base x post comb", **_SIZES, eps="fp32", iterations="i32"),
-        _WIDTHS,
+        _pointers(
+            "streams raw scale base norm_weight x post comb",
+            **_SIZES, eps="fp32", norm_eps="fp32", iterations="i32",
+        ),
+        {**_WIDTHS, "BLOCK_D": WIDTH},
         MIX_TILES,
         work=Work(0.0, (STREAMS + 1) * _ROW, target=_TARGET),
     ),
@@ -69,8 +72,8 @@ PLANS = [
         "hyper_connections.mix_backward",
         "mix_backward",
         _pointers(
-            "streams raw scale base grad_x grad_post grad_comb divisors grad_logits",
-            D="i32:16", eps="fp32", iterations="i32",
+            "streams raw scale base norm_weight grad_x grad_post grad_comb divisors grad_logits norm_factors",
+            D="i32:16", eps="fp32", norm_eps="fp32", iterations="i32",
         ),
         _WIDTHS,
         TOKEN_TILES,
@@ -80,11 +83,13 @@ PLANS = [
         "hyper_connections.streams_backward",
         "streams_backward",
         _pointers(
-            "later grad_x grad_products through_norm raw scale base fn streams grad_streams", **_SIZES, eps="fp32"
+            "later grad_x grad_products through_norm norm_factors raw scale base norm_weight fn streams grad_streams "
+            "grad_weight_parts",
+            **_SIZES, eps="fp32",
         ),
         {**_WIDTHS, "M_PAD": padded_logits(STREAMS), "HAS_LATER": True, "PRECISION": "tf32x3"},
         STREAMS_TILES,
         multiplies=True,
-        work=Work(0.0, (3 * STREAMS + 1) * _ROW, target=_TARGET),
+        work=Work(0.0, (3 * STREAMS + 1 + 1 / 16) * _ROW, target=_TARGET),  # parts of 16 tokens
     ),
 ]  # fmt: skip
