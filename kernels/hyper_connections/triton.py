@@ -25,11 +25,16 @@ STREAMS = (1, 2, 4)
 
 PROJECT_TILES: Tiles = {
     "interpreter": (Tile(4, 1, {"BLOCK_T": 16, "BLOCK_K": 32}),),
-    **{name: (Tile(4, 3, {"BLOCK_T": 16, "BLOCK_K": 128}),) for name in ARCHITECTURES},
+    **{
+        # The projection is read once per program: 16 tokens read it as often as the streams at 4 streams. But short
+        # sequences need many programs.
+        name: (Tile(4, 3, {"BLOCK_T": 64, "BLOCK_K": 64}), Tile(4, 3, {"BLOCK_T": 16, "BLOCK_K": 128}))
+        for name in ARCHITECTURES
+    },
 }
 MIX_TILES: Tiles = {
     "interpreter": (Tile(4, 1, {"BLOCK_T": 4}),),
-    **{name: (Tile(8, 1, {"BLOCK_T": 4}),) for name in ARCHITECTURES},
+    **{name: (Tile(8, 1, {"BLOCK_T": 4}), Tile(8, 1, {"BLOCK_T": 1})) for name in ARCHITECTURES},
 }
 EXPAND_TILES: Tiles = {
     "interpreter": (Tile(4, 1, {"BLOCK_T": 4, "BLOCK_D": 16}),),
@@ -41,7 +46,10 @@ TOKEN_TILES: Tiles = {
 }
 STREAMS_TILES: Tiles = {
     "interpreter": (Tile(4, 1, {"BLOCK_T": 16, "BLOCK_D": 16}),),
-    **{name: (Tile(4, 1, {"BLOCK_T": 16, "BLOCK_D": 128}),) for name in ARCHITECTURES},
+    **{
+        name: (Tile(4, 1, {"BLOCK_T": 16, "BLOCK_D": 64}), Tile(8, 1, {"BLOCK_T": 16, "BLOCK_D": 128}))
+        for name in ARCHITECTURES
+    },
 }
 
 

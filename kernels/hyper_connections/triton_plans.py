@@ -11,12 +11,21 @@ from kernels.hyper_connections.triton import (
     padded_logits,
 )
 from kernels.triton_support.plans import TF32X3, Plan, Work
+from kernels.triton_support.tiles import Tiles
 
 TOKENS, STREAMS, WIDTH = 16384, 4, 4096
 _LOGITS = 2 * STREAMS + STREAMS * STREAMS
 _ROW = 4.0 * TOKENS * WIDTH
 """Bytes of one float32 stream."""
 _F = "*fp32:16"
+
+
+def _projection(tiles: Tiles) -> float:
+    """Return the bytes of the projection that the programs of the default setting read through the cache: all of it
+    for every block of tokens."""
+    return 4.0 * TOKENS / tiles["sm_90"][0].sizes["BLOCK_T"] * _LOGITS * STREAMS * WIDTH
+
+
 _TARGET = "75% of bandwidth"
 
 
@@ -35,8 +44,13 @@ PLANS = [
         {"M": _LOGITS, "M_PAD": padded_logits(STREAMS), "PRECISION": "tf32x3"},
         PROJECT_TILES,
         multiplies=True,
+        max_spills={"sm_100": 8},
         work=Work(
-            2.0 * TOKENS * STREAMS * WIDTH * padded_logits(STREAMS), STREAMS * _ROW, rate=TF32X3, target=_TARGET
+            2.0 * TOKENS * STREAMS * WIDTH * padded_logits(STREAMS),
+            STREAMS * _ROW,
+            cache_bytes=STREAMS * _ROW + _projection(PROJECT_TILES),
+            rate=TF32X3,
+            target=_TARGET,
         ),
     ),
     Plan(
@@ -90,6 +104,12 @@ PLANS = [
         {**_WIDTHS, "M_PAD": padded_logits(STREAMS), "HAS_LATER": True, "PRECISION": "tf32x3"},
         STREAMS_TILES,
         multiplies=True,
-        work=Work(0.0, (3 * STREAMS + 1 + 1 / 16) * _ROW, target=_TARGET),  # parts of 16 tokens
+        # One row per program is the gradient of the norm's weight. The streams are read twice.
+        work=Work(
+            0.0,
+            (3 * STREAMS + 1 + 1 / STREAMS_TILES["sm_90"][0].sizes["BLOCK_T"]) * _ROW,
+            cache_bytes=(3 * STREAMS + 1) * _ROW + _projection(STREAMS_TILES),
+            target=_TARGET,
+        ),
     ),
 ]  # fmt: skip

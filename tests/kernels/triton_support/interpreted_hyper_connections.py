@@ -47,6 +47,33 @@ def test_gradients_of_each_output_alone(used):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=2e-5)
 
 
+def test_the_input_of_the_block_is_recomputed_not_saved():
+    tokens, n, d, saved = 3, 4, 20, []
+    leaves = [x.clone().requires_grad_() for x in inputs(tokens, n, d)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        hc_pre(*leaves, 3, 1e-3, 1e-6, backend="triton")
+    m = 2 * n + n * n
+    assert sorted(x.numel() for x in saved) == sorted([*(x.numel() for x in leaves), 2 * tokens * m, 2 * tokens])
+
+
+def test_inputs_near_zero_are_bounded_by_eps():
+    """Streams that nearly cancel in the weighted sum, and streams of zeros."""
+    streams = torch.randn(2, 3, 2, 20)
+    streams[:, :, 1] = -streams[:, :, 0] * (1 + 1e-4)
+    streams[0, 0] = 0
+    fn, scale, base, weight = torch.randn(8, 40) * 0.3, torch.zeros(3), torch.zeros(8), torch.randn(20)
+    found, expected = (
+        run(
+            backend,
+            (streams, fn, scale, base, weight),
+            torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(2)),
+        )
+        for backend in ("triton", "reference")
+    )
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+
+
 def test_outputs_in_bf16():
     given, output = inputs(2, 4, 20), torch.randn(2, 2, 20).bfloat16()
     leaves = [x.clone().requires_grad_() for x in (given[0], torch.rand(2, 2, 4, 4), torch.rand(2, 2, 4), output)]
