@@ -50,16 +50,16 @@ def run_block(block: Block, streams: Tensor, input_ids: Tensor, context: Context
     rotation = context.rotation.get(block.attn.name)
 
     def before_mixing(streams: Tensor, rotation: Rotation | None) -> tuple:
-        x, mixing = block.attn_residual.enter(streams)
-        return mixing, block.attn.project(block.attn_norm(x), rotation, context, cache is not None)
+        x, mixing = block.attn_residual.enter(streams, block.attn_norm)
+        return mixing, block.attn.project(x, rotation, context, cache is not None)
 
     def after_mixing(streams: Tensor, mixing: tuple, mixed: Tensor, rotation: Rotation | None) -> Tensor:
         return block.attn_residual.leave(streams, mixing, block.attn.output(mixed, rotation))
 
     def before_ffn(streams: Tensor, mixing: tuple, mixed: Tensor, rotation: Rotation | None) -> tuple:
         between = after_mixing(streams, mixing, mixed, rotation)
-        x, mixing = block.ffn_residual.enter(between)
-        return between, mixing, block.ffn_norm(x)
+        x, mixing = block.ffn_residual.enter(between, block.ffn_norm)
+        return between, mixing, x
 
     mixing, projected = in_tiles(before_mixing, streams, rotation)
     mixed = block.attn.mix(projected, context, cache)

@@ -46,14 +46,14 @@ class Block(nn.Module):
         if context.batch_invariant:
             return batch_invariant.run_block(self, streams, input_ids, context, cache)
 
-        x, mixing = self.attn_residual.enter(streams)
-        out = self.attn(self.attn_norm(x), context, cache)
+        x, mixing = self.attn_residual.enter(streams, self.attn_norm)
+        out = self.attn(x, context, cache)
         between = self.attn_residual.leave(streams, mixing, out)
         if self.ffn is None:
             return between
 
         recompute = self.training and self.recompute_streams
         recomputed = self.attn_residual.to_recompute(between, streams, mixing, out) if recompute else None
-        x, mixing = self.ffn_residual.enter(between, recomputed)
-        out = self.ffn(self.ffn_norm(x), input_ids, context)
+        x, mixing = self.ffn_residual.enter(between, self.ffn_norm, recomputed)
+        out = self.ffn(x, input_ids, context)
         return self.ffn_residual.leave(between, mixing, out)

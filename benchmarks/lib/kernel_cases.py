@@ -232,18 +232,20 @@ def _mixing(s: Sizes, device: torch.device) -> Iterator[Case]:
     m = 2 * n + n * n
     streams = torch.randn(1, tokens, n, s.width, device=device)
     fn, scale, base = (torch.randn(*shape, device=device) * 0.02 for shape in ((m, n * s.width), (3,), (m,)))
+    norm_weight = torch.randn(s.width, device=device)
     output = torch.randn(1, tokens, s.width, device=device)
     upstream = torch.randn(streams.shape, device=device)
     row = 4.0 * tokens * s.width
 
     def layer(backend: str) -> Callable[..., Tensor]:
-        def run(streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, output: Tensor) -> Tensor:
-            x, post, comb, entered = hc_pre(streams, fn, scale, base, 20, 1e-6, 1e-6, backend=backend)
+        def run(streams: Tensor, *weights_and_output: Tensor) -> Tensor:
+            *weights, output = weights_and_output
+            x, post, comb, entered = hc_pre(streams, *weights, 20, 1e-6, 1e-6, backend=backend)
             return hc_post(entered, comb, post, output + x, backend=backend)
 
         return run
 
-    given = [streams, fn, scale, base, output]
+    given = [streams, fn, scale, base, norm_weight, output]
 
     def forward(backend: str, dtype: torch.dtype = torch.float32) -> Tensor:
         with torch.no_grad():

@@ -1,8 +1,8 @@
 """Manifold-constrained hyper-connections (mHC): residual streams mixed by doubly stochastic matrices.
 
-A block F is wrapped as ``X' = comb^T X + post F(pre X)`` for n streams X (report 2.2; mHC paper, arXiv 2512.24880).
-:func:`hc_pre` computes the input of F and the weights of every token, :func:`hc_post` the new streams, and
-:func:`hc_head` the input of the final norm. All weights are float32.
+A block F is wrapped as ``X' = comb^T X + post F(norm(pre X))`` for n streams X (report 2.2; mHC paper, arXiv
+2512.24880). :func:`hc_pre` computes the input of F, RMS-normalized, and the weights of every token, :func:`hc_post` the
+new streams, and :func:`hc_head` the input of the final norm. All weights are float32.
 """
 
 from __future__ import annotations
@@ -35,29 +35,31 @@ def hc_pre(
     fn: Tensor,
     scale: Tensor,
     base: Tensor,
+    norm_weight: Tensor,
     iterations: int,
     eps: float,
     norm_eps: float,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the input of a block and the weights of its output.
+    """Compute the normalized input of a block and the weights of its output.
 
     Args:
         streams: float32 [B, S, n, d].
         fn: [2n + n * n, n * d], projection of the normalized streams to the logits of pre, post and comb, in order.
         scale: [3], factors of the logits of pre, post and comb.
         base: [2n + n * n], biases of the logits.
+        norm_weight: [d], weight of the block's RMS norm.
         iterations: Sinkhorn iterations of comb.
         eps: Added to pre and to the sums of the Sinkhorn iterations.
-        norm_eps: Added to the mean square of the streams.
+        norm_eps: Added to the mean squares of the streams and of their weighted sum, the input before its norm.
 
     Returns:
-        The input of the block [B, S, d], post [B, S, n], comb [B, S, n, n] (source stream, target stream), and the
-        streams. If gradients are recorded, :func:`hc_post` must receive the returned streams: their gradient is then
-        accumulated in place.
+        The input of the block, float32 [B, S, d], post [B, S, n], comb [B, S, n, n] (source stream, target stream),
+        and the streams. If gradients are recorded, :func:`hc_post` must receive the returned streams: their gradient is
+        then accumulated in place.
     """
     return get_backend(BACKENDS, backend or backend_for(streams)).hc_pre(
-        streams, fn, scale, base, iterations, eps, norm_eps
+        streams, fn, scale, base, norm_weight, iterations, eps, norm_eps
     )
 
 

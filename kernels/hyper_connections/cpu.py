@@ -8,20 +8,29 @@ from torch import Tensor
 from kernels import native
 from kernels.autocast import in_float32
 from kernels.hyper_connections import eager
+from kernels.rms_norm import rms_norm
 
 MAX_STREAMS = 8
 """Most streams n that the native operators support."""
 
 
 def hc_pre(
-    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iterations: int, eps: float, norm_eps: float
+    streams: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    norm_weight: Tensor,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Implement :func:`kernels.hyper_connections.hc_pre`."""
     streams = streams.contiguous()
-    if not torch.is_grad_enabled():
+    if torch.is_grad_enabled():
+        x, post, comb, streams = _Pre.apply(streams, fn, scale, base, iterations, eps, norm_eps)
+    else:
         x, post, comb, _, _ = native.op("hc_pre")(streams, fn, scale, base, iterations, eps, norm_eps)
-        return x, post, comb, streams
-    return _Pre.apply(streams, fn, scale, base, iterations, eps, norm_eps)
+    return rms_norm(x, norm_eps, norm_weight), post, comb, streams
 
 
 def hc_head(streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, eps: float, norm_eps: float) -> Tensor:
@@ -38,7 +47,7 @@ def hc_post(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor) -> Tens
 
 
 class _Pre(torch.autograd.Function):
-    """:func:`hc_pre`, which also returns the streams.
+    """:func:`hc_pre` without the norm of the block's input, which also returns the streams.
 
     The backward pass thus receives the gradient of all later uses of the streams, and adds its own part to it while it
     computes it.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.hyper_connections.reference import pre_from_raw, weights_from_raw
+from kernels.rms_norm import rms_norm
 
 _SINKHORN_TOKENS = 2048
 """Tokens whose n x n matrices are iterated together. Large enough to amortize the overhead of an operation (1,024 take
@@ -21,7 +22,14 @@ a fifth longer), small enough to keep the half-steps in the cache."""
 
 
 def hc_pre(
-    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iterations: int, eps: float, norm_eps: float
+    streams: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    norm_weight: Tensor,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Implement :func:`kernels.hyper_connections.hc_pre`."""
     raw, streams = _NormalizedProduct.apply(streams, fn, norm_eps)
@@ -29,7 +37,7 @@ def hc_pre(
         raw, streams.shape[:3], scale, base, eps, lambda logits: _Sinkhorn.apply(logits, iterations, eps)
     )
     x, streams = _Collapse.apply(streams, pre)
-    return x, post, comb, streams
+    return rms_norm(x, norm_eps, norm_weight), post, comb, streams
 
 
 def hc_post(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor) -> Tensor:

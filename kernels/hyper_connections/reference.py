@@ -70,12 +70,21 @@ def collapse(streams: Tensor, pre: Tensor) -> Tensor:
 
 
 def hc_pre(
-    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, iterations: int, eps: float, norm_eps: float
+    streams: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    norm_weight: Tensor,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Implement :func:`kernels.hyper_connections.hc_pre`."""
     raw = normalized_product(streams, fn, norm_eps)
     pre, post, comb = weights_from_raw(raw, streams.shape[:3], scale, base, eps, lambda x: sinkhorn(x, iterations, eps))
-    return collapse(streams, pre), post, comb, streams
+    x = collapse(streams, pre)
+    normalized = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm_eps) * norm_weight
+    return normalized, post, comb, streams
 
 
 def hc_post(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor) -> Tensor:

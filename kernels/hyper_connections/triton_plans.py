@@ -11,12 +11,21 @@ from kernels.hyper_connections.triton import (
     padded_logits,
 )
 from kernels.triton_support.plans import TF32X3, Plan, Work
+from kernels.triton_support.tiles import Tiles
 
 TOKENS, STREAMS, WIDTH = 16384, 4, 4096
 _LOGITS = 2 * STREAMS + STREAMS * STREAMS
 _ROW = 4.0 * TOKENS * WIDTH
 """Bytes of one float32 stream."""
 _F = "*fp32:16"
+
+
+def _projection(tiles: Tiles) -> float:
+    """Return the bytes of the projection that the programs of the default setting read through the cache: all of it
+    for every block of tokens."""
+    return 4.0 * TOKENS / tiles["sm_90"][0].sizes["BLOCK_T"] * _LOGITS * STREAMS * WIDTH
+
+
 _TARGET = "75% of bandwidth"
 
 
@@ -35,15 +44,23 @@ PLANS = [
         {"M": _LOGITS, "M_PAD": padded_logits(STREAMS), "PRECISION": "tf32x3"},
         PROJECT_TILES,
         multiplies=True,
+        max_spills={"sm_100": 8},
         work=Work(
-            2.0 * TOKENS * STREAMS * WIDTH * padded_logits(STREAMS), STREAMS * _ROW, rate=TF32X3, target=_TARGET
+            2.0 * TOKENS * STREAMS * WIDTH * padded_logits(STREAMS),
+            STREAMS * _ROW,
+            cache_bytes=STREAMS * _ROW + _projection(PROJECT_TILES),
+            rate=TF32X3,
+            target=_TARGET,
         ),
     ),
     Plan(
         "hyper_connections.mix",
         "mix",
-        _pointers("streams raw scale base x post comb", **_SIZES, eps="fp32", iterations="i32"),
-        _WIDTHS,
+        _pointers(
+            "streams raw scale base norm_weight x post comb",
+            **_SIZES, eps="fp32", norm_eps="fp32", iterations="i32",
+        ),
+        {**_WIDTHS, "BLOCK_D": WIDTH},
         MIX_TILES,
         work=Work(0.0, (STREAMS + 1) * _ROW, target=_TARGET),
     ),
@@ -69,8 +86,8 @@ PLANS = [
         "hyper_connections.mix_backward",
         "mix_backward",
         _pointers(
-            "streams raw scale base grad_x grad_post grad_comb divisors grad_logits",
-            D="i32:16", eps="fp32", iterations="i32",
+            "streams raw scale base norm_weight grad_x grad_post grad_comb divisors grad_logits norm_factors",
+            D="i32:16", eps="fp32", norm_eps="fp32", iterations="i32",
         ),
         _WIDTHS,
         TOKEN_TILES,
@@ -80,11 +97,19 @@ PLANS = [
         "hyper_connections.streams_backward",
         "streams_backward",
         _pointers(
-            "later grad_x grad_products through_norm raw scale base fn streams grad_streams", **_SIZES, eps="fp32"
+            "later grad_x grad_products through_norm norm_factors raw scale base norm_weight fn streams grad_streams "
+            "grad_weight_parts",
+            **_SIZES, eps="fp32",
         ),
         {**_WIDTHS, "M_PAD": padded_logits(STREAMS), "HAS_LATER": True, "PRECISION": "tf32x3"},
         STREAMS_TILES,
         multiplies=True,
-        work=Work(0.0, (3 * STREAMS + 1) * _ROW, target=_TARGET),
+        # One row per program is the gradient of the norm's weight. The streams are read twice.
+        work=Work(
+            0.0,
+            (3 * STREAMS + 1 + 1 / STREAMS_TILES["sm_90"][0].sizes["BLOCK_T"]) * _ROW,
+            cache_bytes=(3 * STREAMS + 1) * _ROW + _projection(STREAMS_TILES),
+            target=_TARGET,
+        ),
     ),
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from kernels.hyper_connections import RecomputedStreams, backend_for, hc_head, h
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
+    from model.layers.norm import RMSNorm
 
 Mixing = tuple[Any, ...]
 """State passed from :meth:`HyperConnection.enter` to :meth:`HyperConnection.leave`: ``post`` and ``comb``, in training
@@ -20,7 +21,8 @@ also the streams and the handle that recomputes them."""
 
 
 class HyperConnection(nn.Module):
-    """Hyper-connection of a block F: streams X [B, S, n, d] -> ``combT X + post F(pre X)`` (report 2.2), in float32."""
+    """Hyper-connection of a block F: streams X [B, S, n, d] -> ``combT X + post F(norm(pre X))`` (report 2.2), in
+    float32."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -43,13 +45,15 @@ class HyperConnection(nn.Module):
         n = self.config.hc_mult
         return {"fn": (n, n, n * n)}
 
-    def enter(self, streams: Tensor, recomputed: RecomputedStreams | None = None) -> tuple[Tensor, Mixing]:
-        """Return the block's input [B, S, d] and the state for :meth:`leave`. With ``recomputed``, the streams are not
-        saved for the backward pass, but recomputed in it."""
+    def enter(
+        self, streams: Tensor, norm: RMSNorm, recomputed: RecomputedStreams | None = None
+    ) -> tuple[Tensor, Mixing]:
+        """Return the block's input [B, S, d], normalized by ``norm``, and the state for :meth:`leave`. With
+        ``recomputed``, the streams are not saved for the backward pass, but recomputed in it."""
         c = self.config
         with in_float32(streams), _not_saved(recomputed):
             x, post, comb, entered = hc_pre(
-                streams, self.fn, self.scale, self.base, c.hc_sinkhorn_iters, c.hc_eps, c.norm_eps
+                streams, self.fn, self.scale, self.base, norm.weight, c.hc_sinkhorn_iters, c.hc_eps, norm.eps
             )
         if not torch.is_grad_enabled():
             return x, (post, comb)
@@ -99,10 +103,12 @@ class HyperHead(nn.Module):
 
 
 class PlainResidual(nn.Module):
-    """Plain residual ``x + F(x)``, used if ``hyper_connections`` is off."""
+    """Plain residual ``x + F(norm(x))``, used if ``hyper_connections`` is off."""
 
-    def enter(self, streams: Tensor, recomputed: RecomputedStreams | None = None) -> tuple[Tensor, Mixing]:
-        return streams, ()
+    def enter(
+        self, streams: Tensor, norm: RMSNorm, recomputed: RecomputedStreams | None = None
+    ) -> tuple[Tensor, Mixing]:
+        return norm(streams), ()
 
     def leave(self, streams: Tensor, mixing: Mixing, output: Tensor) -> Tensor:
         return streams + output.float()

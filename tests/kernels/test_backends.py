@@ -48,7 +48,7 @@ CALLS = {
     "fused_experts.fused_experts": (x, None, None, (), (), 1.0),
     "gated_delta_rule.gated_delta_rule": (x[None], x[None], x[None], x[None], x),
     "hadamard.hadamard": (x,),
-    "hyper_connections.hc_pre": (x[None], x, x, x, 1, 1e-6, 1e-6),
+    "hyper_connections.hc_pre": (x[None], x, x, x, x, 1, 1e-6, 1e-6),
     "hyper_connections.hc_post": (x[None], x, x, x),
     "hyper_connections.hc_head": (x[None], x, x, x, 1e-6, 1e-6),
     "index_scores.index_scores": (x, x, x),

@@ -31,11 +31,13 @@ def test_hc_pre_follows_the_formula():
     n, d = 4, 8
     streams, fn = torch.randn(2, 3, n, d), torch.randn(2 * n + n * n, n * d)
     scale, base = torch.tensor([0.3, 0.5, 0.7]), torch.randn(2 * n + n * n)
-    x, post, comb, through = hc_pre(streams, fn, scale, base, 20, 1e-6, 1e-6)
+    norm_weight = torch.randn(d)
+    x, post, comb, through = hc_pre(streams, fn, scale, base, norm_weight, 20, 1e-6, 1e-6)
     assert torch.equal(through, streams)
     flat = streams[1, 2].flatten()
     raw = fn @ (flat / (flat.square().mean() + 1e-6).sqrt())
-    torch.testing.assert_close(x[1, 2], (torch.sigmoid(0.3 * raw[:n] + base[:n]) + 1e-6) @ streams[1, 2])
+    mixed = (torch.sigmoid(0.3 * raw[:n] + base[:n]) + 1e-6) @ streams[1, 2]
+    torch.testing.assert_close(x[1, 2], mixed / (mixed.square().mean() + 1e-6).sqrt() * norm_weight)
     torch.testing.assert_close(post[1, 2], 2 * torch.sigmoid(0.5 * raw[n : 2 * n] + base[n : 2 * n]))
     matrix = torch.softmax((0.7 * raw[2 * n :] + base[2 * n :]).view(n, n), -1) + 1e-6
     matrix = matrix / (matrix.sum(0, keepdim=True) + 1e-6)
@@ -89,7 +91,8 @@ def test_other_backends_equal_the_reference_forward_and_backward(tokens):
 
 
 def weights(n=4, d=16):
-    return torch.randn(2 * n + n * n, n * d), torch.tensor([0.4, 0.6, 0.8]), torch.randn(2 * n + n * n)
+    m = 2 * n + n * n
+    return torch.randn(m, n * d), torch.tensor([0.4, 0.6, 0.8]), torch.randn(m), torch.randn(d)
 
 
 @pytest.mark.parametrize("used", [slice(None), 0, 1, 2, 3])
@@ -182,11 +185,11 @@ def test_a_forward_pass_without_a_backward_pass_is_freed():
 
 
 def gradients(backend, inputs, iterations, output_dtype):
-    streams, fn, scale, base, output = (x.clone().requires_grad_() for x in inputs)
-    x, post, comb, entered = hc_pre(streams, fn, scale, base, iterations, 1e-6, 1e-6, backend)
+    streams, fn, scale, base, norm_weight, output = (x.clone().requires_grad_() for x in inputs)
+    x, post, comb, entered = hc_pre(streams, fn, scale, base, norm_weight, iterations, 1e-6, 1e-6, backend)
     out = hc_post(entered, comb, post, output.to(output_dtype) + x.to(output_dtype), backend)
     probe = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
-    grads = torch.autograd.grad((out * probe).sum(), (streams, fn, scale, base, output))
+    grads = torch.autograd.grad((out * probe).sum(), (streams, fn, scale, base, norm_weight, output))
     return (x, post, comb, out, *grads)
 
 
@@ -195,14 +198,15 @@ def gradients(backend, inputs, iterations, output_dtype):
 @pytest.mark.parametrize(("tokens", "n", "d"), [(1, 4, 8), (17, 4, 33), (40, 4, 300), (9, 2, 16), (20, 3, 5)])
 def test_cpu_equals_the_reference_for_all_shapes(tokens, n, d, output_dtype):
     weights = 2 * n + n * n
-    inputs = [torch.randn(s) for s in ((2, tokens, n, d), (weights, n * d), (3,), (weights,), (2, tokens, d))]
+    inputs = [torch.randn(s) for s in ((2, tokens, n, d), (weights, n * d), (3,), (weights,), (d,), (2, tokens, d))]
     inputs[1] /= (n * d) ** 0.5
     found, expected = (gradients(b, inputs, 20, output_dtype) for b in ("cpu", "reference"))
-    for name, a, b in zip(("x", "post", "comb", "out", "streams", "fn", "scale", "base", "output"), found, expected):
+    names = ("x", "post", "comb", "out", "streams", "fn", "scale", "base", "norm_weight", "output")
+    for name, a, b in zip(names, found, expected, strict=True):
         bound = (2e-2 if output_dtype == torch.bfloat16 else 2e-4) * float(b.detach().abs().max()) + 1e-6
         assert (a - b).abs().max() <= bound, (name, (a - b).abs().max(), bound)
     with torch.no_grad():
-        without_gradients = hc_pre(*inputs[:4], 20, 1e-6, 1e-6, "cpu")
+        without_gradients = hc_pre(*inputs[:5], 20, 1e-6, 1e-6, "cpu")
     torch.testing.assert_close(without_gradients[0], found[0], rtol=1e-4, atol=1e-5)
     base, scale = torch.randn(n), torch.randn(1)
     arguments = inputs[0], inputs[1][:n], scale, base, 1e-6, 1e-6
@@ -216,7 +220,7 @@ def test_cpu_equals_the_reference_for_all_shapes(tokens, n, d, output_dtype):
 def test_cpu_propagates_nan_and_refuses_misfits():
     streams, fn = torch.randn(1, 2, 4, 8), torch.randn(24, 32)
     streams[0, 0, 0, 0] = float("nan")
-    outputs = hc_pre(streams, fn, torch.ones(3), torch.zeros(24), 20, 1e-6, 1e-6, "cpu")
+    outputs = hc_pre(streams, fn, torch.ones(3), torch.zeros(24), torch.ones(8), 20, 1e-6, 1e-6, "cpu")
     assert all(part[0, 0].isnan().any() and not part[0, 1].isnan().any() for part in outputs[:3])
     with pytest.raises(ValueError, match="fn of the head has 9 rows"):
         hc_head(streams, torch.randn(9, 32), torch.ones(1), torch.zeros(9), 1e-6, 1e-6, backend="cpu")

@@ -332,7 +332,7 @@ def test_routers_compressors_and_residuals_stay_float32_under_autocast():
     compressor, context = block.attn.compressor, Context(torch.arange(24).unsqueeze(0), {})
 
     def connected():
-        y, mixing = block.attn_residual.enter(streams)
+        y, mixing = block.attn_residual.enter(streams, block.attn_norm)
         return block.attn_residual.leave(streams, mixing, torch.zeros_like(y))
 
     parts = {

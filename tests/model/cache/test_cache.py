@@ -415,7 +415,7 @@ def test_an_interrupted_step_is_noticed(tmp_path):
         raise RuntimeError("lost power")
 
     with torch.inference_mode():
-        handle = model.layers[2].ffn_norm.register_forward_pre_hook(fail)
+        handle = model.layers[2].ffn.register_forward_pre_hook(fail)
         with pytest.raises(RuntimeError, match="lost power"):
             model(ids, cache)
         handle.remove()
