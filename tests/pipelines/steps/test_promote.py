@@ -356,7 +356,7 @@ def test_evaluate_scores_the_run_of_the_checkpoint(recipe, store, capsys):
 
 
 def test_evaluate_without_a_checkpoint_or_its_run(recipe):
-    with pytest.raises(CheckpointError, match="final: no checkpoint there; run the train step first"):
+    with pytest.raises(CheckpointError, match=r"^run\.name: .*final does not exist; run the train step first, or set"):
         evaluate.run(recipe)
     train(recipe, "a", None, 100)
     if not torch.cuda.is_available():
