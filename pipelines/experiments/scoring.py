@@ -95,7 +95,7 @@ def _documents(recipe: Recipe, tasks: Sequence[str], lengths: Sequence[int]) -> 
 
 @contextmanager
 def _named_keys() -> Iterator[None]:
-    """Name the recipe's key in errors. Tasks know one of ``evaluate.lengths`` and of ``evaluate.depths``."""
+    """Put the recipe's key before errors of tasks, which name one length or depth without the section."""
     try:
         yield
     except ConfigError as error:

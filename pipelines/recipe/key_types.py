@@ -30,20 +30,18 @@ def find_section(location: tuple[int | str, ...]) -> Any:
 
 
 def check_key(key: str) -> None:
-    """Raise ConfigError for a dotted key that no recipe has. Keys within mappings and lists are not known."""
+    """Raise ConfigError for a dotted key that no recipe has. Keys within mappings and lists are not checked, except for
+    options of mixers."""
     section: Any = Recipe
-    parts = key.split(".")
-    for place, part in enumerate(parts):
+    reached, inner = "", key.split(".")
+    while inner and section is not None:
+        name, *inner = inner
+        reached = f"{reached}.{name}".lstrip(".")
         known = fields_of(section)
-        if part not in known:
-            raise ConfigError(unknown_key(".".join(parts[: place + 1]), part, known))
-        annotation = known[part]
-        section = next((each for each in _alternatives(annotation) if fields_of(each)), None)
-        if section is None:
-            break
-    reached = ".".join(parts[: place + 1])
-    inner = parts[place + 1 :]
-    if inner and is_single(annotation):
+        if name not in known:
+            raise ConfigError(unknown_key(reached, name, known))
+        section = next((each for each in _alternatives(known[name]) if fields_of(each)), None)
+    if inner and is_single(known[name]):
         raise ConfigError(f"{key}: {reached} is a single value, without settings in it")
     if inner and reached == "model.mixer_options":
         try:

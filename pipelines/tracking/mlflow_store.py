@@ -244,9 +244,9 @@ def open_tracking(recipe: Recipe, write: bool = True, create: bool = True, neede
             f"{sqlite_path(uri)}: no such tracking store; run {needed} first, or name its place with run.folder "
             "or tracking.uri"
         )
-    client = connect(uri)
-    if write:
+    if write:  # first: connecting names tracking.uri in its errors
         check_writable(uri, "run.folder" if recipe.tracking.uri is None else "tracking.uri")
+    client = connect(uri)
     with lock(uri):
         return Tracking(uri, open_experiment(client, uri, recipe.tracking.experiment, folder), client)
 
