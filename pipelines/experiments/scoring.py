@@ -99,7 +99,7 @@ def _named_keys() -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        named = re.match(r"(?:(\w+): )?(tasks|length|depth|samples|distance)s?\b", str(error))
+        named = re.match(r"(?:(\w+): )?(tasks|lengths?|depths?|samples|distance)\b", str(error))
         if named is not None:
             key = {"length": "lengths", "depth": "depths"}.get(named[2], named[2])
             reason = str(error) if named[1] else str(error)[named.end() :].lstrip(": ")

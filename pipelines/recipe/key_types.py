@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -11,11 +12,13 @@ from model.errors import ConfigError, unknown_key
 from model.mixers.given_options import check_option_names
 from pipelines.recipe.schema import Recipe
 
+_type_hints = functools.cache(get_type_hints)  # evaluates every annotation of a class
+
 
 def fields_of(section: Any) -> dict[str, Any]:
     """Return the types of a section's fields by name; none for other types."""
     if dataclasses.is_dataclass(section):
-        return get_type_hints(section)
+        return _type_hints(section)
     return {name: field.annotation for name, field in getattr(section, "model_fields", {}).items()}
 
 

@@ -245,10 +245,15 @@ def open_tracking(recipe: Recipe, write: bool = True, create: bool = True, neede
             "or tracking.uri"
         )
     if write:  # first: connecting names tracking.uri in its errors
-        check_writable(uri, "run.folder" if recipe.tracking.uri is None else "tracking.uri")
+        check_writable(uri, store_key(recipe))
     client = connect(uri)
     with lock(uri):
         return Tracking(uri, open_experiment(client, uri, recipe.tracking.experiment, folder), client)
+
+
+def store_key(recipe: Recipe) -> str:
+    """Return the key of the setting that names the tracking store."""
+    return "run.folder" if recipe.tracking.uri is None else "tracking.uri"
 
 
 def attach(uri: str, run_id: str) -> TrackedRun:
