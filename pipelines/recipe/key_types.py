@@ -17,7 +17,7 @@ _type_hints = functools.cache(get_type_hints)  # evaluates every annotation of a
 
 def fields_of(section: Any) -> dict[str, Any]:
     """Return the types of a section's fields by name; none for other types."""
-    if dataclasses.is_dataclass(section):
+    if isinstance(section, type) and dataclasses.is_dataclass(section):
         return _type_hints(section)
     return {name: field.annotation for name, field in getattr(section, "model_fields", {}).items()}
 
