@@ -55,6 +55,7 @@ def unknown_key(key: str, name: str, known: Iterable[str]) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the end of a message that asks for the most similar known name; nothing if none is similar."""
+    """Return the end of a message, ``; did you mean '...'?`` with the most similar known name; empty if none is
+    similar."""
     close = difflib.get_close_matches(name, list(known), n=1) if len(name) <= _MAX_WORD else []
     return f"; did you mean '{close[0]}'?" if close else ""

@@ -54,14 +54,14 @@ class Mixer(nn.Module):
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any], key: str) -> None:
-        """Raise ConfigError for a value that is wrong in every configuration. Also called without a layer of the mixer.
+        """Raise ConfigError for a value that is wrong in every configuration. Called even if no layer uses the mixer.
 
-        ``options`` are complete. ``key`` precedes their names in messages.
+        ``options`` has every option. ``key`` precedes their names in messages.
         """
 
     @classmethod
     def check(cls, config: ModelConfig) -> None:
-        """Raise ConfigError if the configuration does not allow this mixer. Its options have been checked alone."""
+        """Raise ConfigError if the configuration does not allow this mixer. :meth:`check_options` has passed."""
 
     @classmethod
     def check_length(cls, config: ModelConfig, tokens: int) -> None:

@@ -14,8 +14,8 @@ from model.wording import quote
 def complete_options(given: Any, mixers: Sequence[type[Mixer]]) -> dict[str, dict[str, Any]]:
     """Return the options of ``mixers`` that have any, with defaults filled in.
 
-    Options of other mixers are checked, each alone, and dropped: an override may have replaced the layers of a preset.
-    Raises ConfigError.
+    Options of other mixers are checked by :meth:`Mixer.check_options` and dropped: an override may have replaced the
+    layers of a preset. Raises ConfigError.
     """
     check_option_names(given)
     used = [mixer.name for mixer in dict.fromkeys(mixers) if mixer.options]

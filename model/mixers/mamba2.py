@@ -22,7 +22,7 @@ from model.layers.linear import Linear
 from model.layers.norm import RMSNorm
 from model.layers.rope import Rotation
 from model.mixers.base import require
-from model.mixers.options import check_count, check_flag, check_number, is_number
+from model.mixers.options import check_count, check_flag, check_number, check_positive, is_number
 from model.mixers.recurrent import RecurrentMixer, draw_rates, draw_steps
 from model.mixers.short_convolution import ShortConvolution
 from model.wording import quote
@@ -107,12 +107,9 @@ class Mamba2(RecurrentMixer):
             check_count(f"{key}.{name}", options[name])
         check_count(f"{key}.num_heads", options["num_heads"], optional=True)
         check_flag(f"{key}.use_conv_bias", options["use_conv_bias"])
-        for name in ("expand", "time_step_min", "time_step_max"):
-            value = options[name]
-            require(
-                (value is None and name == "expand") or (is_number(value) and value > 0),
-                f"{key}.{name}: expected a number above 0, found {quote(value)}",
-            )
+        check_positive(f"{key}.expand", options["expand"], optional=True)
+        for name in ("time_step_min", "time_step_max"):
+            check_positive(f"{key}.{name}", options[name])
         limit = options["time_step_limit"]
         pair = isinstance(limit, list) and len(limit) == 2 and is_number(limit[0]) and limit[0] >= 0
         require(

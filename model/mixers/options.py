@@ -30,6 +30,13 @@ def check_number(key: str, value: Any, least: float = 0) -> None:
     require(is_number(value) and value >= least, f"{key}: expected a number of at least {least}, found {quote(value)}")
 
 
+def check_positive(key: str, value: Any, optional: bool = False) -> None:
+    """Raise ConfigError unless ``value`` is a finite number above 0, or None if it is ``optional``."""
+    positive = is_number(value) and value > 0
+    expected = f"a number above 0{' or null' * optional}"
+    require(positive or (optional and value is None), f"{key}: expected {expected}, found {quote(value)}")
+
+
 def is_number(value: Any) -> TypeGuard[int | float]:
     """Return whether ``value`` is a finite number, of a size that a float can hold."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -36,7 +36,8 @@ from pipelines.training.curriculum import check_fills_batch, curriculum
 
 @dataclass(frozen=True)
 class SelectedRate:
-    """The learning rate of an arm, and the loss of the first seed at every rate that was tried."""
+    """The learning rate of an arm, and the loss of the first seed at every rate that was tried: infinite where the
+    training failed or diverged."""
 
     rate: float
     losses: dict[float, float]
@@ -97,30 +98,31 @@ class Experiment:
     def select_rates(self, arms: Sequence[Arm]) -> dict[str, SelectedRate]:
         """Return the best learning rate of each arm: the lowest final loss with the first seed.
 
-        Tries the section's ``rates``, then up to ``further_rates`` beyond the edge at which an arm's best rate is.
-        Raises FiftyfoldError for an arm without a finite loss. All finished trials are kept.
+        Tries the section's ``rates``. While an arm's best rate is at the edge of those tried, tries up to
+        ``further_rates`` beyond it. Raises FiftyfoldError for an arm without a finite loss. All finished trials are
+        kept.
         """
         seed = self.section.seeds[0]
         trials = {arm.name: {rate: plan(arm, seed, rate) for rate in self.section.rates} for arm in arms}
         failures = self.run([trial for by_rate in trials.values() for trial in by_rate.values()])
         reasons = "; ".join(sorted(set(failures.values()))) or "all diverged"
-        selected = {
-            name: choose_rate(
-                _losses(by_rate),
-                f"{self.name}: no learning rate of {name} ended with a finite loss ({reasons}); "
-                "finished trials are kept",
-            )
-            for name, by_rate in trials.items()
-        }
+
+        def select(name: str) -> SelectedRate:
+            failure = f"{self.name}: no learning rate of {name} ended with a finite loss ({reasons})"
+            return choose_rate(_losses(trials[name]), f"{failure}; finished trials are kept")
+
+        selected = {arm.name: select(arm.name) for arm in arms}
         for _ in range(self.section.further_rates):
             further = {}
             for arm in arms:
                 rate = rate_beyond(selected[arm.name].rate, list(trials[arm.name]))
                 if rate is not None:
                     further[arm.name] = trials[arm.name][rate] = plan(arm, seed, rate)
+            if not further:
+                break
             self.expect(len(further))
             self.run(list(further.values()))
-            selected |= {name: choose_rate(_losses(trials[name]), f"{self.name}: {name}") for name in further}
+            selected |= {name: select(name) for name in further}
         return selected
 
     def run_seeds(self, trials: Sequence[Trial]) -> dict[str, list[Result]]:
@@ -142,22 +144,23 @@ class Experiment:
 
 
 def _losses(trials: dict[float, Trial]) -> dict[float, float]:
-    """Return the final losses of finished trials by rate."""
-    return {rate: trial.result().metrics[LOSS] for rate, trial in trials.items() if trial.is_finished}
+    """Return the final losses by rate; infinite for a trial that failed."""
+    return {rate: trial.result().metrics[LOSS] if trial.is_finished else math.inf for rate, trial in trials.items()}
 
 
 def choose_rate(losses: dict[float, float], failure: str) -> SelectedRate:
     """Return the rate with the lowest finite loss. Raises FiftyfoldError with the message ``failure`` if none is."""
-    finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
-    if not finite:
+    tried = {rate: loss if math.isfinite(loss) else math.inf for rate, loss in losses.items()}
+    best = min(tried, key=lambda rate: tried[rate])
+    if tried[best] == math.inf:
         raise FiftyfoldError(failure)
-    return SelectedRate(min(finite, key=lambda rate: finite[rate]), finite)
+    return SelectedRate(best, tried)
 
 
 def rate_beyond(selected: float, tried: Sequence[float]) -> float | None:
-    """Return the next rate beyond the edge at which the selected one is, as far as its neighbor; None within the list.
+    """Return the next rate to try if the selected one is the lowest or the highest of several, else None.
 
-    A list of one rate has no edge.
+    The ratio of the new rate to the selected one is that of the selected one to its neighbor.
     """
     ordered = sorted(tried)
     if len(ordered) < 2 or selected not in (ordered[0], ordered[-1]):

@@ -95,11 +95,11 @@ def _documents(recipe: Recipe, tasks: Sequence[str], lengths: Sequence[int]) -> 
 
 @contextmanager
 def _named_keys() -> Iterator[None]:
-    """Name the recipe's key in errors. Tasks know one of ``evaluate.lengths`` and of ``evaluate.depths``."""
+    """Put the recipe's key before errors of tasks, which name one length or depth without the section."""
     try:
         yield
     except ConfigError as error:
-        named = re.match(r"(?:(\w+): )?(tasks|length|depth|samples|distance)s?\b", str(error))
+        named = re.match(r"(?:(\w+): )?(tasks|lengths?|depths?|samples|distance)\b", str(error))
         if named is not None:
             key = {"length": "lengths", "depth": "depths"}.get(named[2], named[2])
             reason = str(error) if named[1] else str(error)[named.end() :].lstrip(": ")

@@ -55,8 +55,8 @@ def fit(
 ) -> tuple[dict[str, float], ray.train.Checkpoint]:
     """Train on Ray Train workers with checkpoints under ``storage``, resuming from the last one there.
 
-    Return the metrics and the checkpoint of the last report. Raises FiftyfoldError. Resources that the cluster does not
-    have are waited for forever (:func:`require_workers`).
+    Return the metrics and the checkpoint of the last report. Raises FiftyfoldError. Call :func:`require_workers` first:
+    Ray waits forever for resources that the cluster does not have.
     """
     train = recipe.train
     kept = checkpoint_index.repair(storage / RAY_RUN)

@@ -107,17 +107,17 @@ class SweepSection(Section):
 
 
 class ExperimentSection(Section):
-    """Settings of a comparison of arms, each an own recipe that is trained with several seeds."""
+    """Settings of a comparison of arms. Each arm is a recipe that is trained with several seeds."""
 
     seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1), Distinct] = (0, 1, 2)
     """Seeds of the weights and of the order of the data. The first one selects the learning rates. Intervals and tests
     need three."""
     rates: Annotated[tuple[_Positive, ...], Field(min_length=1), Distinct] = (0.25, 0.5, 1.0, 2.0, 4.0)
     """Multiples of the recipe's learning rates (``learning_rate``, ``adamw_learning_rate`` and
-    ``indexer_learning_rate``) to try. The same for every arm."""
+    ``indexer_learning_rate``) to try first. The same for every arm."""
     further_rates: Annotated[int, Field(ge=0)] = 2
-    """Maximum number of rates to try beyond the edge of ``rates``, if an arm's best rate is there. Each is as far from
-    the edge as the edge from its neighbor."""
+    """Maximum number of rates to try beyond the edge of ``rates`` if an arm's best rate is there. The ratio of a new
+    rate to the edge is that of the edge to its neighbor."""
     cpus_per_trial: _Positive = 1.0
     max_concurrent: Annotated[int, Field(ge=1)] | None = None
     """Maximum number of trainings at a time. None fills the cluster, or this machine's cores."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -11,11 +12,13 @@ from model.errors import ConfigError, unknown_key
 from model.mixers.given_options import check_option_names
 from pipelines.recipe.schema import Recipe
 
+_type_hints = functools.cache(get_type_hints)  # evaluates every annotation of a class
+
 
 def fields_of(section: Any) -> dict[str, Any]:
     """Return the types of a section's fields by name; none for other types."""
-    if dataclasses.is_dataclass(section):
-        return get_type_hints(section)
+    if isinstance(section, type) and dataclasses.is_dataclass(section):
+        return _type_hints(section)
     return {name: field.annotation for name, field in getattr(section, "model_fields", {}).items()}
 
 
@@ -30,20 +33,18 @@ def find_section(location: tuple[int | str, ...]) -> Any:
 
 
 def check_key(key: str) -> None:
-    """Raise ConfigError for a dotted key that no recipe has. Keys within mappings and lists are not known."""
+    """Raise ConfigError for a dotted key that no recipe has. Keys within mappings and lists are not checked, except for
+    options of mixers."""
     section: Any = Recipe
-    parts = key.split(".")
-    for place, part in enumerate(parts):
+    reached, inner = "", key.split(".")
+    while inner and section is not None:
+        name, *inner = inner
+        reached = f"{reached}.{name}".lstrip(".")
         known = fields_of(section)
-        if part not in known:
-            raise ConfigError(unknown_key(".".join(parts[: place + 1]), part, known))
-        annotation = known[part]
-        section = next((each for each in _alternatives(annotation) if fields_of(each)), None)
-        if section is None:
-            break
-    reached = ".".join(parts[: place + 1])
-    inner = parts[place + 1 :]
-    if inner and is_single(annotation):
+        if name not in known:
+            raise ConfigError(unknown_key(reached, name, known))
+        section = next((each for each in _alternatives(known[name]) if fields_of(each)), None)
+    if inner and is_single(known[name]):
         raise ConfigError(f"{key}: {reached} is a single value, without settings in it")
     if inner and reached == "model.mixer_options":
         try:

@@ -1,4 +1,4 @@
-"""Error messages that name the key: validation errors of a recipe, and errors about what a setting names."""
+"""Error messages that name the key: validation errors of a recipe, and errors about what a setting refers to."""
 
 from __future__ import annotations
 

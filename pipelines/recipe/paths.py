@@ -123,14 +123,14 @@ def _tracking_problem(uri: str) -> str | None:
     """Return what is expected of a tracking URI, or None if ``uri`` is one."""
     try:
         parts = urlsplit(uri)
-        named = parts.port is None or bool(parts.hostname)
+        _ = parts.port  # raises ValueError for an invalid port
     except ValueError as error:
         return f"expected a URI ({error})"
     scheme = parts.scheme.partition("+")[0]  # postgresql+psycopg names a driver
     if scheme not in SERVER_SCHEMES + DATABASE_SCHEMES:
         known = ", ".join(f"{name}://" for name in SERVER_SCHEMES + DATABASE_SCHEMES)
         return f"expected a URI that begins with one of {known}"
-    if scheme in ("http", "https") and not (named and parts.hostname):
+    if scheme in ("http", "https") and not parts.hostname:
         return "expected a URI that names a host"
     if scheme == "sqlite" and (not uri.startswith(SQLITE) or sqlite_path(uri).name in ("", ":memory:")):
         return f"expected a URI that names a file, such as {SQLITE}path/of/mlflow.db"
@@ -171,7 +171,7 @@ def _expand_home(text: str) -> str:
     expanded = os.path.expanduser(text)
     if expanded.startswith("~") and not os.path.lexists(text):
         user = text.partition("/")[0]
-        raise ValueError(f"expected the home folder of a user here (a file or folder of that name is ./{user})")
+        raise ValueError(f"expected a user of this machine after '~' (a file or folder of that name is ./{user})")
     return expanded
 
 

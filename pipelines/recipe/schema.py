@@ -51,7 +51,7 @@ class RunSection(Section):
     @classmethod
     def _check_not_reserved(cls, name: str) -> str:
         if name in ("data", "sweeps", "experiments", "mlartifacts", "served") or name.startswith("mlflow.db"):
-            raise ValueError("expected a name that run.folder does not reserve")
+            raise ValueError("expected a name that is not reserved in run.folder")
         return name
 
 

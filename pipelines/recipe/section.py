@@ -17,7 +17,7 @@ _Values = TypeVar("_Values", bound=Sequence)
 
 
 def check_distinct(values: _Values) -> _Values:
-    """Return ``values``. Raises ValueError if one of them is there twice. Unlike in Python, true differs from 1."""
+    """Return ``values``. Raises ValueError if a value occurs twice. Unlike in Python, true differs from 1."""
     typed = [(isinstance(value, bool), value) for value in values]
     for place, value in enumerate(values):
         if typed[place] in typed[:place]:
@@ -26,7 +26,7 @@ def check_distinct(values: _Values) -> _Values:
 
 
 Distinct = AfterValidator(check_distinct)
-"""Refuses a list with a value that is there twice."""
+"""Refuses a list in which a value occurs twice."""
 
 
 def _refuse_boolean(value: Any) -> Any:

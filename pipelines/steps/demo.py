@@ -17,7 +17,7 @@ from model.errors import FiftyfoldError
 from model.tokenizer import load_tokenizer
 from pipelines.experiments.outputs import command_of
 from pipelines.experiments.scoring import check_section
-from pipelines.ray_runtime.session import check_gpu, local_cpus, ray_session
+from pipelines.ray_runtime.session import local_cpus, ray_session
 from pipelines.recipe.loading import overlay, with_overrides
 from pipelines.recipe.messages import naming
 from pipelines.recipe.schema import Recipe
@@ -124,8 +124,7 @@ def run(recipe: Recipe) -> None:
 
 
 def _check(recipe: Recipe, baseline: Recipe) -> None:
-    """Raise ConfigError for settings that a later step would refuse after the training."""
-    check_gpu(recipe)
+    """Raise ConfigError for settings that a step would refuse only after the training."""
     for each in (recipe, baseline):
         curriculum(each)
     sweep.check(recipe)

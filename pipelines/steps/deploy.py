@@ -337,7 +337,7 @@ def _print_endpoint(deployment: Deployment, section: ServeSection) -> None:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Print no warnings of Ray Serve about replicas that end. Errors are printed."""
+    """Suppress Ray Serve's warnings about replicas that end. Errors are still printed."""
     logger = logging.getLogger("ray.serve")
     level = logger.level
     logger.setLevel(logging.ERROR)

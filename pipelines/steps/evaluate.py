@@ -23,7 +23,7 @@ from pipelines.reports.terminal import print_table
 from pipelines.steps import Step
 from pipelines.tracking.connection import check_writable
 from pipelines.tracking.lineage import dataset_input
-from pipelines.tracking.mlflow_store import TrackedRun, open_tracking
+from pipelines.tracking.mlflow_store import TrackedRun, open_tracking, store_key
 from pipelines.tracking.registry import WEIGHTS_TAG, weights_digest
 from pipelines.tracking.run_file import RUN_FILE
 from pipelines.tracking.run_folder import run_of_checkpoint
@@ -65,7 +65,7 @@ def run(recipe: Recipe) -> EvaluateResult:
             checkpoints.load(checkpoint)
         digest = weights_digest(checkpoint)
     if trained is not None:
-        check_writable(trained.uri, "run.folder" if section.checkpoint is None else key)
+        check_writable(trained.uri, store_key(recipe) if section.checkpoint is None else key)
     if recipe.train.use_gpu and not torch.cuda.is_available():
         raise ConfigError("train.use_gpu: no CUDA device here; pass --train.use_gpu false to evaluate on the CPU")
     if trained is None:

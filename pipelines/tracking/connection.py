@@ -76,7 +76,7 @@ def _open_sqlite(uri: str, create: bool) -> MlflowClient:
 
 
 def _check_sqlite(uri: str) -> bool:
-    """Return whether the database is still to be created. Raises ConfigError if there is none and can be none."""
+    """Return whether the database still has to be created. Raises ConfigError if it can neither be read nor created."""
     path = sqlite_path(uri)
     if not path.parent.is_dir():
         raise ConfigError(f"tracking.uri: the folder {path.parent} of {uri} does not exist")
@@ -115,8 +115,8 @@ def lock(uri: str) -> Iterator[None]:
 
 
 def check_writable(uri: str, key: str) -> None:
-    """Raise ConfigError, naming the setting that the store follows from, if the files of an SQLite store cannot be
-    written to."""
+    """Raise ConfigError if the files of an SQLite store cannot be written to. ``key`` is the setting that names the
+    store."""
     if not uri.startswith("sqlite:"):
         return
     path = sqlite_path(uri)

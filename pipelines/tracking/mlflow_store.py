@@ -244,11 +244,16 @@ def open_tracking(recipe: Recipe, write: bool = True, create: bool = True, neede
             f"{sqlite_path(uri)}: no such tracking store; run {needed} first, or name its place with run.folder "
             "or tracking.uri"
         )
+    if write:  # first: connecting names tracking.uri in its errors
+        check_writable(uri, store_key(recipe))
     client = connect(uri)
-    if write:
-        check_writable(uri, "run.folder" if recipe.tracking.uri is None else "tracking.uri")
     with lock(uri):
         return Tracking(uri, open_experiment(client, uri, recipe.tracking.experiment, folder), client)
+
+
+def store_key(recipe: Recipe) -> str:
+    """Return the key of the setting that names the tracking store."""
+    return "run.folder" if recipe.tracking.uri is None else "tracking.uri"
 
 
 def attach(uri: str, run_id: str) -> TrackedRun:

@@ -135,7 +135,7 @@ def short_label(settings: dict[str, Setting]) -> str:
 
 
 def check_space(recipe: Recipe) -> None:
-    """Raise ConfigError for a space without effect, and for overrides that no trial can have."""
+    """Raise ConfigError for a space without effect, and for overrides that make the recipe invalid."""
     section = recipe.sweep
     try:
         trial_recipe(recipe, {})
@@ -161,7 +161,8 @@ def check_space(recipe: Recipe) -> None:
 
 
 def check_metric(recipe: Recipe, points: Iterable[dict[str, Setting]], kinds: Collection[Kind]) -> None:
-    """Raise ConfigError unless all ``points`` that are valid log ``sweep.metric`` on validation rows of ``kinds``."""
+    """Raise ConfigError unless all valid ``points`` log ``sweep.metric`` in every stage, on validation rows of
+    ``kinds``."""
     logged: list[list[str]] = []
     for settings in points:
         try:
@@ -169,8 +170,10 @@ def check_metric(recipe: Recipe, points: Iterable[dict[str, Setting]], kinds: Co
         except ConfigError:
             continue
         logged += [metric_names(stage.model, kinds, recipe.data.sequence_length) for stage in stages]
-    common = [name for name in logged[0] if all(name in names for names in logged)] if logged else []
-    if logged and recipe.sweep.metric not in common:
+    if not logged:
+        return
+    common = [name for name in logged[0] if all(name in names for names in logged)]
+    if recipe.sweep.metric not in common:
         shown = ", ".join(name for name in common if "/layer_" not in name)
         raise ConfigError(f"sweep.metric: expected one of {shown}, found {quote(recipe.sweep.metric)}")
 

@@ -106,7 +106,7 @@ class Engine:
         """Submit completions of (prompt token IDs, parameters), all or none. An empty prompt starts from BOS.
 
         Raises RequestError for a request that can never run, QueueFullError if the queue is full, and EngineError if
-        the engine has stopped. ``fields`` are the names for a RequestError about each completion.
+        the engine has stopped. ``fields`` names the fields of each completion in a RequestError.
         """
         self.check_health()
         self.check_size(len(requests))
@@ -166,23 +166,24 @@ class Engine:
             if not 0 <= token < vocab_size:
                 problem = f"token ID {token} is out of range for a vocabulary of {vocab_size}"
                 raise RequestError.about(fields.prompt, problem)
-        too_long, room = "context_length_exceeded", f"in the model's context of {context} tokens"
+        too_long, space = "context_length_exceeded", f"the model's context of {context} tokens"
         total, limit = len(prompt) + params.max_tokens, fields.max_tokens
         if limit is not None and params.max_tokens >= context:
-            raise RequestError.about(limit, f"{params.max_tokens} leaves no room for a prompt {room}", too_long)
+            raise RequestError.about(limit, f"{params.max_tokens} leaves no room for a prompt in {space}", too_long)
         if total > context:
-            if limit is None:
-                problem = f"{len(prompt)} tokens leave no room for a completion {room}"
-            else:
-                sums = f"{len(prompt)} tokens plus {limit} {params.max_tokens} is {total}"
-                problem = f"{sums}, more than the model's context of {context} tokens"
+            problem = (
+                f"{len(prompt)} tokens leave no room for a completion in {space}"
+                if limit is None
+                else f"{len(prompt)} tokens plus {limit} {params.max_tokens} is {total}, more than {space}"
+            )
             raise RequestError.about(fields.prompt, problem, too_long)
         pages, most = self.memory.pages_for(total), self.memory.pool.pages
         if pages > most:
             problem = f"{total} tokens need {pages} cache pages, but the server has {most} (cache_mebibytes)"
+            field = fields.prompt
             if limit is not None and self.memory.pages_for(params.max_tokens) > most:
-                raise RequestError.about(limit, problem, too_long)
-            raise RequestError.about(fields.prompt, problem, too_long)
+                field = limit
+            raise RequestError.about(field, problem, too_long)
 
     def name_model(self, name: str) -> None:
         """Use ``name`` in errors and logs."""

@@ -62,7 +62,7 @@ def test_the_precision_table_covers_later_stages(capsys):
             ["--model.preset", "small", "--model.depth", "12"],
             "error: model.depth: 12 and preset 'small' are mutually",
         ),
-        (["--run.name", "data"], "error: run.name: expected a name that run.folder does not reserve, found 'data'\n"),
+        (["--run.name", "data"], "error: run.name: expected a name that is not reserved in run.folder, found 'data'\n"),
         (["--run.name", "../x"], "error: run.name: expected letters, digits, '_', '.' and '-'"),
         (["--serve.host", "example.com"], "error: serve.host: expected an IP address"),
         (["--train.workers"], "error: command line: --train.workers has no value"),

@@ -19,7 +19,7 @@ class RequestBody(BaseModel):
     required: ClassVar[Mapping[str, str]] = {}
     """Expected values of the fields without a default, for the error if one is missing."""
     counterparts: ClassVar[Mapping[str, str]] = {}
-    """Fields of other routes, and the fields of this one that correspond to them, for the error about an unknown
+    """Fields of other routes, each with the field of this route that corresponds to it, for the error about an unknown
     field."""
     neutral_values: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     neutral_types: ClassVar[Mapping[str, tuple[type, ...]]] = {}

@@ -23,8 +23,8 @@ def quote_value(value: Any) -> str:
 
 
 def field_error(place: str | tuple[str, ...], problem: str) -> PydanticCustomError:
-    """Return an error that a validator of a whole model raises about one of its fields, or about the field of a field
-    if ``place`` is a tuple of names."""
+    """Return an error that a validator of a whole model raises about the field at ``place``: its name, or a tuple of
+    names for a field within a field."""
     path = (place,) if isinstance(place, str) else place
     return PydanticCustomError("field", "{problem}", {"path": path, "problem": problem})
 

@@ -17,7 +17,7 @@ from model.errors import ConfigError
 from model.tokenizer import ByteTokenizer
 from model.transformer import Transformer
 from pipelines.data.manifest import MANIFEST_NAME
-from pipelines.recipe.loading import recipe_from_dict
+from pipelines.recipe.loading import recipe_from_dict, with_overrides
 from pipelines.recipe.schema import Recipe
 from pipelines.steps import evaluate, promote
 from pipelines.tracking import connection
@@ -212,6 +212,12 @@ def test_a_read_only_folder_can_be_served_and_results_are_refused_before_any_com
     for step in (evaluate, promote):
         with pytest.raises(ConfigError, match=rf"^run\.folder: {original}\S* cannot be written to"):
             step.run(recipe_in(original))
+    by_uri = with_overrides(recipe_in(original), {"tracking.uri": f"sqlite:///{original}/mlflow.db"})
+    with pytest.raises(ConfigError, match=rf"^tracking\.uri: {original}\S* cannot be written to"):
+        evaluate.run(by_uri)
+    (original / "mlflow.db").unlink()
+    with pytest.raises(ConfigError, match=rf"^run\.folder: {original}\S* cannot be written to"):
+        open_tracking(recipe_in(original))
 
 
 def test_run_json_of_earlier_versions_with_an_absolute_path_is_mended(original, tmp_path):
