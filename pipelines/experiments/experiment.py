@@ -36,11 +36,11 @@ from pipelines.training.curriculum import check_fills_batch, curriculum
 
 @dataclass(frozen=True)
 class SelectedRate:
-    """The learning rate of an arm, and the loss of the first seed at every rate that was tried: infinite where the
-    training failed or diverged."""
+    """The learning rate of an arm, and the loss of the first seed at every rate that was tried: None where the training
+    failed or diverged."""
 
     rate: float
-    losses: dict[float, float]
+    losses: dict[float, float | None]
 
 
 class Experiment:
@@ -144,17 +144,16 @@ class Experiment:
 
 
 def _losses(trials: dict[float, Trial]) -> dict[float, float]:
-    """Return the final losses by rate; infinite for a trial that failed."""
-    return {rate: trial.result().metrics[LOSS] if trial.is_finished else math.inf for rate, trial in trials.items()}
+    """Return the final losses by rate; NaN for a trial that failed."""
+    return {rate: trial.result().metrics[LOSS] if trial.is_finished else math.nan for rate, trial in trials.items()}
 
 
 def choose_rate(losses: dict[float, float], failure: str) -> SelectedRate:
     """Return the rate with the lowest finite loss. Raises FiftyfoldError with the message ``failure`` if none is."""
-    tried = {rate: loss if math.isfinite(loss) else math.inf for rate, loss in losses.items()}
-    best = min(tried, key=lambda rate: tried[rate])
-    if tried[best] == math.inf:
+    finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
+    if not finite:
         raise FiftyfoldError(failure)
-    return SelectedRate(best, tried)
+    return SelectedRate(min(finite, key=lambda rate: finite[rate]), {rate: finite.get(rate) for rate in losses})
 
 
 def rate_beyond(selected: float, tried: Sequence[float]) -> float | None:

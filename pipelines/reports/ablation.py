@@ -25,7 +25,7 @@ class ArmResult:
     title: str
     rate: float
     """Selected multiple of the recipe's learning rates."""
-    rate_losses: dict[str, float]
+    rate_losses: dict[str, float | None]
     """Final loss with the first seed by rate."""
     equal_tokens: Runs
     equal_flops: Runs | None = None

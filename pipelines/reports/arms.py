@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -69,21 +68,24 @@ def differences(title: str, arms: Mapping[str, Runs], seeds: Sequence[int]) -> T
     return Table(title, ["arm", *itertools.chain(*([name, "p"] for name in tested))], rows, note)
 
 
-def rates_table(name: str, column: str, arms: Sequence[tuple[str, float, Mapping[str, float]]], seed: int) -> Table:
+def rates_table(
+    name: str, column: str, arms: Sequence[tuple[str, float, Mapping[str, float | None]]], seed: int
+) -> Table:
     """Return the table of the losses by learning rate.
 
     Args:
         name: Name of the experiment.
         column: Title of the first column.
-        arms: Title of each arm, its selected multiple of the learning rates, and the losses by multiple: infinite where
-            the training failed or diverged.
+        arms: Title of each arm, its selected multiple of the learning rates, and the losses by multiple: None where the
+            training failed or diverged.
         seed: Seed with which the rates were tried.
     """
     rates = sorted({float(rate) for _, _, losses in arms for rate in losses})
     rows = []
     for title, selected, by_name in arms:
         losses = {float(rate): loss for rate, loss in by_name.items()}
-        cells = [_loss_cell(losses.get(rate)) + " *" * (rate == selected) for rate in rates]
+        cells = [_loss_cell(losses[rate]) if rate in losses else "-" for rate in rates]
+        cells[rates.index(selected)] += " *"
         rows.append([title, *cells, "at the edge of the list" if at_the_edge(selected, list(losses)) else ""])
     note = "*: selected. At the edge, a rate outside the list may be better"
     heading = f"{name}: validation loss by multiple of the learning rates, seed {seed}"
@@ -91,9 +93,7 @@ def rates_table(name: str, column: str, arms: Sequence[tuple[str, float, Mapping
 
 
 def _loss_cell(loss: float | None) -> str:
-    if loss is None:
-        return "-"
-    return f"{loss:.4f}" if math.isfinite(loss) else "failed"
+    return "failed" if loss is None else f"{loss:.4f}"
 
 
 def at_the_edge(selected: float, rates: Sequence[float]) -> bool:

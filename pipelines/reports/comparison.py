@@ -43,7 +43,7 @@ class ComparedArm:
     parameters: int
     active: int
     rate: float
-    rate_losses: dict[str, float]
+    rate_losses: dict[str, float | None]
     runs: Runs
     costs: NetworkCosts
     decode_seconds: list[float]

@@ -49,7 +49,7 @@ def test_a_trial_is_finished_once_what_is_asked_for_exists(prepared, tmp_path):
 
 def test_the_lowest_finite_loss_selects_the_rate():
     found = choose_rate({0.5: 2.0, 1.0: 1.5, 2.0: float("nan")}, "none")
-    assert found.rate == 1.0 and found.losses == {0.5: 2.0, 1.0: 1.5, 2.0: float("inf")}
+    assert found.rate == 1.0 and found.losses == {0.5: 2.0, 1.0: 1.5, 2.0: None}
     with pytest.raises(FiftyfoldError, match="none of them"):
         choose_rate({1.0: float("nan")}, "none of them")
 
@@ -94,7 +94,7 @@ def test_rates_beyond_the_edge_are_tried_until_the_best_is_within_or_the_limit_i
     section = section.model_copy(update={"seeds": (92,)})
     experiment = CountedExperiment(section, lambda rate: None if rate > 2.0 else -rate)
     found = experiment.select_rates([arm])["full"]
-    assert found.rate == 2.0 and found.losses == {0.5: -0.5, 1.0: -1.0, 2.0: -2.0, 4.0: float("inf")}
+    assert found.rate == 2.0 and found.losses == {0.5: -0.5, 1.0: -1.0, 2.0: -2.0, 4.0: None}
     assert experiment.rates == [0.5, 1.0, 2.0, 4.0], "a rate that failed is not tried again"
 
 

@@ -6,7 +6,7 @@ from pipelines.reports.arms import rates_table
 def test_a_selected_rate_at_the_edge_of_the_list_is_marked():
     arms = [
         ("edge", 1.0, {"0.5": 2.0, "1": 1.5}),
-        ("bounded", 1.0, {"0.5": 2.0, "1": 1.5, "2": float("inf")}),
+        ("bounded", 1.0, {"0.5": 2.0, "1": 1.5, "2": None}),
         ("inside", 1.0, {"0.5": 2.0, "1": 1.5, "2": 1.8}),
         ("single", 1.0, {"1": 1.5}),
     ]
