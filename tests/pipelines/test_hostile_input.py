@@ -28,6 +28,7 @@ from pipelines.recipe.yaml_format import dump_yaml
 from pipelines.steps import demo, deploy, evaluate, sweep, train
 from pipelines.tracking.mlflow_store import open_tracking
 from pipelines.tracking.registry import WEIGHTS_TAG, weights_digest
+from pipelines.tracking.run_folder import TRAINING_SECTIONS, write_settings
 
 WORDS = [
     *("", " ", "\0", "\n", "a\nb", "\x1b[31m", "\ud800", "\udcff", "é", "😀", "​", "a" * 300, "a" * 70_000),
@@ -125,6 +126,7 @@ def place(prepared, tmp_path_factory):
         torch.manual_seed(0)
         checkpoint.save(Transformer(recipe.model), recipe.final_checkpoint, ByteTokenizer())
         (recipe.run_folder / "run.json").write_text(json.dumps({"run_id": run.run_id, "tracking_uri": tracking.uri}))
+        write_settings(recipe.run_folder, recipe, TRAINING_SECTIONS)
         digest = weights_digest(recipe.final_checkpoint)
         run.set_tags({"checkpoint": str(recipe.final_checkpoint), WEIGHTS_TAG: digest})
         run.log_metrics({"eval/recall": 0.5, "cache/bytes_per_token": 1})

@@ -28,8 +28,9 @@ def recipe(prepared, ray_cluster):
             "train.stages": [{"attention": "dense", "steps": 2}, {"attention": "sparse", "steps": 2}],
             "train.validate_every": 2,
             "ablate": {"choices": ["hyper_connections", "qat"], "seeds": [0, 1, 2], "rates": [1.0], "context": 256},
-            "compare": {"arms": {"gqa": GQA}, "seeds": [0, 1], "rates": [1.0, 2.0], "parameter_tolerance": 0.5,
-                        "timed_lengths": [64, 128], "timed_prefill": 64, "max_measured_bytes": 1 << 18},
+            "compare": {"arms": {"gqa": GQA}, "seeds": [0, 1], "rates": [1.0, 2.0], "further_rates": 1,
+                        "parameter_tolerance": 0.5, "timed_lengths": [64, 128], "timed_prefill": 64,
+                        "max_measured_bytes": 1 << 18},
             "evaluate": {"tasks": ["mqar"], "lengths": [96], "samples": 1},
             "sweep": {"name": "evidence-sweep", "space": {"model.index_topk": [1, 2]},
                       "overrides": {"train.stages": [{"attention": "sparse", "steps": 2}]}},
@@ -113,7 +114,8 @@ def test_a_comparison_scores_tasks_and_measures_costs(recipe, compared):
     hybrid, gqa = compared.arms
     assert (hybrid.name, gqa.name) == ("hybrid", "gqa")
     for arm in (hybrid, gqa):
-        assert len(arm.runs.metrics["eval/mqar/96/recall"]) == 2 and set(arm.rate_losses) == {"1", "2"}
+        assert len(arm.runs.metrics["eval/mqar/96/recall"]) == 2
+        assert set(arm.rate_losses) in ({"0.5", "1", "2"}, {"1", "2", "4"}), "one of two rates is at an edge"
         assert arm.rate_losses[f"{arm.rate:g}"] == min(arm.rate_losses.values())
         assert all(seconds > 0 for seconds in arm.decode_seconds)
         assert arm.prefill_seconds[0] > 0 and arm.prefill_seconds[1] is None
