@@ -140,6 +140,7 @@ def cheap(monkeypatch, place):
     """Neither Ray nor an evaluation starts; the working folder is one to look for stray files in."""
     for step in (train, sweep, demo, deploy, experiment):
         monkeypatch.setattr(step, "ray_session", no_ray)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # other tests of this process may have started Ray
     monkeypatch.setattr(evaluate, "score_tasks", lambda *_, **__: {"eval/recall": 0.5})
     work = place.folder / "work"
     shutil.rmtree(work, ignore_errors=True)
