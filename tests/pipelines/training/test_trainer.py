@@ -24,7 +24,6 @@ from pipelines.recipe.loading import with_overrides
 from pipelines.training.build import build_trainer, folder_batches
 from pipelines.training.curriculum import curriculum
 from pipelines.training.schedule import learning_rate_scale, mtp_loss_weight
-from pipelines.training.validation import NAMES
 
 
 def test_losses_fall_and_everything_is_reported(prepared):
@@ -268,7 +267,6 @@ def test_every_stage_reports_what_it_reached_and_keeps_it(prepared, tmp_path):
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["2", "3", "4", "6"]
     measured = {key.removeprefix("validation/") for key in record.reported[-1][1] if key.startswith("validation/")}
     assert {"loss", "recall_at_k/layer_1"} <= measured
-    assert {name.partition("/layer_")[0] for name in measured} <= set(NAMES)  # metrics that a sweep accepts
     ends = {step: metrics for step, metrics in record.reported if any(k.startswith("stage_") for k in metrics)}
     assert list(ends) == [3, 4, 6]
     for stage, (_, metrics) in enumerate(ends.items(), 1):
