@@ -3,7 +3,7 @@
     python -m benchmarks.serving_endpoint [--preset tiny] [--rounds 5] [--write docs/serving-endpoint.md]
 
 * Ray Serve with one replica beside the engine in this process: time to the first token of one request, and tokens per
-  second of 1 and 16 concurrent streams.
+  second of 1 and 16 concurrent streams, of the latter also with longer completions.
 * Ray Serve beside ``transformers serve``: tokens per second of 1 and 16 concurrent streams. ``transformers`` gets the
   weights through ``export_pretrained``. Omitted with ``--without-transformers``.
 
@@ -148,23 +148,24 @@ async def transformers_tokens(url: str, model: Path, number: int, new_tokens: in
     return (await read_stream(url, body)).tokens
 
 
-async def beside_the_engine(engine: Engine, url: str, rounds: int, new_tokens: int) -> str:
+async def beside_the_engine(engine: Engine, url: str, rounds: int, new_tokens: int, long_tokens: int) -> str:
     """Return tables of the endpoint and the engine. Prompts differ, so that no prefix is found."""
+    cases = [*((streams, new_tokens) for streams in STREAMS), (STREAMS[-1], long_tokens)]
     numbers = iter(range(10**6))
     firsts: tuple[list[float], list[float]] = ([], [])
-    speeds: dict[int, tuple[list[float], list[float]]] = {streams: ([], []) for streams in STREAMS}
+    speeds: dict[tuple[int, int], tuple[list[float], list[float]]] = {case: ([], []) for case in cases}
     for round_ in range(rounds + 1):
         found: tuple[list[float], list[float]] = ([], [])
         for _ in range(10):
             await engine_tokens(engine, next(numbers), 1, found[0])
             await endpoint_tokens(url, next(numbers), 1, found[1])
-        for streams in STREAMS:
+        for streams, tokens in cases:
             offset = next(numbers) * 100
-            ours = await streams_per_second(lambda i: engine_tokens(engine, offset + i, new_tokens), streams)  # noqa: B023
-            theirs = await streams_per_second(lambda i: endpoint_tokens(url, offset + i, new_tokens), streams)  # noqa: B023
+            ours = await streams_per_second(lambda i: engine_tokens(engine, offset + i, tokens), streams)  # noqa: B023
+            theirs = await streams_per_second(lambda i: endpoint_tokens(url, offset + i, tokens), streams)  # noqa: B023
             if round_:  # the first round warms up
-                speeds[streams][0].append(ours)
-                speeds[streams][1].append(theirs)
+                speeds[streams, tokens][0].append(ours)
+                speeds[streams, tokens][1].append(theirs)
         if round_:
             for all_, some in zip(firsts, found):
                 all_.extend(some)
@@ -174,9 +175,9 @@ async def beside_the_engine(engine: Engine, url: str, rounds: int, new_tokens: i
         ["", "engine", "endpoint", "difference"],
         [["time to the first token, ms", spread(times[0], 1), spread(times[1], 1), f"+{added:.1f} ms"]]
         + [
-            [f"tokens/s, {streams} stream{'s' * (streams > 1)}", spread(ours), spread(theirs),
+            [f"tokens/s, {streams} stream{'s' * (streams > 1)} of {tokens} tokens", spread(ours), spread(theirs),
              f"{100 * statistics.median(theirs) / statistics.median(ours):.0f}%"]
-            for streams, (ours, theirs) in speeds.items()
+            for (streams, tokens), (ours, theirs) in speeds.items()
         ],
     )  # fmt: skip
     return text
@@ -213,7 +214,7 @@ def measure(options: argparse.Namespace) -> Result:
         engine = Engine.from_checkpoint(ours, EngineConfig())
 
         async def all_tables() -> str:
-            text = await beside_the_engine(engine, url, options.rounds, options.tokens)
+            text = await beside_the_engine(engine, url, options.rounds, options.tokens, options.long_tokens)
             await engine.stop()
             if not options.without_transformers:
                 other = stack.enter_context(transformers_endpoint(exported, folder / "transformers.log"))
@@ -232,6 +233,7 @@ def main(arguments: list[str] | None = None) -> str:
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--rounds", type=positive_int, default=5)
     parser.add_argument("--tokens", type=positive_int, default=128, help="generated tokens per stream")
+    parser.add_argument("--long-tokens", type=positive_int, default=512, help="the same in another row")
     parser.add_argument("--their-tokens", type=positive_int, default=32, help="the same for transformers serve")
     parser.add_argument("--without-transformers", action="store_true")
     return run_benchmark(parser, measure, arguments)
