@@ -54,8 +54,13 @@ class Invocation(NamedTuple):
 
 
 def load_step(name: str) -> Step:
-    """Import the step ``name``."""
-    return importlib.import_module(f"pipelines.steps.{name}").STEP
+    """Import the step ``name``. Raises FiftyfoldError if this Python lacks a package, as the system's own does."""
+    try:
+        return importlib.import_module(f"pipelines.steps.{name}").STEP
+    except ModuleNotFoundError as error:
+        raise FiftyfoldError(
+            f"{sys.executable} has no package '{error.name}'; run `make .venv` and `source .venv/bin/activate`"
+        ) from error
 
 
 def parse(arguments: list[str]) -> Invocation:

@@ -21,7 +21,7 @@ from pipelines.experiments.arms import Arm
 from pipelines.experiments.trial_process import run_trial
 from pipelines.experiments.trials import LOSS, Result, Trial, plan
 from pipelines.ray_runtime.fit import unwrap_ray_error
-from pipelines.ray_runtime.session import check_gpu, local_cpus, ray_session, require_resources, usable_cpus
+from pipelines.ray_runtime.session import check_cluster, local_cpus, ray_session, require_resources, usable_cpus
 from pipelines.ray_runtime.tuner import fit_tuner
 from pipelines.recipe.experiments import ExperimentSection
 from pipelines.recipe.schema import Recipe
@@ -204,7 +204,7 @@ def _check_arm(step: str, arm: Arm, manifest: Manifest) -> None:
 def with_common_dtypes(recipe: Recipe) -> Recipe:
     """Return the recipe with the data types of this machine in place of ``auto``, common to all arms. Raises
     ConfigError if trials run on GPUs and this machine has none."""
-    check_gpu(recipe)
+    check_cluster(recipe)
     auto = [key for key, value in compute_dtype.settings_of(recipe).items() if value == "auto"]
     if not auto:
         return recipe

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -33,6 +34,7 @@ PACKAGES = ("kernels", "model", "evals", "serve", "pipelines")
 """Packages that workers import."""
 _MAX_SOCKET_BYTES = 107
 """Maximum length of the path of a Unix socket."""
+_CONNECT_SECONDS = 10
 
 
 @contextmanager
@@ -50,6 +52,7 @@ def ray_session(num_cpus: float = 0) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     handler = signal.getsignal(signal.SIGTERM)
     if address:
+        _check_address(address)
         try:
             ray.init(
                 address=address,
@@ -74,6 +77,18 @@ def ray_session(num_cpus: float = 0) -> Iterator[None]:
             signal.signal(signal.SIGTERM, handler)
 
 
+def _check_address(address: str) -> None:
+    """Raise FiftyfoldError if nothing listens at an address of the form host:port. Ray would wait for minutes."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if not (separator and port.isdecimal()):
+        return  # such as "auto"
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS):
+            pass
+    except (OSError, OverflowError) as error:
+        raise FiftyfoldError(f"RAY_ADDRESS: no Ray cluster answers at {address} ({error})") from error
+
+
 def _packages_of_job(job: str | None) -> dict[str, Any]:
     """Return a runtime environment that sends this project's packages to the workers of a joined cluster.
 
@@ -94,8 +109,8 @@ def _check_temporary_folder() -> None:
     name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
     folder = os.environ.get(name, "/tmp")
     session = f"session_2026-01-01_00-00-00_000000_{os.getpid()}"
-    socket = os.path.join(folder, "ray", session, "sockets", "plasma_store")
-    excess = len(os.fsencode(socket)) - _MAX_SOCKET_BYTES
+    path = os.path.join(folder, "ray", session, "sockets", "plasma_store")
+    excess = len(os.fsencode(path)) - _MAX_SOCKET_BYTES
     if excess > 0:
         raise ConfigError(
             f"{name}: {folder} is {count(excess, 'byte')} too long for the sockets of Ray; set RAY_TMPDIR to a folder "
@@ -162,10 +177,16 @@ def usable_cpus() -> float:
     return ray.cluster_resources()["CPU"] if "RAY_ADDRESS" in os.environ else float(os.cpu_count() or 1)
 
 
-def check_gpu(recipe: Recipe) -> None:
-    """Raise ConfigError for a recipe with GPUs if the step would start a cluster on a machine without any."""
-    starts_cluster = not (ray.is_initialized() or os.environ.get("RAY_ADDRESS"))
-    if recipe.train.use_gpu and starts_cluster and not torch.cuda.is_available():
+def check_cluster(recipe: Recipe) -> None:
+    """Raise ConfigError for a recipe with GPUs if the step would start a cluster on a machine without any.
+
+    Raises FiftyfoldError if nothing listens at RAY_ADDRESS.
+    """
+    if ray.is_initialized():
+        return
+    if address := os.environ.get("RAY_ADDRESS"):
+        _check_address(address)
+    elif recipe.train.use_gpu and not torch.cuda.is_available():
         raise ConfigError("train.use_gpu: no CUDA device here; pass --train.use_gpu false to use the CPU")
 
 

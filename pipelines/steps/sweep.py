@@ -27,7 +27,7 @@ from pipelines.data.manifest import Manifest, read_manifest
 from pipelines.experiments.outputs import command_line, publish
 from pipelines.experiments.scoring import check_section, score_tasks
 from pipelines.ray_runtime.fit import RAY_RUN, finalize, unwrap_ray_error
-from pipelines.ray_runtime.session import check_gpu, local_cpus, ray_session, require_resources
+from pipelines.ray_runtime.session import check_cluster, local_cpus, ray_session, require_resources
 from pipelines.ray_runtime.trial import trial_storage
 from pipelines.ray_runtime.tuner import cpus_per_trial, run_trials
 from pipelines.recipe.experiments import Setting
@@ -118,7 +118,7 @@ def run(recipe: Recipe) -> SweepResult:
 
 def check(recipe: Recipe) -> None:
     """Raise ConfigError for settings of the sweep that are wrong with any data."""
-    check_gpu(recipe)
+    check_cluster(recipe)
     check_space(recipe)
     if recipe.sweep.evaluate_front:
         check_section(recipe)

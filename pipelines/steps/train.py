@@ -13,7 +13,7 @@ from pipelines.data.check import check_prepared
 from pipelines.data.manifest import Manifest, read_manifest
 from pipelines.ray_runtime.event_forwarder import WALL_SECONDS
 from pipelines.ray_runtime.fit import finalize, fit, has_begun, require_workers
-from pipelines.ray_runtime.session import check_gpu, local_cpus, ray_session
+from pipelines.ray_runtime.session import check_cluster, local_cpus, ray_session
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.cache_measurement import measured_cache
 from pipelines.reports.terminal import TrainingProgress, print_table
@@ -41,7 +41,7 @@ def run(recipe: Recipe) -> TrainResult:
 
     Raises ConfigError or DataError before any compute. If training fails, the MLflow run ends FAILED.
     """
-    check_gpu(recipe)
+    check_cluster(recipe)
     manifest = read_manifest(recipe.data_folder, verify=True)
     recipe = check_prepared(recipe, manifest)
     check_fills_batch(curriculum(recipe), recipe.data_folder, manifest)

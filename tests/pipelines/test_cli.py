@@ -174,3 +174,12 @@ def test_print_config_is_a_recipe(capsys, tmp_path):
     assert cli.main(["train", "--config", *RECIPES, "--model.window", "8", "--print-config"]) == 0
     (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
     assert load_recipe([tmp_path / "printed.yaml"]) == load_recipe(RECIPES, ["model.window=8"])
+
+
+def test_a_python_without_the_packages_is_named():
+    command = [sys.executable, "-S", "-m", "pipelines", "deploy"]  # -S: without site-packages
+    step = subprocess.run(command, capture_output=True, text=True)
+    assert step.returncode == cli.USER_ERROR and not step.stdout
+    assert step.stderr == (
+        f"error: {sys.executable} has no package 'torch'; run `make .venv` and `source .venv/bin/activate`\n"
+    )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -99,11 +100,12 @@ def test_a_run_is_left_as_it_was_where_ray_does_not_start(prepared, started, ste
 def joined(monkeypatch):
     """Return the options of ``ray.init`` when a step joins a cluster."""
     found = {}
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr(ray, "init", lambda **options: found.update(options))
-    return found
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
+        yield found
 
 
 def job(**environment):
