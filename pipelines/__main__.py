@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from model.errors import ConfigError, FiftyfoldError, is_out_of_memory
 from model.wording import quote
 from pipelines.ray_runtime.signals import handle_sigterm
-from pipelines.recipe.paths import path_option
 
 if TYPE_CHECKING:
     from pipelines.steps import Step
@@ -54,17 +53,14 @@ class Invocation(NamedTuple):
 
 
 def load_step(name: str) -> Step:
-    """Import the step ``name``. Raises FiftyfoldError if this Python lacks a package, as the system's own does."""
-    try:
-        return importlib.import_module(f"pipelines.steps.{name}").STEP
-    except ModuleNotFoundError as error:
-        raise FiftyfoldError(
-            f"{sys.executable} has no package '{error.name}'; run `make .venv` and `source .venv/bin/activate`"
-        ) from error
+    """Import the step ``name``."""
+    return importlib.import_module(f"pipelines.steps.{name}").STEP
 
 
 def parse(arguments: list[str]) -> Invocation:
     """Parse a command line. Options of a single step are known only after its name. Raises ConfigError."""
+    from pipelines.recipe.paths import path_option
+
     arguments, overrides = _split_overrides(arguments)
     parser = _Parser(
         prog="python -m pipelines",
@@ -135,6 +131,10 @@ def main(arguments: list[str]) -> int:
         step.run(recipe, **vars(options))
     except FiftyfoldError as error:
         return _fail(str(error))
+    except ModuleNotFoundError as error:  # the system's Python instead of that of .venv
+        return _fail(
+            f"{sys.executable} has no package '{error.name}'; run `make .venv` and `source .venv/bin/activate`"
+        )
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit would fail, too
         return USER_ERROR
