@@ -31,5 +31,6 @@ def family_of_network(config: ModelConfig) -> Family:
         if set(config.layers) <= set(family.mixers.values()):
             return family
     known = "; ".join(f"{family.title} ({', '.join(family.mixers.values())})" for family in FAMILIES.values())
-    found = ", ".join(dict.fromkeys(config.layers))
-    raise ConfigError(f"layers: no checkpoint format has layers of {found} together; there are {known}")
+    kinds = [*dict.fromkeys(config.layers)]
+    found = kinds[0] if len(kinds) == 1 else f"{', '.join(kinds)} together"
+    raise ConfigError(f"layers: no checkpoint format has layers of {found}; there are {known}")

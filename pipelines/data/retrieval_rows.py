@@ -130,6 +130,9 @@ def _weighted_tasks(recipe: Recipe) -> list[tuple[RetrievalTask, float]]:
 def name_setting(error: ConfigError) -> ConfigError:
     """Return an error about a task's setting, such as "mqar: pairs must be ...", with the recipe's key instead."""
     task, _, rest = str(error).partition(": ")
+    unknown = re.match(r"'(\w+)' (is not one of its settings)", rest)
+    if unknown is not None:
+        return ConfigError(f"data.task_settings.{task}.{unknown[1]}: {rest[unknown.start(2) :]}")
     setting = re.match(r"\w+", rest)
     if task not in TASKS or setting is None or setting[0] not in TASKS[task].settings():
         return ConfigError(f"data.task_settings: {error}")

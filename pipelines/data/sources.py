@@ -55,7 +55,7 @@ def read_documents(files: list[SourceFile], text_field: str) -> Iterator[SourceD
             else:
                 yield SourceDocument(file.name, functools.partial(_file_chunks, file))
         except OSError as error:  # pyarrow's own have no strerror
-            raise DataError(f"{file.name}: cannot be read ({error.strerror or error})") from error
+            raise DataError(f"data.sources: {file.name}: cannot be read ({error.strerror or error})") from error
 
 
 def _file_chunks(file: SourceFile) -> Iterator[str]:
@@ -64,14 +64,14 @@ def _file_chunks(file: SourceFile) -> Iterator[str]:
             for chunk in _chunks(text):
                 chunk.encode()  # a Python file may declare an encoding with lone surrogates
                 if "\0" in chunk:
-                    raise DataError(f"{file.name}: is not text (it holds NUL characters)")
+                    raise DataError(f"data.sources: {file.name}: is not text (it holds NUL characters)")
                 yield chunk
     except (UnicodeError, SyntaxError) as error:
-        raise DataError(f"{file.name}: is not text ({error})") from error
+        raise DataError(f"data.sources: {file.name}: is not text ({error})") from error
     except LookupError as error:  # the codec does not decode bytes to text
-        raise DataError(f"{file.name}: declares an encoding that is not for text ({error})") from error
+        raise DataError(f"data.sources: {file.name}: declares an encoding that is not for text ({error})") from error
     except OSError as error:
-        raise DataError(f"{file.name}: cannot be read ({error.strerror})") from error
+        raise DataError(f"data.sources: {file.name}: cannot be read ({error.strerror})") from error
 
 
 def _find_encoding(file: SourceFile) -> str:
@@ -108,11 +108,13 @@ def _jsonl_documents(file: SourceFile, field: str) -> Iterator[SourceDocument]:
         except (ValueError, RecursionError) as error:
             has_zeros = isinstance(line, bytes) and b"\0" in line[:4]
             hint = "; UTF-16 and UTF-32 need a byte order mark" if has_zeros else ""
-            raise DataError(f"{source}: not a JSON record ({error}){hint}") from error
+            raise DataError(f"data.sources: {source}: not a JSON record ({error}){hint}") from error
         if not isinstance(record, dict):
-            raise DataError(f"{source}: expected a JSON object, found {json_type(record)}")
+            raise DataError(f"data.sources: {source}: expected a JSON object, found {json_type(record)}")
         if field not in record:
-            raise DataError(f"{source}: has no field {quote(field)} (data.text_field), only {_quote(record)}")
+            raise DataError(
+                f"data.sources: {source}: has no field {quote(field)} (data.text_field), only {_quote(record)}"
+            )
         yield _text_document(source, record[field])
 
 
@@ -128,7 +130,7 @@ def _lines(file: SourceFile) -> Iterator[str | bytes]:
         with file.path.open(encoding=encoding, newline="\n") as text:
             yield from text
     except UnicodeError as error:
-        raise DataError(f"{file.name}: is not text ({error})") from error
+        raise DataError(f"data.sources: {file.name}: is not text ({error})") from error
 
 
 def _parquet_documents(file: SourceFile, column: str) -> Iterator[SourceDocument]:
@@ -137,32 +139,38 @@ def _parquet_documents(file: SourceFile, column: str) -> Iterator[SourceDocument
         with pq.ParquetFile(file.path, pre_buffer=False) as source:
             schema = source.schema_arrow
             if column not in schema.names:
-                raise DataError(f"{file.name}: has no column {name} (data.text_field), only {_quote(schema.names)}")
+                raise DataError(
+                    f"data.sources: {file.name}: has no column {name} (data.text_field), only {_quote(schema.names)}"
+                )
             if schema.names.count(column) > 1:
-                raise DataError(f"{file.name}: has {schema.names.count(column)} columns {name} (data.text_field)")
+                raise DataError(
+                    f"data.sources: {file.name}: has {schema.names.count(column)} columns {name} (data.text_field)"
+                )
             dtype = schema.field(column).type
             if pa.types.is_dictionary(dtype):
                 dtype = dtype.value_type
             if not (pa.types.is_string(dtype) or pa.types.is_large_string(dtype) or pa.types.is_string_view(dtype)):
-                raise DataError(f"{file.name}: column {name} holds {dtype}, not text")
+                raise DataError(f"data.sources: {file.name}: column {name} holds {dtype}, not text")
             number = 0
             for batch in source.iter_batches(batch_size=64, columns=[column], use_threads=False):
                 for text in batch.column(0).to_pylist():
                     number += 1
                     yield _text_document(f"{file.name}:{number}", text)
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{file.name}: not a readable Parquet file ({' '.join(str(error).split())})") from error
+        raise DataError(
+            f"data.sources: {file.name}: not a readable Parquet file ({' '.join(str(error).split())})"
+        ) from error
 
 
 def _text_document(source: str, text: object) -> SourceDocument:
     if text is None:
         text = ""
     if not isinstance(text, str):
-        raise DataError(f"{source}: the text is {json_type(text)}, not a string")
+        raise DataError(f"data.sources: {source}: the text is {json_type(text)}, not a string")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{source}: not valid Unicode text ({error.reason})") from error
+        raise DataError(f"data.sources: {source}: not valid Unicode text ({error.reason})") from error
     return SourceDocument(source, lambda: _chunks(io.StringIO(text, newline="")))
 
 

@@ -48,7 +48,7 @@ def train_worker(config: dict[str, Any]) -> None:
         try:
             trainer = build_trainer(recipe, open_batches, reporter, rank, world, device, folder)
         except CheckpointError as error:
-            advice = f"; delete the folder {folder} to resume from an earlier checkpoint" if folder else ""
+            advice = "" if folder is None else f"; delete the folder {folder} to {_outcome_of_deletion(Path(folder))}"
             queue.abort(f"{error}{advice}")
             raise CheckpointError(f"{error}{advice}") from error
     if last is not None:
@@ -61,6 +61,12 @@ def train_worker(config: dict[str, Any]) -> None:
     except FiftyfoldError as error:
         queue.abort(str(error))
         raise
+
+
+def _outcome_of_deletion(checkpoint: Path) -> str:
+    """Return what a resumed training does without its last checkpoint. Without any it starts over."""
+    others = [path for path in checkpoint.parent.glob("step_*") if path.is_dir() and path != checkpoint]
+    return "resume from an earlier checkpoint" if others else "start over, because no other checkpoint is left"
 
 
 def _checkpoint_name(step: int) -> str:

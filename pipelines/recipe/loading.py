@@ -20,7 +20,7 @@ from pipelines import RAY_JOB_VARIABLE
 from pipelines.recipe.experiments import Range
 from pipelines.recipe.key_types import check_key, is_path, is_single, type_of
 from pipelines.recipe.keys import get_key, merge, set_key
-from pipelines.recipe.messages import describe_errors, with_suggestion
+from pipelines.recipe.messages import describe_errors, naming, with_suggestion
 from pipelines.recipe.overrides import nested
 from pipelines.recipe.paths import parse_path
 from pipelines.recipe.schema import Recipe
@@ -37,7 +37,8 @@ def load_recipe(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
     """Merge YAML ``files`` and ``key=value`` ``overrides`` into a validated recipe. Raises ConfigError."""
     merged: dict[str, Any] = {}
     for file in files:
-        merged = _merge_file(merged, file, read_yaml(file))
+        with naming("--config"):
+            merged = _merge_file(merged, file, read_yaml(file))
     later = nested(overrides)
     try:
         merged = _merge_over(merged, later)

@@ -238,7 +238,7 @@ def check_model(model: ServedModel, section: ServeSection) -> None:
         config = checkpoints.load_config(model.checkpoint)
     if section.speculative_tokens:
         try:
-            check_speculation(config)
+            check_speculation(config, section.speculative_tokens)
         except ConfigError as error:
             raise ConfigError(f"serve.{error}") from None
     with naming(model.key):

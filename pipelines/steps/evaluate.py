@@ -13,6 +13,7 @@ from evals.scores import EFFECTIVE_SHARE
 from model import checkpoint as checkpoints
 from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
+from model.tokenizer import load_tokenizer
 from model.wording import quote
 from pipelines.data.manifest import MANIFEST_NAME, read_manifest
 from pipelines.experiments.scoring import check_section, check_tasks, score_tasks
@@ -63,6 +64,7 @@ def run(recipe: Recipe) -> EvaluateResult:
         trained = run_of_checkpoint(checkpoint)
         if trained is None:  # nothing that is refused leaves a failed run behind
             checkpoints.load(checkpoint)
+        load_tokenizer(checkpoint, model_vocab_size=config.vocab_size)
         digest = weights_digest(checkpoint)
     if trained is not None:
         check_writable(trained.uri, store_key(recipe) if section.checkpoint is None else key)

@@ -11,8 +11,8 @@ from typing import Any, get_args
 
 from model import checkpoint
 from model.config import CACHE_FORMATS
-from model.errors import ConfigError
-from model.gguf import WeightType, export_gguf
+from model.errors import ConfigError, FiftyfoldError
+from model.gguf import WeightType, check_expressible, export_gguf
 from model.hf import export_pretrained, import_pretrained, is_pretrained
 from model.hf.family import ExpertFormat
 from model.hf.registry import FAMILIES
@@ -110,6 +110,8 @@ def run(
     with naming(source_key):
         model = import_pretrained(source) if is_pretrained(source) else checkpoint.load(source)
     if target_format == GGUF:
+        with naming(source_key):
+            check_expressible(model.config)
         _export_gguf(model, target, weight_type or "f32")
         _print_left_behind(source, target)
         return target
@@ -130,7 +132,11 @@ def run(
     if target_format == "fiftyfold":
         checkpoint.save(model, target, loaded)
     else:
-        changes = export_pretrained(model, target, target_format, loaded, experts)
+        try:
+            changes = export_pretrained(model, target, target_format, loaded, experts)
+        except FiftyfoldError as error:
+            prefix = "--" if str(error).startswith("format: ") else f"{source_key}: "
+            raise type(error)(f"{prefix}{error}") from error
     print(f"wrote {target} ({target_format}, {model.num_parameters():,} parameters)")
     if changes:
         formats = ", ".join(f"{fmt.upper()} (by at most {change:.2g})" for fmt, change in changes.items())

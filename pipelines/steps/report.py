@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 from model.atomic_files import write_text
 from model.errors import ConfigError
 from model.wording import quote
-from pipelines.experiments.outputs import RESULTS, png_bytes, save_png
+from pipelines.experiments.outputs import RESULTS, command_of, png_bytes, save_png
 from pipelines.recipe.paths import without_password
 from pipelines.recipe.schema import Recipe
 from pipelines.reports import ablation, comparison, pareto
@@ -93,7 +93,7 @@ def _newest_run(tracking: Tracking, recipe: Recipe, step: str) -> str:
     if not runs:
         raise ConfigError(
             f"report: experiment '{recipe.tracking.experiment}' has no finished run of {step} named "
-            f"'{name}' ({step}.name); run `python -m pipelines {step}` first"
+            f"'{name}' ({step}.name); run `{command_of(step)}` first"
         )
     return runs[0].info.run_id
 
@@ -109,7 +109,7 @@ def _results(tracking: Tracking, step: str, run_id: str, read: Callable[[dict[st
         return read(found["result"])
     except (MlflowException, OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"report.{step}: run {run_id} has no {RESULTS} that can be read; run `python -m pipelines {step}` again"
+            f"report.{step}: run {run_id} has no {RESULTS} that can be read; run `{command_of(step)}` again"
         ) from error
 
 

@@ -19,6 +19,7 @@ from pipelines.tracking.mlflow_store import TrackedRun, attach
 from pipelines.tracking.run_file import RUN_FILE, RunReference, read_run_file, write_run_file
 
 RECIPE_FILE, LOCK_FILE = "recipe.json", "lock"
+_MAX_VALUE_CHARS = 40  # of a value in a message
 TRAINING_SECTIONS = ("data", "model", "train")
 """Recipe sections that a resumed training must not change."""
 _MAY_CHANGE = {
@@ -143,13 +144,21 @@ def _check_settings(folder: Path, recipe: Recipe, sections: tuple[str, ...], key
         earlier = _flatten(_without_folder(json.loads(path.read_text()), recipe.run.folder))
     except MALFORMED as error:
         raise ConfigError(f"{path}: damaged ({error}); delete the run folder or choose another {key}") from error
-    differing = earlier.items() ^ _flatten(_settings(recipe, sections)).items()
-    changed = sorted({name for name, _ in differing} - _MAY_CHANGE)
+    now = _flatten(_settings(recipe, sections))
+    changed = sorted({name for name, _ in earlier.items() ^ now.items()} - _MAY_CHANGE)
     if changed:
+        described = [name + _values(earlier.get(name), now.get(name)) for name in changed]
         raise ConfigError(
-            f"{key}: '{folder.name}' was started with another {', '.join(changed)}; choose another {key}, or delete "
-            f"{folder} to start over"
+            f"{key}: '{folder.name}' was started with another {', '.join(described)}; choose another {key}, or "
+            f"delete {folder} to start over"
         )
+
+
+def _values(earlier: str | None, now: str | None) -> str:
+    """Return both values of a changed setting in parentheses, or nothing if one is missing or long."""
+    if earlier is None or now is None or max(len(earlier), len(now)) > _MAX_VALUE_CHARS:
+        return ""
+    return f" ({earlier}, found {now})"
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, str]:

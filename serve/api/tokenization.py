@@ -40,8 +40,8 @@ def add_routes(app: FastAPI, served: ServedModel) -> None:
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         served.check_name(body.model)
-        for token in body.tokens:
+        for index, token in enumerate(body.tokens):
             if not 0 <= token < tokenizer.vocab_size:
                 problem = f"token ID {token} is out of range for a vocabulary of {tokenizer.vocab_size}"
-                raise RequestError.about("tokens", problem)
+                raise RequestError.about(f"tokens.{index}", problem)
         return {"prompt": tokenizer.decode(body.tokens)}

@@ -165,7 +165,7 @@ class Engine:
         for token in (min(prompt), max(prompt)):
             if not 0 <= token < vocab_size:
                 problem = f"token ID {token} is out of range for a vocabulary of {vocab_size}"
-                raise RequestError.about(fields.prompt, problem)
+                raise RequestError.about(f"{fields.prompt}.{prompt.index(token)}", problem)
         too_long, space = "context_length_exceeded", f"the model's context of {context} tokens"
         total, limit = len(prompt) + params.max_tokens, fields.max_tokens
         if limit is not None and params.max_tokens >= context:

@@ -24,15 +24,18 @@ from serve.engine.sampler import predict_tokens
 from serve.engine.sequence import Sequence
 
 
-def check_speculation(config: ModelConfig) -> None:
-    """Raise ConfigError unless the network can draft tokens and its cache can drop rejected ones."""
+def check_speculation(config: ModelConfig, count: int) -> None:
+    """Raise ConfigError unless the network can draft ``count`` tokens and its cache can drop rejected ones."""
     if not config.mtp_layers:
-        raise ConfigError("speculative_tokens: the model has no multi-token prediction module (mtp_layers is 0)")
+        raise ConfigError(
+            "speculative_tokens: the model has no multi-token prediction module (mtp_layers is 0); expected 0, found "
+            f"{count}"
+        )
     for mixer in config.mixers:
         if any(isinstance(part, RecurrentPart) for part in mixer.cache_parts(config).values()):
             raise ConfigError(
                 f"speculative_tokens: layers of '{mixer.name}' keep a recurrent state, from which rejected tokens "
-                "cannot be removed; set it to 0"
+                f"cannot be removed; expected 0, found {count}"
             )
 
 
@@ -44,7 +47,7 @@ class Drafter:
     """
 
     def __init__(self, model: Transformer, count: int, vocab_size: int | None = None):
-        check_speculation(model.config)
+        check_speculation(model.config, count)
         self.model, self.count, self._vocab_size = model, count, vocab_size
         parts = model.config.block_mixers[-1].cache_parts(model.config).values()
         self._reach = max(part.tokens for part in parts if isinstance(part, WindowPart))

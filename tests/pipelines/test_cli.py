@@ -41,7 +41,8 @@ def test_the_precision_table_covers_later_stages(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config", "nowhere.yaml"], "error: nowhere.yaml: No such file or directory"),
+        (["--config", "nowhere.yaml"], "error: --config: nowhere.yaml: No such file or directory"),
+        (["--config", "configs"], "error: --config: configs: Is a directory"),
         (["--model.index_top", "3"], "error: model.index_top: unknown key; did you mean 'index_topk'?"),
         (["--train.stepz", "3"], "error: train.stepz: unknown key"),
         (["--train.optimizer.lerning_rate", "3"], "lerning_rate: unknown key; did you mean 'learning_rate'?\n"),

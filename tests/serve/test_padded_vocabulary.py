@@ -70,13 +70,14 @@ def client(model, letters) -> Iterator[TestClient]:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("prompt", [0, TOKENS]), ("stop_token_ids", [TOKENS]), ("logit_bias", {str(TOKENS): 1})]
+    ("place", "value"),
+    [("prompt.1", [0, TOKENS]), ("stop_token_ids.0", [TOKENS]), (f"logit_bias.{TOKENS}", {str(TOKENS): 1})],
 )
-def test_padding_is_refused_in_requests(client, field, value) -> None:
-    response = client.post("/v1/completions", json={"prompt": "the", "max_tokens": 2, field: value})
+def test_padding_is_refused_in_requests(client, place, value) -> None:
+    response = client.post("/v1/completions", json={"prompt": "the", "max_tokens": 2, place.partition(".")[0]: value})
     assert response.status_code == 400
     assert response.json()["error"]["message"] == (
-        f"{field}: token ID {TOKENS} is out of range for a vocabulary of {TOKENS}"
+        f"{place}: token ID {TOKENS} is out of range for a vocabulary of {TOKENS}"
     )
     assert client.post("/detokenize", json={"tokens": [TOKENS]}).status_code == 400
 

@@ -16,6 +16,10 @@ from serve.api.schemas.validation import field_error, wrong, wrong_item
 MAX_LOGPROBS = 5
 
 
+class _PromptList(list[str | list[int]]):
+    """Prompts that were sent as a list, in which each has a place."""
+
+
 def _parse_prompt(value: Any) -> list[str | list[int]]:
     """Return one item per prompt; an empty list becomes one empty prompt. The first item of a list tells what the
     others are."""
@@ -27,13 +31,13 @@ def _parse_prompt(value: Any) -> list[str | list[int]]:
     if type(first) is int:
         return [parse_tokens(value)]
     if isinstance(first, str):
-        return [*parse_strings(value)]
+        return _PromptList(parse_strings(value))
     if not isinstance(first, list):
         raise wrong_item(0, "a string, a token ID or a list of token IDs", first)
     for index, item in enumerate(value):
         if not isinstance(item, list):
             raise wrong_item(index, "a list of token IDs", item)
-    return [parse_tokens(item, f"{index}.") for index, item in enumerate(value)]
+    return _PromptList(parse_tokens(item, f"{index}.") for index, item in enumerate(value))
 
 
 class CompletionRequest(GenerationRequest):
@@ -86,8 +90,8 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def prompt_fields(self) -> list[str]:
-        count = len(self.prompt)
-        return ["prompt"] if count == 1 else [f"prompt.{index}" for index in range(count)]
+        in_list = isinstance(self.prompt, _PromptList)
+        return [f"prompt.{index}" for index in range(len(self.prompt))] if in_list else ["prompt"]
 
     @property
     def alternatives(self) -> int | None:

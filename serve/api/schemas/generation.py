@@ -149,10 +149,11 @@ class GenerationRequest(RequestBody):
         """Raise RequestError for token IDs outside the vocabulary, and for stop tokens that leave no token to
         sample."""
         for name in ("logit_bias", "stop_token_ids"):
-            for token in getattr(self, name):
+            for index, token in enumerate(getattr(self, name)):
                 if not 0 <= token < vocab_size:
+                    place = index if name == "stop_token_ids" else token
                     problem = f"token ID {token} is out of range for a vocabulary of {vocab_size}"
-                    raise RequestError.about(name, problem)
+                    raise RequestError.about(f"{name}.{place}", problem)
         stops = set(self.stop_token_ids) | (set() if self.ignore_eos else tokenizer.stop_ids)
         if self.min_tokens and len(stops) >= vocab_size:
             raise RequestError.about(

@@ -35,7 +35,7 @@ def unknown_field(
     """Return an error about the field ``name`` at ``place``, with its counterpart or else the most similar known field
     if any."""
     suggestion = f"; did you mean '{counterparts[name]}'?" if name in counterparts else did_you_mean(name, known)
-    return field_error(place, f"unknown field{suggestion}")
+    return field_error(place if name else f'{place}""', f"unknown field{suggestion}")
 
 
 def missing(place: str, expected: str) -> PydanticCustomError:

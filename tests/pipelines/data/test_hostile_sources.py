@@ -24,9 +24,9 @@ def refusal(path: Path, field: str = "text") -> str:
     with pytest.raises(DataError) as caught:
         read(path, field)
     message = str(caught.value)
-    assert message.startswith(str(path))
+    assert message.startswith(f"data.sources: {path}")
     message.encode()
-    return message.removeprefix(str(path))
+    return message.removeprefix(f"data.sources: {path}")
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_any_declared_codec_is_decoded_or_refused_by_name(tmp_path, codec):
     try:
         assert read(path)[0].encode()
     except DataError as error:
-        assert str(error).startswith(f"{path}: ")
+        assert str(error).startswith(f"data.sources: {path}: ")
 
 
 @pytest.mark.parametrize("codec", ["hex", "rot13", "base64", "bz2", "zip", "uu", "quopri"])
@@ -198,4 +198,4 @@ def test_any_bytes_are_read_or_refused_by_name(tmp_path_factory, suffix, content
         for text in read(path):
             text.encode()
     except DataError as error:
-        assert str(error).startswith(str(path))
+        assert str(error).startswith(f"data.sources: {path}")

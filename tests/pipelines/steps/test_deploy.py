@@ -229,7 +229,7 @@ def test_write_config_refuses_what_deploy_refuses(tmp_path, folder):
     with pytest.raises(CheckpointError, match="no such checkpoint folder"):
         deploy.run(recipe_with(model_uri=str(tmp_path / "none")), tmp_path / "serve.yaml")
     with pytest.raises(
-        ConfigError, match=r"^serve\.speculative_tokens: the model has no multi-token prediction module"
+        ConfigError, match=r"^serve\.speculative_tokens: the model has no multi-token .*; expected 0, found 2$"
     ):
         deploy.run(recipe_with(model_uri=str(folder), speculative_tokens=2), tmp_path / "serve.yaml")
     assert not (tmp_path / "serve.yaml").exists()

@@ -26,3 +26,12 @@ def test_a_run_that_is_none_of_the_step_is_named_before_others_are_looked_for(tm
     assert refusal(run.run_id) == f"report.{step}: run {run.run_id} was deleted"
     with pytest.raises(ConfigError, match=r"has no finished run of ablate named 'ablation'"):
         report.run(recipe)
+
+
+def test_the_command_of_a_missing_run_keeps_the_recipe(tmp_path, monkeypatch):
+    arguments = ["report", "--config", "a.yaml", "--run.folder", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["/x/pipelines/__main__.py", *arguments])
+    recipe = recipe_from_dict({"run": {"folder": str(tmp_path)}})
+    open_tracking(recipe)
+    with pytest.raises(ConfigError, match=f"run `python -m pipelines ablate --config a.yaml --run.folder {tmp_path}`"):
+        report.run(recipe)

@@ -19,8 +19,8 @@ def test_declared_and_chosen_tokens_resume_the_same_run(tmp_path):
 
     lock()
     lock(**{"data.eos_token": None})
-    with pytest.raises(ConfigError, match=r"was started with another data\.packing"):
+    with pytest.raises(ConfigError, match=r"was started with another data\.packing \(true, found false\); choose"):
         lock(**{"data.packing": False})
     (recipe.data_folder / MANIFEST_NAME).write_text('{"eos_id": 2}')
-    with pytest.raises(ConfigError, match=r"was started with another data\.manifest"):
+    with pytest.raises(ConfigError, match=r"was started with another data\.manifest; choose"):
         lock(**{"data.eos_token": None})
