@@ -79,8 +79,8 @@ STAGES = "train: {stages: [{steps: 3}]}"
         ("serve: {models: {a b: /x}}", [], "serve.models: expected letters, digits, '_', '.' and '-', beginning"),
         ("serve: {replicas: 2, max_replicas: 1}", [], "serve.max_replicas: must be at least replicas (2), found 1"),
         ("train: {sharding: fsdp, workers: 1}", [], "train.sharding: fsdp needs several workers"),
-        ("a: [b", [], "/a.yaml: not valid YAML: while parsing a flow sequence in line 1, column 4"),
-        ("a: \x00", [], "/a.yaml: not valid YAML"),
+        ("a: [b", [], "--config: /a.yaml: not valid YAML: while parsing a flow sequence in line 1, column 4"),
+        ("a: \x00", [], "--config: /a.yaml: not valid YAML"),
     ],
 )
 def test_errors_name_the_key_and_no_python_type(tmp_path, text, overrides, message):
