@@ -59,7 +59,7 @@ def test_a_recipe_trains_evaluates_and_is_exported(prepared, name, tmp_path, cap
     assert 0 <= scores["eval/mqar/96/recall"] <= 1
     original, target = checkpoint.load(folder), tmp_path / "transformers"
     if name in ("mamba2", "gqa"):  # transformers has no network of these mixers with these experts
-        with pytest.raises(ConfigError, match=r"^(ffn|layers): .*"):
+        with pytest.raises(ConfigError, match=r"^--from: (ffn|layers): .*"):
             export.run(recipe, folder, target)
         assert not target.exists()
         return
