@@ -115,3 +115,9 @@ def test_kernels_package_is_empty():
 def test_no_room_has_a_long_file(room):
     for path in (ROOT / room).rglob("*.py"):
         assert len(path.read_text().splitlines()) <= MAX_LINES, path
+
+
+def test_no_two_test_files_share_a_name():
+    # pytest imports a test file by its own name, without its folder.
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) > 100 and sorted(names) == sorted(set(names))

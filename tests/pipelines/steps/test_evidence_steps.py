@@ -137,7 +137,8 @@ def test_a_report_shows_all_figures_and_their_runs(recipe, ablated, compared, tm
     swept = sweep.run(recipe)
     path = report.run(recipe)
     text = path.read_text()
-    assert not re.findall(r'(?:src|href)="(?!data:image/png;base64,)', text) and "http" not in text
+    markup = re.sub(r'src="data:image/png;base64,[A-Za-z0-9+/=]+"', "", text)  # any four letters occur in pixels
+    assert markup.count("src=") == markup.count("href=") == markup.count("http") == 0
     figures = {"waterfall", "pareto", "families-costs", "families-lengths", "families-quality"}
     assert set(re.findall(r'alt="([^"]*)"', text)) == figures
     assert {each.stem for each in path.parent.glob("*.png")} == figures
