@@ -18,8 +18,10 @@ from kernels import formats
 
 
 class BlockScales(NamedTuple):
-    """Scales of a format: powers of two, one per block of dims."""
+    """A format of grid values with scales: powers of two, one per block of dims."""
 
+    grid: str
+    """Grid of the values divided by their scale: ``e4m3`` or ``e2m1``."""
     block: int
     """Dims per scale."""
     max: float
@@ -31,9 +33,9 @@ class BlockScales(NamedTuple):
 
 
 SCALED_FORMATS = {
-    "fp8": BlockScales(formats.FP8_BLOCK, formats.E4M3_MAX, formats.FP8_AMAX_FLOOR, 1),
-    "fp8_128": BlockScales(formats.FP8_WIDE_BLOCK, formats.E4M3_MAX, formats.FP8_AMAX_FLOOR, 4),
-    "fp4": BlockScales(formats.FP4_BLOCK, formats.E2M1_MAX, formats.FP4_AMAX_FLOOR, 1),
+    "fp8": BlockScales("e4m3", formats.FP8_BLOCK, formats.E4M3_MAX, formats.FP8_AMAX_FLOOR, 1),
+    "fp8_128": BlockScales("e4m3", formats.FP8_WIDE_BLOCK, formats.E4M3_MAX, formats.FP8_AMAX_FLOOR, 4),
+    "fp4": BlockScales("e2m1", formats.FP4_BLOCK, formats.E2M1_MAX, formats.FP4_AMAX_FLOOR, 1),
 }
 """Formats with block scales. ``fp8_128`` is DeepSeek-V3.2's."""
 _BYTES_PER_VALUE = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "fp8_128": 1.0, "fp4": 0.5}

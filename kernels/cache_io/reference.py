@@ -10,6 +10,11 @@ from kernels.cache_io.layout import SCALED_FORMATS, EntryLayout
 from kernels.cache_io.pages import Pages
 
 _FLOAT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_PACK_GRID = {
+    "e4m3": lambda x: x.clamp(-formats.E4M3_MAX, formats.E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8),
+    "e2m1": lambda x: formats.pack_e2m1(formats.round_to_e2m1(x)),
+}
+_UNPACK_GRID = {"e4m3": formats.unpack_e4m3, "e2m1": formats.unpack_e2m1}
 
 
 def pack(x: Tensor, layout: EntryLayout) -> Tensor:
@@ -21,11 +26,7 @@ def pack(x: Tensor, layout: EntryLayout) -> Tensor:
         own = SCALED_FORMATS[layout.body_format]
         exponents = formats.e8m0_from_amax(formats.block_amax(body, layout.block), own.max, own.floor)
         values = formats.e8m0_to_float(exponents)
-        grid = body / formats.per_element(values, layout.block, layout.body)
-        if layout.body_format == "fp4":
-            parts.append(formats.pack_e2m1(formats.round_to_e2m1(grid)))
-        else:
-            parts.append(grid.clamp(-own.max, own.max).to(torch.float8_e4m3fn).view(torch.uint8))
+        parts.append(_PACK_GRID[own.grid](body / formats.per_element(values, layout.block, layout.body)))
         scales = exponents if layout.scale_bytes == 1 else _to_bytes(values, "fp32")
     else:
         parts.append(_to_bytes(body, layout.body_format))
@@ -42,7 +43,7 @@ def unpack(packed: Tensor, layout: EntryLayout) -> Tensor:
     """Implement :func:`kernels.cache_io.unpack`."""
     raw = packed[..., : layout.body_bytes]
     if layout.body_format in SCALED_FORMATS:
-        grid = formats.unpack_e2m1(raw) if layout.body_format == "fp4" else formats.unpack_e4m3(raw)
+        grid = _UNPACK_GRID[SCALED_FORMATS[layout.body_format].grid](raw)
         body = grid * formats.per_element(_unpack_scales(packed, layout), layout.block, layout.body)
     else:
         body = _to_floats(raw, layout.body_format)

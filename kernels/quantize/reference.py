@@ -9,6 +9,7 @@ from kernels import formats
 from kernels.cache_io.layout import SCALED_FORMATS
 
 FORMATS = ("fp32", "bf16", *SCALED_FORMATS)
+_TO_GRID = {"e4m3": formats.round_to_e4m3, "e2m1": formats.round_to_e2m1}
 
 
 @torch.no_grad()
@@ -21,9 +22,8 @@ def round_to_format(x: Tensor, fmt: str, dtype: torch.dtype = torch.float32) -> 
     if fmt not in SCALED_FORMATS:
         raise ValueError(f"format '{fmt}' is not one of {', '.join(FORMATS)}")
     scales = SCALED_FORMATS[fmt]
-    to_grid = formats.round_to_e2m1 if fmt == "fp4" else formats.round_to_e4m3
     x, size = x.float(), x.shape[-1]
     block = min(scales.block, size)
     exponents = formats.e8m0_from_amax(formats.block_amax(x, block), scales.max, scales.floor)
     scale = formats.per_element(formats.e8m0_to_float(exponents), block, size)
-    return (to_grid(x / scale) * scale).to(dtype)
+    return (_TO_GRID[scales.grid](x / scale) * scale).to(dtype)

@@ -35,7 +35,7 @@ def metric_names(config: ModelConfig, kinds: Collection[Kind], length: int) -> l
         names.append("mtp_loss")
     layers = config.indexed_layers
     choosing = [layer for layer, ratio in config.indexer_ratios.items() if length // ratio > config.index_topk]
-    for name, measured in zip(_SELECTION, (layers, choosing, choosing)):
+    for name, measured in zip(_SELECTION, (layers, choosing, choosing), strict=True):
         if measured:
             names += [name, *(f"{name}/layer_{layer}" for layer in measured)]
     if layers:

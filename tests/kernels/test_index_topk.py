@@ -1,3 +1,5 @@
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,9 @@ from kernels.index_topk import BACKENDS, index_topk, select_topk
 from kernels.index_topk.eager import score_tile
 from kernels.index_topk.selection import topk_indices
 from kernels.quantize import round_to_format
+from model.config import CacheFormat
 
-FORMATS = ("fp4", "fp8", "fp8_128", "bf16", "fp32")
+FORMATS = get_args(CacheFormat)
 HEADS, DIMS = 4, 32
 MODES = {backend: {"backend": backend} for backend in available(BACKENDS)}
 MODES["batch-invariant"] = {"backend": "eager", "batch_invariant": True}

@@ -1,13 +1,14 @@
 """The full network: causality, equality with and without a cache, switches, gradients."""
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
 
 from kernels.cache_io import pack, unpack
 from model.cache import Cache
-from model.config import CACHE_FORMATS, ModelConfig
+from model.config import CACHE_FORMATS, CacheFormat, ModelConfig
 from model.costs import cache_bytes, cache_bytes_per_token, fixed_state_bytes
 from model.errors import CacheError, ConfigError
 from model.forward.aux_outputs import AuxOutputs
@@ -92,7 +93,7 @@ def test_training_forward_equals_inference_forward_with_qat():
         assert not torch.equal(model.train()(ids), model.eval()(ids))
 
 
-FORMATS = ("fp4", "fp8", "fp8_128", "bf16", "fp32")
+FORMATS = get_args(CacheFormat)
 KV = [{"kv_format": body, "rope_format": rope} for body in FORMATS for rope in ("bf16", "fp32")]
 STORED = [
     *(("sliding", formats) for formats in KV),

@@ -63,9 +63,13 @@ class MovingAverage(Mixer):
 
     def mix(self, projected, context, cache):
         state = projected.new_zeros(projected.shape[0], projected.shape[2]) if cache is None else cache.state.read()
+        # [B, S]: whether a token begins one of the documents packed into a row.
+        begins = None if context.documents is None else context.documents.positions == 0
         keep = self.decay.sigmoid()
         states = []
-        for token in projected.unbind(1):
+        for i, token in enumerate(projected.unbind(1)):
+            if begins is not None:
+                state = state.masked_fill(begins[:, i, None], 0.0)
             state = keep * state + (1 - keep) * token
             states.append(state)
         if cache is not None:
@@ -102,6 +106,16 @@ def test_it_trains():
         optimizer.step()
         losses.append(loss.item())
     assert losses[2] < losses[0]
+
+
+@torch.no_grad()
+def test_packed_documents_do_not_see_one_another():
+    model = build(mtp_layers=0).eval()
+    ids = random_ids(1, 30)
+    positions = torch.cat([torch.arange(13), torch.arange(17)])[None]
+    packed = model(ids, positions=positions)
+    for part in (slice(0, 13), slice(13, 30)):
+        torch.testing.assert_close(packed[:, part], model(ids[:, part]), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
