@@ -22,13 +22,15 @@ from model.checkpoint.rank_shards import RankShard, RowLookup, ShardSet, read_sh
 from model.config import ModelConfig
 from model.distributed.dtensor import local_ranges
 from model.distributed.fsdp import local_state, set_local_state
-from model.errors import MALFORMED, CheckpointError, ConfigError
+from model.errors import MALFORMED, CheckpointError, ConfigError, unknown_key
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from model.wording import quote_json
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_KEYS = ("format_version", "model", "shards", "parts")
+"""Keys of ``config.json``. Earlier releases wrote ``parts`` for ``shards``."""
 
 
 def save(model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
@@ -117,6 +119,9 @@ def _read_config(folder: Path) -> tuple[ModelConfig, ShardSet | None]:
         raise CheckpointError(f"{path}: not a checkpoint configuration ({error})") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format version {quote_json(version)} is not the supported {FORMAT_VERSION}")
+    for key in content:
+        if key not in _KEYS:
+            raise CheckpointError(f"{path}: {unknown_key(key, key, _KEYS)}")
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: 'model': expected an object, found {quote_json(values)}")
     shards = _read_shard_set(path, content)
@@ -127,7 +132,7 @@ def _read_config(folder: Path) -> tuple[ModelConfig, ShardSet | None]:
 
 
 def _read_shard_set(path: Path, content: dict[str, Any]) -> ShardSet | None:
-    # Earlier releases wrote the keys 'parts' and 'writing', and files without 'rank-' in their names.
+    # Earlier releases wrote 'writing' for 'save_id', too, and files without 'rank-' in their names.
     legacy = "shards" not in content
     key, id_key = ("parts", "writing") if legacy else ("shards", "save_id")
     values = content.get(key)
