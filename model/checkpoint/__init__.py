@@ -9,6 +9,7 @@ accept both.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from model.config import ModelConfig
 from model.distributed.dtensor import local_ranges
 from model.distributed.fsdp import local_state, set_local_state
 from model.errors import MALFORMED, CheckpointError, ConfigError, unknown_key
+from model.regular_files import check_regular
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from model.wording import quote_json
@@ -94,14 +96,19 @@ def load_config(folder: str | Path) -> ModelConfig:
     return _read_config(Path(folder))[0]
 
 
+def check_folder(folder: Path) -> None:
+    """Raise CheckpointError unless ``folder`` is a folder."""
+    if not folder.is_dir():
+        wrong = f"is not a folder, expected the checkpoint folder that holds {CONFIG}"
+        raise CheckpointError(f"{folder}: {wrong if os.path.lexists(folder) else 'no such checkpoint folder'}")
+
+
 def _read_config(folder: Path) -> tuple[ModelConfig, ShardSet | None]:
     """Return the configuration of a checkpoint folder, and its rank shards if it has any."""
+    check_folder(folder)
     path = folder / CONFIG
-    if folder.is_file():
-        raise CheckpointError(f"{folder}: is a file, expected the checkpoint folder that holds {CONFIG}")
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such checkpoint folder")
     try:
+        check_regular(path)
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and "model_type" in content:
             raise CheckpointError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from model.errors import ConfigError
@@ -52,7 +53,7 @@ def _load_byte(bos_token: str | None, eos_token: str | None) -> Tokenizer:
 def _load_file(path: Path, bos_token: str | None, eos_token: str | None) -> Tokenizer:
     if path.is_dir():
         path = path / FILE_NAME
-    if not path.exists():
+    if not os.path.lexists(path):
         raise ConfigError(f"{path}: No such file or directory")
     content, side_files = read_object(path), SideFiles.read(path.parent)
     if is_byte_tokenizer(content, side_files) and bos_token is None and eos_token is None:

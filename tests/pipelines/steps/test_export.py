@@ -211,7 +211,7 @@ def test_what_is_left_out_of_a_folder_is_printed(ours, tmp_path, capsys):
 def test_a_file_instead_of_a_folder_is_named(ours, tmp_path, capsys, source):
     assert export(ours, tmp_path / "hf") == 0
     assert export(tmp_path / source, tmp_path / "new") == 2
-    assert f"{source}: is a file, expected the checkpoint folder that holds config.json" in capsys.readouterr().err
+    assert f"{source}: is not a folder, expected the checkpoint folder that holds" in capsys.readouterr().err
 
 
 def test_other_steps_say_what_to_do_with_a_folder_of_another_kind(ours, tmp_path, capsys):
