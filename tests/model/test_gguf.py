@@ -204,8 +204,8 @@ def test_a_value_that_is_not_finite_leaves_the_old_file(tmp_path):
 def test_a_value_that_the_type_cannot_hold_is_refused(tmp_path, weights, value, most):
     model = build(layers=("csa",), **SHAPES)
     with torch.no_grad():
-        model.layers[0].attn.wo_b.weight[0, 0] = value
-    message = f"tensor 'layers.0.attn.wo_b.weight' holds {abs(value):g}, but {weights} holds values up to {most}"
+        model.embed.weight[0, 0] = value
+    message = f"tensor 'embed.weight' holds {abs(value):g}, but {weights} holds values up to {most}"
     with pytest.raises(CheckpointError, match=re.escape(message)):
         export_gguf(model, tmp_path / "a.gguf", weights)
     assert list(tmp_path.iterdir()) == []
