@@ -128,11 +128,11 @@ def check_settings(
         task_class(name)
     for name, values in (settings or {}).items():
         if task_class(name).per_depth and "depth" in values:
-            raise ConfigError(f"{name}: depth is set by depths, not by the task's settings")
+            raise ConfigError("is set by depths, not by the task's settings", f"{name}.depth")
         task_class(name).create(values, None)
     for name, given in (("tasks", tasks), ("lengths", lengths), ("depths", depths)):
         if not given or len(set(given)) < len(given):
-            raise ConfigError(f"{name}: expected at least one value without duplicates, found {list(given)}")
+            raise ConfigError(f"expected at least one value without duplicates, found {list(given)}", name)
 
 
 class Point(NamedTuple):

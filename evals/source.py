@@ -39,11 +39,11 @@ class Source:
         """Upper bound on the tokens that stacked sliding windows can carry a fact."""
         return 0 if self.config is None else len(self.config.layers) * self.config.window
 
-    def check_length(self, task: str, length: int) -> None:
+    def check_length(self, length: int) -> None:
         """Raise ConfigError, naming the longest length, if the model cannot hold documents of ``length`` tokens."""
         if self.max_tokens is not None and length > self.max_tokens:
             raise ConfigError(
-                f"{task}: length {length} exceeds the model's context; choose lengths up to {self.max_tokens} tokens"
+                f"{length} exceeds the model's context; choose lengths up to {self.max_tokens} tokens", "length"
             )
 
     def distance(self, task: str, distance: int | None) -> int:
@@ -59,12 +59,13 @@ class Source:
                 )
             return self.stacked_windows
         if isinstance(distance, bool) or not isinstance(distance, int) or distance < 0:
-            raise ConfigError(f"{task}: distance: expected a whole number of tokens, found {quote(distance)}")
+            raise ConfigError(f"expected a whole number of tokens, found {quote(distance)}", "distance")
         if self.config is not None and distance < self.stacked_windows:
             windows = count(len(self.config.layers), "stacked window")
             raise ConfigError(
-                f"{task}: distance {distance} proves nothing, because {windows} of {self.config.window} tokens reach a "
-                f"fact up to {self.stacked_windows} tokens before its question"
+                f"{distance} proves nothing, because {windows} of {self.config.window} tokens reach a fact up to "
+                f"{self.stacked_windows} tokens before its question",
+                "distance",
             )
         return distance
 
@@ -75,8 +76,9 @@ class Source:
         entries = min(tokens // ratio for ratio in self.config.indexer_ratios.values())
         if entries <= self.config.index_topk:
             raise ConfigError(
-                f"{task}: length {length} proves nothing, because there are {entries} compressed entries before the "
-                f"first question, and indexers select {self.config.index_topk} of them (index_topk)"
+                f"{length} proves nothing for {task}, because there are {entries} compressed entries before the first "
+                f"question, and indexers select {self.config.index_topk} of them (index_topk)",
+                "length",
             )
 
 

@@ -13,7 +13,19 @@ class FiftyfoldError(Exception):
 
 
 class ConfigError(FiftyfoldError):
-    """A setting that is unknown, has the wrong type, is out of range, or contradicts another."""
+    """A setting that is unknown, has the wrong type, is out of range, or contradicts another.
+
+    ``field`` is the name of the setting where the error is raised. The message is ``reason`` after that name. A caller
+    that knows the setting by another name, such as a dotted key, puts that in its place.
+    """
+
+    def __init__(self, reason: str, field: str | None = None):
+        super().__init__(reason)
+        self.reason = reason
+        self.field = field
+
+    def __str__(self) -> str:
+        return self.reason if self.field is None else f"{self.field}: {self.reason}"
 
 
 class DataError(FiftyfoldError):

@@ -39,6 +39,7 @@ _SQRT_SOFTPLUS = 4
 _MIN_INDEX_HEAD_DIM = 64
 """Size of the smallest Hadamard matrix that llama.cpp builds for index queries and keys."""
 _Q8_BLOCK = 32
+_MAX_F16 = 65504.0
 
 
 def _table(text: str) -> dict[str, tuple[str, bool]]:
@@ -118,7 +119,7 @@ def export_gguf(model: Transformer, path: str | Path, weights: WeightType = "f32
     no multi-token prediction module (``mtp.*``).
 
     Raises ConfigError if the architecture cannot represent the network, the type is unknown or the package ``gguf`` is
-    missing, and CheckpointError if a value is not finite.
+    missing, and CheckpointError if a value is not finite, or too large for the type.
     """
     if weights not in get_args(WeightType):
         raise ConfigError(f"weights: '{weights}' is not one of {', '.join(get_args(WeightType))}")
@@ -128,7 +129,7 @@ def export_gguf(model: Transformer, path: str | Path, weights: WeightType = "f32
         from gguf.quants import quantize
     except ImportError as error:
         raise ConfigError(
-            "GGUF files need the package 'gguf'; install it with pip install 'fiftyfold[gguf]'"
+            "gguf needs the package 'gguf'; install it with pip install 'fiftyfold[gguf]'", "format"
         ) from error
     path = Path(path)
     state = model.state_dict()
@@ -149,6 +150,7 @@ def export_gguf(model: Transformer, path: str | Path, weights: WeightType = "f32
             for source in found:
                 values = _file_values(model, state[source.ours], source).numpy()
                 kind = types[source.name]
+                _check_range(source, values, kind.name)
                 writer.write_tensor_data(values if kind == GGMLQuantizationType.I32 else quantize(values, kind))
         finally:
             writer.close()
@@ -271,6 +273,16 @@ def _type_of(source: _Source, weights: WeightType) -> str:
     if not source.typed:
         return "F32"
     return "F16" if weights == "q8_0" and source.shape[-1] % _Q8_BLOCK else weights.upper()
+
+
+def _check_range(source: _Source, values: np.ndarray, kind: str) -> None:
+    """Raise CheckpointError for a value that the type would store as infinite. Scales of Q8_0 blocks are F16."""
+    most = {"F16": _MAX_F16, "Q8_0": _MAX_F16 * 127}.get(kind, math.inf)
+    largest = np.abs(values).max()
+    if largest > most:
+        raise CheckpointError(
+            f"tensor '{source.ours}' holds {largest:g}, but {kind.lower()} holds values up to {most:g}; write f32"
+        )
 
 
 @torch.no_grad()

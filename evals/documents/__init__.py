@@ -38,5 +38,5 @@ RETRIEVAL_TASKS: dict[str, type[RetrievalTask]] = {
 def task_class(name: str) -> type[Task]:
     """Return a task's class. Raises ConfigError, naming the choices, for an unknown name."""
     if name not in TASKS:
-        raise ConfigError(f"tasks: '{name}' is not one of {', '.join(TASKS)}")
+        raise ConfigError(f"'{name}' is not one of {', '.join(TASKS)}", "tasks")
     return TASKS[name]

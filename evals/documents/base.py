@@ -56,7 +56,7 @@ class Document:
 class Task(ABC):
     """An evaluation task with its settings, which are the fields of a subclass.
 
-    Raises ConfigError, naming the setting, for a value that makes the task vacuous.
+    Raises ConfigError for a value that makes the task vacuous. Its ``field`` is ``<task>.<setting>``.
     """
 
     name: ClassVar[str]
@@ -74,7 +74,7 @@ class Task(ABC):
             optional = value is None and "None" in str(field.type)
             if not optional and (isinstance(value, bool) or not isinstance(value, wanted)):
                 expected = TYPE_NAMES[wanted[-1]]
-                raise ConfigError(f"{self.name}: {field.name}: expected {expected}, found {quote(value)}")
+                raise ConfigError(f"expected {expected}, found {quote(value)}", f"{self.name}.{field.name}")
         self.check()
 
     @abstractmethod
@@ -98,7 +98,7 @@ class Task(ABC):
         """Raise ConfigError unless the setting is between ``low`` and ``high``."""
         value = getattr(self, setting)
         if not low <= value <= high:
-            raise ConfigError(f"{self.name}: {setting} must be from {low} to {high}, found {value}: {reason}")
+            raise ConfigError(f"must be from {low} to {high}, found {value}: {reason}", f"{self.name}.{setting}")
 
     @classmethod
     def settings(cls) -> tuple[str, ...]:
@@ -112,7 +112,7 @@ class Task(ABC):
         """
         for name in settings:
             if name not in cls.settings():
-                raise ConfigError(f"{cls.name}: '{name}' is not one of its settings ({', '.join(cls.settings())})")
+                raise ConfigError(f"is not one of its settings ({', '.join(cls.settings())})", f"{cls.name}.{name}")
         task = cls(**{**({} if config is None else cls.defaults(config)), **settings})
         if config is not None:
             task.check_model(config)
@@ -138,6 +138,18 @@ class RetrievalTask(Task):
         """Return the lengths of documents up to ``length`` tokens, of which consecutive documents have one each."""
         return [length]
 
+    def max_distance(self, plan: Plan, speller: Speller, length: int, distance: int, rounds: int = 1) -> int:
+        """Return the largest distance at which facts and questions fit into a document of ``length`` tokens. Raises
+        ConfigError if ``distance`` is larger."""
+        fact_tokens = sum(len(speller(piece)) for fact in plan.facts for piece in fact)
+        question_tokens = sum(len(speller(part)) for question in plan.questions for part in question)
+        farthest = length - 2 - fact_tokens - rounds * question_tokens  # BOS and a token of text come before the facts
+        if distance > farthest:
+            room = f"{count(len(plan.facts), 'fact')} of {self.name} at least {count(distance, 'token')}"
+            asked = f", asked {rounds} times" if rounds > 1 else ""
+            raise ConfigError(f"{length} tokens are too few for {room} before the first question{asked}", "length")
+        return farthest
+
     def document(
         self,
         rng: random.Random,
@@ -156,16 +168,10 @@ class RetrievalTask(Task):
         """
         plan = self.plan(rng, length)
         facts = [[token for piece in pieces for token in speller(piece)] for pieces in plan.facts]
-        fact_tokens = sum(map(len, facts))
-        question_tokens = sum(len(speller(part)) for question in plan.questions for part in question)
-        text_tokens = length - rounds * question_tokens - 1 - fact_tokens  # without BOS and the inserted facts
+        text_tokens = 1 + self.max_distance(plan, speller, length, distance, rounds)  # without BOS and inserted facts
         last_position = text_tokens - distance  # of a fact in the text
-        if last_position < 1:
-            room = f"{count(len(facts), 'fact')} at least {count(distance, 'token')} before the first question"
-            asked = f", asked {rounds} times" if rounds > 1 else ""
-            raise ConfigError(f"length: {length} tokens are too few for {room}{asked}")
         if len(filler) < text_tokens:
-            raise ConfigError(f"filler: expected at least {count(text_tokens, 'token')} of text, found {len(filler)}")
+            raise ConfigError(f"expected at least {count(text_tokens, 'token')} of text, found {len(filler)}", "filler")
         if plan.depth is not None:
             positions = [round(plan.depth * last_position)] * len(facts)
         else:

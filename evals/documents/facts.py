@@ -32,7 +32,7 @@ class Speller:
 
     def check(self) -> None:
         """Raise ConfigError, naming the characters, unless the tokenizer writes facts and restores their text."""
-        problem = "tokenizer: decoding does not restore the text of the facts"
+        problem = "the tokenizer does not restore the text of facts"
         decode = self.tokenizer.decode
         lost = [character for character in RESERVED if decode(self(character)) != character]
         if lost:

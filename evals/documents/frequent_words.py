@@ -31,7 +31,7 @@ class FrequentWords(RetrievalTask):
         self.require("top", 1, MAX_ANSWER, "these are the words asked for")
         self.require("words", self.top + 1, len(KEYS), "at least one word must be a distractor, and words are letters")
         if not 0 < self.share <= 0.5:
-            raise ConfigError(f"{self.name}: share must be above 0 and at most 0.5, found {self.share}")
+            raise ConfigError(f"must be above 0 and at most 0.5, found {self.share}", f"{self.name}.share")
 
     def plan(self, rng: random.Random, length: int) -> Plan:
         ranks = range(1, self.words + 1)
@@ -41,8 +41,9 @@ class FrequentWords(RetrievalTask):
         first = counts[: self.top + 1]
         if len(set(first)) < len(first):
             raise ConfigError(
-                f"length: {length} tokens are too few for {self.top} words of different counts at a share of "
-                f"{self.share:g}; lower top or raise share"
+                f"{length} tokens are too few for {self.top} words of different counts at a share of {self.share:g}; "
+                f"lower {self.name}.top or raise {self.name}.share",
+                "length",
             )
         words = rng.sample(KEYS, self.words)
         facts = [(MARKER + word,) for word, count in zip(words, counts) for _ in range(count)]

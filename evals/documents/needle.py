@@ -21,7 +21,7 @@ class Needle(RetrievalTask):
 
     def check(self) -> None:
         if self.depth is not None and not 0 <= self.depth <= 1:
-            raise ConfigError(f"{self.name}: depth must be from 0 to 1, found {self.depth}")
+            raise ConfigError(f"must be from 0 to 1, found {self.depth}", f"{self.name}.depth")
 
     def plan(self, rng: random.Random, length: int) -> Plan:
         depth = rng.random() if self.depth is None else self.depth

@@ -30,7 +30,7 @@ class Perplexity(Task):
     def check(self) -> None:
         self.require("tokens", 1, 1 << 16, "these tokens are scored")
         if not 0 < self.depth <= 1:
-            raise ConfigError(f"{self.name}: depth must be above 0 and at most 1, found {self.depth}")
+            raise ConfigError(f"must be above 0 and at most 1, found {self.depth}", f"{self.name}.depth")
 
     def span(self, rng: random.Random, tokenizer: Tokenizer, text: list[int], length: int) -> tuple[str, str, int]:
         """Return (context, continuation, tokens of the continuation) from ``text``, the tokens of a document.
@@ -41,8 +41,9 @@ class Perplexity(Task):
         end = round(self.depth * (length - 1))  # without BOS
         if end - self.tokens < 1:
             raise ConfigError(
-                f"{self.name}: length {length} is too short, because the {count(self.tokens, 'token')} before depth "
-                f"{self.depth:g} have no context; raise the length or the depth, or lower tokens"
+                f"{length} is too short, because the {count(self.tokens, 'token')} before depth {self.depth:g} have no "
+                f"context; raise the length or the depth, or lower {self.name}.tokens",
+                "length",
             )
         begin = rng.randrange(len(text) - (length - 1) + 1)
         # A slice of tokens may cut characters at its ends.

@@ -32,8 +32,9 @@ class Residue(RetrievalTask):
     def check_model(self, config: ModelConfig) -> None:
         if self.span < largest_ratio(config):
             raise ConfigError(
-                f"{self.name}: span {self.span} is too short, because it leaves out remainders of the compression "
-                f"ratio {largest_ratio(config)}"
+                f"{self.span} is too short, because it leaves out remainders of the compression ratio "
+                f"{largest_ratio(config)}",
+                f"{self.name}.span",
             )
 
     @classmethod

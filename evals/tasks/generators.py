@@ -42,16 +42,17 @@ def retrieval_questions(
 
     Raises ConfigError for a vacuous or impossible setting, CheckpointError and DataError for unreadable files.
     """
-    _check_counts(task, length=length, samples=samples)
+    _check_counts(length=length, samples=samples)
     source = load_source(task, metadata)
-    source.check_length(task, length)
+    source.check_length(length)
     built = _create(task, metadata, source)
     assert isinstance(built, RetrievalTask)
     distance = source.distance(task, metadata.get("distance"))
     lengths = built.lengths(length)
     if samples < built.fewest_samples:
         raise ConfigError(
-            f"{task}: samples: expected at least one document of each of {len(lengths)} lengths, found {samples}"
+            f"expected at least one document of each of {len(lengths)} lengths of {task}, found {samples}",
+            "samples",
         )
     speller = Speller(source.tokenizer)
     speller.check()
@@ -71,9 +72,9 @@ def text_spans(*, task: str, length: int, samples: int, seed: int, **metadata: A
 
     Where there are fewer documents than ``samples``, they take turns. Errors are those of :func:`retrieval_questions`.
     """
-    _check_counts(task, length=length, samples=samples)
+    _check_counts(length=length, samples=samples)
     source = load_source(task, metadata)
-    source.check_length(task, length)
+    source.check_length(length)
     built = _create(task, metadata, source)
     assert isinstance(built, Perplexity)
     texts = read_documents(metadata.get("data"), source.tokenizer, length - 1, samples)
@@ -96,10 +97,10 @@ def _settings(task: Task) -> str:
     return " ".join(str(getattr(task, name)) for name in task.settings())
 
 
-def _check_counts(task: str, **counts: Any) -> None:
+def _check_counts(**counts: Any) -> None:
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{task}: {name}: expected a whole number of at least 1, found {quote(value)}")
+            raise ConfigError(f"expected a whole number of at least 1, found {quote(value)}", name)
 
 
 def _generate(
@@ -111,27 +112,30 @@ def _generate(
     encoding restores the tokens, as for ASCII bytes, and at most ``length`` otherwise.
     """
     tokenizer = speller.tokenizer
-    size, problem = length, ""
+    size = length
+    problem: ConfigError | None = None
     for _ in range(MAX_ATTEMPTS):
         document = task.document(rng, speller, filler.sample(rng, length), size, distance)
         text = tokenizer.decode(document.tokens[1:].tolist())
         excess = 1 + len(tokenizer.encode(text)) - length
         if excess > 0:
-            size, problem = size - excess, f"length: no generated document encodes to at most {length} tokens"
+            size -= excess
+            problem = ConfigError(f"no generated document of {task.name} encodes to at most {length} tokens", "length")
             continue
         body = text.removesuffix("".join(prompt + answer for prompt, answer in document.questions))
         problem = _find_problem(document, text, body, tokenizer, distance)
-        if not problem:
+        if problem is None:
             pairs, context = [], body
             for prompt, answer in document.questions:
                 pairs.append((context + prompt, answer))
                 context += prompt + answer
             return pairs, 1 + len(tokenizer.encode(body))
-    raise ConfigError(problem)
+    assert problem is not None
+    raise problem
 
 
-def _find_problem(document: Document, text: str, body: str, tokenizer: Tokenizer, distance: int) -> str:
-    """Return a message if a fact is damaged or too near in the text that the model reads, else an empty string."""
+def _find_problem(document: Document, text: str, body: str, tokenizer: Tokenizer, distance: int) -> ConfigError | None:
+    """Return an error if a fact is damaged or too near in the text that the model reads, else None."""
     facts = "".join("".join(fact) for fact in document.facts)
     place = -1
     for fact in document.facts:
@@ -139,9 +143,10 @@ def _find_problem(document: Document, text: str, body: str, tokenizer: Tokenizer
         if place < 0:
             break
     if body == text or place < 0 or body.count(MARKER) != facts.count(MARKER):
-        return "tokenizer: decoding does not restore the text of the facts"
+        return ConfigError("the tokenizer does not restore the text of facts")
     after = body[place + len("".join(document.facts[-1])) :]
     between = len(tokenizer.encode(after))
     if between < distance:
-        return f"length: a fact is {count(between, 'token')} before the first question, closer than {distance:,}"
-    return ""
+        reason = f"a fact is {count(between, 'token')} before the first question, closer than {distance:,}"
+        return ConfigError(reason, "length")
+    return None

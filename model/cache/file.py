@@ -14,6 +14,7 @@ from torch import Tensor
 from model.atomic_files import atomic_file
 from model.cache import Cache
 from model.errors import MALFORMED, CacheError
+from model.regular_files import check_regular
 from model.wording import count
 
 FORMAT_VERSION = "1"
@@ -85,6 +86,7 @@ def restore_cache(cache: Cache, path: str | Path) -> None:
 
 def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
+        check_regular(Path(path))
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:

@@ -9,6 +9,7 @@ accept both.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,16 @@ from model.checkpoint.rank_shards import RankShard, RowLookup, ShardSet, read_sh
 from model.config import ModelConfig
 from model.distributed.dtensor import local_ranges
 from model.distributed.fsdp import local_state, set_local_state
-from model.errors import MALFORMED, CheckpointError, ConfigError
+from model.errors import MALFORMED, CheckpointError, ConfigError, unknown_key
+from model.regular_files import check_regular
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from model.wording import quote_json
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_KEYS = ("format_version", "model", "shards", "parts")
+"""Keys of ``config.json``. Earlier releases wrote ``parts`` for ``shards``."""
 
 
 def save(model: Transformer, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
@@ -92,14 +96,19 @@ def load_config(folder: str | Path) -> ModelConfig:
     return _read_config(Path(folder))[0]
 
 
+def check_folder(folder: Path) -> None:
+    """Raise CheckpointError unless ``folder`` is a folder."""
+    if not folder.is_dir():
+        wrong = f"is not a folder, expected the checkpoint folder that holds {CONFIG}"
+        raise CheckpointError(f"{folder}: {wrong if os.path.lexists(folder) else 'no such checkpoint folder'}")
+
+
 def _read_config(folder: Path) -> tuple[ModelConfig, ShardSet | None]:
     """Return the configuration of a checkpoint folder, and its rank shards if it has any."""
+    check_folder(folder)
     path = folder / CONFIG
-    if folder.is_file():
-        raise CheckpointError(f"{folder}: is a file, expected the checkpoint folder that holds {CONFIG}")
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such checkpoint folder")
     try:
+        check_regular(path)
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and "model_type" in content:
             raise CheckpointError(
@@ -117,6 +126,9 @@ def _read_config(folder: Path) -> tuple[ModelConfig, ShardSet | None]:
         raise CheckpointError(f"{path}: not a checkpoint configuration ({error})") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format version {quote_json(version)} is not the supported {FORMAT_VERSION}")
+    for key in content:
+        if key not in _KEYS:
+            raise CheckpointError(f"{path}: {unknown_key(key, key, _KEYS)}")
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: 'model': expected an object, found {quote_json(values)}")
     shards = _read_shard_set(path, content)
@@ -127,7 +139,7 @@ def _read_config(folder: Path) -> tuple[ModelConfig, ShardSet | None]:
 
 
 def _read_shard_set(path: Path, content: dict[str, Any]) -> ShardSet | None:
-    # Earlier releases wrote the keys 'parts' and 'writing', and files without 'rank-' in their names.
+    # Earlier releases wrote 'writing' for 'save_id', too, and files without 'rank-' in their names.
     legacy = "shards" not in content
     key, id_key = ("parts", "writing") if legacy else ("shards", "save_id")
     values = content.get(key)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from model.distributed.dtensor import RowRange
 from model.errors import MALFORMED, CheckpointError
+from model.regular_files import check_regular
 
 RowLookup = Callable[[str], RowRange | None]
 """Maps a tensor's name to a row range; None stands for all rows."""
@@ -109,10 +110,12 @@ def read_shards(
 def _open_pieces(file: Path, shards: ShardSet | None, stack: ExitStack) -> Iterator[tuple[str, RowRange | None, Any]]:
     """Yield the name, rows (None for all) and lazily loaded data of each tensor in a file."""
     try:
+        check_regular(file)
         file.open("rb").close()  # safetensors reports an unreadable file as missing
-        opened = stack.enter_context(safe_open(file, framework="pt"))
-    except (FileNotFoundError, PermissionError) as error:
+    except OSError as error:
         raise CheckpointError(f"{file}: {error.strerror}") from None
+    try:
+        opened = stack.enter_context(safe_open(file, framework="pt"))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: damaged or not a safetensors file ({error})") from error
     ranges: dict[str, RowRange] = {}

@@ -57,10 +57,10 @@ def export_pretrained(
     represent a value.
     """
     if experts not in (None, *get_args(ExpertFormat)):
-        raise ConfigError(f"experts: '{experts}' is not one of {', '.join(get_args(ExpertFormat))}")
+        raise ConfigError(f"'{experts}' is not one of {', '.join(get_args(ExpertFormat))}", "experts")
     family = family_of_network(model.config)
     if format not in family.layouts:
-        raise ConfigError(f"format: '{format}' is not one of {', '.join(family.layouts)}, which {family.title} has")
+        raise ConfigError(f"'{format}' is not one of {', '.join(family.layouts)}, which {family.title} has", "format")
     family.check_expressible(model.config, format)
     check_replaceable(folder)
     if experts is None:
@@ -168,6 +168,8 @@ class _ReleasedWriter(_TransformersWriter):
         if fmt not in ("fp8", "fp4"):
             stored = values.to(release_format.STORED[fmt])
             if fmt == "bf16":
+                if not release_format.is_finite(stored):
+                    raise CheckpointError(f"tensor '{source.name}' holds values that are too large for BF16")
                 self.record(fmt, values, stored)
             return stored
         if source.format == "fp4" and fmt == "fp8" and self.model.config.qat:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.checkpoint import check_folder
 from model.config import CACHE_FORMATS, ModelConfig
 from model.errors import CheckpointError, ConfigError
 from model.hf import release_format
@@ -98,10 +99,7 @@ def is_pretrained(folder: str | Path) -> bool:
 
 def _existing(folder: str | Path) -> Path:
     folder = Path(folder)
-    if folder.is_file():
-        raise CheckpointError(f"{folder}: is a file, expected the checkpoint folder that holds {CONFIG}")
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such checkpoint folder")
+    check_folder(folder)
     return folder
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.errors import MALFORMED, CheckpointError
+from model.regular_files import check_regular
 from model.wording import count, json_type
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -42,6 +43,7 @@ class TensorHeader:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object in UTF-8, UTF-16 or UTF-32, with or without a byte order mark. Raises CheckpointError."""
     try:
+        check_regular(path)
         data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path}: {_dangling(path) or error.strerror}") from error
@@ -206,6 +208,7 @@ def write_shards(
 
 def _open_shard(shard: Path) -> Any:
     try:
+        check_regular(shard)
         return safe_open(shard, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{shard}: {_shard_fault(shard, error)}") from error
@@ -216,6 +219,7 @@ def _shard_fault(shard: Path, error: Exception) -> str:
     if fault := _dangling(shard):
         return fault
     try:
+        check_regular(shard)
         with shard.open("rb") as file:
             start = file.read(_POINTER_BYTES)
             held, needed = os.fstat(file.fileno()).st_size, _needed_bytes(file, start)

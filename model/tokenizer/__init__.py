@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from model.errors import ConfigError
@@ -24,7 +25,8 @@ def load_tokenizer(
     """Load ``"byte"``, a ``tokenizer.json`` file, or a folder with one, and the files beside it.
 
     ``bos_token`` and ``eos_token`` replace the declared tokens (see docs/text.md). ``model_vocab_size`` is the size of
-    the vocabulary that the tokenizer's IDs must lie in. Raises ConfigError.
+    the vocabulary that the tokenizer's IDs must lie in. Raises ConfigError, with the field ``bos_token`` or
+    ``eos_token`` where that argument is wrong or missing.
     """
     if str(source) == BYTE:
         tokenizer = _load_byte(bos_token, eos_token)
@@ -32,7 +34,7 @@ def load_tokenizer(
         tokenizer = _load_file(Path(source), bos_token, eos_token)
     if model_vocab_size is not None and tokenizer.vocab_size > model_vocab_size:
         raise ConfigError(
-            f"tokenizer {source}: has IDs up to {tokenizer.vocab_size - 1}, but the model has a vocabulary of "
+            f"{source}: has token IDs up to {tokenizer.vocab_size - 1}, but the model has a vocabulary of "
             f"{model_vocab_size}"
         )
     return tokenizer
@@ -44,15 +46,15 @@ def _load_byte(bos_token: str | None, eos_token: str | None) -> Tokenizer:
         ("eos_token", eos_token, ByteTokenizer.eos_token),
     ):
         if name not in (None, own):
-            raise ConfigError(f"{role}: '{name}' is not a token of the byte tokenizer, which has its own '{own}'")
+            raise ConfigError(f"'{name}' is not a token of the byte tokenizer, which has its own '{own}'", role)
     return ByteTokenizer()
 
 
 def _load_file(path: Path, bos_token: str | None, eos_token: str | None) -> Tokenizer:
     if path.is_dir():
         path = path / FILE_NAME
-    if not path.exists():
-        raise ConfigError(f"tokenizer {path}: No such file or directory")
+    if not os.path.lexists(path):
+        raise ConfigError(f"{path}: No such file or directory")
     content, side_files = read_object(path), SideFiles.read(path.parent)
     if is_byte_tokenizer(content, side_files) and bos_token is None and eos_token is None:
         return ByteTokenizer(side_files)

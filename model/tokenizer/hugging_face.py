@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 MAX_TOKEN_ID = 2**24 - 1
 """Larger IDs are taken for damage: the network would have an embedding for every ID up to the largest."""
-_ROLES: dict[Role, str] = {"bos_token": "begin-of-sequence", "eos_token": "end-of-sequence"}
 _USUAL_NAMES: dict[Role, tuple[str, ...]] = {
     "bos_token": ("<s>", "<bos>", "<|begin_of_text|>", "<|begin_of_sentence|>", "<｜begin▁of▁sentence｜>", "[CLS]"),
     "eos_token": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<｜end▁of▁sentence｜>", "[SEP]"),
@@ -79,7 +78,7 @@ class HuggingFaceTokenizer(Tokenizer):
             ids = backend.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the library raises plain Exception
             named = next(filter(self._fails, dict.fromkeys(text)), text[:40])
-            raise ConfigError(f"tokenizer {self.path}: cannot encode {named!r} ({error})") from error
+            raise ConfigError(f"{self.path}: cannot encode {named!r} ({error})") from error
         if parse_special or self._reserved_ids.isdisjoint(ids):
             return ids
         # The vocabulary of the model itself, not only the list of added tokens, holds the spelling.
@@ -142,7 +141,7 @@ class HuggingFaceTokenizer(Tokenizer):
         """Return tokens by ID. Raises ConfigError unless every token has the ID that its file declares and shares it
         with no other."""
         if not self._vocabulary:
-            raise ConfigError(f"tokenizer {self.path}: has no tokens")
+            raise ConfigError(f"{self.path}: has no tokens")
         vocabulary = self._content["model"]["vocab"]
         if isinstance(vocabulary, list):
             vocabulary = {name: token_id for token_id, (name, _) in enumerate(vocabulary)}
@@ -152,7 +151,7 @@ class HuggingFaceTokenizer(Tokenizer):
             found = self._vocabulary.get(token["content"])
             if found != token["id"]:
                 raise ConfigError(
-                    f"tokenizer {self.path}: added token '{token['content']}' has ID {token['id']}, but the tokenizers "
+                    f"{self.path}: added token '{token['content']}' has ID {token['id']}, but the tokenizers "
                     f"library reads it as {found}; IDs of added tokens must continue those of the vocabulary"
                 )
         return self._names_of(self._vocabulary)
@@ -162,9 +161,9 @@ class HuggingFaceTokenizer(Tokenizer):
         names: dict[int, str] = {}
         for name, token_id in vocabulary.items():
             if token_id > MAX_TOKEN_ID:
-                raise ConfigError(f"tokenizer {self.path}: token '{name}' has ID {token_id}, above {MAX_TOKEN_ID}")
+                raise ConfigError(f"{self.path}: token '{name}' has ID {token_id}, above {MAX_TOKEN_ID}")
             if token_id in names:
-                raise ConfigError(f"tokenizer {self.path}: tokens '{names[token_id]}' and '{name}' share ID {token_id}")
+                raise ConfigError(f"{self.path}: tokens '{names[token_id]}' and '{name}' share ID {token_id}")
             names[token_id] = name
         return names
 
@@ -175,10 +174,10 @@ class HuggingFaceTokenizer(Tokenizer):
         for name in candidates:
             if name not in self._vocabulary:
                 if override is not None:
-                    raise ConfigError(f"{role}: '{name}' is not a token of {self.path}")
+                    raise ConfigError(f"'{name}' is not a token of {self.path}", role)
                 raise ConfigError(
-                    f"tokenizer {self.path}: has no token '{name}', but the files beside it declare it; name the "
-                    f"{_ROLES[role]} token with {role}"
+                    f"must be given, because the files beside {self.path} declare '{name}', which is not a token of it",
+                    role,
                 )
         ids = side_files.ids("bos_token_id" if role == "bos_token" else "eos_token_id")
         candidates += [self._names[token] for token in ids if token in self._names]
@@ -188,9 +187,10 @@ class HuggingFaceTokenizer(Tokenizer):
         if role == "bos_token":
             return self.eos_token, self.eos_id
         raise ConfigError(
-            f"tokenizer {self.path}: no {_ROLES[role]} token is declared beside it (eos_token in "
+            f"must be given, because no end-of-sequence token is declared beside {self.path} (eos_token in "
             "tokenizer_config.json, eos_token_id in generation_config.json or config.json) and its vocabulary has none "
-            f"of {', '.join(_USUAL_NAMES[role])}; name one with {role}"
+            f"of {', '.join(_USUAL_NAMES[role])}",
+            role,
         )
 
     def _find_unknown(self) -> int | None:
@@ -227,7 +227,7 @@ class HuggingFaceTokenizer(Tokenizer):
             elif self._unknown_id is not None:
                 ids.append(self._unknown_id)
             else:
-                raise ConfigError(f"tokenizer {self.path}: has no ordinary tokens for the text '{name}'")
+                raise ConfigError(f"{self.path}: has no ordinary tokens for the text '{name}'")
         return ids
 
 

@@ -7,12 +7,14 @@ folders, checkpoints and exports.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from model.errors import ConfigError
+from model.regular_files import check_regular
 from model.wording import json_type, quote_json
 
 TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
@@ -179,7 +181,7 @@ class SideFiles:
 
 def read_object(path: Path) -> dict[str, Any]:
     """Return a JSON object, empty if there is no such file. A byte order mark is skipped. Raises ConfigError."""
-    return _parse_object(path, _read_text(path)) if path.exists() else {}
+    return _parse_object(path, _read_text(path)) if os.path.lexists(path) else {}
 
 
 def _parse_object(path: Path, text: str) -> dict[str, Any]:
@@ -199,6 +201,7 @@ def write_object(path: Path, content: dict[str, Any]) -> None:
 
 def _read_text(path: Path) -> str:
     try:
+        check_regular(path)
         return path.read_bytes().decode("utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error

@@ -60,4 +60,4 @@ def _check_vocabulary(path: Path, vocabulary: Any) -> None:
 
 
 def _wrong(path: Path, key: str, expected: str, found: Any) -> ConfigError:
-    return ConfigError(f"tokenizer {path}: {key}: expected {expected}, found {quote_json(found)}")
+    return ConfigError(f"{path}: {key}: expected {expected}, found {quote_json(found)}")

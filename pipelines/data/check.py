@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from model.errors import ConfigError, DataError
 from model.tokenizer import FILE_NAME, Tokenizer, load_tokenizer
 from model.wording import quote
 from pipelines.data.manifest import Manifest, file_sha256
+from pipelines.recipe.messages import naming
 from pipelines.recipe.schema import DataSection, Recipe
 
 
@@ -63,11 +63,8 @@ def check_prepared(recipe: Recipe, manifest: Manifest) -> Recipe:
 
 def load_data_tokenizer(data: DataSection) -> Tokenizer:
     """Return the tokenizer of a recipe. Raises ConfigError."""
-    try:
+    with naming("data.tokenizer", {"bos_token": "data.bos_token", "eos_token": "data.eos_token"}.get):
         return load_tokenizer(data.tokenizer, data.bos_token, data.eos_token)
-    except ConfigError as error:
-        message = re.sub(r"(^|with )(bos|eos)_token\b", r"\1data.\2_token", str(error).removeprefix("tokenizer "))
-        raise ConfigError(message if message.startswith("data.") else f"data.tokenizer: {message}") from error
 
 
 def tokenizer_sha256(tokenizer: Tokenizer) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +14,7 @@ from evals.documents.facts import Speller
 from model.errors import ConfigError
 from model.tokenizer import Tokenizer
 from pipelines.data.manifest import Kind, Split
+from pipelines.recipe.messages import naming
 from pipelines.recipe.schema import Recipe
 
 
@@ -50,30 +50,28 @@ class RetrievalGenerator:
     def check(self) -> None:
         """Raise ConfigError if the tokenizer cannot write facts and questions, or if these do not fit into documents of
         the configured lengths."""
-        try:
+        with naming(f"data.tokenizer: {self._data.tokenizer}"):
             self._speller.check()
-        except ConfigError as error:
-            reason = str(error).removeprefix("tokenizer: ")
-            raise ConfigError(f"data.tokenizer: {self._data.tokenizer}: {reason}") from error
         longest = self._data.sequence_length
         for length in self._data.retrieval_lengths:
             if length > longest:
                 raise ConfigError(f"data.retrieval_lengths: {length} exceeds data.sequence_length {longest}")
+        given = self._data.retrieval_distance
+        least = self._distance if given is None else 0
+        limits = []
         for length in {longest, *self._data.retrieval_lengths}:
+            key = "data.sequence_length" if length == longest else "data.retrieval_lengths"
             for task, _ in self._tasks:
-                try:
-                    shortest = task.lengths(length)[-1]
-                    rounds = self._data.rounds if task.asks_all else 1
-                    filler = np.zeros(max(shortest, 0), dtype=np.int32)
-                    task.document(self._rng, self._speller, filler, shortest, self._distance, rounds)
-                except ConfigError as error:
-                    keys = f"data.pairs, data.rounds, data.task_settings and {self._distance_key()}"
-                    lengths = "data.sequence_length and data.retrieval_lengths"
-                    reason = str(error).removeprefix("length: ")
-                    raise ConfigError(f"{keys} must fit {lengths}: {task.name}: {reason}") from error
-
-    def _distance_key(self) -> str:
-        return "model.window" if self._data.retrieval_distance is None else "data.retrieval_distance"
+                shortest, rounds = task.lengths(length)[-1], self._data.rounds if task.asks_all else 1
+                with naming(None, {"length": key}.get):
+                    plan = task.plan(self._rng, shortest)
+                    limits.append(
+                        (task.max_distance(plan, self._speller, shortest, least, rounds), shortest, task.name)
+                    )
+        farthest, length, name = min(limits)
+        if farthest < self._distance:
+            reason = f"must be at most {farthest}, because {length} tokens must hold the facts and questions of {name}"
+            raise ConfigError(f"{reason}, found {given}", "data.retrieval_distance")
 
     def generate(self, text: np.ndarray) -> StoredDocument:
         """Plant facts in a random slice of ``text``, int32 of at least ``sequence_length`` tokens."""
@@ -119,22 +117,12 @@ def _weighted_tasks(recipe: Recipe) -> list[tuple[RetrievalTask, float]]:
     tasks: list[tuple[RetrievalTask, float]] = []
     for name in sorted(data.retrieval_tasks, reverse=True):
         if weight := data.retrieval_tasks[name]:
-            try:
+            with naming(None, setting_key):
                 task = RETRIEVAL_TASKS[name].create(data.settings_of(name), recipe.model)
-            except ConfigError as error:
-                raise name_setting(error) from None
             tasks.append((task, weight / total))
     return tasks
 
 
-def name_setting(error: ConfigError) -> ConfigError:
-    """Return an error about a task's setting, such as "mqar: pairs must be ...", with the recipe's key instead."""
-    task, _, rest = str(error).partition(": ")
-    unknown = re.match(r"'(\w+)' (is not one of its settings)", rest)
-    if unknown is not None:
-        return ConfigError(f"data.task_settings.{task}.{unknown[1]}: {rest[unknown.start(2) :]}")
-    setting = re.match(r"\w+", rest)
-    if task not in TASKS or setting is None or setting[0] not in TASKS[task].settings():
-        return ConfigError(f"data.task_settings: {error}")
-    key = "data.pairs" if (task, setting[0]) == ("mqar", "pairs") else f"data.task_settings.{task}.{setting[0]}"
-    return ConfigError(f"{key}: {rest[setting.end() :].lstrip(': ')}")
+def setting_key(field: str) -> str:
+    """Return the recipe's key of ``<task>.<setting>``."""
+    return "data.pairs" if field == "mqar.pairs" else f"data.task_settings.{field}"

@@ -151,15 +151,19 @@ class _Recorder:
         return self._earlier + time.monotonic() - self._started
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        self.tracked.log_metrics(metrics, step)
+        self.tracked.log_step(metrics, step)
         if STEP_SECONDS in metrics:
             self._seconds.append(metrics[STEP_SECONDS])
+
+    def resumed(self, step: int) -> None:
+        self.tracked.skip_repeated()
+        self.tracked.log_event(step, f"resumed from step {step}")
 
     def log_event(self, step: int, message: str) -> None:
         self.tracked.log_event(step, message)
 
     def report(self, step: int, metrics: dict[str, float], write: WriteCheckpoint | None) -> None:
-        self.tracked.log_metrics(metrics, step)
+        self.tracked.log_step(metrics, step)
         tokens = sum(self._step_tokens[:step])
         if metrics and (not self.curve or self.curve[-1][0] < tokens):
             times = {STEP_SECONDS: statistics.median(self._seconds)} if self._seconds else {}

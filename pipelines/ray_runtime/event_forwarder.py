@@ -117,7 +117,9 @@ def try_log(event: TrainEvent, tracked: TrackedRun, delays: Iterable[float] = RE
     for delay in (0.0, *delays):
         time.sleep(delay)
         try:
-            tracked.log_metrics(event.metrics, event.step)
+            if event.resumed:
+                tracked.skip_repeated()
+            tracked.log_step(event.metrics, event.step)
             if event.tags:
                 tracked.set_tags(event.tags)
             if event.event is not None:

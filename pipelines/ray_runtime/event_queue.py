@@ -22,6 +22,13 @@ class TrainEvent:
     """A sentence for the terminal and MLflow."""
     tags: dict[str, str] = field(default_factory=dict)
     """Tags of the MLflow run."""
+    resumed: bool = False
+    """True if the training goes on from the checkpoint of ``step``."""
+
+    @classmethod
+    def resumption(cls, step: int) -> TrainEvent:
+        """Return the event of a training that goes on from the checkpoint of ``step``."""
+        return cls(step, {}, event=f"resumed from step {step}", resumed=True)
 
 
 class EventQueue:

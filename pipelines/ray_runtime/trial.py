@@ -84,6 +84,9 @@ class _TuneReporter:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._record(TrainEvent(step, metrics))
 
+    def resumed(self, step: int) -> None:
+        self._record(TrainEvent.resumption(step))
+
     def log_event(self, step: int, message: str) -> None:
         self._record(TrainEvent(step, {}, event=message))
 

@@ -86,6 +86,9 @@ class _RayTrainReporter:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._put(TrainEvent(step, metrics))
 
+    def resumed(self, step: int) -> None:
+        self._put(TrainEvent.resumption(step))
+
     def log_event(self, step: int, message: str) -> None:
         self._put(TrainEvent(step, {}, event=message))
 

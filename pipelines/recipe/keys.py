@@ -47,20 +47,20 @@ def merge(earlier: Any, later: Any, key: str = "") -> Any:
             merged[name] = merge(earlier[name], value, prefix + name) if name in earlier else value
         return merged
     if isinstance(earlier, dict) != isinstance(later, dict) and None not in (earlier, later):
-        raise ConfigError(_describe_conflict(key, earlier, later))
+        raise _conflict(key, earlier, later)
     return later
 
 
-def _describe_conflict(key: str, earlier: Any, later: Any) -> str:
-    """Return the message for settings of which one, at the dotted ``key``, is a mapping. It begins with the key that
-    the later one names."""
+def _conflict(key: str, earlier: Any, later: Any) -> ConfigError:
+    """Return the error for settings of which one, at the dotted ``key``, is a mapping. Its field is the key that the
+    later one names."""
     if isinstance(earlier, dict):
-        return f"{key}: is a section, whose settings have keys such as {key}.{next(iter(earlier), 'name')}"
+        return ConfigError(f"is a section, whose settings have keys such as {key}.{next(iter(earlier), 'name')}", key)
     named = key
     if isinstance(earlier, list) and not all(name.isdecimal() for name in later):
-        return f"{key}: expected a list"
+        return ConfigError("expected a list", key)
     while isinstance(later, dict) and len(later) == 1:
         name, later = next(iter(later.items()))
         named = f"{named}.{name}"
     kind = "list, which is set as a whole" if isinstance(earlier, list) else "single value, without settings in it"
-    return f"{named}: {key} is a {kind}"
+    return ConfigError(f"{key} is a {kind}", named)

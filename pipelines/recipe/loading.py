@@ -43,8 +43,8 @@ def load_recipe(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> R
     try:
         merged = _merge_over(merged, later)
     except ConfigError as error:
-        key, _, reason = str(error).partition(": ")
-        raise ConfigError(f"{key}: cannot be set to {quote(get_key(later, key))} ({reason})") from error
+        key = error.field or ""
+        raise ConfigError(f"cannot be set to {quote(get_key(later, key))} ({error.reason})", key) from error
     return recipe_from_dict(merged)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pydantic
 
-from model.errors import FiftyfoldError, shorten_words, unknown_key
+from model.errors import CheckpointError, ConfigError, shorten_words, unknown_key
 from model.validation import sentence
 from model.wording import quote
 from pipelines.recipe.key_types import fields_of, find_section
@@ -19,11 +19,21 @@ _MAX_SUGGESTIONS = 3
 
 
 @contextmanager
-def naming(key: str) -> Iterator[None]:
-    """Put ``key``, a dotted key or an option, before the message of an error in the block."""
+def naming(key: str | None, key_of: Callable[[str], str | None] = lambda field: None) -> Iterator[None]:
+    """Name the key, a dotted key or an option, in errors about settings and checkpoints in the block.
+
+    In a ConfigError with a ``field`` for which ``key_of`` returns a key, that key replaces the field. In other errors,
+    ``key`` comes before the message, unless it is None.
+    """
     try:
         yield
-    except FiftyfoldError as error:
+    except (ConfigError, CheckpointError) as error:
+        if isinstance(error, ConfigError) and error.field is not None:
+            found = key_of(error.field)
+            if found is not None:
+                raise ConfigError(error.reason, found) from error
+        if key is None:
+            raise
         raise type(error)(f"{key}: {error}") from error
 
 

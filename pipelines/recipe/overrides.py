@@ -45,6 +45,5 @@ def nested(overrides: Sequence[str]) -> dict[str, Any]:
         try:
             values = merge(values, own)
         except ConfigError as error:
-            reason = str(error).partition(": ")[2]
-            raise ConfigError(f"{key}: cannot be set to {quote(value)} ({reason})") from None
+            raise ConfigError(f"{key}: cannot be set to {quote(value)} ({error.reason})") from None
     return values

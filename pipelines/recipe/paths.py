@@ -26,6 +26,9 @@ SERVER_SCHEMES = ("http", "https", "databricks")
 DATABASE_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql")
 """Schemes of tracking URIs."""
 _MAX_PATH_BYTES, _MAX_NAME_BYTES = 2048, 255
+_START = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/+")
+_SECRET = re.compile(r"([?&](?:[^=&]*(?:password|passwd|pwd|token)|odbc_connect)=)[^&]*", re.IGNORECASE)
+"""A parameter of a database's driver that holds a password."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 
 
@@ -121,11 +124,13 @@ def check_tracking_uri(uri: str) -> None:
 
 def _tracking_problem(uri: str) -> str | None:
     """Return what is expected of a tracking URI, or None if ``uri`` is one."""
+    if re.search("[/?#@]", _split_user(uri)[1]):
+        return "expected a URI whose user name and password hold / ? # @ as %2F %3F %23 %40"
     try:
         parts = urlsplit(uri)
         _ = parts.port  # raises ValueError for an invalid port
-    except ValueError as error:
-        return f"expected a URI ({error})"
+    except ValueError:  # its message may quote the password
+        return "expected a URI with a valid host and port"
     scheme = parts.scheme.partition("+")[0]  # postgresql+psycopg names a driver
     if scheme not in SERVER_SCHEMES + DATABASE_SCHEMES:
         known = ", ".join(f"{name}://" for name in SERVER_SCHEMES + DATABASE_SCHEMES)
@@ -138,8 +143,22 @@ def _tracking_problem(uri: str) -> str | None:
 
 
 def without_password(uri: str) -> str:
-    """Return a URI without user name and password."""
-    return re.sub(r"(?<=://)[^/?#]*@", "", uri, count=1)
+    """Return a URI without user name and password, for messages. In doubt, as with an unescaped / in a password,
+    everything up to the last @ is left out."""
+    start, _, place = _split_user(uri)
+    return start + _SECRET.sub(r"\1***", place)
+
+
+def _split_user(uri: str) -> tuple[str, str, str]:
+    """Return the start of a URI with its slashes, the user name and password, if any, and what follows them."""
+    found = _START.match(uri)
+    start = "" if found is None else found[0]
+    names_file = ":///" in start and not start.startswith("http")
+    user, _, place = uri[len(start) :].rpartition("@")
+    authority = re.split("[/?#]", user, maxsplit=1)[0]
+    if names_file or (":" not in authority and authority != user):
+        return start, "", uri[len(start) :]
+    return start, user, place
 
 
 def _resolve(value: Any) -> str:

@@ -212,14 +212,14 @@ def start(recipe: Recipe) -> Deployment:
     check_port(section.host, section.port)  # before a model is downloaded
     host = f"[{section.host}]" if ":" in section.host else section.host
     url = f"http://{host}:{section.port}"
-    sources = ", ".join(f"'{name}' from {uri}" for name, uri, _ in model_sources(section))
-    print(f"starting Ray Serve at {url} with {sources}", flush=True)
     with ExitStack() as undo:
         store = ModelStore(recipe)
         undo.callback(store.close)
         models = store.find()
         for model in models:
             check_model(model, section)
+        sources = ", ".join(f"'{name}' from {uri}" for name, uri, _ in model_sources(section))
+        print(f"starting Ray Serve at {url} with {sources}", flush=True)
         undo.enter_context(ray_session(num_cpus=max(os.cpu_count() or 1, needed_cpus(section))))
         check_cluster(section)
         undo.callback(ray_serve.shutdown)

@@ -13,7 +13,6 @@ from evals.scores import EFFECTIVE_SHARE
 from model import checkpoint as checkpoints
 from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
-from model.tokenizer import load_tokenizer
 from model.wording import quote
 from pipelines.data.manifest import MANIFEST_NAME, read_manifest
 from pipelines.experiments.scoring import check_section, check_tasks, score_tasks
@@ -64,14 +63,13 @@ def run(recipe: Recipe) -> EvaluateResult:
         trained = run_of_checkpoint(checkpoint)
         if trained is None:  # nothing that is refused leaves a failed run behind
             checkpoints.load(checkpoint)
-        load_tokenizer(checkpoint, model_vocab_size=config.vocab_size)
         digest = weights_digest(checkpoint)
     if trained is not None:
         check_writable(trained.uri, store_key(recipe) if section.checkpoint is None else key)
     if recipe.train.use_gpu and not torch.cuda.is_available():
         raise ConfigError("train.use_gpu: no CUDA device here; pass --train.use_gpu false to evaluate on the CPU")
     if trained is None:
-        check_tasks(recipe.model_copy(update={"model": config}), checkpoint)
+        check_tasks(recipe.model_copy(update={"model": config}), checkpoint, key)
     data_folder = recipe.data_folder if recipe.data_folder.is_dir() else None
     if data_folder is None:
         print(f"no prepared data in {recipe.data_folder}: fillers come from the standard library", flush=True)
@@ -81,7 +79,7 @@ def run(recipe: Recipe) -> EvaluateResult:
     with ExitStack() as stack:
         tracked = trained or stack.enter_context(_start_run(recipe, checkpoint, config))
         with system_metrics(tracked, recipe.tracking.system_metrics_interval, "system/evaluation/"):
-            metrics = score_tasks(checkpoint, recipe)
+            metrics = score_tasks(checkpoint, recipe, checkpoint_key=key)
         if dataset is not None:
             tracked.log_dataset(dataset)
         tracked.log_metrics(metrics)

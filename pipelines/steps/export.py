@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from model import checkpoint
 from model.config import CACHE_FORMATS
-from model.errors import ConfigError, FiftyfoldError
-from model.gguf import WeightType, check_expressible, export_gguf
+from model.errors import ConfigError
+from model.gguf import WeightType, export_gguf
 from model.hf import export_pretrained, import_pretrained, is_pretrained
 from model.hf.family import ExpertFormat
 from model.hf.registry import FAMILIES
@@ -29,6 +28,8 @@ from pipelines.steps import Step
 
 GGUF = "gguf"
 FORMATS = ("fiftyfold", "transformers", "released", GGUF)
+_OPTIONS = {"format": "--format", "experts": "--experts", "bos_token": "--bos-token", "eos_token": "--eos-token"}
+"""Options by the names that :mod:`model` has for them."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -110,21 +111,15 @@ def run(
     with naming(source_key):
         model = import_pretrained(source) if is_pretrained(source) else checkpoint.load(source)
     if target_format == GGUF:
-        with naming(source_key):
-            check_expressible(model.config)
-        _export_gguf(model, target, weight_type or "f32")
+        with naming(source_key, _OPTIONS.get):
+            _export_gguf(model, target, weight_type or "f32")
         _print_left_behind(source, target)
         return target
     loaded = None
     # A link to nowhere counts as a tokenizer, so that loading it names the fault.
     if tokenizer is not None or os.path.lexists(source / TOKENIZER_FILE):
-        try:
+        with naming(source_key if tokenizer is None else "--tokenizer", _OPTIONS.get):
             loaded = load_tokenizer(tokenizer or source, bos_token, eos_token, model.config.vocab_size)
-        except ConfigError as error:
-            message = re.sub(r"(^|with )(bos|eos)_token\b", r"\1--\2-token", str(error))
-            key = source_key if tokenizer is None else "--tokenizer"
-            named = f"{key}: {message.removeprefix('tokenizer ')}"
-            raise ConfigError(message if message.startswith("--") else named) from error
     for name, value in tokens.items():
         if value is not None and loaded is None:
             raise ConfigError(f"--{name}: {source} has no {TOKENIZER_FILE}; name one with --tokenizer")
@@ -132,11 +127,8 @@ def run(
     if target_format == "fiftyfold":
         checkpoint.save(model, target, loaded)
     else:
-        try:
+        with naming(source_key, _OPTIONS.get):
             changes = export_pretrained(model, target, target_format, loaded, experts)
-        except FiftyfoldError as error:
-            prefix = "--" if str(error).startswith("format: ") else f"{source_key}: "
-            raise type(error)(f"{prefix}{error}") from error
     print(f"wrote {target} ({target_format}, {model.num_parameters():,} parameters)")
     if changes:
         formats = ", ".join(f"{fmt.upper()} (by at most {change:.2g})" for fmt, change in changes.items())

@@ -45,13 +45,17 @@ def run(recipe: Recipe) -> PrepareResult:
     RetrievalGenerator(recipe, tokenizer, "train").check()
     settings = _settings(recipe, files, tokenizer)
     try:
-        if _holds_files(folder):
-            result = PrepareResult(folder, _read_existing(folder, settings, tokenizer), reused=True)
-        else:
-            check_creatable(folder, "run.folder")
-            result = PrepareResult(folder, _write(recipe, files, tokenizer, settings), reused=False)
+        reused = _holds_files(folder)
+        manifest = _read_existing(folder, settings, tokenizer) if reused else None
     except OSError as error:
-        raise DataError(f"run.folder: {folder} cannot be written ({error.strerror or error})") from error
+        raise DataError(f"run.folder: {folder} cannot be read ({error.strerror or error})") from error
+    if manifest is None:
+        check_creatable(folder, "run.folder")
+        try:
+            manifest = _write(recipe, files, tokenizer, settings)
+        except OSError as error:
+            raise DataError(f"run.folder: {folder} cannot be written ({error.strerror or error})") from error
+    result = PrepareResult(folder, manifest, reused)
     _print_summary(result)
     return result
 

@@ -117,6 +117,8 @@ class TrackedRun:
         self.experiment_id = experiment_id
         self._client = client
         self._nonfinite: set[str] = set()
+        self._logged: dict[str, int] | None = None
+        """Last step of each metric before the training was interrupted. None: it was not, so that nothing repeats."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log metrics at ``step`` (0 if None).
@@ -137,6 +139,19 @@ class TrackedRun:
                 self.set_tags({f"not_finite.{key}": note})
         for batch in _slices(finite, MAX_METRICS_PER_BATCH):
             self._client.log_batch(self.run_id, metrics=batch)
+
+    def skip_repeated(self) -> None:
+        """Let :meth:`log_step` leave out what a resumed training repeats: steps up to the last one that is logged."""
+        self._logged = {}
+
+    def log_step(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log metrics of a training step, which a rollback may repeat with other values."""
+        if self._logged is not None:
+            for name in metrics.keys() - self._logged.keys():
+                self._logged[name] = max((logged for logged, _ in self.history(name)), default=-1)
+            metrics = {name: value for name, value in metrics.items() if step > self._logged[name]}
+            self._logged |= dict.fromkeys(metrics, -1)  # nothing repeats from here on
+        self.log_metrics(metrics, step)
 
     def log_event(self, step: int, message: str) -> None:
         """Append a message about ``step`` to the tag ``event.<step>``."""

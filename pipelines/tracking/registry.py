@@ -24,6 +24,7 @@ from mlflow.utils.uri import is_local_uri
 from model import checkpoint as checkpoints
 from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
+from model.regular_files import check_regular
 from pipelines.recipe.paths import MODEL_URI
 from pipelines.recipe.schema import PromoteSection
 from pipelines.tracking.mlflow_store import Tracking
@@ -37,6 +38,7 @@ def weights_digest(checkpoint: Path) -> str:
     digest = hashlib.sha256()
     for path in checkpoints.weight_files(checkpoint):
         try:
+            check_regular(path)
             with path.open("rb") as file:
                 hashlib.file_digest(file, lambda: digest)
         except OSError as error:

@@ -52,6 +52,7 @@ def build_trainer(
     trainer = Trainer(recipe, model, open_batches, validation, reporter, load_tokenizer(recipe.data_folder))
     if last is not None:
         trainer.load_checkpoint(Path(last))
+        reporter.resumed(trainer.step)
     notice = compute_dtype.describe(asked, recipe, device, resumed=last is not None)
     if notice is not None:
         reporter.log_event(trainer.step, notice)

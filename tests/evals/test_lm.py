@@ -228,7 +228,7 @@ def test_stop_strings_may_spell_special_tokens(tmp_path):
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, folder):
     shutil.copytree(folder, tmp_path / "final")
     write_files(tmp_path / "final", byte_level(added=["<|im_end|>"]))
-    with pytest.raises(ConfigError, match="IDs up to 258, but the model has a vocabulary of 258"):
+    with pytest.raises(ConfigError, match="has token IDs up to 258, but the model has a vocabulary of 258"):
         CheckpointLM(tmp_path / "final")
 
 

@@ -3,6 +3,7 @@
 The logits that llama.cpp computes from such a file are compared in tests/benchmarks/test_against_llama_cpp.py.
 """
 
+import re
 import sys
 
 import pytest
@@ -197,6 +198,18 @@ def test_a_value_that_is_not_finite_leaves_the_old_file(tmp_path):
     with pytest.raises(CheckpointError, match=r"'layers.0.attn.wo_b.weight' holds values that are not finite"):
         export_gguf(model, tmp_path / "a.gguf")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize(("weights", "value", "most"), [("f16", 7e4, "65504"), ("q8_0", -9e6, "8.31901e+06")])
+def test_a_value_that_the_type_cannot_hold_is_refused(tmp_path, weights, value, most):
+    model = build(layers=("csa",), **SHAPES)
+    with torch.no_grad():
+        model.embed.weight[0, 0] = value
+    message = f"tensor 'embed.weight' holds {abs(value):g}, but {weights} holds values up to {most}"
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        export_gguf(model, tmp_path / "a.gguf", weights)
+    assert list(tmp_path.iterdir()) == []
+    export_gguf(model, tmp_path / "a.gguf", "f32")
 
 
 def test_without_the_package_one_sentence_says_what_to_install(model, tmp_path, monkeypatch):

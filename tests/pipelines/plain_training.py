@@ -28,6 +28,9 @@ class Record:
     def log(self, step, metrics):
         self.logged.append((step, metrics))
 
+    def resumed(self, step):
+        self.events.append((step, "resumed"))
+
     def log_event(self, step, message):
         self.events.append((step, message))
 

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -91,6 +92,15 @@ def test_damaged_files_are_named(saved):
         checkpoint.load(folder)
     with pytest.raises(CheckpointError, match="no such checkpoint folder"):
         checkpoint.load(folder / "nowhere")
+
+
+@pytest.mark.parametrize(("key", "hint"), [("shard", "; did you mean 'shards'?"), ("rope_theta", "")])
+def test_unknown_keys_of_a_configuration_are_named(saved, key, hint):
+    _, folder = saved
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: 3}))
+    with pytest.raises(CheckpointError, match=rf"config\.json: {key}: unknown key{re.escape(hint)}$"):
+        checkpoint.load(folder)
 
 
 def test_warm_start_reads_all_tensors_that_fit(saved):

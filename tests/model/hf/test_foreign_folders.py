@@ -266,7 +266,7 @@ def test_a_folder_without_readable_weights_says_what_it_has(folder, files, messa
 
 def test_a_file_instead_of_the_folder_is_named(folder):
     for path in (folder / CONFIG, next(folder.glob("*.safetensors"))):
-        refused(path, "is a file, expected the checkpoint folder that holds config.json")
+        refused(path, "is not a folder, expected the checkpoint folder that holds config.json")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])

@@ -55,7 +55,7 @@ def changed(content, change):
 @pytest.mark.parametrize("side_files", [{}, SIDE_FILES], ids=["alone", "with added tokens"])
 def test_a_wrong_structure_is_named_with_file_and_key(tmp_path, change, message, side_files):
     folder = write_files(tmp_path, changed(FILES["byte level"], change), **side_files)
-    with pytest.raises(ConfigError, match=rf"tokenizer {tmp_path}/tokenizer\.json: {message}"):
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/tokenizer\.json: {message}"):
         load_tokenizer(folder)
 
 

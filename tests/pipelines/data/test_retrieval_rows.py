@@ -79,7 +79,16 @@ def test_settings_and_distance_of_documents():
         ),
         ({"pairs": 100}, "^data.pairs: must be from 2 to 26, found 100"),
         ({"task_settings": {"mqar": {"pairs": 3}}}, "the pairs of mqar are set by data.pairs"),
-        ({"retrieval_distance": 240}, "data.retrieval_distance must fit .*: mqar: 256 tokens are too few"),
+        (
+            {"retrieval_distance": 240},
+            "^data.retrieval_distance: must be at most 206, because 256 tokens must hold .* of mqar, found 240$",
+        ),
+        (
+            {"retrieval_distance": 160, "retrieval_lengths": [128, 192]},
+            "^data.retrieval_distance: must be at most 78, because 128 tokens must hold .* of mqar, found 160$",
+        ),
+        ({"rounds": 9}, "^data.sequence_length: 256 tokens are too few for 8 facts of mqar .*, asked 9 times$"),
+        ({"retrieval_lengths": [32]}, "^data.retrieval_lengths: 32 tokens are too few for 8 facts of mqar at least 16"),
         ({"retrieval_tasks": {"mqar": -1}}, "data.retrieval_tasks.mqar"),
     ],
 )

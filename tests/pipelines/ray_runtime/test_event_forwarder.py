@@ -91,6 +91,27 @@ def test_unsent_events_are_sent_at_the_next_start(prepared, forward, pauses, tmp
     assert sorted((point.step, point.value) for point in history) == [(7, 2.0), (9, 4.0), (10, 5.0)]
 
 
+def test_steps_that_a_resumed_training_repeats_are_logged_once(prepared, forward, capsys, pauses):
+    def steps(*numbers, loss=1.0):
+        return [TrainEvent(step, {"train/loss": loss * step, "train/step_seconds": loss}) for step in numbers]
+
+    forward(*steps(5, 6, 7, 8))  # killed after the checkpoint of step 6
+    validation = TrainEvent(8, {"validation/loss": 1.0}, reported=True)
+    rollback = steps(8, 9, loss=3.0)
+    _, _, run = forward(TrainEvent.resumption(6), *steps(7, 8), validation, *steps(9, 10), *rollback)
+    assert capsys.readouterr().out.count("watched: step 6: resumed from step 6\n") == 1
+    assert run.data.tags["event.000006"] == "resumed from step 6" and run.data.metrics["validation/loss"] == 1.0
+    client = open_tracking(prepared).client
+    expected = [(5, 5.0), (6, 6.0), (7, 7.0), (8, 8.0), (9, 9.0), (10, 10.0), (8, 24.0), (9, 27.0)]
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert sorted((point.step, point.value) for point in history) == sorted(expected)
+    assert len(client.get_metric_history(run.info.run_id, "train/step_seconds")) == len(expected)
+    # Workers that restart within one process repeat steps, too.
+    _, _, run = forward(*steps(11, 12), TrainEvent.resumption(10), *steps(11, 12, 13))
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert sorted(point.step for point in history if point.step > 10) == [11, 12, 13]
+
+
 def test_lost_events_are_known(forward, pauses, tmp_path, monkeypatch):
     (tmp_path / "unsent.jsonl").mkdir()  # so that writing fails
     monkeypatch.setattr(EventForwarder, "_send_unsent", lambda self: None)

@@ -9,7 +9,7 @@ import pytest
 from model.errors import ConfigError
 from pipelines import __main__ as cli
 from pipelines.recipe.loading import load_recipe, recipe_from_dict
-from pipelines.recipe.paths import check_creatable, parse_path, path_option
+from pipelines.recipe.paths import check_creatable, parse_path, path_option, without_password
 
 
 @pytest.fixture
@@ -173,6 +173,51 @@ def test_tracking_uris_are_checked_when_the_recipe_is_read(home):
 def test_a_tracking_uri_of_no_store_is_refused_when_the_recipe_is_read(uri, expected):
     with pytest.raises(ConfigError, match=rf"^tracking\.uri: expected a URI that {expected}$"):
         load_recipe([], [f"tracking.uri={uri}"])
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("http://u:secret@h:5000/x", "http://h:5000/x"),
+        ("http://:secret@[::1]:5000", "http://[::1]:5000"),
+        ("http://u@h", "http://h"),
+        ("postgresql://u:secret/secret@h/db", "postgresql://h/db"),
+        ("postgresql://u:12/secret@h/db", "postgresql://h/db"),
+        ("postgresql://u:secret@secret@h/db", "postgresql://h/db"),
+        ("postgresql://u:secret@secret/secret@h/db", "postgresql://h/db"),
+        ("mysql+pymysql://u:secret?secret#secret@h/db", "mysql+pymysql://h/db"),
+        ("http:///u:secret@h", "http:///h"),
+        ("u:secret/secret@h/db", "h/db"),
+        ("postgresql:u:secret@h", "h"),
+        ("postgresql:///db?user=u&password=secret@x/y&a=b", "postgresql:///db?user=u&password=***&a=b"),
+        ("mssql+pyodbc:///?odbc_connect=UID%3Du%3BPWD%3Dsecret", "mssql+pyodbc:///?odbc_connect=***"),
+        ("sqlite:////a:b/c@d/mlflow.db", "sqlite:////a:b/c@d/mlflow.db"),
+        ("sqlite:///a:b@c.db", "sqlite:///a:b@c.db"),
+        ("http://h/team@x", "http://h/team@x"),
+        ("http://h:5000", "http://h:5000"),
+        ("", ""),
+    ],
+)
+def test_messages_show_a_uri_without_its_password(uri, shown):
+    assert without_password(uri) == shown
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "postgresql://u:sec/ret@h/db",
+        "mysql://u:sec@ret@h/db",
+        "http://u:sec?ret@h",
+        "http://u:sec#ret@h",
+        "http://u:@ret@h",
+    ],
+)
+def test_a_password_with_unescaped_characters_is_refused_and_not_shown(uri):
+    message = r"^tracking\.uri: expected a URI whose .* hold / \? # @ as %2F %3F %23 %40, found '\w+://h(/db)?'$"
+    with pytest.raises(ConfigError, match=message):
+        load_recipe([], [f"tracking.uri={uri}"])
+    with pytest.raises(ConfigError, match="valid host and port, found 'http://h:x'"):
+        load_recipe([], ["tracking.uri=http://u:secret@h:x"])
 
 
 @pytest.mark.parametrize("uri", ["models:/", "models:/x", "models:/x@", "models:/x/y", "models:x@y", "models:/x@y/z"])

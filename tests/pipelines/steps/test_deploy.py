@@ -118,10 +118,19 @@ def test_a_missing_variable_is_named_before_a_local_cluster_starts(monkeypatch):
         deploy.start(recipe)
 
 
-def test_a_start_is_announced_before_anything_is_loaded(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(ModelStore, "find", lambda _: pytest.fail(capsys.readouterr().out))
+def test_a_start_is_announced_once_its_models_are_found(monkeypatch, capsys, tmp_path):
     recipe = recipe_with(host="::1", port=1, model_uri="models:/a@b", models={"c": str(tmp_path)})
     monkeypatch.setattr(deploy, "check_port", lambda *_: None)
+    monkeypatch.setattr(deploy, "ray_session", lambda **_: pytest.fail(capsys.readouterr().out))
+
+    def nothing(_):
+        raise ConfigError("serve.model_uri: not found")
+
+    monkeypatch.setattr(ModelStore, "find", nothing)
+    with pytest.raises(ConfigError, match="not found"):
+        deploy.start(recipe)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(ModelStore, "find", lambda _: [])
     line = f"starting Ray Serve at http://[::1]:1 with 'a' from models:/a@b, 'c' from {tmp_path}\n"
     with pytest.raises(pytest.fail.Exception) as caught:
         deploy.start(recipe)

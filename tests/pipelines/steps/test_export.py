@@ -177,6 +177,23 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("gguf", "--type", "f16"), "holds 3.4e+38, but f16 holds values up to 65504; write f32"),
+        (("released",), "holds values that are too large for BF16"),
+    ],
+)
+def test_a_weight_that_a_format_cannot_hold_is_named_with_the_option(tmp_path, capsys, options, message):
+    model = Transformer(ModelConfig(layers=("csa", "hca"), hca_ratio=128, index_head_dim=64))
+    with torch.no_grad():
+        model.embed.weight[0, 0] = 3.4e38
+    checkpoint.save(model, tmp_path / "ours")
+    assert export(tmp_path / "ours", tmp_path / "out", "--format", *options) == 2
+    assert f"error: --from: tensor 'embed.weight' {message}\n" == capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
 def test_what_is_left_out_of_a_folder_is_printed(ours, tmp_path, capsys):
     assert export(ours, tmp_path / "released", "--format", "released") == 0
     shard = next((tmp_path / "released").glob("*.safetensors"))
@@ -194,7 +211,7 @@ def test_what_is_left_out_of_a_folder_is_printed(ours, tmp_path, capsys):
 def test_a_file_instead_of_a_folder_is_named(ours, tmp_path, capsys, source):
     assert export(ours, tmp_path / "hf") == 0
     assert export(tmp_path / source, tmp_path / "new") == 2
-    assert f"{source}: is a file, expected the checkpoint folder that holds config.json" in capsys.readouterr().err
+    assert f"{source}: is not a folder, expected the checkpoint folder that holds" in capsys.readouterr().err
 
 
 def test_other_steps_say_what_to_do_with_a_folder_of_another_kind(ours, tmp_path, capsys):

@@ -106,5 +106,5 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, capsys):
     checkpoint.save(Transformer(ModelConfig()), tmp_path / "ours", ByteTokenizer())
     folder = write_files(tmp_path / "tokenizer", byte_level(added=["<pad>"]))
     assert export(tmp_path / "ours", tmp_path / "out", "--tokenizer", str(folder)) == 2
-    assert "has IDs up to 258, but the model has a vocabulary of 258" in capsys.readouterr().err
+    assert "has token IDs up to 258, but the model has a vocabulary of 258" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -497,6 +497,14 @@ def test_user_errors_are_named_and_leave_nothing_behind(tmp_path, write, named):
     assert not [path for path in (tmp_path / "runs").rglob("*") if path != made.data_folder.parent]
 
 
+def test_a_file_in_the_place_of_the_data_folder_is_named(tmp_path):
+    made = recipe(tmp_path, _file("in.txt", "words " * 1000)(tmp_path), shard_tokens=10_000)
+    made.data_folder.parent.mkdir(parents=True)
+    made.data_folder.touch()
+    with pytest.raises(DataError, match=r"^run\.folder: /.* cannot be read \(Not a directory\)$"):
+        prepare.run(made)
+
+
 def test_a_damaged_parquet_page_is_named(tmp_path):
     path = tmp_path / "in.parquet"
     pq.write_table(pa.table({"text": texts(60)}), path, compression="zstd")

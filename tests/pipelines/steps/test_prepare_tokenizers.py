@@ -125,7 +125,7 @@ def test_declared_and_chosen_tokens_end_documents(tmp_path):
     names = ("<|start|>", "<|return|>")
     folder = write_files(tmp_path / "tokenizer", byte_level(names=names, added=["<|call|>"]))
     undeclared = recipe(tmp_path, folder, documents())
-    with pytest.raises(ConfigError, match=r"data\.tokenizer: .* no end-of-sequence token is declared"):
+    with pytest.raises(ConfigError, match=r"^data\.eos_token: must be given, because no end-of-sequence token"):
         prepare.run(undeclared)
     chosen = recipe(tmp_path, folder, documents(), eos_token="<|call|>", bos_token="<|start|>")
     result = prepare.run(chosen)
@@ -202,5 +202,5 @@ def test_the_summary_counts_in_plain_words(tmp_path, capsys):
 
 def test_a_missing_end_of_sequence_is_asked_for_by_the_key_of_the_recipe(tmp_path):
     folder = write_files(tmp_path / "tokenizer", byte_level(names=("<a>", "<b>")))
-    with pytest.raises(ConfigError, match=r"^data\.tokenizer: /.*: no end-of-seq.*name one with data\.eos_token$"):
+    with pytest.raises(ConfigError, match=r"^data\.eos_token: must be given, because no end-of-sequence token"):
         prepare.run(recipe(tmp_path, folder, documents()))

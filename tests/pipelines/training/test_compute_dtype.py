@@ -85,8 +85,13 @@ def test_a_run_resumed_elsewhere_keeps_its_choice(auto, tmp_path, monkeypatch, c
     for name, tensor in resumed.model.state_dict().items():
         assert torch.equal(tensor, unbroken.model.state_dict()[name]), name
     assert compute_dtype.read(tmp_path / "resumed" / "6") == choice
-    ((step, told),) = record.events
-    assert step == 2 and "(auto: kept from the checkpoint)" in told and ("emulated" in told) == fast
+    begun, (step, told) = record.events
+    assert (
+        begun == (2, "resumed")
+        and step == 2
+        and "(auto: kept from the checkpoint)" in told
+        and ("emulated" in told) == fast
+    )
 
 
 def test_emulated_bf16_is_reported(prepared, monkeypatch):
