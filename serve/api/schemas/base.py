@@ -69,7 +69,9 @@ def parse_tokens(value: Any, place: str = "") -> list[int]:
     """
     if not isinstance(value, list):
         raise wrong("a list of token IDs", value)
-    ids = value if all(type(item) is int for item in value) else [integral(item) for item in value]
+    if set(map(type, value)) <= {int}:  # fast, because there may be millions
+        return value
+    ids = [integral(item) for item in value]
     for index, item in enumerate(ids):
         if type(item) is not int:
             raise wrong_item(f"{place}{index}", "a token ID", item)
