@@ -97,18 +97,17 @@ class Scheduler:
             sequence, prefixes = self.waiting[0], self.memory.prefixes
             if sequence.page_digests is None:
                 sequence.page_digests = prefixes.digests(sequence.tokens)
-            kept = self._find_prefix(sequence)  # before room is made, which could evict it
+            kept = self._find_prefix(sequence)
             found = kept.length if kept is not None else 0
             needed = self.memory.pages_for(sequence.reserved_tokens) - self.memory.pages_for(found)
-            if not self.memory.make_room(self._promised_pages() + needed):
+            if not self.memory.make_room(self._promised_pages() + needed, spared=kept):
                 return
-            sequence.start(kept if kept is not None else self.memory.new_cache())
+            sequence.start(kept.fork() if kept is not None else self.memory.new_cache())
             sequence.boundaries = prefixes.boundaries(sequence.page_digests)
             self.prefilling.append(self.waiting.popleft())
 
     def _find_prefix(self, sequence: Sequence) -> Cache | None:
-        """Return a fork of the longest kept prefix. Log-probabilities of the prompt need a forward pass over all of
-        it."""
+        """Return the longest kept prefix. Log-probabilities of the prompt need a forward pass over all of it."""
         if sequence.params.prompt_logprobs:
             return None
         return self.memory.prefixes.find(sequence.page_digests or [])
@@ -248,7 +247,7 @@ class Scheduler:
                 break
             # Sequences admitted together, such as the completions of one prompt, continue from what the first has read.
             if not sequence.computed and (kept := self._find_prefix(sequence)) is not None:
-                sequence.start(kept)
+                sequence.start(kept.fork())
             while left > 0 and not sequence.prefill_done:
                 count = self._pace.tokens(min(left, len(sequence.tokens) - sequence.computed), decoding)
                 if not count:

@@ -6,6 +6,7 @@ from collections import defaultdict
 import pytest
 import torch
 
+from model.cache import Cache
 from model.errors import ConfigError
 from model.forward.execution import Execution
 from serve.engine import EngineConfig, RequestAbortedError, SamplingParams
@@ -125,6 +126,25 @@ def test_completions_of_one_prompt_read_it_once(byte_model, byte_tokenizer) -> N
     while len(scheduler.memory.prefixes):
         scheduler.memory.prefixes.evict()
     assert scheduler.memory.used_pages == 0
+
+
+def test_a_prompt_that_waits_for_pages_copies_no_prefix(byte_model, byte_tokenizer, monkeypatch) -> None:
+    scheduler = Scheduler(byte_model, config(kept_prefixes=8))
+    page, pool = byte_model.config.page_tokens, scheduler.memory.pool
+    prompt = random_prompt(2 * page + 10)
+    finish(scheduler, [sequence(byte_tokenizer, prompt)])
+    held = pool.allocate(pool.free_pages)
+    forks = []
+    fork = Cache.fork
+    monkeypatch.setattr(Cache, "fork", lambda cache, *rest: forks.append(cache.length) or fork(cache, *rest))
+    waiting = sequence(byte_tokenizer, prompt)
+    scheduler.step([waiting])
+    for _ in range(3):  # of the prefix's own pages, none may be freed for it
+        assert scheduler.step() == [] and list(scheduler.waiting) == [waiting]
+    assert forks == [] and len(scheduler.memory.prefixes) == 1
+    pool.release(held)
+    finish(scheduler, [])
+    assert forks == [2 * page] and waiting.cached_tokens == 2 * page
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1])
