@@ -7,13 +7,13 @@ import asyncio
 from fastapi import FastAPI, Request, Response
 
 from model.tokenizer import Tokenizer
+from model.tokenizer.streaming import finished_text
 from serve.api.formats import CompletionFormat
 from serve.api.prompts import encode_text
 from serve.api.run import Run, respond
 from serve.api.schemas.completions import Completion, CompletionRequest
 from serve.api.served_model import ServedModel
 from serve.engine import Pace
-from serve.engine.detokenizer import finished_text
 
 _LARGE = 1 << 14
 """Characters or token IDs from which prompts are encoded in a thread, so that other streams go on."""
