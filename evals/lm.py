@@ -293,7 +293,7 @@ def _parse_device(name: str | torch.device) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"device: '{name}' is not a device of PyTorch") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        logging.getLogger("lm_eval").warning("device: no CUDA device here; '%s' becomes the CPU", name)
+        logging.getLogger("lm_eval").warning("device: '%s' is not available; using the CPU", name)
         return torch.device("cpu")
     return device
 

@@ -27,10 +27,11 @@ API_CONTEXT = 2048
 
 @dataclass(frozen=True)
 class Source:
-    """``config`` is None for models whose architecture is not known."""
+    """Tokenizer, configuration and length limit of the model that documents are generated for."""
 
     tokenizer: Tokenizer
     config: ModelConfig | None
+    """None if the architecture is not known."""
     max_tokens: int | None
     """Length in tokens of the longest document, with BOS and its answer. None: not known."""
 

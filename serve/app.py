@@ -105,7 +105,7 @@ class ServeBackend:
     ) -> AsyncIterator[list[Message]]:
         handle = self._handle or await self._find()
         response = handle.respond.remote(request, body, prefix=prefix)
-        assert isinstance(response, DeploymentResponseGenerator)  # of a handle with stream=True
+        assert isinstance(response, DeploymentResponseGenerator)  # because the handle has stream=True
         try:
             async for batch in response:
                 yield batch
@@ -194,6 +194,6 @@ def _validate(schema: type[Args], args: dict[str, Any]) -> Args:
         return schema.model_validate(args)
     except pydantic.ValidationError as error:
         item = error.errors()[0]
-        place = ".".join(map(str, item["loc"]))
+        path = ".".join(map(str, item["loc"]))
         problem = sentence(item)
-        raise ConfigError(f"serve args: {place + ': ' if place else ''}{problem}") from None
+        raise ConfigError(f"serve args: {path + ': ' if path else ''}{problem}") from None

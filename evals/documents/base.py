@@ -159,7 +159,7 @@ class RetrievalTask(Task):
         fact_tokens = sum(map(len, facts))
         question_tokens = sum(len(speller(part)) for question in plan.questions for part in question)
         text_tokens = length - rounds * question_tokens - 1 - fact_tokens  # without BOS and the inserted facts
-        last_position = text_tokens - distance  # of a fact in the text
+        last_position = text_tokens - distance  # latest position of a fact in the text
         if last_position < 1:
             room = f"{count(len(facts), 'fact')} at least {count(distance, 'token')} before the first question"
             asked = f", asked {rounds} times" if rounds > 1 else ""
@@ -170,9 +170,9 @@ class RetrievalTask(Task):
             positions = [round(plan.depth * last_position)] * len(facts)
         else:
             positions = sorted(rng.randrange(last_position + 1) for _ in facts)
-        places = np.repeat(positions, [len(fact) for fact in facts])
-        # Tokens that are inserted at the same place keep their order.
-        text = np.insert(filler[:text_tokens], places, [token for fact in facts for token in fact])
+        offsets = np.repeat(positions, [len(fact) for fact in facts])
+        # Tokens that are inserted at the same offset keep their order.
+        text = np.insert(filler[:text_tokens], offsets, [token for fact in facts for token in fact])
         size = 1 + len(text)
         tail: list[int] = []
         answers, questions = [], []

@@ -10,7 +10,7 @@ from model.cache import Cache
 from model.errors import ConfigError
 from model.forward.execution import Execution
 from serve.engine import EngineConfig, RequestAbortedError, SamplingParams
-from serve.engine.pace import PrefillPace
+from serve.engine.prefill_budget import PrefillBudget
 from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import Sequence
 
@@ -223,19 +223,19 @@ def test_memory_too_small_for_the_fixed_state_is_refused(byte_model) -> None:
 
 
 def test_prompts_are_read_in_their_share_of_the_time() -> None:
-    pace = PrefillPace(chunk=512, share=1.0)
+    budget = PrefillBudget(chunk=512, share=1.0)
     seconds_per_token, decode_seconds = 1e-4, 4e-3
-    assert pace.tokens(10_000, decoding=False) == 512
-    pace.read(512, 512 * seconds_per_token, decoding=False)
+    assert budget.tokens(10_000, decoding=False) == 512
+    budget.read(512, 512 * seconds_per_token, decoding=False)
     read = 0
     for _ in range(1000):
-        count = pace.tokens(10_000, decoding=True)
+        count = budget.tokens(10_000, decoding=True)
         if count:
-            pace.read(count, count * seconds_per_token, decoding=True)
+            budget.read(count, count * seconds_per_token, decoding=True)
         read += count
-        pace.decoded(decode_seconds)
+        budget.decoded(decode_seconds)
     assert read * seconds_per_token == pytest.approx(1000 * decode_seconds, rel=0.1)
-    assert pace.tokens(10, decoding=True) in (0, 10)
+    assert budget.tokens(10, decoding=True) in (0, 10)
 
 
 def test_a_sequence_that_is_aborted_before_it_arrives_never_runs(byte_model, byte_tokenizer) -> None:
