@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import re
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from typing import Annotated, Any, TypeVar
 
 import pydantic
@@ -85,8 +86,9 @@ class ModelServer:
         self, request: dict[str, Any], body: bytes, prefix: Sequence[bytes] = ()
     ) -> AsyncIterator[list[Message]]:
         """Yield the response, as in :class:`serve.gateway.backend.Backend`. ``prefix`` is for the router."""
-        async for batch in call_app(self._app, request, body):
-            yield batch
+        async with aclosing(call_app(self._app, request, body)) as batches:
+            async for batch in batches:
+                yield batch
 
     async def check_health(self) -> None:
         """Raise if the engine has failed. Ray Serve calls this and replaces a replica that raises."""

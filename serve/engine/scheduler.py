@@ -108,7 +108,7 @@ class Scheduler:
 
     def _find_prefix(self, sequence: Sequence) -> Cache | None:
         """Return the longest kept prefix. Log-probabilities of the prompt need a forward pass over all of it."""
-        if sequence.params.prompt_logprobs:
+        if sequence.needs_prompt_logprobs:
             return None
         return self.memory.prefixes.find(sequence.page_digests or [])
 
@@ -275,14 +275,14 @@ class Scheduler:
             ids = torch.tensor([sequence.tokens[sequence.computed : sequence.computed + count]], device=self.device)
             assert sequence.cache is not None
             hidden = self.model.read(ids, sequence.cache)
-            # The output head runs over the whole chunk only if the prompt's log-probabilities were requested.
-            logits = self.model.logits(hidden if sequence.params.prompt_logprobs else hidden[:, -1:])[0]
+            # The output head runs over the whole chunk only for the prompt's log-probabilities.
+            logits = self.model.logits(hidden if sequence.needs_prompt_logprobs else hidden[:, -1:])[0]
             sequence.computed += count
             if self.drafter is not None and not sequence.prefill_done:
                 self.drafter.read(sequence, hidden)
             if (digest := sequence.boundaries.get(sequence.computed)) is not None:
                 self.memory.prefixes.keep(digest, sequence.cache)
-            if sequence.params.prompt_logprobs and len(sequence.prompt_logprobs) < sequence.prompt_length:
+            if sequence.needs_prompt_logprobs:
                 sequence.add_prompt_logprobs(logits)
             if not sequence.prefill_done:
                 return None

@@ -111,6 +111,11 @@ class Sequence:
         return self.computed == len(self.tokens)
 
     @property
+    def needs_prompt_logprobs(self) -> bool:
+        """True until the log-probabilities of the prompt, if they were requested, are complete."""
+        return self.params.prompt_logprobs and len(self.prompt_logprobs) < self.prompt_length
+
+    @property
     def reserved_tokens(self) -> int:
         """Tokens to reserve memory for before they are read: those so far, and the next one if it will be fed back."""
         return min(len(self.tokens) + 1, self.max_cached_tokens)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from serve.engine.sequence import Delta, Sequence
 
 BATCHES_PER_SECOND = 200
-"""Batches of output of all streams together, as long as none waits longer than :data:`LONGEST_INTERVAL`. Each costs half
-a millisecond of processor time on its way through the processes of a deployment."""
+"""Batches of output of all streams together, as long as none waits longer than :data:`LONGEST_INTERVAL`. Each takes
+half a millisecond of processor time on its way through the processes of a deployment."""
 LONGEST_INTERVAL = 0.2
 
 

@@ -169,6 +169,25 @@ def test_prompt_logprobs_do_not_skip_a_kept_prefix(byte_model, byte_tokenizer) -
         assert one.cached_tokens == 0
 
 
+def test_a_preempted_sequence_keeps_its_prompt_logprobs_and_continues_from_a_prefix(byte_model, byte_tokenizer) -> None:
+    scheduler = Scheduler(byte_model, config(kept_prefixes=8))
+    page, pool = byte_model.config.page_tokens, scheduler.memory.pool
+    prompt = random_prompt(2 * page + page // 2)
+    one = sequence(byte_tokenizer, prompt, prompt_logprobs=True, logprobs=1, max_tokens=page, ignore_eos=True)
+    scheduler.step([one])
+    while not len(scheduler.batch):
+        scheduler.step()
+    scored, read = list(one.prompt_logprobs), scheduler.stats.prefill_tokens
+    held = pool.allocate(pool.free_pages)
+    while not scheduler.stats.preemptions:
+        scheduler.step()
+    generated = one.completion_tokens
+    pool.release(held)
+    finish(scheduler, [])
+    assert one.completion_tokens == page and one.prompt_logprobs == scored and len(scored) == len(prompt)
+    assert scheduler.stats.prefill_tokens - read == page // 2 + generated
+
+
 def test_stop_token_ids_and_ignore_eos(byte_model, byte_tokenizer) -> None:
     def generated(**params) -> list[int]:
         one = sequence(byte_tokenizer, [5, 6], max_tokens=30, seed=3, **params)
