@@ -107,7 +107,7 @@ def load_source(task: str, metadata: Mapping[str, Any]) -> Source:
 def _read_config(folder: Path) -> ModelConfig | None:
     if not (folder / "config.json").is_file():
         if folder.is_dir() and not (folder / "tokenizer.json").is_file():
-            return checkpoints.load_config(folder)  # which says what is missing
+            return checkpoints.load_config(folder)  # its error says what is missing
         return None
     if not is_pretrained(folder):
         return checkpoints.load_config(folder)
