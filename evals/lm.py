@@ -25,9 +25,9 @@ from model import checkpoint as checkpoints
 from model.cache import Cache
 from model.errors import ConfigError
 from model.generation import prefill
-from model.tokenizer import Tokenizer, load_tokenizer
-from model.tokenizer.stop_strings import StopStrings, remove_marks
-from model.tokenizer.streaming import decoding_context
+from model.tokenizer import load_tokenizer
+from model.tokenizer.stop_strings import StopStrings
+from model.tokenizer.streaming import GeneratedText
 from model.wording import count, quote
 
 Tokens = tuple[int, ...]
@@ -229,33 +229,35 @@ class CheckpointLM(TemplateLM):
             logits = prefill(self._model, cache, rest, self._prefill_chunk)
             # Decode on a fork, so that the next prompt extends this one alone. A single token needs no cache.
             fork = cache.fork() if max_new_tokens > 1 and turn + 1 < len(chains[0]) else cache
-            contexts = [decoding_context(self._tokenizer, chain[turn]) for chain in chains]
-            for row, text in enumerate(self._decode(fork, logits, contexts, max_new_tokens, until)):
+            prompts = [chain[turn] for chain in chains]
+            for row, text in enumerate(self._decode(fork, logits, prompts, max_new_tokens, until)):
                 texts[row].append(text)
             if fork is not cache:
                 fork.release()  # before the next fork allocates as much
         return texts
 
     def _decode(
-        self, cache: Cache, logits: Tensor, contexts: list[list[int]], max_new_tokens: int, until: Sequence[str]
+        self, cache: Cache, logits: Tensor, prompts: list[Tokens], max_new_tokens: int, until: Sequence[str]
     ) -> list[str]:
-        """Decode greedily from ``logits`` [B, vocab], given the last tokens before. Returns B texts."""
+        """Continue B prompts greedily from the logits after them, [B, vocab]. Returns B texts."""
         stops = StopStrings(filter(None, until), self._tokenizer)
-        texts = [_GrowingText(self._tokenizer, context, stops) for context in contexts]
-        finished: list[str | None] = [None] * len(texts)
+        streams = [GeneratedText(self._tokenizer, prompt, stops) for prompt in prompts]
+        texts, ended = [""] * len(prompts), [False] * len(prompts)
         for step in range(max_new_tokens):
             next_ids = self._most_likely(logits)
             for row, token in enumerate(next_ids.tolist()):
-                if finished[row] is not None:
+                if ended[row]:
                     continue
                 ends = token in self._tokenizer.stop_ids
-                text, stopped = texts[row].read() if ends else texts[row].push(token)
-                if stopped or ends or step + 1 == max_new_tokens:
-                    finished[row] = text
-            if all(text is not None for text in finished):
+                text, stopped = ("", False) if ends else streams[row].push(token)
+                ended[row] = stopped or ends or step + 1 == max_new_tokens
+                if ended[row] and not stopped:
+                    text += streams[row].finish()[0]
+                texts[row] += text
+            if all(ended):
                 break
             logits = self._model(next_ids[:, None], cache)[:, -1]
-        return [text or "" for text in finished]
+        return texts
 
     def _most_likely(self, scores: Tensor) -> Tensor:
         """Return the token ID with the highest of the scores [..., vocab]. Rows of the embedding beyond the tokenizer's
@@ -291,7 +293,7 @@ def _parse_device(name: str | torch.device) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"device: '{name}' is not a device of PyTorch") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        logging.getLogger("lm_eval").warning("device: no CUDA device here; '%s' becomes the CPU", name)
+        logging.getLogger("lm_eval").warning("device: '%s' is not available; using the CPU", name)
         return torch.device("cpu")
     return device
 
@@ -306,35 +308,6 @@ def _parse_batch_size(batch_size: int | str, limit: int | None) -> int:
 
 def _describe(context: str, continuation: str) -> str:
     return f"the context {context[-40:]!r} and the continuation {continuation[:40]!r}"
-
-
-class _GrowingText:
-    """Text of the tokens that follow ``context``, cut before the first stop string."""
-
-    def __init__(self, tokenizer: Tokenizer, context: list[int], stops: StopStrings):
-        self._tokenizer, self._context, self._stops = tokenizer, context, stops
-        self._start = len(tokenizer.decode(context))
-        self._ids: list[int] = []
-        self._marks: list[tuple[int, str]] = []
-        """Marks of special tokens and their places in the text."""
-
-    def push(self, token: int) -> tuple[str, bool]:
-        """Append a token; return the result of :meth:`read`."""
-        self._ids.append(token)
-        if mark := self._stops.mark(token):
-            self._marks.append((len(self._decode()), mark))
-        return self.read()
-
-    def read(self) -> tuple[str, bool]:
-        """Return the text before the first stop string, and whether there is one."""
-        text = self._decode()
-        for place, mark in reversed(self._marks):
-            text = text[:place] + mark + text[place:]
-        found = [at for pattern in self._stops.patterns if (at := text.find(pattern)) >= 0]
-        return remove_marks(text[: min(found, default=None)]), bool(found)
-
-    def _decode(self) -> str:
-        return self._tokenizer.decode(self._context + self._ids)[self._start :]
 
 
 def _prefix_chains(prompts: Iterable[Tokens]) -> list[list[Tokens]]:

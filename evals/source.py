@@ -27,10 +27,11 @@ API_CONTEXT = 2048
 
 @dataclass(frozen=True)
 class Source:
-    """``config`` is None for models whose architecture is not known."""
+    """Tokenizer, configuration and length limit of the model that documents are generated for."""
 
     tokenizer: Tokenizer
     config: ModelConfig | None
+    """None if the architecture is not known."""
     max_tokens: int | None
     """Length in tokens of the longest document, with BOS and its answer. None: not known."""
 
@@ -108,7 +109,7 @@ def load_source(task: str, metadata: Mapping[str, Any]) -> Source:
 def _read_config(folder: Path) -> ModelConfig | None:
     if not (folder / "config.json").is_file():
         if folder.is_dir() and not (folder / "tokenizer.json").is_file():
-            return checkpoints.load_config(folder)  # which says what is missing
+            return checkpoints.load_config(folder)  # its error says what is missing
         return None
     if not is_pretrained(folder):
         return checkpoints.load_config(folder)

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import re
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from typing import Annotated, Any, TypeVar
 
 import pydantic
@@ -85,8 +86,9 @@ class ModelServer:
         self, request: dict[str, Any], body: bytes, prefix: Sequence[bytes] = ()
     ) -> AsyncIterator[list[Message]]:
         """Yield the response, as in :class:`serve.gateway.backend.Backend`. ``prefix`` is for the router."""
-        async for batch in call_app(self._app, request, body):
-            yield batch
+        async with aclosing(call_app(self._app, request, body)) as batches:
+            async for batch in batches:
+                yield batch
 
     async def check_health(self) -> None:
         """Raise if the engine has failed. Ray Serve calls this and replaces a replica that raises."""
@@ -105,7 +107,7 @@ class ServeBackend:
     ) -> AsyncIterator[list[Message]]:
         handle = self._handle or await self._find()
         response = handle.respond.remote(request, body, prefix=prefix)
-        assert isinstance(response, DeploymentResponseGenerator)  # of a handle with stream=True
+        assert isinstance(response, DeploymentResponseGenerator)  # because the handle has stream=True
         try:
             async for batch in response:
                 yield batch
@@ -194,6 +196,6 @@ def _validate(schema: type[Args], args: dict[str, Any]) -> Args:
         return schema.model_validate(args)
     except pydantic.ValidationError as error:
         item = error.errors()[0]
-        place = ".".join(map(str, item["loc"]))
+        path = ".".join(map(str, item["loc"]))
         problem = sentence(item)
-        raise ConfigError(f"serve args: {place + ': ' if place else ''}{problem}") from None
+        raise ConfigError(f"serve args: {path + ': ' if path else ''}{problem}") from None

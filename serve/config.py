@@ -27,7 +27,7 @@ class ServerConfig(EngineConfig, HttpConfig):
     gateways: Annotated[int, Field(ge=1)] = 1
     """Gateway processes, which pass requests to the replicas."""
     drain_seconds: Annotated[float, Field(gt=0)] = 120.0
-    """Time that requests have to end when the server stops, or when their replica is removed or replaced."""
+    """Seconds that running requests get to finish when the server stops, or their replica is removed or replaced."""
     health_check_seconds: Annotated[float, Field(gt=0)] = 5.0
     """Time between two health checks of a replica. One that fails or does not answer is replaced."""
     cpus_per_replica: Annotated[float, Field(gt=0)] = 1.0

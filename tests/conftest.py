@@ -1,4 +1,4 @@
-"""One Ray cluster for the whole test session; small models that every test can afford."""
+"""One Ray cluster for the whole test session, and tokenizers that several folders use."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (the name Ray reads)
 
 import pytest
+import tokenizer_files
 import torch
 from hypothesis import HealthCheck, settings
+from tokenizer_files import write_files
+
+from model.tokenizer import load_tokenizer
 
 torch.set_num_threads(1)
 
@@ -50,3 +54,22 @@ def ray_cluster():
         except FiftyfoldError as error:  # after a second attempt
             pytest.fail(str(error), pytrace=False)
         yield
+
+
+@pytest.fixture(scope="session")
+def letters(tmp_path_factory):
+    """A byte-level tokenizer with 38 printable tokens, some of two letters."""
+    return load_tokenizer(write_files(tmp_path_factory.mktemp("letters"), tokenizer_files.letters()))
+
+
+@pytest.fixture(scope="session")
+def byte_fallback(tmp_path_factory):
+    """A tokenizer like Llama's: "▁" marks spaces, decoding strips the first one, unknown characters become bytes."""
+    return load_tokenizer(write_files(tmp_path_factory.mktemp("fallback"), tokenizer_files.byte_fallback("abcdefghij")))
+
+
+@pytest.fixture(scope="session")
+def byte_level(tmp_path_factory):
+    """A byte-level tokenizer with a special token besides BOS and EOS, ID 258."""
+    content = tokenizer_files.byte_level(added=["<|im_end|>"])
+    return load_tokenizer(write_files(tmp_path_factory.mktemp("level"), content))

@@ -57,6 +57,17 @@ def byte_fallback(characters: str) -> dict[str, Any]:
     return json.loads(backend.to_str())
 
 
+def letters() -> dict[str, Any]:
+    """Return a byte-level vocabulary of few bytes: BOS 0, EOS 1, lower-case letters, space, and pairs of letters."""
+    pieces = ["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "th", "he", "in", "er", "an", "re", "on", "at", "en"]
+    merges = [tuple(piece) for piece in pieces[29:]]
+    backend = Backend(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    return json.loads(backend.to_str())
+
+
 def write_files(folder: Path, content: object, **side_files: object) -> Path:
     """Write ``tokenizer.json`` and JSON files beside it, named without suffix; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)

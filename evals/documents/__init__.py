@@ -1,4 +1,4 @@
-"""Seeded generators of evaluation documents, which training data is mixed from, too."""
+"""Seeded generators of evaluation documents; training data mixes them in, too."""
 
 from __future__ import annotations
 

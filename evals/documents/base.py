@@ -169,16 +169,16 @@ class RetrievalTask(Task):
         plan = self.plan(rng, length)
         facts = [[token for piece in pieces for token in speller(piece)] for pieces in plan.facts]
         text_tokens = 1 + self.max_distance(plan, speller, length, distance, rounds)  # without BOS and inserted facts
-        last_position = text_tokens - distance  # of a fact in the text
+        last_position = text_tokens - distance  # latest position of a fact in the text
         if len(filler) < text_tokens:
             raise ConfigError(f"expected at least {count(text_tokens, 'token')} of text, found {len(filler)}", "filler")
         if plan.depth is not None:
             positions = [round(plan.depth * last_position)] * len(facts)
         else:
             positions = sorted(rng.randrange(last_position + 1) for _ in facts)
-        places = np.repeat(positions, [len(fact) for fact in facts])
-        # Tokens that are inserted at the same place keep their order.
-        text = np.insert(filler[:text_tokens], places, [token for fact in facts for token in fact])
+        offsets = np.repeat(positions, [len(fact) for fact in facts])
+        # Tokens that are inserted at the same offset keep their order.
+        text = np.insert(filler[:text_tokens], offsets, [token for fact in facts for token in fact])
         size = 1 + len(text)
         tail: list[int] = []
         answers, questions = [], []

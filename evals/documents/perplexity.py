@@ -13,7 +13,7 @@ from model.tokenizer.base import REPLACEMENT
 from model.wording import count
 
 MAX_SHIFTS = 64
-"""Tokens by which the start of a span may move to a place where encoding both sides apart changes nothing."""
+"""Tokens by which the start of a span may move to a split point: encoding both sides apart changes nothing there."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Perplexity(Task):
     def span(self, rng: random.Random, tokenizer: Tokenizer, text: list[int], length: int) -> tuple[str, str, int]:
         """Return (context, continuation, tokens of the continuation) from ``text``, the tokens of a document.
 
-        The text begins at a random place, the same for equal ``rng`` at every depth. Raises ConfigError if the span
-        starts before the document, and DataError if no place divides the text.
+        The text begins at a random position, the same for equal ``rng`` at every depth. Raises ConfigError if the span
+        starts before the document, and DataError if there is no split point.
         """
         end = round(self.depth * (length - 1))  # without BOS
         if end - self.tokens < 1:
@@ -54,4 +54,7 @@ class Perplexity(Task):
             before = tokenizer.encode(context)
             if context and whole.startswith(context) and ids[: len(before)] == before and len(ids) <= end:
                 return context, whole[len(context) :], len(ids) - len(before)
-        raise DataError(f"{self.name}: no place divides a document of {length} tokens so that its tokens stay the same")
+        raise DataError(
+            f"{self.name}: no split point within {MAX_SHIFTS} tokens keeps the token IDs of a {length}-token document "
+            "unchanged"
+        )

@@ -137,14 +137,14 @@ def _generate(
 def _find_problem(document: Document, text: str, body: str, tokenizer: Tokenizer, distance: int) -> ConfigError | None:
     """Return an error if a fact is damaged or too near in the text that the model reads, else None."""
     facts = "".join("".join(fact) for fact in document.facts)
-    place = -1
+    offset = -1
     for fact in document.facts:
-        place = body.find("".join(fact), place + 1)
-        if place < 0:
+        offset = body.find("".join(fact), offset + 1)
+        if offset < 0:
             break
-    if body == text or place < 0 or body.count(MARKER) != facts.count(MARKER):
+    if body == text or offset < 0 or body.count(MARKER) != facts.count(MARKER):
         return ConfigError("the tokenizer does not restore the text of facts")
-    after = body[place + len("".join(document.facts[-1])) :]
+    after = body[offset + len("".join(document.facts[-1])) :]
     between = len(tokenizer.encode(after))
     if between < distance:
         reason = f"a fact is {count(between, 'token')} before the first question, closer than {distance:,}"

@@ -14,7 +14,7 @@ from evals.scores import Result, cluster_likelihood, cluster_mean
 
 
 def recall(doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
-    """Score the share of the answer's characters that the generated text has at their places."""
+    """Score the share of the answer's characters that the generated text has at the same positions."""
     answer, text = doc["answer"], results[0]
     score = sum(a == b for a, b in zip(answer, text)) / len(answer)
     return {"recall": (doc["document"], score), "recall_standard_error": (doc["document"], score)}

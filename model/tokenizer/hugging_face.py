@@ -25,6 +25,9 @@ _USUAL_NAMES: dict[Role, tuple[str, ...]] = {
     "eos_token": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<｜end▁of▁sentence｜>", "[SEP]"),
 }
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_LONG = 1 << 14
+"""Characters or tokens from which a text is passed to the library as a batch of one. The library then releases the
+interpreter to other threads, which takes longer than a short text does."""
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -75,7 +78,11 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         backend = self._parsing_backend if parse_special else self._backend
         try:
-            ids = backend.encode(text, add_special_tokens=False).ids
+            if len(text) < _LONG:
+                ids = backend.encode(text, add_special_tokens=False).ids
+            else:
+                [encoding] = backend.encode_batch_fast([text], add_special_tokens=False)
+                ids = encoding.ids
         except Exception as error:  # the library raises plain Exception
             named = next(filter(self._fails, dict.fromkeys(text)), text[:40])
             raise ConfigError(f"{self.path}: cannot encode {named!r} ({error})") from error
@@ -85,7 +92,10 @@ class HuggingFaceTokenizer(Tokenizer):
         return [piece for token in ids for piece in (self._spell(token) if token in self._reserved_ids else (token,))]
 
     def decode(self, ids: list[int]) -> str:
-        text = self._backend.decode(ids, skip_special_tokens=True)
+        if len(ids) < _LONG:
+            text = self._backend.decode(ids, skip_special_tokens=True)
+        else:
+            [text] = self._backend.decode_batch([ids], skip_special_tokens=True)
         if REPLACEMENT not in text or "<0x80>" not in self._vocabulary or self._backend.decoder is None:
             return text
         # The library replaces a whole run of bytes if one of them is wrong, valid characters included.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from model.tokenizer.base import Tokenizer
 
@@ -34,6 +34,41 @@ class StopStrings:
         return self._marks.get(token_id, "")
 
 
+class StopStringFilter:
+    """Truncate streamed text before the first of ``patterns``, which may span several pieces.
+
+    Patterns and pieces may hold marks of special tokens (:class:`StopStrings`); returned text does not.
+    """
+
+    def __init__(self, patterns: Sequence[str]):
+        self._patterns = tuple(patterns)
+        self._pending = ""
+
+    def push(self, piece: str) -> tuple[str, bool]:
+        """Append text. Return the text that precedes any possible stop string, and whether one was found."""
+        if not self._patterns:
+            return piece, False
+        self._pending += piece
+        found = [at for at in (self._pending.find(pattern) for pattern in self._patterns) if at >= 0]
+        if found:
+            text, self._pending = self._pending[: min(found)], ""
+            return remove_marks(text), True
+        held = max((_overlap(self._pending, pattern) for pattern in self._patterns), default=0)
+        cut = len(self._pending) - held
+        text, self._pending = self._pending[:cut], self._pending[cut:]
+        return remove_marks(text), False
+
+    def flush(self) -> str:
+        """Return the text held back as a possible start of a stop string, at the end of the stream."""
+        text, self._pending = self._pending, ""
+        return remove_marks(text)
+
+
 def remove_marks(text: str) -> str:
     """Return ``text`` without marks."""
     return _MARK.sub("", text)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

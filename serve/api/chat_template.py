@@ -174,12 +174,12 @@ class _StandIns:
         edges = {start} if text.startswith(self._suffixes, start) else set()
         return edges | ({end - 1} if text[:end].endswith(self._prefixes) else set())
 
-    def _replace(self, text: str, places: Collection[int]) -> str:
-        if not places:
+    def _replace(self, text: str, offsets: Collection[int]) -> str:
+        if not offsets:
             return text
         characters = list(text)
-        for place in places:
-            characters[place] = self._stand_in[characters[place]]
+        for offset in offsets:
+            characters[offset] = self._stand_in[characters[offset]]
         return "".join(characters)
 
     def restore(self, text: str) -> str:
@@ -193,10 +193,10 @@ class _StandIns:
         restored = self.restore(text)
         ends = self._spellings(restored)
         characters: list[str] = []
-        end = 0  # of the spellings that began so far
-        for place, character in enumerate(text):
-            end = max(end, ends.get(place, 0))
-            characters.append(character if place < end else restored[place])
+        end = 0  # end of the spellings begun so far
+        for offset, character in enumerate(text):
+            end = max(end, ends.get(offset, 0))
+            characters.append(character if offset < end else restored[offset])
         return "".join(characters)
 
 

@@ -7,16 +7,16 @@ import asyncio
 from fastapi import FastAPI, Request, Response
 
 from model.tokenizer import Tokenizer
+from model.tokenizer.streaming import finished_text
 from serve.api.formats import CompletionFormat
 from serve.api.prompts import encode_text
 from serve.api.run import Run, respond
 from serve.api.schemas.completions import Completion, CompletionRequest
 from serve.api.served_model import ServedModel
 from serve.engine import Pace
-from serve.engine.detokenizer import finished_text
 
-_LARGE_TEXT = 1 << 14
-"""Characters from which prompts are encoded in a thread, so that other streams go on."""
+_LARGE = 1 << 14
+"""Characters or token IDs from which prompts are encoded in a thread, so that other streams go on."""
 
 
 def add_routes(app: FastAPI, served: ServedModel, pace: Pace) -> None:
@@ -26,20 +26,21 @@ def add_routes(app: FastAPI, served: ServedModel, pace: Pace) -> None:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         served.check_name(body.model)
         served.engine.check_size(len(body.prompt) * body.candidates)  # before a million prompts are encoded
-        if sum(len(prompt) for prompt in body.prompt if isinstance(prompt, str)) < _LARGE_TEXT:
-            prompts = _encode(body, tokenizer)
+        if sum(map(len, body.prompt)) < _LARGE:
+            prompts, echoes = _encode(body, tokenizer)
         else:
-            prompts = await asyncio.to_thread(_encode, body, tokenizer)
-        echoes = None
-        if body.echo:
-            echoes = [prompt if isinstance(prompt, str) else finished_text(tokenizer, prompt) for prompt in body.prompt]
+            prompts, echoes = await asyncio.to_thread(_encode, body, tokenizer)
         run = Run(body, prompts, served, CompletionFormat(body, served.token_formatter, echoes))
         return await respond(run, request, pace)
 
 
-def _encode(body: CompletionRequest, tokenizer: Tokenizer) -> list[list[int]]:
-    """Return token IDs: text is encoded with BOS in front, token IDs are unchanged."""
-    return [
+def _encode(body: CompletionRequest, tokenizer: Tokenizer) -> tuple[list[list[int]], list[str] | None]:
+    """Return the prompts' token IDs, and their texts if they are to be echoed. Text is encoded with BOS in front, token
+    IDs are unchanged."""
+    prompts = [
         encode_text(tokenizer, prompt, body.parse_special, field=field) if isinstance(prompt, str) else prompt
         for prompt, field in zip(body.prompt, body.prompt_fields)
     ]
+    if not body.echo:
+        return prompts, None
+    return prompts, [prompt if isinstance(prompt, str) else finished_text(tokenizer, prompt) for prompt in body.prompt]

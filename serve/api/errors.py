@@ -53,12 +53,6 @@ CLIENT_CLOSED_REQUEST = 499
 MAX_MESSAGE_CHARS = 500
 
 
-async def wait_for_disconnect(request: Request) -> None:
-    """Return when the client has disconnected. The body must have been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 def error_body(message: str, type: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """Return the body of an error response. Text that the client sent is made printable and shortened."""
     param = None if param is None else _printable(param)

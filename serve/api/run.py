@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 import uuid
@@ -14,7 +13,8 @@ from fastapi import Request, Response
 from pydantic import BaseModel
 
 from model.errors import FiftyfoldError
-from serve.api.errors import CLIENT_CLOSED_REQUEST, error_response, wait_for_disconnect
+from serve.api.disconnect import run_unless_disconnected
+from serve.api.errors import CLIENT_CLOSED_REQUEST, error_response
 from serve.api.event_stream import (
     DONE,
     KEEP_ALIVE,
@@ -33,18 +33,13 @@ async def respond(run: Run, request: Request, pace: Pace) -> Response:
     """Return the response of a run: JSON, or an event stream if the request asks for one."""
     if run.body.stream:
         return EventStreamResponse(run.events(pace), close=run.stream.abort)
-    response = asyncio.ensure_future(run.response())
-    disconnected = asyncio.ensure_future(wait_for_disconnect(request))
     try:
-        await asyncio.wait({response, disconnected}, return_when=asyncio.FIRST_COMPLETED)
-        if not response.done():
-            return Response(status_code=CLIENT_CLOSED_REQUEST)
-        content = response.result().model_dump_json(exclude_unset=True)
-        return Response(content, media_type="application/json")
-    finally:  # also if this handler is cancelled, which is how some servers signal a disconnect
+        response = await run_unless_disconnected(request, run.response())
+    finally:
         run.stream.abort()
-        response.cancel()
-        disconnected.cancel()
+    if response is None:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return Response(response.model_dump_json(exclude_unset=True), media_type="application/json")
 
 
 class Run:

@@ -15,6 +15,7 @@ from serve.engine import RequestError
 def add_routes(app: FastAPI, served: ServedModel) -> None:
     engine = served.engine
     tokenizer = engine.tokenizer
+    # The two handlers without `async` run in threads, so that streams go on beside a long text.
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
@@ -28,7 +29,7 @@ def add_routes(app: FastAPI, served: ServedModel) -> None:
         }
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         served.check_name(body.model)
         special = served.token_formatter.special_token(body.prompt)
         if special is None:
@@ -38,7 +39,7 @@ def add_routes(app: FastAPI, served: ServedModel) -> None:
         return {"tokens": tokens, "count": len(tokens), "max_model_len": engine.model_config.max_positions}
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+    def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         served.check_name(body.model)
         for index, token in enumerate(body.tokens):
             if not 0 <= token < tokenizer.vocab_size:

@@ -32,8 +32,8 @@ class EngineConfig(BaseModel):
     """Time spent on reading prompts per second of decoding, while completions are being decoded. Decoding itself is
     slower beside a long prompt, so the default about doubles the time between tokens."""
     cache_mebibytes: Annotated[int, Field(ge=1)] = 1024
-    """Memory of the caches of active completions and kept prefixes. A completion that finds it full waits; if a running
-    one does, the newest is stopped and read again later."""
+    """Memory of the caches of active completions and kept prefixes. New completions wait while it is full. If a
+    running one needs a page and none is free, the newest is preempted and recomputed later."""
     kept_prefixes: Annotated[int, Field(ge=0)] = 256
     """Prefixes of earlier prompts that are kept for prompts with the same beginning; 0 keeps none. Each costs a copy of
     the windows and other fixed state of a sequence (:mod:`serve.engine.prefix_cache`)."""

@@ -18,8 +18,9 @@ class DecodeBatch:
     def __init__(self) -> None:
         self.sequences: list[Sequence] = []
         self.cache: Cache | None = None
-        self.streams: Tensor | None = None
-        """Streams of the newest step, [B, S, ...]; None before the first step and after other sequences have joined."""
+        self.hidden: Tensor | None = None
+        """Hidden states of the newest step, [B, S, ...]. None before the first step and after other sequences have
+        joined."""
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -31,7 +32,7 @@ class DecodeBatch:
         caches = [cache for cache in (self.cache, *(s.take_cache() for s in sequences)) if cache is not None]
         self.cache = caches[0] if len(caches) == 1 else Cache.join(caches)
         self.sequences += sequences
-        self.streams = None
+        self.hidden = None
 
     def remove(self, sequences: Collection[Sequence]) -> None:
         """Remove sequences, if they are in the batch, and free their caches."""
@@ -40,7 +41,7 @@ class DecodeBatch:
         if len(kept) == len(self.sequences):
             return
         self.cache = self.cache.take(kept) if kept and self.cache is not None else None
-        self.streams = self.streams[kept] if kept and self.streams is not None else None
+        self.hidden = self.hidden[kept] if kept and self.hidden is not None else None
         self.sequences = [self.sequences[i] for i in kept]
 
     def forward(self, model: Transformer, drafts: int = 0) -> Tensor:
@@ -48,5 +49,5 @@ class DecodeBatch:
         [B, 1 + drafts, vocab]."""
         assert self.cache is not None
         rows = [[sequence.tokens[-1], *sequence.drafts[:drafts]] for sequence in self.sequences]
-        self.streams = model.read(torch.tensor(rows, device=self.cache.device), self.cache)
-        return model.logits(self.streams)
+        self.hidden = model.read(torch.tensor(rows, device=self.cache.device), self.cache)
+        return model.logits(self.hidden)

@@ -193,7 +193,7 @@ class Engine:
         """Pass on the output of a step. The worker calls this on the event loop."""
         for sequence, delta in results:
             stream = self._streams.get(id(sequence))
-            if stream is None:  # of an event loop that has ended
+            if stream is None:  # its event loop has ended
                 continue
             if self.observer is not None:
                 self.observer(sequence, delta)

@@ -59,12 +59,15 @@ class CacheMemory:
     def used_pages(self) -> int:
         return self.pool.pages - self.pool.free_pages
 
-    def make_room(self, pages: int) -> bool:
-        """Free kept prefixes, the oldest first, until ``pages`` pages are free. Return False, and free none, if that
-        would not be enough."""
+    def make_room(self, pages: int, spared: Cache | None = None) -> bool:
+        """Drop kept prefixes, the least recently used first, until ``pages`` pages are free.
+
+        Return False, and drop none, if that would not be enough. ``spared`` is the most recently used prefix, if it
+        must be kept.
+        """
         if self.pool.free_pages >= pages:
             return True
-        if self.pool.free_pages + self.prefixes.evictable_pages(self.pool) < pages:
+        if self.pool.free_pages + self.prefixes.evictable_pages(self.pool, spared) < pages:
             return False
         while self.pool.free_pages < pages:
             self.prefixes.evict()

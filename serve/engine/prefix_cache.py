@@ -51,11 +51,11 @@ class PrefixCache:
         return digests
 
     def find(self, digests: Sequence[bytes]) -> Cache | None:
-        """Return a fork of the longest kept prefix of a prompt with ``digests``."""
+        """Return the longest kept prefix of a prompt with ``digests``. A completion continues from a fork of it."""
         for digest in reversed(digests if self._kept else []):
             if digest in self._kept:
                 self._kept.move_to_end(digest)
-                return self._kept[digest].fork()
+                return self._kept[digest]
         return None
 
     def boundaries(self, digests: Sequence[bytes]) -> dict[int, bytes]:
@@ -83,7 +83,8 @@ class PrefixCache:
         """Drop the least recently used prefix."""
         self._kept.popitem(last=False)
 
-    def evictable_pages(self, pool: PagePool) -> int:
-        """Return the number of pages that are used by kept prefixes only."""
+    def evictable_pages(self, pool: PagePool, spared: Cache | None = None) -> int:
+        """Return the number of pages that are used by kept prefixes only, without those of the prefix ``spared``."""
         holders = Counter(page for cache in self._kept.values() for page in cache.pages[0])
-        return sum(pool.references(page) == count for page, count in holders.items())
+        needed = set() if spared is None else set(spared.pages[0])
+        return sum(pool.references(page) == count for page, count in holders.items() if page not in needed)

@@ -18,22 +18,22 @@ class TokenCounts:
     """Distinct tokens of a prompt and a completion, and how often each occurs in the completion."""
 
     def __init__(self, prompt: Iterable[int]):
-        self._places = {token: place for place, token in enumerate(dict.fromkeys(prompt))}
-        self._ids = np.array([*self._places], dtype=np.int64)
+        self._index = {token: index for index, token in enumerate(dict.fromkeys(prompt))}
+        self._ids = np.array([*self._index], dtype=np.int64)
         self._counts = np.zeros(len(self._ids), dtype=np.float32)
 
     def add(self, token: int) -> None:
         """Count a token of the completion."""
-        place = self._places.setdefault(token, len(self._places))
-        if place == len(self._ids):
-            spare = np.zeros(16 + place // 2, dtype=np.int64)
+        index = self._index.setdefault(token, len(self._index))
+        if index == len(self._ids):
+            spare = np.zeros(16 + index // 2, dtype=np.int64)
             self._ids, self._counts = np.append(self._ids, spare), np.append(self._counts, spare.astype(np.float32))
-        self._ids[place] = token
-        self._counts[place] += 1
+        self._ids[index] = token
+        self._counts[index] += 1
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """Return n token IDs, int64, and their counts, float32. Both are views that :meth:`add` changes."""
-        n = len(self._places)
+        n = len(self._index)
         return self._ids[:n], self._counts[:n]
 
 
@@ -140,9 +140,9 @@ def _penalize(flat: Tensor, vocab: int, samplers: Sequence[Sampler]) -> None:
     def each(value_of: Callable[[SamplingParams], float]) -> Tensor:
         return tensor(np.repeat(np.array([value_of(params) for _, params, _, _ in counted], np.float32), lengths))
 
-    places = tensor(np.concatenate([ids + i * vocab for i, _, ids, _ in counted]))
+    indices = tensor(np.concatenate([ids + i * vocab for i, _, ids, _ in counted]))
     counts = tensor(np.concatenate([counts for _, _, _, counts in counted]))
-    logits, repetition = flat[places], each(lambda p: p.repetition_penalty)
+    logits, repetition = flat[indices], each(lambda p: p.repetition_penalty)
     logits = torch.where(logits > 0, logits / repetition, logits * repetition)
     frequency, presence = each(lambda p: p.frequency_penalty), each(lambda p: p.presence_penalty)
-    flat[places] = logits - (frequency * counts + presence * (counts > 0))
+    flat[indices] = logits - (frequency * counts + presence * (counts > 0))

@@ -19,7 +19,7 @@ from serve.engine.decode_batch import DecodeBatch
 from serve.engine.errors import EngineError, RequestAbortedError, RequestTimeoutError
 from serve.engine.logprobs import TokenLogprob, token_logprobs
 from serve.engine.memory import CacheMemory
-from serve.engine.pace import PrefillPace
+from serve.engine.prefill_budget import PrefillBudget
 from serve.engine.sampler import sample_tokens
 from serve.engine.sequence import Delta, Sequence
 from serve.engine.speculation import Drafter
@@ -34,9 +34,9 @@ class Scheduler:
     """Advance sequences step by step, in order of arrival. Not thread-safe.
 
     A step decodes one token of all sequences whose prompt has been read (or more with speculative decoding), in one
-    forward pass, and reads a number of prompt tokens that :class:`PrefillPace` allows. A sequence waits until the pool
-    has pages for its prompt. If the pool is full when a running sequence needs a page, the newest sequence loses its
-    cache and waits to be read again.
+    forward pass, and reads a number of prompt tokens that :class:`PrefillBudget` allows. A sequence waits until the
+    pool has pages for its prompt. If the pool is full when a running sequence needs a page, the newest sequence loses
+    its cache and waits to be read again.
 
     Only IDs below ``vocab_size`` are sampled and offered as alternatives: an embedding may have more rows than there
     are tokens. None allows all of the model's.
@@ -56,7 +56,7 @@ class Scheduler:
         self.drafter = Drafter(model, count, vocab_size) if count else None
         self.model_label = "the model"
         """Name of the model in errors and logs."""
-        self._pace = PrefillPace(config.prefill_chunk, config.prefill_share)
+        self._prefill_budget = PrefillBudget(config.prefill_chunk, config.prefill_share)
         self._any_aborted = False
         self._first_deadline = math.inf
         """No unfinished sequence has an earlier deadline."""
@@ -97,19 +97,18 @@ class Scheduler:
             sequence, prefixes = self.waiting[0], self.memory.prefixes
             if sequence.page_digests is None:
                 sequence.page_digests = prefixes.digests(sequence.tokens)
-            kept = self._find_prefix(sequence)  # before room is made, which could evict it
+            kept = self._find_prefix(sequence)
             found = kept.length if kept is not None else 0
             needed = self.memory.pages_for(sequence.reserved_tokens) - self.memory.pages_for(found)
-            if not self.memory.make_room(self._promised_pages() + needed):
+            if not self.memory.make_room(self._promised_pages() + needed, spared=kept):
                 return
-            sequence.start(kept if kept is not None else self.memory.new_cache())
+            sequence.start(kept.fork() if kept is not None else self.memory.new_cache())
             sequence.boundaries = prefixes.boundaries(sequence.page_digests)
             self.prefilling.append(self.waiting.popleft())
 
     def _find_prefix(self, sequence: Sequence) -> Cache | None:
-        """Return a fork of the longest kept prefix. Log-probabilities of the prompt need a forward pass over all of
-        it."""
-        if sequence.params.prompt_logprobs:
+        """Return the longest kept prefix. Log-probabilities of the prompt need a forward pass over all of it."""
+        if sequence.needs_prompt_logprobs:
             return None
         return self.memory.prefixes.find(sequence.page_digests or [])
 
@@ -136,7 +135,7 @@ class Scheduler:
         if self.drafter is not None:
             results = self._draft(self.drafter, results)
         seconds = time.perf_counter() - started
-        self._pace.decoded(seconds)
+        self._prefill_budget.decoded(seconds)
         self.stats.decode_steps += 1
         self.stats.decoded_tokens += sum(delta.tokens for _, delta in results)
         self.stats.decode_seconds += seconds
@@ -148,8 +147,8 @@ class Scheduler:
         started = time.perf_counter()
         sequences = list(self.batch.sequences)
         try:
-            if self.batch.cache is not None and self.batch.streams is not None:
-                drafter.draft(sequences, self.batch.cache, self.batch.streams)
+            if self.batch.cache is not None and self.batch.hidden is not None:
+                drafter.draft(sequences, self.batch.cache, self.batch.hidden)
         except Exception as error:
             self._finish(sequences)
             return [result for result in results if result[1].final] + self._fail(sequences, error)
@@ -205,14 +204,14 @@ class Scheduler:
         row_of = {id(sequence): row for row, sequence in enumerate(sequences)}
         outputs: list[list[Delta]] = [[] for _ in sequences]
         accepted = sequences
-        for place in range(1 + drafts):
+        for index in range(1 + drafts):
             rows = [row_of[id(sequence)] for sequence in accepted]
-            sampled = self._sample(logits[rows, place], accepted)
+            sampled = self._sample(logits[rows, index], accepted)
             for sequence, delta in sampled:
                 outputs[row_of[id(sequence)]].append(delta)
-            if place == drafts:
+            if index == drafts:
                 break
-            right = [(s, delta) for s, delta in sampled if delta.error is None and s.tokens[-1] == s.drafts[place]]
+            right = [(s, delta) for s, delta in sampled if delta.error is None and s.tokens[-1] == s.drafts[index]]
             self.stats.accepted_tokens += len(right)
             accepted = [sequence for sequence, delta in right if not delta.final]
             if not accepted:
@@ -238,7 +237,7 @@ class Scheduler:
     # --- reading prompts
 
     def _prefill(self) -> Results:
-        """Read prompts in order, as far as the pace allows."""
+        """Read prompts in order, as far as the budget allows."""
         results: Results = []
         finished: list[Sequence] = []
         decoding = bool(len(self.batch))
@@ -248,9 +247,9 @@ class Scheduler:
                 break
             # Sequences admitted together, such as the completions of one prompt, continue from what the first has read.
             if not sequence.computed and (kept := self._find_prefix(sequence)) is not None:
-                sequence.start(kept)
+                sequence.start(kept.fork())
             while left > 0 and not sequence.prefill_done:
-                count = self._pace.tokens(min(left, len(sequence.tokens) - sequence.computed), decoding)
+                count = self._prefill_budget.tokens(min(left, len(sequence.tokens) - sequence.computed), decoding)
                 if not count:
                     left = 0
                     break
@@ -275,15 +274,15 @@ class Scheduler:
         try:
             ids = torch.tensor([sequence.tokens[sequence.computed : sequence.computed + count]], device=self.device)
             assert sequence.cache is not None
-            streams = self.model.read(ids, sequence.cache)
-            # The output head runs over the whole chunk only if the prompt's log-probabilities were requested.
-            logits = self.model.logits(streams if sequence.params.prompt_logprobs else streams[:, -1:])[0]
+            hidden = self.model.read(ids, sequence.cache)
+            # The output head runs over the whole chunk only for the prompt's log-probabilities.
+            logits = self.model.logits(hidden if sequence.needs_prompt_logprobs else hidden[:, -1:])[0]
             sequence.computed += count
             if self.drafter is not None and not sequence.prefill_done:
-                self.drafter.read(sequence, streams)
+                self.drafter.read(sequence, hidden)
             if (digest := sequence.boundaries.get(sequence.computed)) is not None:
                 self.memory.prefixes.keep(digest, sequence.cache)
-            if sequence.params.prompt_logprobs and len(sequence.prompt_logprobs) < sequence.prompt_length:
+            if sequence.needs_prompt_logprobs:
                 sequence.add_prompt_logprobs(logits)
             if not sequence.prefill_done:
                 return None
@@ -291,14 +290,14 @@ class Scheduler:
                 return sequence.finish_without_tokens()
             [(_, delta)] = self._sample(logits[-1:], [sequence])
             if self.drafter is not None and not delta.final:
-                self.drafter.draft([sequence], sequence.cache, streams)
+                self.drafter.draft([sequence], sequence.cache, hidden)
             return delta
         except Exception as error:
             logger.exception("%s failed on a prompt", self.model_label)
             return self._failure(error)
         finally:
             seconds = time.perf_counter() - started
-            self._pace.read(count, seconds, decoding)
+            self._prefill_budget.read(count, seconds, decoding)
             self.stats.prefill_tokens += count
             self.stats.prefill_seconds += seconds
 

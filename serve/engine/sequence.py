@@ -12,7 +12,7 @@ from model.cache import Cache
 from model.errors import FiftyfoldError
 from model.tokenizer import Tokenizer
 from model.tokenizer.stop_strings import StopStrings
-from serve.engine.detokenizer import Detokenizer, StopStringFilter
+from model.tokenizer.streaming import Detokenizer, GeneratedText
 from serve.engine.logprobs import TokenLogprob, token_logprobs
 from serve.engine.sampler import Sampler
 from serve.engine.sampling_params import SamplingParams
@@ -88,16 +88,9 @@ class Sequence:
         self._tokenizer = tokenizer
         self._prompt_detokenizer = Detokenizer(tokenizer)
         self._prompt_chars = 0
-        self._detokenizer = Detokenizer(tokenizer, context=self.tokens)
-        self._stop_strings = StopStrings(params.stop, tokenizer)
-        self._stop_filter = StopStringFilter(self._stop_strings.patterns)
-        self._decoded_chars = 0
+        self._text = GeneratedText(tokenizer, self.tokens, StopStrings(params.stop, tokenizer))
         self._emitted_chars = 0
         self._pending_logprobs: list[TokenLogprob] = []
-
-    @property
-    def prompt(self) -> list[int]:
-        return self.tokens[: self.prompt_length]
 
     @property
     def completion_tokens(self) -> int:
@@ -116,6 +109,11 @@ class Sequence:
     @property
     def prefill_done(self) -> bool:
         return self.computed == len(self.tokens)
+
+    @property
+    def needs_prompt_logprobs(self) -> bool:
+        """True until the log-probabilities of the prompt, if they were requested, are complete."""
+        return self.params.prompt_logprobs and len(self.prompt_logprobs) < self.prompt_length
 
     @property
     def reserved_tokens(self) -> int:
@@ -160,12 +158,10 @@ class Sequence:
         """Append a sampled token and return its output. ``record`` is its log-probability, if requested."""
         self.tokens.append(token)
         if record is not None:
-            self._pending_logprobs.append(record._replace(text_offset=self._decoded_chars))
+            self._pending_logprobs.append(record._replace(text_offset=self._text.decoded_chars))
         if token in self._stop_ids:
             return self._finish("", "stop")
-        piece = self._detokenizer.push(token)
-        self._decoded_chars += len(piece)
-        text, stopped = self._stop_filter.push(piece or self._stop_strings.mark(token))
+        text, stopped = self._text.push(token)
         if stopped:
             return self._stop(text, tokens=1)
         if self.completion_tokens == self.params.max_tokens:
@@ -175,11 +171,11 @@ class Sequence:
 
     def _finish(self, text: str, reason: FinishReason, tokens: int = 1) -> Delta:
         """Finish and emit the text held back so far, unless it completes a stop string."""
-        more, stopped = self._stop_filter.push(self._detokenizer.flush())
+        more, stopped = self._text.finish()
         if stopped:
             return self._stop(text + more, tokens)
         logprobs, self._pending_logprobs = tuple(self._pending_logprobs), []
-        return Delta(text + more + self._stop_filter.flush(), logprobs, reason, tokens=tokens)
+        return Delta(text + more, logprobs, reason, tokens=tokens)
 
     def _stop(self, text: str, tokens: int) -> Delta:
         """End before a stop string. Tokens of the stop string are not reported."""

@@ -42,8 +42,8 @@ def check_speculation(config: ModelConfig, count: int) -> None:
 class Drafter:
     """Drafts ``count`` tokens per completion with the network's multi-token prediction module.
 
-    The module has one step of lookahead; further drafts feed its own streams back to it. Its cache has a row for each
-    token that has a successor. Drafts have IDs below ``vocab_size``.
+    The module has one step of lookahead; further drafts feed its own hidden states back to it. Its cache has a row for
+    each token that has a successor. Drafts have IDs below ``vocab_size``.
     """
 
     def __init__(self, model: Transformer, count: int, vocab_size: int | None = None):
@@ -53,8 +53,8 @@ class Drafter:
         self._reach = max(part.tokens for part in parts if isinstance(part, WindowPart))
         """Tokens that the module sees at a time."""
 
-    def read(self, sequence: Sequence, streams: Tensor) -> None:
-        """Run the module over prompt tokens that the network has just read, with streams [1, n, ...].
+    def read(self, sequence: Sequence, hidden: Tensor) -> None:
+        """Run the module over prompt tokens that the network has just read, with hidden states [1, n, ...].
 
         Drafting starts at the end of the prompt or of a kept prefix. Tokens out of the module's reach from the next
         such end are skipped. The last row of a kept prefix holds the successor from the prompt that stored it, which
@@ -62,15 +62,15 @@ class Drafter:
         """
         assert sequence.cache is not None
         end = sequence.computed
-        needed = min(place for place in (*sequence.boundaries, len(sequence.tokens)) if place >= end)
-        count = min(streams.shape[1], end - (needed - self._reach))
+        needed = min(length for length in (*sequence.boundaries, len(sequence.tokens)) if length >= end)
+        count = min(hidden.shape[1], end - (needed - self._reach))
         if count > 0:
-            self._follow([sequence], sequence.cache, streams[:, -count:])
+            self._run_module([sequence], sequence.cache, hidden[:, -count:])
 
-    def draft(self, sequences: list[Sequence], cache: Cache, streams: Tensor) -> None:
-        """Remove rejected drafts from ``cache`` and draft the tokens of the next step, given the streams [B, n, ...] of
-        the newest n tokens in the cache, rejected ones included."""
-        ahead = self._follow(sequences, cache, streams[:, -(self._reach + self.count) :])
+    def draft(self, sequences: list[Sequence], cache: Cache, hidden: Tensor) -> None:
+        """Remove rejected drafts from ``cache`` and draft the tokens of the next step, given the hidden states
+        [B, n, ...] of the newest n tokens in the cache, rejected ones included."""
+        ahead = self._run_module(sequences, cache, hidden[:, -(self._reach + self.count) :])
         lengths = [len(sequence.tokens) - 1 for sequence in sequences]
         offsets = [ahead.shape[1] - 1 - (now - kept) for now, kept in zip(cache.lengths, lengths)]
         newest = ahead[range(len(sequences)), offsets].unsqueeze(1)
@@ -86,10 +86,10 @@ class Drafter:
         for sequence, own in zip(sequences, zip(*drafts)):
             sequence.drafts = list(own)
 
-    def _follow(self, sequences: list[Sequence], cache: Cache, streams: Tensor) -> Tensor:
-        """Run the module over the newest n tokens in the cache, with streams [B, n, ...]. Successors of rejected tokens
-        are arbitrary."""
-        count = streams.shape[1]
+    def _run_module(self, sequences: list[Sequence], cache: Cache, hidden: Tensor) -> Tensor:
+        """Run the module over the newest n tokens in the cache, with hidden states [B, n, ...]. Successors of rejected
+        tokens are arbitrary."""
+        count = hidden.shape[1]
         starts = [length - count for length in cache.lengths]
         padded = [(sequence.tokens[start + 1 :] + [0] * count)[:count] for sequence, start in zip(sequences, starts)]
-        return self.model.read_ahead(streams, torch.tensor(padded, device=cache.device), cache, starts)
+        return self.model.read_ahead(hidden, torch.tensor(padded, device=cache.device), cache, starts)

@@ -10,28 +10,28 @@ from dataclasses import dataclass, field
 
 from serve.engine.sequence import Delta, Sequence
 
-LISTS_PER_SECOND = 200
-"""Lists of output of all streams together, as long as none waits longer than :data:`LONGEST_INTERVAL`. Each list costs
+BATCHES_PER_SECOND = 200
+"""Batches of output of all streams together, as long as none waits longer than :data:`LONGEST_INTERVAL`. Each takes
 half a millisecond of processor time on its way through the processes of a deployment."""
 LONGEST_INTERVAL = 0.2
 
 
 @dataclass
 class Pace:
-    """Times between the lists of :meth:`Stream.batches`. Streams with the same object share a rate."""
+    """Times between the batches of :meth:`Stream.batches`. Streams with the same object share a rate."""
 
     interval: float = 0.0
-    """Least seconds between two lists of output of a stream. Many streams wait longer, so that together they have at
-    most :data:`LISTS_PER_SECOND`. 0 puts every output into a list of its own."""
+    """Least seconds between two batches of a stream's output. Many streams wait longer, so that together they have at
+    most :data:`BATCHES_PER_SECOND`. 0 puts every output into a batch of its own."""
     keep_alive: float = math.inf
-    """Seconds of silence after which an empty list comes."""
-    streams: int = field(default=0, init=False)
+    """Seconds of silence after which an empty batch comes."""
+    active: int = field(default=0, init=False)
     """Streams that are being read."""
 
     @property
     def shared_interval(self) -> float:
-        """Least seconds between two lists of each stream now."""
-        return max(self.interval, min(self.streams / LISTS_PER_SECOND, LONGEST_INTERVAL) if self.interval else 0.0)
+        """Least seconds between two batches of each stream now."""
+        return max(self.interval, min(self.active / BATCHES_PER_SECOND, LONGEST_INTERVAL) if self.interval else 0.0)
 
 
 class Stream:
@@ -76,14 +76,14 @@ class Stream:
         return self._take()
 
     async def batches(self, pace: Pace) -> AsyncGenerator[list[tuple[int, Delta]], None]:
-        """Yield the same output in lists.
+        """Yield the same output in batches.
 
-        The first list comes at once, the last one when the request ends, others at least ``pace.shared_interval``
+        The first batch comes at once, the last one when the request ends, others at least ``pace.shared_interval``
         apart. An error is raised after the output before it.
         """
         now = asyncio.get_running_loop().time
-        next_output, next_sign = 0.0, now() + pace.keep_alive
-        pace.streams += 1
+        next_output, next_keep_alive = 0.0, now() + pace.keep_alive
+        pace.active += 1
         try:
             while self._unfinished:
                 waits = now() < next_output and self._to_come > 0
@@ -93,14 +93,14 @@ class Stream:
                         batch.append(self._take())
                     yield batch
                     next_output = now() + pace.shared_interval
-                elif now() >= next_sign:
+                elif now() >= next_keep_alive:
                     yield []
                 else:
-                    await self._wait(min(next_output if waits else math.inf, next_sign), for_all=waits)
+                    await self._wait(min(next_output if waits else math.inf, next_keep_alive), for_all=waits)
                     continue
-                next_sign = now() + pace.keep_alive
+                next_keep_alive = now() + pace.keep_alive
         finally:
-            pace.streams -= 1
+            pace.active -= 1
 
     def _take(self) -> tuple[int, Delta]:
         index, delta = self._deltas.popleft()

@@ -80,7 +80,7 @@ class Worker:
             with self._changed:
                 self._busy, self._failure, loop = False, error, self._loop
             assert loop is not None
-            with contextlib.suppress(RuntimeError):  # of a closed loop
+            with contextlib.suppress(RuntimeError):  # the loop is closed
                 loop.call_soon_threadsafe(self._fail, error)
 
     def _next(self) -> list[Sequence] | None:

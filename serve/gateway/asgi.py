@@ -7,14 +7,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import FastAPI, Response
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI
 
 from model.errors import FiftyfoldError
 from serve.api import errors, page
 from serve.api.asgi import add_middleware, new_app
 from serve.api.config import HttpConfig
-from serve.api.errors import UnavailableError, error_body
+from serve.api.errors import UnavailableError
 from serve.gateway.backend import Backend, ReplicaLostError, fetch
 from serve.gateway.forward import STOPPING, Forwarder
 
@@ -56,20 +55,17 @@ def create_gateway(models: Mapping[str, Backend], config: HttpConfig, timeout_se
 
     @app.get("/health")
     @app.get("/healthz")
-    async def healthz() -> Response:
-        """Answer 200 if a replica of every model is healthy, else 503."""
+    async def healthz() -> dict[str, Any]:
+        """Report on a healthy replica of every model. Raises UnavailableError if a model has none."""
         if forwarder.draining:
             raise UnavailableError(STOPPING)
         try:
             async with asyncio.timeout(_HEALTH_SECONDS):
                 found = await asyncio.gather(*(_json(name, backend, "/healthz") for name, backend in models.items()))
         except TimeoutError:
-            message = f"a model has no replica that answers within {_HEALTH_SECONDS:g} seconds"
-            return JSONResponse(error_body(message, "server_error"), 503)
-        except FiftyfoldError as error:
-            return JSONResponse(error_body(str(error), "server_error"), 503)
-        unfinished = sum(report["unfinished"] for report in found)
-        return JSONResponse({"status": "ok", "unfinished": unfinished, "models": found})
+            problem = f"a model has no replica that answers within {_HEALTH_SECONDS:g} seconds"
+            raise UnavailableError(problem) from None
+        return {"status": "ok", "unfinished": sum(report["unfinished"] for report in found), "models": found}
 
     app.router.default = forwarder
     app.state.drain = forwarder.drain

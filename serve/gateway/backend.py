@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
@@ -48,7 +48,7 @@ def describe_request(scope: Any) -> dict[str, Any]:
     return {**request, "headers": headers}
 
 
-async def call_app(app: ASGIApp, request: dict[str, Any], body: bytes) -> AsyncIterator[list[Message]]:
+async def call_app(app: ASGIApp, request: dict[str, Any], body: bytes) -> AsyncGenerator[list[Message], None]:
     """Call an ASGI application with a complete body and yield the messages that it sends.
 
     The start of the response comes together with its first bytes, and the bytes that are ready together as one message:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from urllib.parse import parse_qs
 
@@ -14,11 +14,12 @@ from starlette.requests import Request
 from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-from serve.api.errors import ModelNotFoundError, UnavailableError, error_response, wait_for_disconnect
+from serve.api.disconnect import run_unless_disconnected
+from serve.api.errors import ModelNotFoundError, UnavailableError, error_response
 from serve.api.event_stream import DONE, format_event
 from serve.engine import RequestTimeoutError
 from serve.gateway.backend import Backend, ReplicaLostError, describe_request
-from serve.gateway.prefixes import Ask, read_ask
+from serve.gateway.prefixes import RoutingInfo, parse_routing
 
 ATTEMPTS = 3
 """Replicas to which the gateway sends a request in turn if they end while they work on it."""
@@ -68,19 +69,12 @@ class Forwarder:
         request = Request(scope, receive)
         body = await request.body()
         if scope["method"] == "POST":
-            ask = await asyncio.to_thread(read_ask, body) if len(body) >= _LARGE_BODY else read_ask(body)
+            large = len(body) >= _LARGE_BODY
+            info = await asyncio.to_thread(parse_routing, body) if large else parse_routing(body)
         else:
-            ask = Ask(parse_qs(scope["query_string"].decode("latin-1")).get("model", [None])[-1])
-        backend = self.find(ask.model)
-        forwarded = asyncio.ensure_future(self._forward(backend, scope, body, ask, send))
-        disconnected = asyncio.ensure_future(wait_for_disconnect(request))
-        try:
-            await asyncio.wait({forwarded, disconnected}, return_when=asyncio.FIRST_COMPLETED)
-            if forwarded.done():
-                forwarded.result()
-        finally:
-            forwarded.cancel()
-            disconnected.cancel()
+            info = RoutingInfo(parse_qs(scope["query_string"].decode("latin-1")).get("model", [None])[-1])
+        backend = self.find(info.model)
+        await run_unless_disconnected(request, self._forward(backend, scope, body, info.prefix, send))
 
     def find(self, name: object) -> Backend:
         """Return the replicas of a model. Raises ModelNotFoundError.
@@ -93,12 +87,12 @@ class Forwarder:
             raise ModelNotFoundError(name, self._models)
         return self._models[name]
 
-    async def _forward(self, backend: Backend, scope: Scope, body: bytes, ask: Ask, send: Send) -> None:
+    async def _forward(self, backend: Backend, scope: Scope, body: bytes, prefix: Sequence[bytes], send: Send) -> None:
         for _ in range(ATTEMPTS):
             response = _Response(send)
             try:
                 async with asyncio.timeout(self._timeout_seconds) as limit:
-                    batches = backend.respond(describe_request(scope), body, ask.prefix)
+                    batches = backend.respond(describe_request(scope), body, prefix)
                     async with aclosing(batches) as opened:  # type: ignore[type-var]
                         async for batch in opened:
                             limit.reschedule(None)

@@ -19,7 +19,7 @@ _BYTES_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
-class Ask:
+class RoutingInfo:
     """The part of a request body that routing needs."""
 
     model: Any = None
@@ -27,16 +27,16 @@ class Ask:
     prefix: tuple[bytes, ...] = ()
 
 
-def read_ask(body: bytes) -> Ask:
+def parse_routing(body: bytes) -> RoutingInfo:
     """Return the model and the prefix digests of a JSON body; none for a malformed body, whose error the replica
     reports."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError):  # also UnicodeDecodeError and integers with too many digits
-        return Ask()
+        return RoutingInfo()
     if not isinstance(fields, dict):
-        return Ask()
-    return Ask(fields.get("model"), prefix_digests(_prompt_bytes(fields)))
+        return RoutingInfo()
+    return RoutingInfo(fields.get("model"), prefix_digests(_prompt_bytes(fields)))
 
 
 def prefix_digests(prompt: bytes) -> tuple[bytes, ...]:

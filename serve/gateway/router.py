@@ -21,8 +21,7 @@ class PrefixTable:
     """Table from the digest of a prompt's beginning to the replica that was sent such a prompt, with the least recently
     used entries dropped."""
 
-    def __init__(self, size: int = TABLE_SIZE):
-        self._size = size
+    def __init__(self) -> None:
         self._holders: OrderedDict[bytes, ReplicaID] = OrderedDict()
 
     def find(self, prefix: Sequence[bytes], available: set[ReplicaID]) -> ReplicaID | None:
@@ -35,11 +34,11 @@ class PrefixTable:
     def record(self, prefix: Sequence[bytes], replica: ReplicaID) -> None:
         """Record that a prompt was sent to a replica. Beginnings that other replicas hold stay with them, except the
         longest one."""
-        for place, digest in enumerate(prefix):
-            if place == len(prefix) - 1 or digest not in self._holders:
+        for index, digest in enumerate(prefix):
+            if index == len(prefix) - 1 or digest not in self._holders:
                 self._holders[digest] = replica
             self._holders.move_to_end(digest)
-        while len(self._holders) > self._size:
+        while len(self._holders) > TABLE_SIZE:
             self._holders.popitem(last=False)
 
     def retain(self, replicas: Collection[ReplicaID]) -> None:

@@ -7,15 +7,14 @@ import shutil
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from tokenizer_files import byte_fallback, byte_level, unigram, write_files
+from tokenizer_files import byte_level, unigram, write_files
 
-from evals.lm import CheckpointLM, _GrowingText, _prefix_chains
+from evals.lm import CheckpointLM, _prefix_chains
 from model import checkpoint as checkpoints
 from model.config import CACHE_FORMATS, ModelConfig
 from model.errors import CheckpointError, ConfigError
 from model.tokenizer import ByteTokenizer, load_tokenizer
 from model.tokenizer.byte import byte_character
-from model.tokenizer.stop_strings import StopStrings
 from model.transformer import Transformer
 
 CONFIG = ModelConfig(
@@ -202,27 +201,6 @@ def test_a_continuation_without_tokens_is_refused(tmp_path, folder):
 def test_spellings_of_special_tokens_are_scored_as_text(lm):
     spelled = lm._tokenizer.eos_token
     assert lm.tok_encode(f"a{spelled}") == [0, *(byte + 2 for byte in f"a{spelled}".encode())]
-
-
-def test_generated_text_keeps_a_leading_space(tmp_path):
-    """Decoding on its own would strip it."""
-    tokenizer = load_tokenizer(write_files(tmp_path, byte_fallback("abcd")))
-    text = _GrowingText(tokenizer, tokenizer.encode("ab"), StopStrings(["d"], tokenizer))
-    assert [text.push(token)[0] for token in tokenizer.encode_inside(" cd")] == [" ", " c", " c"]
-    assert text.read() == (" c", True)
-
-
-def test_stop_strings_may_spell_special_tokens(tmp_path):
-    tokenizer = load_tokenizer(write_files(tmp_path, byte_level(added=["<|im_end|>"])))
-    a = ord("a") + 2
-    for tokens, stop, expected in [
-        ([a, 258, a], "<|im_end|>", ("a", True)),
-        ([a, a, 258], "a<|im_end|>", ("a", True)),
-        ([258, a, 258, 258], "<|im_end|><|im_end|>", ("a", True)),
-        ([a, 258, a], "im_end", ("aa", False)),
-    ]:
-        text = _GrowingText(tokenizer, [0], StopStrings([stop], tokenizer))
-        assert [text.push(token) for token in tokens][-1] == expected
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path, folder):

@@ -62,15 +62,17 @@ def parse_strings(value: list[Any]) -> list[str]:
     return value
 
 
-def parse_tokens(value: Any, place: str = "") -> list[int]:
+def parse_tokens(value: Any, path: str = "") -> list[int]:
     """Return a list of token IDs. Raises an error that names the first other item.
 
-    ``place`` is the prefix of the items' places in the field, such as ``3.`` for a list in a list.
+    ``path`` is the prefix of the items' paths in the field, such as ``3.`` for a list in a list.
     """
     if not isinstance(value, list):
         raise wrong("a list of token IDs", value)
-    ids = value if all(type(item) is int for item in value) else [integral(item) for item in value]
+    if set(map(type, value)) <= {int}:  # fast, because there may be millions
+        return value
+    ids = [integral(item) for item in value]
     for index, item in enumerate(ids):
         if type(item) is not int:
-            raise wrong_item(f"{place}{index}", "a token ID", item)
+            raise wrong_item(f"{path}{index}", "a token ID", item)
     return ids

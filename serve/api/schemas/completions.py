@@ -17,7 +17,7 @@ MAX_LOGPROBS = 5
 
 
 class _PromptList(list[str | list[int]]):
-    """Prompts that were sent as a list, in which each has a place."""
+    """Prompts that were sent as a list. Errors name each by its index."""
 
 
 def _parse_prompt(value: Any) -> list[str | list[int]]:

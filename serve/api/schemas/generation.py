@@ -151,9 +151,9 @@ class GenerationRequest(RequestBody):
         for name in ("logit_bias", "stop_token_ids"):
             for index, token in enumerate(getattr(self, name)):
                 if not 0 <= token < vocab_size:
-                    place = index if name == "stop_token_ids" else token
+                    item = index if name == "stop_token_ids" else token
                     problem = f"token ID {token} is out of range for a vocabulary of {vocab_size}"
-                    raise RequestError.about(f"{name}.{place}", problem)
+                    raise RequestError.about(f"{name}.{item}", problem)
         stops = set(self.stop_token_ids) | (set() if self.ignore_eos else tokenizer.stop_ids)
         if self.min_tokens and len(stops) >= vocab_size:
             raise RequestError.about(

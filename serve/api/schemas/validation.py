@@ -22,25 +22,25 @@ def quote_value(value: Any) -> str:
     return json_type(value) if isinstance(value, list | dict) and value else quote_json(value)
 
 
-def field_error(place: str | tuple[str, ...], problem: str) -> PydanticCustomError:
-    """Return an error that a validator of a whole model raises about the field at ``place``: its name, or a tuple of
+def field_error(path: str | tuple[str, ...], problem: str) -> PydanticCustomError:
+    """Return an error that a validator of a whole model raises about the field at ``path``: its name, or a tuple of
     names for a field within a field."""
-    path = (place,) if isinstance(place, str) else place
-    return PydanticCustomError("field", "{problem}", {"path": path, "problem": problem})
+    names = (path,) if isinstance(path, str) else path
+    return PydanticCustomError("field", "{problem}", {"path": names, "problem": problem})
 
 
 def unknown_field(
-    place: str, name: str, known: Iterable[str], counterparts: Mapping[str, str] = MappingProxyType({})
+    path: str, name: str, known: Iterable[str], counterparts: Mapping[str, str] = MappingProxyType({})
 ) -> PydanticCustomError:
-    """Return an error about the field ``name`` at ``place``, with its counterpart or else the most similar known field
+    """Return an error about the field ``name`` at ``path``, with its counterpart or else the most similar known field
     if any."""
     suggestion = f"; did you mean '{counterparts[name]}'?" if name in counterparts else did_you_mean(name, known)
-    return field_error(place if name else f'{place}""', f"unknown field{suggestion}")
+    return field_error(path if name else f'{path}""', f"unknown field{suggestion}")
 
 
-def missing(place: str, expected: str) -> PydanticCustomError:
+def missing(path: str, expected: str) -> PydanticCustomError:
     """Return an error about a field that is missing or null."""
-    return field_error(place, f"missing, expected {expected}")
+    return field_error(path, f"missing, expected {expected}")
 
 
 def wrong(expected: str, found: Any) -> ValueError:
@@ -48,9 +48,9 @@ def wrong(expected: str, found: Any) -> ValueError:
     return ValueError(f"expected {expected}, found {quote_value(found)}")
 
 
-def wrong_item(place: str | int, expected: str, found: Any) -> PydanticCustomError:
+def wrong_item(path: str | int, expected: str, found: Any) -> PydanticCustomError:
     """Return an error that a validator raises about an inner value: an item of a list, or a field of an object."""
-    return field_error(str(place), f"expected {expected}, found {quote_value(found)}")
+    return field_error(str(path), f"expected {expected}, found {quote_value(found)}")
 
 
 def describe(item: Any) -> tuple[str, str]:

@@ -1,12 +1,15 @@
 """Tokenizers read from ``tokenizer.json`` and the files beside it."""
 
 import json
+import sys
+import threading
 
 import pytest
 from tokenizer_files import added_token, byte_fallback, byte_level, unigram, write_files
 
 from model.errors import ConfigError
 from model.tokenizer import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer
+from model.tokenizer.hugging_face import _LONG
 
 TRUNCATION = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
 PADDING = {
@@ -168,6 +171,44 @@ def test_text_that_is_normalized_to_a_spelling_is_text(tmp_path):
     for parse_special in (False, True):
         assert tokenizer.encode("<|X|>", parse_special) == tokenizer.encode("<|x|>")
         assert special not in tokenizer.encode("<|X|>", parse_special)
+
+
+@pytest.mark.parametrize("content", [byte_level(), byte_fallback("abc"), unigram("abcé ")], ids=["b", "f", "u"])
+def test_long_text_is_encoded_and_decoded_like_short_text(tmp_path, monkeypatch, content):
+    tokenizer, text = load(tmp_path, content), " ab <s>é  cab" * 9
+    ids = tokenizer.encode(text)
+    decoded = tokenizer.decode([0, 2 + 0xE2, *ids, 1])
+    monkeypatch.setattr("model.tokenizer.hugging_face._LONG", 0)
+    assert tokenizer.encode(text) == ids
+    assert tokenizer.decode([0, 2 + 0xE2, *ids, 1]) == decoded
+
+
+@pytest.mark.parametrize("operation", ["encode", "decode"])
+def test_other_threads_run_during_the_processing_of_long_text(tmp_path, operation):
+    tokenizer = load(tmp_path, byte_level())
+    content = {"encode": "ab" * _LONG, "decode": [5] * _LONG}[operation]
+    begin, began = threading.Event(), []
+
+    def wait():
+        begin.wait()
+        began.append(True)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(3600)  # no thread has to release the interpreter
+    try:
+        begin.set()
+        for _ in range(100):
+            getattr(tokenizer, operation)(content)
+            if began:
+                break
+        found = bool(began)
+    finally:
+        sys.setswitchinterval(interval)
+        begin.set()
+        thread.join()
+    assert found
 
 
 def test_text_without_tokens_is_refused(tmp_path):

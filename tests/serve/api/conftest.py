@@ -1,4 +1,7 @@
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -24,3 +27,22 @@ def client(endless_model, letters) -> Iterator[TestClient]:
 def byte_client(byte_model, byte_tokenizer) -> Iterator[TestClient]:
     with TestClient(create_app(Engine(byte_model, byte_tokenizer), "bytes", CONFIG)) as client:
         yield client
+
+
+@pytest.fixture
+def lengths_on_event_loop(letters, monkeypatch) -> list[int]:
+    """Lengths of the texts and token lists that the tokenizer of ``client`` has processed on the event loop so far."""
+    lengths: list[int] = []
+
+    def watch(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(content: Any, *options: Any, **more: Any) -> Any:
+            with suppress(RuntimeError):
+                asyncio.get_running_loop()
+                lengths.append(len(content))
+            return method(content, *options, **more)
+
+        return call
+
+    for name in ("encode", "decode"):
+        monkeypatch.setattr(letters, name, watch(getattr(letters, name)))
+    return lengths

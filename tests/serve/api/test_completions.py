@@ -404,6 +404,16 @@ def test_a_stream_ends_quietly_if_sending_fails(endless_model, letters, spec_ver
     asyncio.run(main())
 
 
+def test_long_prompts_are_encoded_and_echoed_off_the_event_loop(
+    client, letters, lengths_on_event_loop, monkeypatch
+) -> None:
+    monkeypatch.setattr("serve.api.completions._LARGE", 100)
+    text = "the rain in " * 20
+    for prompt in (text, letters.encode(text)):
+        assert ask(client, prompt=prompt, echo=True, max_tokens=0)["choices"][0]["text"] == text
+    assert max(lengths_on_event_loop, default=0) < 100
+
+
 def test_the_model_does_not_block_the_event_loop(endless_model, letters) -> None:
     async def main() -> None:
         engine = Engine(endless_model, letters)

@@ -27,3 +27,10 @@ def test_tokenizer_routes(client, letters) -> None:
 def test_other_values_than_token_ids_are_quoted(client, tokens, message) -> None:
     response = client.post("/detokenize", json={"tokens": tokens})
     assert (response.status_code, response.json()["error"]["message"]) == (400, message)
+
+
+def test_the_event_loop_is_free_for_streams(client, letters, lengths_on_event_loop) -> None:
+    text = "the rain in " * 40
+    tokens = client.post("/tokenize", json={"prompt": text}).json()["tokens"]
+    assert client.post("/detokenize", json={"tokens": tokens}).json() == {"prompt": text}
+    assert lengths_on_event_loop == []

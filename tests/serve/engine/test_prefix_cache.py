@@ -52,6 +52,7 @@ def test_the_longest_prefix_is_found_and_equals_reading_the_prompt(byte_model) -
     found = prefixes.find(prefixes.digests(tokens))
     assert found is not None
     assert found.length == 2 * page
+    found = found.fork()
     with torch.inference_mode():
         got = byte_model(torch.tensor([tokens[2 * page :]]), found, last_only=True)
         want = byte_model(torch.tensor([tokens]), last_only=True)
@@ -77,6 +78,8 @@ def test_the_least_recently_used_prefix_is_dropped_and_its_pages_freed(byte_mode
     assert prefixes.find(keys[1]) is None
     held = prefixes.find(keys[0])
     assert held is not None
+    assert prefixes.evictable_pages(pool, spared=held) == 1
+    held = held.fork()
     assert prefixes.evictable_pages(pool) == 1  # the other page is in use
     del held
     while len(prefixes):

@@ -6,10 +6,11 @@ from collections import defaultdict
 import pytest
 import torch
 
+from model.cache import Cache
 from model.errors import ConfigError
 from model.forward.execution import Execution
 from serve.engine import EngineConfig, RequestAbortedError, SamplingParams
-from serve.engine.pace import PrefillPace
+from serve.engine.prefill_budget import PrefillBudget
 from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import Sequence
 
@@ -127,6 +128,25 @@ def test_completions_of_one_prompt_read_it_once(byte_model, byte_tokenizer) -> N
     assert scheduler.memory.used_pages == 0
 
 
+def test_a_prompt_that_waits_for_pages_copies_no_prefix(byte_model, byte_tokenizer, monkeypatch) -> None:
+    scheduler = Scheduler(byte_model, config(kept_prefixes=8))
+    page, pool = byte_model.config.page_tokens, scheduler.memory.pool
+    prompt = random_prompt(2 * page + 10)
+    finish(scheduler, [sequence(byte_tokenizer, prompt)])
+    held = pool.allocate(pool.free_pages)
+    forks = []
+    fork = Cache.fork
+    monkeypatch.setattr(Cache, "fork", lambda cache, *rest: forks.append(cache.length) or fork(cache, *rest))
+    waiting = sequence(byte_tokenizer, prompt)
+    scheduler.step([waiting])
+    for _ in range(3):  # of the prefix's own pages, none may be freed for it
+        assert scheduler.step() == [] and list(scheduler.waiting) == [waiting]
+    assert forks == [] and len(scheduler.memory.prefixes) == 1
+    pool.release(held)
+    finish(scheduler, [])
+    assert forks == [2 * page] and waiting.cached_tokens == 2 * page
+
+
 @pytest.mark.parametrize("max_tokens", [0, 1])
 def test_a_prompt_may_fill_all_pages(byte_model, byte_tokenizer, max_tokens) -> None:
     scheduler = Scheduler(byte_model, config())
@@ -147,6 +167,25 @@ def test_prompt_logprobs_do_not_skip_a_kept_prefix(byte_model, byte_tokenizer) -
         finish(scheduler, [one])
         assert [record.token_id for record in one.prompt_logprobs] == prompt
         assert one.cached_tokens == 0
+
+
+def test_a_preempted_sequence_keeps_its_prompt_logprobs_and_continues_from_a_prefix(byte_model, byte_tokenizer) -> None:
+    scheduler = Scheduler(byte_model, config(kept_prefixes=8))
+    page, pool = byte_model.config.page_tokens, scheduler.memory.pool
+    prompt = random_prompt(2 * page + page // 2)
+    one = sequence(byte_tokenizer, prompt, prompt_logprobs=True, logprobs=1, max_tokens=page, ignore_eos=True)
+    scheduler.step([one])
+    while not len(scheduler.batch):
+        scheduler.step()
+    scored, read = list(one.prompt_logprobs), scheduler.stats.prefill_tokens
+    held = pool.allocate(pool.free_pages)
+    while not scheduler.stats.preemptions:
+        scheduler.step()
+    generated = one.completion_tokens
+    pool.release(held)
+    finish(scheduler, [])
+    assert one.completion_tokens == page and one.prompt_logprobs == scored and len(scored) == len(prompt)
+    assert scheduler.stats.prefill_tokens - read == page // 2 + generated
 
 
 def test_stop_token_ids_and_ignore_eos(byte_model, byte_tokenizer) -> None:
@@ -203,19 +242,19 @@ def test_memory_too_small_for_the_fixed_state_is_refused(byte_model) -> None:
 
 
 def test_prompts_are_read_in_their_share_of_the_time() -> None:
-    pace = PrefillPace(chunk=512, share=1.0)
+    budget = PrefillBudget(chunk=512, share=1.0)
     seconds_per_token, decode_seconds = 1e-4, 4e-3
-    assert pace.tokens(10_000, decoding=False) == 512
-    pace.read(512, 512 * seconds_per_token, decoding=False)
+    assert budget.tokens(10_000, decoding=False) == 512
+    budget.read(512, 512 * seconds_per_token, decoding=False)
     read = 0
     for _ in range(1000):
-        count = pace.tokens(10_000, decoding=True)
+        count = budget.tokens(10_000, decoding=True)
         if count:
-            pace.read(count, count * seconds_per_token, decoding=True)
+            budget.read(count, count * seconds_per_token, decoding=True)
         read += count
-        pace.decoded(decode_seconds)
+        budget.decoded(decode_seconds)
     assert read * seconds_per_token == pytest.approx(1000 * decode_seconds, rel=0.1)
-    assert pace.tokens(10, decoding=True) in (0, 10)
+    assert budget.tokens(10, decoding=True) in (0, 10)
 
 
 def test_a_sequence_that_is_aborted_before_it_arrives_never_runs(byte_model, byte_tokenizer) -> None:

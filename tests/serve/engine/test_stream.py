@@ -6,7 +6,7 @@ import pytest
 
 from serve.engine import Delta, EngineError, Pace, Stream
 from serve.engine.sequence import Sequence
-from serve.engine.stream import LISTS_PER_SECOND, LONGEST_INTERVAL
+from serve.engine.stream import BATCHES_PER_SECOND, LONGEST_INTERVAL
 
 HOUR = 3600.0
 END = Delta("end", finish_reason="length")
@@ -138,18 +138,18 @@ def test_many_streams_share_a_rate() -> None:
         for output, lists in zip(outputs, batches):
             output.put("a")
             await anext(lists)
-        assert (pace.streams, pace.shared_interval) == (30, 30 / LISTS_PER_SECOND)
-        pace.streams += 1000
+        assert (pace.active, pace.shared_interval) == (30, 30 / BATCHES_PER_SECOND)
+        pace.active += 1000
         assert pace.shared_interval == LONGEST_INTERVAL
-        pace.streams -= 1000
+        pace.active -= 1000
         outputs[0].put(END)
         async for _ in batches.pop(0):
             pass
         for lists in batches[3:]:
             await lists.aclose()
-        assert (pace.streams, pace.shared_interval) == (3, 0.03)
+        assert (pace.active, pace.shared_interval) == (3, 0.03)
         each_alone = Pace()
-        each_alone.streams += 1000
+        each_alone.active += 1000
         assert each_alone.shared_interval == 0
         assert Pace(HOUR).shared_interval == HOUR
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from serve.gateway.prefixes import Ask, prefix_digests, read_ask
+from serve.gateway.prefixes import RoutingInfo, parse_routing, prefix_digests
 
 
 def common(first: bytes, second: bytes) -> int:
@@ -20,8 +20,8 @@ def test_digests_tell_how_far_prompts_are_equal() -> None:
         assert common(text, text[:length] + b"?" * 1000) == shared
 
 
-def ask(**fields) -> Ask:
-    return read_ask(json.dumps(fields).encode())
+def ask(**fields) -> RoutingInfo:
+    return parse_routing(json.dumps(fields).encode())
 
 
 @pytest.mark.parametrize(
@@ -47,4 +47,4 @@ def test_a_chat_continues_its_earlier_turns() -> None:
      b'{"prompt": {"a": 1}}', b'{"messages": 5}', b'{"prompt": "\\ud800"}', b'{"prompt": [true, "a"]}'],
 )  # fmt: skip
 def test_bodies_without_a_prompt_have_none(body) -> None:
-    assert read_ask(body) == Ask()
+    assert parse_routing(body) == RoutingInfo()

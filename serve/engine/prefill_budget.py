@@ -6,7 +6,7 @@ _SMOOTHING = 0.2
 """Weight of the newest step in the running averages."""
 
 
-class PrefillPace:
+class PrefillBudget:
     """Limits prompt tokens so that reading them takes ``share`` of the time that decoding takes, in the long run.
 
     Each decoding step adds credit, and reading spends it. Without completions to decode, ``chunk`` tokens are read at a

@@ -1,11 +1,12 @@
-"""Incremental detokenization equals decoding all tokens at once."""
+"""Text of a stream of tokens equals decoding all of them at once."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.tokenizer import ByteTokenizer
-from serve.engine.detokenizer import Detokenizer, StopStringFilter, finished_text
+from model.tokenizer.stop_strings import StopStrings
+from model.tokenizer.streaming import Detokenizer, GeneratedText, finished_text
 
 BYTES = ByteTokenizer()
 
@@ -85,34 +86,44 @@ def test_a_tokenizer_with_stripped_first_space_and_byte_fallback(byte_fallback, 
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def filter_stops(pieces: list[str], stops: list[str]) -> tuple[list[str], bool]:
-    stop_filter = StopStringFilter(stops)
-    out = []
-    for piece in pieces:
-        text, stopped = stop_filter.push(piece)
-        out.append(text)
+@settings(max_examples=200)
+@given(
+    st.lists(st.sampled_from([1, 258, *(byte + 2 for byte in "ab€".encode())]), max_size=40),
+    st.lists(st.text("ab€", min_size=1, max_size=3), max_size=3),
+)
+def test_generated_text_is_the_decoding_cut_before_the_first_stop_string(byte_level, ids, stops) -> None:
+    text = GeneratedText(byte_level, byte_level.encode("ab"), StopStrings(stops, byte_level))
+    shown = ""
+    for position, token in enumerate(ids):
+        piece, stopped = text.push(token)
+        shown += piece
+        decoded = byte_level.decode(ids[: position + 1])
+        assert stopped == any(stop in decoded for stop in stops)
         if stopped:
-            return out, True
-    return [*out, stop_filter.flush()], False
+            break
+    else:
+        piece, stopped = text.finish()
+        shown, decoded = shown + piece, byte_level.decode(ids)
+        assert not stopped
+    assert shown == decoded[: min((decoded.index(stop) for stop in stops if stop in decoded), default=None)]
 
 
-@settings(max_examples=300)
-@given(st.lists(st.text("ab", max_size=3), max_size=12), st.text("ab", min_size=1, max_size=4))
-def test_a_stop_string_across_any_pieces(pieces: list[str], stop: str) -> None:
-    text = "".join(pieces)
-    out, stopped = filter_stops(pieces, [stop])
-    assert stopped == (stop in text)
-    assert "".join(out) == text.split(stop)[0]
+def test_generated_text_keeps_a_leading_space(byte_fallback) -> None:
+    """Decoding on its own would strip it."""
+    text = GeneratedText(byte_fallback, byte_fallback.encode("ab"), StopStrings(["d"], byte_fallback))
+    found = [text.push(token) for token in byte_fallback.encode_inside(" cd")]
+    assert found == [(" ", False), ("c", False), ("", True)]
 
 
-@given(st.text("abc", max_size=20), st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_size=3))
-def test_several_stop_strings_are_never_emitted(text: str, stops: list[str]) -> None:
-    out, stopped = filter_stops(list(text), stops)
-    assert stopped == any(stop in text for stop in stops)
-    assert not any(stop in "".join(out) for stop in stops)
-
-
-@pytest.mark.parametrize(("pieces", "sent"), [("xEN", ["x", "", ""]), ("xEy", ["x", "", "Ey"])])
-def test_only_a_possible_stop_string_is_held_back(pieces: str, sent: list[str]) -> None:
-    stop_filter = StopStringFilter(["END"])
-    assert [stop_filter.push(piece)[0] for piece in pieces] == sent
+def test_stop_strings_may_spell_special_tokens(byte_level) -> None:
+    a = ord("a") + 2
+    for tokens, stop, expected in [
+        ([a, 258], "<|im_end|>", ("a", True)),
+        ([a, a, 258], "a<|im_end|>", ("a", True)),
+        ([258, a, 258, 258], "<|im_end|><|im_end|>", ("a", True)),
+        ([a, 258, a], "im_end", ("aa", False)),
+    ]:
+        text = GeneratedText(byte_level, [0], StopStrings([stop], byte_level))
+        pieces = [text.push(token) for token in tokens]
+        assert ("".join(piece for piece, _ in pieces), pieces[-1][1]) == expected
+        assert not any(stopped for _, stopped in pieces[:-1])
