@@ -11,7 +11,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lm_eval import simple_evaluate
@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 
 from evals.documents import TASKS, task_class
 from evals.lm import CheckpointLM
-from evals.scores import cluster_likelihood, cluster_mean, effective_length
+from evals.scores import Point, cluster_likelihood, cluster_mean, effective_length
 from model.errors import ConfigError
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
@@ -74,16 +74,14 @@ def evaluate(
         # No bootstrap: lm-eval would treat the questions of one document as independent.
         results = simple_evaluate(model, tasks=list(built.values()), task_manager=_task_manager({}), bootstrap_iters=0)
     summaries = {point: _summarize(point.task, results["samples"][point.name]) for point in built}
-    metrics = {
-        f"eval/{point.name}/{name}": value for point, summary in summaries.items() for name, value in summary.items()
-    }
+    metrics = {point.metric(name): value for point, summary in summaries.items() for name, value in summary.items()}
     if len(lengths) > 1:
         for task in tasks:
             of_task = {point: summary for point, summary in summaries.items() if point.task == task}
             if (effective := _effective_length(of_task, lengths[0])) is not None:
                 metrics[f"eval/{task}/effective_length"] = float(effective)
     if "mqar" in tasks:
-        metrics["eval/recall"] = metrics[f"eval/mqar/{lengths[0]}/recall"]
+        metrics["eval/recall"] = metrics[Point("mqar", lengths[0], None).metric("recall")]
     return metrics
 
 
@@ -133,18 +131,6 @@ def check_settings(
     for name, given in (("tasks", tasks), ("lengths", lengths), ("depths", depths)):
         if not given or len(set(given)) < len(given):
             raise ConfigError(f"expected at least one value without duplicates, found {list(given)}", name)
-
-
-class Point(NamedTuple):
-    """A task at one length and, if it has depths, one depth."""
-
-    task: str
-    length: int
-    depth: float | None
-
-    @property
-    def name(self) -> str:
-        return f"{self.task}/{self.length}" + ("" if self.depth is None else f"/{self.depth:g}")
 
 
 def _task_manager(metadata: dict[str, Any]) -> TaskManager:

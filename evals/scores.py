@@ -3,15 +3,44 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 EFFECTIVE_SHARE = 0.85
 """Share of the score at the training length that still counts as effective, as in RULER (Hsieh et al. 2024)."""
 
 Result = tuple[int, float]
 """The document of a question and the question's score."""
+
+_METRIC = re.compile(r"eval/(?P<task>[^/]+)/(?P<length>[0-9]+)(/(?P<depth>[0-9.e-]+))?/(?P<score>[^/]+)")
+
+
+class Point(NamedTuple):
+    """A task at one length and, if it has depths, one depth."""
+
+    task: str
+    length: int
+    depth: float | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}/{self.length}" + ("" if self.depth is None else f"/{self.depth:g}")
+
+    def metric(self, score: str) -> str:
+        """Return the name of the metric that holds a score, such as ``recall``, at this point."""
+        return f"eval/{self.name}/{score}"
+
+    @classmethod
+    def parse(cls, metric: str) -> tuple[Point, str] | None:
+        """Return the point and the score that a metric's name holds (:meth:`metric`), or None for other metrics."""
+        match = _METRIC.fullmatch(metric)
+        if match is None:
+            return None
+        depth = match["depth"]
+        return cls(match["task"], int(match["length"]), None if depth is None else float(depth)), match["score"]
 
 
 def cluster_mean(results: Iterable[Result]) -> tuple[float, float | None]:

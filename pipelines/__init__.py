@@ -10,7 +10,7 @@ RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the driver of a submitted job; its value is JSON and holds the job's runtime environment."""
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-if "RAY_ADDRESS" not in os.environ:
+if not os.environ.get("RAY_ADDRESS"):
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # no token file in the user's home for a private cluster
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 # ray.train.report blocks until the controller polls. Its default interval of 2 s is longer than a small step.

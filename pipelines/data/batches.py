@@ -118,7 +118,7 @@ def train_batches(
 def _folder_epoch(
     folder: str | Path, sequence_length: int, batch_rows: int, seed: int, epoch: int
 ) -> Generator[Batch, None, None]:
-    rows = local_rows(folder, "train", sequence_length, seed=_epoch_seed(seed, epoch), shuffle=True)
+    rows = local_rows(folder, "train", sequence_length, seed=_epoch_seed(seed, epoch))
     return stack_rows(rows, batch_rows, drop_last=True)
 
 

@@ -10,8 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from model.errors import DataError
-from pipelines.data.manifest import KINDS, Kind, Manifest, Split, read_manifest
+from pipelines.data.manifest import Kind, Manifest, Split, read_manifest
 from pipelines.data.packing import Row, cut_rows
 from pipelines.data.shards import read_shard
 
@@ -22,8 +21,7 @@ def local_rows(
     sequence_length: int,
     kinds: Iterable[Kind] | None = None,
     limit: int | None = None,
-    seed: int = 0,
-    shuffle: bool = False,
+    seed: int | None = None,
 ) -> Iterator[Row]:
     """Read rows one shard at a time: {"tokens": int32 [L + 1], "target_kind": uint8 [L], "positions": int32 [L]} each.
 
@@ -32,14 +30,13 @@ def local_rows(
     Args:
         kinds: Keep only documents of these kinds.
         limit: Maximum number of rows.
-        shuffle: Permute the shards, and the rows within each shard, with ``seed``. Without it rows come in the order
-            of the shards.
+        seed: Seed of a permutation of the shards, and of the rows within each shard. None keeps their order.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    wanted = None if kinds is None else pa.array(_check_kinds(kinds))
+    wanted = None if kinds is None else pa.array(list(kinds))
     paths = [folder / shard.file for shard in manifest.splits[split].shards]
-    rows = _read_rows(paths, manifest, sequence_length, wanted, seed if shuffle else None)
+    rows = _read_rows(paths, manifest, sequence_length, wanted, seed)
     return itertools.islice(rows, limit)
 
 
@@ -57,11 +54,3 @@ def _read_rows(
         count = len(rows["tokens"])
         for i in range(count) if seed is None else rng.permutation(count):
             yield {name: values[i] for name, values in rows.items()}
-
-
-def _check_kinds(kinds: Iterable[Kind]) -> list[Kind]:
-    kinds = list(kinds)
-    for kind in kinds:
-        if kind not in KINDS:
-            raise DataError(f"kinds: '{kind}' is not one of {', '.join(KINDS)}")
-    return kinds

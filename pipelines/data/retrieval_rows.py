@@ -102,7 +102,7 @@ class RetrievalGenerator:
 
 
 def _weighted_tasks(recipe: Recipe) -> list[tuple[RetrievalTask, float]]:
-    """Return the tasks of ``data.retrieval_tasks`` and their shares, in an order of their names.
+    """Return the tasks of ``data.retrieval_tasks`` and their shares, in descending order of name.
 
     Raises ConfigError, naming the setting, for unknown tasks, for vacuous settings, and for weights that are all zero.
     """

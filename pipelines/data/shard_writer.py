@@ -88,7 +88,7 @@ def _write_splits(
         if left is not None and text_bytes - before > left - 4:  # it may fall within a character of up to 4 bytes
             break
     if not text_bytes:
-        raise DataError(f"data.sources: no text in {len(files)} file{'' if len(files) == 1 else 's'}")
+        raise DataError(f"data.sources: no text in {count(len(files), 'file')}")
     writers["train"].require(MIN_OF_SHARE * (1 - data.validation_share) * text_bytes)
     writers["validation"].require(MIN_OF_SHARE * data.validation_share * text_bytes)
     splits = {split: writer.finish() for split, writer in writers.items()}
@@ -111,10 +111,10 @@ def _whole(read: OpenText, validation_share: float) -> Iterator[_Part]:
 def _ends(read: OpenText, validation_share: float) -> Iterator[_Part]:
     """Yield a document in two parts, the last ``validation_share`` of it for validation."""
     _, size = fingerprint(read())
-    place = line_start(read(), size - round(size * validation_share))
+    cut = line_start(read(), size - round(size * validation_share))
     parts: dict[Split, OpenText] = {
-        "train": lambda: truncate(read(), place),
-        "validation": lambda: skip(read(), place),
+        "train": lambda: truncate(read(), cut),
+        "validation": lambda: skip(read(), cut),
     }
     for split, read_part in parts.items():
         digest, size = fingerprint(read_part())

@@ -102,9 +102,9 @@ def _glob(pattern: str) -> Iterator[str]:
     if "**" not in parts:
         yield from glob.iglob(pattern)
         return
-    place = parts.index("**")
-    head, tail = "/".join(parts[:place]), "/".join(parts[place + 1 :]) or "*"
-    bases = glob.iglob(head + "/") if place else [""]
+    index = parts.index("**")
+    head, tail = "/".join(parts[:index]), "/".join(parts[index + 1 :]) or "*"
+    bases = glob.iglob(head + "/") if index else [""]
     for base in bases:
         for folder in _folders(base or "."):
             inside = folder if base else folder.removeprefix(".").removeprefix("/")

@@ -57,21 +57,21 @@ def skip(chunks: Iterable[str], start: int) -> Iterator[str]:
         start = max(0, start - len(encoded))
 
 
-def line_start(chunks: Iterable[str], place: int) -> int:
-    """Return the UTF-8 byte at which to cut a text in two, at or before ``place``.
+def line_start(chunks: Iterable[str], limit: int) -> int:
+    """Return the UTF-8 byte at which to cut a text in two, at or before ``limit``.
 
-    That is the last start of a line, or of a character if the line starts before half of ``place``.
+    That is the last start of a line, or of a character if the line starts before half of ``limit``.
     """
     offset = line = character = 0
     for chunk in chunks:
-        before = chunk.encode()[: place - offset]
+        before = chunk.encode()[: limit - offset]
         if b"\n" in before:
             line = offset + before.rindex(b"\n") + 1
         character = offset + len(before.decode(errors="ignore").encode())
         offset += len(before)
-        if offset == place:
+        if offset == limit:
             break
-    return line if line > place // 2 else character
+    return line if line > limit // 2 else character
 
 
 def fingerprint(chunks: Iterable[str]) -> tuple[bytes, int]:

@@ -9,16 +9,17 @@ from model.config import ModelConfig
 from model.costs import costs_of
 from model.errors import CacheError, ConfigError
 from pipelines.experiments.arms import CHOICES, FULL, NONE, WITHOUT, Arm, ablation_arms, with_flops
-from pipelines.experiments.experiment import Experiment, SelectedRate, open_experiment, with_common_dtypes
+from pipelines.experiments.experiment import Experiment, SelectedRate, fix_settings, open_experiment
 from pipelines.experiments.flops import count_decode_flops, training_flops
 from pipelines.experiments.outputs import command_line, publish
 from pipelines.experiments.quantization import score_variants
-from pipelines.experiments.trials import FINAL, LOSS, Result, Trial, plan
+from pipelines.experiments.trials import FINAL, Result, Trial, plan
+from pipelines.recipe.metrics import LOSS
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.ablation import AblationResult, ArmResult, CostStage, figure, tables
 from pipelines.reports.arms import Runs
 from pipelines.reports.cache_measurement import check_memory, measure_cache
-from pipelines.training.curriculum import curriculum, total_steps
+from pipelines.training.curriculum import total_steps, total_tokens
 
 STAGE_TITLES = {
     NONE: "none of the five",
@@ -32,19 +33,19 @@ STAGE_TITLES = {
 
 def run_ablation(recipe: Recipe, write: Path | None) -> AblationResult:
     """Train and score all arms; log and print tables and the figure. Raises FiftyfoldError."""
-    recipe = with_common_dtypes(recipe)
+    recipe, manifest = fix_settings(recipe)
     section, arms = recipe.ablate, ablation_arms(recipe)
     if section.context > recipe.model.max_positions:
         raise ConfigError(f"ablate.context: {section.context} exceeds model.max_positions {recipe.model.max_positions}")
     stages = cost_stages(recipe)
     for config in stages.values():
         try:
-            check_memory(config, section.context)
+            check_memory([config], section.context)
         except CacheError as error:
             raise CacheError(f"ablate.context: {error}") from error
     flops = {arm.name: training_flops(arm.recipe) for arm in arms}
     longer = [arm for arm in arms if section.equal_flops and _is_scaled(arm, flops)]
-    with open_experiment("ablate", recipe, section, arms) as experiment:
+    with open_experiment("ablate", recipe, arms, manifest) as experiment:
         experiment.expect(len(arms) * (len(section.rates) + len(section.seeds)) + len(longer) * len(section.seeds))
         rates = experiment.select_rates(arms)
         trials = [plan(arm, seed, rates[arm.name].rate) for arm in arms for seed in section.seeds]
@@ -64,7 +65,7 @@ def run_ablation(recipe: Recipe, write: Path | None) -> AblationResult:
             command_line("ablate"),
             list(section.seeds),
             section.context,
-            sum(stage.steps * stage.tokens_per_step for stage in curriculum(recipe)),
+            total_tokens(recipe),
             [_arm_result(arm, rates[arm.name], trials, results, scaled, scaled_results) for arm in arms],
             measure_stages(stages, section.context),
             quantization,
@@ -83,8 +84,7 @@ def _log(experiment: Experiment, result: AblationResult, write: Path | None) -> 
     for arm in result.arms:
         for budget, runs in (("equal_tokens", arm.equal_tokens), ("equal_flops", arm.equal_flops)):
             if runs is not None:
-                means = {name: sum(values) / len(values) for name, values in runs.metrics.items()}
-                metrics |= {f"{arm.name}/{budget}/{name}": value for name, value in means.items()}
+                metrics |= {f"{arm.name}/{budget}/{name}": value for name, value in runs.means.items()}
     experiment.tracked.log_metrics(metrics)
     publish(experiment.tracked, "ablate", result.to_dict(), tables(result), {"waterfall": figure(result)}, write)
 
@@ -103,7 +103,7 @@ def _arm_result(
         arm.name,
         arm.title,
         rate.rate,
-        {f"{tried:g}": loss for tried, loss in rate.losses.items()},
+        rate.by_name,
         runs_of(first.recipe, results[arm.name]),
         None if longer is None else runs_of(longer.recipe, scaled_results[arm.name]),
     )

@@ -41,11 +41,6 @@ class Arm:
     scored: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the model to change after training, before scores."""
 
-    @property
-    def scored_model(self) -> ModelConfig:
-        """Configuration in which the trained network is scored."""
-        return self.recipe.model.replace(**self.scored)
-
 
 def dense_stages(recipe: Recipe) -> Recipe:
     """Return the recipe with dense attention in every stage, for a model without indexers."""

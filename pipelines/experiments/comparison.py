@@ -6,20 +6,19 @@ from pathlib import Path
 
 from model.config import ModelConfig
 from model.costs import CostModel, costs_of, count_parameters, ssa_costs, v32_costs, with_ssa
-from model.errors import ConfigError
+from model.errors import CacheError, ConfigError
 from model.mixers.gqa import GroupedQueryAttention
 from model.transformer import Transformer
 from pipelines.experiments.ablation import runs_of
 from pipelines.experiments.arms import Arm, comparison_arms
-from pipelines.experiments.experiment import open_experiment, with_common_dtypes
+from pipelines.experiments.experiment import fix_settings, open_experiment
 from pipelines.experiments.outputs import command_line, publish
 from pipelines.experiments.scoring import check_tasks
-from pipelines.experiments.timing import describe_machine, time_decoding, time_prefill
+from pipelines.experiments.timing import DECODED, describe_machine, time_decoding, time_prefill
 from pipelines.experiments.trials import plan
 from pipelines.recipe.schema import Recipe
-from pipelines.reports.cache_measurement import measure_cache
+from pipelines.reports.cache_measurement import check_memory, measure_cache
 from pipelines.reports.comparison import (
-    LENGTHS,
     PUBLISHED_LENGTH,
     ComparedArm,
     ComparisonResult,
@@ -30,15 +29,22 @@ from pipelines.reports.comparison import (
     quality_figure,
     tables,
 )
-from pipelines.training.curriculum import curriculum
+from pipelines.reports.figures import LENGTHS
+from pipelines.training.curriculum import total_tokens
 
 
 def run_comparison(recipe: Recipe, write: Path | None) -> ComparisonResult:
     """Train and score all arms, measure their costs; log and print tables and figures. Raises FiftyfoldError."""
-    recipe = with_common_dtypes(recipe)
+    recipe, manifest = fix_settings(recipe)
     section, arms = recipe.compare, comparison_arms(recipe)
-    configs = {arm.name: _long(arm.recipe.model) for arm in arms}
-    with open_experiment("compare", recipe, section, arms) as experiment:
+    longest = max(LENGTHS[-1], *(length + DECODED for length in section.timed_lengths))
+    configs = {arm.name: _long(arm.recipe.model, longest) for arm in arms}
+    for length in section.timed_lengths:
+        try:
+            check_memory(list(configs.values()), length + DECODED)
+        except CacheError as error:
+            raise CacheError(f"compare.timed_lengths: {error}") from error
+    with open_experiment("compare", recipe, arms, manifest) as experiment:
         _check_tasks(arms, section.seeds[0])
         experiment.expect(len(arms) * (len(section.rates) + len(section.seeds)))
         rates = experiment.select_rates(arms)
@@ -55,7 +61,7 @@ def run_comparison(recipe: Recipe, write: Path | None) -> ComparisonResult:
                     arm.name,
                     *parameters,
                     rate.rate,
-                    {f"{tried:g}": loss for tried, loss in rate.losses.items()},
+                    rate.by_name,
                     runs_of(next(t.recipe for t in trials if t.arm == arm.name), results[arm.name]),
                     _costs(costs_of(configs[arm.name]), configs[arm.name], section.max_measured_bytes),
                     decode[arm.name],
@@ -67,7 +73,7 @@ def run_comparison(recipe: Recipe, write: Path | None) -> ComparisonResult:
             section.name,
             command_line("compare"),
             list(section.seeds),
-            sum(stage.steps * stage.tokens_per_step for stage in curriculum(recipe)),
+            total_tokens(recipe),
             recipe.data.sequence_length,
             list(section.timed_lengths),
             describe_machine(),
@@ -80,11 +86,7 @@ def run_comparison(recipe: Recipe, write: Path | None) -> ComparisonResult:
         lengths = lengths_figure(result)
         if lengths is not None:
             figures["families-lengths"] = lengths
-        means = {
-            f"{arm.name}/{name}": sum(values) / len(values)
-            for arm in compared
-            for name, values in arm.runs.metrics.items()
-        }
+        means = {f"{arm.name}/{name}": mean for arm in compared for name, mean in arm.runs.means.items()}
         experiment.tracked.log_metrics(means)
         publish(experiment.tracked, "compare", result.to_dict(), tables(result), figures, write)
     return result
@@ -100,9 +102,9 @@ def _check_tasks(arms: list[Arm], seed: int) -> None:
             raise ConfigError(f"compare: arm {arm.name}: {error}") from None
 
 
-def _long(config: ModelConfig) -> ModelConfig:
-    """Return the configuration for the longest sequence of the costs."""
-    return config.replace(max_positions=max(LENGTHS[-1], config.max_positions))
+def _long(config: ModelConfig, tokens: int) -> ModelConfig:
+    """Return the configuration for sequences of up to ``tokens`` tokens."""
+    return config.replace(max_positions=max(tokens, config.max_positions))
 
 
 def _ssa_costs(configs: list[ModelConfig]) -> CostModel:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,19 +20,19 @@ from pipelines.data.check import check_prepared
 from pipelines.data.manifest import Manifest, read_manifest
 from pipelines.experiments.arms import Arm
 from pipelines.experiments.trial_process import run_trial
-from pipelines.experiments.trials import LOSS, Result, Trial, plan
+from pipelines.experiments.trials import Result, Trial, plan
 from pipelines.ray_runtime.fit import unwrap_ray_error
-from pipelines.ray_runtime.session import check_cluster, local_cpus, ray_session, require_resources, usable_cpus
-from pipelines.ray_runtime.tuner import fit_tuner
-from pipelines.recipe.experiments import ExperimentSection
+from pipelines.ray_runtime.session import check_cluster, local_cpus, ray_session, require_resources
+from pipelines.ray_runtime.tuner import TrialProgress, fit_tuner, trials_at_once
+from pipelines.recipe.experiments import AblateSection, CompareSection
+from pipelines.recipe.metrics import LOSS
 from pipelines.recipe.schema import Recipe
-from pipelines.reports.counting import time_left
 from pipelines.reports.statistics import too_few
 from pipelines.tracking.lineage import dataset_input
 from pipelines.tracking.mlflow_store import TrackedRun, attach, open_tracking
 from pipelines.tracking.run_folder import bind, lock_run_folder
 from pipelines.training import compute_dtype
-from pipelines.training.curriculum import check_fills_batch, curriculum
+from pipelines.training.curriculum import check_fills_batch
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,25 @@ class SelectedRate:
     rate: float
     losses: dict[float, float | None]
 
+    @property
+    def by_name(self) -> dict[str, float | None]:
+        """The losses by the rate as text, for JSON."""
+        return {f"{rate:g}": loss for rate, loss in self.losses.items()}
+
 
 class Experiment:
     """Runs trials of a step, with progress and the time left."""
 
-    def __init__(self, step: str, name: str, section: ExperimentSection, recipe: Recipe, tracked: TrackedRun):
-        self.step, self.name, self.section, self.recipe, self.tracked = step, name, section, recipe, tracked
-        self._progress = _Progress(name)
+    def __init__(self, step: str, recipe: Recipe, tracked: TrackedRun):
+        self.step, self.recipe, self.tracked = step, recipe, tracked
+        self.section: AblateSection | CompareSection = getattr(recipe, step)
+        self._labels: dict[str, str] = {}
+        """Labels of trials by folder."""
+        self._progress = TrialProgress(self.name, functools.partial(_describe, self._labels))
+
+    @property
+    def name(self) -> str:
+        return self.section.name
 
     @property
     def folder(self) -> Path:
@@ -64,8 +77,9 @@ class Experiment:
         self._progress.skip(len(trials) - len(pending))
         if not pending:
             return {}
-        for trial in pending.values():
+        for folder, trial in pending.items():
             trial.write()
+            self._labels[str(folder)] = trial.label
         descriptions = {str(folder): trial.to_dict() for folder, trial in pending.items()}
         section, use_gpu = self.section, self.recipe.train.use_gpu
         tracking = {"uri": self.tracked.uri, "parent": self.tracked.run_id, "kind": f"{self.step}_trial"}
@@ -73,18 +87,18 @@ class Experiment:
             tune.with_parameters(run_trial, trials=descriptions, tracking=tracking),
             {"CPU": section.cpus_per_trial, **({"GPU": 1.0} if use_gpu else {})},
         )
-        at_once = max(1, int(usable_cpus() // section.cpus_per_trial))
         tuner = tune.Tuner(
             trainable,
             param_space={"folder": tune.grid_search([str(folder) for folder in pending])},
             tune_config=tune.TuneConfig(
-                max_concurrent_trials=min(at_once, section.max_concurrent or at_once), reuse_actors=True
+                max_concurrent_trials=trials_at_once(section.cpus_per_trial, section.max_concurrent),
+                reuse_actors=True,
             ),
             run_config=tune.RunConfig(
                 name=f"{self.tracked.run_id[:8]}-{time.time_ns()}",
                 storage_path=str(self.folder / "tune"),
                 verbose=0,
-                callbacks=[self._progress.callback(pending)],
+                callbacks=[self._progress],
             ),
         )
         failures = {}
@@ -143,6 +157,11 @@ class Experiment:
         return found
 
 
+def _describe(labels: Mapping[str, str], trial: Any) -> str:
+    """Return the label and the final loss of one of Tune's trials. ``labels`` are by folder."""
+    return f"{labels[trial.config['folder']]}: {LOSS} {trial.last_result.get(LOSS, math.nan):.4f}"
+
+
 def _losses(trials: dict[float, Trial]) -> dict[float, float]:
     """Return the final losses by rate; NaN for a trial that failed."""
     return {rate: trial.result().metrics[LOSS] if trial.is_finished else math.nan for rate, trial in trials.items()}
@@ -169,12 +188,16 @@ def rate_beyond(selected: float, tried: Sequence[float]) -> float | None:
 
 
 @contextmanager
-def open_experiment(step: str, recipe: Recipe, section: Any, arms: Sequence[Arm]) -> Iterator[Experiment]:
-    """Start or resume the experiment ``section.name`` of a step on a Ray cluster.
+def open_experiment(step: str, recipe: Recipe, arms: Sequence[Arm], manifest: Manifest) -> Iterator[Experiment]:
+    """Start or resume the experiment of a step, ``ablate`` or ``compare``, on a Ray cluster.
 
     Raises ConfigError or DataError, before any compute, for an arm that cannot be trained on the prepared data.
+
+    Args:
+        recipe: The recipe of :func:`fix_settings`.
+        manifest: The manifest of its data.
     """
-    manifest = read_manifest(recipe.data_folder, verify=True)
+    section: AblateSection | CompareSection = getattr(recipe, step)
     for arm in arms:
         _check_arm(step, arm, manifest)
     few = too_few(section.seeds)
@@ -190,21 +213,30 @@ def open_experiment(step: str, recipe: Recipe, section: Any, arms: Sequence[Arm]
             with tracking.start_run(section.name, kind=step, recipe=recipe, run_id=known_run) as tracked:
                 bind(folder, tracked)
                 tracked.log_dataset(dataset_input(recipe.data_folder, manifest, "training"))
-                yield Experiment(step, section.name, section, recipe, tracked)
+                yield Experiment(step, recipe, tracked)
 
 
 def _check_arm(step: str, arm: Arm, manifest: Manifest) -> None:
     try:
         check_prepared(arm.recipe, manifest)
-        check_fills_batch(curriculum(arm.recipe), arm.recipe.data_folder, manifest)
+        check_fills_batch(arm.recipe, manifest)
     except ConfigError as error:
         raise ConfigError(f"{step}: arm {arm.name}: {error}") from None
 
 
-def with_common_dtypes(recipe: Recipe) -> Recipe:
-    """Return the recipe with the data types of this machine in place of ``auto``, common to all arms. Raises
-    ConfigError if trials run on GPUs and this machine has none."""
+def fix_settings(recipe: Recipe) -> tuple[Recipe, Manifest]:
+    """Return the recipe with the settings that all arms share, and the manifest of its verified data.
+
+    These are the vocabulary size of the data, and the data types of this machine in place of ``auto``. Raises
+    ConfigError or DataError, also if trials run on GPUs and this machine has none.
+    """
     check_cluster(recipe)
+    recipe = _with_common_dtypes(recipe)
+    manifest = read_manifest(recipe.data_folder, verify=True)
+    return check_prepared(recipe, manifest), manifest
+
+
+def _with_common_dtypes(recipe: Recipe) -> Recipe:
     auto = [key for key, value in compute_dtype.settings_of(recipe).items() if value == "auto"]
     if not auto:
         return recipe
@@ -213,37 +245,3 @@ def with_common_dtypes(recipe: Recipe) -> Recipe:
             f"train.use_gpu: this machine has no CUDA device to choose {' and '.join(auto)} for; set them in the recipe"
         )
     return compute_dtype.resolve(recipe, compute_dtype.choose("cuda" if recipe.train.use_gpu else "cpu"))
-
-
-class _Progress:
-    """Counts finished trials and estimates the time left."""
-
-    def __init__(self, name: str):
-        self.name, self.total = name, 0
-        self._finished = self._trained = 0
-        self._started = time.monotonic()
-
-    def skip(self, trials: int) -> None:
-        """Count trials that are reused."""
-        if trials:
-            self._finished += trials
-            print(f"{self.name}: {count(trials, 'finished trial')} {'is' if trials == 1 else 'are'} reused", flush=True)
-
-    def callback(self, pending: dict[Path, Trial]) -> tune.Callback:
-        progress = self
-
-        class _Printer(tune.Callback):
-            def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-                progress.finish(pending[Path(trial.config["folder"])], trial.last_result.get(LOSS, math.nan))
-
-        return _Printer()
-
-    def finish(self, trial: Trial, loss: float) -> None:
-        self._finished += 1
-        self._trained += 1
-        elapsed = time.monotonic() - self._started
-        left = max(0, self.total - self._finished) * elapsed / self._trained
-        print(
-            f"{self.name}: trial {self._finished}/{self.total}: {trial.label}: {LOSS} {loss:.4f}, {time_left(left)}",
-            flush=True,
-        )

@@ -22,7 +22,7 @@ TRAINING_RULE = (
     "dense stages attend to all entries; Muon's orthogonalization included; formats not weighted"
 )
 _MAX_POSITIONS = 1024
-"""Positions of a row at which the closed form is evaluated; of a longer row, evenly spaced ones."""
+"""Maximum number of positions at which the closed form is evaluated; longer rows use evenly spaced ones."""
 
 
 def training_flops(recipe: Recipe) -> float:
@@ -39,7 +39,7 @@ def _step_flops(stage: Stage) -> float:
     if stage.attends == "dense":
         config = config.replace(index_topk=length)
     count = min(length, _MAX_POSITIONS)
-    positions = [1 + int((place + 0.5) * length / count) for place in range(count)]
+    positions = [1 + int((i + 0.5) * length / count) for i in range(count)]
     work = [part for position in positions for part in decode_work(config, position)]
     indexing = sum(part.flops for part in work if part.kind == "index")
     others = sum(part.flops for part in work if part.kind != "index")

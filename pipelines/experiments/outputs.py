@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import io
+import itertools
 import json
 import shlex
 import sys
@@ -13,11 +13,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from model.atomic_files import atomic_file, write_text
+from model.atomic_files import write_text
 from pipelines.experiments.scoring import fewest_samples
 from pipelines.recipe.loading import load_recipe, with_overrides
-from pipelines.recipe.paths import check_creatable, path_option
+from pipelines.recipe.paths import check_creatable, path_option, without_password
 from pipelines.recipe.schema import Recipe
+from pipelines.reports.figures import save_figure
 from pipelines.reports.tables import Table
 from pipelines.tracking.mlflow_store import TrackedRun
 from pipelines.training.curriculum import curriculum
@@ -26,6 +27,7 @@ RESULTS = "results.json"
 """Artifact with the results of a step, from which its figures are drawn."""
 _QUICK_STEPS, _QUICK_ROWS = 16, 4
 _SECTIONS = ("ablate", "compare")
+_URI_OPTION = "--tracking.uri"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -37,14 +39,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def loader(step: str) -> Callable[[argparse.Namespace, Sequence[Path], Sequence[str]], Recipe]:
-    """Return the function that loads the recipe of a step with results, in its quick form if asked for. It raises
-    ConfigError."""
+    """Return the function that loads the recipe of a step with results, in its quick form if asked for. It takes
+    ``quick`` out of the options, and raises ConfigError."""
 
     def load(options: argparse.Namespace, files: Sequence[Path], overrides: Sequence[str]) -> Recipe:
         if options.write is not None:
             check_creatable(options.write / f"{step}.json", "--write")
         recipe = load_recipe(files, overrides)
-        return quick(recipe) if options.quick else recipe
+        return quick(recipe) if vars(options).pop("quick") else recipe
 
     return load
 
@@ -92,15 +94,20 @@ def command_line(step: str) -> str:
 def command_of(step: str) -> str:
     """Return the command of another ``step`` with the recipe files and settings of this process."""
     arguments = _arguments() or [step]
-    place = 0  # of the step, which options and their values may precede
-    while arguments[place].startswith("-"):
-        place += 1 if "=" in arguments[place] else 2
-    return _to_command([*arguments[:place], step, *arguments[place + 1 :]])
+    index = 0  # index of the step; options and their values may precede it
+    while arguments[index].startswith("-"):
+        index += 1 if "=" in arguments[index] else 2
+    return _to_command([*arguments[:index], step, *arguments[index + 1 :]])
 
 
 def _arguments() -> list[str]:
-    """Return the arguments of this process, none where another program runs the step."""
-    return sys.argv[1:] if Path(sys.argv[0]).parts[-2:] == ("pipelines", "__main__.py") else []
+    """Return the arguments of this process without a password, none where another program runs the step."""
+    if Path(sys.argv[0]).parts[-2:] != ("pipelines", "__main__.py"):
+        return []
+    return [
+        without_password(argument) if before == _URI_OPTION or argument.startswith(f"{_URI_OPTION}=") else argument
+        for before, argument in itertools.pairwise(["", *sys.argv[1:]])
+    ]
 
 
 def _to_command(arguments: Sequence[str]) -> str:
@@ -127,17 +134,6 @@ def publish(
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / f"{step}.json", text)
         for name, figure in figures.items():
-            save_png(figure, folder / f"{name}.png")
+            save_figure(figure, folder / f"{name}.png")
         print(f"results: {folder}", flush=True)
     print(f"run: {tracked.run_id} ({tracked.url_hint()})", flush=True)
-
-
-def save_png(figure: Figure, path: Path) -> None:
-    with atomic_file(path) as scratch:
-        figure.savefig(scratch, dpi=130, format="png")
-
-
-def png_bytes(figure: Figure) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, dpi=130, format="png")
-    return stream.getvalue()

@@ -10,6 +10,7 @@ from model import checkpoint
 from model.config import CACHE_FORMATS, ModelConfig
 from model.transformer import Transformer
 from pipelines.recipe.schema import Recipe
+from pipelines.training.curriculum import curriculum
 from pipelines.training.validation import held_out_batches, validate
 
 METRICS = ("loss", "text_loss", "recall", "needle_recall", "recall_at_k", "recall_at_k_of_best")
@@ -42,14 +43,14 @@ def score_variants(
     recipe: Recipe, with_qat: Sequence[Path], without: Sequence[Path]
 ) -> dict[str, dict[str, list[float]]]:
     """Score pairs of checkpoints on the held-out rows; return {variant: {metric: one value per pair}}."""
-    batches = held_out_batches(recipe)
+    batches, attention = held_out_batches(recipe), curriculum(recipe)[-1].attends
     found = {}
     for variant in VARIANTS:
         each = []
         for folder in with_qat if variant.trained_with_qat else without:
             model = Transformer(variant.configure(checkpoint.load_config(folder)))
             checkpoint.load_weights(model, folder)
-            metrics = validate(model.eval(), batches, "sparse")
+            metrics = validate(model.eval(), batches, attention)
             each.append({name.removeprefix("validation/"): value for name, value in metrics.items()})
         found[variant.name] = {name: [scores[name] for scores in each] for name in METRICS if name in each[0]}
     return found

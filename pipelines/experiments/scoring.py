@@ -82,7 +82,7 @@ def _documents(recipe: Recipe, tasks: Sequence[str], lengths: Sequence[int]) -> 
         "depths": section.depths,
         "samples": section.samples,
         "seed": section.seed,
-        "data_folder": recipe.data_folder if recipe.data_folder.is_dir() else None,
+        "data_folder": recipe.prepared_data,
         "settings": {task: recipe.data.settings_of(task) for task in tasks},
         "distance": section.distance,
     }

@@ -14,16 +14,19 @@ from model.cache.random_fill import fill_random
 from model.config import ModelConfig
 from model.generation import prefill
 from model.transformer import Transformer
+from model.wording import count
 
 _ROUNDS = 5
+DECODED = _ROUNDS + 1
+"""Tokens that :func:`time_decoding` decodes behind each length."""
 
 
 def describe_machine() -> str:
     """Return a note on the machine and the method."""
-    threads = torch.get_num_threads()
+    threads = count(torch.get_num_threads(), "thread")
     return (
-        f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}; networks take turns, medians of {_ROUNDS}; "
-        "random weights and cache entries"
+        f"{platform.machine()} CPU, {threads}; networks take turns, medians of {_ROUNDS}; random weights and cache "
+        "entries"
     )
 
 
@@ -34,11 +37,11 @@ def time_decoding(configs: Mapping[str, ModelConfig], lengths: Sequence[int]) ->
     found: dict[str, list[float]] = {name: [] for name in configs}
     token = torch.zeros((1, 1), dtype=torch.int64)
     for length in lengths:
-        caches = {name: Cache(config, 1, length + _ROUNDS + 1) for name, config in configs.items()}
+        caches = {name: Cache(config, 1, length + DECODED) for name, config in configs.items()}
         for cache in caches.values():
             fill_random(cache, length)
         times: dict[str, list[float]] = {name: [] for name in configs}
-        for _ in range(_ROUNDS + 1):
+        for _ in range(DECODED):
             for name, model in models.items():
                 started = time.perf_counter()
                 model(token, caches[name], last_only=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from model.tokenizer import load_tokenizer
 from model.transformer import Transformer
 from pipelines.data.manifest import read_manifest
 from pipelines.experiments.scoring import score_tasks
-from pipelines.experiments.trials import FINAL, LAST, LOSS, RESULT, Trial, only_process
+from pipelines.experiments.trials import FINAL, LAST, RESULT, Trial, only_process
 from pipelines.recipe.loading import with_overrides
+from pipelines.recipe.metrics import LOSS
 from pipelines.reports.cache_measurement import measured_cache
 from pipelines.tracking.lineage import dataset_input
 from pipelines.tracking.mlflow_store import TrackedRun, open_tracking
@@ -27,7 +27,7 @@ from pipelines.tracking.run_file import read_run_file
 from pipelines.tracking.run_folder import bind
 from pipelines.training import compute_dtype
 from pipelines.training.build import build_trainer, folder_batches
-from pipelines.training.curriculum import curriculum
+from pipelines.training.curriculum import Stage, curriculum, tokens_after
 from pipelines.training.reporter import WriteCheckpoint
 from pipelines.training.trainer import Trainer
 from pipelines.training.validation import held_out_batches, validate
@@ -85,7 +85,7 @@ def _train(trial: Trial, folder: Path, tracked: TrackedRun) -> None:
     tracked.log_metrics(measured_cache(recipe.model))
     tracked.log_dataset(dataset_input(recipe.data_folder, read_manifest(recipe.data_folder), "training"))
     last = folder / LAST
-    recorder = _Recorder(_step_tokens(trial), tracked, last)
+    recorder = _Recorder(curriculum(recipe), tracked, last)
     # The seed also determines the order of the data, while the prepared folder depends on the recipe's own seed.
     batches = folder_batches(with_overrides(recipe, {"data.seed": trial.seed}))
     trainer = build_trainer(recipe, batches, recorder, device=device, last=last if last.exists() else None)
@@ -99,18 +99,8 @@ def _train(trial: Trial, folder: Path, tracked: TrackedRun) -> None:
         state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
         checkpoint.write(state, model.config, scratch, tokenizer)
         compute_dtype.write(scratch, compute_dtype.settings_of(trainer.recipe))
-    result = {
-        "run_id": tracked.run_id,
-        "metrics": metrics,
-        "curve": recorder.curve,
-        "seconds": recorder.seconds(),
-    }
+    result = {"run_id": tracked.run_id, "metrics": metrics, "curve": recorder.curve}
     write_text(folder / RESULT, json.dumps(result) + "\n")
-
-
-def _step_tokens(trial: Trial) -> list[int]:
-    """Return the tokens of every optimizer step, in order."""
-    return [stage.tokens_per_step for stage in curriculum(trial.recipe) for _ in range(stage.steps)]
 
 
 def _validate_scored(trial: Trial, trainer: Trainer, device: str) -> dict[str, float]:
@@ -136,19 +126,13 @@ def _evaluate(trial: Trial, folder: Path, tracked: TrackedRun) -> None:
 class _Recorder:
     """Reporter that keeps the points of a curve, logs to MLflow, and writes checkpoints to resume from."""
 
-    def __init__(self, step_tokens: list[int], tracked: TrackedRun, last: Path):
+    def __init__(self, stages: tuple[Stage, ...], tracked: TrackedRun, last: Path):
         self.tracked, self.last = tracked, last
         self.curve: list[tuple[int, dict[str, float]]] = []
-        self._earlier = 0.0
-        self._started = time.monotonic()
-        self._step_tokens, self._seconds = step_tokens, list[float]()
+        self._stages, self._seconds = stages, list[float]()
         if (last / CURVE).exists():
             kept: dict[str, Any] = json.loads((last / CURVE).read_text())
-            self.curve, self._earlier = [(tokens, metrics) for tokens, metrics in kept["curve"]], kept["seconds"]
-
-    def seconds(self) -> float:
-        """Return the time of the training, over all processes that ran it."""
-        return self._earlier + time.monotonic() - self._started
+            self.curve = [(tokens, metrics) for tokens, metrics in kept["curve"]]
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self.tracked.log_step(metrics, step)
@@ -164,7 +148,7 @@ class _Recorder:
 
     def report(self, step: int, metrics: dict[str, float], write: WriteCheckpoint | None) -> None:
         self.tracked.log_step(metrics, step)
-        tokens = sum(self._step_tokens[:step])
+        tokens = tokens_after(self._stages, step)
         if metrics and (not self.curve or self.curve[-1][0] < tokens):
             times = {STEP_SECONDS: statistics.median(self._seconds)} if self._seconds else {}
             self._seconds.clear()
@@ -172,5 +156,4 @@ class _Recorder:
         if write is not None:
             with atomic_folder(self.last) as scratch:
                 write(scratch)
-                kept = {"curve": self.curve, "seconds": self.seconds()}
-                (scratch / CURVE).write_text(json.dumps(kept) + "\n")
+                (scratch / CURVE).write_text(json.dumps({"curve": self.curve}) + "\n")

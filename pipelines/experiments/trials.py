@@ -22,7 +22,6 @@ from pipelines.recipe.loading import recipe_from_dict, with_overrides
 from pipelines.recipe.schema import Recipe
 from pipelines.tracking.run_folder import training_identity
 
-LOSS = "validation/loss"
 RESULT, TRIAL, LAST, FINAL = "result.json", "trial.json", "last", "final"
 """Names in a trial's folder: its result, its description, the checkpoint to resume from, and the trained network."""
 
@@ -69,13 +68,16 @@ class Trial:
         return cls(**{**values, "recipe": recipe_from_dict(values["recipe"])})
 
     def write(self) -> None:
-        """Write the trial's description to its folder."""
+        """Write the trial's description to its folder, without the tracking store, whose URI may hold a password."""
+        values = self.to_dict()
+        values["recipe"]["tracking"]["uri"] = None
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / TRIAL, json.dumps(self.to_dict(), indent=2) + "\n")
+        write_text(self.folder / TRIAL, json.dumps(values, indent=2) + "\n")
 
     def result(self) -> Result:
         """Return the result of a finished trial."""
-        result = Result(**json.loads((self.folder / RESULT).read_text()))
+        values = json.loads((self.folder / RESULT).read_text())
+        result = Result(values["run_id"], values["metrics"], values["curve"])
         if self.evaluated:
             evaluation = json.loads(self.evaluation_file.read_text())
             result = dataclasses.replace(result, metrics=result.metrics | evaluation)
@@ -91,7 +93,6 @@ class Result:
     """Scores of the trained network: those of validation, and of tasks as ``eval/...``."""
     curve: list[tuple[int, dict[str, float]]]
     """Tokens seen and validation metrics, in order."""
-    seconds: float
 
     def line(self, metric: str) -> list[tuple[int, float]]:
         return [(tokens, metrics[metric]) for tokens, metrics in self.curve if metric in metrics]

@@ -106,9 +106,9 @@ def fit(
 
 
 def _datasets(recipe: Recipe) -> dict[str, Any]:
-    """Return the training rows at each sequence length of the stages. The step has verified the shards already."""
+    """Return the training rows at each sequence length of the stages."""
     return {
-        dataset_name(stage): train_dataset(recipe.data_folder, stage.sequence_length, recipe.data.seed, verify=False)
+        dataset_name(stage): train_dataset(recipe.data_folder, stage.sequence_length, recipe.data.seed)
         for stage in curriculum(recipe)
     }
 

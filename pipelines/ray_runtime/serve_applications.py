@@ -22,7 +22,7 @@ from model.errors import ConfigError, FiftyfoldError
 from model.wording import count
 from pipelines.ray_runtime.session import PROJECT
 from pipelines.recipe.schema import ServeSection
-from pipelines.tracking.served_models import ServedModel
+from pipelines.tracking.served_models import DeployedModel
 from serve.app import GATEWAY, application_name, build_gateway, build_model
 from serve.config import ServerConfig
 
@@ -39,7 +39,7 @@ def needed_cpus(section: ServeSection) -> int:
     return math.ceil((models * section.most_replicas + section.replicas) * section.cpus_per_replica)
 
 
-def check_cluster(section: ServeSection) -> None:
+def check_serve_cluster(section: ServeSection) -> None:
     """Raise ConfigError if Ray Serve would wait forever for resources, or replace another application."""
     resources = ray.cluster_resources()
     replicas = section.replicas * (1 + len(section.models))
@@ -57,7 +57,7 @@ def check_cluster(section: ServeSection) -> None:
         )
 
 
-def start_applications(section: ServeSection, models: Sequence[ServedModel]) -> None:
+def start_applications(section: ServeSection, models: Sequence[DeployedModel]) -> None:
     """Start Ray Serve with all applications and wait until they run. Raises FiftyfoldError if they do not."""
     names = [application_name(model.name) for model in models]
     targets = [
@@ -77,7 +77,7 @@ def start_applications(section: ServeSection, models: Sequence[ServedModel]) -> 
         raise FiftyfoldError(f"serve: Ray Serve could not start ({failure(error, [*names, GATEWAY])})") from error
 
 
-def replace_model(section: ServeSection, model: ServedModel) -> None:
+def replace_model(section: ServeSection, model: DeployedModel) -> None:
     """Begin to replace the replicas of a model by new ones. :func:`replacement_state` tells how it ends."""
     target = ray_serve.RunTarget(
         build_model(model_arguments(section, model)),
@@ -88,10 +88,16 @@ def replace_model(section: ServeSection, model: ServedModel) -> None:
     ray_serve.run_many([target], wait_for_applications_running=False)
 
 
-def replacement_state(model: ServedModel) -> tuple[ApplicationStatus, str]:
-    """Return the status of a model's application and the error of its replicas, if there is one."""
+def replacement_state(model: DeployedModel) -> tuple[ApplicationStatus, str]:
+    """Return the status of a model's application and the error of its replicas, if there is one.
+
+    Raises FiftyfoldError if Ray Serve does not know the application.
+    """
     name = application_name(model.name)
-    status = ray_serve.status().applications[name].status
+    application = ray_serve.status().applications.get(name)
+    if application is None:
+        raise FiftyfoldError(f"Ray Serve has no application '{name}'")
+    status = application.status
     failed = status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
     return status, failure(RuntimeError(f"the application is {status.value}"), [name]) if failed else ""
 
@@ -136,13 +142,13 @@ def failure(error: Exception, applications: Sequence[str]) -> str:
     return (text.strip() or type(error).__name__).splitlines()[-1].strip()
 
 
-def model_arguments(section: ServeSection, model: ServedModel) -> dict[str, Any]:
+def model_arguments(section: ServeSection, model: DeployedModel) -> dict[str, Any]:
     """Return the arguments of :func:`serve.app.build_model`."""
     own = {"model_name": model.name, "checkpoint": str(model.checkpoint.absolute()), "version": model.version}
     return {**_settings(section), **own}
 
 
-def gateway_arguments(section: ServeSection, models: Sequence[ServedModel]) -> dict[str, Any]:
+def gateway_arguments(section: ServeSection, models: Sequence[DeployedModel]) -> dict[str, Any]:
     """Return the arguments of :func:`serve.app.build_gateway`."""
     return {**_settings(section), "models": [model.name for model in models]}
 
@@ -154,7 +160,7 @@ def _settings(section: ServeSection) -> dict[str, Any]:
     return values
 
 
-def serve_config(section: ServeSection, models: Sequence[ServedModel]) -> dict[str, Any]:
+def serve_config(section: ServeSection, models: Sequence[DeployedModel]) -> dict[str, Any]:
     """Return the content of a Serve config file, as ``serve deploy`` takes it. Defaults are left out."""
     defaults = ServerConfig().model_dump()
 

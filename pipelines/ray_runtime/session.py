@@ -174,7 +174,7 @@ def usable_cpus() -> float:
 
     A local cluster has more logical CPUs than cores.
     """
-    return ray.cluster_resources()["CPU"] if "RAY_ADDRESS" in os.environ else float(os.cpu_count() or 1)
+    return ray.cluster_resources()["CPU"] if os.environ.get("RAY_ADDRESS") else float(os.cpu_count() or 1)
 
 
 def check_cluster(recipe: Recipe) -> None:

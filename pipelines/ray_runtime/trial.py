@@ -1,4 +1,4 @@
-"""The process of one Tune trial."""
+"""The process of one trial of a sweep."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def trial_storage(recipe: Recipe, trial_id: str) -> Path:
     return recipe.sweep_folder / "train" / trial_id
 
 
-def run_trial(
+def run_sweep_trial(
     config: dict[str, Any], recipe: dict[str, Any], dtypes: compute_dtype.Dtypes, tracking: dict[str, str]
 ) -> None:
     """Train one trial and report to Tune.
@@ -109,10 +109,8 @@ def _start_run(
     tracking: Tracking, parent: str, trial_id: str, settings: dict[str, Setting], recipe: Recipe
 ) -> TrackedRun:
     """Resume the trial's nested MLflow run, or start it."""
-    earlier = tracking.client.search_runs(
-        [tracking.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}' and tags.trial = '{trial_id}'"
-    )
-    run_id = earlier[0].info.run_id if earlier else None
+    earlier = next(tracking.search_runs(f"tags.`mlflow.parentRunId` = '{parent}' and tags.trial = '{trial_id}'"), None)
+    run_id = None if earlier is None else earlier.info.run_id
     tracked = tracking.start_run(
         short_label(settings), kind="trial", recipe=recipe, parent_run_id=parent, run_id=run_id
     )

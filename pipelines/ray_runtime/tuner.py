@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -11,9 +13,10 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
+from model.wording import count
 from pipelines.ray_runtime.fit import unwrap_ray_error
 from pipelines.ray_runtime.session import usable_cpus
-from pipelines.ray_runtime.trial import run_trial
+from pipelines.ray_runtime.trial import run_sweep_trial
 from pipelines.recipe.experiments import Range, Setting
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.counting import time_left
@@ -29,11 +32,13 @@ def cpus_per_trial(recipe: Recipe) -> float:
     return recipe.sweep.cpus_per_trial if recipe.sweep.in_process else train.workers * train.cpus_per_worker + 1
 
 
-def _concurrent_trials(recipe: Recipe) -> int:
-    """Return the number of trials to run at a time. More would wait for each other's workers and deadlock."""
-    section, each = recipe.sweep, cpus_per_trial(recipe)
-    fitting = int(ray.cluster_resources()["CPU"] // each)
-    wanted = int(usable_cpus() // each) if section.max_concurrent is None else section.max_concurrent
+def trials_at_once(cpus_each: float, max_concurrent: int | None) -> int:
+    """Return the number of trials of ``cpus_each`` logical CPUs to run at a time.
+
+    More than the cluster has room for would wait for each other's workers and deadlock.
+    """
+    fitting = int(ray.cluster_resources()["CPU"] // cpus_each)
+    wanted = int(usable_cpus() // cpus_each) if max_concurrent is None else max_concurrent
     return max(1, min(wanted, fitting))
 
 
@@ -76,7 +81,7 @@ def run_trials(recipe: Recipe, points: list[dict[str, Setting]], tracked: Tracke
     """
     sweep = recipe.sweep
     trial = tune.with_parameters(
-        run_trial,
+        run_sweep_trial,
         recipe=recipe.to_dict(),
         dtypes=_choose_dtypes(recipe, tracked),
         tracking={"uri": tracked.uri, "parent": tracked.run_id},
@@ -96,7 +101,7 @@ def run_trials(recipe: Recipe, points: list[dict[str, Setting]], tracked: Tracke
             tune_config=tune.TuneConfig(
                 metric=sweep.metric,
                 mode=sweep.mode,
-                max_concurrent_trials=_concurrent_trials(recipe),
+                max_concurrent_trials=trials_at_once(cpus_per_trial(recipe), sweep.max_concurrent),
                 num_samples=total if optuna else 1,
                 search_alg=OptunaSearch(metric=sweep.metric, mode=sweep.mode, seed=recipe.run.seed % 2**32)
                 if optuna
@@ -113,7 +118,7 @@ def run_trials(recipe: Recipe, points: list[dict[str, Setting]], tracked: Tracke
                 name="tune",
                 storage_path=str(recipe.sweep_folder),
                 verbose=0,
-                callbacks=[_TrialPrinter(recipe, total)],
+                callbacks=[TrialProgress(sweep.name, functools.partial(_describe, sweep.metric), total)],
             ),
         )
     return fit_tuner(tuner, total)
@@ -137,21 +142,36 @@ def _choose_dtypes(recipe: Recipe, tracked: TrackedRun) -> compute_dtype.Dtypes:
     return dtypes
 
 
-class _TrialPrinter(tune.Callback):
-    """Prints a line per finished trial."""
+def _describe(metric: str, trial: Any) -> str:
+    """Return the settings and the last result of one of Tune's trials."""
+    label, result = trial_label(decode(trial.config["settings"])), trial.last_result
+    return f"{label}: {metric} {result.get(metric, float('nan')):.3f} after {result.get('step', 0):.0f} steps"
 
-    def __init__(self, recipe: Recipe, total: int):
-        self.name, self.metric, self.total = recipe.sweep.name, recipe.sweep.metric, total
-        self.done = 0
-        self.started = time.monotonic()
+
+class TrialProgress(tune.Callback):
+    """Prints a line per finished trial, with the time left.
+
+    Args:
+        name: Name of the sweep or experiment.
+        describe: Returns the text of one of Tune's trials that has finished.
+        total: Number of trials. It may be raised later.
+    """
+
+    def __init__(self, name: str, describe: Callable[[Any], str], total: int = 0):
+        self.name, self.total = name, total
+        self._describe = describe
+        self._finished = self._trained = 0
+        self._started = time.monotonic()
+
+    def skip(self, trials: int) -> None:
+        """Count trials that are reused."""
+        if trials:
+            self._finished += trials
+            print(f"{self.name}: {count(trials, 'finished trial')} {'is' if trials == 1 else 'are'} reused", flush=True)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self.done += 1
-        result = trial.last_result
-        left = (time.monotonic() - self.started) / self.done * max(0, self.total - self.done)
-        print(
-            f"{self.name}: trial {self.done}/{self.total} {trial_label(decode(trial.config['settings']))}  "
-            f"{self.metric} {result.get(self.metric, float('nan')):.3f} after {result.get('step', 0):.0f} steps, "
-            f"{time_left(left)}",
-            flush=True,
-        )
+        self._finished += 1
+        self._trained += 1
+        each = (time.monotonic() - self._started) / self._trained
+        left = time_left(each * max(0, self.total - self._finished))
+        print(f"{self.name}: trial {self._finished}/{self.total}: {self._describe(trial)}, {left}", flush=True)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, model_validator
 
+from pipelines.recipe.metrics import LOSS
 from pipelines.recipe.section import MAX_LENGTH, Distinct, Section
 from pipelines.recipe.text_types import Name, RecipeKey, Text
 
@@ -94,11 +95,12 @@ class SweepSection(Section):
     cpus_per_trial: _Positive = 1.0
     """CPUs of a trial that trains in its own process."""
     max_concurrent: Annotated[int, Field(ge=1)] | None = None
-    """Maximum number of trials at a time. None fills the cluster, or this machine's cores."""
+    """Maximum number of trials at a time; fewer if the cluster has too few logical CPUs. None fills the cluster at
+    RAY_ADDRESS, or this machine's cores."""
     grace_validations: Annotated[int, Field(ge=1)] = 1
     """Validations before ASHA may stop a trial."""
     reduction_factor: Annotated[int, Field(ge=2)] = 2
-    metric: Text = "validation/loss"
+    metric: Text = LOSS
     mode: Literal["min", "max"] = "min"
     evaluate_front: bool = False
     """Score the points on the Pareto front on the tasks and lengths of the evaluate section, for the verdict."""
@@ -120,7 +122,8 @@ class ExperimentSection(Section):
     rate to the edge is that of the edge to its neighbor."""
     cpus_per_trial: _Positive = 1.0
     max_concurrent: Annotated[int, Field(ge=1)] | None = None
-    """Maximum number of trainings at a time. None fills the cluster, or this machine's cores."""
+    """Maximum number of trials at a time; fewer if the cluster has too few logical CPUs. None fills the cluster at
+    RAY_ADDRESS, or this machine's cores."""
 
 
 Choice = Literal["attention", "precision", "muon", "hyper_connections", "qat"]

@@ -103,14 +103,14 @@ def _check_keys(recipe: Recipe) -> None:
             raise ConfigError(f"sweep.space.{outer}: expected a list of values or one of {kinds}, found '{name}'")
     changes = {"sweep.space": recipe.sweep.space, "sweep.overrides": recipe.sweep.overrides}
     changes |= {f"ablate.variants.{name}": values for name, values in recipe.ablate.variants.items()}
-    for place, values in changes.items():
+    for section, values in changes.items():
         for key in values:
             if key in _STARTING_POINTS:
-                raise ConfigError(f"{place}.{key}: {_TOO_LATE}")
+                raise ConfigError(f"{section}.{key}: {_TOO_LATE}")
             try:
                 check_key(key)
             except ConfigError as error:
-                raise ConfigError(f"{place}.{with_suggestion(str(error))}") from None
+                raise ConfigError(f"{section}.{with_suggestion(str(error))}") from None
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:

@@ -272,8 +272,8 @@ class ServeSection(Section, ServerConfig):
     """Further models by the names that clients use, each with a value like ``model_uri``. All have the same
     settings."""
     alias_poll_seconds: Annotated[float, Field(gt=0)] | None = 10.0
-    """Time between two looks at the registry for aliases that have moved. New replicas then replace the old ones.
-    None serves the versions found at the start."""
+    """Seconds between polls of the registry for moved aliases. New replicas then replace the old ones. None serves the
+    versions found at the start."""
     host: Host = "127.0.0.1"
     """Address to listen on. Addresses other than loopback ones need an API key."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
@@ -340,6 +340,11 @@ class Recipe(Section):
     @property
     def data_folder(self) -> Path:
         return self.run.folder / "data" / self.data.name
+
+    @property
+    def prepared_data(self) -> Path | None:
+        """The data folder, or None if there is none yet."""
+        return self.data_folder if self.data_folder.is_dir() else None
 
     @property
     def sweep_folder(self) -> Path:

@@ -19,8 +19,8 @@ _Values = TypeVar("_Values", bound=Sequence)
 def check_distinct(values: _Values) -> _Values:
     """Return ``values``. Raises ValueError if a value occurs twice. Unlike in Python, true differs from 1."""
     typed = [(isinstance(value, bool), value) for value in values]
-    for place, value in enumerate(values):
-        if typed[place] in typed[:place]:
+    for index, value in enumerate(values):
+        if typed[index] in typed[:index]:
             raise ValueError(f"has the value {quote(value)} twice")
     return values
 

@@ -12,8 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from model.work import WEIGHTING
-from pipelines.reports.arms import LOSS, METRICS, Runs, differences, rates_table, score_cells
-from pipelines.reports.statistics import MIN_SEEDS, estimate, format_estimate, tokens_to, too_few
+from pipelines.recipe.metrics import LOSS
+from pipelines.reports.arms import METRICS, Runs, differences, rates_table, score_cells
+from pipelines.reports.statistics import estimate, format_estimate, interval_note, seeds_caption, tokens_to
 from pipelines.reports.tables import Table
 
 _CLOSED, _MEASURED, _BAND = "#2c5f8a", "#c0392b", "#9aa7b1"
@@ -107,8 +108,7 @@ def _scores(result: AblationResult, title: str, equal_flops: bool) -> list[Table
     rows = [
         [name, str(runs.steps), f"{runs.flops:.3g}", *score_cells(runs.metrics, METRICS)] for name, runs in arms.items()
     ]
-    note = too_few(result.seeds) or f"mean ± half width of the 95% t interval over {len(result.seeds)} seeds"
-    scores = Table(title, ["arm", "steps", "FLOPs", *METRICS], rows, note)
+    scores = Table(title, ["arm", "steps", "FLOPs", *METRICS], rows, interval_note(result.seeds))
     return [scores, differences(f"{title}: difference from the full recipe", arms, result.seeds)]
 
 
@@ -177,12 +177,7 @@ def figure(result: AblationResult) -> Figure:
         _quality(axes, result, by_name, METRICS[name])
         axes.set(ylabel=name, title=f"{name} without the choice, equal tokens")
     recall.set_xticks(range(len(stages)), [stage.title for stage in stages], fontsize=9)
-    caption = f"Seeds {', '.join(map(str, result.seeds))}. "
-    if len(result.seeds) >= MIN_SEEDS:
-        caption += "Bars: 95% t intervals. Band: the full recipe."
-    else:
-        caption += f"{too_few(result.seeds)}."
-    drawn.supxlabel(caption, fontsize=9)
+    drawn.supxlabel(seeds_caption(result.seeds, "Bars: 95% t intervals. Band: the full recipe."), fontsize=9)
     return drawn
 
 
@@ -212,14 +207,14 @@ def _quality(axes: Axes, result: AblationResult, arms: dict[str, ArmResult], met
     half = full.half_width or 0.0
     axes.axhspan(full.mean - half, full.mean + half, color=_BAND, alpha=0.3, linewidth=0)
     axes.axhline(full.mean, color=_CLOSED, linewidth=1.2, label="full recipe")
-    for place, stage in enumerate(result.waterfall):
+    for index, stage in enumerate(result.waterfall):
         arm = arms.get(stage.name)
         if arm is None:
             continue
         found = estimate(arm.equal_tokens.metrics[metric])
-        axes.errorbar(place, found.mean, yerr=found.half_width, fmt="o", color=_MEASURED, capsize=4, zorder=3)
-        axes.plot([place] * len(found.values), found.values, ".", color=_MEASURED, alpha=0.5, markersize=5)
+        axes.errorbar(index, found.mean, yerr=found.half_width, fmt="o", color=_MEASURED, capsize=4, zorder=3)
+        axes.plot([index] * len(found.values), found.values, ".", color=_MEASURED, alpha=0.5, markersize=5)
         label = f" {found.mean:.3f}"
-        axes.annotate(label, (place, found.mean), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9)
+        axes.annotate(label, (index, found.mean), xytext=(8, 0), textcoords="offset points", va="center", fontsize=9)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, loc="best")

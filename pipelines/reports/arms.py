@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pipelines.recipe.metrics import LOSS
 from pipelines.reports.statistics import (
     adjusted,
     estimate,
@@ -17,7 +18,6 @@ from pipelines.reports.statistics import (
 )
 from pipelines.reports.tables import Table
 
-LOSS = "validation/loss"
 METRICS = {
     "validation loss": LOSS,
     "loss on text": "validation/text_loss",
@@ -40,6 +40,11 @@ class Runs:
     """Values by metric, in the order of the seeds."""
     curves: list[list[tuple[int, float]]] = field(default_factory=list)
     """(tokens, validation loss) of each training."""
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Mean over the seeds by metric."""
+        return {name: sum(values) / len(values) for name, values in self.metrics.items()}
 
 
 def score_cells(metrics: Mapping[str, list[float]], names: Mapping[str, str]) -> list[str]:

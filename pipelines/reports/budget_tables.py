@@ -8,6 +8,7 @@ from model.costs import PARAMETER_RULE, WEIGHTING, CostModel, times
 from model.wording import count
 from pipelines.reports.budget import Budget
 from pipelines.reports.cache_measurement import MEASUREMENT_RULE
+from pipelines.reports.counting import size
 from pipelines.reports.terminal import print_table
 
 
@@ -29,8 +30,8 @@ def print_budget(budget: Budget) -> None:
     print_table("parameters", ["component", "all", "active per token"], rows)
     _print_rules(PARAMETER_RULE)
 
-    rows = [[part, _format_number(size), _format_bytes(size * n)] for part, size in own.per_token.items()]
-    rows += [[f"{part} (fixed state)", "", _format_bytes(size)] for part, size in own.fixed.items()]
+    rows = [[part, _format_number(each), _format_bytes(each * n)] for part, each in own.per_token.items()]
+    rows += [[f"{part} (fixed state)", "", _format_bytes(each)] for part, each in own.fixed.items()]
     rows.append(["total", _format_number(own.bytes_per_token), _format_bytes(own.cache_bytes(n))])
     print_table("cache of one sequence", ["component", "bytes per token", f"at {n:,} tokens"], rows)
     _print_rules(own.rule)
@@ -131,8 +132,5 @@ def _format_tokens(tokens: int | None) -> str:
     return "never" if tokens is None else f"{tokens:,}"
 
 
-def _format_bytes(size: float) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:,.2f} {unit}"
-    return f"{size:,.0f} B"
+def _format_bytes(number: float) -> str:
+    return size(number, digits=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,13 +67,18 @@ class Measurement:
         }
 
 
-def check_memory(config: ModelConfig, tokens: int) -> None:
-    """Raise CacheError if memory is short for :func:`measure_cache` or the model does not allow the length."""
-    needed = Cache(config, 1, tokens, device="meta").nbytes()
+def check_memory(configs: Sequence[ModelConfig], tokens: int) -> None:
+    """Raise CacheError if memory is short for a filled cache of each model at once, or a model does not allow the
+    length."""
+    needed = sum(Cache(config, 1, tokens, device="meta").nbytes() for config in configs)
     available = psutil.virtual_memory().available
     if needed + SPARE_BYTES > available:
+        if len(configs) == 1:
+            caches, takes, them = "a cache", "takes", "it"
+        else:
+            caches, takes, them = f"{len(configs)} caches", "take", "them"
         raise CacheError(
-            f"a cache of {tokens:,} tokens takes {needed:,} bytes, and filling it up to {SPARE_BYTES:,} more, "
+            f"{caches} of {tokens:,} tokens {takes} {needed:,} bytes, and filling {them} up to {SPARE_BYTES:,} more, "
             f"but {available:,} bytes of memory are available"
         )
 
@@ -82,7 +88,7 @@ def measure_cache(config: ModelConfig, tokens: int) -> Measurement:
 
     Raises CacheError, before anything is allocated, if memory is short or the model does not allow the length.
     """
-    check_memory(config, tokens)
+    check_memory([config], tokens)
     fill_random(Cache(config, 1, 1), 1)  # warm up: code loaded by the first use would count otherwise
     before = _resident()
     cache = Cache(config, 1, tokens)

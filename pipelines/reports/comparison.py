@@ -10,20 +10,18 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from evals.scores import Point
 from model.work import WEIGHTING
 from pipelines.reports.arms import METRICS, TESTED, Runs, differences, rates_table, score_cells
-from pipelines.reports.figures import binary
-from pipelines.reports.statistics import MIN_SEEDS, estimate, format_estimate, too_few
+from pipelines.reports.figures import LENGTHS, binary
+from pipelines.reports.statistics import estimate, format_estimate, interval_note, seeds_caption, too_few
 from pipelines.reports.tables import Table
 
-LENGTHS = tuple(1 << power for power in range(10, 21, 2))
-"""Sequence lengths of the costs: 1K to 1M."""
 PUBLISHED_LENGTH = 1 << 20
 """Sequence length of the published networks' costs."""
 SSA_NOTE = "accounting only: an assumption about an unpublished design, not trained"
+_BARS = "Bars: 95% t intervals; bands: ranges."
 _COLORS = ("#2c5f8a", "#7f8c8d", "#c0392b", "#2e8b57", "#8e44ad", "#d98e04", "#16a085")
-_SCORES = ("recall", "likelihood")
-"""Last parts of the names of task metrics."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +92,13 @@ class ComparisonResult:
 
 
 def task_scores(metrics: dict[str, list[float]]) -> dict[str, dict[int, list[float]]]:
-    """Return {task: {length: one score per seed}} from ``eval/<task>/<length>[/...]/recall``, averaged over depths and
-    other settings of a length. Perplexity has ``likelihood`` in place of ``recall``."""
+    """Return {task: {length: one score per seed}}, averaged over the depths of a length, from metrics of
+    :func:`evals.run.evaluate`. The score of perplexity is ``likelihood``, that of other tasks ``recall``."""
     grouped: dict[str, dict[int, list[list[float]]]] = {}
     for name, values in metrics.items():
-        parts = name.split("/")
-        if parts[0] == "eval" and len(parts) > 3 and parts[2].isdecimal() and parts[-1] in _SCORES:
-            grouped.setdefault(parts[1], {}).setdefault(int(parts[2]), []).append(values)
+        match Point.parse(name):
+            case point, "recall" | "likelihood":
+                grouped.setdefault(point.task, {}).setdefault(point.length, []).append(values)
     return {
         task: {
             length: [sum(column) / len(column) for column in zip(*settings)]
@@ -139,11 +137,10 @@ def _quality(result: ComparisonResult) -> list[Table]:
         ]
         for arm in result.arms
     ]
-    note = too_few(result.seeds) or f"mean ± half width of the 95% t interval over {len(result.seeds)} seeds"
     columns = ["network", "parameters", "active", "training FLOPs", *METRICS]
     arms = {arm.name: arm.runs for arm in result.arms}
     return [
-        Table(title, columns, rows, note),
+        Table(title, columns, rows, interval_note(result.seeds)),
         differences(f"{title}: difference from the hybrid", arms, result.seeds),
     ]
 
@@ -271,17 +268,17 @@ def quality_figure(result: ComparisonResult) -> Figure:
     curve.set(xlabel="tokens seen", ylabel="validation loss, nats per token", title="validation loss")
     curve.legend(fontsize=8)
     for axes, name in zip(bars, TESTED):
-        for place, (arm, color) in enumerate(zip(result.arms, itertools.cycle(_COLORS))):
+        for index, (arm, color) in enumerate(zip(result.arms, itertools.cycle(_COLORS))):
             if METRICS[name] not in arm.runs.metrics:
                 continue
             found = estimate(arm.runs.metrics[METRICS[name]])
-            axes.errorbar(place, found.mean, yerr=found.half_width, fmt="o", color=color, capsize=4)
-            axes.plot([place] * len(found.values), found.values, ".", color=color, alpha=0.5)
+            axes.errorbar(index, found.mean, yerr=found.half_width, fmt="o", color=color, capsize=4)
+            axes.plot([index] * len(found.values), found.values, ".", color=color, alpha=0.5)
         axes.set_xticks(range(len(result.arms)), [arm.name for arm in result.arms])
         axes.set(title=f"{name} at the end")
     for axes in (curve, *bars):
         axes.grid(alpha=0.25)
-    figure.supxlabel(_caption(result.seeds), fontsize=8)
+    figure.supxlabel(seeds_caption(result.seeds, _BARS), fontsize=8)
     return figure
 
 
@@ -296,8 +293,8 @@ def lengths_figure(result: ComparisonResult) -> Figure | None:
     figure = Figure(figsize=(4.6 * columns, 3.6 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, task in zip(panels, tasks):
-        for place, ((name, scores), color) in enumerate(zip(by_arm.items(), itertools.cycle(_COLORS))):
-            beside = 2 ** (0.04 * (place - (len(by_arm) - 1) / 2))  # equal scores stay visible
+        for index, ((name, scores), color) in enumerate(zip(by_arm.items(), itertools.cycle(_COLORS))):
+            beside = 2 ** (0.04 * (index - (len(by_arm) - 1) / 2))  # equal scores stay visible
             found = {length: estimate(values) for length, values in scores.get(task, {}).items()}
             if found:
                 half = [each.half_width or 0.0 for each in found.values()]
@@ -314,7 +311,7 @@ def lengths_figure(result: ComparisonResult) -> Figure | None:
         axes.legend(fontsize=7)
     for axes in panels[len(tasks) :]:
         axes.axis("off")
-    figure.supxlabel(f"{_caption(result.seeds)} Dotted: training length.", fontsize=8)
+    figure.supxlabel(f"{seeds_caption(result.seeds, _BARS)} Dotted: training length.", fontsize=8)
     return figure
 
 
@@ -325,8 +322,3 @@ def _draw_curves(axes: Any, curves: Sequence[Sequence[tuple[int, float]]], color
     tokens = tokens[: len(columns)]
     axes.plot(tokens, [sum(column) / len(column) for column in columns], color=color, label=label)
     axes.fill_between(tokens, list(map(min, columns)), list(map(max, columns)), color=color, alpha=0.15, linewidth=0)
-
-
-def _caption(seeds: Sequence[int]) -> str:
-    text = f"Seeds {', '.join(map(str, seeds))}. "
-    return text + ("Bars: 95% t intervals; bands: ranges." if len(seeds) >= MIN_SEEDS else f"{too_few(seeds)}.")

@@ -1,13 +1,13 @@
-"""Sizes and times in sentences."""
+"""Sizes and times as text."""
 
 from model.wording import count
 
 
-def size(number: int) -> str:
-    """Return a number of bytes in the largest unit of which there is at least one."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+def size(number: float, digits: int = 1) -> str:
+    """Return a number of bytes in the largest unit of which there is at least one, with ``digits`` decimals."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if number >= unit:
-            return f"{number / unit:,.1f} {name}"
+            return f"{number / unit:,.{digits}f} {name}"
     return count(number, "byte")
 
 

@@ -14,11 +14,9 @@ from model.costs import WEIGHTING, CostModel, costs_of, family_config, family_co
 from model.errors import CacheError
 from model.wording import count
 from pipelines.reports.cache_measurement import Measurement, check_memory, measure_cache
-from pipelines.reports.figures import binary, comparison_figure
+from pipelines.reports.figures import LENGTHS, binary, comparison_figure, curve_lengths
 from pipelines.reports.terminal import print_table
 
-LENGTHS = tuple(1 << power for power in range(10, 21, 2))
-"""Sequence lengths of the tables: 1K to 1M."""
 _POINTS_PER_DOUBLING = 4
 _EXTRAPOLATED = " *"
 """Mark of lengths beyond the model's maximum positions."""
@@ -84,7 +82,7 @@ def compare(
     networks = [costs_of(config, name), *(family_costs(config, family) for family in families)]
     for network, each in zip(networks, configs) if measure else ():  # all of them, before any is allocated
         try:
-            check_memory(each, context)
+            check_memory([each], context)
         except CacheError as error:
             raise CacheError(f"--measure: {network.name}: {error}; --context sets a shorter sequence") from error
     measurements = tuple(measure_cache(each, context) for each in configs) if measure else ()
@@ -123,9 +121,7 @@ def print_comparison(comparison: Comparison) -> None:
 
 def draw_comparison(comparison: Comparison) -> Figure:
     """Return the figure of a comparison from the first to the last of LENGTHS."""
-    doublings = (LENGTHS[-1] // LENGTHS[0]).bit_length() - 1
-    steps = range(doublings * _POINTS_PER_DOUBLING + 1)
-    lengths = [round(LENGTHS[0] * 2 ** (step / _POINTS_PER_DOUBLING)) for step in steps]
+    lengths = curve_lengths(LENGTHS[0], LENGTHS[-1], _POINTS_PER_DOUBLING)
     measured = [(found.tokens, found.measured) for found in comparison.measurements]
     networks, max_positions = comparison.networks, comparison.config.max_positions
     return comparison_figure(lengths, networks[:-1], networks[-1], measured, max_positions)

@@ -1,26 +1,51 @@
-"""Figures of the budget step, drawn with matplotlib's object interface: no window, no global state."""
+"""Figures of the budget step, and what all figures share: files and axes of sequence lengths.
+
+Drawn with matplotlib's object interface: no window, no global state.
+"""
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from model.atomic_files import atomic_file
 from model.config import ModelConfig
 from model.costs import WEIGHTING, CostModel, Crossover
 
-_OWN, _LINE = "#2c5f8a", "#9aa7b1"
-
-
+LENGTHS = tuple(1 << power for power in range(10, 21, 2))
+"""Sequence lengths of tables: 1K to 1M."""
 FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
+_DPI = 130
+_OWN, _LINE = "#2c5f8a", "#9aa7b1"
 _REFERENCES = ("#c0392b", "#7f8c8d")
 _SHADED = "Gray: extrapolation beyond the model's maximum positions. "
 _CLOSE = 1.5
 """Ratio of two crossovers below which their labels would touch."""
 _PARTS = {"index": "#2c5f8a", "core": "#c0392b", "rest": "#7f8c8d", "attention": "#222222"}
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure to a file with one of FIGURE_SUFFIXES, atomically."""
+    with atomic_file(path) as scratch:
+        figure.savefig(scratch, dpi=_DPI, format=path.suffix[1:])
+
+
+def png_bytes(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, dpi=_DPI, format="png")
+    return stream.getvalue()
+
+
+def curve_lengths(first: int, last: int, per_doubling: int) -> list[int]:
+    """Return sequence lengths from ``first`` to ``last``, a power of two times it, with equal ratios."""
+    points = int(math.log2(last // first)) * per_doubling
+    return [round(first * 2 ** (i / per_doubling)) for i in range(points + 1)]
 
 
 def budget_figure(

@@ -252,8 +252,8 @@ def figure(report: SweepReport) -> Figure:
         stopped = f"  ({point.steps} steps)" if point.steps < most else ""
         color = _CHOSEN if i == report.chosen else "#333333"
         text = f"{i + 1}  {point.label}{stopped}  {point.run_id[:8]}"
-        place = 1 - (i + 1) / (len(report.points) + 1)
-        panels[2].text(0, place, text, fontsize=9, color=color, transform=panels[2].transAxes)
+        height = 1 - (i + 1) / (len(report.points) + 1)
+        panels[2].text(0, height, text, fontsize=9, color=color, transform=panels[2].transAxes)
     panels[2].set_title(
         "trials with runs (red: chosen, drawn over equal ones; gray: dominated; hollow: stopped early)",
         fontsize=9,

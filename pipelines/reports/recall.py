@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
+from evals.scores import Point
+
 
 @dataclass(frozen=True)
 class Score:
@@ -21,23 +23,13 @@ class Score:
 
 
 def scores_from_metrics(metrics: dict[str, float]) -> list[Score]:
-    """Parse scores from metric names ``eval/<task>/<length>[/<depth>]/recall``, in the order of evaluation."""
+    """Return the recalls among the metrics of :func:`evals.run.evaluate`, in the order of evaluation."""
     scores = []
     for name, value in metrics.items():
-        parts = name.split("/")
-        if len(parts) < 4 or parts[-1] != "recall":
-            continue
-        setting = name.removesuffix("recall")
-        scores.append(
-            Score(
-                task=parts[1],
-                length=int(parts[2]),
-                depth=float(parts[3]) if len(parts) == 5 else None,
-                recall=value,
-                stderr=metrics.get(f"{setting}recall_stderr"),
-                questions=int(metrics[f"{setting}questions"]),
-            )
-        )
+        match Point.parse(name):
+            case point, "recall":
+                stderr = metrics.get(point.metric("recall_stderr"))
+                scores.append(Score(*point, value, stderr, int(metrics[point.metric("questions")])))
     return scores
 
 

@@ -6,10 +6,11 @@ import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from scipy import stats
+
+from model.wording import count
 
 MIN_SEEDS = 3
 """Fewest seeds for an interval or a test."""
@@ -28,9 +29,6 @@ class Estimate:
     half_width: float | None
     values: tuple[float, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "values": list(self.values)}
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -42,9 +40,6 @@ class Difference:
     mean: float
     half_width: float | None
     p: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -76,8 +71,8 @@ def adjusted(p_values: Mapping[str, float | None]) -> dict[str, float | None]:
     tested = sorted((p, name) for name, p in p_values.items() if p is not None)
     found: dict[str, float | None] = dict.fromkeys(p_values)
     highest = 0.0
-    for place, (p, name) in enumerate(tested):
-        highest = max(highest, min(1.0, (len(tested) - place) * p))
+    for index, (p, name) in enumerate(tested):
+        highest = max(highest, min(1.0, (len(tested) - index) * p))
         found[name] = highest
     return found
 
@@ -96,8 +91,19 @@ def too_few(seeds: Sequence[int]) -> str | None:
     """Return a sentence on missing intervals and tests, or None if there are enough seeds."""
     if len(seeds) >= MIN_SEEDS:
         return None
-    plural = "s" * (len(seeds) > 1)
-    return f"no intervals and no tests: they need at least {MIN_SEEDS} seeds, this run has {len(seeds)} seed{plural}"
+    found = count(len(seeds), "seed")
+    return f"no intervals and no tests: they need at least {MIN_SEEDS} seeds, this run has {found}"
+
+
+def interval_note(seeds: Sequence[int]) -> str:
+    """Return the note below a table of estimates over seeds."""
+    return too_few(seeds) or f"mean ± half width of the 95% t interval over {len(seeds)} seeds"
+
+
+def seeds_caption(seeds: Sequence[int], bars: str) -> str:
+    """Return the caption of a figure: the seeds, and the sentence ``bars`` on its intervals if there are any."""
+    few = too_few(seeds)
+    return f"Seeds {', '.join(map(str, seeds))}. {bars if few is None else f'{few}.'}"
 
 
 def format_estimate(found: Estimate, digits: int = 4) -> str:

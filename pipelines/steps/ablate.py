@@ -15,11 +15,8 @@ from pipelines.reports.ablation import AblationResult
 from pipelines.steps import Step
 
 
-def run(recipe: Recipe, quick: bool = False, write: Path | None = None) -> AblationResult:
-    """Run the ablation; see :func:`pipelines.experiments.ablation.run_ablation`.
-
-    ``recipe`` is in its quick form already if ``quick`` is set.
-    """
+def run(recipe: Recipe, write: Path | None = None) -> AblationResult:
+    """Run the ablation; see :func:`pipelines.experiments.ablation.run_ablation`."""
     return run_ablation(recipe, write)
 
 

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 from matplotlib.figure import Figure
 
-from model.atomic_files import atomic_file
 from model.checkpoint import load_config
 from model.config import ModelConfig
 from model.costs import COMPARED, SSA_DENSITY
@@ -30,7 +29,7 @@ from pipelines.reports.budget import Budget, budget_of
 from pipelines.reports.budget_tables import print_budget
 from pipelines.reports.cache_measurement import measure_cache
 from pipelines.reports.family_comparison import Comparison, compare, draw_comparison, print_comparison
-from pipelines.reports.figures import FIGURE_SUFFIXES, budget_figure
+from pipelines.reports.figures import FIGURE_SUFFIXES, budget_figure, curve_lengths, save_figure
 from pipelines.steps import Step
 
 CURVE_TOKENS = (1 << 10, 1 << 22)
@@ -170,9 +169,7 @@ def _report(
 ) -> None:
     """Draw the figure to ``figure`` atomically, if given, and print the result."""
     if figure is not None:
-        drawn = draw(result)
-        with atomic_file(figure) as scratch:
-            drawn.savefig(scratch, dpi=130, format=figure.suffix[1:])
+        save_figure(draw(result), figure)
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
         return
@@ -235,13 +232,8 @@ def _check_figure(path: Path) -> None:
 
 def _draw_budget(budget: Budget) -> Figure:
     crossings = {regime.key: regime for regime in budget.crossovers}
-    return budget_figure(_lengths(), budget.own, budget.references, crossings, budget.config)
-
-
-def _lengths() -> list[int]:
-    first, last = CURVE_TOKENS
-    points = int(math.log2(last // first)) * _POINTS_PER_DOUBLING
-    return [round(first * 2 ** (i / _POINTS_PER_DOUBLING)) for i in range(points + 1)]
+    lengths = curve_lengths(*CURVE_TOKENS, _POINTS_PER_DOUBLING)
+    return budget_figure(lengths, budget.own, budget.references, crossings, budget.config)
 
 
 STEP = Step(run, add_options, load)

@@ -15,11 +15,8 @@ from pipelines.reports.comparison import ComparisonResult
 from pipelines.steps import Step
 
 
-def run(recipe: Recipe, quick: bool = False, write: Path | None = None) -> ComparisonResult:
-    """Run the comparison; see :func:`pipelines.experiments.comparison.run_comparison`.
-
-    ``recipe`` is in its quick form already if ``quick`` is set.
-    """
+def run(recipe: Recipe, write: Path | None = None) -> ComparisonResult:
+    """Run the comparison; see :func:`pipelines.experiments.comparison.run_comparison`."""
     return run_comparison(recipe, write)
 
 

@@ -20,13 +20,14 @@ from pipelines.experiments.scoring import check_section
 from pipelines.ray_runtime.session import local_cpus, ray_session
 from pipelines.recipe.loading import overlay, with_overrides
 from pipelines.recipe.messages import naming
+from pipelines.recipe.quoting import first_line
 from pipelines.recipe.schema import Recipe
-from pipelines.reports.cache_measurement import measured_cache
+from pipelines.reports.cache_measurement import BYTES_PER_TOKEN, measured_cache
 from pipelines.reports.statistics import tokens_to
 from pipelines.reports.terminal import print_table
 from pipelines.steps import Step, deploy, evaluate, prepare, promote, sweep, train
 from pipelines.tracking.mlflow_store import attach, open_tracking, ui_command
-from pipelines.training.curriculum import curriculum, stage_at
+from pipelines.training.curriculum import curriculum, tokens_after
 
 RECALL = 0.9
 
@@ -151,9 +152,12 @@ def _ask(recipe: Recipe, deployment: deploy.Deployment) -> int:
     for number, question in enumerate(asked):
         context, value = question["context"], question["answer"]
         body = {"model": deployment.model_name, "prompt": context, "max_tokens": 1, "temperature": 0}
-        response = httpx.post(
-            f"{deployment.url}/v1/completions", json=body, headers=headers, timeout=60, trust_env=False
-        )
+        try:
+            response = httpx.post(
+                f"{deployment.url}/v1/completions", json=body, headers=headers, timeout=60, trust_env=False
+            )
+        except httpx.HTTPError as error:
+            raise FiftyfoldError(f"{deployment.url}: {first_line(error)}") from error
         if not response.is_success:
             raise FiftyfoldError(f"{deployment.url}: status {response.status_code}: {response.text}")
         content = response.json()
@@ -174,7 +178,7 @@ def recall_tokens(recipe: Recipe, run_id: str) -> float:
     """Return the training tokens of a run to :data:`RECALL`, interpolated between validations, or infinity."""
     stages = curriculum(recipe)
     history = attach(open_tracking(recipe).uri, run_id).history("validation/recall")
-    line = [(sum(stage_at(stages, n).tokens_per_step for n in range(step)), -value) for step, value in history]
+    line = [(tokens_after(stages, step), -value) for step, value in history]
     return tokens_to(line, -RECALL)
 
 
@@ -196,7 +200,7 @@ def _print_tables(contestants: list[Contestant], clock: dict[str, float], total:
     length = contestants[0].recipe.evaluate.lengths[0]
     measured = {c.name: measured_cache(c.recipe.model) for c in contestants}
     tokens = int(measured[contestants[0].name]["cache/measured_tokens"])
-    baseline = measured[contestants[-1].name]["cache/bytes_per_token"]
+    baseline = measured[contestants[-1].name][BYTES_PER_TOKEN]
     rows = [
         row("validation loss, text (nats per token)", metric("validation/text_loss")),
         row(f"recall, {length} tokens (lm-eval)", metric("eval/recall", ".1%")),
@@ -206,11 +210,11 @@ def _print_tables(contestants: list[Contestant], clock: dict[str, float], total:
         ),
         row(
             f"cache bytes per token, measured at {tokens:,}",
-            lambda c: f"{measured[c.name]['cache/bytes_per_token']:.1f}",
+            lambda c: f"{measured[c.name][BYTES_PER_TOKEN]:.1f}",
         ),
         row(
             "cache, times smaller than the baseline",
-            lambda c: f"{baseline / measured[c.name]['cache/bytes_per_token']:.1f}",
+            lambda c: f"{baseline / measured[c.name][BYTES_PER_TOKEN]:.1f}",
         ),
         row("Muon / AdamW share of parameters", lambda c: f"{c.muon_share:.0%} / {1 - c.muon_share:.0%}"),
         row("training time (s)", lambda c: f"{c.seconds:.0f}"),

@@ -24,7 +24,6 @@ import httpx
 import ray
 import yaml
 from ray import serve as ray_serve
-from ray.exceptions import RayError
 from ray.serve.schema import ApplicationStatus
 
 from model import checkpoint as checkpoints
@@ -33,7 +32,7 @@ from model.errors import ConfigError, FiftyfoldError
 from model.forward.execution import Execution
 from model.tokenizer import load_tokenizer
 from pipelines.ray_runtime.serve_applications import (
-    check_cluster,
+    check_serve_cluster,
     drain,
     needed_cpus,
     replace_model,
@@ -47,7 +46,7 @@ from pipelines.recipe.paths import check_creatable, path_option
 from pipelines.recipe.quoting import first_line
 from pipelines.recipe.schema import Recipe, ServeSection
 from pipelines.steps import Step
-from pipelines.tracking.served_models import ModelStore, ServedModel, model_sources
+from pipelines.tracking.served_models import DeployedModel, ModelStore, model_sources
 from serve.api.authorization import read_key
 from serve.api.chat_template import ChatTemplate
 from serve.api.config import is_loopback
@@ -63,7 +62,7 @@ class Deployment:
 
     url: str
     """Base address without a trailing slash."""
-    models: list[ServedModel]
+    models: list[DeployedModel]
     """The models, the default one first."""
     weights: str
     """Data type of the matrices, as reported by a replica."""
@@ -73,7 +72,7 @@ class Deployment:
     _refused: dict[str, str | None] = field(default_factory=dict, repr=False)
     """Damaged versions by model."""
     _problems: dict[str, str] = field(default_factory=dict, repr=False)
-    """Problems that have been printed, by model."""
+    """Last problem that was printed, by model."""
 
     @property
     def model_name(self) -> str:
@@ -116,46 +115,45 @@ class Deployment:
         Returns when the new replicas have replaced the old ones, or when ``stop`` is set.
         """
         stop = stop or threading.Event()
-        for place, model in enumerate(self.models):
+        for index, model in enumerate(self.models):
             if stop.is_set():
                 return
             try:
                 new = self._begin_replacement(model)
-            except (FiftyfoldError, RuntimeError, RayError) as error:
-                problem = f"'{model.name}' stays at version {model.version}: {first_line(error)}"
-                if self._problems.get(model.name) != problem:
-                    print(problem, flush=True)
-                self._problems[model.name] = problem
+            except Exception as error:  # whatever it is, the old version is served
+                self._print_once(model, f"'{model.name}' stays at version {model.version}: {first_line(error)}")
                 continue
             self._problems.pop(model.name, None)
             if new is None:
                 continue
-            self.models[place] = new
+            self.models[index] = new
             if self._wait_until_replaced(new, stop):
                 self._store.discard(model)
                 print(f"serving version {new.version} of '{new.name}' from {new.checkpoint}", flush=True)
 
-    def _begin_replacement(self, model: ServedModel) -> ServedModel | None:
+    def _begin_replacement(self, model: DeployedModel) -> DeployedModel | None:
         """Return the version that replaces ``model``, or None if its alias has not moved.
 
         Raises CheckpointError or ConfigError for a damaged version, which is not looked at again.
         """
-        if (new := self._store.moved(model, self._refused.get(model.name))) is None:
+        if (new := self._store.newer_version(model, self._refused.get(model.name))) is None:
             return None
         try:
             check_model(new, self._section)
-        except FiftyfoldError:
-            self._refused[model.name] = new.version
+            replace_model(self._section, new)
+        except Exception as error:
+            if isinstance(error, FiftyfoldError):
+                self._refused[model.name] = new.version
             self._store.discard(new)
             raise
-        replace_model(self._section, new)
         return new
 
-    def _wait_until_replaced(self, model: ServedModel, stop: threading.Event) -> bool:
+    def _wait_until_replaced(self, model: DeployedModel, stop: threading.Event) -> bool:
         while not stop.wait(_POLL_SECONDS):
             try:
                 status, problem = replacement_state(model)
-            except (RuntimeError, RayError):  # Serve's controller is being restarted
+            except Exception as error:  # e.g. Serve's controller is being restarted
+                self._print_once(model, f"version {model.version} of '{model.name}' is awaited: {first_line(error)}")
                 continue
             if status == ApplicationStatus.RUNNING:
                 return True
@@ -163,6 +161,11 @@ class Deployment:
                 print(f"version {model.version} of '{model.name}' does not start: {problem}", flush=True)
                 return False
         return False
+
+    def _print_once(self, model: DeployedModel, problem: str) -> None:
+        if self._problems.get(model.name) != problem:
+            print(problem, flush=True)
+        self._problems[model.name] = problem
 
     def stop(self) -> None:
         """Stop serving, and shut the Ray cluster down if it was started here. Later calls do nothing."""
@@ -176,26 +179,17 @@ class Deployment:
         self.stop()
 
 
-@dataclass(frozen=True)
-class DeployResult:
-    """A deployment that has been stopped."""
-
-    url: str
-    model_name: str
-    checkpoint: Path
-
-
-def run(recipe: Recipe, write_config: Path | None = None) -> DeployResult | Path:
+def run(recipe: Recipe, write_config: Path | None = None) -> None:
     """Serve the models of ``serve`` until SIGINT or SIGTERM, or only write a Serve config file.
 
     Raises the errors of :func:`start`.
     """
     if write_config is not None:
-        return write_serve_config(recipe, write_config)
+        write_serve_config(recipe, write_config)
+        return
     with start(recipe) as deployment:
         _print_endpoint(deployment, recipe.serve)
         deployment.serve_until_signal()
-    return DeployResult(deployment.url, deployment.model_name, deployment.checkpoint)
 
 
 def start(recipe: Recipe) -> Deployment:
@@ -204,8 +198,8 @@ def start(recipe: Recipe) -> Deployment:
     Joins the Ray cluster at RAY_ADDRESS, or starts one that ends with the deployment.
 
     Raises ConfigError for a model that does not exist, a malformed chat template, a port in use, too small a cluster,
-    and an address other than loopback without an API key, and CheckpointError for a damaged checkpoint. Nothing is left
-    running then.
+    and an address other than loopback without an API key, and CheckpointError for a damaged checkpoint. On failure,
+    nothing is left running.
     """
     section = recipe.serve
     check_key(section, starts_cluster=not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")))
@@ -221,7 +215,7 @@ def start(recipe: Recipe) -> Deployment:
         sources = ", ".join(f"'{name}' from {uri}" for name, uri, _ in model_sources(section))
         print(f"starting Ray Serve at {url} with {sources}", flush=True)
         undo.enter_context(ray_session(num_cpus=max(os.cpu_count() or 1, needed_cpus(section))))
-        check_cluster(section)
+        check_serve_cluster(section)
         undo.callback(ray_serve.shutdown)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         start_applications(section, models)
@@ -229,7 +223,7 @@ def start(recipe: Recipe) -> Deployment:
         return Deployment(url, models, weights, section, store, undo.pop_all())
 
 
-def check_model(model: ServedModel, section: ServeSection) -> None:
+def check_model(model: DeployedModel, section: ServeSection) -> None:
     """Load a model's checkpoint. Damage is then reported in one sentence, not by replicas that keep restarting.
 
     Raises CheckpointError or ConfigError, naming the recipe's key.
@@ -247,24 +241,28 @@ def check_model(model: ServedModel, section: ServeSection) -> None:
         ChatTemplate(load_tokenizer(model.checkpoint, model_vocab_size=config.vocab_size))
 
 
-def write_serve_config(recipe: Recipe, path: Path) -> Path:
+def write_serve_config(recipe: Recipe, path: Path) -> None:
     """Write a config file for ``serve deploy`` with the models of a recipe. Raises the errors of :func:`start`.
 
-    Copies of a tracking server's checkpoints stay, because the config names them.
+    Copies of checkpoints (:class:`pipelines.tracking.served_models.ModelStore`) stay, because the config names them. On
+    failure, they are removed.
     """
     section = recipe.serve
     check_key(section)
     check_creatable(path, "--write-config")
-    models = ModelStore(recipe).find()
-    for model in models:
-        check_model(model, section)
-    try:
-        with atomic_file(path) as scratch:
-            scratch.write_text(yaml.safe_dump(serve_config(section, models), sort_keys=False))
-    except OSError as error:
-        raise ConfigError(f"--write-config: {path}: {error.strerror}") from error
+    with ExitStack() as undo:
+        store = ModelStore(recipe)
+        undo.callback(store.close)
+        models = store.find()
+        for model in models:
+            check_model(model, section)
+        try:
+            with atomic_file(path) as scratch:
+                scratch.write_text(yaml.safe_dump(serve_config(section, models), sort_keys=False))
+        except OSError as error:
+            raise ConfigError(f"--write-config: {path}: {error.strerror}") from error
+        undo.pop_all()
     print(f"wrote {path}; deploy it with: serve deploy {shlex.quote(str(path))}")
-    return path
 
 
 def check_key(section: ServeSection, starts_cluster: bool = False) -> None:
@@ -313,7 +311,7 @@ def _wait_until_healthy(url: str) -> dict[str, Any]:
                 return response.json()
             answer = f"status {response.status_code}"
         except httpx.HTTPError as error:
-            answer = str(error)
+            answer = first_line(error)
         time.sleep(0.1)
     raise FiftyfoldError(f"serve: {url}/healthz was not healthy within {HEALTH_TIMEOUT_SECONDS:g} seconds ({answer})")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from evals.scores import EFFECTIVE_SHARE
+from evals.scores import EFFECTIVE_SHARE, Point
 from model import checkpoint as checkpoints
 from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
@@ -70,7 +70,7 @@ def run(recipe: Recipe) -> EvaluateResult:
         raise ConfigError("train.use_gpu: no CUDA device here; pass --train.use_gpu false to evaluate on the CPU")
     if trained is None:
         check_tasks(recipe.model_copy(update={"model": config}), checkpoint, key)
-    data_folder = recipe.data_folder if recipe.data_folder.is_dir() else None
+    data_folder = recipe.prepared_data
     if data_folder is None:
         print(f"no prepared data in {recipe.data_folder}: fillers come from the standard library", flush=True)
     dataset = None
@@ -137,11 +137,10 @@ def _perplexities(metrics: dict[str, float]) -> list[tuple[int, float, float, fl
     """Return (length, depth, perplexity, likelihood, its standard error) of each point, in the order of evaluation."""
     found = []
     for name, perplexity in metrics.items():
-        if name.endswith("/perplexity"):
-            setting = name.removesuffix("perplexity")
-            _, _, length, depth, _ = name.split("/")
-            stderr = metrics.get(f"{setting}likelihood_stderr", math.nan)
-            found.append((int(length), float(depth), perplexity, metrics[f"{setting}likelihood"], stderr))
+        match Point.parse(name):
+            case Point(_, length, float(depth)) as point, "perplexity":
+                stderr = metrics.get(point.metric("likelihood_stderr"), math.nan)
+                found.append((length, depth, perplexity, metrics[point.metric("likelihood")], stderr))
     return found
 
 

@@ -36,7 +36,7 @@ class PrepareResult:
 def run(recipe: Recipe) -> PrepareResult:
     """Write ``recipe.data_folder``, or reuse it if it was prepared with equal settings.
 
-    Raises DataError or ConfigError; existing files are untouched then, and no partial folder is left behind.
+    Raises DataError or ConfigError. On failure, existing files are untouched and no partial folder is left behind.
     """
     data, folder = recipe.data, recipe.data_folder
     tokenizer = load_data_tokenizer(data)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,9 +37,6 @@ class PromoteResult:
     model_uri: str
     version: str
     winner: Candidate
-    eligible: list[Candidate]
-    refused: dict[str, str]
-    """Ineligible runs, as "name (run id)", and why."""
 
 
 def run(recipe: Recipe) -> PromoteResult:
@@ -50,13 +46,15 @@ def run(recipe: Recipe) -> PromoteResult:
     ``promote.max_cache_bytes_per_token``. Ties go to the smaller cache, then to the newer run.
 
     Raises ConfigError with the reason for each run if none is eligible, and CheckpointError if the winner's checkpoint
-    cannot be loaded or has changed since its evaluation. The registry is unchanged then.
+    cannot be loaded or has changed since its evaluation. On failure, the registry is unchanged.
     """
     section = recipe.promote
     tracking = open_tracking(recipe, create=False)
     eligible: list[Candidate] = []
     refused: dict[str, str] = {}
-    for stored in _trained_runs(tracking):
+    for stored in tracking.search_runs():
+        if stored.data.tags.get("kind") != "train" and "checkpoint" not in stored.data.tags:
+            continue  # of a sweep's trials only the winner has a checkpoint
         try:
             eligible.append(_to_candidate(stored, section, recipe.run.folder))
         except _IneligibleError as error:
@@ -80,22 +78,11 @@ def run(recipe: Recipe) -> PromoteResult:
     _print_candidates(eligible, section.metric)
     model_uri = f"models:/{section.registered_name}@{section.alias}"
     print(f"{model_uri} is now version {version.version}: {description}", flush=True)
-    return PromoteResult(model_uri, str(version.version), winner, eligible, refused)
+    return PromoteResult(model_uri, str(version.version), winner)
 
 
 class _IneligibleError(Exception):
     """The reason why a run is not eligible."""
-
-
-def _trained_runs(tracking: Tracking) -> Iterator[Run]:
-    token = None
-    while True:
-        page = tracking.client.search_runs([tracking.experiment_id], page_token=token)
-        # Of a sweep's trials only the winner has a checkpoint.
-        yield from (r for r in page if r.data.tags.get("kind") == "train" or "checkpoint" in r.data.tags)
-        token = page.token
-        if not token:
-            return
 
 
 def _to_candidate(stored: Run, section: PromoteSection, runs: Path) -> Candidate:

@@ -18,13 +18,14 @@ from mlflow.exceptions import MlflowException
 from model.atomic_files import write_text
 from model.errors import ConfigError
 from model.wording import quote
-from pipelines.experiments.outputs import RESULTS, command_of, png_bytes, save_png
+from pipelines.experiments.outputs import RESULTS, command_of
 from pipelines.recipe.paths import without_password
 from pipelines.recipe.schema import Recipe
 from pipelines.reports import ablation, comparison, pareto
 from pipelines.reports.ablation import AblationResult
 from pipelines.reports.comparison import ComparisonResult
 from pipelines.reports.evidence_page import Origin, Section, page
+from pipelines.reports.figures import png_bytes, save_figure
 from pipelines.reports.pareto import SweepReport
 from pipelines.steps import Step
 from pipelines.tracking.mlflow_store import Tracking, open_tracking
@@ -52,7 +53,7 @@ def run(recipe: Recipe) -> Path:
     with tracked:
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in figures.items():
-            save_png(figure, folder / f"{name}.png")
+            save_figure(figure, folder / f"{name}.png")
             tracked.log_figure(figure, f"{name}.png")
         write_text(folder / PAGE, page("fiftyfold: evidence", sections))
         tracked.log_artifact(folder / PAGE)

@@ -64,24 +64,13 @@ _SWEEP_SECTIONS = (*TRAINING_SECTIONS, "sweep")
 
 
 @dataclass(frozen=True)
-class Trial:
-    settings: dict[str, Setting]
-    metrics: dict[str, float]
-    run_id: str
-    steps: int
-
-
-@dataclass(frozen=True)
 class SweepResult:
     run_id: str
-    winner: Trial
-    trials: list[Trial]
+    winner: Point
     checkpoint: Path
     """The winner's checkpoint, in a run folder of its own: ``<sweep.name>-winner``."""
     seconds: float
     """Wall time of the trials, over all processes that ran them except killed ones."""
-    overrides: Path
-    """A recipe file with the winner's settings, for ``--config``."""
 
 
 def run(recipe: Recipe) -> SweepResult:
@@ -209,7 +198,7 @@ def _run(
                 (skipped if invalid else errors)[label] = str(error)
         reported = [result for result in results if not result.error and "trial_id" in (result.metrics or {})]
         run_ids = _end_trial_runs(tracking, tracked.run_id, {result.metrics["trial_id"] for result in reported})
-        trials = [_to_trial(recipe, result, run_ids) for result in reported]
+        trials = [_to_point(recipe, result, run_ids) for result in reported]
         if not trials:
             reasons = "; ".join(sorted({*errors.values(), *skipped.values()}))
             raise FiftyfoldError(f"{recipe.sweep.name}: no trial finished ({reasons})")
@@ -220,10 +209,10 @@ def _run(
         write_text(winner_file, _to_yaml(winner.settings))
         tracked.log_artifact(winner_file)
     print(f"{recipe.sweep.name}: winner {trial_label(winner.settings)}, checkpoint {target}, settings {winner_file}")
-    return SweepResult(tracked.run_id, winner, trials, target, seconds, winner_file)
+    return SweepResult(tracked.run_id, winner, target, seconds)
 
 
-def choose_winner(trials: list[Trial], recipe: Recipe) -> Trial:
+def choose_winner(trials: list[Point], recipe: Recipe) -> Point:
     """Return the best trial by ``sweep.metric`` whose cache fits the budget. Ties go to the smaller cache.
 
     Raises ConfigError if none fits, and FiftyfoldError if none has a finite metric.
@@ -237,19 +226,19 @@ def choose_winner(trials: list[Trial], recipe: Recipe) -> Trial:
     trials = [t for t in trials if math.isfinite(t.metrics[sweep.metric])]
     if not trials:
         raise FiftyfoldError(f"{sweep.name}: no trial has a finite {sweep.metric}")
-    fitting = [t for t in trials if budget is None or t.metrics[BYTES_PER_TOKEN] <= budget]
+    fitting = [t for t in trials if budget is None or t.cost <= budget]
     if not fitting:
-        smallest = min(t.metrics[BYTES_PER_TOKEN] for t in trials)
+        smallest = min(t.cost for t in trials)
         raise ConfigError(
             f"sweep.max_cache_bytes_per_token: no trial fits {budget:g} bytes; the smallest takes {smallest:.1f}"
         )
     sign = 1 if sweep.mode == "min" else -1
-    return min(fitting, key=lambda t: (sign * t.metrics[sweep.metric], t.metrics[BYTES_PER_TOKEN]))
+    return min(fitting, key=lambda t: (sign * t.metrics[sweep.metric], t.cost))
 
 
 def _end_trial_runs(tracking: Tracking, parent: str, succeeded: set[str]) -> dict[str, str]:
     """Return MLflow run ids by trial id, and end runs still marked as running. ``succeeded`` are trial ids."""
-    nested = tracking.client.search_runs([tracking.experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'")
+    nested = list(tracking.search_runs(f"tags.`mlflow.parentRunId` = '{parent}'"))
     for run in nested:
         if run.info.status == "RUNNING":  # Tune may kill a stopped trial before it has ended its run
             status = "FINISHED" if run.data.tags.get("trial") in succeeded else "FAILED"
@@ -257,12 +246,13 @@ def _end_trial_runs(tracking: Tracking, parent: str, succeeded: set[str]) -> dic
     return {run.data.tags["trial"]: run.info.run_id for run in nested if "trial" in run.data.tags}
 
 
-def _to_trial(recipe: Recipe, result: tune.Result, run_ids: dict[str, str]) -> Trial:
+def _to_point(recipe: Recipe, result: tune.Result, run_ids: dict[str, str]) -> Point:
     settings = _settings(result)
     reported = result.metrics or {}
     metrics = {k: float(v) for k, v in reported.items() if isinstance(v, int | float) and "/" in k}
     metrics |= measured_cache(trial_recipe(recipe, settings).model)
-    return Trial(settings, metrics, run_ids[reported["trial_id"]], int(reported.get("step", 0)))
+    run_id = run_ids[reported["trial_id"]]
+    return Point(short_label(settings), settings, metrics, run_id, int(reported.get("step", 0)))
 
 
 def _settings(result: tune.Result) -> dict[str, Setting]:
@@ -272,14 +262,14 @@ def _settings(result: tune.Result) -> dict[str, Setting]:
 def _log_results(
     recipe: Recipe,
     tracked: TrackedRun,
-    trials: list[Trial],
-    winner: Trial,
+    trials: list[Point],
+    winner: Point,
     skipped: dict[str, str],
     results: dict[str, tune.Result],
 ) -> None:
     """Print the trials and the verdict, and log them with the Pareto figure to MLflow."""
     section = recipe.sweep
-    ordered = sorted(trials, key=lambda t: t.metrics[BYTES_PER_TOKEN])
+    ordered = sorted(trials, key=lambda t: t.cost)
     report = SweepReport(
         section.name,
         command_line("sweep"),
@@ -288,7 +278,7 @@ def _log_results(
         section.mode,
         recipe.data.sequence_length,
         section.max_cache_bytes_per_token,
-        [Point(short_label(t.settings), t.settings, t.metrics, t.run_id, t.steps) for t in ordered],
+        ordered,
         ordered.index(winner),
         skipped,
     )
@@ -366,7 +356,7 @@ def _keep_winner(recipe: Recipe, result: tune.Result, tracked: TrackedRun) -> Pa
 
 
 def _winner_file(recipe: Recipe) -> Path:
-    """Return the file of the winner's settings, which exists once the sweep has finished."""
+    """Return the recipe file of the winner's settings, for ``--config``. It exists once the sweep has finished."""
     return recipe.sweep_folder / "winner.yaml"
 
 

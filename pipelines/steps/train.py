@@ -44,7 +44,7 @@ def run(recipe: Recipe) -> TrainResult:
     check_cluster(recipe)
     manifest = read_manifest(recipe.data_folder, verify=True)
     recipe = check_prepared(recipe, manifest)
-    check_fills_batch(curriculum(recipe), recipe.data_folder, manifest)
+    check_fills_batch(recipe, manifest)
     if not recipe.final_checkpoint.exists() and not has_begun(recipe.run_folder):
         initialized = check_init_from(recipe)
         if initialized is not None:
@@ -57,7 +57,10 @@ def run(recipe: Recipe) -> TrainResult:
 
 def _run(recipe: Recipe, manifest: Manifest, tracking: Tracking, known_run: str | None) -> TrainResult:
     folder = recipe.run_folder
-    muon_share = print_plan(recipe)
+    model = Transformer.on_meta(recipe.model)
+    optimizer = MuonAdamW(model.named_parameters(), recipe.train.optimizer, model.split_sizes())
+    muon_share = optimizer.muon_share()
+    print_plan(recipe, optimizer)
     if known_run is not None:
         finished = attach(tracking.uri, known_run)
         if recipe.final_checkpoint.exists() and tracking.client.get_run(known_run).info.status == "FINISHED":
@@ -75,7 +78,7 @@ def _run(recipe: Recipe, manifest: Manifest, tracking: Tracking, known_run: str 
         stack.enter_context(system_metrics(tracked, recipe.tracking.system_metrics_interval))
         tracked.log_dataset(dataset_input(recipe.data_folder, manifest, "training"))
         tracked.log_metrics({**measured_cache(recipe.model), "optimizer/muon_share": muon_share})
-        tracked.set_tags({"parameters": str(_count_parameters(recipe))})
+        tracked.set_tags({"parameters": str(model.num_parameters())})
         progress = TrainingProgress(recipe.run.name, total_steps(recipe))
         metrics, last = fit(recipe, tracked, progress, folder)
         finalize(last, recipe.final_checkpoint)
@@ -86,10 +89,8 @@ def _run(recipe: Recipe, manifest: Manifest, tracking: Tracking, known_run: str 
     return TrainResult(tracked.run_id, recipe.final_checkpoint, metrics, muon_share, metrics[WALL_SECONDS])
 
 
-def print_plan(recipe: Recipe) -> float:
-    """Print the optimizer table, the stages and the precision table; return Muon's share of the parameters."""
-    model = Transformer.on_meta(recipe.model)
-    optimizer = MuonAdamW(model.named_parameters(), recipe.train.optimizer, model.split_sizes())
+def print_plan(recipe: Recipe, optimizer: MuonAdamW) -> None:
+    """Print the optimizer table, the stages and the precision table."""
     table = optimizer.table(recipe.model.layers)
     rows = [[role, rule, shape, f"{elements:,}", f"{rate:g}"] for role, rule, shape, elements, rate in table]
     columns = ["parameter", "rule", "tensors", "elements", "peak learning rate"]
@@ -104,11 +105,6 @@ def print_plan(recipe: Recipe) -> float:
         ["tensor", "format", "quantized in training", "tensors"],
         [[role, fmt, loop, str(count)] for role, fmt, loop, count in precision],
     )
-    return optimizer.muon_share()
-
-
-def _count_parameters(recipe: Recipe) -> int:
-    return Transformer.on_meta(recipe.model).num_parameters()
 
 
 STEP = Step(run, resumes=True)

@@ -23,18 +23,20 @@ from mlflow.utils.uri import is_local_uri
 from model.errors import ConfigError
 from pipelines.recipe.paths import SERVER_SCHEMES, check_tracking_uri, sqlite_path, sqlite_uri, without_password
 from pipelines.recipe.quoting import first_line
-from pipelines.tracking.relocation import ARTIFACTS, adopt_default_experiment, mend_paths
+from pipelines.tracking.relocation import ARTIFACTS, set_default_artifact_location, update_paths
 from pipelines.tracking.server import check_server
 
 DATABASE = "mlflow.db"
 """Name of the default store's database in a runs folder."""
+_MOVED = f"if a run folder was moved, move its whole runs folder, with {DATABASE} and {ARTIFACTS}"
+"""Advice where the store of a run is missing."""
 
 
-def connect(uri: str, create: bool = True) -> MlflowClient:
+def connect(uri: str, create: bool = True, advice: str = _MOVED) -> MlflowClient:
     """Open a client. The URI is checked first, since MLflow retries a wrong one silently for minutes.
 
-    The paths stored in an SQLite store that was moved are mended. Raises ConfigError, also for an SQLite database that
-    does not exist unless ``create`` is set.
+    The paths stored in an SQLite store that was moved are updated. Raises ConfigError, and without ``create`` also for
+    an SQLite database that does not exist, with ``advice``.
     """
     try:
         check_tracking_uri(uri)
@@ -44,7 +46,7 @@ def connect(uri: str, create: bool = True) -> MlflowClient:
     if scheme in ("http", "https"):
         check_server(uri, without_password(uri))
     try:
-        return MlflowClient(uri, uri) if scheme != "sqlite" else _open_sqlite(uri, create)
+        return MlflowClient(uri, uri) if scheme != "sqlite" else _open_sqlite(uri, create, advice)
     except ConfigError:
         raise
     except Exception as error:  # MLflow lets SQLAlchemy's and the drivers' errors through
@@ -56,34 +58,30 @@ def default_uri(runs: Path) -> str:
     return sqlite_uri(runs.absolute() / DATABASE)
 
 
-def _open_sqlite(uri: str, create: bool) -> MlflowClient:
-    is_new = _check_sqlite(uri)
+def _open_sqlite(uri: str, create: bool, advice: str) -> MlflowClient:
     path = sqlite_path(uri)
+    is_new = _check_sqlite(path)
     if is_new and not create:
-        raise ConfigError(
-            f"{path}: no such tracking store; if a run folder was moved, move its whole runs folder, with {DATABASE} "
-            f"and {ARTIFACTS}"
-        )
+        raise ConfigError(f"{path}: no such tracking store; {advice}")
+    if is_new and not path.parent.is_dir():
+        raise ConfigError(f"tracking.uri: the folder {path.parent} of {uri} does not exist")
     with lock(uri):  # concurrent migrations of a fresh database fail
         uri = sqlite_uri(path)  # a URI in another form could make MLflow create a folder
         client = MlflowClient(uri, uri)
         # MLflow keeps artifact locations by run for the whole process, but the runs of a copied store have equal ids.
         _artifact_repos_cache.clear()
         if is_new:
-            adopt_default_experiment(path)
-        mend_paths(path)
+            set_default_artifact_location(path)
+        update_paths(path)
         return client
 
 
-def _check_sqlite(uri: str) -> bool:
-    """Return whether the database still has to be created. Raises ConfigError if it can neither be read nor created."""
-    path = sqlite_path(uri)
-    if not path.parent.is_dir():
-        raise ConfigError(f"tracking.uri: the folder {path.parent} of {uri} does not exist")
+def _check_sqlite(path: Path) -> bool:
+    """Return whether a database still has to be created. Raises ConfigError if it exists and is none."""
     try:
         with path.open("rb") as file:
             header = file.read(16)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return True
     except OSError as error:
         raise ConfigError(f"tracking.uri: cannot read {path}: {error.strerror}") from error

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from mlflow import MlflowClient
-from mlflow.entities import DatasetInput, Metric, Param, RunTag
+from mlflow.entities import DatasetInput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import (
     MAX_METRICS_PER_BATCH,
@@ -62,6 +62,16 @@ class Tracking:
     experiment_id: str
     client: MlflowClient
 
+    def search_runs(self, filter_string: str = "") -> Iterator[Run]:
+        """Yield the experiment's runs that match a filter of MLflow, the newest first."""
+        token = None
+        while True:
+            page = self.client.search_runs([self.experiment_id], filter_string, page_token=token)
+            yield from page
+            token = page.token
+            if not token:
+                return
+
     def start_run(
         self,
         name: str,
@@ -74,12 +84,15 @@ class Tracking:
         """Start a run, or resume the run ``run_id``. Raises ConfigError if ``run_id`` does not exist.
 
         A new run stores the recipe as parameters with dotted keys, with long values cut to MLflow's limit, and as the
-        artifact ``config.yaml``. Its tags are ``kind``, MLflow's tags of the source and the user, ``git.commit`` and
-        ``git.dirty`` ("unknown" outside git).
+        artifact ``config.yaml``, both without the password of ``tracking.uri``. Its tags are ``kind``, MLflow's tags of
+        the source and the user, ``git.commit`` and ``git.dirty`` ("unknown" outside git).
         MLflow's parameters are immutable: resuming with a changed recipe replaces ``config.yaml`` and lists the changed
         keys in the tag ``resumed.changed``.
         """
-        params = _params(recipe)
+        settings = recipe.to_dict()
+        if recipe.tracking.uri is not None:
+            settings["tracking"]["uri"] = without_password(recipe.tracking.uri)
+        params = _params(settings)
         if run_id is not None:
             run = attach(self.uri, run_id)
             self.client.update_run(run_id, status="RUNNING")
@@ -101,7 +114,7 @@ class Tracking:
             entries = [Param(key, value) for key, value in params.items()]
             for batch in _slices(entries, MAX_PARAMS_TAGS_PER_BATCH):
                 self.client.log_batch(run.run_id, params=batch)
-        self.client.log_text(run.run_id, dump_yaml(recipe.to_dict()), "config.yaml")
+        self.client.log_text(run.run_id, dump_yaml(settings), "config.yaml")
         return run
 
 
@@ -176,12 +189,9 @@ class TrackedRun:
         """Return when the run began, in seconds since 1970."""
         return self._client.get_run(self.run_id).info.start_time / 1000
 
-    def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
-        """Copy a local file, or the content of a folder, to the artifacts, under ``folder`` if given."""
-        if Path(path).is_dir():
-            self._client.log_artifacts(self.run_id, str(path), folder)
-        else:
-            self._client.log_artifact(self.run_id, str(path), folder)
+    def log_artifact(self, path: Path) -> None:
+        """Copy a local file to the artifacts."""
+        self._client.log_artifact(self.run_id, str(path))
 
     def log_dict(self, content: Mapping[str, Any], file: str) -> None:
         """Store a mapping as the artifact ``file`` (.json, .yaml or .yml)."""
@@ -238,9 +248,8 @@ class TrackedRun:
 def open_tracking(recipe: Recipe, write: bool = True, create: bool = True, needed: str = "the train step") -> Tracking:
     """Open the tracking store of ``recipe``; create its database and experiment on first use.
 
-    Safe to call from several processes at once. Raises ConfigError naming a URI that cannot be opened, unless ``write``
-    is False, a store that cannot be written to, and unless ``create`` is set, an SQLite database that does not exist,
-    with the steps ``needed`` to fill it.
+    Safe to call from several processes at once. Raises ConfigError if the URI cannot be opened; with ``write``, if the
+    store is read-only; without ``create``, if the SQLite database does not exist, with the steps ``needed`` to fill it.
     """
     folder = recipe.run.folder.absolute()
     uri = recipe.tracking.uri
@@ -254,14 +263,9 @@ def open_tracking(recipe: Recipe, write: bool = True, create: bool = True, neede
     elif uri.startswith(SQLITE):
         # Workers run in their own folders, so a URI sent to them must hold an absolute path.
         uri = sqlite_uri(sqlite_path(uri).absolute())
-    if not create and uri.startswith(SQLITE) and not sqlite_path(uri).exists():
-        raise ConfigError(
-            f"{sqlite_path(uri)}: no such tracking store; run {needed} first, or name its place with run.folder "
-            "or tracking.uri"
-        )
     if write:  # first: connecting names tracking.uri in its errors
         check_writable(uri, store_key(recipe))
-    client = connect(uri)
+    client = connect(uri, create, f"run {needed} first, or name its place with run.folder or tracking.uri")
     with lock(uri):
         return Tracking(uri, open_experiment(client, uri, recipe.tracking.experiment, folder), client)
 
@@ -302,8 +306,8 @@ def ui_command(uri: str) -> str:
     )
 
 
-def _params(recipe: Recipe) -> dict[str, str]:
-    """Return the recipe as MLflow parameters: dotted keys, text values."""
+def _params(settings: dict[str, Any]) -> dict[str, str]:
+    """Return a recipe's settings as MLflow parameters: dotted keys, text values."""
 
     def walk(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
         if isinstance(value, dict) and value:
@@ -316,7 +320,7 @@ def _params(recipe: Recipe) -> dict[str, str]:
             text = value if isinstance(value, str) else json.dumps(value)
             yield prefix, text[:MAX_PARAM_VAL_LENGTH]  # truncated by MLflow, a value would look changed when resuming
 
-    return dict(walk("", recipe.to_dict()))
+    return dict(walk("", settings))
 
 
 def _slices(items: list[Any], size: int) -> Iterator[list[Any]]:

@@ -46,7 +46,7 @@ def weights_digest(checkpoint: Path) -> str:
     return digest.hexdigest()
 
 
-def find_version(tracking: Tracking, model_uri: str, key: str = "serve.model_uri") -> ModelVersion:
+def find_version(tracking: Tracking, model_uri: str, key: str) -> ModelVersion:
     """Return the version that ``models:/<name>@<alias>`` or ``models:/<name>/<version>`` names.
 
     Raises ConfigError, naming the recipe's ``key``, if there is none.
@@ -62,19 +62,19 @@ def find_version(tracking: Tracking, model_uri: str, key: str = "serve.model_uri
         raise ConfigError(f"{key}: cannot get {model_uri} ({error}); run the promote step first") from error
 
 
-def download(tracking: Tracking, model_uri: str, destination: Path | None = None, key: str = "serve.model_uri") -> Path:
+def download(tracking: Tracking, model_uri: str, destination: Path, key: str) -> Path:
     """Return the checkpoint folder of ``models:/<name>@<alias>`` or ``models:/<name>/<version>``.
 
-    Artifacts of a server are downloaded into ``destination``, or a new temporary folder if it is None. Local artifacts
-    are used in place, so the folder must not be written to. Raises ConfigError, naming the recipe's ``key``, if there
-    is no such version.
+    Artifacts in a file system of this machine are used in place, so the folder must not be written to. Others are
+    copied into the new folder ``destination``. Raises ConfigError, naming the recipe's ``key``, if there is no such
+    version.
     """
     version = find_version(tracking, model_uri, key)
     try:
         # download_artifacts(model_uri) would look the name up in the process-wide registry instead of this one.
         source = tracking.client.get_model_version_download_uri(version.name, version.version)
         folder = mlflow.artifacts.download_artifacts(
-            artifact_uri=source, dst_path=None if destination is None else str(destination), tracking_uri=tracking.uri
+            artifact_uri=source, dst_path=None if is_local_uri(source) else str(destination), tracking_uri=tracking.uri
         )
     except (MlflowException, OSError) as error:
         raise ConfigError(f"{key}: cannot get {model_uri} ({error}); run the promote step first") from error
@@ -92,7 +92,7 @@ def register(
 ) -> ModelVersion:
     """Register a checkpoint as a new version and move the alias to it.
 
-    Raises CheckpointError if any part of it fails; the registry is as before then.
+    Raises CheckpointError if any part fails, and leaves the registry unchanged.
 
     Args:
         run_id: The MLflow run that trained the checkpoint.

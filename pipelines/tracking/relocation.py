@@ -1,7 +1,7 @@
 """Paths in an SQLite store whose folder was moved or copied.
 
 MLflow stores absolute locations of all artifacts. After a move they name a folder that is gone; in a copy, they name
-the original. :func:`mend_paths` reads the old place of the database from them and replaces it with the new one.
+the original. :func:`update_paths` reads the old place of the database from them and replaces it with the new one.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _LOCATIONS = (
 _TIMEOUT_SECONDS = 30.0
 
 
-def adopt_default_experiment(database: Path) -> None:
-    """Give the experiment ``Default`` of a new database its artifacts next to it instead of in the current folder."""
+def set_default_artifact_location(database: Path) -> None:
+    """Let the experiment ``Default`` of a new database keep its artifacts next to it, not in the current folder."""
     with closing(sqlite3.connect(database, timeout=_TIMEOUT_SECONDS)) as connection, connection:
         location = (database.parent / ARTIFACTS).as_uri()
         connection.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = 0", (location,))
 
 
-def mend_paths(database: Path) -> None:
+def update_paths(database: Path) -> None:
     """Replace stored locations below the folder that held the database before; print where it was.
 
     A folder reached by another path, such as a symbolic link, counts as the same. Raises ConfigError if the artifacts
@@ -60,9 +60,9 @@ def mend_paths(database: Path) -> None:
             f"{folder / ARTIFACTS}, or move {database.name} back"
         )
     try:
-        # The database comes last: as long as it is stale, an interrupted repair is repeated.
+        # The database comes last: as long as it is stale, an interrupted update is repeated.
         for location in stale:
-            _mend_run_files(folder, Path(local_file_uri_to_path(location)).parent)
+            _update_run_files(folder, Path(local_file_uri_to_path(location)).parent)
         with closing(sqlite3.connect(database, timeout=_TIMEOUT_SECONDS)) as connection, connection:
             connection.execute("BEGIN IMMEDIATE")
             for location in stale:
@@ -102,7 +102,7 @@ def _replace(connection: sqlite3.Connection, location: str, folder: Path) -> Non
     connection.execute("UPDATE datasets SET dataset_source = replace(dataset_source, ?, ?)", sources)
 
 
-def _mend_run_files(folder: Path, before: Path) -> None:
+def _update_run_files(folder: Path, before: Path) -> None:
     """Replace the path of the database in run folders that store it as an absolute one."""
     for path in (*folder.glob(f"*/{RUN_FILE}"), *folder.glob(f"sweeps/*/{RUN_FILE}")):
         try:

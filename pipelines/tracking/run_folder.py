@@ -19,7 +19,7 @@ from pipelines.tracking.mlflow_store import TrackedRun, attach
 from pipelines.tracking.run_file import RUN_FILE, RunReference, read_run_file, write_run_file
 
 RECIPE_FILE, LOCK_FILE = "recipe.json", "lock"
-_MAX_VALUE_CHARS = 40  # of a value in a message
+_MAX_VALUE_CHARS = 40  # longest value shown in a message
 TRAINING_SECTIONS = ("data", "model", "train")
 """Recipe sections that a resumed training must not change."""
 _MAY_CHANGE = {
@@ -28,8 +28,8 @@ _MAY_CHANGE = {
     *("train.workers", "train.sharding", "train.cpus_per_worker", "train.threads_per_worker", "train.use_gpu"),
     *("train.max_failures", "train.log_every", "train.keep_checkpoints", "train.recompute"),
 }
-"""Settings of the data that the hash of its manifest binds by content, and settings of parallelism and logging. A
-different number of workers redistributes an epoch's rows."""
+"""Settings that a resumed run may change: data settings whose content the manifest's hash covers, and settings of
+parallelism and logging. A different number of workers redistributes an epoch's rows."""
 
 
 @contextmanager
@@ -73,7 +73,7 @@ def run_of_checkpoint(checkpoint: Path) -> TrackedRun | None:
         folder = checkpoint.resolve().parent  # a link to a checkpoint
     for runs in folder.parents[:2]:  # the runs folder of a run, and of a sweep
         if (runs / DATABASE).is_file():
-            connect(default_uri(runs))  # mends run.json if the folder was moved
+            connect(default_uri(runs))  # updates run.json if the folder was moved
     try:
         reference = read_run_file(folder)
     except OSError as error:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from pipelines.tracking.registry import download, find_version
 
 
 @dataclass(frozen=True)
-class ServedModel:
+class DeployedModel:
     """A model that is served."""
 
     name: str
@@ -50,8 +50,8 @@ def model_sources(section: ServeSection) -> list[tuple[str, str, str]]:
 class ModelStore:
     """Checkpoint folders of a recipe's models.
 
-    Checkpoints of a tracking server are copied to ``<run.folder>/served``, which replicas on other machines can read.
-    :meth:`close` removes the copies.
+    Checkpoints outside the file system, as on a tracking server, are copied to ``<run.folder>/served``, which replicas
+    on other machines can read. :meth:`close` removes the copies.
     """
 
     def __init__(self, recipe: Recipe):
@@ -61,11 +61,11 @@ class ModelStore:
         self._copies: dict[Path, Path] = {}
         """Folders of copies by checkpoint folder."""
 
-    def find(self) -> list[ServedModel]:
+    def find(self) -> list[DeployedModel]:
         """Return the models, the default one first. Raises ConfigError for a model that does not exist."""
         return [self._get(*source) for source in model_sources(self._recipe.serve)]
 
-    def moved(self, model: ServedModel, refused: str | None = None) -> ServedModel | None:
+    def newer_version(self, model: DeployedModel, refused: str | None = None) -> DeployedModel | None:
         """Return the version that the alias of ``model`` names now, or None if it is the same one or ``refused``.
 
         Raises ConfigError if the registry has no answer.
@@ -76,7 +76,7 @@ class ModelStore:
         number = str(find_version(self._open(), model.uri, model.key).version)
         return None if number in (model.version, refused) else self._get(model.name, model.uri, model.key)
 
-    def discard(self, model: ServedModel) -> None:
+    def discard(self, model: DeployedModel) -> None:
         """Remove the copy of a model that is not served any more, if there is one."""
         if (copy := self._copies.pop(model.checkpoint, None)) is not None:
             shutil.rmtree(copy, ignore_errors=True)
@@ -92,20 +92,18 @@ class ModelStore:
         self._tracking = self._tracking or open_tracking(self._recipe, write=False, create=False)
         return self._tracking
 
-    def _get(self, name: str, uri: str, key: str) -> ServedModel:
+    def _get(self, name: str, uri: str, key: str) -> DeployedModel:
         if not uri.startswith("models:/"):
-            return ServedModel(name, uri, key, Path(uri))
+            return DeployedModel(name, uri, key, Path(uri))
         tracking = self._open()
         number = str(find_version(tracking, uri, key).version)
         exact = f"models:/{name_in(uri)}/{number}"  # the alias may move meanwhile
-        if not tracking.uri.startswith("http"):
-            return ServedModel(name, uri, key, download(tracking, exact, key=key), number)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        copy = Path(tempfile.mkdtemp(dir=self._folder))
+        copy = self._folder / secrets.token_hex(8)
         try:
             checkpoint = download(tracking, exact, copy, key)
         except BaseException:
             shutil.rmtree(copy, ignore_errors=True)
             raise
-        self._copies[checkpoint] = copy
-        return ServedModel(name, uri, key, checkpoint, number)
+        if checkpoint.is_relative_to(copy):
+            self._copies[checkpoint] = copy
+        return DeployedModel(name, uri, key, checkpoint, number)

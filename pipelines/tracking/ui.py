@@ -18,7 +18,7 @@ ADDRESS = ("127.0.0.1", "5000")
 
 
 def server_command(runs: Path) -> list[str]:
-    """Return the command that serves the UI of a runs folder. Paths stored in a moved folder are mended.
+    """Return the command that serves the UI of a runs folder. Paths stored in a moved folder are updated.
 
     Raises ConfigError if the folder has no tracking store.
     """

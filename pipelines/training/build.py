@@ -86,7 +86,7 @@ def check_point(recipe: Recipe) -> Recipe:
     manifest = read_manifest(recipe.data_folder)
     recipe = check_prepared(recipe, manifest)
     check_trial(recipe)
-    check_fills_batch(curriculum(recipe), recipe.data_folder, manifest)
+    check_fills_batch(recipe, manifest)
     return recipe
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from model.config import ModelConfig
@@ -118,15 +117,26 @@ def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:
     return next((stage for stage in stages if step < stage.end), stages[-1])
 
 
-def check_fills_batch(stages: tuple[Stage, ...], folder: Path, manifest: Manifest) -> None:
-    """Raise DataError if the training split of a data folder does not fill one batch of a stage."""
+def tokens_after(stages: tuple[Stage, ...], step: int) -> int:
+    """Return the tokens of the first ``step`` updates."""
+    return sum(min(max(step - stage.first_step, 0), stage.steps) * stage.tokens_per_step for stage in stages)
+
+
+def total_tokens(recipe: Recipe) -> int:
+    """Return the tokens of all stages."""
+    stages = curriculum(recipe)
+    return tokens_after(stages, stages[-1].end)
+
+
+def check_fills_batch(recipe: Recipe, manifest: Manifest) -> None:
+    """Raise DataError if the training split of the prepared data does not fill one batch of a stage."""
     split = manifest.splits["train"]
-    for stage in stages:
+    for stage in curriculum(recipe):
         length, rows = stage.sequence_length, stage.batch_rows
         # A lower bound on the rows of the text. If it does not suffice, rows are cut until there are enough.
         if split.targets.get("text", 0) // length >= rows:
             continue
-        found = sum(1 for _ in local_rows(folder, "train", length, limit=rows))
+        found = sum(1 for _ in local_rows(recipe.data_folder, "train", length, limit=rows))
         if found < rows:
             raise DataError(
                 f"train split: its {sum(split.tokens.values()):,} tokens fill {count(found, 'row')} of {length}, fewer "

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import sys
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Literal
 
@@ -29,6 +30,8 @@ _STAGE_SETTINGS = {
 _LIST = "list:"
 _SAMPLES = 128
 _MAX_MODELS = 20_000
+_MAX_GRID = 1_000_000
+"""Maximum number of points of a grid that is tried as a whole."""
 
 
 def search_of(recipe: Recipe) -> Literal["random", "optuna"]:
@@ -42,10 +45,21 @@ def combinations(recipe: Recipe) -> list[dict[str, Setting]]:
     space, trials = recipe.sweep.space, recipe.sweep.trials
     rng = random.Random(recipe.run.seed)
     lists = {key: values for key, values in space.items() if not isinstance(values, Range)}
-    if len(lists) < len(space):
+    size = math.prod(map(len, lists.values()))
+    if len(lists) < len(space) or size > sys.maxsize:  # equal draws are out of the question
         return [_draw(recipe, rng) for _ in range(trials or 0)]
-    grid = [dict(zip(lists, values)) for values in itertools.product(*lists.values())]
-    return rng.sample(grid, trials) if trials is not None and trials < len(grid) else grid
+    if trials is None or trials >= size:
+        return [dict(zip(lists, values)) for values in itertools.product(*lists.values())]
+    return [_point_of_grid(lists, index) for index in rng.sample(range(size), trials)]
+
+
+def _point_of_grid(lists: dict[str, list[Setting]], index: int) -> dict[str, Setting]:
+    """Return the point at ``index`` of the grid, in the order of ``itertools.product``."""
+    point: dict[str, Setting] = {}
+    for key, values in reversed(lists.items()):
+        index, i = divmod(index, len(values))
+        point[key] = values[i]
+    return {key: point[key] for key in lists}
 
 
 def sample_points(recipe: Recipe) -> list[dict[str, Setting]]:
@@ -158,6 +172,9 @@ def check_space(recipe: Recipe) -> None:
         raise ConfigError("sweep.space: is empty")
     if section.search == "optuna" and section.trials is None:
         raise ConfigError("sweep.trials: is not set, but sweep.search is optuna")
+    points = math.prod(len(_ends(values)) for values in section.space.values())
+    if section.trials is None and points > _MAX_GRID:
+        raise ConfigError(f"sweep.trials: is not set, but the grid of sweep.space has {points:,} points")
 
 
 def check_metric(recipe: Recipe, points: Iterable[dict[str, Setting]], kinds: Collection[Kind]) -> None:

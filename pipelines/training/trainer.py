@@ -28,6 +28,7 @@ from model.optim import MuonAdamW
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from pipelines.data.batches import Batch, TrainBatches
+from pipelines.recipe.metrics import LOSS
 from pipelines.recipe.schema import Recipe
 from pipelines.training import anticipatory_routing, compute_dtype
 from pipelines.training.anticipatory_routing import AnticipatoryRouting, ExpertIds
@@ -59,8 +60,6 @@ from pipelines.training.validation import validate
 
 EXPERT_IDS = "expert_ids/"
 """With a layer's index, the key of the expert ids in a batch that was routed ahead: int64 [B, S, K]."""
-BEST = "validation/loss"
-"""Metric whose lowest value a run remembers."""
 
 OpenBatches = Callable[[Stage, int, int], TrainBatches]
 """Opens this rank's endless batches of a stage: (stage, epoch, batches to skip)."""
@@ -379,7 +378,7 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Return :func:`pipelines.training.validation.validate` in the attention mode of the stage just trained."""
         metrics = validate(self.model, self._validation, stage_at(self.stages, max(0, self.step - 1)).attends)
-        if math.isfinite(metrics[BEST]) and (self.best is None or metrics[BEST] < self.best[0]):
-            self.best = (metrics[BEST], self.step)
+        if math.isfinite(metrics[LOSS]) and (self.best is None or metrics[LOSS] < self.best[0]):
+            self.best = (metrics[LOSS], self.step)
         best = {} if self.best is None else {"best/loss": self.best[0], "best/step": float(self.best[1])}
         return metrics | best

@@ -18,6 +18,7 @@ from pipelines.data.batches import Batch, stack_rows
 from pipelines.data.local_reader import local_rows
 from pipelines.data.manifest import KINDS, Kind, read_manifest
 from pipelines.data.packing import TargetKind
+from pipelines.recipe.metrics import LOSS
 from pipelines.recipe.schema import Recipe
 from pipelines.training.collectives import max_over_ranks, sum_over_ranks
 
@@ -52,10 +53,11 @@ def held_out_batches(recipe: Recipe, rank: int = 0, world: int = 1) -> dict[str,
     """Return this rank's share of ``train.validation_rows`` held-out rows of each kind, in batches by kind."""
     folder, train = recipe.data_folder, recipe.train
     size = max(1, train.batch_rows // world)
+    stored = read_manifest(folder).splits["validation"].rows
     found: dict[str, list[Batch]] = {}
     for kind in KINDS:
-        rows = local_rows(folder, "validation", recipe.data.sequence_length, [kind], train.validation_rows)
-        if read_manifest(folder).splits["validation"].rows.get(kind):
+        if stored.get(kind):
+            rows = local_rows(folder, "validation", recipe.data.sequence_length, [kind], train.validation_rows)
             found[kind] = list(stack_rows(list(rows)[rank::world], size))
     return found
 
@@ -98,7 +100,7 @@ def validate(model: Transformer, batches: dict[str, list[Batch]], attention: Att
                 metrics["validation/choosing_share"] = sums["choosing"] / max(1, sums["queries"])
     for layer in model.moe_layers():
         layer.drop_rounded()  # the weights are about to change
-    metrics["validation/loss"] = sum(losses) / len(losses)
+    metrics[LOSS] = sum(losses) / len(losses)
     if config.mtp_layers:
         metrics["validation/mtp_loss"] = sum(mtp_losses) / len(mtp_losses)
     model.train(training)

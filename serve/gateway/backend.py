@@ -110,9 +110,9 @@ def _append(batch: list[Message], message: Message) -> None:
         batch.append(message)
 
 
-async def fetch(backend: Backend, path: str, method: str = "GET") -> tuple[int, bytes]:
-    """Send a request of the gateway's own. Return the status and body of the response."""
-    request = {"method": method, "path": path, "query_string": b"", "headers": []}
+async def fetch(backend: Backend, path: str) -> tuple[int, bytes]:
+    """Send a GET request of the gateway's own. Return the status and body of the response."""
+    request = {"method": "GET", "path": path, "query_string": b"", "headers": []}
     status, parts = 500, []
     async with aclosing(backend.respond(request, b"")) as batches:  # type: ignore[type-var]
         async for batch in batches:

@@ -7,7 +7,19 @@ import statistics
 
 import pytest
 
-from evals.scores import cluster_likelihood, cluster_mean, effective_length
+from evals.scores import Point, cluster_likelihood, cluster_mean, effective_length
+
+
+@pytest.mark.parametrize("point", [Point("mqar", 256, None), Point("needle", 1024, 0.1), Point("perplexity", 64, 0.0)])
+def test_the_name_of_a_metric_holds_its_point(point):
+    assert Point.parse(point.metric("recall_stderr")) == (point, "recall_stderr")
+
+
+@pytest.mark.parametrize(
+    "name", ["eval/recall", "eval/mqar/effective_length", "validation/recall", "train/a/256/recall"]
+)
+def test_other_metrics_have_no_point(name):
+    assert Point.parse(name) is None
 
 
 def test_standard_error_counts_documents_not_questions():

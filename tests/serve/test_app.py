@@ -222,7 +222,7 @@ def test_a_proxy_that_fails_to_start_is_reported(saved, monkeypatch, error) -> N
         raise error
 
     monkeypatch.setattr(deploy, "ray_session", lambda **_: nullcontext())
-    monkeypatch.setattr(deploy, "check_cluster", lambda section: None)
+    monkeypatch.setattr(deploy, "check_serve_cluster", lambda section: None)
     monkeypatch.setattr(ray_serve, "start", fail)
     monkeypatch.setattr(ray_serve, "shutdown", lambda: None)
     with pytest.raises(FiftyfoldError, match=r"^serve: Ray Serve could not start \(.+\)$"):
@@ -308,7 +308,7 @@ def test_a_signal_stops_the_deployment(tmp_path, saved, number) -> None:
     recipe = recipe_for(tmp_path, saved)
     code = (
         "import json, sys; from pipelines.recipe.loading import recipe_from_dict; "
-        "from pipelines.steps.deploy import run; print(run(recipe_from_dict(json.loads(sys.argv[1]))))"
+        "from pipelines.steps.deploy import run; run(recipe_from_dict(json.loads(sys.argv[1])))"
     )
     command = [sys.executable, "-c", code, json.dumps(recipe.to_dict())]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -320,7 +320,7 @@ def test_a_signal_stops_the_deployment(tmp_path, saved, number) -> None:
         rest = process.stdout.read()
         assert process.wait(60) == 0, rest
     assert lines[0].startswith(f"serving {saved} as 'letters/final' at http://127.0.0.1:{recipe.serve.port}/v1")
-    assert [line.split("(")[0].split(";")[0] for line in rest.splitlines()] == ["stopping", "DeployResult"]
+    assert [line.split(";")[0] for line in rest.splitlines()] == ["stopping"]
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", recipe.serve.port)) != 0
 

@@ -2,10 +2,8 @@
 
 from collections import Counter
 
-import pytest
 from shard_helpers import LENGTH, as_bytes
 
-from model.errors import DataError
 from pipelines.data.local_reader import local_rows
 from pipelines.data.manifest import read_manifest
 
@@ -18,9 +16,7 @@ def test_local_rows_select_limit_and_shuffle(folder):
     for kind, count in manifest.splits["train"].rows.items():
         assert sum(1 for _ in local_rows(folder, "train", LENGTH, kinds=[kind])) == count
     assert as_bytes(local_rows(folder, "train", LENGTH, limit=10)) == everything[:10]
-    shuffled = as_bytes(local_rows(folder, "train", LENGTH, shuffle=True, seed=1))
+    shuffled = as_bytes(local_rows(folder, "train", LENGTH, seed=1))
     assert shuffled != everything and Counter(shuffled) == Counter(everything)
-    assert as_bytes(local_rows(folder, "train", LENGTH, shuffle=True, seed=1)) == shuffled
-    assert as_bytes(local_rows(folder, "train", LENGTH, shuffle=True, seed=2)) != shuffled
-    with pytest.raises(DataError, match="kinds: 'poem' is not one of"):
-        local_rows(folder, "train", LENGTH, kinds=["poem"])
+    assert as_bytes(local_rows(folder, "train", LENGTH, seed=1)) == shuffled
+    assert as_bytes(local_rows(folder, "train", LENGTH, seed=2)) != shuffled

@@ -34,6 +34,16 @@ def test_commands_are_quoted_for_the_shell(arguments):
     assert command_line("demo") == "python -m pipelines demo --run.folder 'it'\"'\"'s $HOME'"
 
 
+@pytest.mark.parametrize("given", [["--tracking.uri", "URI"], ["--tracking.uri=URI"]])
+def test_commands_hold_no_password(arguments, given):
+    arguments(
+        MAIN, "sweep", *(text.replace("URI", "http://user:secret@tracking") for text in given), "--run.name", "a@b"
+    )
+    shown = [text.replace("URI", "http://tracking") for text in given]
+    assert shlex.split(command_line("sweep"))[3:] == ["sweep", *shown, "--run.name", "a@b"]
+    assert "secret" not in command_of("deploy")
+
+
 def test_a_step_that_another_program_runs_has_its_name_only(arguments):
     arguments("/usr/bin/pytest", "-q")
     assert (command_line("sweep"), command_of("deploy")) == ("python -m pipelines sweep", "python -m pipelines deploy")

@@ -80,7 +80,7 @@ def test_a_trial_is_scored_on_the_tasks_of_its_own_experiment(start, monkeypatch
     planned(9)  # another experiment describes the same training, without tasks
     found = []
     monkeypatch.setattr(trial_process, "complete", lambda trial, tracking: found.append(trial))
-    monkeypatch.setattr(Trial, "result", lambda self: Result("a", {"validation/loss": 1.0}, [], 0.0))
+    monkeypatch.setattr(Trial, "result", lambda self: Result("a", {"validation/loss": 1.0}, []))
     monkeypatch.setattr(trial_process.tune, "report", lambda metrics: None)
     trial_process.run_trial({"folder": str(own.folder)}, {str(own.folder): own.to_dict()}, tracking)
     assert found == [own]

@@ -8,7 +8,7 @@ from model.errors import FiftyfoldError
 from pipelines.experiments.arms import Arm
 from pipelines.experiments.experiment import Experiment, choose_rate, rate_beyond
 from pipelines.experiments.outputs import quick
-from pipelines.experiments.trials import RESULT, plan
+from pipelines.experiments.trials import RESULT, TRIAL, Trial, plan
 from pipelines.recipe.loading import load_recipe, with_overrides
 from pipelines.training.curriculum import curriculum, total_steps
 
@@ -35,7 +35,7 @@ def test_a_trial_is_finished_once_what_is_asked_for_exists(prepared, tmp_path):
         "run_id": "a",
         "metrics": {"validation/loss": 1.0},
         "curve": [[8, {"validation/loss": 1.0}]],
-        "seconds": 1,
+        "seconds": 1,  # by an earlier version
     }
     (trained.folder / RESULT).write_text(json.dumps(result))
     assert trained.is_finished and not evaluated.is_finished
@@ -45,6 +45,14 @@ def test_a_trial_is_finished_once_what_is_asked_for_exists(prepared, tmp_path):
     assert evaluated.result().line("validation/loss") == [(8, 1.0)]
     more = with_overrides(recipe, {"evaluate.samples": 3})
     assert not plan(Arm("full", "all", more), 77, 1.0, evaluated=True).is_finished
+
+
+def test_the_description_of_a_trial_holds_no_password(prepared):
+    recipe = with_overrides(prepared, {"run.seed": 78, "tracking.uri": "http://user:secret@tracking"})
+    trial = plan(Arm("full", "all", recipe), 78, 1.0)
+    trial.write()
+    text = (trial.folder / TRIAL).read_text()
+    assert "secret" not in text and Trial.from_dict(json.loads(text)).folder == trial.folder
 
 
 def test_the_lowest_finite_loss_selects_the_rate():
@@ -66,7 +74,7 @@ class CountedExperiment(Experiment):
     """Finishes trials with losses from a function of the rate instead of training."""
 
     def __init__(self, section, loss):
-        self.name, self.section, self.loss, self.rates = "counted", section, loss, []
+        self.section, self.loss, self.rates = section, loss, []
 
     def expect(self, trials):
         pass
@@ -79,7 +87,7 @@ class CountedExperiment(Experiment):
                 failures[trial.label] = "out of memory"
                 continue
             trial.folder.mkdir(parents=True)
-            result = {"run_id": "a", "metrics": {"validation/loss": loss}, "curve": [], "seconds": 1}
+            result = {"run_id": "a", "metrics": {"validation/loss": loss}, "curve": []}
             (trial.folder / RESULT).write_text(json.dumps(result))
         return failures
 

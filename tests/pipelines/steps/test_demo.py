@@ -1,10 +1,14 @@
-"""The figures of the demo's table."""
+"""The figures of the demo's table, and its questions."""
 
 import math
+from types import SimpleNamespace
 
+import httpx
 import pytest
 
+from model.errors import FiftyfoldError
 from pipelines.recipe.loading import recipe_from_dict
+from pipelines.steps import demo
 from pipelines.steps.demo import recall_tokens
 from pipelines.tracking.mlflow_store import open_tracking
 
@@ -27,3 +31,16 @@ def test_the_tokens_to_recall_are_interpolated_between_validations(tmp_path, rec
         for step, recall in recalls.items():
             run.log_metrics({"validation/recall": recall}, step)
     assert recall_tokens(recipe, run.run_id) == pytest.approx(tokens)
+
+
+@pytest.mark.parametrize(("text", "reason"), [("timed out", "timed out"), ("", "ReadTimeout")])
+def test_a_question_without_an_answer_ends_the_demo_with_one_sentence(monkeypatch, text, reason):
+    def post(*_, **__):
+        raise httpx.ReadTimeout(text)
+
+    monkeypatch.setattr(demo, "load_tokenizer", lambda _: None)
+    monkeypatch.setattr(demo, "retrieval_questions", lambda **_: {"test": [{"context": "a", "answer": "b"}]})
+    monkeypatch.setattr(demo.httpx, "post", post)
+    deployment = SimpleNamespace(url="http://t", checkpoint="c", model_name="m")
+    with pytest.raises(FiftyfoldError, match=f"^http://t: {reason}$"):
+        demo._ask(recipe_from_dict({}), deployment)

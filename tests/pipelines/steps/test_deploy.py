@@ -17,19 +17,19 @@ import torch
 import yaml
 from ray import serve as ray_serve
 from ray.serve import Application
-from ray.serve.schema import ServeDeploySchema
+from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
 from model import checkpoint
 from model.config import ModelConfig
-from model.errors import CheckpointError, ConfigError
+from model.errors import CheckpointError, ConfigError, FiftyfoldError
 from model.tokenizer import load_tokenizer
 from model.transformer import Transformer
-from pipelines.ray_runtime.serve_applications import failure, gateway_arguments, model_arguments
+from pipelines.ray_runtime.serve_applications import failure, gateway_arguments, model_arguments, replacement_state
 from pipelines.recipe.loading import recipe_from_dict
 from pipelines.recipe.schema import Recipe, ServeSection
 from pipelines.steps import deploy
-from pipelines.tracking import served_models
-from pipelines.tracking.served_models import ModelStore, ServedModel, model_sources
+from pipelines.tracking import registry, served_models
+from pipelines.tracking.served_models import DeployedModel, ModelStore, model_sources
 from serve.app import GATEWAY, application_name, build_model
 
 TRACEBACK = """The deployment failed to start 3 times in a row. This may be due to a problem with its constructor or \
@@ -163,14 +163,14 @@ def test_warnings_about_replicas_that_end_are_not_printed_and_errors_are(monkeyp
 
 def test_a_damaged_model_is_named_by_its_key(tmp_path):
     for key in ("serve.model_uri", "serve.models.a"):
-        model = ServedModel("a", str(tmp_path), key, tmp_path)
+        model = DeployedModel("a", str(tmp_path), key, tmp_path)
         with pytest.raises(CheckpointError, match=rf"^{key}: {tmp_path}/config\.json: No such file"):
             deploy.check_model(model, ServeSection())
 
 
 def test_the_printed_command_survives_any_path_and_name(capsys):
     section = ServeSection(api_key_file="my $key's file")
-    model = ServedModel("it's", "c", "serve.model_uri", Path("c"))
+    model = DeployedModel("it's", "c", "serve.model_uri", Path("c"))
     deploy._print_endpoint(
         SimpleNamespace(models=[model], model_name="it's", url="http://t", weights="float32"), section
     )
@@ -186,7 +186,7 @@ def test_replicas_get_the_path_of_the_key_and_not_the_key(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     Path("key").write_text("correct-horse")
     section = recipe_with(api_key_file="key").serve
-    model = ServedModel("name", "c", "serve.model_uri", Path("c"))
+    model = DeployedModel("name", "c", "serve.model_uri", Path("c"))
     arguments = [gateway_arguments(section, [model]), model_arguments(section, model)]
     assert arguments[0]["api_key_file"] == str(tmp_path / "key")
     deploy._print_endpoint(
@@ -213,7 +213,7 @@ def test_write_config_is_a_valid_serve_config(tmp_path, folder):
         max_replicas=3, target_requests_per_replica=5, allowed_origins=["http://a"],
     )  # fmt: skip
     path = tmp_path / "serve.yaml"
-    assert deploy.run(recipe, path) == path
+    deploy.run(recipe, path)
     text = path.read_text()
     assert "correct-horse" not in text
     config = ServeDeploySchema.model_validate(yaml.safe_load(text))
@@ -288,9 +288,9 @@ def test_copies_of_a_tracking_server_are_removed(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(served_models, "download", copy)
     store = ModelStore(recipe)
     [first] = store.find()
-    assert (first.version, store.moved(first)) == ("1", None)
+    assert (first.version, store.newer_version(first)) == ("1", None)
     number = 2
-    second = store.moved(first)
+    second = store.newer_version(first)
     assert second.version == "2" and second.checkpoint != first.checkpoint
     store.discard(first)
     assert not first.checkpoint.exists() and second.checkpoint.is_dir()
@@ -300,3 +300,103 @@ def test_copies_of_a_tracking_server_are_removed(tmp_path, folder, monkeypatch):
     assert len(list((tmp_path / "served").iterdir())) == 1
     store.close()
     assert not (tmp_path / "served").exists()
+
+
+@pytest.fixture
+def copied(tmp_path, folder, monkeypatch):
+    """A recipe with a model of a tracking server, whose only version is copied to ``served``."""
+    store = SimpleNamespace(uri="http://tracking")
+    monkeypatch.setattr(served_models, "open_tracking", lambda *_, **__: store)
+    monkeypatch.setattr(served_models, "find_version", lambda *_: SimpleNamespace(version="1"))
+    monkeypatch.setattr(served_models, "download", lambda _, __, to, ___: Path(shutil.copytree(folder, to / "final")))
+    return recipe_from_dict({"run": {"folder": str(tmp_path)}, "serve": {"model_uri": "models:/small@champion"}})
+
+
+def test_copies_stay_for_a_serve_config_and_are_removed_if_none_is_written(copied, tmp_path, monkeypatch):
+    monkeypatch.setattr(deploy, "check_model", lambda *_: (_ for _ in ()).throw(CheckpointError("damaged")))
+    with pytest.raises(CheckpointError, match="damaged"):
+        deploy.run(copied, tmp_path / "serve.yaml")
+    assert not (tmp_path / "served").exists()
+    monkeypatch.setattr(deploy, "check_model", lambda *_: None)
+    deploy.run(copied, tmp_path / "serve.yaml")
+    (copy,) = (tmp_path / "served").iterdir()
+    assert str(copy / "final") in (tmp_path / "serve.yaml").read_text()
+
+
+class RayServeException(Exception):
+    """Like Serve's own, derived from nothing else."""
+
+
+def deployment_of(recipe):
+    model = DeployedModel("small", "models:/small@champion", "serve.model_uri", Path("old"), "0")
+    return deploy.Deployment("http://t", [model], "float32", recipe.serve, ModelStore(recipe), ExitStack())
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RayServeException("gone"), KeyError("x")])
+def test_no_problem_with_a_moved_alias_ends_the_deployment(copied, tmp_path, monkeypatch, capsys, error):
+    def fail(*_):
+        raise error
+
+    deployment = deployment_of(copied)
+    monkeypatch.setattr(deploy, "check_model", lambda *_: None)
+    monkeypatch.setattr(deploy, "replace_model", fail)
+    for _ in range(2):
+        deployment.follow_aliases()
+    assert capsys.readouterr().out == f"'small' stays at version 0: {error}\n"  # once
+    assert not list((tmp_path / "served").iterdir()), "the copy that is not served is removed"
+
+
+def test_a_replacement_is_awaited_through_any_problem(copied, monkeypatch, capsys):
+    states = [KeyError("x"), RayServeException("gone"), RayServeException("gone"), (ApplicationStatus.RUNNING, "")]
+
+    def state(_):
+        found = states.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    deployment = deployment_of(copied)
+    monkeypatch.setattr(deploy, "check_model", lambda *_: None)
+    monkeypatch.setattr(deploy, "replace_model", lambda *_: None)
+    monkeypatch.setattr(deploy, "replacement_state", state)
+    monkeypatch.setattr(deploy, "_POLL_SECONDS", 0)
+    deployment.follow_aliases()
+    first, second, last = capsys.readouterr().out.splitlines()
+    assert (first, second) == ("version 1 of 'small' is awaited: 'x'", "version 1 of 'small' is awaited: gone")
+    assert last.startswith("serving version 1 of 'small'") and deployment.models[0].version == "1"
+
+
+def test_an_application_that_serve_does_not_know_is_named(monkeypatch):
+    monkeypatch.setattr(ray_serve, "status", lambda: SimpleNamespace(applications={}))
+    with pytest.raises(FiftyfoldError, match=r"^Ray Serve has no application '.*small.*'$"):
+        replacement_state(DeployedModel("small", "c", "serve.model_uri", Path("c"), "1"))
+
+
+@pytest.mark.parametrize(
+    ("store", "source", "copies"),
+    [
+        ("postgresql://host/db", "s3://bucket/model", True),
+        ("databricks://profile", "dbfs:/model", True),
+        ("http://tracking", "mlflow-artifacts:/model", True),
+        ("sqlite:////x/mlflow.db", "file:///x/model", False),
+    ],
+)
+def test_checkpoints_outside_the_file_system_are_copied(tmp_path, monkeypatch, store, source, copies):
+    found = []
+
+    def fetch(artifact_uri, dst_path, tracking_uri):
+        found.append(dst_path)
+        return dst_path or "/x/model"
+
+    client = SimpleNamespace(
+        get_model_version_by_alias=lambda *_: SimpleNamespace(name="small", version=1),
+        get_model_version=lambda *_: SimpleNamespace(name="small", version=1),
+        get_model_version_download_uri=lambda *_: source,
+    )
+    tracking = SimpleNamespace(uri=store, client=client)
+    monkeypatch.setattr(served_models, "open_tracking", lambda *_, **__: tracking)
+    monkeypatch.setattr(registry.mlflow.artifacts, "download_artifacts", fetch)
+    recipe = recipe_from_dict({"run": {"folder": str(tmp_path)}, "serve": {"model_uri": "models:/small@champion"}})
+    [model] = ModelStore(recipe).find()
+    assert model.checkpoint.is_relative_to(tmp_path / "served") == copies
+    assert found == [str(model.checkpoint) if copies else None]

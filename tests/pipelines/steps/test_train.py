@@ -15,8 +15,9 @@ from pipelines.ray_runtime.checkpoint_index import INDEX
 from pipelines.ray_runtime.fit import RAY_RUN
 from pipelines.recipe.loading import overlay, recipe_from_dict, with_overrides
 from pipelines.reports.cache_measurement import BYTES_PER_TOKEN
+from pipelines.reports.pareto import Point, SweepReport
 from pipelines.steps import evaluate, promote, sweep, train
-from pipelines.steps.sweep import Trial, choose_winner
+from pipelines.steps.sweep import choose_winner
 from pipelines.tracking.mlflow_store import open_tracking
 from pipelines.tracking.registry import download
 from pipelines.tracking.run_folder import LOCK_FILE
@@ -131,20 +132,26 @@ def swept(trained):
     return recipe, sweep.run(recipe)
 
 
+def points_of(recipe):
+    """Return the trials among the results of a sweep."""
+    return SweepReport.from_dict(json.loads((recipe.sweep_folder / "sweep.json").read_text())["result"]).points
+
+
 def test_a_sweep_nests_its_trials_and_keeps_the_best_within_the_budget(swept):
     recipe, result = swept
     client = open_tracking(recipe).client
     experiment = client.get_run(result.run_id).info.experiment_id
     nested = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{result.run_id}'")
-    assert len(nested) == 3 == len(result.trials)
+    points = points_of(recipe)
+    assert len(nested) == 3 == len(points)
     assert {run.info.status for run in nested} == {"FINISHED"}
-    fitting = [t for t in result.trials if t.metrics[BYTES_PER_TOKEN] <= 35.0]
+    fitting = [point for point in points if point.cost <= 35.0]
     assert len(fitting) == 2
-    assert result.winner.metrics["validation/loss"] == min(t.metrics["validation/loss"] for t in fitting)
+    assert result.winner.metrics["validation/loss"] == min(point.metrics["validation/loss"] for point in fitting)
     assert {a.path for a in client.list_artifacts(result.run_id)} >= {"pareto.png", "trials.json", "winner.yaml"}
     config = checkpoint.load_config(result.checkpoint)
     assert config.csa_ratio == result.winner.settings["model.csa_ratio"]
-    assert overlay(recipe, result.overrides).model.csa_ratio == config.csa_ratio
+    assert overlay(recipe, recipe.sweep_folder / "winner.yaml").model.csa_ratio == config.csa_ratio
 
 
 def test_a_finished_sweep_resumes_to_the_same_winner(swept):
@@ -170,7 +177,7 @@ def test_scores_promote_the_winner(swept):
     evaluate.run(with_overrides(recipe, {"evaluate.checkpoint": str(result.checkpoint)}))
     promoted = promote.run(recipe)
     assert promoted.winner.checkpoint == result.checkpoint
-    folder = download(open_tracking(recipe), "models:/fiftyfold@champion")
+    folder = download(open_tracking(recipe), "models:/fiftyfold@champion", recipe.run.folder / "unused", "key")
     assert checkpoint.load_config(folder) == checkpoint.load_config(result.checkpoint)
 
 
@@ -196,13 +203,13 @@ def test_a_trial_may_have_train_workers_of_its_own(trained, tmp_path, monkeypatc
     recipe.sweep_folder.mkdir(parents=True)
     compute_dtype.write(recipe.sweep_folder, there)
     result = sweep.run(recipe)
-    assert len(result.trials) == 1 and (tmp_path / "other.db").exists()
+    assert len(points_of(recipe)) == 1 and (tmp_path / "other.db").exists()
     run = open_tracking(recipe).client.get_run(result.winner.run_id)
     assert run.info.status == "FINISHED" and there.items() <= run.data.params.items()
     assert compute_dtype.read(result.checkpoint) == there
     model = checkpoint.load(result.checkpoint)
     assert (model.config.index_topk, model.config.qat) == (2, False)
-    assert overlay(recipe, result.overrides).train.grad_clip == 0.5
+    assert overlay(recipe, recipe.sweep_folder / "winner.yaml").train.grad_clip == 0.5
 
 
 def test_settings_that_the_data_or_the_cluster_cannot_serve_are_refused(prepared, ray_cluster):
@@ -222,14 +229,14 @@ def test_settings_that_the_data_or_the_cluster_cannot_serve_are_refused(prepared
 def test_a_tie_goes_to_the_smaller_cache_and_nan_never_wins():
     recipe = recipe_from_dict({"sweep": {"metric": "validation/loss", "max_cache_bytes_per_token": 50}})
     trials = [
-        Trial({"n": i}, {"validation/loss": loss, BYTES_PER_TOKEN: cache}, str(i), 1)
+        Point("", {"n": i}, {"validation/loss": loss, BYTES_PER_TOKEN: cache}, str(i), 1)
         for i, (loss, cache) in enumerate([(float("nan"), 1), (2.0, 40), (2.0, 30), (1.0, 60), (3.0, 10)])
     ]
     assert choose_winner(trials, recipe) is trials[2]
     with pytest.raises(ConfigError, match="no trial fits 50 bytes; the smallest takes 60"):
         choose_winner([trials[3]], recipe)
     with pytest.raises(ConfigError, match="trials report no 'validation/loss'"):
-        choose_winner([Trial({}, {BYTES_PER_TOKEN: 1.0}, "x", 1)], recipe)
+        choose_winner([Point("", {}, {BYTES_PER_TOKEN: 1.0}, "x", 1)], recipe)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pathlib import Path
 import matplotlib.figure
 import mlflow
 import pytest
+from mlflow import MlflowClient
 
 from model.errors import ConfigError
 from pipelines.recipe.loading import load_recipe, recipe_from_dict
@@ -66,6 +67,33 @@ def test_run_records_recipe_tags_and_metrics(store):
     assert load_recipe([store / "mlartifacts" / run.run_id / "artifacts" / "config.yaml"], []) == recipe
 
 
+def test_a_run_stores_no_password(store):
+    tracking = open_tracking(recipe_in(store))
+    recipe = recipe_in(store, tracking={"uri": "postgresql://user:secret@host/db"})
+    run_id = tracking.start_run("a", kind="train", recipe=recipe).run_id
+    assert tracking.client.get_run(run_id).data.params["tracking.uri"] == "postgresql://host/db"
+    for path in (store / "mlartifacts" / run_id).rglob("*"):
+        assert path.is_dir() or "secret" not in path.read_text()
+    tracking.start_run("a", kind="train", recipe=recipe, run_id=run_id)
+    assert "resumed.changed" not in tracking.client.get_run(run_id).data.tags
+
+
+def test_all_pages_of_a_search_are_read(store, monkeypatch):
+    recipe = recipe_in(store, tracking={"experiment": "pages"})
+    tracking = open_tracking(recipe)
+    names = [str(i) for i in range(5)]
+    for name in names:
+        tracking.client.create_run(
+            tracking.experiment_id, run_name=name, tags={"parity": "odd" if int(name) % 2 else "even"}
+        )
+    search = MlflowClient.search_runs
+    monkeypatch.setattr(
+        MlflowClient, "search_runs", lambda self, *given, **options: search(self, *given, **options, max_results=2)
+    )
+    assert sorted(run.info.run_name for run in tracking.search_runs()) == names
+    assert sorted(run.info.run_name for run in tracking.search_runs("tags.parity = 'even'")) == ["0", "2", "4"]
+
+
 def test_default_recipe_has_no_parameter_lost(store):
     """The recipe has more than MLflow's 100 parameters per request. Values beyond its limit are truncated."""
     recipe = recipe_in(store, data={"sources": ["x" * 200] * 35})
@@ -82,7 +110,7 @@ def test_artifacts_figure_and_table(store, tmp_path):
     recipe = recipe_in(store)
     run = open_tracking(recipe).start_run("a", kind="train", recipe=recipe)
     (tmp_path / "note.txt").write_text("hello")
-    run.log_artifact(tmp_path / "note.txt", "notes")
+    run.log_artifact(tmp_path / "note.txt")
     run.log_dict({"a": 1}, "extra.json")
     figure = matplotlib.figure.Figure()
     figure.subplots().plot([1, 2])
@@ -91,7 +119,7 @@ def test_artifacts_figure_and_table(store, tmp_path):
     run.log_table({"length": [256, 512], "recall": [0.75, 0.25]}, "tables/recall.json")
 
     folder = store / "mlartifacts" / run.run_id / "artifacts"
-    assert (folder / "notes" / "note.txt").read_text() == "hello"
+    assert (folder / "note.txt").read_text() == "hello"
     assert (folder / "figures" / "curve.png").read_bytes()[:4] == b"\x89PNG"
     table = json.loads((folder / "tables" / "recall.json").read_text())
     assert table == {"columns": ["length", "recall"], "data": [[256, 0.75], [512, 0.25]]}  # replaced, not appended

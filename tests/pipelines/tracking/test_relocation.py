@@ -144,7 +144,7 @@ def test_a_run_folder_that_was_renamed_is_still_found(original):
     evaluate.run(recipe)
 
 
-def test_a_run_of_another_runs_folder_is_refused(tmp_path):
+def test_a_run_of_another_runs_folder_is_refused(tmp_path, capsys):
     """Two runs folders with equal run names share a store."""
     uri = f"sqlite:///{tmp_path}/shared.db"
     one, other = (recipe_in(tmp_path / name, tracking={"uri": uri}) for name in ("one", "other"))
@@ -152,8 +152,8 @@ def test_a_run_of_another_runs_folder_is_refused(tmp_path):
     second = train(other, 0.5, seed=2)
     result = promote.run(other)
     assert result.winner.run_id == second and result.winner.checkpoint == other.final_checkpoint
-    (reason,) = result.refused.values()
-    assert reason == f"its checkpoint {one.final_checkpoint} is not in run.folder {other.run.folder}"
+    reason = f"its checkpoint {one.final_checkpoint} is not in run.folder {other.run.folder}\n"
+    assert reason in capsys.readouterr().out
     assert (tmp_path / "mlartifacts").is_dir()  # next to the database, not in the folder that created the experiment
     assert not (tmp_path / "one" / "mlartifacts").exists()
 
@@ -181,7 +181,7 @@ def test_a_moved_read_only_folder_is_refused_with_advice(original, tmp_path, mon
     folder = tmp_path / "moved"
     original.rename(folder)
     database = folder / "mlflow.db"
-    connect = connection.mend_paths.__globals__["sqlite3"].connect
+    connect = connection.update_paths.__globals__["sqlite3"].connect
 
     def read_only(path, **options):
         return connect(path, **options) if options.get("uri") else connect(f"file:{path}?mode=ro", uri=True)

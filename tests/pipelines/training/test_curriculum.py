@@ -11,7 +11,7 @@ from model.errors import ConfigError, DataError
 from pipelines.data.local_reader import local_rows
 from pipelines.data.manifest import read_manifest
 from pipelines.recipe.loading import with_overrides
-from pipelines.training.curriculum import check_fills_batch, curriculum
+from pipelines.training.curriculum import check_fills_batch, curriculum, tokens_after, total_tokens
 
 
 @pytest.mark.parametrize(
@@ -81,9 +81,15 @@ def test_data_that_fill_no_batch_are_refused_before_any_compute(prepared):
     manifest = read_manifest(prepared.data_folder)
     there = sum(1 for _ in local_rows(prepared.data_folder, "train", 96))
     stages = [{"steps": 1, "batch_rows": rows} for rows in (there, there + 1)]
-    enough, too_many = curriculum(with_overrides(prepared, {"train.stages": stages}))
-    check_fills_batch((enough,), prepared.data_folder, manifest)
+    check_fills_batch(with_overrides(prepared, {"train.stages": stages[:1]}), manifest)
     with pytest.raises(
         DataError, match=rf"fill {there} rows of 96, fewer than the {there + 1} of one batch of train\.stages\.1$"
     ):
-        check_fills_batch((enough, too_many), prepared.data_folder, manifest)
+        check_fills_batch(with_overrides(prepared, {"train.stages": stages}), manifest)
+
+
+def test_tokens_are_counted_over_the_stages(prepared):
+    stages = [{"steps": 3, "batch_rows": 2}, {"steps": 2, "batch_rows": 4, "sequence_length": 48}]
+    recipe = with_overrides(prepared, {"train.stages": stages})
+    counted = [tokens_after(curriculum(recipe), step) for step in range(6)]
+    assert counted == [0, 192, 384, 576, 768, 960] and total_tokens(recipe) == 960

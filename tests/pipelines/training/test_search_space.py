@@ -1,5 +1,7 @@
 """Points of a sweep's space."""
 
+import random
+
 import pytest
 
 from model.errors import ConfigError
@@ -37,6 +39,27 @@ def test_random_points_lie_within_the_ranges():
     assert all(0.5 <= clip <= 2.0 for clip in clips) and set(topk) == {2, 3, 4, 5}
     assert {point["model.kv_format"] for point in points} == {"fp8", "bf16"}
     assert points == combinations(space(RANGES, trials=200, search="random"))
+
+
+def test_points_of_a_grid_are_drawn_without_building_the_grid():
+    keys = ["model.csa_ratio", "model.hca_ratio", "model.index_topk", "run.seed"]
+    keys += [f"train.{name}" for name in ("batch_rows", "grad_clip", "log_every", "validate_every", "warmup_steps")]
+    keys.append("train.validation_rows")
+    points = combinations(space({key: list(range(1, 11)) for key in keys}, trials=20))
+    assert len(points) == 20 and len({repr(point) for point in points}) == 20
+    assert all(list(point) == keys and set(point.values()) <= set(range(1, 11)) for point in points)
+    more = combinations(space({key: list(range(1, 101)) for key in keys}, trials=20))  # more than a range can count
+    assert len(more) == 20 and max(max(point.values()) for point in more) > 90
+    with pytest.raises(ConfigError, match=r"^sweep\.trials: is not set, but the grid .* has 10,000,000,000 points$"):
+        check_space(space({key: list(range(1, 11)) for key in keys}))
+
+
+def test_random_points_of_a_grid_are_those_of_its_list():
+    values = {"model.csa_ratio": [2, 4, 8], "model.kv_format": ["fp8", "bf16"], "model.index_topk": [1, 2, 3, 4]}
+    grid = combinations(space(values))
+    assert len(grid) == 24 and grid[1] == {"model.csa_ratio": 2, "model.kv_format": "fp8", "model.index_topk": 2}
+    drawn = combinations(space(values, trials=7))
+    assert drawn == random.Random(0).sample(grid, 7)
 
 
 def test_extreme_models_have_both_ends_of_ranges_and_skip_invalid_ones():

@@ -1,0 +1,3 @@
+"""Names of metrics that recipes, trainings and reports share."""
+
+LOSS = "validation/loss"
