@@ -14,6 +14,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import pipelines  # noqa: F401  # sets Ray's environment before a test file imports Ray
+
 torch.set_num_threads(1)
 
 # No verdict depends on time or chance: examples may be slow on a busy machine, and every run draws the same ones.
