@@ -5,11 +5,15 @@ from pathlib import Path
 
 import grpc
 import httpx
+import psutil
 import pytest
 import ray
+import ray.train
 from listening_sockets import listeners, process_tree
+from ray.train.torch import TorchTrainer
 
 from pipelines.ray_runtime.cluster_token import VARIABLE
+from pipelines.ray_runtime.process_group import torch_config
 
 
 def test_a_local_cluster_listens_on_loopback_only(ray_cluster):
@@ -45,3 +49,24 @@ def test_the_token_is_in_the_environment_only(ray_cluster):
     files = [path for path in Path(session).rglob("*") if path.is_file()]
     assert "raylet.out" in {path.name for path in files}
     assert [path for path in files if token.encode() in path.read_bytes()] == []
+
+
+def test_ranks_listen_on_loopback_only(ray_cluster, tmp_path):
+    def train_function():
+        import torch.distributed as dist
+
+        sockets = psutil.Process().net_connections("inet")
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, [c.laddr.ip for c in sockets if c.status == psutil.CONN_LISTEN])
+        ray.train.report({"backend": dist.get_backend(), "found": found})
+
+    trainer = TorchTrainer(
+        train_function,
+        torch_config=torch_config(),
+        scaling_config=ray.train.ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5}),
+        run_config=ray.train.RunConfig(name="ports", storage_path=str(tmp_path)),
+    )
+    metrics = trainer.fit().metrics
+    first, second = metrics["found"]
+    assert metrics["backend"] == "gloo" and len(first) > len(second) > 0  # rank 0 also serves the store
+    assert {ip.removeprefix("::ffff:") for ip in first + second} == {"127.0.0.1"}
