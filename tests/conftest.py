@@ -18,6 +18,8 @@ from tokenizer_files import write_files
 
 from model.tokenizer import load_tokenizer
 
+import pipelines  # noqa: F401  # sets Ray's environment before a test file imports Ray
+
 torch.set_num_threads(1)
 
 # No verdict depends on time or chance: examples may be slow on a busy machine, and every run draws the same ones.

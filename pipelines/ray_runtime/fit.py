@@ -19,6 +19,7 @@ from pipelines.data.ray_dataset import train_dataset
 from pipelines.ray_runtime import checkpoint_index
 from pipelines.ray_runtime.event_forwarder import EventForwarder
 from pipelines.ray_runtime.event_queue import EventQueue
+from pipelines.ray_runtime.process_group import torch_config
 from pipelines.ray_runtime.session import require_resources
 from pipelines.ray_runtime.worker import dataset_name, train_worker
 from pipelines.recipe.quoting import first_line
@@ -71,6 +72,7 @@ def fit(
             result = ray.train.torch.TorchTrainer(
                 train_worker,
                 train_loop_config={"recipe": recipe.to_dict(), "queue": queue},
+                torch_config=torch_config(),
                 datasets=_datasets(recipe),
                 scaling_config=ray.train.ScalingConfig(
                     num_workers=train.workers,

@@ -17,10 +17,12 @@ from typing import Any
 import psutil
 import ray
 import torch
+from ray.exceptions import RayError
 
 from model.errors import ConfigError, FiftyfoldError
 from model.wording import count
 from pipelines import RAY_JOB_VARIABLE
+from pipelines.ray_runtime.cluster_token import ensure_token
 from pipelines.ray_runtime.signals import handle_sigterm
 from pipelines.recipe.quoting import first_line
 from pipelines.recipe.schema import Recipe
@@ -60,11 +62,12 @@ def ray_session(num_cpus: float = 0) -> Iterator[None]:
                 logging_level=logging.ERROR,
                 runtime_env=_packages_of_job(os.environ.get(RAY_JOB_VARIABLE)),
             )
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (ConnectionError, RuntimeError, ValueError, RayError) as error:
             reason = " ".join(str(error).split())
             raise FiftyfoldError(f"RAY_ADDRESS: cannot join the Ray cluster at {address} ({reason})") from error
     else:
         _check_temporary_folder()
+        ensure_token()
         _start_local(math.ceil(max(num_cpus, MIN_LOGICAL_CPUS)))
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread:  # Ray has installed a handler that aborts, which would leave MLflow runs marked as running

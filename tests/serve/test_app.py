@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shlex
 import signal
 import socket
@@ -13,12 +14,14 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
+import grpc
 import httpx
 import openai
 import pytest
 import torch
 from deployments import recipe_for
 from fastapi.testclient import TestClient
+from listening_sockets import listeners, process_tree
 from ray import serve as ray_serve
 from ray.exceptions import RayActorError
 
@@ -27,6 +30,7 @@ from model.cache import Cache
 from model.errors import CheckpointError, ConfigError, FiftyfoldError
 from model.generation import prefill
 from model.transformer import Transformer
+from pipelines.ray_runtime.cluster_token import VARIABLE
 from pipelines.steps import deploy
 from pipelines.steps.deploy import Deployment, start
 from pipelines.tracking.mlflow_store import open_tracking
@@ -75,6 +79,22 @@ def test_deployed_model_card(deployment, client) -> None:
     assert card.cache_bytes_per_token > 0
     assert deployment.weights == "float32"
     assert client.models.retrieve(card.id) == card
+
+
+def test_replicas_refuse_calls_without_the_token_of_the_cluster(deployment) -> None:
+    """Ray Serve has no setting for the address of the replicas' gRPC servers. All other sockets are on loopback."""
+    open_ports = [each for each in listeners(process_tree()) if not each.is_loopback]
+    assert len(open_ports) == 2  # the gateway's and the model's
+    assert all(each.process.startswith("ray::ServeReplica:") for each in open_ports)
+    for each in open_ports:
+        with grpc.insecure_channel(f"127.0.0.1:{each.port}") as channel:
+            call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+            with pytest.raises(grpc.RpcError) as refusal:
+                call(b"")
+            assert refusal.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            with pytest.raises(grpc.RpcError) as failure:  # an empty call reaches the replica and fails there
+                call(b"", metadata=[("authorization", f"Bearer {os.environ[VARIABLE]}")])
+            assert failure.value.code() is grpc.StatusCode.UNKNOWN
 
 
 def test_greedy_completion_equals_the_model(deployment, client, endless_model, letters) -> None:

@@ -11,6 +11,7 @@ import psutil
 import pytest
 import ray
 import yaml
+from ray.exceptions import AuthenticationError
 
 from model.errors import ConfigError, FiftyfoldError
 from pipelines import __main__ as cli
@@ -106,6 +107,17 @@ def joined(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
         yield found
+
+
+@pytest.mark.parametrize("error", [AuthenticationError("no token"), ConnectionError("no\ncluster")])
+def test_a_cluster_that_refuses_to_be_joined_ends_the_step_with_one_sentence(joined, monkeypatch, error):
+    def refuse(**options):
+        raise error
+
+    monkeypatch.setattr(ray, "init", refuse)
+    message = r"^RAY_ADDRESS: cannot join the Ray cluster at .* \(no (token|cluster)\b.*\)$"
+    with pytest.raises(FiftyfoldError, match=message), ray_session():
+        pass
 
 
 def job(**environment):
