@@ -16,9 +16,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from tokenizer_files import write_files
 
-from model.tokenizer import load_tokenizer
-
 import pipelines  # noqa: F401  # sets Ray's environment before a test file imports Ray
+from model.tokenizer import load_tokenizer
 
 torch.set_num_threads(1)
 
