@@ -61,11 +61,23 @@ class Precision:
         self, x: Tensor, role: str, layout: EntryLayout, training: bool, aux: AuxOutputs | None = None
     ) -> Tensor:
         """Round x [..., layout.size] to a layout."""
+        rounding = self._rounding(role, layout, training, aux)
+        return x if rounding is None else round_to_layout(x, rounding)
+
+    def main_rounding(self, training: bool, aux: AuxOutputs | None = None) -> EntryLayout | None:
+        """Return the layout that key-values are rounded to, or None if they are not."""
+        return self._rounding("main", self.main_layout, training, aux)
+
+    def index_rounding(self, training: bool, aux: AuxOutputs | None = None) -> EntryLayout | None:
+        """Return the layout that index queries or keys are rounded to, or None if they are not."""
+        return self._rounding("index", self.index_layout, training, aux)
+
+    def _rounding(self, role: str, layout: EntryLayout, training: bool, aux: AuxOutputs | None) -> EntryLayout | None:
         if training:
             if not self.qat:
-                return x
+                return None
             _count(aux, role, layout.body_format, layout.rope_format if layout.rope else "fp32")
-        return round_to_layout(x, layout)
+        return layout
 
     def round_expert(self, weight: Tensor, training: bool = False, aux: AuxOutputs | None = None) -> Tensor:
         """Round routed-expert weights [..., out, in] to FP4 blocks along the input dim if QAT is on."""

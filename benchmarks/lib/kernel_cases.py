@@ -12,7 +12,7 @@ from benchmarks.lib.indexer_cases import indexer_losses
 from benchmarks.lib.kernel_case import Case, Sizes, gradients
 from benchmarks.lib.scan_cases import scans
 from kernels.cache_io import EntryLayout, Pages, pack, unpack
-from kernels.compress import compress
+from kernels.compress import Finish, compress
 from kernels.hyper_connections import hc_post, hc_pre
 from kernels.index_topk import index_topk
 from kernels.newton_schulz import V4_COEFFICIENTS, newton_schulz
@@ -273,12 +273,17 @@ def _mixing(s: Sizes, device: torch.device) -> Iterator[Case]:
 def _pooling(s: Sizes, device: torch.device) -> Iterator[Case]:
     for kind, m, overlap in (("overlap", 4, True), ("128 tokens", 128, False)):
         w = s.dims * (1 + overlap)
-        tokens = -(-s.rows // m) * m
-        given = [torch.randn(1, tokens, 2 * w, device=device), torch.randn(m, w, device=device)]
-        upstream = torch.randn(1, tokens // m, s.dims, device=device)
+        n = -(-s.rows // m)
+        angles = torch.rand(1, n, s.rope // 2, device=device) * 6
+        given = [torch.randn(*shape, device=device) for shape in ((1, n * m, 2 * w), (m, w), (s.dims,))]
+        upstream = torch.randn(1, n, s.dims, device=device)
 
-        def call(backend: str, overlap: bool = overlap) -> Callable[..., Tensor]:
-            return lambda rows, bias: compress(rows, bias, overlap, backend=backend)
+        def call(backend: str, overlap: bool = overlap, angles: Tensor = angles) -> Callable[..., Tensor]:
+            def run(rows: Tensor, bias: Tensor, weight: Tensor) -> Tensor:
+                finish = Finish(weight, 1e-6, angles.cos().to(rows.dtype), angles.sin().to(rows.dtype))
+                return compress(rows, bias, finish, overlap, backend=backend)
+
+            return run
 
         def both(backend: str, dtype: torch.dtype, call=call, given=given, upstream=upstream) -> tuple[Tensor, ...]:
             return gradients(call(backend), given, upstream, dtype)

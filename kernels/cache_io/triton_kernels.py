@@ -184,6 +184,90 @@ def _store_floats(x, at, inside, FORMAT: tl.constexpr):
         tl.store(at.to(tl.pointer_type(tl.int16)), bf16_bits(x).to(tl.int16), mask=inside)
 
 
+# --- one row in registers
+
+
+@triton.jit
+def both(block, scalar):
+    """Return the mask ``block & scalar``. In Triton's interpreter, a comparison of scalars is an integer in a block."""
+    return (block & scalar) != 0
+
+
+@triton.jit
+def _body_grid(x, d, BODY: tl.constexpr, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the body of a row x [N] divided by its scales, [N / BLOCK, BLOCK], and the scales' biased exponents."""
+    N: tl.constexpr = x.shape[0]
+    blocks = tl.reshape(tl.where(d < BODY, x, 0.0), [N // BLOCK, BLOCK])
+    exponent = e8m0_code(tl.max(blocks.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1), FORMAT)
+    return to_grid(blocks, exponent[:, None]), exponent
+
+
+@triton.jit
+def round_row(x, d, BODY: tl.constexpr, FORMAT: tl.constexpr, ROPE_FORMAT: tl.constexpr, BLOCK: tl.constexpr):
+    """Round a row x, float32 [N], to its storage formats. d is ``arange(0, N)``; dims from ``BODY`` on are rope dims.
+
+    ``BLOCK`` is the number of dims per scale, rounded up to a power of two.
+    """
+    N: tl.constexpr = x.shape[0]
+    rope = x
+    if ROPE_FORMAT == BF16:
+        rope = round_to_bf16(x)
+    if FORMAT == FP32:
+        return tl.where(d < BODY, x, rope)
+    if FORMAT == BF16:
+        return tl.where(d < BODY, round_to_bf16(x), rope)
+    grid, exponent = _body_grid(x, d, BODY, FORMAT, BLOCK)
+    if FORMAT == FP4:
+        rounded = e2m1_value(e2m1_code(grid))
+    else:
+        rounded = e4m3_value(e4m3_code(grid))
+    rounded = tl.where(grid == grid, rounded * e8m0_value(exponent)[:, None], grid)  # keeps NaN
+    return tl.where(d < BODY, tl.reshape(rounded, [N]), rope)
+
+
+@triton.jit
+def pack_row(
+    x, d, base, there,
+    BODY: tl.constexpr, FORMAT: tl.constexpr, BODY_BYTES: tl.constexpr, ROPE: tl.constexpr,
+    ROPE_FORMAT: tl.constexpr, BLOCK: tl.constexpr, SCALES: tl.constexpr, SCALE_OFFSET: tl.constexpr,
+    NBYTES: tl.constexpr,
+):  # fmt: skip
+    """Pack a row x, float32 [N], to the pointer ``base``, if ``there``. d and ``BLOCK`` are those of
+    :func:`round_row`."""
+    N: tl.constexpr = x.shape[0]
+    body = both(d < BODY, there)
+    if FORMAT == FP32 or FORMAT == BF16:  # noqa: SIM109 (kernels have no membership tests)
+        width: tl.constexpr = 4 if FORMAT == FP32 else 2
+        _store_floats(x, base + width * d, body, FORMAT)
+    else:
+        grid, exponent = _body_grid(x, d, BODY, FORMAT, BLOCK)
+        if FORMAT == FP4:
+            low, high = tl.split(tl.reshape(e2m1_code(grid), [N // 2, 2]))
+            half = tl.arange(0, N // 2)
+            tl.store(base + half, (low | (high << 4)).to(tl.uint8), mask=both(half < BODY // 2, there))
+        else:
+            tl.store(base + d, tl.reshape(e4m3_code(grid), [N]).to(tl.uint8), mask=body)
+        group = tl.arange(0, N // BLOCK)
+        known = both(group < SCALES, there)
+        if FORMAT == FP8_WIDE:
+            at = (base + SCALE_OFFSET).to(tl.pointer_type(tl.int32)) + group
+            tl.store(at, e8m0_value(exponent).to(tl.int32, bitcast=True), mask=known)
+        else:
+            tl.store(base + SCALE_OFFSET + group, exponent.to(tl.uint8), mask=known)
+    rope_width: tl.constexpr = 4 if ROPE_FORMAT == FP32 else 2
+    if ROPE > 0:
+        at_rope = base + BODY_BYTES + rope_width * (d - BODY)
+        _store_floats(x, at_rope, both((d >= BODY) & (d < BODY + ROPE), there), ROPE_FORMAT)
+    scale_bytes: tl.constexpr = 4 * SCALES if FORMAT == FP8_WIDE else SCALES
+    for i in tl.static_range(SCALE_OFFSET - BODY_BYTES - ROPE * rope_width):
+        tl.store(base + SCALE_OFFSET - 1 - i, 0, mask=there)
+    for i in tl.static_range(NBYTES - SCALE_OFFSET - scale_bytes):
+        tl.store(base + NBYTES - 1 - i, 0, mask=there)
+
+
+# --- kernels
+
+
 @triton.jit
 def pack(
     x, packed, R, GROUPS,

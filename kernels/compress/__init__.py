@@ -1,4 +1,7 @@
-"""Compression of neighboring tokens into one entry by gated pooling (report eq. 9-12 with overlap, 20-23 without)."""
+"""Compression of neighboring tokens into one entry (report eq. 9-12 with overlap, 20-23 without).
+
+Gated pooling, RMS norm, rotation by position and rounding to the entry's storage format.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,31 @@ from torch import Tensor
 
 from kernels import native
 from kernels.backends import get_backend
-from kernels.compress import cpu, reference, triton
+from kernels.cache_io import EntryLayout, Pages
+from kernels.compress import cpu, eager, reference, triton
+from kernels.compress.inputs import DocumentBlocks, Finish
 from kernels.triton_support.platform import can_run
 
-__all__ = ["BACKENDS", "backend_for", "compress", "compress_next"]
+__all__ = ["BACKENDS", "DocumentBlocks", "Finish", "backend_for", "compress", "compress_next"]
 
-BACKENDS = {"reference": reference, "cpu": cpu, "triton": triton}
+BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu, "triton": triton}
 
 
-def backend_for(rows: Tensor, starts: Tensor | None = None) -> str:
+def backend_for(rows: Tensor, finish: Finish, blocks: DocumentBlocks | None = None) -> str:
     """Return the backend for rows. The ``cpu`` backend supports neither gradients nor packed documents."""
-    if can_run(rows) and triton.supports(rows):
+    if can_run(rows) and triton.supports(rows, finish):
         return "triton"
-    return "cpu" if starts is None and native.serves(rows) else "reference"
+    return "cpu" if blocks is None and native.serves(rows) else "eager"
 
 
 def compress(
     rows: Tensor,
     bias: Tensor,
+    finish: Finish,
     overlap: bool,
     has_previous: bool = False,
-    starts: Tensor | None = None,
+    blocks: DocumentBlocks | None = None,
+    layout: EntryLayout | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Pool blocks of ``m`` tokens into one entry each, by a softmax over tokens for every channel.
@@ -36,36 +43,48 @@ def compress(
     predecessor.
 
     Args:
-        rows: float32 [B, n * m, 2w]: values and gates, concatenated, of n complete blocks.
+        rows: float32 [B, n * m, 2w]: values and gates, concatenated, of n complete blocks. With ``blocks``, of any
+            number of tokens.
         bias: float32 [m, w], added to the gates by position in the block.
+        finish: Norm and rotation of the pooled entries.
         overlap: Whether entries also pool the preceding block.
         has_previous: Whether the first block only serves as the predecessor of the second and has no entry.
-        starts: bool [B, n], True for blocks that begin a packed document and so have no predecessor.
+        blocks: The blocks of packed documents. The entries of padding are zeros.
+        layout: Format that entries are rounded to, with a straight-through gradient. None leaves them in float32.
 
     Returns:
         float32 [B, n, c], or [B, n - 1, c] with ``has_previous``.
     """
-    return get_backend(BACKENDS, backend or backend_for(rows, starts)).compress(
-        rows, bias, overlap, has_previous, starts
+    return get_backend(BACKENDS, backend or backend_for(rows, finish, blocks)).compress(
+        rows, bias, finish, overlap, has_previous, blocks, layout
     )
 
 
 def compress_next(
-    ring: Tensor, rows: Tensor, bias: Tensor, lengths: list[int], overlap: bool, backend: str | None = None
-) -> Tensor:
-    """Pool the blocks that new tokens complete, together with the rows of earlier tokens in a ring buffer.
+    ring: Tensor,
+    rows: Tensor,
+    bias: Tensor,
+    finish: Finish,
+    lengths: list[int],
+    overlap: bool,
+    layout: EntryLayout,
+    pages: Pages,
+    backend: str | None = None,
+) -> None:
+    """Pool the blocks that new tokens complete, together with the rows of earlier tokens in a ring buffer, and write
+    the entries to the cache's pages, packed. No gradient.
 
     Args:
         ring: float32 [B, capacity, 2w]. The row of position p is at index ``p % capacity``. The capacity is at least
             m - 1, or 2m - 1 with overlap.
         rows: float32 [B, S, 2w], the rows of new tokens.
         bias: float32 [m, w], as for :func:`compress`.
+        finish: Norm and rotation of n entries, the highest number of blocks that a sequence completes. Sequences with
+            fewer have theirs first.
         lengths: Number of tokens of each sequence before the new ones.
         overlap: Whether entries also pool the preceding block.
-
-    Returns:
-        float32 [B, n, c], where n is the highest number of blocks that a sequence completes. Sequences with fewer have
-        theirs first, followed by zeros.
+        layout: Layout of the rows of the pages.
+        pages: Entry i of a sequence is its row i. No page to write to is shared.
     """
-    module = get_backend(BACKENDS, backend or backend_for(rows))
-    return module.compress_next(ring, rows, bias, lengths, overlap)
+    module = get_backend(BACKENDS, backend or backend_for(rows, finish))
+    module.compress_next(ring, rows, bias, finish, lengths, overlap, layout, pages)

@@ -1,21 +1,41 @@
-"""Gated pooling by a native operator."""
+"""Gated pooling by a native operator, followed by those of the norm, the rotations and the rounding."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from kernels import native
+from kernels.cache_io import EntryLayout, Pages
+from kernels.compress import eager
+from kernels.compress.inputs import DocumentBlocks, Finish
+from kernels.compress.reference import entry_counts
 
 
 def compress(
-    rows: Tensor, bias: Tensor, overlap: bool, has_previous: bool = False, starts: Tensor | None = None
+    rows: Tensor,
+    bias: Tensor,
+    finish: Finish,
+    overlap: bool,
+    has_previous: bool = False,
+    blocks: DocumentBlocks | None = None,
+    layout: EntryLayout | None = None,
 ) -> Tensor:
     """Implement :func:`kernels.compress.compress` without gradients. Raises ValueError for packed documents."""
-    if starts is not None:
+    if blocks is not None:
         raise ValueError("compress: the cpu backend does not support packed documents")
-    return native.op("compress")(rows, bias, overlap, has_previous)
+    return eager.finished(native.op("compress")(rows, bias, overlap, has_previous), finish, layout)
 
 
-def compress_next(ring: Tensor, rows: Tensor, bias: Tensor, lengths: list[int], overlap: bool) -> Tensor:
-    """Implement :func:`kernels.compress.compress_next` without gradients."""
-    return native.op("compress_next")(ring, rows, bias, lengths, overlap)
+def compress_next(
+    ring: Tensor,
+    rows: Tensor,
+    bias: Tensor,
+    finish: Finish,
+    lengths: list[int],
+    overlap: bool,
+    layout: EntryLayout,
+    pages: Pages,
+) -> None:
+    """Implement :func:`kernels.compress.compress_next`."""
+    entries = native.op("compress_next")(ring, rows, bias, lengths, overlap)
+    eager.write(entries, finish, layout, pages, *entry_counts(lengths, rows.shape[1], len(bias)))

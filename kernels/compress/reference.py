@@ -1,18 +1,75 @@
-"""Gated pooling in PyTorch."""
+"""Pooling of blocks in PyTorch."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.cache_io import EntryLayout, Pages, write_pages
+from kernels.compress.inputs import DocumentBlocks, Finish
+from kernels.hadamard import hadamard
+from kernels.quantize import round_to_layout
+from kernels.rotary import rotate
+
 
 def compress(
-    rows: Tensor, bias: Tensor, overlap: bool, has_previous: bool = False, starts: Tensor | None = None
+    rows: Tensor,
+    bias: Tensor,
+    finish: Finish,
+    overlap: bool,
+    has_previous: bool = False,
+    blocks: DocumentBlocks | None = None,
+    layout: EntryLayout | None = None,
 ) -> Tensor:
     """Implement :func:`kernels.compress.compress`."""
+    entries = finished(pooled(rows, bias, overlap, has_previous, blocks), finish)
+    return entries if layout is None else round_to_layout(entries, layout, backend="reference")
+
+
+def compress_next(
+    ring: Tensor,
+    rows: Tensor,
+    bias: Tensor,
+    finish: Finish,
+    lengths: list[int],
+    overlap: bool,
+    layout: EntryLayout,
+    pages: Pages,
+) -> None:
+    """Implement :func:`kernels.compress.compress_next`."""
+    entries = pooled_next(ring, rows, bias, lengths, overlap)
+    if entries.shape[1]:
+        counts = entry_counts(lengths, rows.shape[1], len(bias))
+        write_pages(finished(entries, finish), layout, pages, *counts, backend="reference")
+
+
+def finished(entries: Tensor, finish: Finish) -> Tensor:
+    """Normalize and rotate pooled entries [B, n, c]."""
+    inverse_rms = torch.rsqrt(entries.square().mean(-1, keepdim=True) + finish.norm_eps)
+    rotated = rotate(entries * inverse_rms * finish.norm_weight, finish.cos, finish.sin, backend="reference")
+    return hadamard(rotated, backend="reference") if finish.hadamard else rotated
+
+
+def entry_counts(lengths: list[int], new: int, m: int) -> tuple[list[int], list[int]]:
+    """Return each sequence's number of entries of ``m`` tokens before and after ``new`` tokens."""
+    return [length // m for length in lengths], [(length + new) // m for length in lengths]
+
+
+def pooled(
+    rows: Tensor, bias: Tensor, overlap: bool, has_previous: bool, blocks: DocumentBlocks | None = None
+) -> Tensor:
+    """Pool blocks, as :func:`kernels.compress.compress`, to entries [B, n, c] before their norm."""
+    if blocks is None:
+        return _pooled(rows, bias, overlap, has_previous)
+    tokens = (blocks.first.clamp(min=0).unsqueeze(-1) + torch.arange(len(bias), device=rows.device)).flatten(1)
+    gathered = rows.gather(1, tokens.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+    entries = _pooled(gathered, bias, overlap, has_previous, blocks.starts)
+    return entries.masked_fill((blocks.first < 0).unsqueeze(-1), 0.0)
+
+
+def _pooled(rows: Tensor, bias: Tensor, overlap: bool, has_previous: bool, starts: Tensor | None = None) -> Tensor:
+    """Pool adjacent blocks. Those in ``starts``, bool [B, n], have no predecessor."""
     m = bias.shape[0]
     values, gates = rows.chunk(2, dim=-1)
     values = values.unflatten(1, (-1, m))  # [B, n, m, w]
@@ -30,19 +87,12 @@ def compress(
     return entries[:, 1:] if has_previous else entries
 
 
-def compress_next(ring: Tensor, rows: Tensor, bias: Tensor, lengths: list[int], overlap: bool) -> Tensor:
-    """Implement :func:`kernels.compress.compress_next`."""
-    return pool_next(compress, ring, rows, bias, lengths, overlap)
-
-
-def pool_next(
-    pool: Callable[..., Tensor], ring: Tensor, rows: Tensor, bias: Tensor, lengths: list[int], overlap: bool
-) -> Tensor:
-    """Gather the blocks that new tokens complete and pool each with ``pool``, an implementation of
-    :func:`kernels.compress.compress`."""
+def pooled_next(ring: Tensor, rows: Tensor, bias: Tensor, lengths: list[int], overlap: bool) -> Tensor:
+    """Pool the blocks that new tokens complete, as :func:`kernels.compress.compress_next`, to entries [B, n, c] before
+    their norm. Sequences with fewer than n have theirs first, followed by zeros."""
     (B, new), capacity, device = rows.shape[:2], ring.shape[1], rows.device
     m, width = bias.shape[0], bias.shape[1] // (2 if overlap else 1)
-    n = max(((length + new) // m - length // m for length in lengths), default=0)
+    n = max((last - first for first, last in zip(*entry_counts(lengths, new, m))), default=0)
     if not n:
         return rows.new_zeros(B, 0, width)
     length = torch.tensor(lengths, device=device).view(B, 1, 1)
@@ -55,5 +105,5 @@ def pool_next(
     starts = None
     if overlap:  # the first block of a sequence has none before it
         starts = (block == 0).view(B * n, 1).expand(-1, 2)
-    entries = pool(gathered, bias, overlap, overlap, starts).view(B, n, width)
+    entries = _pooled(gathered, bias, overlap, overlap, starts).view(B, n, width)
     return entries.masked_fill(~is_complete, 0.0)

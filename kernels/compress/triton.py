@@ -1,89 +1,272 @@
-"""Gated pooling by Triton kernels, forward and backward, with one pass over the rows each."""
+"""Pooling by Triton kernels, forward and backward.
+
+An entry of short blocks is pooled, normalized, rotated and rounded or packed by one program, which has all of its
+channels in registers. Its backward pass saves nothing but the inputs. The rows of a long block do not fit: programs
+pool chunks of channels, so that a few entries use the whole GPU, and a second kernel finishes the entries. Their
+backward pass saves the pooled entries, one row per block. Either way the projections cross memory once per pass.
+"""
 
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.compress.reference import pool_next
+from kernels.autocast import detached
+from kernels.cache_io import EntryLayout, Pages
+from kernels.cache_io.triton import power_of_two
+from kernels.compress.inputs import DocumentBlocks, Finish
+from kernels.compress.reference import entry_counts
 from kernels.triton_support.platform import ARCHITECTURES, require_choice, require_device
 from kernels.triton_support.tiles import Tile, Tiles, launch_best
 
-TILES: Tiles = {
+MAX_FUSED = 4096
+"""Most values (tokens of a block times channels, both padded) that a program pools in the fused kernels."""
+
+FUSED_TILES: Tiles = {
+    "interpreter": (Tile(4, 1),),
+    **{name: (Tile(4, 1), Tile(8, 1)) for name in ARCHITECTURES},
+    "gfx942": (Tile(4, 1),),  # 8 warps are 512 threads, with a value each for index keys: narrow loads
+}
+FUSED_BACKWARD_TILES: Tiles = {
+    "interpreter": (Tile(4, 1, {"ENTRIES": 3}),),
+    **{name: (Tile(8, 1, {"ENTRIES": 16}), Tile(8, 1, {"ENTRIES": 4})) for name in ARCHITECTURES},
+}
+CHUNK_TILES: Tiles = {
     "interpreter": (Tile(4, 1, {"elements": 64}),),
     **{name: (Tile(4, 1, {"elements": 4096}), Tile(4, 1, {"elements": 2048})) for name in ARCHITECTURES},
 }
+CHUNK_BACKWARD_TILES: Tiles = {
+    "interpreter": (Tile(4, 1, {"elements": 64, "ENTRIES": 2}),),
+    **{
+        name: (Tile(4, 1, {"elements": 4096, "ENTRIES": 8}), Tile(4, 1, {"elements": 2048, "ENTRIES": 1}))
+        for name in ARCHITECTURES
+    },
+}
+FINISH_TILES: Tiles = {
+    "interpreter": (Tile(4, 1),),
+    **{name: (Tile(4, 1),) for name in ARCHITECTURES},
+}
+FINISH_BACKWARD_TILES: Tiles = {
+    "interpreter": (Tile(4, 1, {"ENTRIES": 3}),),
+    **{name: (Tile(4, 1, {"ENTRIES": 8}), Tile(4, 1, {"ENTRIES": 1})) for name in ARCHITECTURES},
+}
+WHOLE, DOCUMENTS, RING = 0, 1, 2  # as in the kernels
 
 
-def block_constants(m: int, c: int, elements: int) -> dict[str, int]:
-    """Return the block sizes of a program that pools about ``elements`` values: rows of a block times channels."""
-    rows = max(2, 1 << (m - 1).bit_length())
-    return {"M_PAD": rows, "BLOCK_C": max(16, min(elements // rows, 1 << (c - 1).bit_length()))}
+def is_fused(m: int, c: int) -> bool:
+    """Return whether entries of m tokens and c channels are pooled and finished by one kernel."""
+    return power_of_two(m) * power_of_two(c) <= MAX_FUSED
 
 
-def supports(rows: Tensor) -> bool:
-    """Return whether the backend supports these rows on a GPU."""
-    return rows.dtype == torch.float32
+def block_constants(m: int, c: int, tile: Tile) -> dict[str, int]:
+    """Return the block sizes of a program that pools all channels, or about ``elements`` values of a long block."""
+    rows, width = power_of_two(m), power_of_two(c)
+    if "elements" in tile.sizes:
+        width = min(max(16, tile.sizes["elements"] // rows), width)
+    constants = {"M_PAD": rows, "BLOCK_C": width}
+    return {**constants, **{name: size for name, size in tile.sizes.items() if name == "ENTRIES"}}
+
+
+def finish_constants(c: int, tile: Tile) -> dict[str, int]:
+    """Return the block sizes of a program that finishes entries."""
+    return {"BLOCK_C": power_of_two(c), **tile.sizes}
+
+
+def layout_constants(layout: EntryLayout) -> dict[str, int]:
+    """Return a layout as compile-time constants of kernels that have an entry in registers."""
+    body, body_format, rope, rope_format = layout.spec
+    return {
+        "BODY": body,
+        "FORMAT": body_format,
+        "BODY_BYTES": layout.body_bytes,
+        "ROPE": rope,
+        "ROPE_FORMAT": rope_format,
+        "BLOCK": power_of_two(layout.block) if layout.scales else 1,
+        "SCALES": layout.scales,
+        "SCALE_OFFSET": layout.scale_offset,
+        "NBYTES": layout.nbytes,
+    }
+
+
+def supports(rows: Tensor, finish: Finish) -> bool:
+    """Return whether the backend supports these rows and entries on a GPU."""
+    return rows.dtype == torch.float32 and len(finish.norm_weight) % 2 == 0
 
 
 def compress(
-    rows: Tensor, bias: Tensor, overlap: bool, has_previous: bool = False, starts: Tensor | None = None
+    rows: Tensor,
+    bias: Tensor,
+    finish: Finish,
+    overlap: bool,
+    has_previous: bool = False,
+    blocks: DocumentBlocks | None = None,
+    layout: EntryLayout | None = None,
 ) -> Tensor:
-    """Implement :func:`kernels.compress.compress`. Raises ValueError for dtypes other than float32."""
+    """Implement :func:`kernels.compress.compress`. Raises ValueError for dtypes other than float32 and odd widths."""
+    _require(rows, finish, layout)
+    places = starts = None
+    if blocks is None and rows.shape[1] % len(bias):
+        raise ValueError(f"compress: {rows.shape[1]} tokens are not a multiple of the {len(bias)} tokens per block")
+    if blocks is not None:
+        places, starts = blocks.first.contiguous(), blocks.starts.contiguous().view(torch.int8)
+    weight, norm_eps, cos, sin, hadamard = finish
+    layout = EntryLayout(len(weight), "fp32") if layout is None else layout
+    options = overlap, int(has_previous and overlap), norm_eps, hadamard, layout
+    return _Compress.apply(rows, bias, weight, cos.contiguous(), sin.contiguous(), places, starts, *options)
+
+
+def compress_next(
+    ring: Tensor,
+    rows: Tensor,
+    bias: Tensor,
+    finish: Finish,
+    lengths: list[int],
+    overlap: bool,
+    layout: EntryLayout,
+    pages: Pages,
+) -> None:
+    """Implement :func:`kernels.compress.compress_next`, with the restrictions of :func:`compress`."""
+    _require(rows, finish, layout)
+    n = max(last - first for first, last in zip(*entry_counts(lengths, rows.shape[1], len(bias))))
+    if not n:
+        return
+    rows, bias, weight = (detached(x).contiguous() for x in (rows, bias, finish.norm_weight))
+    places = torch.tensor(lengths, device=rows.device)
+    angles = finish.cos.contiguous(), finish.sin.contiguous()
+    entries = _Entries(rows, bias, weight, *angles, places, None, overlap, 0, finish.norm_eps, finish.hadamard, layout)
+    entries.forward(n, ring, pages)
+
+
+def _require(rows: Tensor, finish: Finish, layout: EntryLayout | None) -> None:
     require_device("compress", rows)
     require_choice("compress", "dtypes", rows.dtype, (torch.float32,))
-    return _Compress.apply(rows, bias, overlap, has_previous and overlap, starts)
+    c = len(finish.norm_weight)
+    if c % 2:
+        raise ValueError(f"compress: the triton backend supports even numbers of channels; found {c}")
+    if finish.hadamard and c & (c - 1):
+        raise ValueError(f"compress: the Hadamard rotation requires a power of two of channels, found {c}")
+    if layout is not None and layout.size != c:
+        raise ValueError(f"compress: the layout has {layout.size} dims, the entries {c}")
 
 
-def compress_next(ring: Tensor, rows: Tensor, bias: Tensor, lengths: list[int], overlap: bool) -> Tensor:
-    """Implement :func:`kernels.compress.compress_next`. Raises ValueError for dtypes other than float32."""
-    return pool_next(compress, ring, rows, bias, lengths, overlap)
+class _Entries:
+    """Arguments of the kernels, which are launched by the methods."""
+
+    def __init__(self, rows, bias, weight, cos, sin, places, starts, overlap, skipped, norm_eps, hadamard, layout):
+        self.rows, self.bias, self.weight, self.cos, self.sin = rows, bias, weight, cos, sin
+        self.places, self.starts = places, starts
+        self.overlap, self.skipped, self.norm_eps, self.hadamard, self.layout = (
+            overlap, skipped, norm_eps, hadamard, layout,
+        )  # fmt: skip
+        (self.B, self.S), (self.m, self.w), self.c = rows.shape[:2], bias.shape, len(weight)
+        self.is_fused = is_fused(self.m, self.c)
+        self.finish = {"C": self.c, "R": cos.shape[-1], "HADAMARD": hadamard}
+
+    def _launch(self, name: str, tiles: Tiles, source: int, n: int, run) -> Any:
+        shape = self.B, n, self.m, self.c, self.overlap, source, self.layout.spec
+        kernel = getattr(importlib.import_module("kernels.compress.triton_kernels"), name.partition(" ")[0])
+        return launch_best(f"compress.{name}", tiles, shape, self.rows.device, lambda tile: run(kernel, tile))
+
+    def forward(self, n: int, ring: Tensor | None = None, pages: Pages | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return the n entries of every sequence [B, n, c] and, if they were not fused, the pooled ones. Entries after
+        those of a ring are written to the pages instead."""
+        B, m, c, device = self.B, self.m, self.c, self.rows.device
+        source = RING if pages is not None else WHOLE if self.places is None else DOCUMENTS
+        places = self.rows if self.places is None else self.places
+        angle_rows = n if len(self.cos) > 1 else 0
+        table, page_rows, P = self.rows, 1, 0
+        if pages is not None:
+            table, page_rows, P = pages.page_table.contiguous(), pages.page_size, pages.page_table.shape[1]
+        constants = {"M": m, "SOURCE": source, **self.finish, **layout_constants(self.layout)}
+
+        def output() -> Tensor:
+            return torch.empty(B, n, c, device=device) if pages is None else pages.storage
+
+        def pool(kernel, tile: Tile) -> Tensor:
+            out = output() if self.is_fused else torch.empty(B, n, c, device=device)
+            blocks = block_constants(m, c, tile)
+            kernel[(B * n, -(-c // blocks["BLOCK_C"]))](
+                self.rows, self.rows if ring is None else ring, places,
+                places if self.starts is None else self.starts, self.bias, self.weight, self.cos, self.sin, table, out,
+                n, self.S, self.skipped, 1 if ring is None else ring.shape[1], angle_rows, P, page_rows, self.norm_eps,
+                OVERLAP=self.overlap, FINISH=self.is_fused, **constants, **blocks,
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+            return out
+
+        def finish(kernel, tile: Tile) -> Tensor:
+            out = output()
+            kernel[(B * n,)](
+                pooled, places, self.weight, self.cos, self.sin, table, out,
+                n, self.S, angle_rows, P, page_rows, self.norm_eps,
+                **constants, **finish_constants(c, tile), num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+            return out
+
+        if self.is_fused:
+            return self._launch("forward", FUSED_TILES, source, n, pool), None
+        pooled = self._launch("forward (chunks)", CHUNK_TILES, source, n, pool)
+        return self._launch("finish", FINISH_TILES, source, n, finish), pooled
+
+    def backward(self, grad: Tensor, pooled: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of the rows, biases and the norm's weight."""
+        B, m, c, w, (_, n, _), device = self.B, self.m, self.c, self.w, grad.shape, self.rows.device
+        source = WHOLE if self.places is None else DOCUMENTS
+        places = self.rows if self.places is None else self.places
+        angle_rows, total = n if len(self.cos) > 1 else 0, B * n
+
+        def finish(kernel, tile: Tile) -> tuple[Tensor, Tensor]:
+            programs = -(-total // tile.sizes["ENTRIES"])
+            out, parts = torch.empty_like(grad), torch.empty(programs, c, device=device)
+            kernel[(programs,)](
+                pooled, self.weight, self.cos, self.sin, grad, out, parts, n, total, angle_rows, self.norm_eps,
+                **self.finish, **finish_constants(c, tile), num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+            return out, parts
+
+        def pool(kernel, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
+            programs, blocks = -(-total // tile.sizes["ENTRIES"]), block_constants(m, c, tile)
+            # Every row of adjacent blocks is written. Documents may have tokens without a block.
+            grad_rows = torch.empty_like(self.rows) if source == WHOLE else torch.zeros_like(self.rows)
+            bias_parts = torch.empty(programs, m, w, device=device)
+            weight_parts = torch.empty(programs, c, device=device) if self.is_fused else bias_parts
+            kernel[(programs, -(-c // blocks["BLOCK_C"]))](
+                self.rows, places, places if self.starts is None else self.starts, self.bias, self.weight, self.cos,
+                self.sin, grad, grad_rows, bias_parts, weight_parts,
+                n, self.S, self.skipped, total, angle_rows, self.norm_eps,
+                M=m, OVERLAP=self.overlap, SOURCE=source, FINISH=self.is_fused, **self.finish, **blocks,
+                num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+            return grad_rows, bias_parts, weight_parts
+
+        if self.is_fused:
+            grad_rows, bias, weight = self._launch("backward", FUSED_BACKWARD_TILES, source, n, pool)
+            return grad_rows, bias.sum(0), weight.sum(0)
+        grad, weight = self._launch("finish_backward", FINISH_BACKWARD_TILES, source, n, finish)
+        grad_rows, bias, _ = self._launch("backward (chunks)", CHUNK_BACKWARD_TILES, source, n, pool)
+        return grad_rows, bias.sum(0), weight.sum(0)
 
 
 class _Compress(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, bias, overlap, has_previous, starts):
-        B, S, _ = rows.shape
-        m, w = bias.shape
-        n, c = S // m, w // 2 if overlap else w
-        rows, bias = rows.contiguous(), bias.float().contiguous()
-        starts = None if starts is None or not overlap else starts.contiguous().view(torch.int8)
-        out = rows.new_empty(B, n - has_previous, c)
-        ctx.shape, ctx.overlap, ctx.skipped = (B, n, m, w, c), overlap, int(has_previous)
+    def forward(ctx, rows, bias, weight, cos, sin, places, starts, *options):
+        tensors = rows.contiguous(), bias.contiguous(), weight.contiguous(), cos, sin, places, starts
+        entries = _Entries(*tensors, *options)
+        n = rows.shape[1] // len(bias) - entries.skipped if places is None else places.shape[1]
+        out, pooled = rows.new_empty(len(rows), n, entries.c), None
         if out.numel():
-            out = _launch("forward", ctx, lambda: torch.empty_like(out), rows, bias, starts)
-        ctx.save_for_backward(rows, bias, out, starts)
+            out, pooled = entries.forward(n)
+        ctx.save_for_backward(*tensors, pooled)
+        ctx.options = options
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        rows, bias, out, starts = ctx.saved_tensors
-        grad_rows = torch.zeros_like(rows)
-        if out.numel():
-            # Channels that no entry pools keep their zeros.
-            allocate = lambda: torch.zeros_like(rows)  # noqa: E731
-            grad_rows = _launch("backward", ctx, allocate, rows, bias, starts, out, grad.contiguous())
-        m, w = bias.shape
-        grad_bias = grad_rows.view(-1, m, 2 * w)[..., w:].sum(0)
-        return grad_rows, grad_bias, None, None, None
-
-
-def _launch(name: str, ctx, allocate, rows: Tensor, bias: Tensor, starts: Tensor | None, *more: Tensor) -> Tensor:
-    """Launch the kernel ``name`` with ``more`` arguments and an allocated output, which is returned."""
-    kernel = getattr(importlib.import_module("kernels.compress.triton_kernels"), name)
-    B, n, m, w, c = ctx.shape
-
-    def run(tile: Tile) -> Tensor:
-        out = allocate()
-        blocks = block_constants(m, c, tile.sizes["elements"])
-        grid = (n - ctx.skipped, -(-c // blocks["BLOCK_C"]), B)
-        kernel[grid](
-            rows, bias, bias if starts is None else starts, *more, out, n, m, w, c, ctx.skipped,
-            OFFSET_IS_C=ctx.overlap, HAS_STARTS=starts is not None, **blocks, num_warps=tile.warps,
-            num_stages=tile.stages,
-        )  # fmt: skip
-        return out
-
-    return launch_best(f"compress.{name}", TILES, (*ctx.shape, ctx.overlap), rows.device, run)
+        *tensors, pooled = ctx.saved_tensors
+        nothing = [None] * 9
+        if not grad.numel():
+            return *(torch.zeros_like(x) for x in tensors[:3]), *nothing
+        return *_Entries(*tensors, *ctx.options).backward(grad.contiguous(), pooled), *nothing

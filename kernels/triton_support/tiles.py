@@ -44,7 +44,7 @@ class Tile:
 
     def __str__(self) -> str:
         sizes = " ".join(f"{name.lower()} {value}" for name, value in self.sizes.items())
-        return f"{sizes}, {self.warps} warps, {self.stages} stages"
+        return ", ".join(filter(None, (sizes, f"{self.warps} warps", f"{self.stages} stages")))
 
 
 Tiles = dict[str, tuple[Tile, ...]]

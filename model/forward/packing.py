@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kernels.compress import DocumentBlocks
 from kernels.entry_ranges import EntryRanges
 
 
-@dataclass(frozen=True)
-class CompressionBlocks:
-    """Complete compression blocks of each row's documents, in order. Shorter rows are padded with masked blocks."""
+class CompressionBlocks(NamedTuple):
+    """Complete compression blocks of each row's documents."""
 
-    tokens: Tensor
-    """int64 [B, n * ratio]: indices in the row of the blocks' tokens."""
+    blocks: DocumentBlocks
+    """The blocks of B rows, n each with padding."""
     positions: Tensor
     """int64 [B, n]: position of each block's first token in its document."""
-    starts: Tensor
-    """bool [B, n]: whether the block is the first of its document."""
     visible: EntryRanges
     """Blocks that each token sees: those of its document that are complete at it."""
-
-    def gather(self, rows: Tensor) -> Tensor:
-        """Return the rows of the blocks' tokens: [B, S, w] -> [B, n * ratio, w]."""
-        return rows.gather(1, self.tokens.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
 
 
 class PackedDocuments:
@@ -68,10 +62,10 @@ class PackedDocuments:
         complete = ends.cumsum(dim=1)  # [B, S]: blocks of the row complete at each token
         n = int(complete[:, -1].max()) if S else 0
         rows, last = ends.nonzero(as_tuple=True)
-        final = torch.full((B, n), min(ratio, S) - 1, device=device)
-        final[rows, complete[rows, last] - 1] = last
-        first = final - (ratio - 1)
+        first = torch.full((B, n), -1, device=device)
+        first[rows, complete[rows, last] - 1] = last - (ratio - 1)
         own = (self.positions + 1) // ratio  # blocks of the token's document complete at it
-        positions = self.positions.gather(1, first)
-        tokens = (first.unsqueeze(-1) + torch.arange(ratio, device=device)).flatten(1)
-        return CompressionBlocks(tokens, positions, positions == 0, EntryRanges(complete - own, complete))
+        positions = self.positions.gather(1, first.clamp(min=0))
+        return CompressionBlocks(
+            DocumentBlocks(first, positions == 0), positions, EntryRanges(complete - own, complete)
+        )

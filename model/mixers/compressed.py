@@ -19,7 +19,7 @@ from model.precision import main_layout
 from model.work import Work
 
 if TYPE_CHECKING:
-    from model.cache.ring import CompressorState
+    from model.cache.layer_cache import LayerCache
     from model.config import ModelConfig
 
 
@@ -80,12 +80,16 @@ class CompressedAttention(SlidingWindowAttention):
     def project_history(self, x: Tensor, latent: Tensor, rotation: Rotation, context: Context) -> History:
         return History(rows=self.compressor.project(x))
 
-    def pool(self, history: History, context: Context, state: CompressorState | None) -> Tensor:
-        """Return the entries that the new tokens complete, as stored: [B, n, head_dim]."""
+    def pool(self, history: History, context: Context) -> Tensor:
+        """Return the entries of whole sequences, as stored: [B, n, head_dim]."""
         assert history.rows is not None
-        return self.compressor.pool(
-            history.rows, context, state, lambda x: self.precision.round_main(x, self.training, context.aux)
-        )
+        layout = self.precision.main_rounding(self.training, context.aux)
+        return self.compressor.pool(history.rows, context, layout)
+
+    def append(self, history: History, context: Context, cache: LayerCache) -> None:
+        """Append the entries that the new tokens complete to the cache."""
+        assert history.rows is not None
+        self.compressor.append(history.rows, cache.tail, cache.entries, context.batch_invariant)
 
     def split_sizes(self) -> dict[str, tuple[int, ...]]:
         return {f"compressor.{name}": rows for name, rows in self.compressor.split_sizes().items()}

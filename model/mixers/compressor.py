@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from kernels.autocast import cast, in_float32
-from kernels.compress import compress, compress_next
+from kernels.cache_io import EntryLayout
+from kernels.compress import DocumentBlocks, Finish, compress, compress_next
 from kernels.linear import linear_concat
 from model.forward.context import Context
 from model.layers.linear import Linear
@@ -18,6 +18,7 @@ from model.layers.norm import RMSNorm
 from model.layers.rope import Rotary, RotaryFrequencies
 
 if TYPE_CHECKING:
+    from model.cache.entries import PagedEntries
     from model.cache.ring import CompressorState
     from model.config import ModelConfig
 
@@ -26,12 +27,15 @@ class Compressor(nn.Module):
     """Pools blocks of ``ratio`` tokens to entries of ``width`` dims: projection, gated pooling, norm, rotation.
 
     With ``overlap`` (csa) an entry pools the block before its own too. The rotation is at the position of the own
-    block's first token. Everything runs in float32.
+    block's first token; with ``hadamard`` (index keys) another one by the Hadamard matrix follows. Everything runs in
+    float32.
     """
 
-    def __init__(self, config: ModelConfig, width: int, ratio: int, overlap: bool, rotary: Rotary):
+    def __init__(
+        self, config: ModelConfig, width: int, ratio: int, overlap: bool, rotary: Rotary, hadamard: bool = False
+    ):
         super().__init__()
-        self.width, self.ratio, self.overlap = width, ratio, overlap
+        self.width, self.ratio, self.overlap, self.hadamard = width, ratio, overlap, hadamard
         rows = 2 * width if overlap else width
         self.wkv = Linear(config.hidden_size, rows, full_precision=True)
         self.wgate = Linear(config.hidden_size, rows, full_precision=True)
@@ -52,38 +56,30 @@ class Compressor(nn.Module):
         with in_float32(x):
             return linear_concat(cast(x, torch.float32), (self.wkv.weight, self.wgate.weight))
 
-    def pool(
-        self, rows: Tensor, context: Context, state: CompressorState | None, stored: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """Pool the blocks that the new tokens' rows [B, S, row width] complete: float32 [B, n, width].
-
-        ``state`` holds the rows of unfinished blocks between calls; None pools whole sequences. ``stored`` rounds
-        entries to their storage format.
-        """
+    def pool(self, rows: Tensor, context: Context, layout: EntryLayout | None) -> Tensor:
+        """Pool the blocks of whole sequences with rows [B, S, row width]: float32 [B, n, width], rounded to ``layout``
+        if there is one."""
         if context.documents is not None:
-            blocks = context.documents.blocks(self.ratio)
-            rows, positions, starts = blocks.gather(rows), blocks.positions, blocks.starts
-            return stored(self._pool(rows, positions, starts=starts))
-        if state is not None and context.batch_invariant:
-            return self._pool_one_by_one(rows, state, stored)
-        if state is not None:
-            return self._pool_completed(rows, state, stored)
+            blocks, positions, _ = context.documents.blocks(self.ratio)
+            return self._pool(rows, positions, blocks=blocks, layout=layout)
         whole = rows.shape[1] // self.ratio * self.ratio
         positions = torch.arange(0, whole, self.ratio, device=rows.device).unsqueeze(0)
-        return stored(self._pool(rows[:, :whole], positions))
+        return self._pool(rows[:, :whole], positions, layout=layout)
 
-    def _pool_completed(self, rows: Tensor, state: CompressorState, stored: Callable[[Tensor], Tensor]) -> Tensor:
-        """Pool the blocks that new rows complete together with kept ones: [B, n, width]. Sequences that complete fewer
-        than n have theirs first, followed by arbitrary values."""
-        entries = compress_next(state.data, rows, self.ape, state.table.lengths, self.overlap)
-        n = entries.shape[1]
-        if n:
-            first = (state.table.starts // self.ratio).unsqueeze(-1)
-            entries = stored(self._finish(entries, (first + torch.arange(n, device=rows.device)) * self.ratio))
+    def append(self, rows: Tensor, state: CompressorState, entries: PagedEntries, batch_invariant: bool) -> None:
+        """Pool the blocks that the new tokens' rows [B, S, row width] complete, together with those of unfinished
+        blocks in ``state``, and append them to ``entries``."""
+        first, last = entries.table.entry_counts(self.ratio)
+        n = max(end - begin for begin, end in zip(first, last))
+        if n and batch_invariant:
+            entries.append(self._pool_one_by_one(rows, state))
+        elif n:
+            places = (state.table.starts // self.ratio).unsqueeze(-1) + torch.arange(n, device=rows.device)
+            finish, lengths = self._finish(places * self.ratio), state.table.lengths
+            compress_next(state.data, rows, self.ape, finish, lengths, self.overlap, entries.layout, entries.pages)
         state.append(rows)
-        return entries
 
-    def _pool_one_by_one(self, rows: Tensor, state: CompressorState, stored: Callable[[Tensor], Tensor]) -> Tensor:
+    def _pool_one_by_one(self, rows: Tensor, state: CompressorState) -> Tensor:
         """Pool the blocks that new rows complete, in batch-invariant mode: [B, n, width]. All calls have the same
         shape, except that of a sequence's first entry, which has no preceding block."""
         m, new = self.ratio, rows.shape[1]
@@ -100,19 +96,23 @@ class Compressor(nn.Module):
                 end = (block + 1) * m - length + len(past)
                 place = torch.tensor([[block * m]], device=rows.device)
                 before = m * (self.overlap and block > 0)
-                entries.append(stored(self._pool(together[:, end - m - before : end], place, before > 0))[0])
+                entries.append(self._pool(together[:, end - m - before : end], place, before > 0)[0])
             sequences.append(torch.cat(entries))
-        state.append(rows)
         return pad_sequence(sequences, batch_first=True)
 
     def _pool(
-        self, rows: Tensor, positions: Tensor, has_previous: bool = False, starts: Tensor | None = None
+        self,
+        rows: Tensor,
+        positions: Tensor,
+        has_previous: bool = False,
+        blocks: DocumentBlocks | None = None,
+        layout: EntryLayout | None = None,
     ) -> Tensor:
-        """Pool rows [B, whole blocks of tokens, row width] to entries [B, n, width] at positions [B or 1, n]."""
+        """Pool rows [B, tokens, row width] to entries [B, n, width] at positions [B or 1, n]."""
         if positions.shape[1] == 0:
-            return rows.new_zeros(rows.shape[0], 0, self.norm.weight.shape[0])
-        return self._finish(compress(rows, self.ape, self.overlap, has_previous, starts), positions)
+            return rows.new_zeros(rows.shape[0], 0, self.width)
+        return compress(rows, self.ape, self._finish(positions), self.overlap, has_previous, blocks, layout)
 
-    def _finish(self, pooled: Tensor, positions: Tensor) -> Tensor:
-        """Normalize and rotate pooled entries [B, n, width] at positions [B or 1, n]."""
-        return self.frequencies.at(positions).apply(self.norm(pooled))
+    def _finish(self, positions: Tensor) -> Finish:
+        """Return the steps after the pooling for entries at positions [B or 1, n]."""
+        return Finish(self.norm.weight, self.norm.eps, *self.frequencies.at(positions), self.hadamard)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from kernels.autocast import detached
-from kernels.hadamard import hadamard
 from kernels.index_topk import index_topk
 from kernels.indexer_kl import indexer_kl
 from kernels.paged_attention import EntrySet
@@ -24,7 +23,6 @@ from model.work import Work, product_format
 
 if TYPE_CHECKING:
     from model.cache.layer_cache import LayerCache
-    from model.cache.ring import CompressorState
     from model.config import ModelConfig
 
 
@@ -101,20 +99,17 @@ class CompressedSparseAttention(CompressedAttention):
             index_rows=self.indexer.compressor.project(detached_x),
         )
 
-    def pool_index(self, history: History, context: Context, state: CompressorState | None) -> Tensor:
-        """Return the index keys that the new tokens complete, as stored: [B, n, index_head_dim]."""
+    def append(self, history: History, context: Context, cache: LayerCache) -> None:
+        super().append(history, context, cache)
         assert history.index_rows is not None
-        return self.indexer.compressor.pool(
-            history.index_rows,
-            context,
-            state,
-            lambda x: self.precision.round_index(hadamard(x), self.training, context.aux),
-        )
+        self.indexer.compressor.append(history.index_rows, cache.index_tail, cache.index, context.batch_invariant)
 
     def attend(self, projected: Projected, context: Context) -> Tensor:
         history = projected.history
-        entries = self.pool(history, context, None)
-        keys = self.pool_index(history, context, None)
+        entries = self.pool(history, context)
+        assert history.index_rows is not None
+        layout = self.precision.index_rounding(self.training, context.aux)
+        keys = self.indexer.compressor.pool(history.index_rows, context, layout)
         assert history.index_query is not None and history.index_weights is not None
         index = IndexInputs(history.index_query, keys, history.index_weights)
         visible = entry_ranges(context, self.ratio)
@@ -131,8 +126,7 @@ class CompressedSparseAttention(CompressedAttention):
         return out
 
     def select(self, history: History, context: Context, cache: LayerCache) -> EntrySet:
-        cache.entries.append(self.pool(history, context, cache.tail))
-        cache.index.append(self.pool_index(history, context, cache.index_tail))
+        self.append(history, context, cache)
         query, weights = history.index_query, history.index_weights
         assert query is not None and weights is not None
         if self.training:  # stored keys are always rounded, so the queries must be, too

@@ -26,11 +26,11 @@ class HeavilyCompressedAttention(CompressedAttention):
         return tokens // config.hca_ratio
 
     def attend(self, projected: Projected, context: Context) -> Tensor:
-        entries = self.pool(projected.history, context, None)
+        entries = self.pool(projected.history, context)
         return self.core_attention(projected, entries, entry_ranges(context, self.ratio), context)[0]
 
     def select(self, history: History, context: Context, cache: LayerCache) -> EntrySet | None:
-        cache.entries.append(self.pool(history, context, cache.tail))
+        self.append(history, context, cache)
         if not any(cache.entries.counts):
             return None
         return EntrySet(cache.entries.pages, visible=visible_entries(context, self.ratio))

@@ -33,7 +33,7 @@ class LightningIndexer(nn.Module):
         self.heads, self.head_dim = config.index_heads, config.index_head_dim
         self.wq_b = Linear(config.q_lora_rank, self.heads * self.head_dim)
         self.weights_proj = Linear(config.hidden_size, self.heads, full_precision=True)
-        self.compressor = Compressor(config, self.head_dim, config.csa_ratio, True, rotary)
+        self.compressor = Compressor(config, self.head_dim, config.csa_ratio, True, rotary, hadamard=True)
 
     def queries(self, x: Tensor, latent: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """Return rotated queries [B, S, heads, head_dim] and scaled head weights [B, S, heads]."""

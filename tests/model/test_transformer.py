@@ -111,7 +111,8 @@ def test_cached_values_are_the_training_forwards_bit_for_bit(mixer, formats):
     latent = {"mixer_options": {name: {**LATENT, "kv_lora_rank": 152} for name in ("mla", "dsa")}}
     model = build(layers=(mixer,), head_dim=40, index_head_dim=64, **latent, **formats)
     ids = torch.randint(0, 50, (1, 72))
-    precision = model.layers[0].attn.precision
+    attn = model.layers[0].attn
+    precision = attn.precision
     seen = {"main": [], "index": [], "gqa": [], "mla": []}
 
     original = precision.round_to
@@ -127,7 +128,22 @@ def test_cached_values_are_the_training_forwards_bit_for_bit(mixer, formats):
         fields = {"main": main, "mla": main, "index": ("index_format",), "gqa": ("gqa_format",)}[role]
         return any(getattr(model.config, field) != "fp32" for field in fields)
 
+    def spy_on_pooling(compressor, role):
+        pool = compressor.pool
+
+        def pooled(rows, context, layout):
+            out = pool(rows, context, layout)
+            seen[role].append(out)
+            assert torch.equal(out, pool(rows, context, None)) == (not changes(role)), role
+            return out
+
+        compressor.pool = pooled
+
     precision.round_to = spy
+    if mixer in ("csa", "hca"):
+        spy_on_pooling(attn.compressor, "main")
+    if mixer == "csa":
+        spy_on_pooling(attn.indexer.compressor, "index")
     with torch.no_grad():
         model.train()(ids)
         del precision.round_to
@@ -339,7 +355,7 @@ def test_routers_compressors_and_residuals_stay_float32_under_autocast():
     parts = {
         "hyper-connection": connected,
         "hyper head": lambda: model.hyper_head(streams),
-        "compressor": lambda: compressor.pool(compressor.project(x), context, None, lambda entries: entries),
+        "compressor": lambda: compressor.pool(compressor.project(x), context, None),
     }
     for name, part in parts.items():
         expected = part()
