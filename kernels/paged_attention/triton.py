@@ -38,8 +38,8 @@ MAX_PADDED_DIMS = 576
 """Most dims of a row, body and rope padded to powers of two: V3.2's rows of 512 and 64."""
 _MAX_PIECE, _MAX_PIECES = 256, 3
 _SHIFT = 2.0**80
-"""Factor between E4M3 values and what they are unpacked to by words. Exact for queries up to 2 ** 47 and entries up to
-2 ** 95 in magnitude."""
+"""Factor between E4M3 values and what they are unpacked to by words: 2 ** (120 - _OFFSET), with the kernels' _OFFSET.
+Exact for queries up to 2 ** 47 and entries up to 2 ** 95 in magnitude."""
 
 TILES: Tiles = {
     "interpreter": (Tile(4, 1, {"BLOCK_H": 16, "BLOCK_N": 16}),),

@@ -2,7 +2,8 @@
 
 A block multiplies only with the keys of its window and with the entries up to the last one that any of its queries may
 see. Scores stay in the cache and are recomputed in the backward pass. Memory thus grows neither with S * window nor
-with S * T, except for the returned mass. All heads share a key, so that the scores of a block are a single product.
+with S * T, except for the mask and the returned mass. All heads share a key, so that the scores of a block are a single
+product.
 """
 
 from __future__ import annotations

@@ -312,6 +312,9 @@ def test_passes_without_a_cache_have_the_bits_of_cached_ones(mode):
         for refused in ({"attention": "dense"}, {"positions": torch.arange(50).expand(2, 50)}):
             with pytest.raises(ValueError, match="batch-invariant mode has no packed documents"):
                 model(ids, **refused)
+        for unread in (ids[0], ids[:, :0]):
+            with pytest.raises(ValueError, match=r"input_ids: expected integers \[B, S\]"):
+                model(unread)
 
 
 def test_gradients_recorded_outside_training(mode):
