@@ -15,7 +15,7 @@ from kernels.expert_dispatch import by_expert, combine, dispatch, run_experts
 from kernels.formats import FP4_BLOCK
 from kernels.fused_experts import fused_experts, prefers_fused
 from kernels.linear import linear
-from kernels.routing import LEAST_SUM, affinity, route
+from kernels.routing import SUM_EPS, affinity, route
 from model.feed_forward import DenseFeedForward
 from model.forward.context import Context
 from model.layers.linear import Linear
@@ -182,7 +182,7 @@ def sequence_balance(affinity: Tensor, chosen: Tensor, counted: Tensor | None = 
     per_choice = weight.expand_as(chosen).flatten(1)
     counts = weight.new_zeros(len(chosen), experts).scatter_add_(1, chosen.flatten(1), per_choice)
     load = counts * experts / (k * tokens)
-    share = (affinity / (affinity.sum(-1, keepdim=True) + LEAST_SUM) * weight).sum(dim=1) / tokens
+    share = (affinity / (affinity.sum(-1, keepdim=True) + SUM_EPS) * weight).sum(dim=1) / tokens
     return (load * share).sum(-1).mean()
 
 
