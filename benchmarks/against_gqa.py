@@ -3,8 +3,8 @@
     python -m benchmarks.against_gqa [--lengths 1024 ... 1048576] [--feed-forward] [--write docs/against-gqa.md]
 
 Ours is a :class:`model.transformer.Transformer` of the two layers with Flash's widths and a cache filled with random
-entries. GQA-8 has the same width, 64 query and 8 key-value heads of 128 dims (``model.comparison``), BF16 weights, and
-preallocated BF16 keys and values. It uses PyTorch's attention or two batched products.
+entries. GQA-8 has the same width, 64 query and 8 key-value heads of 128 dims (:func:`model.costs.with_gqa8`), BF16
+weights, and preallocated BF16 keys and values. It uses PyTorch's attention or two batched products.
 
 The time includes norms, projections, index scores, selection, and attention of both layers, but no hyper-connections.
 Ours also includes the embedding and a head of 256 tokens. A dense feed-forward layer of one dim replaces the experts;

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks.lib.family_networks import CONFIGURATIONS, draw
 from benchmarks.lib.harness import Result, make_parser, run_benchmark, run_main
-from benchmarks.lib.parity import Pair, comparisons, make_pair, table
+from benchmarks.lib.parity import Pair, check_margin, comparisons, make_pair, table
 
 SEEDS = {
     ("deepseek_v32", "as released"): 2,
@@ -69,9 +69,10 @@ def selection_margin(p: Pair) -> float:
 
 
 def measure(model_type: str, name: str) -> dict[str, Any]:
-    """Run all comparisons for one configuration."""
-    p = pair(model_type, name)
-    return {"name": f"{model_type}: {name}", "margin": selection_margin(p)} | comparisons(p)
+    """Run all comparisons for one configuration. Raises FiftyfoldError if its selections are nearly tied."""
+    p, title = pair(model_type, name), f"{model_type}: {name}"
+    check_margin(title, selection_margin(p), MARGIN)
+    return {"name": title} | comparisons(p)
 
 
 def run(options: argparse.Namespace) -> Result:

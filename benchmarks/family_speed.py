@@ -46,8 +46,8 @@ CLASSES = {
 }
 """Transformers' classes by preset."""
 CONTEXTS = [1024, 16_384, 131_072, 1_048_576]
-DECODED = 32
-"""Most tokens per round of decoding."""
+MAX_DECODED = 32
+"""Maximum number of tokens per round of decoding."""
 DECODING_SECONDS = 0.3
 """Approximate length of a round, except that it decodes at least two tokens."""
 
@@ -112,11 +112,11 @@ def decoding(options: argparse.Namespace) -> str:
         model = Transformer(config.replace(max_positions=max(options.contexts) + 4096)).eval()
         timers = {}
         for tokens in options.contexts:
-            cache = Cache(model.config, 1, tokens + (options.rounds + 2) * DECODED)
+            cache = Cache(model.config, 1, tokens + (options.rounds + 2) * MAX_DECODED)
             fill_random(cache, tokens)
             once = Timer(functools.partial(decode, model, cache, 1), options.threads)
             seconds = min(once.seconds() for _ in range(2))
-            count = min(DECODED, max(2, int(DECODING_SECONDS / seconds)))
+            count = min(MAX_DECODED, max(2, int(DECODING_SECONDS / seconds)))
             timers[tokens] = Timer(functools.partial(decode, model, cache, count), options.threads, count)
         times = time_interleaved(timers, options.rounds)
         growth = 1 / speedup(times[options.contexts[0]], times[options.contexts[-1]])

@@ -21,6 +21,7 @@ from benchmarks.lib.report import table
 from benchmarks.lib.timing import Timer, format_threads, speedup, time_interleaved
 from kernels.newton_schulz import STEPS_PER_GRAM_MATRIX, count_multiplications
 from model.config import ModelConfig
+from model.costs import count_parameters
 from model.optim import MuonAdamW, OptimizerConfig
 from model.transformer import Transformer
 
@@ -97,12 +98,7 @@ def share(options: argparse.Namespace, model: Transformer) -> str:
         for m in matrices(p, fused.get(name))
     )
     # 6 FLOPs per active weight and token; attention is not included, so the share is an upper bound.
-    active = sum(
-        p.numel() * (model.config.experts_per_token / model.config.num_experts if p.dim() == 3 and ".ffn." in n else 1)
-        for n, p in model.named_parameters()
-        if p.dim() > 1 and not n.startswith("embed")
-    )
-    by_products = products / (products + 6 * active * BATCH_TOKENS)
+    by_products = products / (products + 6 * count_parameters(model).active * BATCH_TOKENS)
     by_clock = times["muon"].median / (times["muon"].median + per_token * BATCH_TOKENS)
     shares = (("products, closed form", by_products), ("the clock", by_clock))
     rows = [[by, f"{100 * found:.2f}%"] for by, found in shares]

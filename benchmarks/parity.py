@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from benchmarks.lib.harness import Result, make_parser, run_benchmark, run_main
-from benchmarks.lib.parity import TOKENS, Pair, comparisons, make_pair, table
+from benchmarks.lib.parity import TOKENS, Pair, check_margin, comparisons, make_pair, table
 
 VOCAB = 64
 S, C, H = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
@@ -179,9 +179,10 @@ def selection_margin(p: Pair) -> float:
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Run all comparisons for one configuration."""
+    """Run all comparisons for one configuration. Raises FiftyfoldError if its selections are nearly tied."""
     p = pair(name)
-    return {"name": name, "margin": selection_margin(p)} | comparisons(p)
+    check_margin(name, selection_margin(p), MARGIN)
+    return {"name": name} | comparisons(p)
 
 
 def run(options: argparse.Namespace) -> Result:

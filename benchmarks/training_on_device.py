@@ -1,7 +1,7 @@
 """Training on one device: tokens per second, memory, MFU, and the optimizer's share. Requires only torch.
 
     python -m benchmarks.training_on_device [--device cuda] [--presets small base] [--rows 4] [--length 4096]
-                                            [--peak-tflops 989] [--recompute]
+                                            [--peak-tflops 989] [--activation-checkpointing]
 
 Forward and backward pass in BF16 autocast are timed separately from the optimizer step. Times are medians over rounds
 after a warm-up round, with GPU synchronization. Model FLOPs are the closed form of the forward pass, averaged over
@@ -48,7 +48,7 @@ def row(preset: str, options: argparse.Namespace) -> list[str]:
     config = config.replace(max_positions=max(config.max_positions, options.length))
     torch.manual_seed(0)
     model = Transformer(config).train().to(device)
-    model.activation_checkpointing = options.recompute
+    model.activation_checkpointing = options.activation_checkpointing
     optimizer = MuonAdamW(model.named_parameters(), OptimizerConfig(ns_dtype="bfloat16"), model.split_sizes())
     ids = torch.randint(config.vocab_size, (options.rows, options.length + 1), device=device)
     if on_gpu:
@@ -89,7 +89,7 @@ def measure(options: argparse.Namespace) -> Result:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise FiftyfoldError("--device cuda: torch finds no GPU on this machine")
     torch.set_num_threads(options.threads)
-    how = f"recomputed: {'yes' if options.recompute else 'no'}"
+    how = f"recomputed: {'yes' if options.activation_checkpointing else 'no'}"
     rows = [row(preset, options) for preset in options.presets]
     return Result(f"BF16 autocast, {how}.\n\n{table(HEADER, rows)}")
 
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> str:
     parser.add_argument("--length", type=positive_int, default=4096)
     parser.add_argument("--rounds", type=positive_int, default=3)
     parser.add_argument("--peak-tflops", type=float, help="peak of the device for dense BF16 products")
-    parser.add_argument("--recompute", action="store_true", help="recompute layers in the backward pass")
+    parser.add_argument("--activation-checkpointing", action="store_true", help="recompute layers in the backward pass")
     return run_benchmark(parser, measure, arguments)
 
 

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_GATHERED = 1 << 18
-"""Most numbers gathered for a block of several queries on a CPU: 1 MiB, which fits into a second-level cache."""
-_GATHERED_ON_GPU = 1 << 26
+_MAX_VALUES = 1 << 18
+"""Maximum number of values gathered per block of several queries on a CPU: 1 MiB fits into a second-level cache."""
+_MAX_VALUES_ON_GPU = 1 << 26
 """Limit on a GPU, where small blocks would leave it idle."""
+GATHER_COST = 16
+"""Number of heads whose products with a row take as long as gathering it and adding its gradient (on a CPU)."""
 
 
 def chosen_mask(chosen: Tensor, rows: int) -> Tensor:
@@ -33,7 +35,7 @@ class ChosenRows:
         self.unused = (chosen < 0).flatten(0, 1)
         """bool [B * S, K]"""
         self._flat_rows = (chosen.clamp(min=0) + offsets).flatten(0, 1)
-        self._queries = max(1, (_GATHERED if rows.is_cpu else _GATHERED_ON_GPU) // max(1, chosen.shape[-1] * c))
+        self._queries = max(1, (_MAX_VALUES if rows.is_cpu else _MAX_VALUES_ON_GPU) // max(1, chosen.shape[-1] * c))
 
     def blocks(self) -> Iterator[slice]:
         """Yield consecutive blocks of queries whose chosen rows fit into the cache together."""

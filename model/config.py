@@ -136,7 +136,7 @@ class ModelConfig:
     kv_format: CacheFormat = "fp8"
     """Format of the unrotated dims of window and compressed entries, and of latents."""
     rope_format: Literal["bf16", "fp32"] = "bf16"
-    """Format of the rotary dims of window and compressed entries, and of the rotary keys beside latents."""
+    """Format of the rotary dims of window and compressed entries, and of the rotary keys stored with latents."""
     index_format: CacheFormat = "fp4"
     """Format of index keys in the cache, and of index queries in their products."""
     index_scores: Literal["bf16", "fp32"] = "fp32"
@@ -177,7 +177,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
         """Build from plain values, as read from YAML or JSON, on top of a ``preset`` or ``depth`` (of ``family``) if
-        given."""
+        given. Raises ConfigError."""
         values = dict(values)
         preset, depth, family = (values.pop(key, None) for key in ("preset", "depth", "family"))
         if preset is not None and depth is not None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from model.atomic_files import atomic_file
 from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
+from model.finite import is_finite
 from model.mixers import MIXERS
 from model.mixers.hca import HeavilyCompressedAttention
 from model.precision import Precision
@@ -292,7 +293,7 @@ def _file_values(model: Transformer, tensor: Tensor, source: _Source) -> Tensor:
     if not tensor.is_floating_point():
         return tensor.int()
     tensor = tensor.float()
-    if not tensor.isfinite().all():
+    if not is_finite(tensor):
         raise CheckpointError(f"tensor '{source.ours}' holds values that are not finite")
     if _EXPERT_STACK.search(source.ours):
         tensor = Precision(model.config).round_expert(tensor)

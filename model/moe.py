@@ -15,7 +15,7 @@ from kernels.expert_dispatch import by_expert, combine, dispatch, run_experts
 from kernels.formats import FP4_BLOCK
 from kernels.fused_experts import fused_experts, prefers_fused
 from kernels.linear import linear
-from kernels.routing import LEAST_SUM, affinity, route
+from kernels.routing import SUM_EPS, affinity, route
 from model.feed_forward import DenseFeedForward
 from model.forward.context import Context
 from model.layers.linear import Linear
@@ -86,7 +86,8 @@ class MixtureOfExperts(nn.Module):
         for name in ("w1", "w3", "w2"):
             weight = self.precision.round_expert(getattr(self, name))
             setattr(self, name, nn.Parameter(weight.to(dtype), requires_grad=False))
-        self.weights_are_rounded = True
+        self.weights_are_rounded = self.weights_are_rounded or self.precision.qat
+        self.drop_rounded()
 
     def drop_rounded(self) -> None:
         """Free the rounded weights that inference keeps."""
@@ -178,8 +179,10 @@ def sequence_balance(affinity: Tensor, chosen: Tensor, counted: Tensor | None = 
         counted = torch.ones(chosen.shape[:2], dtype=torch.bool, device=chosen.device)
     weight = counted.unsqueeze(-1).float()
     tokens = weight.sum(dim=1).clamp(min=1)  # [B, 1]
-    load = (F.one_hot(chosen, experts).sum(dim=2) * weight).sum(dim=1) * experts / (k * tokens)
-    share = (affinity / (affinity.sum(-1, keepdim=True) + LEAST_SUM) * weight).sum(dim=1) / tokens
+    per_choice = weight.expand_as(chosen).flatten(1)
+    counts = weight.new_zeros(len(chosen), experts).scatter_add_(1, chosen.flatten(1), per_choice)
+    load = counts * experts / (k * tokens)
+    share = (affinity / (affinity.sum(-1, keepdim=True) + SUM_EPS) * weight).sum(dim=1) / tokens
     return (load * share).sum(-1).mean()
 
 

@@ -35,8 +35,11 @@ class PredictAhead(Block):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def hidden(self, streams: Tensor, next_embedding: Tensor, next_ids: Tensor, context: Context) -> Tensor:
-        """streams [B, S, n, hidden] ([B, S, hidden] without hyper-connections) of tokens t; embeddings [B, S, hidden]
-        and ids int64 [B, S] of tokens t + 1 -> normalized [B, S, hidden], float32."""
+        """Return the input of the output head, normalized, float32 [B, S, hidden].
+
+        ``streams`` [B, S, n, hidden], without hyper-connections [B, S, hidden], are those of tokens t;
+        ``next_embedding`` [B, S, hidden] and ``next_ids`` int64 [B, S] belong to tokens t + 1.
+        """
         # Not self(...): FSDP gathers this module's matrices once, around all of ``hidden``.
         return self.combine(self.extend(streams, next_embedding, next_ids, context))
 

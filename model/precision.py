@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from model.forward.aux_outputs import AuxOutputs
 
 EXPERT_FORMAT = "fp4"
-FORMAT_BITS = {"fp4": 4, "fp8": 8, "fp8_128": 8, "bf16": 16, "fp32": 32}
 
 
 def main_layout(config: ModelConfig) -> EntryLayout:

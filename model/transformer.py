@@ -102,13 +102,13 @@ class Transformer(nn.Module):
         Raises CacheError, before anything is changed, if the tokens do not fit the cache; ValueError for arguments that
         exclude each other.
         """
+        self._check_arguments(input_ids, cache, positions, attention, aux)
         if cache is None and self.execution.batch_invariant and not self.training:
             if positions is not None or aux is not None or attention != "sparse":
                 raise ValueError(
                     "execution: batch-invariant mode has no packed documents, auxiliary outputs or dense attention"
                 )
             cache = Cache(self.config, input_ids.shape[0], input_ids.shape[1], input_ids.device)
-        self._check_arguments(input_ids, cache, positions, attention, aux)
         embedding = self.embed_tokens(input_ids)
         if cache is not None:
             cache.begin(*input_ids.shape)
@@ -193,9 +193,9 @@ class Transformer(nn.Module):
         if attention not in get_args(AttentionMode):
             raise ValueError(f"attention: '{attention}' is not one of {', '.join(get_args(AttentionMode))}")
         check_ids(input_ids)
-        if positions is not None and (positions.shape != input_ids.shape or positions.is_floating_point()):
+        if positions is not None and (positions.shape != input_ids.shape or positions.dtype != torch.int64):
             raise ValueError(
-                f"positions: expected integers {list(input_ids.shape)}, found {positions.dtype} {list(positions.shape)}"
+                f"positions: expected int64 {list(input_ids.shape)}, found {positions.dtype} {list(positions.shape)}"
             )
 
     def embed_tokens(self, input_ids: Tensor) -> Tensor:

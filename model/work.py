@@ -7,8 +7,8 @@ from typing import Literal
 
 FP8_EQUIVALENT = {"bf16": 2.0, "fp8": 1.0, "fp4 weights": 1.0, "fp4": 0.5}
 """FP8 FLOPs that take the time of one FLOP in each format. FP4 weights meet FP8 activations, which today's hardware
-multiplies at FP8's peak (report 5.2.1); only the index products have FP4 on both sides. The report does not print its
-weights: with these its ratios to V3.2 come out."""
+multiplies at FP8's peak (report 5.2.1); only the index products have FP4 on both sides. The report does not state its
+weights; these reproduce its published ratios to V3.2."""
 
 
 def product_format(stored: str) -> str:

@@ -14,7 +14,7 @@ from pipelines.reports.figures import binary
 
 COLORS = ("#7f8c8d", "#2c5f8a", "#c0392b", "#b07d2b", "#4f7f52", "#6c4f8a", "#2f8f8f", "#8a5f4f")
 _MIN_LABEL_DISTANCE = 0.04
-"""Least distance between two labels at the ends of lines, as a share of the axis."""
+"""Minimum distance between two labels at the ends of lines, as a share of the axis."""
 
 
 def _spread(values: Sequence[float], limits: tuple[float, float]) -> list[float]:

@@ -36,7 +36,10 @@ async def read_stream(url: str, body: dict[str, Any]) -> Reading:
     started, first, tokens = time.perf_counter(), None, 0
     try:
         writer.write(head.encode() + content)
-        status = (await reader.readline()).split(b" ")[1]
+        answer = (await reader.readline()).split(b" ", 2)
+        if len(answer) < 2:
+            raise FiftyfoldError(f"{url}: the connection was closed without an HTTP answer")
+        status = answer[1]
         while line := await reader.readline():
             if not line.startswith(b"data: {"):
                 if status != b"200" and line.startswith(b"{"):

@@ -58,7 +58,30 @@ class Sizes:
         )
 
 
-TINY = Sizes(4, 2, 32, 4, 5, 6, 40, 2, 16, 3, 512, 1, 5, 20, 20, 2, 17, 2, 6, 19, 3, 1)
+TINY = Sizes(
+    tokens=4,
+    heads=2,
+    dims=32,
+    rope=4,
+    chosen=5,
+    window=6,
+    entries=40,
+    index_heads=2,
+    index_dims=16,
+    index_queries=3,
+    context=512,
+    batch=1,
+    rows=5,
+    width=20,
+    matrix=20,
+    matrices=2,
+    scan_tokens=17,
+    scan_heads=2,
+    scan_dims=6,
+    expert_rows=19,
+    experts=3,
+    share=1,
+)
 
 
 @dataclass(frozen=True)

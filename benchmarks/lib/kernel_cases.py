@@ -52,22 +52,10 @@ def _attention(s: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[C
 
     def attend(part: int, backend: str, dtype: torch.dtype, leaves: bool) -> tuple[Tensor, list[Tensor]]:
         n = s.tokens // part
-        given = [x.to(dtype) for x in (query[:, :n], window_kv[:, :n], pool)] + [
-            sink.to(dtype if leaves else sink.dtype)
-        ]
-        if dtype != torch.float64:
-            given[3] = sink
-        given = [x.detach().requires_grad_(leaves) for x in given]
-        out, _ = sparse_attention(
-            given[0],
-            given[1],
-            given[2],
-            None,
-            given[3],
-            s.window,
-            chosen=chosen[:, :n],
-            backend=backend,
-        )
+        rows = (x.to(dtype) for x in (query[:, :n], window_kv[:, :n], pool))
+        logits = sink.double() if dtype == torch.float64 else sink
+        given = [x.detach().requires_grad_(leaves) for x in (*rows, logits)]
+        out, _ = sparse_attention(*given[:3], None, given[3], s.window, chosen=chosen[:, :n], backend=backend)
         return out, given
 
     def forward(part: int, backend: str, dtype: torch.dtype = dtype) -> Tensor:

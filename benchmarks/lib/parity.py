@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.cache import Cache
+from model.errors import FiftyfoldError
 from model.hf import import_pretrained
 from model.transformer import Transformer
 
@@ -46,6 +47,13 @@ def make_pair(oracle: Any, batch: int = 1) -> Pair:
     with torch.no_grad():
         logits = oracle(ids, use_cache=False).logits
     return Pair(oracle, ours, ids, logits)
+
+
+def check_margin(name: str, margin: float, minimum: float) -> None:
+    """Raise FiftyfoldError if selected and unselected scores are so close that both networks may be correct and
+    differ."""
+    if margin <= minimum:
+        raise FiftyfoldError(f"{name}: scores within {margin:.1e} of each other are ties; choose another seed")
 
 
 def max_difference(a: Tensor, b: Tensor) -> float:

@@ -38,7 +38,8 @@ SCALED_FORMATS = {
     "fp4": BlockScales("e2m1", formats.FP4_BLOCK, formats.E2M1_MAX, formats.FP4_AMAX_FLOOR, 1),
 }
 """Formats with block scales. ``fp8_128`` is DeepSeek-V3.2's."""
-_BYTES_PER_VALUE = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "fp8_128": 1.0, "fp4": 0.5}
+FORMAT_BITS = {"fp4": 4, "fp8": 8, "fp8_128": 8, "bf16": 16, "fp32": 32}
+"""Bits per value, without scales."""
 _NATIVE_CODES = {"fp32": 0, "bf16": 1, "fp8": 2, "fp4": 3, "fp8_128": 4}
 
 
@@ -74,12 +75,12 @@ class EntryLayout:
     @property
     def body_bytes(self) -> int:
         """Bytes of the body's values, without scales."""
-        return int(self.body * _BYTES_PER_VALUE[self.body_format])
+        return self.body * FORMAT_BITS[self.body_format] // 8
 
     @property
     def rope_bytes(self) -> int:
         """Bytes of the rope values."""
-        return int(self.rope * _BYTES_PER_VALUE[self.rope_format])
+        return self.rope * FORMAT_BITS[self.rope_format] // 8
 
     @property
     def scale_bytes(self) -> int:

@@ -28,6 +28,14 @@ class Pages:
         pages = self.page_table.gather(1, (rows // self.page_size).flatten(1)).view_as(rows)
         return self._read(pages * self.page_size + rows % self.page_size)
 
+    def gather_range(self, begin: int, end: int, counts: Tensor) -> Tensor:
+        """Return rows ``begin`` to ``end`` of each sequence: uint8 [B, end - begin, nbytes].
+
+        Rows past a sequence's count, int64 [B], have no pages and repeat its last row, so that they can be masked.
+        """
+        rows = torch.arange(begin, end, device=counts.device)
+        return self.gather(rows.minimum(counts.unsqueeze(-1) - 1).clamp(min=0))
+
     def gather_from(self, sequences: Tensor, rows: Tensor) -> Tensor:
         """Return rows int64 [N, k] of sequences int64 [N]: uint8 [N, k, nbytes]."""
         pages = self.page_table[sequences.unsqueeze(-1), rows // self.page_size]

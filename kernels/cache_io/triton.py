@@ -13,7 +13,7 @@ from kernels.cache_io import reference
 from kernels.cache_io.layout import SCALED_FORMATS, EntryLayout
 from kernels.cache_io.pages import Pages
 from kernels.triton_support.platform import ARCHITECTURES, require_choice, require_device
-from kernels.triton_support.tiles import Tile, Tiles, launch_best
+from kernels.triton_support.tiles import Tile, Tiles, launch_best, padded_dim, power_of_two
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FLOAT_GROUP = 64
@@ -33,11 +33,6 @@ ROUND_TILES: Tiles = {
 }
 
 
-def power_of_two(n: int) -> int:
-    """Return the smallest power of two that is at least n."""
-    return 1 << max(0, n - 1).bit_length()
-
-
 def layout_constants(layout: EntryLayout) -> dict[str, int]:
     """Return a layout as compile-time constants of kernels that read packed rows."""
     body, body_format, rope, rope_format = layout.spec
@@ -46,10 +41,10 @@ def layout_constants(layout: EntryLayout) -> dict[str, int]:
         "BODY": body,
         "FORMAT": body_format,
         "BODY_BYTES": layout.body_bytes,
-        "BODY_PAD": max(16, power_of_two(body)),
+        "BODY_PAD": padded_dim(body),
         "ROPE": rope,
         "ROPE_FORMAT": rope_format,
-        "ROPE_PAD": max(16, power_of_two(rope)),
+        "ROPE_PAD": padded_dim(rope),
         "BLOCK": layout.block if layout.scales else 1,
         "SCALES": layout.scales,
         "SCALE_OFFSET": layout.scale_offset,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kernels.expert_dispatch.triton import TILES
 from kernels.triton_support.plans import Plan, Work
+from kernels.triton_support.platform import NVIDIA
 
 ROWS, EXPERTS, WIDTH, INNER = 32768 * 6, 256, 4096, 2048
 _B = "*bf16:16"
@@ -13,7 +14,6 @@ _NBYTES = 2.0 * (ROWS * (WIDTH + INNER) + EXPERTS * WIDTH * INNER)
 _TILE = TILES["sm_90"][0].sizes
 _CACHE_BYTES = _FLOPS / _TILE["BLOCK_M"] + _FLOPS / _TILE["BLOCK_N"]
 """Every operand is read once per tile of the other one."""
-_NVIDIA = ("sm_80", "sm_90", "sm_100")
 _TARGET = "60% of products"
 
 
@@ -28,7 +28,7 @@ def _multiply(kind: str, transposed: bool) -> Plan:
         {"TRANSPOSED": transposed, "UPCAST": False},
         TILES,
         multiplies=True,
-        copies_ahead=_NVIDIA,
+        copies_ahead=NVIDIA,
         work=Work(_FLOPS, _NBYTES, _CACHE_BYTES, target=_TARGET),
     )  # fmt: skip
 
@@ -43,7 +43,7 @@ PLANS = [
         {"UPCAST": False},
         TILES,
         multiplies=True,
-        copies_ahead=_NVIDIA,
+        copies_ahead=NVIDIA,
         work=Work(_FLOPS, _NBYTES, _CACHE_BYTES, target=_TARGET),
     ),
 ]

@@ -17,7 +17,7 @@ __all__ = ["BACKENDS", "MAX_TOKENS", "backend_for", "fused_experts", "prefers_fu
 
 BACKENDS = {"reference": reference, "cpu": cpu}
 MAX_TOKENS = 64
-"""Most tokens for which the ``cpu`` backend is the faster choice."""
+"""Maximum number of tokens for which the ``cpu`` backend is the faster choice."""
 
 
 def backend_for(x: Tensor) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kernels.triton_support.platform import (
     ARCHITECTURES,
+    NVIDIA,
     as_rows,
     is_interpreting,
     require_choice,
@@ -46,7 +47,7 @@ _TOKEN_CHOICES = tuple(Tile(4, 1, {"BLOCK_K": size, "BLOCK_V": 32}) for size in 
 """The first spills less; the second reads values less often."""
 TOKEN_TILES: Tiles = {
     "interpreter": (Tile(4, 1, {"BLOCK_K": 16, "BLOCK_V": 16}),),
-    **{name: _TOKEN_CHOICES for name in ("sm_80", "sm_90", "sm_100")},
+    **{name: _TOKEN_CHOICES for name in NVIDIA},
     "gfx942": _TOKEN_CHOICES[1:],
 }
 

@@ -11,7 +11,7 @@ from kernels.hyper_connections import eager
 from kernels.rms_norm import rms_norm
 
 MAX_STREAMS = 8
-"""Most streams n that the native operators support."""
+"""Maximum number of streams n that the native operators support."""
 
 
 def hc_pre(

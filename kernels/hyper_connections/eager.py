@@ -63,18 +63,18 @@ class _NormalizedProduct(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         x = streams.reshape(-1, fn.shape[1])
         product = torch.mm(x, fn.t()).t()
-        rms = torch.rsqrt(torch.linalg.vector_norm(x, dim=1).square() / x.shape[1] + eps)
-        ctx.save_for_backward(streams, fn, product, rms)
-        return product * rms, streams
+        inverse_rms = torch.rsqrt(torch.linalg.vector_norm(x, dim=1).square() / x.shape[1] + eps)
+        ctx.save_for_backward(streams, fn, product, inverse_rms)
+        return product * inverse_rms, streams
 
     @staticmethod
     def backward(ctx, grad: Tensor | None, later: Tensor | None):
-        streams, fn, product, rms = ctx.saved_tensors
+        streams, fn, product, inverse_rms = ctx.saved_tensors
         if grad is None:
             return later, None, None
         x = streams.reshape(-1, fn.shape[1])
-        scaled = grad * rms
-        through_norm = -(grad * product).sum(0) * rms**3 / x.shape[1]
+        scaled = grad * inverse_rms
+        through_norm = -(grad * product).sum(0) * inverse_rms**3 / x.shape[1]
         grad_x = torch.mm(scaled.t(), fn) if later is None else torch.addmm(later.reshape(x.shape), scaled.t(), fn)
         return grad_x.addcmul_(x, through_norm.unsqueeze(1)).view_as(streams), torch.mm(scaled, x), None
 

@@ -60,7 +60,7 @@ def supports(streams: Tensor) -> bool:
 
 def padded_logits(n: int) -> int:
     """Return the logits of a token with n streams, 2n + n * n, rounded up to a power of two of at least 16."""
-    return max(16, 1 << (2 * n + n * n - 1).bit_length())
+    return padded_dim(2 * n + n * n)
 
 
 def hc_pre(

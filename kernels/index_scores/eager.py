@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from kernels.autocast import in_float32
-from kernels.chosen_rows import ChosenRows
+from kernels.chosen_rows import GATHER_COST, ChosenRows
 
-_PRODUCTS, _PRODUCTS_ON_GPU = 1 << 18, 1 << 26
-"""Most products of a block of several queries, over all heads."""
-_GATHER_COST = 16
-"""Number of heads whose products with a key take as long as gathering it and adding its gradient (on a CPU)."""
+_MAX_PRODUCTS, _MAX_PRODUCTS_ON_GPU = 1 << 18, 1 << 26
+"""Maximum number of products per block of several queries, over all heads."""
 
 
 def index_scores(
@@ -85,14 +83,14 @@ def score_gradients(
 
 def gathers(keys: Tensor, chosen: Tensor, heads: int) -> bool:
     """Return whether to gather the chosen keys instead of scoring all of them."""
-    return chosen.shape[-1] * (heads + _GATHER_COST) < keys.shape[1] * heads
+    return chosen.shape[-1] * (heads + GATHER_COST) < keys.shape[1] * heads
 
 
 def _blocks(query: Tensor, keys: Tensor, permitted: Tensor | None) -> Iterator[tuple[slice, int]]:
     """Yield blocks of queries, with the number of leading keys that they need."""
     B, S, h, _ = query.shape
     T = keys.shape[1]
-    step = max(1, (_PRODUCTS if query.is_cpu else _PRODUCTS_ON_GPU) // max(1, B * h * T))
+    step = max(1, (_MAX_PRODUCTS if query.is_cpu else _MAX_PRODUCTS_ON_GPU) // max(1, B * h * T))
     needed = [T] * S
     if permitted is not None and T and query.is_cpu:
         needed = (permitted.any(0) * torch.arange(1, T + 1)).amax(-1).tolist()

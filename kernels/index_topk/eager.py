@@ -12,15 +12,15 @@ from kernels.entry_ranges import EntryRanges
 from kernels.index_scores import index_scores
 from kernels.index_topk.selection import select_topk, topk_indices
 
-_SCORES = 1 << 22
-"""Most scores of a group of several queries, [queries, entries]."""
-_QUERIES = 64
-"""Most queries of a group."""
+_MAX_SCORES = 1 << 22
+"""Maximum number of scores per group of several queries, [queries, entries]."""
+_MAX_QUERIES = 64
+"""Maximum number of queries per group."""
 _TILE_PRODUCTS = 1 << 20
 """Products of a tile of keys, [queries * heads, entries], within the bounds on its rows."""
 _MIN_TILE_ROWS, _MAX_TILE_ROWS = 1024, 16384
-_BLOCK_SCORES, _BLOCK_SCORES_ON_GPU = 1 << 22, 1 << 26
-"""Most scores of a block of several queries of whole sequences."""
+_MAX_BLOCK_SCORES, _MAX_BLOCK_SCORES_ON_GPU = 1 << 22, 1 << 26
+"""Maximum number of scores per block of several queries of whole sequences."""
 
 
 @torch.no_grad()
@@ -40,7 +40,7 @@ def index_topk(
     """
     B, S, h, _ = query.shape
     limits = visible.expand(B, S)
-    step = 1 if batch_invariant else min(_QUERIES, max(1, _SCORES // max(1, int(limits.max()))))
+    step = 1 if batch_invariant else min(_MAX_QUERIES, max(1, _MAX_SCORES // max(1, int(limits.max()))))
     chosen = query.new_empty(B, S, k, dtype=torch.int64)
     with in_float32(query):
         for b in range(B):
@@ -81,7 +81,7 @@ def select_entries(
 ) -> Tensor:
     """Implement :func:`kernels.index_topk.select_entries`."""
     (B, S), T = query.shape[:2], keys.shape[1]
-    step = max(1, (_BLOCK_SCORES if query.is_cpu else _BLOCK_SCORES_ON_GPU) // (B * T))
+    step = max(1, (_MAX_BLOCK_SCORES if query.is_cpu else _MAX_BLOCK_SCORES_ON_GPU) // (B * T))
     pieces = []
     for begin in range(0, S, step):
         queries = slice(begin, begin + step)

@@ -27,12 +27,10 @@ def index_topk(
     if batch_invariant:
         raise ValueError("index_topk: the reference backend is not batch-invariant")
     limits = visible.expand(query.shape[:2])
-    indices = torch.arange(int(limits.max()), device=query.device).expand(len(query), -1)
-    # Sequences with fewer entries have no pages for the others, which are masked.
-    last = limits.amax(1, keepdim=True) - 1
-    rows = keys.gather(indices.minimum(last.clamp(min=0)))
+    most = int(limits.max())
+    rows = keys.gather_range(0, most, limits.amax(1))
     scores = index_scores(query, unpack(rows, layout), head_weights).to(dtype)
-    return select_topk(scores, indices.unsqueeze(1) < limits.unsqueeze(-1), k)
+    return select_topk(scores, torch.arange(most, device=query.device) < limits.unsqueeze(-1), k)
 
 
 @torch.no_grad()

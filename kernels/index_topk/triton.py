@@ -15,15 +15,15 @@ from torch import Tensor
 
 from kernels.autocast import product_dtype
 from kernels.cache_io import EntryLayout, Pages
-from kernels.cache_io.triton import layout_constants, power_of_two
+from kernels.cache_io.triton import layout_constants
 from kernels.entry_ranges import EntryRanges
 from kernels.triton_support.platform import ARCHITECTURES, is_interpreting, on_device_of, require_choice, require_device
-from kernels.triton_support.tiles import Tile, Tiles, launch_best
+from kernels.triton_support.tiles import Tile, Tiles, launch_best, padded_dim, power_of_two
 
 FORMATS = ("bf16", "fp8", "fp8_128", "fp4")
 """Formats of keys whose values BF16 holds exactly."""
 MAX_DIMS, MAX_HEADS, MAX_K = 256, 128, 4096
-_WORKSPACE_SCORES = 1 << 26
+_MAX_WORKSPACE_SCORES = 1 << 26
 _SEGMENT = 8192
 """Scores per program where there are too few queries to occupy a GPU."""
 _MANY_ROWS = 256
@@ -69,7 +69,7 @@ def _fault(query: Tensor, layout: EntryLayout, k: int) -> str:
         return f"keys in one of {', '.join(FORMATS)}; found {layout}"
     for what, found, most in (("dims", layout.size, MAX_DIMS), ("heads", query.shape[2], MAX_HEADS), ("k", k, MAX_K)):
         if found > most:
-            return f"at most {most} {what}; found {found}" if what != "k" else f"k up to {most}; found {found}"
+            return f"{what} up to {most}; found {found}"
     return ""
 
 
@@ -121,7 +121,7 @@ def _best(
     chosen = torch.full((B, S, k), -1, dtype=torch.int64, device=query.device)
     if not n:
         return chosen
-    step = max(1, min(S, _WORKSPACE_SCORES // (B * n)))
+    step = max(1, min(S, _MAX_WORKSPACE_SCORES // (B * n)))
     q = query.detach().to(torch.float32 if is_interpreting() else torch.bfloat16).contiguous()
     weights = head_weights.detach().float().contiguous()
     for begin in range(0, S, step):
@@ -161,7 +161,7 @@ def score_constants(layout: EntryLayout, heads: int) -> dict[str, int]:
     """Return the compile-time constants of the score kernel."""
     names = ("NBYTES", "BODY", "FORMAT", "BODY_PAD", "BLOCK", "SCALES", "SCALE_OFFSET")
     constants = layout_constants(layout)
-    return {**{name: constants[name] for name in names}, "HEADS": max(16, power_of_two(heads))}
+    return {**{name: constants[name] for name in names}, "HEADS": padded_dim(heads)}
 
 
 def _select(scores: Tensor, n: int, first: Tensor | None, end: Tensor, k: int, begin: int, chosen: Tensor) -> None:

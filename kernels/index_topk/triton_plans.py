@@ -5,6 +5,7 @@ from __future__ import annotations
 from kernels.cache_io import EntryLayout
 from kernels.index_topk.triton import ORDER_TILES, SCORE_TILES, SELECT_TILES, score_constants
 from kernels.triton_support.plans import Plan, Work
+from kernels.triton_support.platform import NVIDIA
 
 QUERIES, HEADS, DIMS, ENTRIES, K = 2048, 64, 128, 32768, 512
 LAYOUT = EntryLayout(DIMS, "fp4")
@@ -23,7 +24,7 @@ PLANS = [
         {**score_constants(LAYOUT, HEADS), "HAS_FIRST": False, "ROUND": True, "UPCAST": False},
         SCORE_TILES,
         multiplies=True,
-        copies_ahead=("sm_80", "sm_90", "sm_100"),
+        copies_ahead=NVIDIA,
         work=Work(
             flops=2.0 * _SCORES * HEADS * DIMS,
             nbytes=4.0 * _SCORES + ENTRIES * LAYOUT.nbytes + 2.0 * QUERIES * HEADS * DIMS,

@@ -9,11 +9,11 @@ from kernels.autocast import in_float32
 from kernels.entry_ranges import EntryRanges
 from kernels.index_scores.eager import score_gradients, scores_of
 from kernels.indexer_kl.precomputed import mean, wants_gradients
-from kernels.indexer_kl.reference import LEAST_MASS
+from kernels.indexer_kl.reference import MIN_MASS
 from kernels.sparse_attention.mass import EntryMass
 
-_SCORES, _SCORES_ON_GPU = 1 << 22, 1 << 26
-"""Most scores of a block of several queries."""
+_MAX_SCORES, _MAX_SCORES_ON_GPU = 1 << 22, 1 << 26
+"""Maximum number of scores per block of several queries."""
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def _sum(
     (B, S), T = query.shape[:2], keys.shape[1]
     total = query.new_zeros((), dtype=torch.float32)
     gradients = [torch.zeros_like(x, dtype=torch.float32) for x in (query, keys, head_weights)] if has_gradients else []
-    step = max(1, (_SCORES if query.is_cpu else _SCORES_ON_GPU) // max(1, B * T))
+    step = max(1, (_MAX_SCORES if query.is_cpu else _MAX_SCORES_ON_GPU) // max(1, B * T))
     for begin in range(0, S, step):
         queries = slice(begin, begin + step)
         own = None if chosen is None else chosen[:, queries]
@@ -38,7 +38,7 @@ def _sum(
         some = query[:, queries], keys, head_weights[:, queries], permitted, own
         scores, hidden = scores_of(*some), ~permitted
         teacher = mass.of(queries).masked_fill(hidden, 0.0)
-        target = teacher / teacher.sum(-1, keepdim=True).clamp(min=LEAST_MASS)
+        target = teacher / teacher.sum(-1, keepdim=True).clamp(min=MIN_MASS)
         log_choice = scores.masked_fill_(hidden, float("-inf")).log_softmax(-1).masked_fill_(hidden, 0.0)
         total += (torch.xlogy(target, target) - target * log_choice).sum()
         if has_gradients:

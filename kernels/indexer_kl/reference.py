@@ -9,7 +9,7 @@ from kernels.entry_ranges import EntryRanges
 from kernels.index_scores.reference import index_scores
 from kernels.sparse_attention.mass import EntryMass
 
-LEAST_MASS = 1e-20
+MIN_MASS = 1e-20
 """Floor of the sum that the teacher is divided by."""
 
 
@@ -25,7 +25,7 @@ def indexer_kl(
     permitted = visible.mask(keys.shape[1]) if chosen is None else chosen >= 0
     scores = index_scores(query, keys, head_weights, permitted, chosen)
     teacher = mass.of().to(scores.dtype).masked_fill(~permitted, 0.0)
-    target = teacher / teacher.sum(-1, keepdim=True).clamp(min=LEAST_MASS)
+    target = teacher / teacher.sum(-1, keepdim=True).clamp(min=MIN_MASS)
     log_choice = scores.masked_fill(~permitted, float("-inf")).log_softmax(-1).masked_fill(~permitted, 0.0)
     divergence = (torch.xlogy(target, target) - target * log_choice).sum(-1)
     counted = permitted.any(-1).expand_as(divergence)

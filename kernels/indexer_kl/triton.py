@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels.autocast import in_float32, product_dtype
 from kernels.entry_ranges import EntryRanges
 from kernels.indexer_kl.precomputed import mean, wants_gradients
-from kernels.indexer_kl.reference import LEAST_MASS
+from kernels.indexer_kl.reference import MIN_MASS
 from kernels.sparse_attention.mass import EntryMass
 from kernels.sparse_attention.triton import adds_in_fixed_order
 from kernels.triton_support.platform import (
@@ -32,11 +32,11 @@ from kernels.triton_support.platform import (
 from kernels.triton_support.tiles import Tile, Tiles, launch_best, padded_dim
 
 MAX_DIMS, MAX_HEADS = 128, 64
-_SCORES = 1 << 25
-"""Most scores of a block of several queries."""
+_MAX_SCORES = 1 << 25
+"""Maximum number of scores per block of several queries."""
 _PROGRAMS_PER_MULTIPROCESSOR = 4
-_QUERIES_PER_SPLIT = 64
-"""Least queries of a split of the keys' gradients."""
+_MIN_QUERIES_PER_SPLIT = 64
+"""Minimum number of queries per split of the keys' gradients."""
 
 TILES: Tiles = {
     "interpreter": (Tile(4, 1, {"BLOCK_N": 16}),),
@@ -64,7 +64,7 @@ def _fault(query: Tensor) -> str:
     """Return why queries are not supported, or an empty string."""
     for what, found, most in (("dims", query.shape[3], MAX_DIMS), ("heads", query.shape[2], MAX_HEADS)):
         if found > most:
-            return f"at most {most} {what}; found {found}"
+            return f"{what} up to {most}; found {found}"
     return ""
 
 
@@ -111,7 +111,7 @@ def _sum(
     block = _Block(q, k, head_weights.float().contiguous(), visible, chosen, width)
     adds = has_gradients and chosen is not None and not adds_in_fixed_order()
     stores = has_gradients and not adds
-    step = max(1, _SCORES // (B * (T if stores else width)))
+    step = max(1, _MAX_SCORES // (B * (T if stores else width)))
     for begin in range(0, S, step):
         queries = slice(begin, min(S, begin + step))
         value, gradient, grad_query, grad_keys, grad_weights = block.divergence(mass, queries, stores, adds)
@@ -156,7 +156,7 @@ class _Block:
             kernels.divergence[(n, B)](
                 q, self.keys, self.head_weights, teacher, chosen, first, end, value, gradient, of_query, of_keys,
                 of_weights, queries.start, n, S, T, self.width, h, S if len(end) > 1 else 0,
-                HAS_CHOSEN=self.chosen is not None, STORE=stores, ADD=adds, LEAST=LEAST_MASS,
+                HAS_CHOSEN=self.chosen is not None, STORE=stores, ADD=adds, MIN_MASS=MIN_MASS,
                 **self.constants, **tile.options,
             )  # fmt: skip
             return value, gradient, of_query, of_keys, of_weights
@@ -176,7 +176,7 @@ class _Block:
             tiles = -(-T // tile.sizes["BLOCK_N"])
             starts, stops = self._bounds(queries, tile.sizes["BLOCK_N"])
             wanted = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(q.device) // (tiles * B)
-            splits = max(1, min(wanted, n // _QUERIES_PER_SPLIT))
+            splits = max(1, min(wanted, n // _MIN_QUERIES_PER_SPLIT))
             parts = gradient.new_empty(splits, B, T, c)
             kernels.key_gradients[(tiles, splits, B)](
                 q, self.keys, self.head_weights, gradient, starts, stops, parts,

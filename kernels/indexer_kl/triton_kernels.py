@@ -47,7 +47,7 @@ def divergence(
     query, keys, head_weights, mass, chosen, firsts, ends, value, gradient, grad_query, grad_keys, grad_weights,
     begin_query, count, S, T, width, h, range_stride,
     C: tl.constexpr, DIMS: tl.constexpr, HEADS: tl.constexpr, HAS_CHOSEN: tl.constexpr, STORE: tl.constexpr,
-    ADD: tl.constexpr, LEAST: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr,
+    ADD: tl.constexpr, MIN_MASS: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write the divergence of one of ``count`` queries from ``begin_query``.
 
@@ -94,7 +94,7 @@ def divergence(
     known = summed > 0  # False without any permitted entry
     log_sum = tl.where(known, highest + tl.log(tl.maximum(summed, 1e-37)), 0.0)
     all_mass = tl.sum(teacher, axis=0)
-    floor = tl.maximum(all_mass, LEAST)
+    floor = tl.maximum(all_mass, MIN_MASS)
     share = all_mass / floor
     found = (tl.sum(entropy, axis=0) - tl.sum(crossed, axis=0)) / floor + share * (log_sum - tl.log(floor))
     tl.store(value + own, tl.where(known, found, 0.0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from kernels.indexer_kl.triton import KEY_TILES, TILES
 from kernels.triton_support.plans import Plan, Work
+from kernels.triton_support.platform import NVIDIA
 from kernels.triton_support.tiles import Tile
 
 QUERIES, HEADS, DIMS, ENTRIES, CHOSEN = 4096, 64, 128, 1024, 512
@@ -13,7 +14,6 @@ _INPUTS = {
     "query": "*bf16:16", "keys": "*bf16:16", "head_weights": "*fp32:16", "begin_query": "i32:16", "count": "i32:16",
     "S": "i32:16", "T": "i32:16", "h": "i32:16",
 }  # fmt: skip
-_NVIDIA = ("sm_80", "sm_90", "sm_100")
 _QUERY_BYTES = 2.0 * QUERIES * HEADS * DIMS
 
 
@@ -29,10 +29,10 @@ def _divergence(kind: str, width: float, is_chosen: bool) -> Plan:
             "value": "*fp32:16", "gradient": "*fp32:16", "grad_query": "*fp32:16", "grad_keys": "*fp32:16",
             "grad_weights": "*fp32:16", "width": "i32:16", "range_stride": "i32:16",
         },
-        {**_CONSTANTS, "HAS_CHOSEN": is_chosen, "STORE": not is_chosen, "ADD": is_chosen, "LEAST": 1e-20},
+        {**_CONSTANTS, "HAS_CHOSEN": is_chosen, "STORE": not is_chosen, "ADD": is_chosen, "MIN_MASS": 1e-20},
         TILES,
         multiplies=True,
-        copies_ahead=_NVIDIA,
+        copies_ahead=NVIDIA,
         max_spills={"sm_90": 16, "sm_100": 112} if is_chosen else {},
         work=Work(
             # Scores twice and the gradient of the query; that of chosen keys besides.
@@ -63,7 +63,7 @@ PLANS = [
         _CONSTANTS,
         KEY_TILES,
         multiplies=True,
-        copies_ahead=_NVIDIA,
+        copies_ahead=NVIDIA,
         work=Work(
             flops=2 * 2.0 * HEADS * DIMS * QUERIES * ENTRIES / 2,
             nbytes=_QUERY_BYTES + 4.0 * QUERIES * ENTRIES / 2,

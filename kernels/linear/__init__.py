@@ -28,7 +28,7 @@ __all__ = [
 
 BACKENDS = {"reference": reference, "cpu": cpu}
 MAX_NATIVE_TOKENS = 16
-"""Most tokens of a native product. Library products are faster for more."""
+"""Maximum number of tokens of a native product. Library products are faster for more."""
 
 
 def supports_weight(weight: Tensor) -> bool:

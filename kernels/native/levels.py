@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import platform
 from pathlib import Path
 
 import torch
+
+from kernels.cache_folder import cache_folder
 
 _ROOT = Path(__file__).parent.parent
 
@@ -43,12 +44,6 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def cache_folder() -> Path:
-    """Return the folder of compiled libraries, in the cache folder of the user (``XDG_CACHE_HOME``)."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "fiftyfold" / "native"
-
-
 def library_path(level: str) -> Path:
     """Return the path of the library for one level."""
-    return cache_folder() / source_hash() / f"{level}.so"
+    return cache_folder("native") / source_hash() / f"{level}.so"

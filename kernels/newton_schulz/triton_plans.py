@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kernels.newton_schulz.triton import TILES, blocks_of
 from kernels.triton_support.plans import Plan, Work
+from kernels.triton_support.platform import NVIDIA
 
 ROWS, BATCH = 2048, 16
 _TILE = TILES["sm_90"][0]
@@ -21,7 +22,7 @@ PLANS = [
         {"HAS_ADDED": True, "PRECISION": "ieee", "UPCAST": False},
         TILES,
         multiplies=True,
-        copies_ahead=("sm_80", "sm_90", "sm_100"),
+        copies_ahead=NVIDIA,
         max_spills={"sm_90": 48, "sm_100": 120},
         work=Work(
             flops=_BLOCKS * 2.0 * _M * _N * ROWS,

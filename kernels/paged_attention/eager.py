@@ -9,10 +9,10 @@ from kernels.cache_io import EntryLayout, Pages, unpack
 from kernels.paged_attention.inputs import EntrySet, TokenRows
 from kernels.sparse_attention import TiledAttention
 
-_VALUES = 1 << 22
-"""Most scores or unpacked values of a group of several queries."""
-_QUERIES = 64
-"""Most queries of a group."""
+_MAX_VALUES = 1 << 22
+"""Maximum number of scores or unpacked values per group of several queries."""
+_MAX_QUERIES = 64
+"""Maximum number of queries per group."""
 _TILE = 1024
 """Entries that are unpacked together where there is no window."""
 
@@ -35,12 +35,9 @@ def paged_attention(
     most = int(entries.visible.max()) if entries is not None and entries.visible is not None else 0
     shared = None
     if entries is not None and entries.visible is not None and most:
-        indices = torch.arange(most, device=query.device).expand(B, -1)
-        # Sequences with fewer entries have no pages for the others, which are masked.
-        last = entries.visible[:, -1:].expand(B, 1) - 1
-        shared = unpack(entries.pages.gather(indices.minimum(last.clamp(min=0))), layout)
+        shared = unpack(entries.pages.gather_range(0, most, entries.visible[:, -1].expand(B)), layout)
     per_query = H * most if entries is None or entries.chosen is None else entries.chosen.shape[2] * c
-    step = max(1, min(_QUERIES, _VALUES // max(1, B * per_query)))
+    step = max(1, min(_MAX_QUERIES, _MAX_VALUES // max(1, B * per_query)))
     outputs = []
     for begin in range(0, S, step):
         group = slice(begin, min(begin + step, S))
@@ -67,17 +64,16 @@ def _attend_in_tiles(
     """Attend to the first ``visible`` entries, int64 [B or 1, S], of which tiles are unpacked in turn."""
     B, _, H, _ = query.shape
     visible = visible.expand(B, -1)
-    step = max(1, min(_QUERIES, _VALUES // (B * H * _TILE)))
+    step = max(1, min(_MAX_QUERIES, _MAX_VALUES // (B * H * _TILE)))
     outputs = []
     for some, seen in zip(query.split(step, dim=1), visible.split(step, dim=1)):
         attention = TiledAttention(some.flatten(1, 2), sink.repeat(some.shape[1]), scale, value_size)
-        limits, last = seen.repeat_interleave(H, dim=1).unsqueeze(-1), seen[:, -1:] - 1
+        limits = seen.repeat_interleave(H, dim=1).unsqueeze(-1)
         most = int(seen.max())
         for begin in range(0, most, _TILE):
-            indices = torch.arange(begin, min(begin + _TILE, most), device=query.device)
-            # Sequences with fewer entries have no pages for the others, which are masked.
-            rows = pages.gather(indices.minimum(last).clamp(min=0))
-            attention.add(unpack(rows, layout), indices < limits)
+            end = min(begin + _TILE, most)
+            rows = pages.gather_range(begin, end, seen[:, -1])
+            attention.add(unpack(rows, layout), torch.arange(begin, end, device=query.device) < limits)
         outputs.append(attention.output().unflatten(1, (-1, H)))
     return torch.cat(outputs, dim=1)
 

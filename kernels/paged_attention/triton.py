@@ -9,7 +9,6 @@ decoding can be captured in a CUDA graph; the grid depends on capacities and not
 from __future__ import annotations
 
 import importlib
-import math
 from typing import Any
 
 import torch
@@ -17,8 +16,9 @@ from torch import Tensor
 
 from kernels.autocast import product_dtype
 from kernels.cache_io import EntryLayout
-from kernels.cache_io.triton import layout_constants, power_of_two
+from kernels.cache_io.triton import layout_constants
 from kernels.paged_attention.inputs import EntrySet, TokenRows
+from kernels.sparse_attention.blocks import LOG2_E
 from kernels.triton_support.platform import (
     ARCHITECTURES,
     check_selection,
@@ -28,18 +28,17 @@ from kernels.triton_support.platform import (
     require_choice,
     require_device,
 )
-from kernels.triton_support.tiles import Tile, Tiles, launch_best, padded_dim
+from kernels.triton_support.tiles import Tile, Tiles, launch_best, padded_dim, power_of_two
 
 FORMATS = ("bf16", "fp8", "fp8_128", "fp4")
 """Formats of bodies whose values BF16 holds exactly."""
 _PROGRAMS_PER_MULTIPROCESSOR = 2
-_LOG2_E = math.log2(math.e)
 MAX_PADDED_DIMS = 576
-"""Most dims of a row, body and rope padded to powers of two: V3.2's rows of 512 and 64."""
+"""Maximum number of dims of a row, body and rope padded to powers of two: V3.2's rows of 512 and 64."""
 _MAX_PIECE, _MAX_PIECES = 256, 3
 _SHIFT = 2.0**80
-"""Factor between E4M3 values and what they are unpacked to by words. Exact for queries up to 2 ** 47 and entries up to
-2 ** 95 in magnitude."""
+"""Factor between E4M3 values and what they are unpacked to by words: 2 ** (120 - _OFFSET), with the kernels' _OFFSET.
+Exact for queries up to 2 ** 47 and entries up to 2 ** 95 in magnitude."""
 
 TILES: Tiles = {
     "interpreter": (Tile(4, 1, {"BLOCK_H": 16, "BLOCK_N": 16}),),
@@ -148,7 +147,7 @@ def paged_attention(
     }
 
     def run(tile: Tile) -> tuple[Tensor, Tensor, int]:
-        rows_per_program = min(tile.sizes["BLOCK_H"], max(16, power_of_two(H)))
+        rows_per_program = min(tile.sizes["BLOCK_H"], padded_dim(H))
         groups, size = -(-H // rows_per_program), tile.sizes["BLOCK_N"]
         tiles = -(-window // size) + -(-most // size)
         wanted = _PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(query.device) // (B * S * groups)
@@ -158,7 +157,7 @@ def paged_attention(
         kernels.partial_attention[(splits, B * S, groups)](
             q, rows.contiguous(), offsets, first, storage, table, chosen, visible, parts, stats,
             S, H, R, window, *(int(len(x) > 1) for x in (offsets, first)), page_size, P, K,
-            S if len(visible) > 1 else 0, splits, scale * _LOG2_E,
+            S if len(visible) > 1 else 0, splits, scale * LOG2_E,
             **constants, BLOCK_H=rows_per_program, BLOCK_N=size, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return parts, stats, splits
@@ -166,7 +165,7 @@ def paged_attention(
     shape = (B * S, H, layout.spec, K, P * page_size)
     parts, stats, splits = launch_best("paged_attention.partial_attention", TILES, shape, query.device, run)
     out = torch.empty(B, S, H, value_size, dtype=torch.float32, device=query.device)
-    bias = sink.detach().float() * _LOG2_E
+    bias = sink.detach().float() * LOG2_E
     with on_device_of(query):
         kernels.combine[(B * S * H,)](
             parts, stats, bias, out, B * S * H, H, splits, VALUES=value_size, VALUES_PAD=power_of_two(value_size)

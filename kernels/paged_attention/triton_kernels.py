@@ -3,9 +3,10 @@
 Rows are dequantized in registers. The body's dims are computed in up to three pieces, ``P0``, ``P1`` and ``P2`` wide
 (0 for absent ones), whose keys are unpacked one after the other. Logits have base 2.
 
-With ``WORDS``, E4M3 values are unpacked by four to BF16, and stay smaller by ``2 ** SHIFT`` than they are, so that one
-multiplication by a power of two completes them: 120 of E4M3's bits in place of BF16's exponent, less an offset that
-keeps all scales within range. Queries' bodies are larger by the same factor, and the outputs' are made so at the end.
+With ``WORDS``, four E4M3 values are unpacked at a time to BF16 values that are too small by the factor ``SHIFT``.
+Queries' bodies are multiplied by it beforehand, and the outputs' bodies at the end. E4M3's bits in a BF16 number are
+worth 2 ** 120 times less, because the exponents' biases differ. The scales are multiplied by 2 ** _OFFSET only, since a
+larger factor would exceed BF16's range.
 """
 
 import triton
@@ -30,7 +31,7 @@ def _unpack_words(
     base, there, START: tl.constexpr, WIDTH: tl.constexpr, BODY: tl.constexpr, BLOCK: tl.constexpr,
     SCALES: tl.constexpr, SCALE_OFFSET: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Unpack dims ``START`` to ``START + WIDTH`` of E4M3 bodies, smaller by ``2 ** SHIFT``: BF16 [N, WIDTH]."""
+    """Unpack dims ``START`` to ``START + WIDTH`` of E4M3 bodies, divided by ``SHIFT``: BF16 [N, WIDTH]."""
     N: tl.constexpr = base.shape[0]
     place = START // 4 + tl.arange(0, WIDTH // 4)
     inside = there[:, None]

@@ -19,8 +19,6 @@ def round_to_format(x: Tensor, fmt: str, dtype: torch.dtype = torch.float32) -> 
         return x.to(dtype)
     if fmt == "bf16":
         return formats.round_to_bf16(x.float()).to(dtype)
-    if fmt not in SCALED_FORMATS:
-        raise ValueError(f"format '{fmt}' is not one of {', '.join(FORMATS)}")
     scales = SCALED_FORMATS[fmt]
     x, size = x.float(), x.shape[-1]
     block = min(scales.block, size)

@@ -7,9 +7,9 @@ from torch import Tensor
 from kernels import native
 from kernels.backends import get_backend
 from kernels.routing import cpu, reference
-from kernels.routing.reference import LEAST_SUM, SCORINGS, affinity
+from kernels.routing.reference import SCORINGS, SUM_EPS, affinity
 
-__all__ = ["BACKENDS", "LEAST_SUM", "SCORINGS", "affinity", "backend_for", "route"]
+__all__ = ["BACKENDS", "SCORINGS", "SUM_EPS", "affinity", "backend_for", "route"]
 
 BACKENDS = {"reference": reference, "cpu": cpu}
 

@@ -11,7 +11,7 @@ SCORINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
     "sigmoid": lambda logits: logits.sigmoid(),
 }
-LEAST_SUM = 1e-20
+SUM_EPS = 1e-20
 """Added to the sum of affinities, which can be zero."""
 
 VECTOR_ELEMENTS = 32
@@ -47,7 +47,7 @@ def route(
             scores = _within_best_groups(scores, groups, groups_per_token)
         chosen = scores.topk(k, dim=-1).indices
     weights = affinities.gather(-1, chosen)
-    return chosen, weights / (weights.sum(-1, keepdim=True) + LEAST_SUM) * scale
+    return chosen, weights / (weights.sum(-1, keepdim=True) + SUM_EPS) * scale
 
 
 def _within_best_groups(scores: Tensor, groups: int, best: int) -> Tensor:

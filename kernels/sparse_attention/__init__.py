@@ -68,7 +68,8 @@ def sparse_attention(
 ) -> tuple[Tensor, EntryMass | None]:
     """Attend to the last ``window`` tokens, the permitted entries, and a sink that has no value.
 
-    One vector is both key and value. Time and memory grow with S * window, not with S * S.
+    One vector is both key and value. Time grows with S * (window + T). Except in ``triton``, the mask and the returned
+    mass take memory that grows with S * T.
 
     Args:
         query: [B, S, H, c].

@@ -2,7 +2,8 @@
 
 A block multiplies only with the keys of its window and with the entries up to the last one that any of its queries may
 see. Scores stay in the cache and are recomputed in the backward pass. Memory thus grows neither with S * window nor
-with S * T, except for the returned mass. All heads share a key, so that the scores of a block are a single product.
+with S * T, except for the mask and the returned mass. All heads share a key, so that the scores of a block are a single
+product.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from torch import Tensor
 from kernels.autocast import in_float32, product_dtype
 from kernels.sparse_attention import blocks
 
-_SCORES = 1 << 20
-"""Most scores of a block of several queries: 4 MiB, about the size of a second-level cache."""
-_QUERIES = 128
-"""Most queries of a block."""
+_MAX_SCORES = 1 << 20
+"""Maximum number of scores per block of several queries: 4 MiB, about the size of a second-level cache."""
+_MAX_QUERIES = 128
+"""Maximum number of queries per block."""
 
 
 def sparse_attention(
@@ -88,8 +89,8 @@ def _blocks(query: Tensor, window: int, entry_mask: Tensor | None) -> Iterator[_
         last = (entry_mask.any(0) * torch.arange(1, entry_mask.shape[-1] + 1)).amax(-1)
     begin = 0
     while begin < S:
-        keys = window + int(last[begin : begin + _QUERIES].max()) + _QUERIES
-        end = min(S, begin + max(1, min(_QUERIES, _SCORES // (B * H * keys))))
+        keys = window + int(last[begin : begin + _MAX_QUERIES].max()) + _MAX_QUERIES
+        end = min(S, begin + max(1, min(_MAX_QUERIES, _MAX_SCORES // (B * H * keys))))
         yield _Block(begin, end, max(0, begin - window + 1) if window else end, int(last[begin:end].max()))
         begin = end
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from kernels.autocast import in_float32, product_dtype
 from kernels.entry_ranges import EntryRanges
+from kernels.sparse_attention.blocks import LOG2_E
 from kernels.sparse_attention.mass import EntryMass
 from kernels.triton_support.platform import (
     ARCHITECTURES,
@@ -33,9 +33,8 @@ from kernels.triton_support.tiles import Tile, Tiles, launch_best
 HEAD_DIMS = (32, 64, 128, 256, 512)
 DTYPES = (torch.bfloat16, torch.float16)
 """Dtypes of products. The interpreter also computes float32."""
-_PART_BYTES = 1 << 28
-"""Most scratch memory of deterministic gradients, unless a single block of queries needs more."""
-_LOG2_E = math.log2(math.e)
+_MAX_PART_BYTES = 1 << 28
+"""Maximum scratch memory of deterministic gradients, exceeded only if a single block of queries needs more."""
 _EVERY = slice(None)
 _is_deterministic = False
 
@@ -167,7 +166,7 @@ class _Keys:
 
     @property
     def slots(self) -> int:
-        """Most entries that a program visits."""
+        """Maximum number of entries that a program visits."""
         return self.K if self.mode == 1 else self.T
 
     @property
@@ -205,7 +204,7 @@ class _Attention(torch.autograd.Function):
         B, S, H, c = query.shape
         keys = _Keys.of(query, window_kv, entries, ranges, chosen, window, reach, dtype)
         q = query.to(dtype).contiguous()
-        bias = sink.float().mul(_LOG2_E).contiguous()
+        bias = sink.float().mul(LOG2_E).contiguous()
         shape = (B * S, H, c, keys.mode, keys.slots, dtype)
 
         def attend(tile: Tile) -> tuple[Tensor, Tensor]:
@@ -215,7 +214,7 @@ class _Attention(torch.autograd.Function):
             grid = (-(-S // blocks["BLOCK_Q"]), -(-H // blocks["BLOCK_H"]), B)
             kernels.forward[grid](
                 q, keys.window_kv, keys.entries, keys.chosen, keys.firsts, keys.ends, bias, keys.reach, out, log_sum,
-                S, H, keys.past, window, keys.T, keys.K, keys.range_stride, scale * _LOG2_E,
+                S, H, keys.past, window, keys.T, keys.K, keys.range_stride, scale * LOG2_E,
                 D=c, **keys.flags(), **blocks,
             )  # fmt: skip
             return out, log_sum
@@ -256,7 +255,7 @@ class _RecomputedMass:
             blocks = keys.blocks(H, tile)
             kernels.entry_mass[(-(-(end - begin) // blocks["BLOCK_Q"]), 1, B)](
                 q, keys.entries, keys.chosen, keys.firsts, keys.ends, self._log_sum, mass,
-                begin, end - begin, S, H, keys.T, keys.K, keys.range_stride, self._scale * _LOG2_E,
+                begin, end - begin, S, H, keys.T, keys.K, keys.range_stride, self._scale * LOG2_E,
                 D=c, MODE=keys.mode, UPCAST=is_interpreting(), **blocks,
             )  # fmt: skip
             return mass
@@ -282,7 +281,7 @@ def _backward(keys: _Keys, q: Tensor, upstream: Tensor, log_sum: Tensor, inner: 
         slots = window_slots + -(-keys.slots // N) * N
         step = -(-S // Q) * Q
         if not is_atomic:
-            step = max(1, _PART_BYTES // (4 * B * heads * slots * c)) * Q
+            step = max(1, _MAX_PART_BYTES // (4 * B * heads * slots * c)) * Q
         for begin in range(0, S, step):
             programs = -(-min(step, S - begin) // Q)
             parts = grad_window if is_atomic else q.new_empty(B * heads * programs * slots, c, dtype=torch.float32)
@@ -292,7 +291,7 @@ def _backward(keys: _Keys, q: Tensor, upstream: Tensor, log_sum: Tensor, inner: 
                     q, keys.window_kv, keys.entries, keys.chosen, keys.firsts, keys.ends, keys.reach, upstream,
                     log_sum, inner, grad_query, grad_window, grad_entries, parts,
                     begin, S, H, keys.past, keys.window, keys.T, keys.K, keys.range_stride, window_slots, slots,
-                    scale * _LOG2_E, scale,
+                    scale * LOG2_E, scale,
                     D=c, **keys.flags(), ATOMIC=is_atomic, OF_QUERY=of_query, OF_KEYS=of_keys, **settings,
                 )  # fmt: skip
             if not is_atomic:

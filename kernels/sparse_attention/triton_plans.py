@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from kernels.sparse_attention.triton import BACKWARD_TILES, FORWARD_TILES, KEY_STAGES, MASS_TILES, SUM_TILES
 from kernels.triton_support.plans import Plan, Work
+from kernels.triton_support.platform import NVIDIA
 from kernels.triton_support.tiles import Tile
 
 TOKENS, HEADS, DIMS, CHOSEN, WINDOW = 4096, 64, 512, 512, 128
@@ -16,7 +17,6 @@ _VISIBILITY = {"chosen": "*i32:16", "firsts": "*i32:16", "ends": "*i32:16"}
 _SIZES = {"S": "i32:16", "H": "i32:16", "T": "i32:16", "K": "i32:16", "range_stride": "i32:16"}
 _QUERY_BYTES = 2.0 * TOKENS * HEADS * DIMS
 _FLAGS = {"D": DIMS, "HAS_WINDOW": True, "HAS_REACH": False, "MODE": 1, "UPCAST": False}
-_NVIDIA = ("sm_80", "sm_90", "sm_100")
 
 
 def _attention(**more: str) -> dict[str, str]:
@@ -67,7 +67,7 @@ PLANS = [
         _FLAGS,
         FORWARD_TILES,
         multiplies=True,
-        copies_ahead=_NVIDIA,
+        copies_ahead=NVIDIA,
         max_spills={"sm_80": 96, "sm_90": 192},
         work=Work(
             flops=4.0 * _LOGITS * DIMS,

@@ -21,6 +21,7 @@ def scan_in_fixed_order(
     outputs = []
     for t in range(x.shape[1]):
         added = (dt[:, t, :, None] * x[:, t]).unsqueeze(-1) * B[:, t].unsqueeze(-2)
-        state = (decay[:, t, :, None, None] * state + added).to(state_dtype).float()
+        state = decay[:, t, :, None, None] * state + added
         outputs.append(sum_pairwise(state * C[:, t].unsqueeze(-2)) + D[:, None] * x[:, t])
+        state = state.to(state_dtype).float()
     return torch.stack(outputs, dim=1), state

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.autocast import in_float32
 
-_LEAST_LOG_DECAY = -104.0
+_MIN_LOG_DECAY = -104.0
 """exp of less is zero in float32. The bound limits the rounding of differences between cumulative sums."""
 _MAX_WEIGHTS = 1 << 22
 """Limit on the weights between tokens computed at once. Longer inputs are computed in several pieces."""
@@ -63,7 +63,7 @@ def _scan_chunks(
     x, dt, B, C = (z.unflatten(1, (n, chunk)) for z in (x, dt, B, C))
 
     # Logarithms of decays from the beginning of the chunk up to and including each token, [batch, n, L, H].
-    logs = (dt * A).clamp(min=_LEAST_LOG_DECAY).cumsum(2, dtype=torch.float64)
+    logs = (dt * A).clamp(min=_MIN_LOG_DECAY).cumsum(2, dtype=torch.float64)
     since_begin, until_end = logs.exp().to(x.dtype), (logs[:, :, -1:] - logs).to(x.dtype).exp()
     kept = since_begin[:, :, -1]  # [batch, n, H]
     mask = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()

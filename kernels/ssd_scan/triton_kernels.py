@@ -9,7 +9,7 @@ tokens are int64. ``share`` heads have the same B and C.
 import triton
 import triton.language as tl
 
-LEAST_LOG_DECAY: tl.constexpr = tl.constexpr(-104.0)
+MIN_LOG_DECAY: tl.constexpr = tl.constexpr(-104.0)
 """exp of less is zero in float32. The bound limits the rounding of differences between cumulative sums."""
 
 
@@ -21,7 +21,7 @@ def _chunk(dt, A, positions, b, chunk, h, S, H, HAS_POSITIONS: tl.constexpr, L: 
     there = t < S
     row = b * S + t.to(tl.int64)
     step = tl.load(dt + row * H + h, mask=there, other=0.0)
-    logs = tl.cumsum(tl.maximum(step * tl.load(A + h), LEAST_LOG_DECAY), axis=0)
+    logs = tl.cumsum(tl.maximum(step * tl.load(A + h), MIN_LOG_DECAY), axis=0)
     document = tl.zeros([L], tl.int32)
     if HAS_POSITIONS:
         starts = tl.load(positions + row, mask=there, other=1) == 0
@@ -187,7 +187,7 @@ def token_gradients(
     grad_log = tl.sum(read * upstream, axis=1) - step * grad_step
     grad_log = tl.cumsum(grad_log, axis=0, reverse=True) + tl.sum(through_end, axis=0)
     rate = tl.load(A + h)
-    grad_log = tl.where(step * rate > LEAST_LOG_DECAY, grad_log, 0.0)
+    grad_log = tl.where(step * rate > MIN_LOG_DECAY, grad_log, 0.0)
     if HAS_POSITIONS:
         grad_log = tl.where(tl.load(positions + row, mask=there, other=1) == 0, 0.0, grad_log)
     tl.store(grad_dt + row * H + h, grad_step + rate * grad_log, mask=there)

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+ARCHITECTURES = (*NVIDIA, "gfx942")
 """Architectures with tile settings. Others have less shared memory than the tiles need."""
 _CAPABILITIES = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100"}
 _debug = False

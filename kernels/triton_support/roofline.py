@@ -1,9 +1,9 @@
 """Predicted speed of kernels: an upper bound from their work, the compiled figures and the figures of a GPU.
 
 A launch takes as long as the slowest of: matrix products and vector arithmetic (estimated, or counted in the compiled
-loop), device memory, the second-level cache,
-and atomic additions. Where a multiprocessor holds a single program, nothing overlaps its products with its arithmetic,
-and their times add up. Latency, launches and load imbalance are left out, so that a measured speed is lower.
+loop), device memory, the second-level cache, and atomic additions. Where a multiprocessor holds a single program,
+nothing overlaps its products with its arithmetic, and their times add up. Latency, launches and load imbalance are left
+out, so that a measured speed is lower.
 """
 
 from __future__ import annotations
@@ -58,9 +58,10 @@ class Prediction:
         return f"{speed}, bound by {self.bound}"
 
 
-def predict(plan: Plan, tile: Tile, compiled: Compiled, gpu: Gpu = H100) -> Prediction:
-    """Return the prediction for a plan with work and one of its settings, whose figures ``compiled`` are. Raises
-    ValueError for figures of another architecture."""
+def predict(plan: Plan, tile: Tile, compiled: Compiled) -> Prediction:
+    """Return the prediction on an H100 for a plan with work and one of its settings, whose figures ``compiled`` are.
+    Raises ValueError for figures of another architecture."""
+    gpu = H100
     if compiled.architecture != gpu.architecture or plan.work is None:
         raise ValueError(f"{plan.name}: no prediction for {compiled.architecture} on {gpu.name}")
     work = plan.work

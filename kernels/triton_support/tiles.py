@@ -21,6 +21,7 @@ from typing import TypeVar
 
 import torch
 
+from kernels.cache_folder import cache_folder
 from kernels.triton_support.platform import architecture, is_interpreting
 
 T = TypeVar("T")
@@ -54,9 +55,14 @@ INTERPRETED = "sm_90"
 """Architecture whose settings :func:`launch_best` names to the interpreter if a kernel has none of its own."""
 
 
+def power_of_two(n: int) -> int:
+    """Return the smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 def padded_dim(size: int) -> int:
     """Return a width of a block of products: ``size`` rounded up to a power of two of at least 16."""
-    return max(16, 1 << (size - 1).bit_length())
+    return max(16, power_of_two(size))
 
 
 def settings_for(tiles: Tiles, device: torch.device) -> tuple[Tile, ...]:
@@ -105,7 +111,7 @@ def _bucket(shape: Hashable) -> Hashable:
     """Round integers above 64 up to powers of two, so that lengths of similar size share a choice."""
     if isinstance(shape, tuple):
         return tuple(_bucket(part) for part in shape)
-    return 1 << (shape - 1).bit_length() if isinstance(shape, int) and shape > 64 else shape
+    return power_of_two(shape) if isinstance(shape, int) and shape > 64 else shape
 
 
 def _fastest(choices: Sequence[Tile], launch: Callable[[Tile], object]) -> int:
@@ -161,10 +167,9 @@ class TileCache:
 
 @functools.cache
 def _cache(device: torch.device) -> TileCache:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fiftyfold" / "triton"
     triton = importlib.import_module("triton")  # its distribution has another name for AMD GPUs
     versions = f"{torch.cuda.get_device_name(device)} {torch.__version__} {triton.__version__} {_sources()}"
-    return TileCache(root / f"{hashlib.sha256(versions.encode()).hexdigest()[:16]}.json")
+    return TileCache(cache_folder("triton") / f"{hashlib.sha256(versions.encode()).hexdigest()[:16]}.json")
 
 
 def _sources() -> str:

@@ -40,13 +40,12 @@ class PagedEntries:
 
     def rows(self) -> Tensor:
         """Return all rows including those of the current step: uint8 [B, T, nbytes], where T is the highest count. Rows
-        beyond a sequence's count are arbitrary."""
+        past a sequence's count are arbitrary."""
         most = max(self.counts)
         if len(self.counts) == 1:
             pages = PagedRows(self._rows, self.per_page, self.table.pages[0], self.table.is_contiguous(0))
             return pages.slice(0, most).unsqueeze(0)
-        last = torch.tensor(self.counts, device=self.table.pool.device).unsqueeze(-1) - 1
-        return self.pages.gather(torch.arange(most, device=self.table.pool.device).minimum(last).clamp(min=0))
+        return self.pages.gather_range(0, most, torch.tensor(self.counts, device=self.table.pool.device))
 
     def _pool_rows(self) -> Tensor:
         """Return the pool row of each entry of a single sequence."""

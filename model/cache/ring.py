@@ -74,7 +74,7 @@ class Ring:
 
     def _slices(self, end: int, count: int) -> list[slice]:
         """Return one slice of the ``count`` rows before ``end``, or two if they wrap around."""
-        first = (end - count) % self.capacity if self.capacity else 0
+        first = (end - count) % self.capacity
         if first + count <= self.capacity:
             return [slice(first, first + count)]
         return [slice(first, self.capacity), slice(0, first + count - self.capacity)]

@@ -24,6 +24,7 @@ from model.config import ModelConfig
 from model.distributed.dtensor import local_ranges
 from model.distributed.fsdp import local_state, set_local_state
 from model.errors import MALFORMED, CheckpointError, ConfigError, unknown_key
+from model.finite import is_finite
 from model.regular_files import check_regular
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
@@ -96,17 +97,18 @@ def load_config(folder: str | Path) -> ModelConfig:
     return _read_config(Path(folder))[0]
 
 
-def check_folder(folder: Path) -> None:
-    """Raise CheckpointError unless ``folder`` is a folder."""
+def require_folder(folder: str | Path) -> Path:
+    """Return the path of an existing checkpoint folder. Raises CheckpointError."""
+    folder = Path(folder)
     if not folder.is_dir():
         wrong = f"is not a folder, expected the checkpoint folder that holds {CONFIG}"
         raise CheckpointError(f"{folder}: {wrong if os.path.lexists(folder) else 'no such checkpoint folder'}")
+    return folder
 
 
 def _read_config(folder: Path) -> tuple[ModelConfig, ShardSet | None]:
     """Return the configuration of a checkpoint folder, and its rank shards if it has any."""
-    check_folder(folder)
-    path = folder / CONFIG
+    path = require_folder(folder) / CONFIG
     try:
         check_regular(path)
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -200,7 +202,7 @@ def _load_state(model: Transformer, path: Path, found: dict[str, Tensor]) -> Non
     for name, tensor in expected.items():
         if found[name].dtype != tensor.dtype:
             raise CheckpointError(f"{path}: tensor '{name}' is {found[name].dtype}, expected {tensor.dtype}")
-        if not found[name].isfinite().all():
+        if not is_finite(found[name]):
             raise CheckpointError(f"{path}: tensor '{name}' holds values that are not finite")
         experts = model.config.num_experts
         if name.endswith("tid2eid") and not 0 <= found[name].min() <= found[name].max() < experts:

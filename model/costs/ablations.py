@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kernels.cache_io import FORMAT_BITS
 from model.config import CACHE_FORMATS, ModelConfig
 from model.costs.parameters import ParameterCount, expert_weight_bytes
 from model.costs.references import FLOAT32_BYTES, CostModel, costs_of, with_gqa8
 from model.mixers.gqa import GroupedQueryAttention
-from model.precision import FORMAT_BITS, index_layout
+from model.precision import index_layout
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def in_tiles(function: Callable[..., Any], *arguments: Any) -> Any:
     return tree_unflatten([joined(parts) for parts in zip(*pieces)], result_structure)
 
 
-def split_tokens(x: Tensor, tile: int = TOKEN_TILE) -> list[Tensor]:
-    """Split x [N, ...] into pieces [tile, ...], the last one padded with zeros."""
-    missing = -len(x) % tile
-    return list((torch.cat((x, x.new_zeros(missing, *x.shape[1:]))) if missing else x).split(tile))
+def split_tokens(x: Tensor) -> list[Tensor]:
+    """Split x [N, ...] into pieces [:data:`TOKEN_TILE`, ...], the last one padded with zeros."""
+    missing = -len(x) % TOKEN_TILE
+    return list((torch.cat((x, x.new_zeros(missing, *x.shape[1:]))) if missing else x).split(TOKEN_TILE))

@@ -6,7 +6,7 @@ executed or unpickled.
 
 from __future__ import annotations
 
-from model.hf.exporting import export_pretrained, tensor_bytes
+from model.hf.exporting import export_pretrained
 from model.hf.importing import import_pretrained, is_pretrained, read_pretrained_config
 
-__all__ = ["export_pretrained", "import_pretrained", "is_pretrained", "read_pretrained_config", "tensor_bytes"]
+__all__ = ["export_pretrained", "import_pretrained", "is_pretrained", "read_pretrained_config"]

@@ -94,6 +94,22 @@ class ConfigReader:
                 raise self.wrong(f"{key}[{layer}]", f"one of {', '.join(known)}", name)
         return names
 
+    def leading(self, key: str, layers: int, first: str, rest: str) -> int:
+        """Return how many layers are ``first`` in the list under ``key``, in which all others, ``rest``, follow."""
+        names = self.one_per_layer(key, layers, (first, rest))
+        count = names.count(first)
+        if first in names[count:]:
+            layer = names.index(first, count)
+            raise self.error(f"key '{key}': entry {layer} (from 0) is '{first}' after a '{rest}' entry")
+        return count
+
+    def refuse_quantization(self) -> None:
+        """Raise CheckpointError if the weights are quantized."""
+        if self.has("quantization_config"):
+            raise self.error(
+                "key 'quantization_config': quantized weights are not supported, convert them to BF16 first"
+            )
+
     def fixed(self, values: Mapping[str, Any]) -> None:
         """Check keys of which the network implements one value, which is also the default."""
         for key, expected in values.items():

@@ -139,7 +139,7 @@ class DeepseekV32(Family):
         return _NAMES.sources(shapes, layout)
 
     def drafts(self, names: Iterable[str], config: ModelConfig) -> set[str]:
-        """Return the tensors of layers after the last one that project an embedding beside their input."""
+        """Return the tensors of layers after the last one that project an embedding concatenated with their input."""
         layer_of = {name: int(match[1]) for name in names if (match := _LAYER.match(name))}
         modules = {n for name, n in layer_of.items() if n >= config.num_layers and name.endswith(".eh_proj.weight")}
         return {name for name, layer in layer_of.items() if layer in modules}

@@ -12,6 +12,7 @@ from torch import Tensor
 from model.atomic_files import atomic_folder
 from model.checkpoint import check_replaceable
 from model.errors import CheckpointError, ConfigError
+from model.finite import is_finite
 from model.hf import release_format
 from model.hf.family import ExpertFormat
 from model.hf.registry import family_of_network
@@ -19,7 +20,7 @@ from model.hf.safetensors_folder import CONFIG, write_shards
 from model.hf.tensors import Layout, Source, WeightFormat
 from model.precision import Precision
 from model.tokenizer import Tokenizer
-from model.tokenizer.side_files import GENERATION_CONFIG, TOKENIZER_CONFIG
+from model.tokenizer.side_files import GENERATION_CONFIG, ID_KEYS, TOKENIZER_CONFIG
 from model.transformer import Transformer
 
 _PIECE = 1 << 22
@@ -74,9 +75,7 @@ def export_pretrained(
             tokenizer.save(scratch)
             (scratch / TOKENIZER_CONFIG).write_text(json.dumps(tokenizer.tokenizer_config(), indent=2) + "\n")
         generation = _NO_TOKENS if tokenizer is None else tokenizer.generation_config()
-        ids = {
-            key: value for key, value in generation.items() if key in ("bos_token_id", "eos_token_id", "pad_token_id")
-        }
+        ids = {key: value for key, value in generation.items() if key in ID_KEYS}
         dtype = {"dtype": "float32"} if format == "transformers" else {}
         for file, content in (
             (CONFIG, family.write_config(model.config, format, experts) | ids | dtype),
@@ -84,12 +83,6 @@ def export_pretrained(
         ):
             (scratch / file).write_text(json.dumps(content, indent=2) + "\n")
     return {fmt: change for fmt, change in writer.changes.items() if change > 0}
-
-
-def tensor_bytes(model: Transformer, format: Layout, experts: ExpertFormat = "fp4") -> dict[str, int]:
-    """Return the size in bytes of every tensor that :func:`export_pretrained` would write. The model may be on the meta
-    device."""
-    return _writer(model, format, experts)[1]
 
 
 class _TransformersWriter:
@@ -128,7 +121,7 @@ class _TransformersWriter:
             tensor = tensor if part.expert is None else tensor[part.expert]
             found.append((tensor if part.our_rows is None else tensor[slice(*part.our_rows)]).cpu())
         tensor = found[0].reshape(source.shape) if len(found) == 1 else torch.cat(found, dim=-2)
-        if tensor.is_floating_point() and not release_format.is_finite(tensor):
+        if not is_finite(tensor):
             raise CheckpointError(f"tensor '{source.name}' holds values that are not finite")
         return tensor if source.format == "int64" else tensor.float()
 

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.checkpoint import check_folder
+from model.checkpoint import require_folder
 from model.config import CACHE_FORMATS, ModelConfig
 from model.errors import CheckpointError, ConfigError
+from model.finite import is_finite
 from model.hf import release_format
 from model.hf.config_reader import ConfigReader
 from model.hf.family import OWN_KEY, Family
@@ -40,7 +41,7 @@ def import_pretrained(
     Checks names, shapes and dtypes of all tensors before reading any. Reads one tensor at a time, so peak memory is
     close to the network's size. Raises CheckpointError naming the file, the key or tensor, and the expected value.
     """
-    folder = _existing(folder)
+    folder = require_folder(folder)
     r = ConfigReader(folder / CONFIG, read_json(folder / CONFIG))
     family = family_of_file(r)
     config = family.read_config(r, **overrides)
@@ -86,7 +87,7 @@ def import_pretrained(
 
 def read_pretrained_config(folder: str | Path) -> ModelConfig:
     """Return the configuration of a folder's ``config.json``. Raises CheckpointError."""
-    path = _existing(folder) / CONFIG
+    path = require_folder(folder) / CONFIG
     r = ConfigReader(path, read_json(path))
     return family_of_file(r).read_config(r)
 
@@ -95,12 +96,6 @@ def is_pretrained(folder: str | Path) -> bool:
     """Return whether the folder's ``config.json`` has a model type, as in transformers and the release."""
     path = Path(folder) / CONFIG
     return path.is_file() and "model_type" in read_json(path)
-
-
-def _existing(folder: str | Path) -> Path:
-    folder = Path(folder)
-    check_folder(folder)
-    return folder
 
 
 def _check_experts(r: ConfigReader, family: Family, config: ModelConfig, found: dict[str, TensorHeader]) -> None:
@@ -189,7 +184,7 @@ def _copy_into(model: Transformer, source: Source, tensor: Tensor, shard: Path) 
         experts = model.config.num_experts
         if tensor.min() < 0 or tensor.max() >= experts:
             raise CheckpointError(f"{shard}: tensor '{source.name}' names experts outside 0..{experts - 1}")
-    elif not release_format.is_finite(tensor):
+    elif not is_finite(tensor):
         raise CheckpointError(f"{shard}: tensor '{source.name}' holds values that are not finite")
     for part in source.parts:
         path, _, leaf = part.ours.rpartition(".")

@@ -54,11 +54,7 @@ def read_feed_forward(r: ConfigReader, layers: int, default_dense: int) -> dict[
     if r.integer("moe_layer_freq", default=1) != 1:
         raise r.wrong("moe_layer_freq", "1", r.content["moe_layer_freq"])
     if r.has("mlp_layer_types"):
-        types = r.one_per_layer("mlp_layer_types", layers, ("dense", "sparse"))
-        dense = types.count("dense")
-        if "dense" in types[dense:]:
-            layer = types.index("dense", dense)
-            raise r.error(f"key 'mlp_layer_types': entry {layer} (from 0) is 'dense' after a 'sparse' entry")
+        dense = r.leading("mlp_layer_types", layers, "dense", "sparse")
     else:
         dense = min(r.integer("first_k_dense_replace", default_dense), layers)
     if dense == layers:
@@ -77,8 +73,7 @@ def write_feed_forward(config: ModelConfig) -> dict[str, Any]:
 
 def check_keys(r: ConfigReader) -> None:
     """Check that weights are not quantized and that all heads have keys and values of their own."""
-    if r.has("quantization_config"):
-        raise r.error("key 'quantization_config': quantized weights are not supported, convert them to BF16 first")
+    r.refuse_quantization()
     heads = r.integer("num_attention_heads")
     if r.integer("num_key_value_heads", heads) != heads:
         raise r.wrong("num_key_value_heads", f"{heads} as in 'num_attention_heads'", r.content["num_key_value_heads"])

@@ -62,8 +62,7 @@ class Mamba2(Family):
     own_options = {"state_format": Mixer.name}  # noqa: RUF012
 
     def read_fields(self, r: ConfigReader) -> dict[str, Any]:
-        if r.has("quantization_config"):
-            raise r.error("key 'quantization_config': quantized weights are not supported, convert them to BF16 first")
+        r.refuse_quantization()
         options: dict[str, Any] = {key: r.integer(key) for key in _INTEGERS}
         options |= {key: r.number(key) for key in _NUMBERS}
         options["use_conv_bias"] = r.require("use_conv_bias")

@@ -117,9 +117,3 @@ def _buffer(model: nn.Module, source: Source, fmt: WeightFormat) -> tuple[nn.Mod
     part: TensorSlice = source.parts[0]
     path, _, leaf = part.ours.rpartition(".")
     return model.get_submodule(path), f"{leaf}_{fmt}_scale"
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Return whether all values are finite. Checks the extremes, which are NaN if any value is: ``isfinite`` would
-    allocate several copies of the tensor."""
-    return all(extreme.isfinite() for extreme in tensor.aminmax())

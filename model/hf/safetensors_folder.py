@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model.batching import split_by_size
 from model.errors import MALFORMED, CheckpointError
 from model.regular_files import check_regular
 from model.wording import count, json_type
@@ -188,21 +189,15 @@ def write_shards(
 
     One shard is in memory at a time. A tensor larger than ``max_shard_bytes`` gets a shard of its own.
     """
-    shards: list[list[str]] = []
-    room = total = 0
-    for name, nbytes in tensors:
-        if not shards or nbytes > room:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append(name)
-        room -= nbytes
-        total += nbytes
+    sizes = dict(tensors)
+    all_names = list(sizes)
+    shards = [all_names[batch] for batch in split_by_size(list(sizes.values()), max_shard_bytes)]
     weight_map = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file({name: produce(name).cpu().contiguous() for name in names}, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(names, file))
-    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
 
 

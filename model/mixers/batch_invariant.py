@@ -54,10 +54,9 @@ def entry_tiles(entries: EntrySet, sequences: Tensor, queries: Tensor) -> Iterat
         yield entries.pages.gather_from(sequences, chosen.clamp(min=0)), chosen >= 0
     if entries.visible is not None:
         visible = entries.visible.expand(len(entries.pages.page_table), -1)
-        last = visible[:, -1:] - 1
         for begin in range(0, int(visible.max()), INVARIANT_TILE):
             places = torch.arange(begin, begin + INVARIANT_TILE, device=visible.device)
-            rows = entries.pages.gather(places.minimum(last).clamp(min=0))
+            rows = entries.pages.gather_range(begin, begin + INVARIANT_TILE, visible[:, -1])
             yield rows[sequences], places < visible[sequences, queries].unsqueeze(-1)
 
 

@@ -1,4 +1,4 @@
-"""Attention to compressed entries beside the sliding window: the common part of csa and hca layers."""
+"""Attention to the sliding window and to compressed entries: the common part of csa and hca layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 
 class CompressedAttention(SlidingWindowAttention):
-    """Subclasses set the ratio, whether blocks overlap, and the entries that a query attends to."""
+    """Attention to the sliding window and to compressed entries. Subclasses set the ratio, whether blocks overlap, and
+    the entries that a query attends to."""
 
     ratio_field: ClassVar[str]
     """The configuration field with the tokens per entry."""

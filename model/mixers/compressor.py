@@ -52,7 +52,7 @@ class Compressor(nn.Module):
         return {f"{name}.weight": (self.width, self.width) for name in ("wkv", "wgate")} if self.overlap else {}
 
     def project(self, x: Tensor) -> Tensor:
-        """Project x [B, S, hidden] to values beside gates, float32 [B, S, row width]."""
+        """Project x [B, S, hidden] to values and gates, concatenated: float32 [B, S, row width]."""
         with in_float32(x):
             return linear_concat(cast(x, torch.float32), (self.wkv.weight, self.wgate.weight))
 

@@ -8,15 +8,21 @@ import torch
 from torch import Tensor
 
 from kernels.autocast import detached
-from kernels.index_topk import index_topk
 from kernels.indexer_kl import indexer_kl
 from kernels.paged_attention import EntrySet
 from model.cache.parts import CachePart, CompressorPart, GrowingPart
 from model.forward.context import Context
 from model.layers.rope import Rotation
-from model.mixers.base import StoredFormat, require
+from model.mixers.base import StoredFormat
 from model.mixers.compressed import CompressedAttention, entry_ranges, visible_entries
-from model.mixers.indexer import IndexInputs, LightningIndexer, measure_selection
+from model.mixers.indexer import (
+    IndexInputs,
+    LightningIndexer,
+    check_index_dims,
+    index_format,
+    measure_selection,
+    select_stored,
+)
 from model.mixers.sliding import History, Projected
 from model.precision import index_layout
 from model.work import Work, product_format
@@ -27,6 +33,8 @@ if TYPE_CHECKING:
 
 
 class CompressedSparseAttention(CompressedAttention):
+    """Attention to the sliding window and to the entries of overlapping blocks that an indexer selects."""
+
     name = "csa"
     ratio_field = "csa_ratio"
     formats = (*CompressedAttention.formats, "index_format")
@@ -37,16 +45,8 @@ class CompressedSparseAttention(CompressedAttention):
 
     @classmethod
     def check(cls, config: ModelConfig) -> None:
-        c = config
-        super().check(c)
-        require(
-            c.index_head_dim & (c.index_head_dim - 1) == 0,
-            f"index_head_dim: must be a power of two for the Hadamard rotation, found {c.index_head_dim}",
-        )
-        require(
-            c.rope_head_dim <= c.index_head_dim,
-            f"rope_head_dim: {c.rope_head_dim} is wider than index_head_dim {c.index_head_dim}",
-        )
+        super().check(config)
+        check_index_dims(config, "rope_head_dim", config.rope_head_dim)
 
     @classmethod
     def indexer_ratio(cls, config: ModelConfig) -> int:
@@ -62,8 +62,7 @@ class CompressedSparseAttention(CompressedAttention):
 
     @classmethod
     def stored_formats(cls, config: ModelConfig) -> list[StoredFormat]:
-        index = StoredFormat("index queries and keys (after Hadamard)", config.index_format, 2)
-        return [*super().stored_formats(config), index]
+        return [*super().stored_formats(config), index_format(config)]
 
     @classmethod
     def attended_entries(cls, config: ModelConfig, tokens: int) -> int:
@@ -129,18 +128,7 @@ class CompressedSparseAttention(CompressedAttention):
         self.append(history, context, cache)
         query, weights = history.index_query, history.index_weights
         assert query is not None and weights is not None
-        if self.training:  # stored keys are always rounded, so the queries must be, too
-            query = self.precision.round_index(query, training=False)
-        chosen = index_topk(
-            query,
-            cache.index.pages,
-            cache.index.layout,
-            weights,
-            visible_entries(context, self.ratio),
-            self.config.index_topk,
-            self.precision.score_dtype,
-            context.batch_invariant,
-        )
+        chosen = select_stored(self, query, weights, cache.index, visible_entries(context, self.ratio), context)
         return EntrySet(cache.entries.pages, chosen=chosen)
 
     def split_sizes(self) -> dict[str, tuple[int, ...]]:

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.autocast import cast, detached, product_dtype
-from kernels.chosen_rows import chosen_mask
+from kernels.chosen_rows import GATHER_COST, chosen_mask
 from kernels.entry_ranges import EntryRanges
 from kernels.hadamard import hadamard
-from kernels.index_topk import index_topk
 from kernels.indexer_kl import indexer_kl
 from kernels.paged_attention import EntrySet
 from kernels.sparse_attention import EntryMass, sparse_attention
@@ -21,8 +20,8 @@ from model.forward.context import Context
 from model.layers.linear import Linear
 from model.layers.norm import LayerNorm
 from model.layers.rope import Rotation
-from model.mixers.base import StoredFormat, require
-from model.mixers.indexer import IndexInputs, measure_selection
+from model.mixers.base import StoredFormat
+from model.mixers.indexer import IndexInputs, check_index_dims, index_format, measure_selection, select_stored
 from model.mixers.mla import MultiHeadLatentAttention, Projected
 from model.precision import index_layout
 from model.work import Work, product_format
@@ -37,8 +36,6 @@ KEY_NORM_EPS = 1e-6
 _QUERIES = 128
 """Queries whose attention mass is computed together."""
 _EVERY = slice(None)
-_GATHER_COST = 16
-"""Number of heads whose products with a latent take as long as gathering it and adding its gradient (on a CPU)."""
 
 
 class TokenIndexer(nn.Module):
@@ -79,14 +76,7 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
     @classmethod
     def check(cls, config: ModelConfig) -> None:
         super().check(config)
-        width, rope = config.index_head_dim, cls.sizes(config).qk_rope_head_dim
-        require(
-            width & (width - 1) == 0,
-            f"index_head_dim: must be a power of two for the Hadamard rotation, found {width}",
-        )
-        require(
-            rope <= width, f"mixer_options.{cls.name}.qk_rope_head_dim: {rope} is wider than index_head_dim {width}"
-        )
+        check_index_dims(config, f"mixer_options.{cls.name}.qk_rope_head_dim", cls.sizes(config).qk_rope_head_dim)
 
     @classmethod
     def indexer_ratio(cls, config: ModelConfig) -> int:
@@ -98,8 +88,7 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
 
     @classmethod
     def stored_formats(cls, config: ModelConfig) -> list[StoredFormat]:
-        index = StoredFormat("index queries and keys (after Hadamard)", config.index_format, 2)
-        return [*super().stored_formats(config), index]
+        return [*super().stored_formats(config), index_format(config)]
 
     @classmethod
     def attended_tokens(cls, config: ModelConfig, tokens: int) -> int:
@@ -182,29 +171,18 @@ class DeepSeekSparseAttention(MultiHeadLatentAttention):
 
         Multiply-adds per query and head are ``chosen * (2 * kv_lora_rank + qk_rope_head_dim)`` for gathered latents,
         which all heads share, and ``tokens * (qk_nope_head_dim + qk_rope_head_dim + v_head_dim)`` for the keys and
-        values of every head. Gathering costs as much as :data:`_GATHER_COST` more heads. At V3.2's sizes, latents are
+        values of every head. Gathering costs as much as :data:`GATHER_COST` more heads. At V3.2's sizes, latents are
         gathered from 7,834 tokens on.
         """
         sizes, heads = self.sizes(self.config), self.config.num_heads
-        gathered = chosen * (2 * sizes.kv_lora_rank + sizes.qk_rope_head_dim) * (heads + _GATHER_COST)
+        gathered = chosen * (2 * sizes.kv_lora_rank + sizes.qk_rope_head_dim) * (heads + GATHER_COST)
         return gathered < tokens * (sizes.qk_nope_head_dim + sizes.qk_rope_head_dim + sizes.v_head_dim) * heads
 
     def select(self, projected: Projected, context: Context, cache: LayerCache) -> EntrySet:
         assert projected.indexed is not None
         query, keys, weights = projected.indexed
         cache.index.append(keys)
-        if self.training:  # stored keys are always rounded, so the queries must be, too
-            query = self.precision.round_index(query, training=False)
-        chosen = index_topk(
-            query,
-            cache.index.pages,
-            cache.index.layout,
-            weights,
-            context.positions + 1,
-            self.config.index_topk,
-            self.precision.score_dtype,
-            context.batch_invariant,
-        )
+        chosen = select_stored(self, query, weights, cache.index, context.positions + 1, context)
         return EntrySet(cache.latents.pages, chosen=chosen)
 
 

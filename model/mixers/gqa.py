@@ -147,7 +147,7 @@ class GroupedQueryAttention(Mixer):
         return torch.cat(outputs, dim=1)
 
     def _rows(self, key: Tensor, value: Tensor, rotation: Rotation) -> Tensor:
-        """Return each head's rotated key beside its value, [B, S, num_kv_heads * 2 * head_dim]."""
+        """Return each head's rotated key concatenated with its value, [B, S, num_kv_heads * 2 * head_dim]."""
         return torch.cat((rotation.apply(key.unflatten(-1, value.shape[2:])), value), dim=-1).flatten(2)
 
     def _attention(self, query: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 
 class HeavilyCompressedAttention(CompressedAttention):
+    """Attention to the sliding window and to all visible entries, which are few."""
+
     name = "hca"
     ratio_field = "hca_ratio"
     overlap = False

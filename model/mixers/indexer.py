@@ -1,4 +1,4 @@
-"""The lightning indexer: small heads of its own that score entries for a query (report eq. 13-17)."""
+"""The lightning indexer: small separate heads that score entries for a query (report eq. 13-17)."""
 
 from __future__ import annotations
 
@@ -8,21 +8,39 @@ import torch
 from torch import Tensor, nn
 
 from kernels.entry_ranges import EntryRanges
-from kernels.index_topk import select_entries
+from kernels.index_topk import index_topk, select_entries
 from kernels.projection import index_query
 from kernels.sparse_attention import EntryMass
 from model.forward.aux_outputs import AuxOutputs
+from model.forward.context import Context
 from model.layers.linear import Linear
 from model.layers.rope import Rotary, Rotation
+from model.mixers.base import Mixer, StoredFormat, require
 from model.mixers.compressor import Compressor
 from model.precision import Precision
 
 if TYPE_CHECKING:
+    from model.cache.entries import PagedEntries
     from model.config import ModelConfig
 
 
 _MEASURED_QUERIES = 1024
 """Queries whose selection is measured together."""
+
+
+def check_index_dims(config: ModelConfig, rope_field: str, rope_dims: int) -> None:
+    """Raise ConfigError unless index queries and keys can be rotated. ``rope_field`` is the field of ``rope_dims``."""
+    width = config.index_head_dim
+    require(
+        width & (width - 1) == 0,
+        f"index_head_dim: must be a power of two for the Hadamard rotation, found {width}",
+    )
+    require(rope_dims <= width, f"{rope_field}: {rope_dims} is wider than index_head_dim {width}")
+
+
+def index_format(config: ModelConfig) -> StoredFormat:
+    """Return the format of index queries and keys, one tensor each."""
+    return StoredFormat("index queries and keys (after Hadamard)", config.index_format, 2)
 
 
 class LightningIndexer(nn.Module):
@@ -54,6 +72,28 @@ class IndexInputs(NamedTuple):
     def select(self, visible: EntryRanges, config: ModelConfig) -> Tensor:
         """Return the ``index_topk`` visible entries with the best scores, int64 [B, S, K], -1 in unused slots."""
         return select_entries(*self, visible, config.index_topk, Precision(config).score_dtype)
+
+
+def select_stored(
+    mixer: Mixer, query: Tensor, weights: Tensor, keys: PagedEntries, visible: Tensor, context: Context
+) -> Tensor:
+    """Return the ``index_topk`` stored entries with the best scores, int64 [B, S, K], -1 in unused slots.
+
+    ``query`` and ``weights`` are those of :class:`IndexInputs`; ``visible`` is the number of entries that each query
+    sees, int64 [B or 1, S].
+    """
+    if mixer.training:  # stored keys are always rounded, so the queries must be, too
+        query = mixer.precision.round_index(query, training=False)
+    return index_topk(
+        query,
+        keys.pages,
+        keys.layout,
+        weights,
+        visible,
+        mixer.config.index_topk,
+        mixer.precision.score_dtype,
+        context.batch_invariant,
+    )
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
-"""Kimi Delta Attention (arXiv 2510.26692): a state of fixed size per head, corrected by the delta rule, with a decay of
-its own for every channel.
+"""Kimi Delta Attention (arXiv 2510.26692): a state of fixed size per head, corrected by the delta rule, with a
+separate decay per channel.
 
 Where the report differs or leaves a choice, this follows ``KimiLinearDeltaAttention`` of transformers 5.23, which runs
 the published weights:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from model.config import ModelConfig
 
 EXPAND = 2
-_LEAST_STEP = 1e-4
+_MIN_STEP = 1e-4
 """Smallest initial step size."""
 
 
@@ -185,7 +185,7 @@ class Mamba2(RecurrentMixer):
         o = self.config.mixer_options[self.name]
         draw_rates(self.A_log)
         self.D.fill_(1.0)
-        draw_steps(self.dt_bias, o["time_step_min"], o["time_step_max"], _LEAST_STEP)
+        draw_steps(self.dt_bias, o["time_step_min"], o["time_step_max"], _MIN_STEP)
 
     def split_sizes(self) -> dict[str, tuple[int, ...]]:
         shape = self.sizes

@@ -1,9 +1,9 @@
 """Multi-head latent attention (DeepSeek-V2 report 2.1, DeepSeek-V3, Kimi Linear).
 
 Keys and values of all heads are projections of one latent per token. A rotary key, shared by all heads, carries the
-position. The cache holds the latent beside the rotary key. Attention over the cache is absorbed: the key projection
-moves to the query and the value projection to the output, so that all heads attend to the latents themselves. Whole
-sequences are attended to with the keys and values of every head, which are narrower.
+position. The cache holds the latent and the rotary key, concatenated. Attention over the cache is absorbed: the key
+projection moves to the query and the value projection to the output, so that all heads attend to the latents
+themselves. Whole sequences are attended to with the keys and values of every head, which are narrower.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.autocast import cast, product_dtype
-from kernels.cache_io import EntryLayout
+from kernels.cache_io import FORMAT_BITS, EntryLayout
 from kernels.linear import grouped_linear
 from kernels.paged_attention import EntrySet, paged_attention
 from model.cache.parts import CachePart, GrowingPart
@@ -30,7 +30,6 @@ from model.mixers.base import Mixer, StoredFormat, require, yarn_of
 from model.mixers.batch_invariant import invariant_attention
 from model.mixers.indexer import IndexInputs
 from model.mixers.options import check_count, check_flag, check_number
-from model.precision import FORMAT_BITS
 from model.wording import quote
 from model.work import Work
 
@@ -48,7 +47,7 @@ class Projected(NamedTuple):
     query: Tensor
     """float32 [B, S, H, qk_nope_head_dim + qk_rope_head_dim]; absorbed, [B, S, H, kv_lora_rank + qk_rope_head_dim]."""
     rows: Tensor
-    """float32 [B, S, kv_lora_rank + qk_rope_head_dim]: latents beside rotary keys, as stored."""
+    """float32 [B, S, kv_lora_rank + qk_rope_head_dim]: latents concatenated with rotary keys, as stored."""
     indexed: IndexInputs | None = None
     """Inputs of the selection of dsa layers."""
 
@@ -239,7 +238,8 @@ class MultiHeadLatentAttention(Mixer):
         return cast(query, torch.float32) if rotation is None else rotation.apply(query)
 
     def project_rows(self, x: Tensor, rotation: Rotation | None, context: Context) -> Tensor:
-        """Return normalized latents beside rotated keys, as stored: float32 [B, S, kv_lora_rank + qk_rope_head_dim]."""
+        """Return normalized latents concatenated with rotated keys, as stored: float32
+        [B, S, kv_lora_rank + qk_rope_head_dim]."""
         row = self.wkv_a(x)
         latent, key = row[..., : self.latent_dims], row[..., self.latent_dims :]
         row = torch.cat((self.kv_norm(latent), cast(key, torch.float32)), dim=-1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.autocast import cast, product_dtype
+from kernels.cache_io import FORMAT_BITS
 from kernels.entry_ranges import EntryRanges
 from kernels.paged_attention import EntrySet, paged_attention
 from kernels.projection import grouped_output, key_value, latent_query, packed_key_value
@@ -22,7 +23,7 @@ from model.layers.norm import RMSNorm
 from model.layers.rope import Rotary, Rotation
 from model.mixers.base import Mixer, StoredFormat, require
 from model.mixers.batch_invariant import invariant_attention
-from model.precision import FORMAT_BITS, main_layout
+from model.precision import main_layout
 from model.work import Work
 
 if TYPE_CHECKING:

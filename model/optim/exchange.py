@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model.batching import split_by_size
+
 _MAX_ROUND_ELEMENTS = 1 << 26
 """Elements exchanged per round, which bounds the memory of the messages."""
 
@@ -105,20 +107,10 @@ class Exchange:
     def _rounds(self, chosen: Sequence[int]) -> Iterator[list[int]]:
         """Yield the indices of each round. Replicated matrices, which need no gathering, have rounds of their own."""
         for replicated in (True, False):
-            some: list[int] = []
-            elements = 0
-            for i in chosen:
-                matrix = self.matrices[i]
-                if matrix.replicated != replicated:
-                    continue
-                size = matrix.rows * matrix.columns
-                if some and elements + size > _MAX_ROUND_ELEMENTS:
-                    yield some
-                    some, elements = [], 0
-                some.append(i)
-                elements += size
-            if some:
-                yield some
+            some = [i for i in chosen if self.matrices[i].replicated == replicated]
+            sizes = [self.matrices[i].rows * self.matrices[i].columns for i in some]
+            for batch in split_by_size(sizes, _MAX_ROUND_ELEMENTS):
+                yield some[batch]
 
     def _all_to_all(self, sent: list[list[Tensor]], shapes: list[list[tuple[int, int]]]) -> list[list[Tensor]]:
         """Send every rank its list of tensors. Return the tensors of the given ``shapes`` received from each rank."""

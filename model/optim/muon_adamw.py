@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels.newton_schulz import STEPS_PER_GRAM_MATRIX, count_multiplications, newton_schulz
+from model.batching import split_by_size
 from model.distributed.dtensor import is_sharded, range_of, to_local
 from model.errors import CheckpointError, ConfigError
 from model.optim.config import OptimizerConfig
@@ -32,18 +33,6 @@ LocalTensors = tuple[Tensor, Tensor, Tensor]
 """This rank's rows of a weight, its gradient and its momentum, [..., rows, columns] each."""
 _MAX_BATCH_ELEMENTS = 1 << 21
 """Elements orthogonalized in one batch."""
-
-
-def _split_into_batches(sizes: Iterable[int]) -> Iterator[slice]:
-    """Group consecutive pieces of ``sizes`` elements into batches of at most ``_MAX_BATCH_ELEMENTS``. A larger piece is
-    a batch of its own."""
-    begin = end = elements = 0
-    for end, size in enumerate(sizes):
-        if end > begin and elements + size > _MAX_BATCH_ELEMENTS:
-            yield slice(begin, end)
-            begin, elements = end, 0
-        elements += size
-    yield slice(begin, end + 1)
 
 
 def _clamp(value: int, upper: int) -> int:
@@ -110,18 +99,24 @@ class MuonAdamW(torch.optim.Optimizer):
         """Indices of a parameter's matrices in the exchange, in order."""
         self._exchange = self._build_exchange() if distributed else None
 
+    def _muon_parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups if group["rule"] == "muon" for p in group["params"]]
+
+    def _costs(self, p: Tensor) -> list[float]:
+        """Return the multiply-adds of orthogonalizing each projection of a parameter, or of one matrix of a stack."""
+        steps, segment = len(self.config.ns_coefficients), STEPS_PER_GRAM_MATRIX[getattr(torch, self.config.ns_dtype)]
+        sizes = [(rows, p.shape[-1]) for rows in self._rows[p]]
+        return [count_multiplications(min(size), max(size), steps, segment) for size in sizes]
+
     def _build_exchange(self) -> Exchange:
         """Return the exchange of the matrices that several ranks hold. A sharded 3-D stack is split between matrices:
         each stays on one rank and only adds to that rank's load."""
         world, dtype = dist.get_world_size(), getattr(torch, self.config.ns_dtype)
-        steps = len(self.config.ns_coefficients)
         matrices: list[Matrix] = []
         loads = [0.0] * world
-        parameters = [p for group in self.param_groups if group["rule"] == "muon" for p in group["params"]]
+        parameters = self._muon_parameters()
         for p in parameters:
-            columns, rows = p.shape[-1], self._rows[p]
-            segment = STEPS_PER_GRAM_MATRIX[dtype]
-            costs = [count_multiplications(min(r, columns), max(r, columns), steps, segment) for r in rows]
+            columns, rows, costs = p.shape[-1], self._rows[p], self._costs(p)
             spans = [range_of(p.shape[0], rank, world) for rank in range(world)]
             if is_sharded(p) and p.dim() > 2:
                 each = sum(costs) * math.prod(p.shape[1:-2])
@@ -177,14 +172,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def multiplications(self) -> float:
         """Return the multiply-adds of orthogonalizing all matrices once, in their data type of this machine."""
-        segment, steps = STEPS_PER_GRAM_MATRIX[getattr(torch, self.config.ns_dtype)], len(self.config.ns_coefficients)
-        parameters = [p for group in self.param_groups if group["rule"] == "muon" for p in group["params"]]
-        total = 0.0
-        for p in parameters:
-            sizes = [(rows, p.shape[-1]) for rows in self._rows[p]]
-            each = sum(count_multiplications(min(size), max(size), steps, segment) for size in sizes)
-            total += math.prod(p.shape[:-2]) * each
-        return total
+        return sum(math.prod(p.shape[:-2]) * sum(self._costs(p)) for p in self._muon_parameters())
 
     def muon_share(self) -> float:
         """Return the share of all trained elements that Muon updates."""
@@ -230,7 +218,7 @@ class MuonAdamW(torch.optim.Optimizer):
             for rows, weight, gradient, momentum in zip(self._rows[p], *parts):
                 by_shape.setdefault((rows, p.shape[-1]), []).append((weight, gradient, momentum))
         for (rows, columns), pieces in by_shape.items():
-            for batch in _split_into_batches(weight.numel() for weight, _, _ in pieces):
+            for batch in split_by_size([weight.numel() for weight, _, _ in pieces], _MAX_BATCH_ELEMENTS):
                 self._muon_batch(pieces[batch], rows, columns, lr)
         if self._exchange is not None:
             self._muon_distributed(self._exchange, [p for p in parameters if p in self._shared], lr)
@@ -277,7 +265,7 @@ class MuonAdamW(torch.optim.Optimizer):
             by_shape.setdefault(matrix.shape, []).append(i)
         found: dict[int, Tensor] = {}
         for indices in by_shape.values():
-            for batch in _split_into_batches(matrices[i].numel() for i in indices):
+            for batch in split_by_size([matrices[i].numel() for i in indices], _MAX_BATCH_ELEMENTS):
                 stack = torch.stack([matrices[i] for i in indices[batch]])
                 found.update(zip(indices[batch], newton_schulz(stack, self.config.ns_coefficients, stack.dtype)))
         return [found[i] for i in range(len(matrices))]

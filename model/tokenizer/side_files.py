@@ -24,7 +24,7 @@ Role = Literal["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", 
 IdKey = Literal["bos_token_id", "eos_token_id", "pad_token_id"]
 _TOKEN_KEYS: tuple[Role, ...] = get_args(Role)
 _TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens")
-_ID_KEYS: tuple[IdKey, ...] = ("bos_token_id", "eos_token_id", "pad_token_id")
+ID_KEYS: tuple[IdKey, ...] = get_args(IdKey)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class SideFiles:
     def read(cls, folder: Path) -> SideFiles:
         """Read the files of a folder. Raises ConfigError naming a file that is not readable."""
         generation, model = read_object(folder / GENERATION_CONFIG), read_object(folder / CONFIG)
-        for key in _ID_KEYS:
+        for key in ID_KEYS:
             if generation.get(key) is None and model.get(key) is not None:
                 generation[key] = model[key]
         files = cls(
@@ -57,7 +57,7 @@ class SideFiles:
                 for path in sorted(folder.glob(pattern))
             },
         )
-        for key in _ID_KEYS:
+        for key in ID_KEYS:
             files.ids(key)  # names a malformed value
         return files
 

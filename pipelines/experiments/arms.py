@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+from kernels.cache_io import FORMAT_BITS
 from model.config import CACHE_FORMATS, ModelConfig
 from model.errors import ConfigError
 from model.mixers.gqa import GroupedQueryAttention
-from model.precision import FORMAT_BITS
 from model.transformer import Transformer
 from pipelines.experiments.flops import training_flops
 from pipelines.recipe.experiments import Choice

@@ -16,6 +16,7 @@ from model import checkpoint
 from model.checkpoint.rank_shards import RankShard, RowLookup
 from model.config import ModelConfig
 from model.distributed.dtensor import RowRange
+from model.finite import is_finite
 from model.tokenizer import Tokenizer
 from pipelines.training import compute_dtype
 
@@ -66,7 +67,7 @@ def copy_to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def find_nonfinite(tensors: dict[str, Tensor]) -> str | None:
     """Return the name of the first tensor with a NaN or an infinity, or None."""
-    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+    return next((name for name, tensor in tensors.items() if not is_finite(tensor)), None)
 
 
 # --- random number generators

@@ -5,6 +5,8 @@ import torch
 
 from kernels import native
 
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Values of FP4 without signs, in the order of their codes."""
 needs_native = pytest.mark.skipif(native.level() is None, reason="no native operators on this machine")
 
 

@@ -118,6 +118,8 @@ def test_rows_are_read_from_pages(pages):
     indices = torch.tensor([[0, 7, 2], [11, 4, 4]])
     assert torch.equal(batch.gather(indices)[1], expected[indices[1]])
     assert torch.equal(batch.gather_from(torch.tensor([1]), indices[1:]), expected[indices[1:]])
+    found = batch.gather_range(2, 7, torch.tensor([0, 5]))  # rows past the fifth repeat it
+    assert torch.equal(found[1], expected[[2, 3, 4, 4, 4]]) and torch.equal(found[0], storage[[0] * 5])
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_native)])

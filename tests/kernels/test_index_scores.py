@@ -30,7 +30,7 @@ def scored(backend, autocast=False, chosen=None):
 
 @pytest.mark.parametrize("products", [60, 1 << 18])
 def test_eager_equals_the_reference_forward_and_backward_and_under_autocast(products, monkeypatch):
-    monkeypatch.setattr("kernels.index_scores.eager._PRODUCTS", products)
+    monkeypatch.setattr("kernels.index_scores.eager._MAX_PRODUCTS", products)
     for options in (("eager", False), ("eager", True), ("reference", True)):
         for found, expected in zip(scored(*options), scored("reference"), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -39,7 +39,7 @@ def test_eager_equals_the_reference_forward_and_backward_and_under_autocast(prod
 @pytest.mark.parametrize("gathers", [True, False])
 @pytest.mark.parametrize("gathered", [1, 500, 1 << 18])
 def test_scores_of_chosen_keys_are_those_among_all_scores(gathered, gathers, monkeypatch):
-    monkeypatch.setattr("kernels.chosen_rows._GATHERED", gathered)
+    monkeypatch.setattr("kernels.chosen_rows._MAX_VALUES", gathered)
     monkeypatch.setattr(eager, "gathers", lambda *given: gathers)
     chosen = torch.rand(B, 40, 10).argsort(-1)[..., :4].clone()
     chosen[:, ::3, 1:] = -1

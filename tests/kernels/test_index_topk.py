@@ -3,10 +3,9 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from backend_testing import available, needs_native
+from backend_testing import E2M1_VALUES, available, needs_native
 
 from kernels.cache_io import EntryLayout, Pages, pack, unpack
-from kernels.formats import E2M1_VALUES
 from kernels.hadamard import hadamard
 from kernels.index_scores import index_scores
 from kernels.index_topk import BACKENDS, index_topk, select_topk
@@ -87,7 +86,7 @@ def test_scores_that_are_equal_in_bf16_tie_and_the_lower_entry_wins(mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("body_format", FORMATS)
 def test_every_format_in_groups_of_queries(body_format, mode, monkeypatch):
-    monkeypatch.setattr("kernels.index_topk.eager._SCORES", 1 << 14)  # 8 queries at a time
+    monkeypatch.setattr("kernels.index_topk.eager._MAX_SCORES", 1 << 14)  # 8 queries at a time
     query, packed, layout, weights = integer_scores(21, 2000, body_format)
     rows = paged(packed, 64, scattered=True)
     visible = [(t + 1) * 95 for t in range(21)]

@@ -73,7 +73,7 @@ def test_the_loss_follows_its_definition(backend, k):
 @pytest.mark.parametrize("scores", [1, 50, 1 << 22])
 @pytest.mark.parametrize(("entries", "k"), [(T, None), (T, 4), (60, 2)])  # all keys scored, and chosen ones gathered
 def test_blocks_of_queries_change_neither_the_loss_nor_its_gradients(entries, k, scores, autocast, monkeypatch):
-    monkeypatch.setattr(eager, "_SCORES", scores)
+    monkeypatch.setattr(eager, "_MAX_SCORES", scores)
     given = inputs(40, entries, k)
     for found, expected in zip(run("eager", *given, autocast), run("reference", *given), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
@@ -118,9 +118,9 @@ class MassByBlocks:
 
 
 def test_nothing_of_queries_times_entries_exists_at_once(monkeypatch):
-    monkeypatch.setattr(eager, "_SCORES", 1 << 12)
-    monkeypatch.setattr("kernels.index_topk.eager._BLOCK_SCORES", 1 << 12)
-    monkeypatch.setattr("kernels.index_scores.eager._PRODUCTS", 1 << 12)
+    monkeypatch.setattr(eager, "_MAX_SCORES", 1 << 12)
+    monkeypatch.setattr("kernels.index_topk.eager._MAX_BLOCK_SCORES", 1 << 12)
+    monkeypatch.setattr("kernels.index_scores.eager._MAX_PRODUCTS", 1 << 12)
     leaves = [torch.randn(shape).requires_grad_() for shape in ((B, 400, H, C), (B, 400, C), (B, 400, H))]
     visible = EntryRanges(torch.zeros(1, 400, dtype=torch.int64), torch.full((1, 400), 400))
     with LargestTensor() as largest:
@@ -132,7 +132,7 @@ def test_nothing_of_queries_times_entries_exists_at_once(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scores", [1, 100, 1 << 22])
 def test_the_selection_within_whole_sequences_is_the_best_of_the_visible_entries(scores, dtype, monkeypatch):
-    monkeypatch.setattr("kernels.index_topk.eager._BLOCK_SCORES", scores)
+    monkeypatch.setattr("kernels.index_topk.eager._MAX_BLOCK_SCORES", scores)
     given, _, visible, _ = inputs()
     query, keys, weights = given
     scored = (torch.einsum("bshc,btc->bsht", query, keys).relu() * weights.unsqueeze(-1)).sum(2).to(dtype).float()

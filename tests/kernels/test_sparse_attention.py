@@ -72,7 +72,7 @@ def results(backend, given, autocast=False):
 
 @pytest.fixture(params=[4, 64], autouse=True)
 def block_size(request, monkeypatch):
-    monkeypatch.setattr(eager, "_QUERIES", request.param)
+    monkeypatch.setattr(eager, "_MAX_QUERIES", request.param)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -148,7 +148,7 @@ def selection_results(backend, autocast=False):
 
 @pytest.mark.parametrize("gathered", [1, 700, 1 << 18])
 def test_attention_to_chosen_entries_equals_the_reference(gathered, monkeypatch):
-    monkeypatch.setattr("kernels.chosen_rows._GATHERED", gathered)
+    monkeypatch.setattr("kernels.chosen_rows._MAX_VALUES", gathered)
     exact = selection_results("reference")
     for found, expected in zip(selection_results("eager"), exact, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -178,7 +178,7 @@ def test_eager_allocates_nothing_of_heads_times_queries_times_entries():
 
 
 def test_attention_to_chosen_entries_allocates_nothing_of_queries_times_entries(monkeypatch):
-    monkeypatch.setattr("kernels.chosen_rows._GATHERED", 1 << 12)
+    monkeypatch.setattr("kernels.chosen_rows._MAX_VALUES", 1 << 12)
     query, entries = torch.randn(1, 512, H, C).requires_grad_(), torch.randn(1, 512, C).requires_grad_()
     chosen = torch.randint(0, 512, (1, 512, 4))
     with LargestTensor() as largest:

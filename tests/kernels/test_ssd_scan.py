@@ -170,3 +170,13 @@ def test_bits_in_fixed_order_do_not_depend_on_the_batch_or_pieces(dtype):
         outputs.append(y)
     assert torch.equal(torch.cat(outputs, dim=1), expected[1:2]) and torch.equal(state, last[1:2])
     assert torch.equal(state.to(dtype).float(), state)
+
+
+@torch.no_grad()
+def test_outputs_in_fixed_order_read_the_state_before_it_is_rounded():
+    x, dt, A, B, C, D, _ = tensors = inputs(2, 1, 4, 3, 2, 5)
+    state = tensors[-1].bfloat16().float()
+    found, last = scan_in_fixed_order(x, dt, (dt * A).exp(), B, C, D, state, torch.bfloat16)
+    expected, exact = ssd_scan(x, dt, A, B, C, D, state, backend="reference")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(last, exact.bfloat16().float(), rtol=2**-7, atol=1e-6)

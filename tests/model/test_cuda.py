@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import model.mixers.csa as csa
+import model.mixers.indexer as indexer
 from model.cache import Cache
 from model.cache.file import restore_cache, save_cache
 from tests.model.networks import BF16, EXACT, build
@@ -14,16 +14,16 @@ PIECES = [23, 1, 1, 16, 1, 28]
 
 def read(network, cache, ids, monkeypatch):
     """Return logits and top-k selections on the CPU."""
-    chosen, original = [], csa.index_topk
+    chosen, original = [], indexer.index_topk
 
     def watch(*arguments, **options):
         chosen.append(original(*arguments, **options))
         return chosen[-1]
 
-    monkeypatch.setattr(csa, "index_topk", watch)
+    monkeypatch.setattr(indexer, "index_topk", watch)
     with torch.inference_mode():
         logits = torch.cat([network(piece, cache) for piece in ids.to(cache.device).split(PIECES, dim=1)], dim=1)
-    monkeypatch.setattr(csa, "index_topk", original)
+    monkeypatch.setattr(indexer, "index_topk", original)
     return logits.cpu(), torch.cat(chosen).cpu()
 
 

@@ -8,6 +8,7 @@ from model.config import ModelConfig
 from model.forward.aux_outputs import AuxOutputs
 from model.forward.context import Context
 from model.moe import MixtureOfExperts, hash_table, sequence_balance
+from tests.model.memory import Made
 
 CONTEXT = Context(torch.zeros(1, 1, dtype=torch.int64), {})
 
@@ -61,6 +62,19 @@ def test_balance_loss_is_one_when_even_and_more_when_not():
     assert sequence_balance(skewed, torch.tensor([[[0, 1], [0, 2], [0, 3], [0, 1]]])) > 1.3
 
 
+def test_the_balance_loss_makes_no_tensor_of_tokens_times_choices_times_experts():
+    tokens, experts, k = 50, 16, 3
+    affinities, counted = torch.rand(2, tokens, experts), torch.rand(2, tokens) < 0.7
+    chosen = torch.rand(2, tokens, experts).argsort(-1)[..., :k]
+    with Made() as made:
+        found = sequence_balance(affinities, chosen, counted)
+    assert max(made.all) <= 4 * affinities.numel()
+    used = torch.nn.functional.one_hot(chosen, experts).sum(2) * counted.unsqueeze(-1)
+    load = used.sum(1) * experts / (k * counted.sum(1, keepdim=True))
+    share = (affinities / affinities.sum(-1, keepdim=True) * counted.unsqueeze(-1)).sum(1)
+    torch.testing.assert_close(found, (load * share / counted.sum(1, keepdim=True)).sum(-1).mean())
+
+
 @pytest.mark.parametrize(
     ("scoring", "affinity"),
     [("sigmoid", torch.sigmoid), ("sqrtsoftplus", lambda logits: torch.nn.functional.softplus(logits).sqrt())],
@@ -86,6 +100,29 @@ def test_kept_rounded_experts_follow_the_weights():
         changed = moe(x, ids, CONTEXT)
     assert not torch.allclose(changed, first, atol=1e-3)
     torch.testing.assert_close(changed, moe(x, ids, CONTEXT).detach())
+
+
+@torch.no_grad()
+def test_experts_cast_without_qat_are_rounded_once_qat_is_on():
+    moe = build(qat=False, hidden_size=32, expert_size=32).eval()
+    moe.cast_weights(torch.float32)
+    moe.set_config(moe.config.replace(qat=True))
+    assert all(torch.equal(x, moe.precision.round_expert(x)) for x in moe.stored_experts())
+    assert not torch.equal(moe.stored_experts()[0], moe.w1)
+    moe.cast_weights(torch.float32)
+    moe.set_config(moe.config.replace(qat=False))
+    rounded = moe.w1.clone()
+    moe.cast_weights(torch.float32)
+    assert torch.equal(moe.stored_experts()[0], rounded)
+
+
+@torch.no_grad()
+def test_casting_frees_the_rounded_copies():
+    moe = build(qat=True, hidden_size=32, expert_size=32).eval()
+    moe.stored_experts()
+    assert moe._rounded
+    moe.cast_weights(torch.bfloat16)
+    assert not moe._rounded
 
 
 def test_gradients_are_those_of_every_expert_over_every_token():

@@ -110,12 +110,7 @@ def _compress_ratios(r: ConfigReader, count: int) -> list[int]:
 def _hash_layers(r: ConfigReader, count: int) -> int:
     if not r.has("mlp_layer_types"):
         return min(r.integer("num_hash_layers"), count)
-    types = r.one_per_layer("mlp_layer_types", count, ("hash_moe", "moe"))
-    hashed = types.count("hash_moe")
-    if "hash_moe" in types[hashed:]:
-        layer = types.index("hash_moe", hashed)
-        raise r.error(f"key 'mlp_layer_types': entry {layer} (from 0) is 'hash_moe' after a 'moe' entry")
-    return hashed
+    return r.leading("mlp_layer_types", count, "hash_moe", "moe")
 
 
 def _rope_dim(r: ConfigReader) -> int:

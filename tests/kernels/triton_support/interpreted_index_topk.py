@@ -62,7 +62,7 @@ def test_selection_in_segments_and_in_pieces_of_the_queries(monkeypatch):
     expected = index_topk(*arguments, visible, 7, backend="reference")
     for rows, workspace, segment in ((1000, 2 * 100 * 3, 32), (0, 1, 32)):
         monkeypatch.setattr(triton, "_MANY_ROWS", rows)
-        monkeypatch.setattr(triton, "_WORKSPACE_SCORES", workspace)
+        monkeypatch.setattr(triton, "_MAX_WORKSPACE_SCORES", workspace)
         monkeypatch.setattr(triton, "_SEGMENT", segment)
         assert torch.equal(index_topk(*arguments, visible, 7, backend="triton"), expected)
 
@@ -103,7 +103,7 @@ def test_unsupported_inputs_are_refused_with_the_supported_set():
         index_topk(query, keys, layout, weights, visible, 4097, backend="triton")
     with pytest.raises(ValueError, match=r"supports keys in one of bf16, fp8, fp8_128, fp4; found .*fp32"):
         index_topk(query, keys, EntryLayout(16, "fp32"), weights, visible, 1, backend="triton")
-    with pytest.raises(ValueError, match=r"supports at most 128 heads; found 129$"):
+    with pytest.raises(ValueError, match=r"supports heads up to 128; found 129$"):
         index_topk(query.expand(-1, -1, 129, -1), keys, layout, weights, visible, 1, backend="triton")
     with pytest.raises(ValueError, match=r"supports dtypes of scores float32, bfloat16; found float16$"):
         index_topk(query, keys, layout, weights, visible, 1, torch.float16, backend="triton")

@@ -49,20 +49,20 @@ def select(tokens, entries, k):
 @pytest.mark.parametrize("scores", [1, 1 << 25])
 @pytest.mark.parametrize(("tokens", "heads", "dims", "entries"), [(9, 3, 20, 5), (7, 16, 16, 37), (4, 1, 16, 16)])
 def test_all_visible_entries(tokens, heads, dims, entries, scores, monkeypatch):
-    monkeypatch.setattr(triton, "_SCORES", scores)
+    monkeypatch.setattr(triton, "_MAX_SCORES", scores)
     given, visible = inputs(tokens, heads, dims, entries)
     compare(given, attention_mass(visible.mask(entries)), visible)
 
 
 def test_keys_whose_queries_are_split_among_programs(monkeypatch):
-    monkeypatch.setattr(triton, "_QUERIES_PER_SPLIT", 2)
+    monkeypatch.setattr(triton, "_MIN_QUERIES_PER_SPLIT", 2)
     given, visible = inputs(11, 2, 16, 20)
     compare(given, attention_mass(visible.mask(20)), visible)
 
 
 @pytest.mark.parametrize("scores", [1, 1 << 25])
 def test_chosen_entries_with_and_without_a_fixed_order(scores, monkeypatch):
-    monkeypatch.setattr(triton, "_SCORES", scores)
+    monkeypatch.setattr(triton, "_MAX_SCORES", scores)
     given, visible = inputs(7, 3, 20, 37)
     chosen = select(7, 37, 18)
     mass = attention_mass(chosen >= 0)
@@ -91,7 +91,7 @@ def test_no_permitted_entry_at_all():
 @pytest.mark.parametrize("workspace", [1, 1 << 26])
 def test_entries_of_whole_sequences_are_selected_within_their_ranges(workspace, dtype, monkeypatch):
     """Scores are small integers: sums are exact, and many are equal."""
-    monkeypatch.setattr("kernels.index_topk.triton._WORKSPACE_SCORES", workspace)
+    monkeypatch.setattr("kernels.index_topk.triton._MAX_WORKSPACE_SCORES", workspace)
     _, visible = inputs(9, 3, 16, 150)
     given = [torch.randint(-2, 3, shape).float() for shape in ((B, 9, 3, 16), (B, 150, 16), (B, 9, 3))]
     for ranges in (visible, EntryRanges(visible.first[:1], visible.end[:1])):
@@ -102,10 +102,10 @@ def test_entries_of_whole_sequences_are_selected_within_their_ranges(workspace, 
 def test_unsupported_inputs_are_refused_with_the_supported_set():
     given, visible = inputs(2, 65, 16, 4)
     mass = attention_mass(visible.mask(4))
-    with pytest.raises(ValueError, match=r"supports at most 64 heads; found 65$"):
+    with pytest.raises(ValueError, match=r"supports heads up to 64; found 65$"):
         run("triton", given, mass, visible)
     given, visible = inputs(2, 1, 129, 4)
-    with pytest.raises(ValueError, match=r"supports at most 128 dims; found 129$"):
+    with pytest.raises(ValueError, match=r"supports dims up to 128; found 129$"):
         run("triton", given, mass, visible)
     given, visible = inputs(2, 1, 16, 4)
     chosen = torch.tensor([[[0], [4]]]).expand(B, -1, -1)

@@ -104,7 +104,7 @@ def test_a_selection_without_any_entry_equals_a_window_alone():
 
 @pytest.mark.parametrize("passes", [1, 2])
 def test_deterministic_gradients_in_several_pieces(passes, monkeypatch):
-    monkeypatch.setattr(triton, "_PART_BYTES", 1)
+    monkeypatch.setattr(triton, "_MAX_PART_BYTES", 1)
     monkeypatch.setitem(
         triton.BACKWARD_TILES, "interpreter", (Tile(4, 1, {"rows": 16, "BLOCK_N": 16, "passes": passes}),)
     )

@@ -6,8 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import kernels.index_topk.eager as streamed
-import model.mixers.csa as csa
-import model.mixers.dsa as dsa
+import model.mixers.indexer as indexer
 from kernels import native
 from model.cache import Cache
 from model.cache.pages import PagePool
@@ -243,14 +242,13 @@ class Choices:
 
     def __init__(self, monkeypatch):
         self.numbers = []
-        original = csa.index_topk
+        original = indexer.index_topk
 
         def watch(*arguments):
             self.numbers.append(original(*arguments))
             return self.numbers[-1]
 
-        for mixer in (csa, dsa):
-            monkeypatch.setattr(mixer, "index_topk", watch)
+        monkeypatch.setattr(indexer, "index_topk", watch)
 
     def take(self):
         numbers, self.numbers = self.numbers, []
@@ -312,6 +310,9 @@ def test_passes_without_a_cache_have_the_bits_of_cached_ones(mode):
         for refused in ({"attention": "dense"}, {"positions": torch.arange(50).expand(2, 50)}):
             with pytest.raises(ValueError, match="batch-invariant mode has no packed documents"):
                 model(ids, **refused)
+        for unread in (ids[0], ids[:, :0]):
+            with pytest.raises(ValueError, match=r"input_ids: expected integers \[B, S\]"):
+                model(unread)
 
 
 def test_gradients_recorded_outside_training(mode):

@@ -132,3 +132,10 @@ def test_one_document_a_row_is_the_plain_forward():
 def test_positions_that_skip_are_named(positions, message):
     with pytest.raises(ValueError, match=message):
         PackedDocuments(torch.tensor(positions))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.bool])
+def test_positions_of_another_type_are_refused(dtype):
+    positions = torch.zeros(1, 3, dtype=dtype)
+    with pytest.raises(ValueError, match=rf"positions: expected int64 \[1, 3\], found {dtype} \[1, 3\]"):
+        build()(torch.zeros(1, 3, dtype=torch.int64), positions=positions)

@@ -10,7 +10,8 @@ from transformers import DeepseekV4ForCausalLM, FineGrainedFP8Config
 
 from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
-from model.hf import export_pretrained, import_pretrained, tensor_bytes
+from model.hf import export_pretrained, import_pretrained
+from model.hf.exporting import _writer
 from model.hf.safetensors_folder import INDEX, list_tensors
 from model.transformer import Transformer
 from tests.model.networks import EXACT, build
@@ -209,7 +210,7 @@ def test_the_releases_come_out_to_the_tensor_and_the_byte(preset, tensors, size)
     # Flash: the sum of its files. Pro: the published 805.32 GiB.
     with torch.device("meta"):
         model = Transformer(ModelConfig.from_preset(preset))
-    found = tensor_bytes(model, "released")
+    found = _writer(model, "released", "fp4")[1]
     assert len(found) == tensors and sum(found.values()) == size
 
 
@@ -217,9 +218,9 @@ def test_a_saved_size_is_the_announced_one(tmp_path):
     model = build(**SIZES, mtp_layers=1)
     for layout in ("transformers", "released"):
         export_pretrained(model, tmp_path / layout, format=layout)
-        assert {n: t.nbytes for n, t in tensors_of(tmp_path / layout).items()} == tensor_bytes(model, layout)
+        assert {n: t.nbytes for n, t in tensors_of(tmp_path / layout).items()} == _writer(model, layout, "fp4")[1]
         index = json.loads((tmp_path / layout / INDEX).read_text())
-        assert index["metadata"]["total_size"] == sum(tensor_bytes(model, layout).values())
+        assert index["metadata"]["total_size"] == sum(_writer(model, layout, "fp4")[1].values())
 
 
 @pytest.mark.parametrize("experts", ["fp4", "fp8"])

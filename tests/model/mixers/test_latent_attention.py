@@ -220,7 +220,7 @@ def test_long_sequences_are_computed_by_blocks_of_queries(attention, monkeypatch
     for queries in (61, 7):
         monkeypatch.setattr("model.mixers.dsa._QUERIES", queries)
         monkeypatch.setattr("model.mixers.indexer._MEASURED_QUERIES", queries)
-        for operation, name in (("indexer_kl", "_SCORES"), ("index_topk", "_BLOCK_SCORES")):
+        for operation, name in (("indexer_kl", "_MAX_SCORES"), ("index_topk", "_MAX_BLOCK_SCORES")):
             monkeypatch.setattr(f"kernels.{operation}.eager.{name}", queries * 2 * 61)
         aux = AuxOutputs(measure_selection=True)
         with torch.no_grad():
