@@ -16,11 +16,10 @@ from torch import Tensor
 
 from kernels.autocast import detached
 from kernels.cache_io import EntryLayout, Pages
-from kernels.cache_io.triton import power_of_two
 from kernels.compress.inputs import DocumentBlocks, Finish
 from kernels.compress.reference import entry_counts
 from kernels.triton_support.platform import ARCHITECTURES, require_choice, require_device
-from kernels.triton_support.tiles import Tile, Tiles, launch_best
+from kernels.triton_support.tiles import Tile, Tiles, launch_best, power_of_two
 
 MAX_FUSED = 4096
 """Most values (tokens of a block times channels, both padded) that a program pools in the fused kernels."""

@@ -161,7 +161,7 @@ class _ReleasedWriter(_TransformersWriter):
         if fmt not in ("fp8", "fp4"):
             stored = values.to(release_format.STORED[fmt])
             if fmt == "bf16":
-                if not release_format.is_finite(stored):
+                if not is_finite(stored):
                     raise CheckpointError(f"tensor '{source.name}' holds values that are too large for BF16")
                 self.record(fmt, values, stored)
             return stored
