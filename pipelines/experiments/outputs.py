@@ -104,10 +104,15 @@ def _arguments() -> list[str]:
     """Return the arguments of this process without a password, none where another program runs the step."""
     if Path(sys.argv[0]).parts[-2:] != ("pipelines", "__main__.py"):
         return []
-    return [
-        without_password(argument) if before == _URI_OPTION or argument.startswith(f"{_URI_OPTION}=") else argument
-        for before, argument in itertools.pairwise(["", *sys.argv[1:]])
-    ]
+    return [_without_password(argument, before) for before, argument in itertools.pairwise(["", *sys.argv[1:]])]
+
+
+def _without_password(argument: str, before: str) -> str:
+    """Return an argument without the password of the tracking store's URI. ``before`` is the argument before it."""
+    if before == _URI_OPTION:
+        return without_password(argument)
+    option, _, uri = argument.partition("=")
+    return f"{option}={without_password(uri)}" if option == _URI_OPTION and uri else argument
 
 
 def _to_command(arguments: Sequence[str]) -> str:

@@ -172,13 +172,13 @@ def test_tasks_of_every_output_type(folder, tmp_path, monkeypatch):
         (["--tasks", "ruler"], f"Tasks not found: ruler; evals/tasks has {', '.join(TASKS)}"),
         (
             ["--tasks", "mqar", "--metadata", '{"length": 9999}'],
-            "mqar: length 9999 exceeds the model's context",
+            "length: 9999 exceeds the model's context",
         ),
         (
             ["--tasks", "mqar", "--metadata", '{"length": "long"}'],
-            "mqar: length: expected a whole number of at least 1",
+            "length: expected a whole number of at least 1, found 'long'",
         ),
-        (["--tasks", "mqar", "--metadata", '{"pairs": 1}'], "mqar: pairs must be from 2 to 26, found 1"),
+        (["--tasks", "mqar", "--metadata", '{"pairs": 1}'], "mqar.pairs: must be from 2 to 26, found 1"),
         (["--tasks", "mqar", "--batch_size", "0"], "batch_size: expected a number of prompts or auto, found"),
         (["--tasks", "mqar", "--device", "gpu9"], "device: 'gpu9' is not a device of PyTorch"),
     ],

@@ -89,7 +89,9 @@ def test_a_trial_is_scored_on_the_tasks_of_its_own_experiment(start, monkeypatch
 def test_tasks_are_checked_with_as_many_samples_as_they_need(prepared):
     changes = {"evaluate.tasks": ["residue"], "evaluate.lengths": [128], "evaluate.samples": 64, "model.index_topk": 1}
     scoring.check_tasks(with_overrides(prepared, changes))
-    with pytest.raises(ConfigError, match="residue: samples: expected at least one document of each of"):
+    with pytest.raises(
+        ConfigError, match=r"evaluate\.samples: expected at least one document of each of 16 lengths of residue, found"
+    ):
         scoring.check_tasks(with_overrides(prepared, {**changes, "evaluate.samples": 3}))
 
 
