@@ -19,9 +19,10 @@ TABLE_SIZE = 1 << 16
 
 class PrefixTable:
     """Table from the digest of a prompt's beginning to the replica that was sent such a prompt, with the least recently
-    used entries dropped."""
+    used entries over ``size`` dropped."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = TABLE_SIZE) -> None:
+        self._size = size
         self._holders: OrderedDict[bytes, ReplicaID] = OrderedDict()
 
     def find(self, prefix: Sequence[bytes], available: set[ReplicaID]) -> ReplicaID | None:
@@ -38,7 +39,7 @@ class PrefixTable:
             if index == len(prefix) - 1 or digest not in self._holders:
                 self._holders[digest] = replica
             self._holders.move_to_end(digest)
-        while len(self._holders) > TABLE_SIZE:
+        while len(self._holders) > self._size:
             self._holders.popitem(last=False)
 
     def retain(self, replicas: Collection[ReplicaID]) -> None:

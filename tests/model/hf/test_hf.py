@@ -489,7 +489,8 @@ print(1024 * (kilobytes("VmHWM") - before), sum(t.nbytes for t in model.state_di
 @pytest.mark.parametrize("layout", ["transformers", "released"])
 def test_reading_needs_little_more_memory_than_the_network(tmp_path, exported, layout):
     torch.manual_seed(0)
-    big = build(hidden_size=256, expert_size=256, num_experts=24, experts_per_token=2, layers=("sliding", "csa", "hca"))
+    layers = ("sliding", "csa", "hca") * 2
+    big = build(hidden_size=256, expert_size=256, num_experts=24, experts_per_token=2, layers=layers)
     export_pretrained(big, tmp_path / "big", format=layout)
     assert len(list((tmp_path / "big").glob("*.safetensors"))) == 1  # the worst case: everything in one file
     run = subprocess.run(

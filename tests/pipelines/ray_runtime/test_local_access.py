@@ -35,8 +35,7 @@ def test_a_local_cluster_refuses_calls_without_its_token(ray_cluster):
             get(request)
         assert refusal.value.code() is grpc.StatusCode.UNAUTHENTICATED
         assert get(request, metadata=tuple(key.items()))
-    [dashboard] = [each for each in listeners(process_tree()) if "dashboard.py" in each.process]
-    jobs = f"http://127.0.0.1:{dashboard.port}/api/jobs/"
+    jobs = f"http://{ray._private.worker._global_node.webui_url}/api/jobs/"
     assert httpx.get(jobs, trust_env=False, timeout=60).status_code == 401
     assert httpx.get(jobs, trust_env=False, timeout=60, headers=key).status_code == 200
 

@@ -516,7 +516,7 @@ def test_a_damaged_parquet_page_is_named(tmp_path):
 
 
 def test_a_retrieval_document_that_does_not_fit_is_refused_before_reading(tmp_path):
-    with pytest.raises(ConfigError, match=r"data\.sequence_length .*: 40 tokens are too few"):
+    with pytest.raises(ConfigError, match=r"data\.sequence_length: 40 tokens are too few for 4 facts of mqar"):
         prepare.run(recipe(tmp_path, write_corpus(tmp_path / "in", texts(60)), sequence_length=40))
     prepare.run(recipe(tmp_path, tmp_path / "in/*", sequence_length=40, retrieval_tasks={"needle": 1.0}))
 

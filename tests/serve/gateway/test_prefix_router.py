@@ -53,9 +53,8 @@ def test_a_prompt_follows_the_longest_beginning() -> None:
     assert table.find(prefix_digests(first + b"more"), {"A", "B"}) in (None, "B")
 
 
-def test_the_table_forgets_the_least_recently_used_beginnings(monkeypatch) -> None:
-    monkeypatch.setattr("serve.gateway.router.TABLE_SIZE", 8)
-    table = PrefixTable()
+def test_the_table_forgets_the_least_recently_used_beginnings() -> None:
+    table = PrefixTable(size=8)
     for i in range(50):
         table.record(prefix_digests(b"%d" % i * 300), f"replica {i}")
     assert len(table._holders) == 8
