@@ -6,17 +6,19 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 @contextmanager
 def atomic_folder(target: str | Path) -> Iterator[Path]:
-    """Yield an empty sibling folder that replaces ``target`` if the block ends without an exception.
+    """Yield an empty sibling folder that replaces ``target`` if the block ends without an exception. Otherwise, parents
+    made for it are removed.
 
     Replacing takes two renames. A process killed between them leaves the old content in ``.<name>-...-old``.
     """
     target = Path(target)
+    made = [folder for folder in target.parents if not folder.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -40,6 +42,9 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
             os.replace(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        for folder in made:
+            with suppress(OSError):  # it holds the target, or what others have put there
+                folder.rmdir()
 
 
 @contextmanager

@@ -79,7 +79,11 @@ def parse(arguments: list[str]) -> Invocation:
         type=path_option("--config"),
         help="a recipe; later files win",
     )
-    parser.add_argument("--print-config", action="store_true", help="print the merged recipe and stop")
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print the merged recipe, without the password of tracking.uri, and stop",
+    )
     if arguments and arguments[0] in STEPS:
         load_step(arguments[0]).add_options(parser)
     known, rest = parser.parse_known_args(arguments)
@@ -126,7 +130,7 @@ def main(arguments: list[str]) -> int:
         if print_config:
             from pipelines.recipe.yaml_format import dump_yaml
 
-            print(dump_yaml(recipe.to_dict()), end="")
+            print(dump_yaml(recipe.to_public_dict()), end="")
             return 0
         step.run(recipe, **vars(options))
     except FiftyfoldError as error:

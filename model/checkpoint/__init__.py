@@ -126,7 +126,7 @@ def _read_config(folder: Path) -> tuple[ModelConfig, ShardSet | None]:
         raise CheckpointError(f"{path}: {error.strerror}") from error
     except MALFORMED as error:
         raise CheckpointError(f"{path}: not a checkpoint configuration ({error})") from error
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format version {quote_json(version)} is not the supported {FORMAT_VERSION}")
     for key in content:
         if key not in _KEYS:
@@ -150,6 +150,9 @@ def _read_shard_set(path: Path, content: dict[str, Any]) -> ShardSet | None:
     count, save_id = (values.get("count"), values.get(id_key)) if isinstance(values, dict) else (None, None)
     if type(count) is not int or not isinstance(save_id, str):
         raise CheckpointError(f"{path}: '{key}' is not an object of 'count' and '{id_key}'")
+    for name in values:
+        if name not in ("count", id_key):
+            raise CheckpointError(f"{path}: {unknown_key(f'{key}.{name}', name, ('count', id_key))}")
     if count < 1:
         raise CheckpointError(f"{path}: '{key}.count' is {count}, expected at least 1")
     return ShardSet(count, save_id, legacy)

@@ -19,7 +19,7 @@ from model.wording import json_type, quote_json
 
 TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
 GENERATION_CONFIG, CONFIG = "generation_config.json", "config.json"
-TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
+TEMPLATES, MORE_TEMPLATES = ("chat_template.jinja", "chat_template.json"), "additional_chat_templates/*.jinja"
 Role = Literal["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]
 IdKey = Literal["bos_token_id", "eos_token_id", "pad_token_id"]
 _TOKEN_KEYS: tuple[Role, ...] = get_args(Role)
@@ -53,8 +53,8 @@ class SideFiles:
             generation_config=generation,
             templates={
                 path.relative_to(folder).as_posix(): _read_text(path)
-                for pattern in TEMPLATES
-                for path in sorted(folder.glob(pattern))
+                for path in (*map(folder.joinpath, TEMPLATES), *sorted(folder.glob(MORE_TEMPLATES)))
+                if os.path.lexists(path)  # a link to nowhere is an error, not an absent template
             },
         )
         for key in ID_KEYS:

@@ -8,6 +8,7 @@ import secrets
 from pathlib import Path
 
 from model.errors import ConfigError
+from model.regular_files import check_regular
 
 VARIABLE = "RAY_AUTH_TOKEN"
 PATH_VARIABLE = "RAY_AUTH_TOKEN_PATH"
@@ -30,6 +31,7 @@ def ensure_token() -> None:
     else:
         source = f"{PATH_VARIABLE}: {os.environ[PATH_VARIABLE]}"
         try:
+            check_regular(Path(os.environ[PATH_VARIABLE]))
             token = Path(os.environ[PATH_VARIABLE]).read_text(encoding="ascii").strip()
         except OSError as error:
             raise ConfigError(f"{source}: {error.strerror}") from None

@@ -27,8 +27,8 @@ DATABASE_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql")
 """Schemes of tracking URIs."""
 _MAX_PATH_BYTES, _MAX_NAME_BYTES = 2048, 255
 _START = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/+")
-_SECRET = re.compile(r"([?&](?:[^=&]*(?:password|passwd|pwd|token)|odbc_connect)=)[^&]*", re.IGNORECASE)
-"""A parameter of a database's driver that holds a password."""
+_SECRET = re.compile(r"([?&](?:[^=&]*(?:password|passwd|pwd|token|secret|api_?key)|odbc_connect)=)[^&]*", re.IGNORECASE)
+"""A parameter of a database's driver that holds a password or key."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 
 

@@ -25,7 +25,15 @@ from model.errors import ConfigError
 from model.optim import OptimizerConfig
 from model.wording import quote
 from pipelines.recipe.experiments import AblateSection, CompareSection, ReportSection, SweepSection
-from pipelines.recipe.paths import LocalPath, ModelUri, PathText, SourcePattern, TokenizerSource, TrackingUri
+from pipelines.recipe.paths import (
+    LocalPath,
+    ModelUri,
+    PathText,
+    SourcePattern,
+    TokenizerSource,
+    TrackingUri,
+    without_password,
+)
 from pipelines.recipe.section import MAX_LENGTH, Section, Share
 from pipelines.recipe.text_types import Alias, Name, PrintableText, Text
 from serve.api.config import Host
@@ -361,3 +369,10 @@ class Recipe(Section):
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON and for :func:`pipelines.recipe.loading.recipe_from_dict`."""
         return self.model_dump(mode="json")
+
+    def to_public_dict(self) -> dict[str, Any]:
+        """Return the values of :meth:`to_dict` without the password of ``tracking.uri``."""
+        values = self.to_dict()
+        if self.tracking.uri is not None:
+            values["tracking"]["uri"] = without_password(self.tracking.uri)
+        return values

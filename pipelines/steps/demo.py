@@ -132,6 +132,7 @@ def _check(recipe: Recipe, baseline: Recipe) -> None:
     check_section(recipe)
     deploy.check_key(recipe.serve)
     deploy.check_port(recipe.serve.host, recipe.serve.port)
+    open_tracking(recipe)
 
 
 def _ask(recipe: Recipe, deployment: deploy.Deployment) -> int:

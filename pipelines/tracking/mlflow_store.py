@@ -89,9 +89,7 @@ class Tracking:
         MLflow's parameters are immutable: resuming with a changed recipe replaces ``config.yaml`` and lists the changed
         keys in the tag ``resumed.changed``.
         """
-        settings = recipe.to_dict()
-        if recipe.tracking.uri is not None:
-            settings["tracking"]["uri"] = without_password(recipe.tracking.uri)
+        settings = recipe.to_public_dict()
         params = _params(settings)
         if run_id is not None:
             run = attach(self.uri, run_id)

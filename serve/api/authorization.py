@@ -17,6 +17,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from model.errors import ConfigError
+from model.regular_files import check_regular
 from serve.api.config import HttpConfig
 from serve.api.errors import METHOD, error_body
 
@@ -33,6 +34,7 @@ def read_key(config: HttpConfig) -> str | None:
     if config.api_key_file is not None:
         source = f"api_key_file: {config.api_key_file}"
         try:
+            check_regular(Path(config.api_key_file))
             key = Path(config.api_key_file).read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{source}: {error.strerror}") from None

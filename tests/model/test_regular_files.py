@@ -54,6 +54,7 @@ def test_regular_files_pass_and_missing_ones_are_named(tmp_path):
         ("hf/model.safetensors.index.json", import_pretrained, CheckpointError),
         ("ours/tokenizer.json", load_tokenizer, ConfigError),
         ("ours/tokenizer_config.json", load_tokenizer, ConfigError),
+        ("ours/chat_template.jinja", load_tokenizer, ConfigError),
     ],
 )
 def test_other_things_in_the_place_of_a_file_are_named(folders, tmp_path, name, load, error, make, message):

@@ -186,6 +186,13 @@ def test_print_config_is_a_recipe(capsys, tmp_path):
     assert load_recipe([tmp_path / "printed.yaml"]) == load_recipe(RECIPES, ["model.window=8"])
 
 
+def test_print_config_hides_the_password_of_the_tracking_store(capsys):
+    uri = "postgresql://me:hunter22@127.0.0.1/runs?sslpassword=hunter33&api_key=hunter44&client_secret=hunter55"
+    assert cli.main(["train", "--config", *RECIPES, "--tracking.uri", uri, "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    assert "postgresql://127.0.0.1/runs?" in printed and "hunter" not in printed
+
+
 def test_a_python_without_the_packages_is_named():
     command = [sys.executable, "-S", "-m", "pipelines", "deploy"]  # -S: without site-packages
     step = subprocess.run(command, capture_output=True, text=True)

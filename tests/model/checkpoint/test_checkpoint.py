@@ -103,6 +103,25 @@ def test_unknown_keys_of_a_configuration_are_named(saved, key, hint):
         checkpoint.load(folder)
 
 
+@pytest.mark.parametrize("version", [True, 1.0, "1", None, 2])
+def test_other_format_versions_are_named(saved, version):
+    _, folder = saved
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": version}))
+    with pytest.raises(CheckpointError, match=rf"format version {re.escape(json.dumps(version))} is not the supported"):
+        checkpoint.load(folder)
+
+
+def test_unknown_keys_of_rank_shards_are_named(saved):
+    _, folder = saved
+    file = folder / "config.json"
+    shards = {"count": 1, "save_id": "a", "saved_id": "b"}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "shards": shards}))
+    message = r"config\.json: shards\.saved_id: unknown key; did you mean 'save_id'\?$"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.load(folder)
+
+
 def test_warm_start_reads_all_tensors_that_fit(saved):
     model, folder = saved
     other = Transformer(model.config.replace(csa_ratio=8))

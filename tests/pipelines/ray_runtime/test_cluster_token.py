@@ -52,3 +52,7 @@ def test_a_token_file_that_cannot_be_read_is_named(monkeypatch, tmp_path):
     (tmp_path / "none").touch()
     with pytest.raises(ConfigError, match=r"the token must be"):
         ensure_token()
+    (tmp_path / "none").unlink()
+    os.mkfifo(tmp_path / "none")
+    with pytest.raises(ConfigError, match=rf"^{PATH_VARIABLE}: {tmp_path / 'none'}: is not a regular file$"):
+        ensure_token()

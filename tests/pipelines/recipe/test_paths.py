@@ -190,6 +190,7 @@ def test_a_tracking_uri_of_no_store_is_refused_when_the_recipe_is_read(uri, expe
         ("u:secret/secret@h/db", "h/db"),
         ("postgresql:u:secret@h", "h"),
         ("postgresql:///db?user=u&password=secret@x/y&a=b", "postgresql:///db?user=u&password=***&a=b"),
+        ("mysql://h/db?api_key=secret&client_secret=secret&a=b", "mysql://h/db?api_key=***&client_secret=***&a=b"),
         ("mssql+pyodbc:///?odbc_connect=UID%3Du%3BPWD%3Dsecret", "mssql+pyodbc:///?odbc_connect=***"),
         ("sqlite:////a:b/c@d/mlflow.db", "sqlite:////a:b/c@d/mlflow.db"),
         ("sqlite:///a:b@c.db", "sqlite:///a:b@c.db"),

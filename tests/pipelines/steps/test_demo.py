@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from model.errors import FiftyfoldError
-from pipelines.recipe.loading import recipe_from_dict
+from model.errors import ConfigError, FiftyfoldError
+from pipelines.recipe.loading import load_recipe, recipe_from_dict
 from pipelines.steps import demo
 from pipelines.steps.demo import recall_tokens
 from pipelines.tracking.mlflow_store import open_tracking
@@ -44,3 +44,13 @@ def test_a_question_without_an_answer_ends_the_demo_with_one_sentence(monkeypatc
     deployment = SimpleNamespace(url="http://t", checkpoint="c", model_name="m")
     with pytest.raises(FiftyfoldError, match=f"^http://t: {reason}$"):
         demo._ask(recipe_from_dict({}), deployment)
+
+
+def test_a_tracking_store_that_cannot_be_opened_ends_the_demo_before_its_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "ray_session", lambda **_: pytest.fail("Ray was started"))
+    (tmp_path / "file").touch()
+    settings = [f"run.folder={tmp_path / 'runs'}", f"tracking.uri=sqlite:///{tmp_path}/file/a.db"]
+    recipe = load_recipe(["configs/tiny.yaml"], settings)
+    with pytest.raises(ConfigError, match=r"^tracking\.uri: "):
+        demo.run(recipe)
+    assert not (tmp_path / "runs").exists()

@@ -1,6 +1,7 @@
 """The API key: where it is read from, and which requests need it."""
 
 import hmac
+import os
 
 import pytest
 from fastapi.testclient import TestClient
@@ -144,3 +145,6 @@ def test_missing_keys_are_refused(tmp_path, monkeypatch) -> None:
         read_key(HttpConfig(api_key_file=str(tmp_path / "nowhere")))
     with pytest.raises(ConfigError, match=r"^api_key_variable: SOME_KEY: not set in the environment of this process$"):
         read_key(HttpConfig(api_key_variable="SOME_KEY"))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match=r"^api_key_file: \S+pipe: is not a regular file$"):
+        read_key(HttpConfig(api_key_file=str(tmp_path / "pipe")))
