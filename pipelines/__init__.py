@@ -5,18 +5,14 @@ either.
 """
 
 import os
-import sys
 
 RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray in the driver of a submitted job; its value is JSON and holds the job's runtime environment."""
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 if not os.environ.get("RAY_ADDRESS"):
-    # A local cluster listens on loopback: its node has the address 127.0.0.1, as Ray's have on Windows and macOS.
+    # A local cluster listens on loopback: this makes Ray give its node the address 127.0.0.1, as on Windows and macOS.
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
 os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
 # ray.train.report blocks until the controller polls. Its default interval of 2 s is longer than a small step.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")

@@ -140,7 +140,7 @@ class _Recorder:
             self._seconds.append(metrics[STEP_SECONDS])
 
     def resumed(self, step: int) -> None:
-        self.tracked.skip_repeated()
+        self.tracked.skip_repeated(step)
         self.tracked.log_event(step, f"resumed from step {step}")
 
     def log_event(self, step: int, message: str) -> None:

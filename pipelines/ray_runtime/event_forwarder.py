@@ -118,7 +118,7 @@ def try_log(event: TrainEvent, tracked: TrackedRun, delays: Iterable[float] = RE
         time.sleep(delay)
         try:
             if event.resumed:
-                tracked.skip_repeated()
+                tracked.skip_repeated(event.step)
             tracked.log_step(event.metrics, event.step)
             if event.tags:
                 tracked.set_tags(event.tags)

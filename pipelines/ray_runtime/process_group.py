@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+import sys
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +16,7 @@ from ray.train.backend import Backend, BackendConfig
 from ray.train.torch import TorchConfig
 
 _HOST = "127.0.0.1"
+_TORCH_BACKEND = TorchConfig().backend_cls
 _stores: list[dist.TCPStore] = []
 """Servers of this process. They must outlive the process group."""
 
@@ -32,10 +34,11 @@ class _LoopbackConfig(TorchConfig):
 
 
 class _LoopbackBackend(Backend):
-    """Ray Train's torch backend, except that the ranks' store listens on loopback.
+    """Counterpart of Ray Train's torch backend whose store listens on loopback.
 
     The store that torch starts for ``env://`` and ``tcp://`` listens on all interfaces, without authentication. Whoever
-    writes to it can connect the ranks to other machines.
+    writes to it can connect the ranks to other machines. The variables of that rendezvous, such as MASTER_ADDR, are not
+    set.
     """
 
     share_cuda_visible_devices = True
@@ -48,7 +51,7 @@ class _LoopbackBackend(Backend):
         worker_group.execute(_join, *arguments)
 
     def on_shutdown(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        TorchConfig().backend_cls().on_shutdown(worker_group, backend_config)
+        _TORCH_BACKEND().on_shutdown(worker_group, backend_config)
 
 
 def _serve_store() -> int:
@@ -66,6 +69,9 @@ def _join(port: int, backend: str, seconds: float) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    if sys.platform == "linux":  # elsewhere the interface has another name
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     os.environ |= {"LOCAL_RANK": str(context.get_local_rank()), "LOCAL_WORLD_SIZE": str(context.get_local_world_size())}
     timeout = timedelta(seconds=seconds)
     store = dist.TCPStore(_HOST, port, timeout=timeout)

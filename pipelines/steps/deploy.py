@@ -120,7 +120,7 @@ class Deployment:
                 return
             try:
                 new = self._begin_replacement(model)
-            except Exception as error:  # whatever it is, the old version is served
+            except Exception as error:  # keep serving the old version, whatever the error
                 self._print_once(model, f"'{model.name}' stays at version {model.version}: {first_line(error)}")
                 continue
             self._problems.pop(model.name, None)
@@ -128,22 +128,21 @@ class Deployment:
                 continue
             self.models[index] = new
             if self._wait_until_replaced(new, stop):
-                self._store.discard(model)
+                self._store.discard_others(new)
                 print(f"serving version {new.version} of '{new.name}' from {new.checkpoint}", flush=True)
 
     def _begin_replacement(self, model: DeployedModel) -> DeployedModel | None:
         """Return the version that replaces ``model``, or None if its alias has not moved.
 
-        Raises CheckpointError or ConfigError for a damaged version, which is not looked at again.
+        Raises CheckpointError or ConfigError for a damaged version, which is not tried again.
         """
         if (new := self._store.newer_version(model, self._refused.get(model.name))) is None:
             return None
         try:
             check_model(new, self._section)
             replace_model(self._section, new)
-        except Exception as error:
-            if isinstance(error, FiftyfoldError):
-                self._refused[model.name] = new.version
+        except FiftyfoldError:
+            self._refused[model.name] = new.version
             self._store.discard(new)
             raise
         return new
@@ -152,8 +151,11 @@ class Deployment:
         while not stop.wait(_POLL_SECONDS):
             try:
                 status, problem = replacement_state(model)
+            except FiftyfoldError as error:  # the application was deleted
+                print(f"version {model.version} of '{model.name}' does not start: {error}", flush=True)
+                return False
             except Exception as error:  # e.g. Serve's controller is being restarted
-                self._print_once(model, f"version {model.version} of '{model.name}' is awaited: {first_line(error)}")
+                self._print_once(model, f"waiting for version {model.version} of '{model.name}': {first_line(error)}")
                 continue
             if status == ApplicationStatus.RUNNING:
                 return True

@@ -12,6 +12,7 @@ import logging
 import math
 import shlex
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,8 +129,10 @@ class TrackedRun:
         self.experiment_id = experiment_id
         self._client = client
         self._nonfinite: set[str] = set()
-        self._logged: dict[str, int] | None = None
-        """Last step of each metric before the training was interrupted. None: it was not, so that nothing repeats."""
+        self._resumed_step: int | None = None
+        """Step of the checkpoint that training was resumed from, if it was."""
+        self._repeats: dict[str, Counter[int]] = {}
+        """Number of values after that checkpoint that training will repeat, by metric and step."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Log metrics at ``step`` (0 if None).
@@ -151,18 +154,24 @@ class TrackedRun:
         for batch in _slices(finite, MAX_METRICS_PER_BATCH):
             self._client.log_batch(self.run_id, metrics=batch)
 
-    def skip_repeated(self) -> None:
-        """Let :meth:`log_step` leave out what a resumed training repeats: steps up to the last one that is logged."""
-        self._logged = {}
+    def skip_repeated(self, step: int) -> None:
+        """Make :meth:`log_step` skip values that were logged before training was resumed from the checkpoint of
+        ``step``."""
+        self._resumed_step, self._repeats = step, {}
 
     def log_step(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log metrics of a training step, which a rollback may repeat with other values."""
-        if self._logged is not None:
-            for name in metrics.keys() - self._logged.keys():
-                self._logged[name] = max((logged for logged, _ in self.history(name)), default=-1)
-            metrics = {name: value for name, value in metrics.items() if step > self._logged[name]}
-            self._logged |= dict.fromkeys(metrics, -1)  # nothing repeats from here on
-        self.log_metrics(metrics, step)
+        """Log metrics of a training step. After a rollback, a step has several values."""
+        repeated = [name for name in metrics if self._repeats_of(name)[step] > 0]
+        self.log_metrics({name: value for name, value in metrics.items() if name not in repeated}, step)
+        for name in repeated:  # after logging, which may fail and be tried again
+            self._repeats[name][step] -= 1
+
+    def _repeats_of(self, name: str) -> Counter[int]:
+        if self._resumed_step is None:
+            return Counter()
+        if name not in self._repeats:
+            self._repeats[name] = Counter(step for step, _ in self.history(name) if step > self._resumed_step)
+        return self._repeats[name]
 
     def log_event(self, step: int, message: str) -> None:
         """Append a message about ``step`` to the tag ``event.<step>``."""

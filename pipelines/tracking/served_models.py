@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,16 +51,16 @@ def model_sources(section: ServeSection) -> list[tuple[str, str, str]]:
 class ModelStore:
     """Checkpoint folders of a recipe's models.
 
-    Checkpoints outside the file system, as on a tracking server, are copied to ``<run.folder>/served``, which replicas
-    on other machines can read. :meth:`close` removes the copies.
+    Remote checkpoints, such as those of a tracking server, are copied to ``<run.folder>/served``, which replicas on
+    other machines can read. A version is copied once, until its copy is discarded. :meth:`close` removes all copies.
     """
 
     def __init__(self, recipe: Recipe):
         self._folder = recipe.run.folder / "served"
         self._recipe = recipe
         self._tracking: Tracking | None = None
-        self._copies: dict[Path, Path] = {}
-        """Folders of copies by checkpoint folder."""
+        self._copies: dict[tuple[str, str | None], tuple[Path, Path]] = {}
+        """Folder of a copy and checkpoint folder in it, by name and version of the model."""
 
     def find(self) -> list[DeployedModel]:
         """Return the models, the default one first. Raises ConfigError for a model that does not exist."""
@@ -77,16 +78,21 @@ class ModelStore:
         return None if number in (model.version, refused) else self._get(model.name, model.uri, model.key)
 
     def discard(self, model: DeployedModel) -> None:
-        """Remove the copy of a model that is not served any more, if there is one."""
-        if (copy := self._copies.pop(model.checkpoint, None)) is not None:
-            shutil.rmtree(copy, ignore_errors=True)
+        """Remove the copy of a version, if there is one."""
+        self._remove(lambda name, version: (name, version) == (model.name, model.version))
+
+    def discard_others(self, model: DeployedModel) -> None:
+        """Remove the copies of other versions of a model."""
+        self._remove(lambda name, version: name == model.name and version != model.version)
 
     def close(self) -> None:
-        for copy in self._copies.values():
-            shutil.rmtree(copy, ignore_errors=True)
-        self._copies.clear()
+        self._remove(lambda name, version: True)
         if self._folder.is_dir() and not any(self._folder.iterdir()):
             self._folder.rmdir()
+
+    def _remove(self, condition: Callable[[str, str | None], bool]) -> None:
+        for key in [key for key in self._copies if condition(*key)]:
+            shutil.rmtree(self._copies.pop(key)[0], ignore_errors=True)
 
     def _open(self) -> Tracking:
         self._tracking = self._tracking or open_tracking(self._recipe, write=False, create=False)
@@ -98,6 +104,8 @@ class ModelStore:
         tracking = self._open()
         number = str(find_version(tracking, uri, key).version)
         exact = f"models:/{name_in(uri)}/{number}"  # the alias may move meanwhile
+        if (name, number) in self._copies:
+            return DeployedModel(name, uri, key, self._copies[name, number][1], number)
         copy = self._folder / secrets.token_hex(8)
         try:
             checkpoint = download(tracking, exact, copy, key)
@@ -105,5 +113,5 @@ class ModelStore:
             shutil.rmtree(copy, ignore_errors=True)
             raise
         if checkpoint.is_relative_to(copy):
-            self._copies[checkpoint] = copy
+            self._copies[name, number] = copy, checkpoint
         return DeployedModel(name, uri, key, checkpoint, number)

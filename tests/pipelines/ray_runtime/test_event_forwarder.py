@@ -112,6 +112,35 @@ def test_steps_that_a_resumed_training_repeats_are_logged_once(prepared, forward
     assert sorted(point.step for point in history if point.step > 10) == [11, 12, 13]
 
 
+def history_of(prepared, run):
+    """Return the logged (step, value) of the training loss, in order."""
+    history = open_tracking(prepared).client.get_metric_history(run.info.run_id, "train/loss")
+    return sorted((point.step, point.value) for point in history)
+
+
+def test_a_run_killed_after_a_rollback_repeats_both_passes(prepared, forward, pauses):
+    def steps(*numbers, loss):
+        return [TrainEvent(step, {"train/loss": loss}) for step in numbers]
+
+    first, second = steps(*range(5, 9), loss=9.0), steps(5, 6, loss=1.0)
+    forward(*first, *second)  # rolled back to step 4, killed after step 6
+    _, _, run = forward(TrainEvent.resumption(4), *first, *second, *steps(7, 8, loss=1.0))
+    expected = [(step, loss) for step in range(5, 9) for loss in (1.0, 9.0)]
+    assert history_of(prepared, run) == expected
+
+
+def test_unsent_steps_after_a_resumption_are_not_taken_for_repeats(prepared, forward, pauses, monkeypatch):
+    forward(TrainEvent(7, {"train/loss": 7.0}))
+    with monkeypatch.context() as gone:
+        gone.setattr(TrackedRun, "log_metrics", lambda *a: 1 / 0)
+        forward(TrainEvent.resumption(6), *(TrainEvent(step, {"train/loss": float(step)}) for step in (7, 8, 9)))
+    with monkeypatch.context() as back:  # MLflow answers again before the unsent events are sent
+        back.setattr(EventForwarder, "_send_unsent", lambda self: None)
+        forward(TrainEvent(10, {"train/loss": 10.0}))
+    _, _, run = forward()
+    assert history_of(prepared, run) == [(step, float(step)) for step in (7, 8, 9, 10)]
+
+
 def test_lost_events_are_known(forward, pauses, tmp_path, monkeypatch):
     (tmp_path / "unsent.jsonl").mkdir()  # so that writing fails
     monkeypatch.setattr(EventForwarder, "_send_unsent", lambda self: None)

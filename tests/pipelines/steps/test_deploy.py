@@ -292,11 +292,13 @@ def test_copies_of_a_tracking_server_are_removed(tmp_path, folder, monkeypatch):
     number = 2
     second = store.newer_version(first)
     assert second.version == "2" and second.checkpoint != first.checkpoint
-    store.discard(first)
+    assert store.newer_version(first) == second, "a version is copied once"
+    store.discard_others(second)
     assert not first.checkpoint.exists() and second.checkpoint.is_dir()
     monkeypatch.setattr(served_models, "download", lambda *_: 1 / 0)
+    number = 3
     with pytest.raises(ZeroDivisionError):
-        store.find()
+        store.newer_version(second)
     assert len(list((tmp_path / "served").iterdir())) == 1
     store.close()
     assert not (tmp_path / "served").exists()
@@ -343,7 +345,10 @@ def test_no_problem_with_a_moved_alias_ends_the_deployment(copied, tmp_path, mon
     for _ in range(2):
         deployment.follow_aliases()
     assert capsys.readouterr().out == f"'small' stays at version 0: {error}\n"  # once
-    assert not list((tmp_path / "served").iterdir()), "the copy that is not served is removed"
+    assert len(list((tmp_path / "served").iterdir())) == 1, "new replicas may have begun to load the copy"
+    monkeypatch.setattr(deploy, "check_model", lambda *_: (_ for _ in ()).throw(CheckpointError("damaged")))
+    deployment.follow_aliases()
+    assert not list((tmp_path / "served").iterdir()), "a damaged version is not kept"
 
 
 def test_a_replacement_is_awaited_through_any_problem(copied, monkeypatch, capsys):
@@ -362,8 +367,17 @@ def test_a_replacement_is_awaited_through_any_problem(copied, monkeypatch, capsy
     monkeypatch.setattr(deploy, "_POLL_SECONDS", 0)
     deployment.follow_aliases()
     first, second, last = capsys.readouterr().out.splitlines()
-    assert (first, second) == ("version 1 of 'small' is awaited: 'x'", "version 1 of 'small' is awaited: gone")
+    assert (first, second) == ("waiting for version 1 of 'small': 'x'", "waiting for version 1 of 'small': gone")
     assert last.startswith("serving version 1 of 'small'") and deployment.models[0].version == "1"
+
+
+def test_a_deleted_application_does_not_stop_other_aliases(copied, monkeypatch, capsys):
+    deployment = deployment_of(copied)
+    monkeypatch.setattr(deploy, "check_model", lambda *_: None)
+    monkeypatch.setattr(deploy, "replace_model", lambda *_: None)
+    monkeypatch.setattr(ray_serve, "status", lambda: SimpleNamespace(applications={}))
+    deployment.follow_aliases()
+    assert "version 1 of 'small' does not start: Ray Serve has no application" in capsys.readouterr().out
 
 
 def test_an_application_that_serve_does_not_know_is_named(monkeypatch):
