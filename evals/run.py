@@ -24,7 +24,7 @@ from evals.scores import Point, cluster_likelihood, cluster_mean, effective_leng
 from model.errors import ConfigError
 
 TASK_FOLDER = Path(__file__).parent / "tasks"
-_CLUSTERED = {"recall": cluster_mean, "likelihood": cluster_likelihood}
+_ESTIMATORS = {"recall": cluster_mean, "likelihood": cluster_likelihood}
 """Functions that return a metric's score and standard error."""
 
 Settings = Mapping[str, Mapping[str, Any]]
@@ -153,7 +153,7 @@ def _load_task(point: Point, metadata: dict[str, Any]) -> Task:
 def _summarize(task: str, samples: Samples) -> dict[str, float]:
     metric = TASKS[task].metric
     results = [sample[metric] for sample in samples]
-    score, stderr = _CLUSTERED[metric](results)
+    score, stderr = _ESTIMATORS[metric](results)
     summary: dict[str, float] = {metric: score}
     if stderr is not None:
         summary[f"{metric}_stderr"] = stderr

@@ -135,7 +135,7 @@ class RetrievalTask(Task):
         return self
 
     def lengths(self, length: int) -> list[int]:
-        """Return the lengths of documents up to ``length`` tokens, of which consecutive documents have one each."""
+        """Return the lengths, at most ``length`` tokens, that consecutive documents cycle through."""
         return [length]
 
     def max_distance(self, plan: Plan, speller: Speller, length: int, distance: int, rounds: int = 1) -> int:

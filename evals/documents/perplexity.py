@@ -13,7 +13,8 @@ from model.tokenizer.base import REPLACEMENT
 from model.wording import count
 
 MAX_SHIFTS = 64
-"""Tokens by which the start of a span may move to a split point: encoding both sides apart changes nothing there."""
+"""Maximum number of tokens that the start of a span moves to reach a split point. Encoding the two sides of it
+separately yields the same tokens."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from model.config import ModelConfig
 from model.costs import costs_of
 from model.errors import CacheError, ConfigError
 from pipelines.experiments.arms import CHOICES, FULL, NONE, WITHOUT, Arm, ablation_arms, with_flops
-from pipelines.experiments.experiment import Experiment, SelectedRate, fix_settings, open_experiment
+from pipelines.experiments.experiment import Experiment, SelectedRate, open_experiment, resolve_settings
 from pipelines.experiments.flops import count_decode_flops, training_flops
 from pipelines.experiments.outputs import command_line, publish
 from pipelines.experiments.quantization import score_variants
@@ -33,7 +33,7 @@ STAGE_TITLES = {
 
 def run_ablation(recipe: Recipe, write: Path | None) -> AblationResult:
     """Train and score all arms; log and print tables and the figure. Raises FiftyfoldError."""
-    recipe, manifest = fix_settings(recipe)
+    recipe, manifest = resolve_settings(recipe)
     section, arms = recipe.ablate, ablation_arms(recipe)
     if section.context > recipe.model.max_positions:
         raise ConfigError(f"ablate.context: {section.context} exceeds model.max_positions {recipe.model.max_positions}")
@@ -103,7 +103,7 @@ def _arm_result(
         arm.name,
         arm.title,
         rate.rate,
-        rate.by_name,
+        rate.losses_by_name,
         runs_of(first.recipe, results[arm.name]),
         None if longer is None else runs_of(longer.recipe, scaled_results[arm.name]),
     )

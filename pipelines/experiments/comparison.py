@@ -11,7 +11,7 @@ from model.mixers.gqa import GroupedQueryAttention
 from model.transformer import Transformer
 from pipelines.experiments.ablation import runs_of
 from pipelines.experiments.arms import Arm, comparison_arms
-from pipelines.experiments.experiment import fix_settings, open_experiment
+from pipelines.experiments.experiment import open_experiment, resolve_settings
 from pipelines.experiments.outputs import command_line, publish
 from pipelines.experiments.scoring import check_tasks
 from pipelines.experiments.timing import DECODED, describe_machine, time_decoding, time_prefill
@@ -35,7 +35,7 @@ from pipelines.training.curriculum import total_tokens
 
 def run_comparison(recipe: Recipe, write: Path | None) -> ComparisonResult:
     """Train and score all arms, measure their costs; log and print tables and figures. Raises FiftyfoldError."""
-    recipe, manifest = fix_settings(recipe)
+    recipe, manifest = resolve_settings(recipe)
     section, arms = recipe.compare, comparison_arms(recipe)
     longest = max(LENGTHS[-1], *(length + DECODED for length in section.timed_lengths))
     configs = {arm.name: _long(arm.recipe.model, longest) for arm in arms}
@@ -61,7 +61,7 @@ def run_comparison(recipe: Recipe, write: Path | None) -> ComparisonResult:
                     arm.name,
                     *parameters,
                     rate.rate,
-                    rate.by_name,
+                    rate.losses_by_name,
                     runs_of(next(t.recipe for t in trials if t.arm == arm.name), results[arm.name]),
                     _costs(costs_of(configs[arm.name]), configs[arm.name], section.max_measured_bytes),
                     decode[arm.name],

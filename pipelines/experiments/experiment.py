@@ -44,7 +44,7 @@ class SelectedRate:
     losses: dict[float, float | None]
 
     @property
-    def by_name(self) -> dict[str, float | None]:
+    def losses_by_name(self) -> dict[str, float | None]:
         """The losses by the rate as text, for JSON."""
         return {f"{rate:g}": loss for rate, loss in self.losses.items()}
 
@@ -194,7 +194,7 @@ def open_experiment(step: str, recipe: Recipe, arms: Sequence[Arm], manifest: Ma
     Raises ConfigError or DataError, before any compute, for an arm that cannot be trained on the prepared data.
 
     Args:
-        recipe: The recipe of :func:`fix_settings`.
+        recipe: The recipe of :func:`resolve_settings`.
         manifest: The manifest of its data.
     """
     section: AblateSection | CompareSection = getattr(recipe, step)
@@ -224,7 +224,7 @@ def _check_arm(step: str, arm: Arm, manifest: Manifest) -> None:
         raise ConfigError(f"{step}: arm {arm.name}: {error}") from None
 
 
-def fix_settings(recipe: Recipe) -> tuple[Recipe, Manifest]:
+def resolve_settings(recipe: Recipe) -> tuple[Recipe, Manifest]:
     """Return the recipe with the settings that all arms share, and the manifest of its verified data.
 
     These are the vocabulary size of the data, and the data types of this machine in place of ``auto``. Raises

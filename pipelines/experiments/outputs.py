@@ -101,7 +101,7 @@ def command_of(step: str) -> str:
 
 
 def _arguments() -> list[str]:
-    """Return the arguments of this process without a password, none where another program runs the step."""
+    """Return the arguments of this process with passwords removed. Empty if another program runs the step."""
     if Path(sys.argv[0]).parts[-2:] != ("pipelines", "__main__.py"):
         return []
     return [_without_password(argument, before) for before, argument in itertools.pairwise(["", *sys.argv[1:]])]

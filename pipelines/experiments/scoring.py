@@ -26,7 +26,7 @@ def score_tasks(
     """Return the metrics of :func:`evals.run.evaluate` for a checkpoint, by default with the evaluate section's values.
 
     Text comes from the recipe's prepared data or, if there is none, from the standard library. Raises ConfigError,
-    CheckpointError or DataError. They name the recipe's key, which for a fault of the checkpoint is ``checkpoint_key``.
+    CheckpointError or DataError. Errors name the recipe's key; errors about the checkpoint name ``checkpoint_key``.
     """
     from evals.run import evaluate  # importing lm-eval takes longer than a short training
 

@@ -18,7 +18,7 @@ from model.wording import count
 
 _ROUNDS = 5
 DECODED = _ROUNDS + 1
-"""Tokens that :func:`time_decoding` decodes behind each length."""
+"""Number of tokens that :func:`time_decoding` decodes after each length."""
 
 
 def describe_machine() -> str:

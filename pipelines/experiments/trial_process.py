@@ -19,7 +19,7 @@ from pipelines.data.manifest import read_manifest
 from pipelines.experiments.scoring import score_tasks
 from pipelines.experiments.trials import FINAL, LAST, RESULT, Trial, only_process
 from pipelines.recipe.loading import with_overrides
-from pipelines.recipe.metrics import LOSS
+from pipelines.recipe.metrics import LOSS, STEP_SECONDS
 from pipelines.reports.cache_measurement import measured_cache
 from pipelines.tracking.lineage import dataset_input
 from pipelines.tracking.mlflow_store import TrackedRun, open_tracking
@@ -33,7 +33,6 @@ from pipelines.training.trainer import Trainer
 from pipelines.training.validation import held_out_batches, validate
 
 CURVE = "curve.json"
-STEP_SECONDS = "train/step_seconds"
 
 
 def run_trial(config: dict[str, str], trials: dict[str, dict[str, Any]], tracking: dict[str, str]) -> None:

@@ -23,7 +23,7 @@ class TrainEvent:
     tags: dict[str, str] = field(default_factory=dict)
     """Tags of the MLflow run."""
     resumed: bool = False
-    """True if the training goes on from the checkpoint of ``step``."""
+    """True if training resumed from the checkpoint of ``step``."""
 
     @classmethod
     def resumption(cls, step: int) -> TrainEvent:

@@ -52,8 +52,8 @@ def merge(earlier: Any, later: Any, key: str = "") -> Any:
 
 
 def _conflict(key: str, earlier: Any, later: Any) -> ConfigError:
-    """Return the error for settings of which one, at the dotted ``key``, is a mapping. Its field is the key that the
-    later one names."""
+    """Return the error for merging a mapping with another value at the dotted ``key``. Its ``field`` is the key that
+    ``later`` sets."""
     if isinstance(earlier, dict):
         return ConfigError(f"is a section, whose settings have keys such as {key}.{next(iter(earlier), 'name')}", key)
     named = key

@@ -1,3 +1,4 @@
 """Names of metrics that recipes, trainings and reports share."""
 
-LOSS = "validation/loss"
+LOSS, RECALL = "validation/loss", "validation/recall"
+STEP_SECONDS = "train/step_seconds"

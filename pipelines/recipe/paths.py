@@ -125,7 +125,7 @@ def check_tracking_uri(uri: str) -> None:
 def _tracking_problem(uri: str) -> str | None:
     """Return what is expected of a tracking URI, or None if ``uri`` is one."""
     if re.search("[/?#@]", _split_user(uri)[1]):
-        return "expected a URI whose user name and password hold / ? # @ as %2F %3F %23 %40"
+        return "expected a URI with / ? # @ escaped as %2F %3F %23 %40 in the user name and password, and no other @"
     try:
         parts = urlsplit(uri)
         _ = parts.port  # raises ValueError for an invalid port
@@ -143,10 +143,10 @@ def _tracking_problem(uri: str) -> str | None:
 
 
 def without_password(uri: str) -> str:
-    """Return a URI without user name and password, for messages. In doubt, as with an unescaped / in a password,
-    everything up to the last @ is left out."""
-    start, _, place = _split_user(uri)
-    return start + _SECRET.sub(r"\1***", place)
+    """Return a URI without user name and password, for messages. If the end of the password is ambiguous, as with an
+    unescaped /, removes everything up to the last @."""
+    start, _, rest = _split_user(uri)
+    return start + _SECRET.sub(r"\1***", rest)
 
 
 def _split_user(uri: str) -> tuple[str, str, str]:
@@ -154,11 +154,11 @@ def _split_user(uri: str) -> tuple[str, str, str]:
     found = _START.match(uri)
     start = "" if found is None else found[0]
     names_file = ":///" in start and not start.startswith("http")
-    user, _, place = uri[len(start) :].rpartition("@")
+    user, _, rest = uri[len(start) :].rpartition("@")
     authority = re.split("[/?#]", user, maxsplit=1)[0]
     if names_file or (":" not in authority and authority != user):
         return start, "", uri[len(start) :]
-    return start, user, place
+    return start, user, rest
 
 
 def _resolve(value: Any) -> str:

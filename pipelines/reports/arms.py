@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pipelines.recipe.metrics import LOSS
+from pipelines.recipe.metrics import LOSS, RECALL
 from pipelines.reports.statistics import (
     adjusted,
     estimate,
@@ -21,7 +21,7 @@ from pipelines.reports.tables import Table
 METRICS = {
     "validation loss": LOSS,
     "loss on text": "validation/text_loss",
-    "recall": "validation/recall",
+    "recall": RECALL,
     "needle recall": "validation/needle_recall",
 }
 """Metrics of the tables by title."""

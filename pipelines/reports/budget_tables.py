@@ -8,7 +8,7 @@ from model.costs import PARAMETER_RULE, WEIGHTING, CostModel, times
 from model.wording import count
 from pipelines.reports.budget import Budget
 from pipelines.reports.cache_measurement import MEASUREMENT_RULE
-from pipelines.reports.counting import size
+from pipelines.reports.counting import format_bytes
 from pipelines.reports.terminal import print_table
 
 
@@ -30,9 +30,9 @@ def print_budget(budget: Budget) -> None:
     print_table("parameters", ["component", "all", "active per token"], rows)
     _print_rules(PARAMETER_RULE)
 
-    rows = [[part, _format_number(each), _format_bytes(each * n)] for part, each in own.per_token.items()]
-    rows += [[f"{part} (fixed state)", "", _format_bytes(each)] for part, each in own.fixed.items()]
-    rows.append(["total", _format_number(own.bytes_per_token), _format_bytes(own.cache_bytes(n))])
+    rows = [[part, _format_number(each), format_bytes(each * n)] for part, each in own.per_token.items()]
+    rows += [[f"{part} (fixed state)", "", format_bytes(each)] for part, each in own.fixed.items()]
+    rows.append(["total", _format_number(own.bytes_per_token), format_bytes(own.cache_bytes(n))])
     print_table("cache of one sequence", ["component", "bytes per token", f"at {n:,} tokens"], rows)
     _print_rules(own.rule)
     if budget.measurement is not None:
@@ -101,7 +101,7 @@ def _cost_row(name: str, account: CostModel, budget: Budget) -> list[str]:
         name,
         _format_number(account.bytes_per_token),
         _format_ratio(times(account.bytes_per_token, own.bytes_per_token)),
-        _format_bytes(account.cache_bytes(n)),
+        format_bytes(account.cache_bytes(n)),
         _format_ratio(times(account.cache_bytes(n), own.cache_bytes(n))),
         _format_giga(account.flops(n)),
         _format_ratio(times(account.flops(n), own.flops(n))),
@@ -130,7 +130,3 @@ def _format_giga(flops: float) -> str:
 
 def _format_tokens(tokens: int | None) -> str:
     return "never" if tokens is None else f"{tokens:,}"
-
-
-def _format_bytes(number: float) -> str:
-    return size(number, digits=2)

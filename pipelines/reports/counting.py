@@ -3,8 +3,8 @@
 from model.wording import count
 
 
-def size(number: float, digits: int = 1) -> str:
-    """Return a number of bytes in the largest unit of which there is at least one, with ``digits`` decimals."""
+def format_bytes(number: float, digits: int = 2) -> str:
+    """Return a number of bytes in the largest unit not above it, with ``digits`` decimals."""
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if number >= unit:
             return f"{number / unit:,.{digits}f} {name}"

@@ -13,8 +13,9 @@ from model.config import ModelConfig
 from model.costs import WEIGHTING, CostModel, costs_of, family_config, family_costs, ssa_costs
 from model.errors import CacheError
 from model.wording import count
+from pipelines.reports.budget_figures import comparison_figure
 from pipelines.reports.cache_measurement import Measurement, check_memory, measure_cache
-from pipelines.reports.figures import LENGTHS, binary, comparison_figure, curve_lengths
+from pipelines.reports.figures import LENGTHS, binary, curve_lengths
 from pipelines.reports.terminal import print_table
 
 _POINTS_PER_DOUBLING = 4

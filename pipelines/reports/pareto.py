@@ -11,13 +11,14 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from model.wording import count
+from pipelines.recipe.metrics import LOSS, RECALL
 from pipelines.reports.cache_measurement import BYTES_PER_TOKEN
 from pipelines.reports.tables import Table
 
 _CHOSEN, _FRONT, _DOMINATED, _LINE = "#c0392b", "#2c5f8a", "#b0b8be", "#9aa7b1"
 _PANELS = (
-    ("validation/recall", "recall of key-value pairs", True),
-    ("validation/loss", "validation loss of text and answers (nats per token)", False),
+    (RECALL, "recall of key-value pairs", True),
+    (LOSS, "validation loss of text and answers (nats per token)", False),
 )
 
 
@@ -136,7 +137,7 @@ def hypervolume(points: Sequence[tuple[float, float]], higher: bool) -> float:
 
 def table(report: SweepReport) -> Table:
     """Return the trials by cache size, each with its run."""
-    names = [BYTES_PER_TOKEN, *dict.fromkeys((report.metric, "validation/recall", "validation/loss"))]
+    names = [BYTES_PER_TOKEN, *dict.fromkeys((report.metric, RECALL, LOSS))]
     front, finished = report.front, report.finished
     rows = []
     for i, point in enumerate(report.points):

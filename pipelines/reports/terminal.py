@@ -12,6 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.recipe.metrics import LOSS, RECALL
+
 
 def _console(**options: Any) -> Console:
     return Console(markup=False, emoji=False, **options)
@@ -67,8 +69,8 @@ class TrainingProgress:
         parts = []
         for label, key, spec in (
             ("loss", "train/loss", ".3f"),
-            ("validation loss", "validation/loss", ".3f"),
-            ("recall", "validation/recall", ".1%"),
+            ("validation loss", LOSS, ".3f"),
+            ("recall", RECALL, ".1%"),
             ("tokens/s", "train/tokens_per_second", ",.0f"),
         ):
             value = self._metrics.get(key)

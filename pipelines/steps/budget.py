@@ -26,10 +26,11 @@ from pipelines.recipe.paths import check_creatable, path_option
 from pipelines.recipe.schema import Recipe
 from pipelines.recipe.section import check_distinct
 from pipelines.reports.budget import Budget, budget_of
+from pipelines.reports.budget_figures import budget_figure
 from pipelines.reports.budget_tables import print_budget
 from pipelines.reports.cache_measurement import measure_cache
 from pipelines.reports.family_comparison import Comparison, compare, draw_comparison, print_comparison
-from pipelines.reports.figures import FIGURE_SUFFIXES, budget_figure, curve_lengths, save_figure
+from pipelines.reports.figures import FIGURE_SUFFIXES, curve_lengths, save_figure
 from pipelines.steps import Step
 
 CURVE_TOKENS = (1 << 10, 1 << 22)

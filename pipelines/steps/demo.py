@@ -20,6 +20,7 @@ from pipelines.experiments.scoring import check_section
 from pipelines.ray_runtime.session import local_cpus, ray_session
 from pipelines.recipe.loading import overlay, with_overrides
 from pipelines.recipe.messages import naming
+from pipelines.recipe.metrics import RECALL
 from pipelines.recipe.quoting import first_line
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.cache_measurement import BYTES_PER_TOKEN, measured_cache
@@ -29,7 +30,7 @@ from pipelines.steps import Step, deploy, evaluate, prepare, promote, sweep, tra
 from pipelines.tracking.mlflow_store import attach, open_tracking, ui_command
 from pipelines.training.curriculum import curriculum, tokens_after
 
-RECALL = 0.9
+TARGET_RECALL = 0.9
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Contestant:
     muon_share: float
     seconds: float
     recall_tokens: float | None = None
-    """Training tokens after which the held-out recall first reached :data:`RECALL`; infinite if it did not."""
+    """Training tokens after which the held-out recall first reached :data:`TARGET_RECALL`; infinite if it did not."""
 
 
 def run(recipe: Recipe) -> None:
@@ -176,11 +177,11 @@ def _ask(recipe: Recipe, deployment: deploy.Deployment) -> int:
 
 
 def recall_tokens(recipe: Recipe, run_id: str) -> float:
-    """Return the training tokens of a run to :data:`RECALL`, interpolated between validations, or infinity."""
+    """Return the training tokens of a run to :data:`TARGET_RECALL`, interpolated between validations, or infinity."""
     stages = curriculum(recipe)
-    history = attach(open_tracking(recipe).uri, run_id).history("validation/recall")
+    history = attach(open_tracking(recipe).uri, run_id).history(RECALL)
     line = [(tokens_after(stages, step), -value) for step, value in history]
-    return tokens_to(line, -RECALL)
+    return tokens_to(line, -TARGET_RECALL)
 
 
 def _format_tokens(tokens: float | None) -> str:
@@ -205,7 +206,7 @@ def _print_tables(contestants: list[Contestant], clock: dict[str, float], total:
     rows = [
         row("validation loss, text (nats per token)", metric("validation/text_loss")),
         row(f"recall, {length} tokens (lm-eval)", metric("eval/recall", ".1%")),
-        row(f"training tokens to {RECALL:.0%} validation recall", lambda c: _format_tokens(c.recall_tokens)),
+        row(f"training tokens to {TARGET_RECALL:.0%} validation recall", lambda c: _format_tokens(c.recall_tokens)),
         row(
             "cache bytes per token, closed form", lambda c: f"{sum(cache_bytes_per_token(c.recipe.model).values()):.1f}"
         ),

@@ -20,7 +20,7 @@ from pipelines.data.shard_writer import write_splits
 from pipelines.data.source_files import SourceFile, find_files
 from pipelines.recipe.paths import check_creatable
 from pipelines.recipe.schema import Recipe
-from pipelines.reports.counting import size
+from pipelines.reports.counting import format_bytes
 from pipelines.steps import Step
 from serve.api.chat_template import ChatTemplate
 
@@ -144,8 +144,9 @@ def _print_summary(result: PrepareResult) -> None:
             f"{number:,} {kind}" + (f" ({part.targets[kind] / (number * length):.1%} full)" if number else "")
             for kind, number in part.rows.items()
         )
+        text = format_bytes(part.text_bytes, digits=1)
         print(
-            f"  {split}: {count(part.documents['text'], 'document')} ({size(part.text_bytes)} of text), "
+            f"  {split}: {count(part.documents['text'], 'document')} ({text} of text), "
             f"rows of {length} tokens: {rows}, in {count(len(part.shards), 'shard')}"
         )
 

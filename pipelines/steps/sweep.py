@@ -33,6 +33,7 @@ from pipelines.ray_runtime.tuner import cpus_per_trial, run_trials
 from pipelines.recipe.experiments import Setting
 from pipelines.recipe.keys import set_key
 from pipelines.recipe.loading import with_overrides
+from pipelines.recipe.metrics import LOSS, RECALL
 from pipelines.recipe.schema import Recipe
 from pipelines.recipe.yaml_format import dump_yaml
 from pipelines.reports.cache_measurement import BYTES_PER_TOKEN, MEASURED_TOKENS, measured_cache
@@ -59,7 +60,7 @@ from pipelines.training.search_space import (
 )
 
 WALL_SECONDS = "sweep/wall_seconds"
-_SHOWN = (BYTES_PER_TOKEN, "validation/recall", "validation/loss")
+_SHOWN = (BYTES_PER_TOKEN, RECALL, LOSS)
 _SWEEP_SECTIONS = (*TRAINING_SECTIONS, "sweep")
 
 

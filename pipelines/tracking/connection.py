@@ -29,7 +29,7 @@ from pipelines.tracking.server import check_server
 DATABASE = "mlflow.db"
 """Name of the default store's database in a runs folder."""
 _MOVED = f"if a run folder was moved, move its whole runs folder, with {DATABASE} and {ARTIFACTS}"
-"""Advice where the store of a run is missing."""
+"""Advice appended to the error for a missing store."""
 
 
 def connect(uri: str, create: bool = True, advice: str = _MOVED) -> MlflowClient:
@@ -77,7 +77,8 @@ def _open_sqlite(uri: str, create: bool, advice: str) -> MlflowClient:
 
 
 def _check_sqlite(path: Path) -> bool:
-    """Return whether a database still has to be created. Raises ConfigError if it exists and is none."""
+    """Return whether a database still has to be created. Raises ConfigError if the file exists but is not an
+    SQLite database."""
     try:
         with path.open("rb") as file:
             header = file.read(16)

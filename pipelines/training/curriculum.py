@@ -118,7 +118,7 @@ def stage_at(stages: tuple[Stage, ...], step: int) -> Stage:
 
 
 def tokens_after(stages: tuple[Stage, ...], step: int) -> int:
-    """Return the tokens of the first ``step`` updates."""
+    """Return the number of tokens in the first ``step`` updates."""
     return sum(min(max(step - stage.first_step, 0), stage.steps) * stage.tokens_per_step for stage in stages)
 
 

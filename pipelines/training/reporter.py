@@ -17,8 +17,8 @@ class Reporter(Protocol):
         """Record metrics of the step just made."""
 
     def resumed(self, step: int) -> None:
-        """Record that the training goes on from the checkpoint of ``step``. It repeats the steps after it that were
-        recorded before the training was interrupted, with equal values."""
+        """Record that training resumed from the checkpoint of ``step``. Steps recorded after that checkpoint are
+        repeated with equal values."""
 
     def log_event(self, step: int, message: str) -> None:
         """Record an event that a person should see, such as a rollback."""

@@ -46,7 +46,7 @@ def combinations(recipe: Recipe) -> list[dict[str, Setting]]:
     rng = random.Random(recipe.run.seed)
     lists = {key: values for key, values in space.items() if not isinstance(values, Range)}
     size = math.prod(map(len, lists.values()))
-    if len(lists) < len(space) or size > sys.maxsize:  # equal draws are out of the question
+    if len(lists) < len(space) or size > sys.maxsize:  # a duplicate draw is practically impossible
         return [_draw(recipe, rng) for _ in range(trials or 0)]
     if trials is None or trials >= size:
         return [dict(zip(lists, values)) for values in itertools.product(*lists.values())]

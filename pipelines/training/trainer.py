@@ -28,7 +28,7 @@ from model.optim import MuonAdamW
 from model.tokenizer import Tokenizer
 from model.transformer import Transformer
 from pipelines.data.batches import Batch, TrainBatches
-from pipelines.recipe.metrics import LOSS
+from pipelines.recipe.metrics import LOSS, STEP_SECONDS
 from pipelines.recipe.schema import Recipe
 from pipelines.training import anticipatory_routing, compute_dtype
 from pipelines.training.anticipatory_routing import AnticipatoryRouting, ExpertIds
@@ -223,7 +223,7 @@ class Trainer:
                     seconds = time.perf_counter() - started
                     measured |= {
                         "train/stage": stage.index + 1,
-                        "train/step_seconds": seconds,
+                        STEP_SECONDS: seconds,
                         "train/tokens_per_second": stage.tokens_per_step / seconds,
                     }
                     self.reporter.log(before + 1, {name: float(value) for name, value in measured.items()})

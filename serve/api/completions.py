@@ -15,7 +15,7 @@ from serve.api.schemas.completions import Completion, CompletionRequest
 from serve.api.served_model import ServedModel
 from serve.engine import Pace
 
-_LARGE = 1 << 14
+_LARGE_PROMPT = 1 << 14
 """Characters or token IDs from which prompts are encoded in a thread, so that other streams go on."""
 
 
@@ -26,7 +26,7 @@ def add_routes(app: FastAPI, served: ServedModel, pace: Pace) -> None:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         served.check_name(body.model)
         served.engine.check_size(len(body.prompt) * body.candidates)  # before a million prompts are encoded
-        if sum(map(len, body.prompt)) < _LARGE:
+        if sum(map(len, body.prompt)) < _LARGE_PROMPT:
             prompts, echoes = _encode(body, tokenizer)
         else:
             prompts, echoes = await asyncio.to_thread(_encode, body, tokenizer)

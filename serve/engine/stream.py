@@ -21,10 +21,10 @@ class Pace:
     """Times between the batches of :meth:`Stream.batches`. Streams with the same object share a rate."""
 
     interval: float = 0.0
-    """Least seconds between two batches of a stream's output. Many streams wait longer, so that together they have at
+    """Minimum seconds between two batches of a stream's output. Many streams wait longer, so that together they have at
     most :data:`BATCHES_PER_SECOND`. 0 puts every output into a batch of its own."""
     keep_alive: float = math.inf
-    """Seconds of silence after which an empty batch comes."""
+    """Seconds without output after which an empty batch is yielded."""
     active: int = field(default=0, init=False)
     """Streams that are being read."""
 

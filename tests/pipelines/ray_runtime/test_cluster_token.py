@@ -14,7 +14,7 @@ def environment(monkeypatch):
         monkeypatch.setenv(name, "")  # restored at the end, whatever the test sets
 
 
-def test_every_process_gets_a_token_of_its_own(monkeypatch):
+def test_a_missing_or_blank_token_is_replaced_by_a_random_one(monkeypatch):
     ensure_token()
     first = os.environ[VARIABLE]
     assert len(first) == 64
@@ -26,7 +26,7 @@ def test_every_process_gets_a_token_of_its_own(monkeypatch):
 
 
 def test_a_token_of_the_user_is_kept(monkeypatch, tmp_path):
-    (tmp_path / "token").write_text("from the file".replace(" ", "-") + "\n")
+    (tmp_path / "token").write_text("from-the-file\n")
     monkeypatch.setenv(PATH_VARIABLE, str(tmp_path / "token"))
     ensure_token()
     assert os.environ[VARIABLE] == ""

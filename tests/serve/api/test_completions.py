@@ -407,7 +407,7 @@ def test_a_stream_ends_quietly_if_sending_fails(endless_model, letters, spec_ver
 def test_long_prompts_are_encoded_and_echoed_off_the_event_loop(
     client, letters, lengths_on_event_loop, monkeypatch
 ) -> None:
-    monkeypatch.setattr("serve.api.completions._LARGE", 100)
+    monkeypatch.setattr("serve.api.completions._LARGE_PROMPT", 100)
     text = "the rain in " * 20
     for prompt in (text, letters.encode(text)):
         assert ask(client, prompt=prompt, echo=True, max_tokens=0)["choices"][0]["text"] == text

@@ -1,4 +1,4 @@
-"""Work for a client, some of whom disconnect."""
+"""Cancellation of work when the client disconnects."""
 
 import asyncio
 

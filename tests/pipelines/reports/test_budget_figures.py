@@ -4,7 +4,7 @@ import itertools
 
 from model.config import ModelConfig
 from pipelines.reports.budget import budget_of
-from pipelines.reports.figures import budget_figure
+from pipelines.reports.budget_figures import budget_figure
 
 
 def test_labels_of_neighboring_crossovers_do_not_touch():
