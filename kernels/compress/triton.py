@@ -299,9 +299,10 @@ class _Compress(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        *tensors, pooled = ctx.saved_tensors
+        rows, bias, weight, cos, sin, places, starts, pooled = ctx.saved_tensors
         if grad.numel():
-            gradients = _Entries(*tensors, ctx.options).backward(grad.contiguous(), pooled)
+            entries = _Entries(rows, bias, weight, cos, sin, places, starts, ctx.options)
+            gradients = entries.backward(grad.contiguous(), pooled)
         else:
-            gradients = tuple(torch.zeros_like(x) for x in tensors[:3])
+            gradients = torch.zeros_like(rows), torch.zeros_like(bias), torch.zeros_like(weight)
         return *gradients, *(None,) * (len(ctx.needs_input_grad) - len(gradients))
