@@ -1,4 +1,4 @@
-"""Folder of compiled code and measured settings."""
+"""Location of the on-disk cache of compiled libraries and tuned tile settings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from pathlib import Path
 
 
 def cache_folder(name: str) -> Path:
-    """Return a folder in the user's cache folder (``XDG_CACHE_HOME``). It may not exist."""
+    """Return the path of ``fiftyfold/<name>`` in the user's cache folder (``XDG_CACHE_HOME``). Does not create it."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "fiftyfold" / name

@@ -280,17 +280,17 @@ def _check_types(config: ModelConfig) -> None:
         value, hint, origin = getattr(config, field.name), hints[field.name], typing.get_origin(hints[field.name])
         if origin is Literal:
             if value not in (allowed := typing.get_args(hint)):
-                raise ConfigError(f"{field.name}: {quote(value)} is not one of {', '.join(map(str, allowed))}")
+                raise ConfigError(f"{quote(value)} is not one of {', '.join(map(str, allowed))}", field.name)
         elif origin is tuple:
             for name in value:
                 if not isinstance(name, str) or name not in MIXERS:
-                    raise ConfigError(f"layers: {quote(name)} is not one of {', '.join(MIXERS)}")
+                    raise ConfigError(f"{quote(name)} is not one of {', '.join(MIXERS)}", "layers")
         elif hint is float:
             expected = "a finite number" if isinstance(value, float) else TYPE_NAMES[float]
-            require(is_number(value), f"{field.name}: expected {expected}, found {quote(value)}")
+            require(is_number(value), f"expected {expected}, found {quote(value)}", field.name)
             object.__setattr__(config, field.name, float(value))
         elif origin is not Mapping and type(value) is not hint:
-            raise ConfigError(f"{field.name}: expected {TYPE_NAMES[hint]}, found {quote(value)}")
+            raise ConfigError(f"expected {TYPE_NAMES[hint]}, found {quote(value)}", field.name)
 
 
 def _validate(c: ModelConfig) -> None:
@@ -322,29 +322,30 @@ def _validate(c: ModelConfig) -> None:
         "yarn_original_positions",
     )
     for name in positive:
-        require(getattr(c, name) >= 1, f"{name}: must be at least 1, found {getattr(c, name)}")
-        require(getattr(c, name) < 1 << 31, f"{name}: must be below 2 ** 31, found {getattr(c, name)}")
+        require(getattr(c, name) >= 1, f"must be at least 1, found {getattr(c, name)}", name)
+        require(getattr(c, name) < 1 << 31, f"must be below 2 ** 31, found {getattr(c, name)}", name)
     for name in ["norm_eps", "rope_theta", "compress_rope_theta", "routed_scaling_factor", "hc_eps"]:
-        require(getattr(c, name) > 0, f"{name}: must be positive, found {getattr(c, name)}")
-    require(c.swiglu_limit >= 0, f"swiglu_limit: must not be negative, found {c.swiglu_limit}")
-    require(len(c.layers) >= 1, "layers: the schedule is empty")
-    require(len(c.layers) <= MAX_LAYERS, f"layers: expected at most {MAX_LAYERS}, found {len(c.layers)}")
-    require(c.hc_sinkhorn_iters <= 1000, f"hc_sinkhorn_iters: expected at most 1000, found {c.hc_sinkhorn_iters}")
-    require(c.mtp_layers in (0, 1), f"mtp_layers: must be 0 or 1, found {c.mtp_layers}")
-    require(c.init_std >= 0, f"init_std: must not be negative, found {c.init_std}")
-    require(c.yarn_factor >= 1, f"yarn_factor: must be at least 1, found {c.yarn_factor}")
-    require(c.rope_head_dim % 2 == 0, f"rope_head_dim: must be even, found {c.rope_head_dim}")
+        require(getattr(c, name) > 0, f"must be positive, found {getattr(c, name)}", name)
+    require(c.swiglu_limit >= 0, f"must not be negative, found {c.swiglu_limit}", "swiglu_limit")
+    require(len(c.layers) >= 1, "the schedule is empty", "layers")
+    require(len(c.layers) <= MAX_LAYERS, f"expected at most {MAX_LAYERS}, found {len(c.layers)}", "layers")
+    require(c.hc_sinkhorn_iters <= 1000, f"expected at most 1000, found {c.hc_sinkhorn_iters}", "hc_sinkhorn_iters")
+    require(c.mtp_layers in (0, 1), f"must be 0 or 1, found {c.mtp_layers}", "mtp_layers")
+    require(c.init_std >= 0, f"must not be negative, found {c.init_std}", "init_std")
+    require(c.yarn_factor >= 1, f"must be at least 1, found {c.yarn_factor}", "yarn_factor")
+    require(c.rope_head_dim % 2 == 0, f"must be even, found {c.rope_head_dim}", "rope_head_dim")
     require(
         c.rope_head_dim < c.head_dim,
-        f"rope_head_dim: {c.rope_head_dim} leaves no unrotated dims in head_dim {c.head_dim}",
+        f"{c.rope_head_dim} leaves no unrotated dims in head_dim {c.head_dim}",
+        "rope_head_dim",
     )
-    require(c.head_dim % 2 == 0, f"head_dim: must be even, found {c.head_dim}")
+    require(c.head_dim % 2 == 0, f"must be even, found {c.head_dim}", "head_dim")
     for mixer in set(c.block_mixers):
         mixer.check(c)
     require(
         c.first_k_dense_replace == 0 or (c.ffn == "moe" and 0 < c.first_k_dense_replace < len(c.layers)),
-        f"first_k_dense_replace: expected 0, or with ffn 'moe' fewer than all {len(c.layers)} layers, found "
-        f"{c.first_k_dense_replace}",
+        f"expected 0, or with ffn 'moe' fewer than all {len(c.layers)} layers, found {c.first_k_dense_replace}",
+        "first_k_dense_replace",
     )
     if c.ffn == "moe":
         _validate_experts(c)
@@ -353,25 +354,30 @@ def _validate(c: ModelConfig) -> None:
 def _validate_experts(c: ModelConfig) -> None:
     require(
         c.experts_per_token <= c.num_experts,
-        f"experts_per_token: {c.experts_per_token} exceeds num_experts {c.num_experts}",
+        f"{c.experts_per_token} exceeds num_experts {c.num_experts}",
+        "experts_per_token",
     )
-    require(c.num_shared_experts >= 0, f"num_shared_experts: must not be negative, found {c.num_shared_experts}")
+    require(c.num_shared_experts >= 0, f"must not be negative, found {c.num_shared_experts}", "num_shared_experts")
     require(
         0 <= c.num_hash_layers <= len(c.layers),
-        f"num_hash_layers: {c.num_hash_layers} does not fit a schedule of {len(c.layers)} layers",
+        f"{c.num_hash_layers} does not fit a schedule of {len(c.layers)} layers",
+        "num_hash_layers",
     )
     require(
         not (c.num_hash_layers and c.first_k_dense_replace),
-        f"num_hash_layers: {c.num_hash_layers} leading layers cannot be hash-routed, because first_k_dense_replace "
+        f"{c.num_hash_layers} leading layers cannot be hash-routed, because first_k_dense_replace "
         f"makes {c.first_k_dense_replace} of them dense; set one of the two to 0",
+        "num_hash_layers",
     )
-    require(c.topk_group <= c.n_group, f"topk_group: {c.topk_group} exceeds n_group {c.n_group}")
+    require(c.topk_group <= c.n_group, f"{c.topk_group} exceeds n_group {c.n_group}", "topk_group")
     require(
         c.n_group == 1 or (c.num_experts % c.n_group == 0 and c.num_experts >= 2 * c.n_group),
-        f"n_group: {c.num_experts} experts (num_experts) do not divide into {c.n_group} groups of at least 2",
+        f"{c.num_experts} experts (num_experts) do not divide into {c.n_group} groups of at least 2",
+        "n_group",
     )
     available = c.num_experts // c.n_group * c.topk_group
     require(
         c.experts_per_token <= available,
-        f"experts_per_token: {c.experts_per_token} exceeds the {available} experts of topk_group {c.topk_group} groups",
+        f"{c.experts_per_token} exceeds the {available} experts of topk_group {c.topk_group} groups",
+        "experts_per_token",
     )

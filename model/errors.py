@@ -15,8 +15,8 @@ class FiftyfoldError(Exception):
 class ConfigError(FiftyfoldError):
     """A setting that is unknown, has the wrong type, is out of range, or contradicts another.
 
-    ``field`` is the name of the setting where the error is raised. The message is ``reason`` after that name. A caller
-    that knows the setting by another name, such as a dotted key, puts that in its place.
+    ``field`` is the setting's name in the code that raises the error; it precedes ``reason`` in the message. Callers
+    may replace it with a user-facing name, such as a dotted key.
     """
 
     def __init__(self, reason: str, field: str | None = None):

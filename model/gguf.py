@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.atomic_files import atomic_file
+from model.atomic_files import atomic_file, made_parents
 from model.config import ModelConfig
 from model.errors import CheckpointError, ConfigError
 from model.finite import is_finite
@@ -123,7 +123,7 @@ def export_gguf(model: Transformer, path: str | Path, weights: WeightType = "f32
     missing, and CheckpointError if a value is not finite, or too large for the type.
     """
     if weights not in get_args(WeightType):
-        raise ConfigError(f"weights: '{weights}' is not one of {', '.join(get_args(WeightType))}")
+        raise ConfigError(f"'{weights}' is not one of {', '.join(get_args(WeightType))}", "weights")
     check_expressible(model.config)
     try:
         from gguf import GGMLQuantizationType, GGUFWriter, quant_shape_to_byte_shape
@@ -135,8 +135,7 @@ def export_gguf(model: Transformer, path: str | Path, weights: WeightType = "f32
     path = Path(path)
     state = model.state_dict()
     found = list(_sources(model))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as scratch:
+    with made_parents(path), atomic_file(path) as scratch:
         writer = GGUFWriter(scratch, ARCHITECTURE)
         try:
             _add_metadata(writer, model.config, weights)
@@ -162,7 +161,7 @@ def check_expressible(config: ModelConfig) -> None:
 
     def require(ok: bool, key: str, expected: str, found: Any) -> None:
         if not ok:
-            raise ConfigError(f"{key}: llama.cpp's {ARCHITECTURE} needs {expected}, found {quote(found)}")
+            raise ConfigError(f"llama.cpp's {ARCHITECTURE} needs {expected}, found {quote(found)}", key)
 
     c = config
     for name in c.layers:

@@ -64,11 +64,11 @@ class Precision:
         return x if rounding is None else round_to_layout(x, rounding)
 
     def main_rounding(self, training: bool, aux: AuxOutputs | None = None) -> EntryLayout | None:
-        """Return the layout that key-values are rounded to, or None if they are not."""
+        """Return the layout to round key-values to, or None to leave them unrounded."""
         return self._rounding("main", self.main_layout, training, aux)
 
     def index_rounding(self, training: bool, aux: AuxOutputs | None = None) -> EntryLayout | None:
-        """Return the layout that index queries or keys are rounded to, or None if they are not."""
+        """Return the layout to round index queries or keys to, or None to leave them unrounded."""
         return self._rounding("index", self.index_layout, training, aux)
 
     def _rounding(self, role: str, layout: EntryLayout, training: bool, aux: AuxOutputs | None) -> EntryLayout | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def check_regular(path: Path) -> None:
-    """Raise OSError unless ``path`` is a regular file. To open a named pipe would wait for a writer, maybe forever."""
+    """Raise OSError unless ``path`` is a regular file. Opening a named pipe would block until a writer appears."""
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))

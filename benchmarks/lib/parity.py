@@ -50,10 +50,9 @@ def make_pair(oracle: Any, batch: int = 1) -> Pair:
 
 
 def check_margin(name: str, margin: float, minimum: float) -> None:
-    """Raise FiftyfoldError if selected and unselected scores are so close that both networks may be correct and
-    differ."""
+    """Raise FiftyfoldError if selected and unselected scores are so close that rounding can change the selection."""
     if margin <= minimum:
-        raise FiftyfoldError(f"{name}: scores within {margin:.1e} of each other are ties; choose another seed")
+        raise FiftyfoldError(f"{name}: selected and unselected scores differ by only {margin:.1e}; choose another seed")
 
 
 def max_difference(a: Tensor, b: Tensor) -> float:

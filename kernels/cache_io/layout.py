@@ -18,10 +18,10 @@ from kernels import formats
 
 
 class BlockScales(NamedTuple):
-    """A format of grid values with scales: powers of two, one per block of dims."""
+    """Block-scaled format: an element format and one power-of-two scale per block of dims."""
 
     grid: str
-    """Grid of the values divided by their scale: ``e4m3`` or ``e2m1``."""
+    """Element format of the scaled values: ``e4m3`` or ``e2m1``."""
     block: int
     """Dims per scale."""
     max: float

@@ -31,7 +31,8 @@ class Pages:
     def gather_range(self, begin: int, end: int, counts: Tensor) -> Tensor:
         """Return rows ``begin`` to ``end`` of each sequence: uint8 [B, end - begin, nbytes].
 
-        Rows past a sequence's count, int64 [B], have no pages and repeat its last row, so that they can be masked.
+        ``counts``, int64 [B], is the number of valid rows per sequence. Indices past it are clamped to the last valid
+        row; callers must mask them.
         """
         rows = torch.arange(begin, end, device=counts.device)
         return self.gather(rows.minimum(counts.unsqueeze(-1) - 1).clamp(min=0))

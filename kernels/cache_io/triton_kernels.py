@@ -82,6 +82,7 @@ def e8m0_code(amax_bits, FORMAT: tl.constexpr):
         bits = tl.maximum(amax_bits, 0x01C00000)  # 6 * 2 ** -126
         code = (bits >> 23) - 2 + ((bits & 0x7FFFFF) > 0x400000).to(tl.int32)
     else:
+        tl.static_assert((FORMAT == FP8) | (FORMAT == FP8_WIDE))
         bits = tl.maximum(amax_bits, 0x38D1B717)  # 1e-4
         code = (bits >> 23) - 8 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
     return tl.where(bits >= 0x7F800000, 254, code)
@@ -168,11 +169,45 @@ def unpack_rope(base, there, ROPE: tl.constexpr, ROPE_PAD: tl.constexpr, FORMAT:
 
 
 @triton.jit
-def _scaled_block(x, first, rows, inside, BODY: tl.constexpr, FORMAT: tl.constexpr, PAD: tl.constexpr):
-    """Return a block of values divided by its scale, and the scale's biased exponent."""
-    amax = tl.max(tl.where(inside, x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0), axis=1)
-    exponent = e8m0_code(amax, FORMAT)
-    return to_grid(x, exponent[:, None]), exponent
+def _scaled(blocks, FORMAT: tl.constexpr):
+    """Return blocks of values [N, BLOCK] divided by their scales, and the scales' biased exponents [N]."""
+    exponent = e8m0_code(tl.max(blocks.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1), FORMAT)
+    return to_grid(blocks, exponent[:, None]), exponent
+
+
+@triton.jit
+def _rounded(blocks, FORMAT: tl.constexpr):
+    """Return blocks of values [N, BLOCK] rounded to a format with block scales. NaN stays."""
+    grid, exponent = _scaled(blocks, FORMAT)
+    if FORMAT == FP4:
+        rounded = e2m1_value(e2m1_code(grid))
+    else:
+        rounded = e4m3_value(e4m3_code(grid))
+    return tl.where(grid == grid, rounded * e8m0_value(exponent)[:, None], grid)
+
+
+@triton.jit
+def _store_scales(base, group, exponent, there, FORMAT: tl.constexpr):
+    """Store the scales of groups of dims. ``base`` points to a row's first scale."""
+    if FORMAT == FP8_WIDE:
+        at = base.to(tl.pointer_type(tl.int32)) + group
+        tl.store(at, e8m0_value(exponent).to(tl.int32, bitcast=True), mask=there)
+    else:
+        tl.store(base + group, exponent.to(tl.uint8), mask=there)
+
+
+@triton.jit
+def _store_padding(
+    base, there, FORMAT: tl.constexpr, BODY_BYTES: tl.constexpr, ROPE: tl.constexpr, ROPE_FORMAT: tl.constexpr,
+    SCALES: tl.constexpr, SCALE_OFFSET: tl.constexpr, NBYTES: tl.constexpr,
+):  # fmt: skip
+    """Store zeros before and after the scales of rows at pointers ``base``."""
+    rope_bytes: tl.constexpr = ROPE * (4 if ROPE_FORMAT == FP32 else 2)
+    scale_bytes: tl.constexpr = SCALES * (4 if FORMAT == FP8_WIDE else 1)
+    for i in tl.static_range(BODY_BYTES + rope_bytes, SCALE_OFFSET):
+        tl.store(base + i, 0, mask=there)
+    for i in tl.static_range(SCALE_OFFSET + scale_bytes, NBYTES):
+        tl.store(base + i, 0, mask=there)
 
 
 @triton.jit
@@ -188,17 +223,18 @@ def _store_floats(x, at, inside, FORMAT: tl.constexpr):
 
 @triton.jit
 def both(block, scalar):
-    """Return the mask ``block & scalar``. In Triton's interpreter, a comparison of scalars is an integer in a block."""
+    """Return the mask ``block & scalar``.
+
+    The comparison with zero is needed because Triton's interpreter returns integers for scalar comparisons.
+    """
     return (block & scalar) != 0
 
 
 @triton.jit
-def _body_grid(x, d, BODY: tl.constexpr, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
-    """Return the body of a row x [N] divided by its scales, [N / BLOCK, BLOCK], and the scales' biased exponents."""
+def _body_blocks(x, d, BODY: tl.constexpr, BLOCK: tl.constexpr):
+    """Return the body of a row x [N], zeros after it, in blocks: [N / BLOCK, BLOCK]."""
     N: tl.constexpr = x.shape[0]
-    blocks = tl.reshape(tl.where(d < BODY, x, 0.0), [N // BLOCK, BLOCK])
-    exponent = e8m0_code(tl.max(blocks.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1), FORMAT)
-    return to_grid(blocks, exponent[:, None]), exponent
+    return tl.reshape(tl.where(d < BODY, x, 0.0), [N // BLOCK, BLOCK])
 
 
 @triton.jit
@@ -208,20 +244,15 @@ def round_row(x, d, BODY: tl.constexpr, FORMAT: tl.constexpr, ROPE_FORMAT: tl.co
     ``BLOCK`` is the number of dims per scale, rounded up to a power of two.
     """
     N: tl.constexpr = x.shape[0]
+    body = x
+    if FORMAT == BF16:
+        body = round_to_bf16(x)
+    elif FORMAT != FP32:
+        body = tl.reshape(_rounded(_body_blocks(x, d, BODY, BLOCK), FORMAT), [N])
     rope = x
     if ROPE_FORMAT == BF16:
         rope = round_to_bf16(x)
-    if FORMAT == FP32:
-        return tl.where(d < BODY, x, rope)
-    if FORMAT == BF16:
-        return tl.where(d < BODY, round_to_bf16(x), rope)
-    grid, exponent = _body_grid(x, d, BODY, FORMAT, BLOCK)
-    if FORMAT == FP4:
-        rounded = e2m1_value(e2m1_code(grid))
-    else:
-        rounded = e4m3_value(e4m3_code(grid))
-    rounded = tl.where(grid == grid, rounded * e8m0_value(exponent)[:, None], grid)  # keeps NaN
-    return tl.where(d < BODY, tl.reshape(rounded, [N]), rope)
+    return tl.where(d < BODY, body, rope)
 
 
 @triton.jit
@@ -231,15 +262,15 @@ def pack_row(
     ROPE_FORMAT: tl.constexpr, BLOCK: tl.constexpr, SCALES: tl.constexpr, SCALE_OFFSET: tl.constexpr,
     NBYTES: tl.constexpr,
 ):  # fmt: skip
-    """Pack a row x, float32 [N], to the pointer ``base``, if ``there``. d and ``BLOCK`` are those of
-    :func:`round_row`."""
+    """Pack a row x, float32 [N], at pointer ``base``. Writes nothing unless ``there``. See :func:`round_row` for d and
+    ``BLOCK``."""
     N: tl.constexpr = x.shape[0]
     body = both(d < BODY, there)
     if FORMAT == FP32 or FORMAT == BF16:  # noqa: SIM109 (kernels have no membership tests)
         width: tl.constexpr = 4 if FORMAT == FP32 else 2
         _store_floats(x, base + width * d, body, FORMAT)
     else:
-        grid, exponent = _body_grid(x, d, BODY, FORMAT, BLOCK)
+        grid, exponent = _scaled(_body_blocks(x, d, BODY, BLOCK), FORMAT)
         if FORMAT == FP4:
             low, high = tl.split(tl.reshape(e2m1_code(grid), [N // 2, 2]))
             half = tl.arange(0, N // 2)
@@ -247,21 +278,12 @@ def pack_row(
         else:
             tl.store(base + d, tl.reshape(e4m3_code(grid), [N]).to(tl.uint8), mask=body)
         group = tl.arange(0, N // BLOCK)
-        known = both(group < SCALES, there)
-        if FORMAT == FP8_WIDE:
-            at = (base + SCALE_OFFSET).to(tl.pointer_type(tl.int32)) + group
-            tl.store(at, e8m0_value(exponent).to(tl.int32, bitcast=True), mask=known)
-        else:
-            tl.store(base + SCALE_OFFSET + group, exponent.to(tl.uint8), mask=known)
-    rope_width: tl.constexpr = 4 if ROPE_FORMAT == FP32 else 2
+        _store_scales(base + SCALE_OFFSET, group, exponent, both(group < SCALES, there), FORMAT)
     if ROPE > 0:
+        rope_width: tl.constexpr = 4 if ROPE_FORMAT == FP32 else 2
         at_rope = base + BODY_BYTES + rope_width * (d - BODY)
         _store_floats(x, at_rope, both((d >= BODY) & (d < BODY + ROPE), there), ROPE_FORMAT)
-    scale_bytes: tl.constexpr = 4 * SCALES if FORMAT == FP8_WIDE else SCALES
-    for i in tl.static_range(SCALE_OFFSET - BODY_BYTES - ROPE * rope_width):
-        tl.store(base + SCALE_OFFSET - 1 - i, 0, mask=there)
-    for i in tl.static_range(NBYTES - SCALE_OFFSET - scale_bytes):
-        tl.store(base + NBYTES - 1 - i, 0, mask=there)
+    _store_padding(base, there, FORMAT, BODY_BYTES, ROPE, ROPE_FORMAT, SCALES, SCALE_OFFSET, NBYTES)
 
 
 # --- kernels
@@ -294,7 +316,7 @@ def pack(
             at = group * BLOCK + d
             inside = there[:, None] & ((d < BLOCK) & (at < BODY))[None, :]
             values = tl.load(x + row[:, None] * SIZE + at[None, :], mask=inside, other=0.0).to(tl.float32)
-            grid, exponent = _scaled_block(values, group, row, inside, BODY, FORMAT, PAD)
+            grid, exponent = _scaled(values, FORMAT)
             if FORMAT == FP4:
                 low, high = tl.split(tl.reshape(e2m1_code(grid), [ROWS, PAD // 2, 2]))
                 half = tl.arange(0, PAD // 2)
@@ -303,24 +325,15 @@ def pack(
                 tl.store(out[:, None] + place[None, :], (low | (high << 4)).to(tl.uint8), mask=kept)
             else:
                 tl.store(out[:, None] + at[None, :], e4m3_code(grid).to(tl.uint8), mask=inside)
-            if FORMAT == FP8_WIDE:
-                scale = (out + SCALE_OFFSET + 4 * group).to(tl.pointer_type(tl.int32))
-                tl.store(scale, e8m0_value(exponent).to(tl.int32, bitcast=True), mask=there)
-            else:
-                tl.store(out + SCALE_OFFSET + group, exponent.to(tl.uint8), mask=there)
+            _store_scales(out + SCALE_OFFSET, group, exponent, there, FORMAT)
     else:
-        rope_width: tl.constexpr = 4 if ROPE_FORMAT == FP32 else 2
         if ROPE > 0:
+            rope_width: tl.constexpr = 4 if ROPE_FORMAT == FP32 else 2
             d = tl.arange(0, ROPE_PAD)
             inside = there[:, None] & (d < ROPE)[None, :]
             values = tl.load(x + row[:, None] * SIZE + BODY + d[None, :], mask=inside, other=0.0).to(tl.float32)
             _store_floats(values, (out + BODY_BYTES)[:, None] + rope_width * d[None, :], inside, ROPE_FORMAT)
-        scale_bytes: tl.constexpr = 4 * SCALES if FORMAT == FP8_WIDE else SCALES
-        gap: tl.constexpr = SCALE_OFFSET - BODY_BYTES - ROPE * rope_width
-        for i in tl.static_range(gap):
-            tl.store(out + SCALE_OFFSET - 1 - i, tl.zeros([ROWS], tl.uint8), mask=there)
-        for i in tl.static_range(NBYTES - SCALE_OFFSET - scale_bytes):
-            tl.store(out + NBYTES - 1 - i, tl.zeros([ROWS], tl.uint8), mask=there)
+        _store_padding(out, there, FORMAT, BODY_BYTES, ROPE, ROPE_FORMAT, SCALES, SCALE_OFFSET, NBYTES)
 
 
 @triton.jit
@@ -354,12 +367,7 @@ def round_values(
     at = tl.program_id(1) * BLOCK + d
     inside = (row < R)[:, None] & ((d < BLOCK) & (at < SIZE))[None, :]
     values = tl.load(x + row[:, None] * SIZE + at[None, :], mask=inside, other=0.0).to(tl.float32)
-    grid, exponent = _scaled_block(values, 0, row, inside, SIZE, FORMAT, PAD)
-    if FORMAT == FP4:
-        rounded = e2m1_value(e2m1_code(grid))
-    else:
-        rounded = e4m3_value(e4m3_code(grid))
-    rounded = tl.where(grid == grid, rounded * e8m0_value(exponent)[:, None], grid)  # keeps NaN
+    rounded = _rounded(values, FORMAT)
     if out.dtype.element_ty == tl.bfloat16:
         # Exact: BF16 holds all values of formats with scales.
         bits = (rounded.to(tl.int32, bitcast=True) >> 16).to(tl.int16)

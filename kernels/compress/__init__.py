@@ -5,6 +5,7 @@ Gated pooling, RMS norm, rotation by position and rounding to the entry's storag
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kernels import native
@@ -48,13 +49,16 @@ def compress(
         bias: float32 [m, w], added to the gates by position in the block.
         finish: Norm and rotation of the pooled entries.
         overlap: Whether entries also pool the preceding block.
-        has_previous: Whether the first block only serves as the predecessor of the second and has no entry.
+        has_previous: With ``overlap``, whether the first block only serves as the predecessor of the second and has no
+            entry. Cannot be combined with ``blocks``.
         blocks: The blocks of packed documents. The entries of padding are zeros.
         layout: Format that entries are rounded to, with a straight-through gradient. None leaves them in float32.
 
     Returns:
-        float32 [B, n, c], or [B, n - 1, c] with ``has_previous``.
+        float32 [B, n, c], or [B, n - 1, c] with ``overlap`` and ``has_previous``.
     """
+    if has_previous and blocks is not None:
+        raise ValueError("compress: has_previous and blocks are mutually exclusive")
     return get_backend(BACKENDS, backend or backend_for(rows, finish, blocks)).compress(
         rows, bias, finish, overlap, has_previous, blocks, layout
     )
@@ -75,16 +79,32 @@ def compress_next(
     the entries to the cache's pages, packed. No gradient.
 
     Args:
-        ring: float32 [B, capacity, 2w]. The row of position p is at index ``p % capacity``. The capacity is at least
-            m - 1, or 2m - 1 with overlap.
+        ring: float32 [B, capacity, 2w], contiguous. The row of position p is at index ``p % capacity``. The capacity is
+            at least m - 1, or 2m - 1 with overlap.
         rows: float32 [B, S, 2w], the rows of new tokens.
         bias: float32 [m, w], as for :func:`compress`.
-        finish: Norm and rotation of n entries, the highest number of blocks that a sequence completes. Sequences with
-            fewer have theirs first.
+        finish: Norm and rotation of n entries per sequence, where n is the largest number of blocks that any sequence
+            completes. Shorter sequences use the first ones.
         lengths: Number of tokens of each sequence before the new ones.
         overlap: Whether entries also pool the preceding block.
         layout: Layout of the rows of the pages.
-        pages: Entry i of a sequence is its row i. No page to write to is shared.
+        pages: Cache pages, updated in place. Entry i of a sequence is its row i. Pages that are written must not be
+            shared.
     """
     module = get_backend(BACKENDS, backend or backend_for(rows, finish))
+    _check_ring(ring, rows, bias, lengths, overlap)
     module.compress_next(ring, rows, bias, finish, lengths, overlap, layout, pages)
+
+
+def _check_ring(ring: Tensor, rows: Tensor, bias: Tensor, lengths: list[int], overlap: bool) -> None:
+    """Raise ValueError unless the ring buffer has the layout that :func:`compress_next` requires."""
+    (m, w), B = bias.shape, len(lengths)
+    capacity = 2 * m - 1 if overlap else m - 1
+    if ring.dtype != torch.float32 or not ring.is_contiguous():
+        found = f"{str(ring.dtype).removeprefix('torch.')} with strides {list(ring.stride())}"
+        raise ValueError(f"compress_next: ring must be contiguous float32, found {found}")
+    if ring.dim() != 3 or (ring.shape[0], ring.shape[2]) != (B, 2 * w) or ring.shape[1] < capacity:
+        expected = f"[{B}, at least {capacity}, {2 * w}]"
+        raise ValueError(f"compress_next: ring must have the shape {expected}, found {list(ring.shape)}")
+    if rows.dim() != 3 or (rows.shape[0], rows.shape[2]) != (B, 2 * w):
+        raise ValueError(f"compress_next: rows must have the shape [{B}, tokens, {2 * w}], found {list(rows.shape)}")

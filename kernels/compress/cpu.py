@@ -1,4 +1,4 @@
-"""Gated pooling by a native operator, followed by those of the norm, the rotations and the rounding."""
+"""Gated pooling by a native operator. The norm, rotations and rounding use their own operators."""
 
 from __future__ import annotations
 

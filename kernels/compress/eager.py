@@ -1,4 +1,4 @@
-"""Pooling in PyTorch, with a norm, rotations and rounding that select their own backends."""
+"""Gated pooling in PyTorch. The norm, rotations and rounding run on their default backends."""
 
 from __future__ import annotations
 

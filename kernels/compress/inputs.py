@@ -1,4 +1,4 @@
-"""Inputs of the pooling beside the projections."""
+"""Argument types of :func:`kernels.compress.compress`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Finish(NamedTuple):
-    """Steps that turn a pooled block into an entry: RMS norm, rotation, and for index keys the Hadamard rotation."""
+    """Parameters of the steps after pooling: RMS norm, rotary embedding, and a Hadamard rotation of index keys."""
 
     norm_weight: Tensor
     """float32 [c]"""
@@ -19,11 +19,11 @@ class Finish(NamedTuple):
     sin: Tensor
     """float32 [B or 1, n, r]"""
     hadamard: bool = False
-    """Whether entries, c a power of two, are rotated by the Hadamard matrix."""
+    """Whether to multiply entries by the Hadamard matrix. Requires c to be a power of two."""
 
 
 class DocumentBlocks(NamedTuple):
-    """Complete blocks of packed documents, row by row. Shorter rows are padded."""
+    """Complete blocks of the documents packed into each row, padded to the same number per row."""
 
     first: Tensor
     """int64 [B, n]: index of the block's first token in the row, or -1 for padding."""

@@ -1,14 +1,16 @@
 """Pooling by Triton kernels, forward and backward.
 
-An entry of short blocks is pooled, normalized, rotated and rounded or packed by one program, which has all of its
-channels in registers. Its backward pass saves nothing but the inputs. The rows of a long block do not fit: programs
-pool chunks of channels, so that a few entries use the whole GPU, and a second kernel finishes the entries. Their
-backward pass saves the pooled entries, one row per block. Either way the projections cross memory once per pass.
+For short blocks, one program pools, normalizes, rotates and stores an entry, with all channels in registers. Only the
+inputs are saved for the backward pass. The rows of a long block do not fit: programs pool chunks of channels, so that a
+few entries use the whole GPU, and a second kernel finishes the entries. Their backward pass saves the pooled entries,
+one row per block. In both cases, each pass reads the projections once.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,18 +18,19 @@ from torch import Tensor
 
 from kernels.autocast import detached
 from kernels.cache_io import EntryLayout, Pages
+from kernels.cache_io.triton import layout_constants
 from kernels.compress.inputs import DocumentBlocks, Finish
 from kernels.compress.reference import entry_counts
 from kernels.triton_support.platform import ARCHITECTURES, require_choice, require_device
 from kernels.triton_support.tiles import Tile, Tiles, launch_best, power_of_two
 
 MAX_FUSED = 4096
-"""Most values (tokens of a block times channels, both padded) that a program pools in the fused kernels."""
+"""Maximum block size (tokens times channels, both padded) of the fused kernels."""
 
 FUSED_TILES: Tiles = {
     "interpreter": (Tile(4, 1),),
     **{name: (Tile(4, 1), Tile(8, 1)) for name in ARCHITECTURES},
-    "gfx942": (Tile(4, 1),),  # 8 warps are 512 threads, with a value each for index keys: narrow loads
+    "gfx942": (Tile(4, 1),),  # 8 warps are 512 threads: one value per thread for index keys, too few for vector loads
 }
 FUSED_BACKWARD_TILES: Tiles = {
     "interpreter": (Tile(4, 1, {"ENTRIES": 3}),),
@@ -74,20 +77,11 @@ def finish_constants(c: int, tile: Tile) -> dict[str, int]:
     return {"BLOCK_C": power_of_two(c), **tile.sizes}
 
 
-def layout_constants(layout: EntryLayout) -> dict[str, int]:
+def row_layout_constants(layout: EntryLayout) -> dict[str, int]:
     """Return a layout as compile-time constants of kernels that have an entry in registers."""
-    body, body_format, rope, rope_format = layout.spec
-    return {
-        "BODY": body,
-        "FORMAT": body_format,
-        "BODY_BYTES": layout.body_bytes,
-        "ROPE": rope,
-        "ROPE_FORMAT": rope_format,
-        "BLOCK": power_of_two(layout.block) if layout.scales else 1,
-        "SCALES": layout.scales,
-        "SCALE_OFFSET": layout.scale_offset,
-        "NBYTES": layout.nbytes,
-    }
+    constants = layout_constants(layout)
+    del constants["BODY_PAD"], constants["ROPE_PAD"]
+    return {**constants, "BLOCK": power_of_two(constants["BLOCK"])}
 
 
 def supports(rows: Tensor, finish: Finish) -> bool:
@@ -105,16 +99,20 @@ def compress(
     layout: EntryLayout | None = None,
 ) -> Tensor:
     """Implement :func:`kernels.compress.compress`. Raises ValueError for dtypes other than float32 and odd widths."""
-    _require(rows, finish, layout)
     places = starts = None
-    if blocks is None and rows.shape[1] % len(bias):
-        raise ValueError(f"compress: {rows.shape[1]} tokens are not a multiple of the {len(bias)} tokens per block")
-    if blocks is not None:
+    skipped = int(has_previous and overlap)
+    if blocks is None:
+        if rows.shape[1] % len(bias):
+            raise ValueError(f"compress: {rows.shape[1]} tokens are not a multiple of the {len(bias)} tokens per block")
+        n = rows.shape[1] // len(bias) - skipped
+    else:
+        n = blocks.first.shape[1]
         places, starts = blocks.first.contiguous(), blocks.starts.contiguous().view(torch.int8)
+    _require(rows, finish, layout, n)
     weight, norm_eps, cos, sin, hadamard = finish
     layout = EntryLayout(len(weight), "fp32") if layout is None else layout
-    options = overlap, int(has_previous and overlap), norm_eps, hadamard, layout
-    return _Compress.apply(rows, bias, weight, cos.contiguous(), sin.contiguous(), places, starts, *options)
+    options = _Options(overlap, skipped, norm_eps, hadamard, layout)
+    return _Compress.apply(rows, bias, weight, cos.contiguous(), sin.contiguous(), places, starts, n, options)
 
 
 def compress_next(
@@ -128,18 +126,19 @@ def compress_next(
     pages: Pages,
 ) -> None:
     """Implement :func:`kernels.compress.compress_next`, with the restrictions of :func:`compress`."""
-    _require(rows, finish, layout)
-    n = max(last - first for first, last in zip(*entry_counts(lengths, rows.shape[1], len(bias))))
+    n = max((last - first for first, last in zip(*entry_counts(lengths, rows.shape[1], len(bias)))), default=0)
     if not n:
         return
+    _require(rows, finish, layout, n)
     rows, bias, weight = (detached(x).contiguous() for x in (rows, bias, finish.norm_weight))
     places = torch.tensor(lengths, device=rows.device)
-    angles = finish.cos.contiguous(), finish.sin.contiguous()
-    entries = _Entries(rows, bias, weight, *angles, places, None, overlap, 0, finish.norm_eps, finish.hadamard, layout)
+    options = _Options(overlap, 0, finish.norm_eps, finish.hadamard, layout)
+    entries = _Entries(rows, bias, weight, finish.cos.contiguous(), finish.sin.contiguous(), places, None, options)
     entries.forward(n, ring, pages)
 
 
-def _require(rows: Tensor, finish: Finish, layout: EntryLayout | None) -> None:
+def _require(rows: Tensor, finish: Finish, layout: EntryLayout | None, n: int) -> None:
+    """Raise ValueError unless the kernels support these inputs for n entries."""
     require_device("compress", rows)
     require_choice("compress", "dtypes", rows.dtype, (torch.float32,))
     c = len(finish.norm_weight)
@@ -149,37 +148,73 @@ def _require(rows: Tensor, finish: Finish, layout: EntryLayout | None) -> None:
         raise ValueError(f"compress: the Hadamard rotation requires a power of two of channels, found {c}")
     if layout is not None and layout.size != c:
         raise ValueError(f"compress: the layout has {layout.size} dims, the entries {c}")
+    cos, sin = list(finish.cos.shape), list(finish.sin.shape)
+    if cos != sin or len(cos) != 3 or cos[0] not in (1, len(rows)) or cos[1] != n or 2 * cos[2] > c:
+        expected = f"[1 or {len(rows)}, {n}, at most {c // 2}]"
+        raise ValueError(f"compress: cos and sin must have the shape {expected}, found {cos} and {sin}")
 
 
+@dataclass(frozen=True)
+class _Options:
+    """Arguments of the kernels other than tensors."""
+
+    overlap: bool
+    skipped: int
+    """Number of leading blocks without an entry."""
+    norm_eps: float
+    hadamard: bool
+    layout: EntryLayout
+
+
+@dataclass(frozen=True)
 class _Entries:
-    """Arguments of the kernels, which are launched by the methods."""
+    """Kernel arguments, with methods that launch the forward and backward kernels."""
 
-    def __init__(self, rows, bias, weight, cos, sin, places, starts, overlap, skipped, norm_eps, hadamard, layout):
-        self.rows, self.bias, self.weight, self.cos, self.sin = rows, bias, weight, cos, sin
-        self.places, self.starts = places, starts
-        self.overlap, self.skipped, self.norm_eps, self.hadamard, self.layout = (
-            overlap, skipped, norm_eps, hadamard, layout,
-        )  # fmt: skip
-        (self.B, self.S), (self.m, self.w), self.c = rows.shape[:2], bias.shape, len(weight)
-        self.is_fused = is_fused(self.m, self.c)
-        self.finish = {"C": self.c, "R": cos.shape[-1], "HADAMARD": hadamard}
+    rows: Tensor
+    bias: Tensor
+    weight: Tensor
+    cos: Tensor
+    sin: Tensor
+    places: Tensor | None
+    """int64: first tokens of the blocks of packed documents [B, n], or tokens before those of ``rows`` [B]."""
+    starts: Tensor | None
+    options: _Options
 
-    def _launch(self, name: str, tiles: Tiles, source: int, n: int, run) -> Any:
-        shape = self.B, n, self.m, self.c, self.overlap, source, self.layout.spec
-        kernel = getattr(importlib.import_module("kernels.compress.triton_kernels"), name.partition(" ")[0])
-        return launch_best(f"compress.{name}", tiles, shape, self.rows.device, lambda tile: run(kernel, tile))
+    @property
+    def c(self) -> int:
+        """Channels of an entry."""
+        return len(self.weight)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether one kernel pools and finishes the entries."""
+        return is_fused(len(self.bias), self.c)
+
+    @property
+    def _finish(self) -> dict[str, int]:
+        """Compile-time constants of the steps after pooling."""
+        return {"C": self.c, "R": self.cos.shape[-1], "HADAMARD": self.options.hadamard}
+
+    def _launch(
+        self, name: str, tiles: Tiles, source: int, n: int, run: Callable[[Any, Tile], Any], label: str = ""
+    ) -> Any:
+        """Launch the kernel ``name`` with the best of ``tiles``, which is stored under ``label`` if given."""
+        options = self.options
+        shape = len(self.rows), n, len(self.bias), self.c, options.overlap, source, options.layout.spec
+        kernel = getattr(importlib.import_module("kernels.compress.triton_kernels"), name)
+        return launch_best(f"compress.{label or name}", tiles, shape, self.rows.device, lambda tile: run(kernel, tile))
 
     def forward(self, n: int, ring: Tensor | None = None, pages: Pages | None = None) -> tuple[Tensor, Tensor | None]:
-        """Return the n entries of every sequence [B, n, c] and, if they were not fused, the pooled ones. Entries after
-        those of a ring are written to the pages instead."""
-        B, m, c, device = self.B, self.m, self.c, self.rows.device
+        """Return the entries [B, n, c], and the pooled entries unless the kernels are fused. With ``ring`` and
+        ``pages``, write packed entries to the pages instead."""
+        (B, S), m, c, device, options = self.rows.shape[:2], len(self.bias), self.c, self.rows.device, self.options
         source = RING if pages is not None else WHOLE if self.places is None else DOCUMENTS
         places = self.rows if self.places is None else self.places
         angle_rows = n if len(self.cos) > 1 else 0
         table, page_rows, P = self.rows, 1, 0
         if pages is not None:
             table, page_rows, P = pages.page_table.contiguous(), pages.page_size, pages.page_table.shape[1]
-        constants = {"M": m, "SOURCE": source, **self.finish, **layout_constants(self.layout)}
+        constants = {"M": m, "SOURCE": source, **self._finish, **row_layout_constants(options.layout)}
 
         def output() -> Tensor:
             return torch.empty(B, n, c, device=device) if pages is None else pages.storage
@@ -190,8 +225,8 @@ class _Entries:
             kernel[(B * n, -(-c // blocks["BLOCK_C"]))](
                 self.rows, self.rows if ring is None else ring, places,
                 places if self.starts is None else self.starts, self.bias, self.weight, self.cos, self.sin, table, out,
-                n, self.S, self.skipped, 1 if ring is None else ring.shape[1], angle_rows, P, page_rows, self.norm_eps,
-                OVERLAP=self.overlap, FINISH=self.is_fused, **constants, **blocks,
+                n, S, options.skipped, 1 if ring is None else ring.shape[1], angle_rows, P, page_rows, options.norm_eps,
+                OVERLAP=options.overlap, FINISH=self.is_fused, **constants, **blocks,
                 num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
             return out
@@ -200,19 +235,20 @@ class _Entries:
             out = output()
             kernel[(B * n,)](
                 pooled, places, self.weight, self.cos, self.sin, table, out,
-                n, self.S, angle_rows, P, page_rows, self.norm_eps,
+                n, S, angle_rows, P, page_rows, options.norm_eps,
                 **constants, **finish_constants(c, tile), num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
             return out
 
         if self.is_fused:
             return self._launch("forward", FUSED_TILES, source, n, pool), None
-        pooled = self._launch("forward (chunks)", CHUNK_TILES, source, n, pool)
+        pooled = self._launch("forward", CHUNK_TILES, source, n, pool, "forward (chunks)")
         return self._launch("finish", FINISH_TILES, source, n, finish), pooled
 
     def backward(self, grad: Tensor, pooled: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of the rows, biases and the norm's weight."""
-        B, m, c, w, (_, n, _), device = self.B, self.m, self.c, self.w, grad.shape, self.rows.device
+        (B, S), (m, w), c, n, device = self.rows.shape[:2], self.bias.shape, self.c, grad.shape[1], self.rows.device
+        options = self.options
         source = WHOLE if self.places is None else DOCUMENTS
         places = self.rows if self.places is None else self.places
         angle_rows, total = n if len(self.cos) > 1 else 0, B * n
@@ -221,8 +257,8 @@ class _Entries:
             programs = -(-total // tile.sizes["ENTRIES"])
             out, parts = torch.empty_like(grad), torch.empty(programs, c, device=device)
             kernel[(programs,)](
-                pooled, self.weight, self.cos, self.sin, grad, out, parts, n, total, angle_rows, self.norm_eps,
-                **self.finish, **finish_constants(c, tile), num_warps=tile.warps, num_stages=tile.stages,
+                pooled, self.weight, self.cos, self.sin, grad, out, parts, n, total, angle_rows, options.norm_eps,
+                **self._finish, **finish_constants(c, tile), num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
             return out, parts
 
@@ -235,8 +271,8 @@ class _Entries:
             kernel[(programs, -(-c // blocks["BLOCK_C"]))](
                 self.rows, places, places if self.starts is None else self.starts, self.bias, self.weight, self.cos,
                 self.sin, grad, grad_rows, bias_parts, weight_parts,
-                n, self.S, self.skipped, total, angle_rows, self.norm_eps,
-                M=m, OVERLAP=self.overlap, SOURCE=source, FINISH=self.is_fused, **self.finish, **blocks,
+                n, S, options.skipped, total, angle_rows, options.norm_eps,
+                M=m, OVERLAP=options.overlap, SOURCE=source, FINISH=self.is_fused, **self._finish, **blocks,
                 num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
             return grad_rows, bias_parts, weight_parts
@@ -245,16 +281,15 @@ class _Entries:
             grad_rows, bias, weight = self._launch("backward", FUSED_BACKWARD_TILES, source, n, pool)
             return grad_rows, bias.sum(0), weight.sum(0)
         grad, weight = self._launch("finish_backward", FINISH_BACKWARD_TILES, source, n, finish)
-        grad_rows, bias, _ = self._launch("backward (chunks)", CHUNK_BACKWARD_TILES, source, n, pool)
+        grad_rows, bias, _ = self._launch("backward", CHUNK_BACKWARD_TILES, source, n, pool, "backward (chunks)")
         return grad_rows, bias.sum(0), weight.sum(0)
 
 
 class _Compress(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, bias, weight, cos, sin, places, starts, *options):
+    def forward(ctx, rows, bias, weight, cos, sin, places, starts, n, options):
         tensors = rows.contiguous(), bias.contiguous(), weight.contiguous(), cos, sin, places, starts
-        entries = _Entries(*tensors, *options)
-        n = rows.shape[1] // len(bias) - entries.skipped if places is None else places.shape[1]
+        entries = _Entries(*tensors, options)
         out, pooled = rows.new_empty(len(rows), n, entries.c), None
         if out.numel():
             out, pooled = entries.forward(n)
@@ -264,8 +299,10 @@ class _Compress(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        *tensors, pooled = ctx.saved_tensors
-        nothing = [None] * 9
-        if not grad.numel():
-            return *(torch.zeros_like(x) for x in tensors[:3]), *nothing
-        return *_Entries(*tensors, *ctx.options).backward(grad.contiguous(), pooled), *nothing
+        rows, bias, weight, cos, sin, places, starts, pooled = ctx.saved_tensors
+        if grad.numel():
+            entries = _Entries(rows, bias, weight, cos, sin, places, starts, ctx.options)
+            gradients = entries.backward(grad.contiguous(), pooled)
+        else:
+            gradients = torch.zeros_like(rows), torch.zeros_like(bias), torch.zeros_like(weight)
+        return *gradients, *(None,) * (len(ctx.needs_input_grad) - len(gradients))

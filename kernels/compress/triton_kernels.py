@@ -1,9 +1,9 @@
 """Triton kernels of gated pooling. See :mod:`kernels.compress.triton`.
 
-A row of ``rows`` has W values and W gates, with W = 2 * C if blocks overlap, else C. ``SOURCE`` says where an entry's
-block is: in adjacent blocks (``WHOLE``), at an index (``DOCUMENTS``, int64 [B, N] ``places``), or after ``places`` [B]
-earlier tokens of a sequence, the newest of which are in a ring buffer (``RING``). Entries are numbered over all
-sequences: entry t is entry t % N of sequence t // N.
+A row of ``rows`` has W values and W gates, with W = 2 * C if blocks overlap, else C. ``SOURCE`` selects how
+an entry's block is located: in adjacent blocks (``WHOLE``), at an index (``DOCUMENTS``, int64 [B, N] ``places``), or
+after ``places`` [B] earlier tokens of a sequence, the newest of which are in a ring buffer (``RING``). Entries are
+numbered over all sequences: entry t is entry t % N of sequence t // N.
 
 ``FINISH`` fuses the steps after the pooling: one program then has all channels of an entry.
 """
@@ -136,7 +136,8 @@ def _store_entry(
     ROPE_FORMAT: tl.constexpr, BLOCK: tl.constexpr, SCALES: tl.constexpr, SCALE_OFFSET: tl.constexpr,
     NBYTES: tl.constexpr,
 ):  # fmt: skip
-    """Write an entry x [N]: rounded, to row t of ``out``, or packed, to its row in the pages of sequence b."""
+    """Store an entry x [N]: round it into row t of ``out``, or with ``RING`` pack it into its row in the pages of
+    sequence b."""
     if SOURCE == RING:
         place = tl.load(places + b) // M + e
         page = tl.load(page_table + b * pages + place // page_rows, mask=exists, other=0)
@@ -223,7 +224,7 @@ def finish_backward(
     N, total, angle_rows, norm_eps,
     C: tl.constexpr, R: tl.constexpr, HADAMARD: tl.constexpr, ENTRIES: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of pooled entries, and the norm's weight's part of every program: [programs, C]."""
+    """Write the gradients of pooled entries and each program's partial gradient of the norm weight, [programs, C]."""
     first = tl.program_id(0).to(tl.int64) * ENTRIES
     d = tl.arange(0, BLOCK_C)
     weight_grad = tl.zeros([BLOCK_C], tl.float32)
@@ -303,7 +304,8 @@ def backward(
             old_p *= scale[None, :]
             old_bias += _store_gradients(grad_rows, old_at, old_inside, old_p, old_values, x, grad, W)
             if SOURCE == WHOLE:
-                # The next entry's channels of the last block, and the own ones of a first block without an entry.
+                # No entry pools the first C channels of the last block, or the last C channels of a skipped first
+                # block.
                 _store_zeros(grad_rows, at - C, both(inside, e == N - 1), W, M_PAD, BLOCK_C)
                 _store_zeros(grad_rows, old_at + C, both(old_inside, e == 0), W, M_PAD, BLOCK_C)
     j = tl.arange(0, M_PAD)

@@ -1,5 +1,5 @@
 """Compiled forms of the pooling kernels: 131,072 tokens of DeepSeek-V4's CSA (overlap) and HCA layers and of its index
-keys, in training and for a cache."""
+keys, in training, for packed documents and for a cache."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from kernels.cache_io import EntryLayout
 from kernels.compress.triton import (
     CHUNK_BACKWARD_TILES,
     CHUNK_TILES,
+    DOCUMENTS,
     FINISH_BACKWARD_TILES,
     FINISH_TILES,
     FUSED_BACKWARD_TILES,
@@ -19,7 +20,7 @@ from kernels.compress.triton import (
     block_constants,
     finish_constants,
     is_fused,
-    layout_constants,
+    row_layout_constants,
 )
 from kernels.triton_support.plans import Plan, Work
 from kernels.triton_support.tiles import Tiles
@@ -38,12 +39,16 @@ _BACKWARD = (
 _FINISH_BACKWARD = "pooled norm_weight cos sin grad_out grad_pooled weight_parts N total angle_rows norm_eps"
 _SIZES = {"N": "i32:16", "S": "i32:16", "skipped": "i32", "total": "i32:16", "capacity": "i32", "angle_rows": "i32"}
 _TYPES = {**_SIZES, "pages": "i32", "page_rows": "i32:16", "norm_eps": "fp32"}
-_CACHE_TYPES = {"places": "*i64:16", "page_table": "*i64:16", "out": "*u8:16"}
+_SOURCE_TYPES = {
+    WHOLE: {},
+    DOCUMENTS: {"places": "*i64:16", "starts": "*i8:16"},
+    RING: {"places": "*i64:16", "page_table": "*i64:16", "out": "*u8:16"},
+}
 
 
-def _arguments(names: str, cached: bool = False) -> dict[str, str]:
-    """Return the types of arguments. Those without another one are pointers to float32."""
-    types = {**_TYPES, **(_CACHE_TYPES if cached else {})}
+def _arguments(names: str, source: int = WHOLE) -> dict[str, str]:
+    """Return the types of arguments, by default pointers to float32."""
+    types = {**_TYPES, **_SOURCE_TYPES[source]}
     return {name: types.get(name, "*fp32:16") for name in names.split()}
 
 
@@ -59,7 +64,8 @@ def _plans(kind: str, layout: EntryLayout, m: int, overlap: bool) -> list[Plan]:
     def add(
         name: str, tiles: Tiles, arguments: dict[str, str], constants: dict[str, Any], moved: float, read: float
     ) -> None:
-        """Add a plan. ``moved`` and ``read`` are bytes per entry across memory, and from the second-level cache."""
+        """Add a plan. ``moved`` and ``read`` are the bytes per entry that cross device memory and that are read through
+        the L2 cache."""
         kernel = name.partition(",")[0]
         blocks = partial(finish_constants, c) if kernel.startswith("finish") else partial(block_constants, m, c)
         work = Work(0.0, TOKENS // m * moved, TOKENS // m * read, target="75% of bandwidth")
@@ -69,10 +75,11 @@ def _plans(kind: str, layout: EntryLayout, m: int, overlap: bool) -> list[Plan]:
 
     for suffix, source, stored, size in (
         ("", WHOLE, EntryLayout(c, "fp32"), row),
+        (", documents", DOCUMENTS, EntryLayout(c, "fp32"), row),
         (", cached", RING, layout, layout.nbytes),
     ):
-        forward, finish = (_arguments(names, source == RING) for names in (_FORWARD, _FINISH))
-        constants = {"SOURCE": source, **layout_constants(stored)}
+        forward, finish = (_arguments(names, source) for names in (_FORWARD, _FINISH))
+        constants = {"SOURCE": source, **row_layout_constants(stored)}
         if fused:
             add(f"forward{suffix}", FUSED_TILES, forward, {**pooling, **constants}, rows + size, rows + bias + row)
         else:
@@ -81,8 +88,9 @@ def _plans(kind: str, layout: EntryLayout, m: int, overlap: bool) -> list[Plan]:
             add(f"finish{suffix}", FINISH_TILES, finish, {**steps, "M": m, **constants}, row + size, 2 * row)
     tiles = FUSED_BACKWARD_TILES if fused else CHUNK_BACKWARD_TILES
     parts = (bias + row * fused) / tiles["sm_90"][0].sizes["ENTRIES"]
-    constants = {**pooling, "SOURCE": WHOLE}
-    add("backward", tiles, _arguments(_BACKWARD), constants, 2 * rows + row + parts, rows + bias + 2 * row)
+    for suffix, source in (("", WHOLE), (", documents", DOCUMENTS)):
+        arguments, constants = _arguments(_BACKWARD, source), {**pooling, "SOURCE": source}
+        add(f"backward{suffix}", tiles, arguments, constants, 2 * rows + row + parts, rows + bias + 2 * row)
     if not fused:
         parts = row / FINISH_BACKWARD_TILES["sm_90"][0].sizes["ENTRIES"]
         add("finish_backward", FINISH_BACKWARD_TILES, _arguments(_FINISH_BACKWARD), steps, 3 * row + parts, 3 * row)

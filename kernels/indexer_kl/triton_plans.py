@@ -3,6 +3,7 @@ ones."""
 
 from __future__ import annotations
 
+from kernels.indexer_kl.reference import MIN_MASS
 from kernels.indexer_kl.triton import KEY_TILES, TILES
 from kernels.triton_support.plans import Plan, Work
 from kernels.triton_support.platform import NVIDIA
@@ -29,7 +30,7 @@ def _divergence(kind: str, width: float, is_chosen: bool) -> Plan:
             "value": "*fp32:16", "gradient": "*fp32:16", "grad_query": "*fp32:16", "grad_keys": "*fp32:16",
             "grad_weights": "*fp32:16", "width": "i32:16", "range_stride": "i32:16",
         },
-        {**_CONSTANTS, "HAS_CHOSEN": is_chosen, "STORE": not is_chosen, "ADD": is_chosen, "MIN_MASS": 1e-20},
+        {**_CONSTANTS, "HAS_CHOSEN": is_chosen, "STORE": not is_chosen, "ADD": is_chosen, "MIN_MASS": MIN_MASS},
         TILES,
         multiplies=True,
         copies_ahead=NVIDIA,

@@ -37,7 +37,7 @@ MAX_PADDED_DIMS = 576
 """Maximum number of dims of a row, body and rope padded to powers of two: V3.2's rows of 512 and 64."""
 _MAX_PIECE, _MAX_PIECES = 256, 3
 _SHIFT = 2.0**80
-"""Factor between E4M3 values and what they are unpacked to by words: 2 ** (120 - _OFFSET), with the kernels' _OFFSET.
+"""Ratio of E4M3 values to their word-unpacked BF16 values: 2 ** (120 - _OFFSET); ``_OFFSET`` is defined in the kernels.
 Exact for queries up to 2 ** 47 and entries up to 2 ** 95 in magnitude."""
 
 TILES: Tiles = {

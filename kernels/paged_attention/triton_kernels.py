@@ -4,9 +4,9 @@ Rows are dequantized in registers. The body's dims are computed in up to three p
 (0 for absent ones), whose keys are unpacked one after the other. Logits have base 2.
 
 With ``WORDS``, four E4M3 values are unpacked at a time to BF16 values that are too small by the factor ``SHIFT``.
-Queries' bodies are multiplied by it beforehand, and the outputs' bodies at the end. E4M3's bits in a BF16 number are
-worth 2 ** 120 times less, because the exponents' biases differ. The scales are multiplied by 2 ** _OFFSET only, since a
-larger factor would exceed BF16's range.
+Queries' bodies are multiplied by it beforehand, and the outputs' bodies at the end. E4M3 bits placed in a BF16 number
+represent the value divided by 2 ** 120, because the exponent biases differ by 120. The scales are multiplied by
+2 ** _OFFSET only, since a larger factor would exceed BF16's range.
 """
 
 import triton

@@ -87,10 +87,13 @@ def restore_cache(cache: Cache, path: str | Path) -> None:
 def _read(path: str | Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         check_regular(Path(path))
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise CacheError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CacheError(f"{path}: {error.strerror}") from error
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CacheError(f"{path}: damaged or not a safetensors file ({error})") from error
 

@@ -32,7 +32,7 @@ from model.wording import quote_json
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-_KEYS = ("format_version", "model", "shards", "parts")
+_CONFIG_KEYS = ("format_version", "model", "shards", "parts")
 """Keys of ``config.json``. Earlier releases wrote ``parts`` for ``shards``."""
 
 
@@ -129,8 +129,8 @@ def _read_config(folder: Path) -> tuple[ModelConfig, ShardSet | None]:
     if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format version {quote_json(version)} is not the supported {FORMAT_VERSION}")
     for key in content:
-        if key not in _KEYS:
-            raise CheckpointError(f"{path}: {unknown_key(key, key, _KEYS)}")
+        if key not in _CONFIG_KEYS:
+            raise CheckpointError(f"{path}: {unknown_key(key, key, _CONFIG_KEYS)}")
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: 'model': expected an object, found {quote_json(values)}")
     shards = _read_shard_set(path, content)

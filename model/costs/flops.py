@@ -1,8 +1,8 @@
 """Closed-form FLOPs of decoding one token.
 
 One sequence decodes its n-th token with the number formats of the released kernels; the multi-token prediction module
-is idle. A multiply-add is two FLOPs. Counted are matrix products, the mixing of residual streams, short convolutions
-and state updates; not counted are norms, softmax, pooling, rotations, rounding and the sum over index heads.
+is idle. A multiply-add is two FLOPs. Includes matrix products, the mixing of residual streams, short convolutions and
+state updates; excludes norms, softmax, pooling, rotations, rounding and the sum over index heads.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ class CompressionBlocks(NamedTuple):
     """Complete compression blocks of each row's documents."""
 
     blocks: DocumentBlocks
-    """The blocks of B rows, n each with padding."""
+    """Blocks of B rows, padded to n per row."""
     positions: Tensor
     """int64 [B, n]: position of each block's first token in its document."""
     visible: EntryRanges

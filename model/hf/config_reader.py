@@ -95,7 +95,8 @@ class ConfigReader:
         return names
 
     def leading(self, key: str, layers: int, first: str, rest: str) -> int:
-        """Return how many layers are ``first`` in the list under ``key``, in which all others, ``rest``, follow."""
+        """Return the number of leading ``first`` entries in the list under ``key``. All later entries must be
+        ``rest``."""
         names = self.one_per_layer(key, layers, (first, rest))
         count = names.count(first)
         if first in names[count:]:

@@ -150,7 +150,7 @@ def yarn_of(config: ModelConfig, attention_factor: float = 1.0) -> Yarn | None:
     return Yarn(c.yarn_factor, c.yarn_original_positions, c.yarn_beta_fast, c.yarn_beta_slow, attention_factor)
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise ConfigError with ``message``, which begins with a field's name, unless ``condition`` holds."""
+def require(condition: bool, reason: str, field: str) -> None:
+    """Raise ConfigError about ``field`` unless ``condition`` holds."""
     if not condition:
-        raise ConfigError(message)
+        raise ConfigError(reason, field)

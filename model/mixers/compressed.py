@@ -40,7 +40,7 @@ class CompressedAttention(SlidingWindowAttention):
     def check(cls, config: ModelConfig) -> None:
         super().check(config)
         ratio = cls.ratio_of(config)
-        require(ratio >= 2, f"{cls.ratio_field}: must be at least 2, found {ratio}")
+        require(ratio >= 2, f"must be at least 2, found {ratio}", cls.ratio_field)
 
     @classmethod
     def check_length(cls, config: ModelConfig, tokens: int) -> None:

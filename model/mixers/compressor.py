@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 class Compressor(nn.Module):
     """Pools blocks of ``ratio`` tokens to entries of ``width`` dims: projection, gated pooling, norm, rotation.
 
-    With ``overlap`` (csa) an entry pools the block before its own too. The rotation is at the position of the own
-    block's first token; with ``hadamard`` (index keys) another one by the Hadamard matrix follows. Everything runs in
-    float32.
+    With ``overlap`` (csa) an entry pools the block before its own too. Entries are rotated by the position of the first
+    token in their own block. With ``hadamard`` (index keys), a Hadamard rotation follows. Everything runs in float32.
     """
 
     def __init__(

@@ -68,7 +68,7 @@ class GroupedQueryAttention(Mixer):
     @classmethod
     def check(cls, config: ModelConfig) -> None:
         heads, kv_heads = config.num_heads, config.num_kv_heads
-        require(heads % kv_heads == 0, f"num_heads: {heads} query heads do not divide into num_kv_heads {kv_heads}")
+        require(heads % kv_heads == 0, f"{heads} query heads do not divide into num_kv_heads {kv_heads}", "num_heads")
 
     @classmethod
     def conv_kernel(cls, config: ModelConfig) -> int | None:

@@ -29,13 +29,15 @@ _MEASURED_QUERIES = 1024
 
 
 def check_index_dims(config: ModelConfig, rope_field: str, rope_dims: int) -> None:
-    """Raise ConfigError unless index queries and keys can be rotated. ``rope_field`` is the field of ``rope_dims``."""
+    """Raise ConfigError unless ``index_head_dim`` is a power of two and at least ``rope_dims``, which ``rope_field``
+    sets."""
     width = config.index_head_dim
     require(
         width & (width - 1) == 0,
-        f"index_head_dim: must be a power of two for the Hadamard rotation, found {width}",
+        f"must be a power of two for the Hadamard rotation, found {width}",
+        "index_head_dim",
     )
-    require(rope_dims <= width, f"{rope_field}: {rope_dims} is wider than index_head_dim {width}")
+    require(rope_dims <= width, f"{rope_dims} is wider than index_head_dim {width}", rope_field)
 
 
 def index_format(config: ModelConfig) -> StoredFormat:

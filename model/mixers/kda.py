@@ -89,7 +89,8 @@ class KimiDeltaAttention(RecurrentMixer):
         chunk = options["chunk_size"]
         require(
             type(chunk) is int and 1 <= chunk < 1 << 31 and chunk.bit_count() == 1,
-            f"{key}.chunk_size: expected a power of two, found {quote(chunk)}",
+            f"expected a power of two, found {quote(chunk)}",
+            f"{key}.chunk_size",
         )
 
     @classmethod
@@ -97,8 +98,9 @@ class KimiDeltaAttention(RecurrentMixer):
         o = config.mixer_options[cls.name]
         require(
             o["num_heads"] is not None or config.hidden_size % o["head_dim"] == 0,
-            f"mixer_options.{cls.name}.head_dim: expected a divisor of hidden_size {config.hidden_size} because "
+            f"expected a divisor of hidden_size {config.hidden_size} because "
             f"num_heads is not given, found {o['head_dim']}",
+            f"mixer_options.{cls.name}.head_dim",
         )
 
     @classmethod

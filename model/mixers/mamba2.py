@@ -114,8 +114,8 @@ class Mamba2(RecurrentMixer):
         pair = isinstance(limit, list) and len(limit) == 2 and is_number(limit[0]) and limit[0] >= 0
         require(
             pair and (limit[1] is None or (is_number(limit[1]) and limit[1] > limit[0])),
-            f"{key}.time_step_limit: expected two rising numbers of at least 0, the second null for no limit, "
-            f"found {quote(limit)}",
+            f"expected two rising numbers of at least 0, the second null for no limit, found {quote(limit)}",
+            f"{key}.time_step_limit",
         )
 
     @classmethod
@@ -129,19 +129,21 @@ class Mamba2(RecurrentMixer):
         expand, heads, head_dim, groups = (o[name] for name in ("expand", "num_heads", "head_dim", "n_groups"))
         require(
             expand is None or float(hidden * expand).is_integer(),
-            f"{key}.expand: expected a number above 0 that makes hidden_size {hidden} a whole number, "
-            f"found {quote(expand)}",
+            f"expected a number above 0 that makes hidden_size {hidden} a whole number, found {quote(expand)}",
+            f"{key}.expand",
         )
         inner = int(hidden * (EXPAND if expand is None else expand))
         if heads is None:
-            require(inner % head_dim == 0, f"{key}.head_dim: expected a divisor of {inner} channels, found {head_dim}")
+            require(
+                inner % head_dim == 0, f"expected a divisor of {inner} channels, found {head_dim}", f"{key}.head_dim"
+            )
             heads = inner // head_dim
         require(
             expand is None or heads * head_dim == inner,
-            f"{key}.num_heads: expected {inner} channels over head_dim {head_dim} because expand is {expand}, "
-            f"found {heads}",
+            f"expected {inner} channels over head_dim {head_dim} because expand is {expand}, found {heads}",
+            f"{key}.num_heads",
         )
-        require(heads % groups == 0, f"{key}.n_groups: expected a divisor of {heads} heads, found {groups}")
+        require(heads % groups == 0, f"expected a divisor of {heads} heads, found {groups}", f"{key}.n_groups")
 
     @classmethod
     def state_shape(cls, config: ModelConfig) -> tuple[int, int, int]:

@@ -122,7 +122,8 @@ class MultiHeadLatentAttention(Mixer):
         rope_dims = sizes.qk_rope_head_dim
         require(
             type(rope_dims) is int and 0 <= rope_dims < 1 << 31 and rope_dims % 2 == 0,
-            f"{key}.qk_rope_head_dim: {_ROPE_DIMS}, found {quote(rope_dims)}",
+            f"{_ROPE_DIMS}, found {quote(rope_dims)}",
+            f"{key}.qk_rope_head_dim",
         )
         for name in ("mscale", "mscale_all_dim"):
             check_number(f"{key}.{name}", getattr(sizes, name))
@@ -132,14 +133,16 @@ class MultiHeadLatentAttention(Mixer):
         sizes, key = cls.sizes(config), f"mixer_options.{cls.name}"
         require(
             sizes.qk_rope_head_dim > 0 or not sizes.rope,
-            f"{key}.qk_rope_head_dim: {_ROPE_DIMS}, found 0",
+            f"{_ROPE_DIMS}, found 0",
+            f"{key}.qk_rope_head_dim",
         )
         bits = FORMAT_BITS[config.kv_format]
         unit = FORMAT_BITS[config.rope_format] if sizes.qk_rope_head_dim else 8
         require(
             sizes.kv_lora_rank * bits % unit == 0,
-            f"{key}.kv_lora_rank: {sizes.kv_lora_rank} dims in kv_format {config.kv_format} end within a value of "
+            f"{sizes.kv_lora_rank} dims in kv_format {config.kv_format} end within a value of "
             f"rope_format {config.rope_format}; expected a multiple of {unit // bits}",
+            f"{key}.kv_lora_rank",
         )
 
     @classmethod

@@ -17,24 +17,24 @@ def check_count(key: str, value: Any, least: int = 1, optional: bool = False) ->
     counts = type(value) is int and least <= value <= _MOST
     most = f" and at most {_MOST}" * (type(value) is int and value > _MOST)
     expected = f"a whole number of at least {least}{most}{' or null' * optional}"
-    require(counts or (optional and value is None), f"{key}: expected {expected}, found {quote(value)}")
+    require(counts or (optional and value is None), f"expected {expected}, found {quote(value)}", key)
 
 
 def check_flag(key: str, value: Any) -> None:
     """Raise ConfigError unless ``value`` is a bool."""
-    require(isinstance(value, bool), f"{key}: expected true or false, found {quote(value)}")
+    require(isinstance(value, bool), f"expected true or false, found {quote(value)}", key)
 
 
 def check_number(key: str, value: Any, least: float = 0) -> None:
     """Raise ConfigError unless ``value`` is a finite number of at least ``least``."""
-    require(is_number(value) and value >= least, f"{key}: expected a number of at least {least}, found {quote(value)}")
+    require(is_number(value) and value >= least, f"expected a number of at least {least}, found {quote(value)}", key)
 
 
 def check_positive(key: str, value: Any, optional: bool = False) -> None:
     """Raise ConfigError unless ``value`` is a finite number above 0, or None if it is ``optional``."""
     positive = is_number(value) and value > 0
     expected = f"a number above 0{' or null' * optional}"
-    require(positive or (optional and value is None), f"{key}: expected {expected}, found {quote(value)}")
+    require(positive or (optional and value is None), f"expected {expected}, found {quote(value)}", key)
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:

@@ -70,13 +70,15 @@ class SlidingWindowAttention(Mixer):
         c = config
         require(
             c.num_heads % c.o_groups == 0,
-            f"num_heads: {c.num_heads} heads do not divide into o_groups {c.o_groups} groups",
+            f"{c.num_heads} heads do not divide into o_groups {c.o_groups} groups",
+            "num_heads",
         )
         body, bits, rope_bits = c.head_dim - c.rope_head_dim, FORMAT_BITS[c.kv_format], FORMAT_BITS[c.rope_format]
         require(
             body * bits % rope_bits == 0,
-            f"head_dim: {body} unrotated dims in kv_format {c.kv_format} end where no rotary dim in rope_format "
+            f"{body} unrotated dims in kv_format {c.kv_format} end where no rotary dim in rope_format "
             f"{c.rope_format} can begin; expected a multiple of {rope_bits // bits}",
+            "head_dim",
         )
 
     @classmethod

@@ -25,9 +25,9 @@ _USUAL_NAMES: dict[Role, tuple[str, ...]] = {
     "eos_token": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<｜end▁of▁sentence｜>", "[SEP]"),
 }
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-_LONG = 1 << 14
-"""Characters or tokens from which a text is passed to the library as a batch of one. The library then releases the
-interpreter to other threads, which takes longer than a short text does."""
+_MIN_BATCH_LENGTH = 1 << 14
+"""Minimum length, in characters or tokens, for processing a text as a batch of one. Batch calls release the GIL, but
+their overhead exceeds the cost of a short text."""
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -78,7 +78,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode(self, text: str, parse_special: bool = False) -> list[int]:
         backend = self._parsing_backend if parse_special else self._backend
         try:
-            if len(text) < _LONG:
+            if len(text) < _MIN_BATCH_LENGTH:
                 ids = backend.encode(text, add_special_tokens=False).ids
             else:
                 [encoding] = backend.encode_batch_fast([text], add_special_tokens=False)
@@ -92,7 +92,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return [piece for token in ids for piece in (self._spell(token) if token in self._reserved_ids else (token,))]
 
     def decode(self, ids: list[int]) -> str:
-        if len(ids) < _LONG:
+        if len(ids) < _MIN_BATCH_LENGTH:
             text = self._backend.decode(ids, skip_special_tokens=True)
         else:
             [text] = self._backend.decode_batch([ids], skip_special_tokens=True)

@@ -75,13 +75,13 @@ def finished_text(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 
 class GeneratedText:
-    """Text of the tokens that are generated after the tokens ``context``, cut before the first of ``stops``."""
+    """Decode generated tokens that follow ``context``, truncated before the first of ``stops``."""
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int], stops: StopStrings):
         self._detokenizer = Detokenizer(tokenizer, context)
         self._stops, self._filter = stops, StopStringFilter(stops.patterns)
         self.decoded_chars = 0
-        """Characters that became final, those held back as a possible stop string included."""
+        """Number of final characters, including those held back as a possible stop string."""
 
     def push(self, token_id: int) -> tuple[str, bool]:
         """Append a token. Return the text that precedes any possible stop string, and whether one was found."""

@@ -28,7 +28,13 @@ from pipelines.steps import Step
 
 GGUF = "gguf"
 FORMATS = ("fiftyfold", "transformers", "released", GGUF)
-_OPTIONS = {"format": "--format", "experts": "--experts", "bos_token": "--bos-token", "eos_token": "--eos-token"}
+_OPTIONS = {
+    "format": "--format",
+    "experts": "--experts",
+    "weights": "--type",
+    "bos_token": "--bos-token",
+    "eos_token": "--eos-token",
+}
 """Options by the names that :mod:`model` has for them."""
 
 

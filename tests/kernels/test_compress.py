@@ -155,8 +155,34 @@ def test_completed_blocks_of_a_ragged_batch(backend, overlap, m, new):
         assert (stored[:first] == 0xA5).all() and (stored[last:] == 0xA5).all()
 
 
-@needs_native
-def test_rings_that_do_not_match_are_refused():
-    arguments = torch.zeros(1, 2, 4), torch.zeros(1, 1, 4), torch.zeros(4, 2), finish_of(1, 2), [3], False
-    with pytest.raises(ValueError, match="compress_next: ring"):
-        compress_next(*arguments, EntryLayout(2, "fp32"), None, backend="cpu")
+@pytest.mark.parametrize(
+    ("ring", "rows", "overlap", "message"),
+    [
+        (torch.zeros(1, 2, 4), 4, False, r"ring must have the shape \[1, at least 3, 4\], found \[1, 2, 4\]"),
+        (torch.zeros(1, 6, 4), 4, True, r"ring must have the shape \[1, at least 7, 4\], found \[1, 6, 4\]"),
+        (torch.zeros(2, 3, 4), 4, False, r"ring must have the shape .*, found \[2, 3, 4\]"),
+        (torch.zeros(1, 3, 6), 4, False, r"ring must have the shape .*, found \[1, 3, 6\]"),
+        (torch.zeros(3, 4), 4, False, r"ring must have the shape .*, found \[3, 4\]"),
+        (
+            torch.zeros(1, 4, 3).mT,
+            4,
+            False,
+            r"ring must be contiguous float32, found float32 with strides \[12, 1, 3\]",
+        ),
+        (torch.zeros(1, 3, 4).bfloat16(), 4, False, "ring must be contiguous float32, found bfloat16 with strides"),
+        (torch.zeros(1, 3, 4), 6, False, r"rows must have the shape \[1, tokens, 4\], found \[1, 1, 6\]"),
+    ],
+)
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+def test_rings_that_do_not_match_are_refused(backend, ring, rows, overlap, message):
+    arguments = torch.zeros(1, 1, rows), torch.zeros(4, 2), finish_of(1, 2 - overlap), [3], overlap
+    with pytest.raises(ValueError, match=f"^compress_next: {message}"):
+        compress_next(ring, *arguments, EntryLayout(2 - overlap, "fp32"), None, backend=backend)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+def test_a_previous_block_of_packed_documents_is_refused(backend):
+    blocks = DocumentBlocks(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.bool))
+    arguments = torch.zeros(1, 3, 64), torch.zeros(3, 32), finish_of(1, 16), True, True, blocks
+    with pytest.raises(ValueError, match=r"^compress: has_previous and blocks are mutually exclusive$"):
+        compress(*arguments, backend=backend)

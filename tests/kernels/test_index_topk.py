@@ -1,20 +1,18 @@
-from typing import get_args
-
 import numpy as np
 import pytest
 import torch
 from backend_testing import E2M1_VALUES, available, needs_native
 
 from kernels.cache_io import EntryLayout, Pages, pack, unpack
+from kernels.cache_io.layout import FORMAT_BITS
 from kernels.hadamard import hadamard
 from kernels.index_scores import index_scores
 from kernels.index_topk import BACKENDS, index_topk, select_topk
 from kernels.index_topk.eager import score_tile
 from kernels.index_topk.selection import topk_indices
 from kernels.quantize import round_to_format
-from model.config import CacheFormat
 
-FORMATS = get_args(CacheFormat)
+FORMATS = list(FORMAT_BITS)
 HEADS, DIMS = 4, 32
 MODES = {backend: {"backend": backend} for backend in available(BACKENDS)}
 MODES["batch-invariant"] = {"backend": "eager", "batch_invariant": True}

@@ -5,7 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Made(TorchDispatchMode):
+class AllocationRecorder(TorchDispatchMode):
     """Records the bytes of every tensor that an operation creates, in total and from ``source``."""
 
     def __init__(self, source=None):

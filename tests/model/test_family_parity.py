@@ -34,7 +34,9 @@ def test_near_ties_are_refused(monkeypatch):
     monkeypatch.setattr(family_parity, "pair", lambda *names: None)
     monkeypatch.setattr(family_parity, "selection_margin", lambda p: family_parity.MARGIN)
     monkeypatch.setattr(family_parity, "comparisons", lambda p: {})
-    with pytest.raises(FiftyfoldError, match=r"^deepseek_v32: dense: scores within 1\.0e-05 of each other are ties"):
+    with pytest.raises(
+        FiftyfoldError, match=r"^deepseek_v32: dense: selected and unselected scores differ by only 1\.0e-05; choose"
+    ):
         family_parity.measure("deepseek_v32", "dense")
 
 

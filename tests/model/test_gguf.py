@@ -186,8 +186,9 @@ def test_networks_that_llama_cpp_cannot_hold_are_refused(tmp_path, overrides, me
 
 
 def test_an_unknown_type_is_refused(model, tmp_path):
-    with pytest.raises(ConfigError, match="weights: 'q4_0' is not one of f32, f16, q8_0"):
+    with pytest.raises(ConfigError, match="weights: 'q4_0' is not one of f32, f16, q8_0") as caught:
         export_gguf(model, tmp_path / "a.gguf", "q4_0")
+    assert caught.value.field == "weights"
 
 
 def test_a_value_that_is_not_finite_leaves_the_old_file(tmp_path):
@@ -207,9 +208,10 @@ def test_a_value_that_the_type_cannot_hold_is_refused(tmp_path, weights, value, 
         model.embed.weight[0, 0] = value
     message = f"tensor 'embed.weight' holds {abs(value):g}, but {weights} holds values up to {most}"
     with pytest.raises(CheckpointError, match=re.escape(message)):
-        export_gguf(model, tmp_path / "a.gguf", weights)
+        export_gguf(model, tmp_path / "new" / "folder" / "a.gguf", weights)
     assert list(tmp_path.iterdir()) == []
-    export_gguf(model, tmp_path / "a.gguf", "f32")
+    export_gguf(model, tmp_path / "new" / "folder" / "a.gguf", "f32")
+    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["a.gguf"]
 
 
 def test_without_the_package_one_sentence_says_what_to_install(model, tmp_path, monkeypatch):

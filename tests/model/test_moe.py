@@ -8,7 +8,7 @@ from model.config import ModelConfig
 from model.forward.aux_outputs import AuxOutputs
 from model.forward.context import Context
 from model.moe import MixtureOfExperts, hash_table, sequence_balance
-from tests.model.memory import Made
+from tests.model.memory import AllocationRecorder
 
 CONTEXT = Context(torch.zeros(1, 1, dtype=torch.int64), {})
 
@@ -66,7 +66,7 @@ def test_the_balance_loss_makes_no_tensor_of_tokens_times_choices_times_experts(
     tokens, experts, k = 50, 16, 3
     affinities, counted = torch.rand(2, tokens, experts), torch.rand(2, tokens) < 0.7
     chosen = torch.rand(2, tokens, experts).argsort(-1)[..., :k]
-    with Made() as made:
+    with AllocationRecorder() as made:
         found = sequence_balance(affinities, chosen, counted)
     assert max(made.all) <= 4 * affinities.numel()
     used = torch.nn.functional.one_hot(chosen, experts).sum(2) * counted.unsqueeze(-1)

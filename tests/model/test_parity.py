@@ -59,7 +59,9 @@ def test_near_ties_are_refused(monkeypatch):
     monkeypatch.setattr(parity, "pair", lambda name: None)
     monkeypatch.setattr(parity, "selection_margin", lambda p: parity.MARGIN)
     monkeypatch.setattr(parity, "comparisons", lambda p: {})
-    with pytest.raises(FiftyfoldError, match=r"^top-k 2: scores within 1\.0e-04 of each other are ties"):
+    with pytest.raises(
+        FiftyfoldError, match=r"^top-k 2: selected and unselected scores differ by only 1\.0e-04; choose"
+    ):
         parity.measure("top-k 2")
 
 

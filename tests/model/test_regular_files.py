@@ -66,9 +66,10 @@ def test_other_things_in_the_place_of_a_file_are_named(folders, tmp_path, name, 
         load(path.parent)
 
 
-def test_a_pipe_in_the_place_of_a_stored_cache_is_refused(tmp_path):
-    os.mkfifo(tmp_path / "cache")
-    with pytest.raises(CacheError, match="is not a regular file"):
+@pytest.mark.parametrize(("make", "message"), WRONG)
+def test_other_things_in_the_place_of_a_stored_cache_are_named(tmp_path, make, message):
+    make(tmp_path / "cache")
+    with pytest.raises(CacheError, match=rf"^{tmp_path / 'cache'}: {message}$"):
         restore_cache(Cache(ModelConfig(layers=("csa",)), 1, 64), tmp_path / "cache")
 
 

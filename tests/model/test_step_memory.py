@@ -10,7 +10,7 @@ from kernels import native
 from model.cache import Cache
 from model.cache.random_fill import fill_random
 from model.forward.execution import Execution
-from tests.model.memory import Made
+from tests.model.memory import AllocationRecorder
 from tests.model.networks import build
 
 
@@ -34,7 +34,7 @@ def step(mixer, history, tokens, mode="auto"):
     part = PARTS.get(mixer)
     model.execution = Execution(mode)
     try:
-        with torch.inference_mode(), Made(part and cache.pool.rows(0, part)) as made:
+        with torch.inference_mode(), AllocationRecorder(part and cache.pool.rows(0, part)) as made:
             model(torch.zeros(1, tokens, dtype=torch.int64), cache)
     finally:
         model.execution = Execution()

@@ -5,6 +5,7 @@ import torch
 
 from kernels.cache_io import EntryLayout, Pages, pack, unpack, write_pages
 from kernels.quantize import fake_quantize, round_to_format, round_to_layout
+from tests.kernels.backend_testing import E2M1_VALUES
 
 LAYOUTS = [
     EntryLayout(448, "fp8", 64),
@@ -29,7 +30,7 @@ def borders(grid, size):
 def hard_rows(size):
     """Return rows whose blocks have extreme magnitudes, and values on rounding borders of every format."""
     e4m3 = torch.arange(0, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-    e2m1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    e2m1 = torch.tensor(E2M1_VALUES)
     bf16 = torch.tensor([1.0, 1.0078125, 3.140625, 3.15625])
     border = torch.cat([borders(grid, size) for grid in (e4m3, e2m1, bf16)])
     border = torch.cat((border, -border, border * 2.0**-9, -border * 2.0**7))

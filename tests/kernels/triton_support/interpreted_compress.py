@@ -85,7 +85,7 @@ def test_gates_far_apart_and_no_blocks():
     given = torch.randn(1, 8, 64) * 200, torch.zeros(4, 32), finish, True
     for x, y in zip(run("triton", *given), run("reference", *given, dtype=torch.float64)):
         torch.testing.assert_close(x.double(), y, rtol=1e-3, atol=1e-3)
-    empty = run("triton", torch.zeros(1, 0, 64), torch.zeros(4, 32), finish, True)
+    empty = run("triton", torch.zeros(1, 0, 64), torch.zeros(4, 32), finish_of(1, 0, 16, 2), True)
     assert empty[0].shape == (1, 0, 16) and not any(x.any() for x in empty)
 
 
@@ -168,9 +168,45 @@ def test_completed_blocks_are_packed_into_pages(layout, m, overlap, new):
         (6, 16, torch.float32, False, None, "6 tokens are not a multiple of the 4 tokens per block$"),
         (4, 12, torch.float32, True, None, "the Hadamard rotation requires a power of two of channels, found 12$"),
         (4, 16, torch.float32, False, EntryLayout(8, "fp8"), "the layout has 8 dims, the entries 16$"),
+        (
+            8,
+            16,
+            torch.float32,
+            False,
+            None,
+            r"cos and sin must have the shape \[1 or 1, 2, at most 8\], found \[1, 1, 2\]",
+        ),
     ],
 )
 def test_unsupported_inputs_are_refused(tokens, c, dtype, hadamard, layout, message):
     rows, bias, finish = torch.zeros(1, tokens, 2 * c, dtype=dtype), torch.zeros(4, c), finish_of(1, 1, c, 2, hadamard)
     with pytest.raises(ValueError, match=f"^compress: {message}"):
         compress(rows, bias, finish, False, layout=layout, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("cos", "sin"),
+    [((3, 2, 4), (3, 2, 4)), ((1, 1, 4), (1, 1, 4)), ((2, 2, 5), (2, 2, 5)), ((1, 2, 4), (2, 2, 4)), ((2, 4), (2, 4))],
+    ids=["sequences", "entries", "pairs", "sines", "dims"],
+)
+@torch.no_grad()
+def test_angles_of_other_entries_are_refused(cos, sin):
+    m, c, layout = 4, 8, EntryLayout(8, "fp32")
+    finish = Finish(torch.ones(c), 1e-6, torch.ones(cos), torch.zeros(sin))
+    rows, bias = torch.zeros(2, 2 * m, 2 * c), torch.zeros(m, c)
+    message = r"^compress: cos and sin must have the shape \[1 or 2, 2, at most 4\], found "
+    with pytest.raises(ValueError, match=message):
+        compress(rows, bias, finish, False, backend="triton")
+    blocks = DocumentBlocks(torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match=message):
+        compress(rows, bias, finish, False, blocks=blocks, backend="triton")
+    ring, pages = torch.zeros(2, m, 2 * c), cache_of(2, layout, 2, 1)
+    with pytest.raises(ValueError, match=message):
+        compress_next(ring, rows, bias, finish, [0, 0], False, layout, pages, backend="triton")
+
+
+@torch.no_grad()
+def test_no_sequences():
+    finish, layout = finish_of(1, 1, 8, 2), EntryLayout(8, "fp32")
+    arguments = torch.zeros(0, 3, 16), torch.zeros(0, 4, 16), torch.zeros(4, 8), finish, [], False, layout
+    compress_next(*arguments, cache_of(1, layout, 2, 1), backend="triton")

@@ -9,7 +9,7 @@ from tokenizer_files import added_token, byte_fallback, byte_level, unigram, wri
 
 from model.errors import ConfigError
 from model.tokenizer import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer
-from model.tokenizer.hugging_face import _LONG
+from model.tokenizer.hugging_face import _MIN_BATCH_LENGTH
 
 TRUNCATION = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
 PADDING = {
@@ -178,7 +178,7 @@ def test_long_text_is_encoded_and_decoded_like_short_text(tmp_path, monkeypatch,
     tokenizer, text = load(tmp_path, content), " ab <s>é  cab" * 9
     ids = tokenizer.encode(text)
     decoded = tokenizer.decode([0, 2 + 0xE2, *ids, 1])
-    monkeypatch.setattr("model.tokenizer.hugging_face._LONG", 0)
+    monkeypatch.setattr("model.tokenizer.hugging_face._MIN_BATCH_LENGTH", 0)
     assert tokenizer.encode(text) == ids
     assert tokenizer.decode([0, 2 + 0xE2, *ids, 1]) == decoded
 
@@ -186,7 +186,7 @@ def test_long_text_is_encoded_and_decoded_like_short_text(tmp_path, monkeypatch,
 @pytest.mark.parametrize("operation", ["encode", "decode"])
 def test_other_threads_run_during_the_processing_of_long_text(tmp_path, operation):
     tokenizer = load(tmp_path, byte_level())
-    content = {"encode": "ab" * _LONG, "decode": [5] * _LONG}[operation]
+    content = {"encode": "ab" * _MIN_BATCH_LENGTH, "decode": [5] * _MIN_BATCH_LENGTH}[operation]
     begin, began = threading.Event(), []
 
     def wait():

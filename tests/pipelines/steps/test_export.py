@@ -9,11 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from model import checkpoint
 from model.config import CACHE_FORMATS, ModelConfig
-from model.errors import CheckpointError
+from model.errors import CheckpointError, ConfigError
 from model.hf import import_pretrained
 from model.tokenizer import ByteTokenizer, load_tokenizer
 from model.transformer import Transformer
 from pipelines.__main__ import main
+from pipelines.steps.export import run
 
 
 @pytest.fixture()
@@ -191,6 +192,12 @@ def test_a_weight_that_a_format_cannot_hold_is_named_with_the_option(tmp_path, c
     checkpoint.save(model, tmp_path / "ours")
     assert export(tmp_path / "ours", tmp_path / "out", "--format", *options) == 2
     assert f"error: --from: tensor 'embed.weight' {message}\n" == capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_an_unknown_type_of_weights_is_named_by_its_option(ours, tmp_path):
+    with pytest.raises(ConfigError, match=r"^--type: 'q4_0' is not one of f32, f16, q8_0$"):
+        run(None, ours, tmp_path / "out", "gguf", weight_type="q4_0")
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
