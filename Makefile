@@ -22,7 +22,7 @@ help:
 $(VENV)/.installed: pyproject.toml
 	@if [ -z "$(PYTHON)" ]; then echo "error: no Python 3.11 or 3.12 on PATH; install one or pass PYTHON=/path/to/python" >&2; exit 1; fi
 	@rm -f $@
-	@echo "installing Python packages into $(VENV); this takes a few minutes and prints nothing until it ends"
+	@echo "installing Python packages into $(VENV); this takes a few minutes and prints little until it ends"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade pip
 	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar off -e '.[dev]'

@@ -43,12 +43,14 @@ class Perplexity(Task):
         if end - self.tokens < 1:
             raise ConfigError(
                 f"{length} is too short, because the {count(self.tokens, 'token')} before depth {self.depth:g} have no "
-                f"context; raise the length or the depth, or lower {self.name}.tokens",
+                f"context; raise the length or the depth, or lower the task's setting 'tokens'",
                 "length",
             )
         begin = rng.randrange(len(text) - (length - 1) + 1)
         # A slice of tokens may cut characters at its ends.
         whole = tokenizer.decode(text[begin : begin + end]).strip(REPLACEMENT)
+        # The text as its tokens spell it: a tokenizer may add a space at the start, or normalize characters.
+        whole = tokenizer.decode(tokenizer.encode(whole)[:end])
         ids = tokenizer.encode(whole)
         for start in range(len(ids) - self.tokens, max(0, len(ids) - self.tokens - MAX_SHIFTS), -1):
             context = tokenizer.decode(ids[:start]).rstrip()  # lm-eval moves spaces at its end to the continuation

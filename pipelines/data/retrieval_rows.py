@@ -111,6 +111,9 @@ def _weighted_tasks(recipe: Recipe) -> list[tuple[RetrievalTask, float]]:
         for name in names:
             if name not in RETRIEVAL_TASKS and (key == "retrieval_tasks" or name not in TASKS):
                 raise ConfigError(f"data.{key}: '{name}' is not one of {', '.join(RETRIEVAL_TASKS)}")
+    with naming(None, setting_key):
+        for name in data.task_settings:
+            TASKS[name].create(data.settings_of(name), recipe.model)
     total = sum(data.retrieval_tasks.values())
     if not total:
         raise ConfigError("data.retrieval_tasks: at least one weight must be above 0")

@@ -58,6 +58,12 @@ def read_documents(files: list[SourceFile], text_field: str) -> Iterator[SourceD
             raise DataError(f"data.sources: {file.name}: cannot be read ({error.strerror or error})") from error
 
 
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"not valid {error.encoding}: {error.reason}"
+    return str(error)
+
+
 def _file_chunks(file: SourceFile) -> Iterator[str]:
     try:
         with file.path.open(encoding=_find_encoding(file), newline="") as text:
@@ -67,7 +73,7 @@ def _file_chunks(file: SourceFile) -> Iterator[str]:
                     raise DataError(f"data.sources: {file.name}: is not text (it holds NUL characters)")
                 yield chunk
     except (UnicodeError, SyntaxError) as error:
-        raise DataError(f"data.sources: {file.name}: is not text ({error})") from error
+        raise DataError(f"data.sources: {file.name}: is not text ({_reason(error)})") from error
     except LookupError as error:  # the codec does not decode bytes to text
         raise DataError(f"data.sources: {file.name}: declares an encoding that is not for text ({error})") from error
     except OSError as error:
@@ -130,7 +136,7 @@ def _lines(file: SourceFile) -> Iterator[str | bytes]:
         with file.path.open(encoding=encoding, newline="\n") as text:
             yield from text
     except UnicodeError as error:
-        raise DataError(f"data.sources: {file.name}: is not text ({error})") from error
+        raise DataError(f"data.sources: {file.name}: is not text ({_reason(error)})") from error
 
 
 def _parquet_documents(file: SourceFile, column: str) -> Iterator[SourceDocument]:

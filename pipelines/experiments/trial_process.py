@@ -140,7 +140,7 @@ class _Recorder:
 
     def resumed(self, step: int) -> None:
         self.tracked.skip_repeated(step)
-        self.tracked.log_event(step, f"resumed from step {step}")
+        self.tracked.log_event(step, "resumed from the last checkpoint")
 
     def log_event(self, step: int, message: str) -> None:
         self.tracked.log_event(step, message)

@@ -28,7 +28,7 @@ class TrainEvent:
     @classmethod
     def resumption(cls, step: int) -> TrainEvent:
         """Return the event of a training that goes on from the checkpoint of ``step``."""
-        return cls(step, {}, event=f"resumed from step {step}", resumed=True)
+        return cls(step, {}, event="resumed from the last checkpoint", resumed=True)
 
 
 class EventQueue:

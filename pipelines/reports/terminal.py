@@ -57,8 +57,10 @@ class TrainingProgress:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step, metrics=self._format_metrics())
         elif reported and not self.quiet:
+            if LOSS not in metrics:  # a checkpoint between validations
+                self._metrics = {key: value for key, value in self._metrics.items() if key not in (LOSS, RECALL)}
             line = f"{self.name}: step {step}/{self.total} {self._format_metrics()} {self._format_time_left(step)}"
-            print(line, flush=True)
+            print(line.rstrip(), flush=True)
 
     def print_event(self, step: int, message: str) -> None:
         """Print a line that stays."""

@@ -49,6 +49,9 @@ def connect(uri: str, create: bool = True, advice: str = _MOVED) -> MlflowClient
         return MlflowClient(uri, uri) if scheme != "sqlite" else _open_sqlite(uri, create, advice)
     except ConfigError:
         raise
+    except ModuleNotFoundError as error:
+        shown = without_password(uri)
+        raise ConfigError(f"tracking.uri: {shown} needs the Python package '{error.name}'; install it") from error
     except Exception as error:  # MLflow lets SQLAlchemy's and the drivers' errors through
         raise ConfigError(f"tracking.uri: cannot open {without_password(uri)} ({first_line(error)})") from error
 

@@ -42,7 +42,11 @@ def lock_run_folder(folder: Path, recipe: Recipe, sections: tuple[str, ...], key
     Args:
         key: The recipe key that names the folder, for error messages.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = "is not a folder" if folder.exists() else f"cannot be created ({error.strerror})"
+        raise ConfigError(f"{key}: {folder} {problem}") from None
     with (folder / LOCK_FILE).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however it ends

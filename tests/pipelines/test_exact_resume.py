@@ -171,7 +171,9 @@ def check(recipe, straight):
     assert weights == straight[1]
     assert len(history(recipe)) == STEPS  # repeated steps are logged once
     tags = open_tracking(recipe).client.get_run(run_id(recipe)).data.tags
-    resumed = [int(step) for tag in tags.values() for step in re.findall(r"resumed from step (\d+)", tag)]
+    resumed = [
+        int(tag.removeprefix("event.")) for tag, text in tags.items() if "resumed from the last checkpoint" in text
+    ]
     # From checkpoints: every fourth step, and the end of a stage.
     assert resumed and all(step % 4 == 0 or step in (10, 14) for step in resumed)
 

@@ -256,6 +256,18 @@ def test_spans_divide_no_token_that_ends_with_a_space(tmp_path):
         assert whole[: len(context)] == context and len(whole) - len(context) == row["tokens"] >= 32
 
 
+def test_spans_of_a_tokenizer_that_adds_a_space_in_front(tmp_path):
+    content = byte_level()
+    content["pre_tokenizer"] = {**content["pre_tokenizer"], "add_prefix_space": True}
+    tokenizer = load_tokenizer(write_files(tmp_path / "in", content))
+    folder = save_checkpoint(tmp_path / "final", CONFIG.replace(vocab_size=tokenizer.vocab_size), tokenizer)
+    data = write_shards(tmp_path / "data", ["words without one in front, " * 40], tokenizer)
+    rows = text_spans(task="perplexity", checkpoint=folder, data=data, length=200, samples=8, seed=1)["test"]
+    for row in rows:
+        context, whole = tokenizer.encode(row["context"]), tokenizer.encode(row["context"] + row["continuation"])
+        assert whole[: len(context)] == context and len(whole) - len(context) == row["tokens"] >= 32
+
+
 class LookupLM(LM):
     """Answer by looking the key up in the context; wrongly for keys before N. Likelihood: one nat per character."""
 

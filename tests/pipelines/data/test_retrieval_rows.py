@@ -77,6 +77,10 @@ def test_settings_and_distance_of_documents():
             {"retrieval_tasks": {"multi_key": 1}, "task_settings": {"multi_key": {"keys": 1}}},
             "^data.task_settings.multi_key.keys: must be from 2 to 26, found 1",
         ),
+        (
+            {"task_settings": {"multi_key": {"keys": -3}}},
+            "^data.task_settings.multi_key.keys: must be from 2 to 26, found -3",
+        ),
         ({"pairs": 100}, "^data.pairs: must be from 2 to 26, found 100"),
         ({"task_settings": {"mqar": {"pairs": 3}}}, "the pairs of mqar are set by data.pairs"),
         (

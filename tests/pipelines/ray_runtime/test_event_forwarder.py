@@ -99,8 +99,11 @@ def test_steps_that_a_resumed_training_repeats_are_logged_once(prepared, forward
     validation = TrainEvent(8, {"validation/loss": 1.0}, reported=True)
     rollback = steps(8, 9, loss=3.0)
     _, _, run = forward(TrainEvent.resumption(6), *steps(7, 8), validation, *steps(9, 10), *rollback)
-    assert capsys.readouterr().out.count("watched: step 6: resumed from step 6\n") == 1
-    assert run.data.tags["event.000006"] == "resumed from step 6" and run.data.metrics["validation/loss"] == 1.0
+    assert capsys.readouterr().out.count("watched: step 6: resumed from the last checkpoint\n") == 1
+    assert (
+        run.data.tags["event.000006"] == "resumed from the last checkpoint"
+        and run.data.metrics["validation/loss"] == 1.0
+    )
     client = open_tracking(prepared).client
     expected = [(5, 5.0), (6, 6.0), (7, 7.0), (8, 8.0), (9, 9.0), (10, 10.0), (8, 24.0), (9, 27.0)]
     history = client.get_metric_history(run.info.run_id, "train/loss")

@@ -35,3 +35,14 @@ def test_a_title_longer_than_its_table_stays_on_one_line(capsys):
     title = "a title of many words that is much wider than the table below it"
     terminal.print_table(title, ["a", "b"], [["1", "2"]])
     assert title in capsys.readouterr().out.splitlines()
+
+
+def test_a_line_has_the_metrics_of_its_step(capsys):
+    progress = terminal.TrainingProgress("a", 8)
+    progress.update(2, {}, reported=True)
+    progress.update(4, {"train/loss": 3.0, "validation/loss": 2.0}, reported=True)
+    progress.update(6, {"train/loss": 1.0}, reported=True)
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first == "a: step 2/8"
+    assert "validation loss 2.000" in second
+    assert "loss 1.000" in third and "validation" not in third, "the loss of an earlier step"

@@ -273,6 +273,7 @@ def test_another_database_by_uri(tmp_path, monkeypatch):
         ("file:///some/folder", "begins with one of"),
         ("sqlite://", "names a file"),
         ("sqlite:////nowhere/at/all/x.db", "folder /nowhere/at/all of"),
+        ("mssql://user:secret@host/db", r"tracking\.uri: mssql://host/db needs the Python package '\w+'; install it$"),
         ("http://user:secret@127.0.0.1:9", "nothing answers at http://127.0.0.1:9"),
     ],
 )

@@ -24,3 +24,11 @@ def test_declared_and_chosen_tokens_resume_the_same_run(tmp_path):
     (recipe.data_folder / MANIFEST_NAME).write_text('{"eos_id": 2}')
     with pytest.raises(ConfigError, match=r"was started with another data\.manifest; choose"):
         lock(**{"data.eos_token": None})
+
+
+def test_a_file_in_the_place_of_a_run_folder_is_named(tmp_path):
+    (tmp_path / "a").touch()
+    recipe = recipe_from_dict({"run": {"folder": str(tmp_path), "name": "a"}})
+    message = rf"^run\.name: {tmp_path}/a is not a folder$"
+    with pytest.raises(ConfigError, match=message), lock_run_folder(tmp_path / "a", recipe, ("data",), "run.name"):
+        pass
