@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.lib.machine import BackgroundLoad, Machine, system_info
+from benchmarks.lib.machine import BackgroundLoad, system_info
 from benchmarks.lib.report import Page
 from model.atomic_files import atomic_file
 from model.errors import FiftyfoldError
+from model.machine import Machine
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from model.cache import Cache
 from model.cache.random_fill import fill_random
 from model.config import ModelConfig
 from model.generation import prefill
+from model.machine import Machine
 from model.transformer import Transformer
 from model.wording import count
 
@@ -24,10 +24,8 @@ DECODED = _ROUNDS + 1
 def describe_machine() -> str:
     """Return a note on the machine and the method."""
     threads = count(torch.get_num_threads(), "thread")
-    return (
-        f"{platform.machine()} CPU, {threads}; networks take turns, medians of {_ROUNDS}; random weights and cache "
-        "entries"
-    )
+    method = f"networks take turns, medians of {_ROUNDS}; random weights and cache entries"
+    return f"{Machine.here().title}, {threads}; {method}"
 
 
 @torch.inference_mode()

@@ -20,7 +20,6 @@ from pipelines.reports.tables import Table
 PUBLISHED_LENGTH = 1 << 20
 """Sequence length of the published networks' costs."""
 SSA_NOTE = "accounting only: an assumption about an unpublished design, not trained"
-_BARS = "Bars: 95% t intervals; bands: ranges."
 _COLORS = ("#2c5f8a", "#7f8c8d", "#c0392b", "#2e8b57", "#8e44ad", "#d98e04", "#16a085")
 
 
@@ -278,7 +277,7 @@ def quality_figure(result: ComparisonResult) -> Figure:
         axes.set(title=f"{name} at the end")
     for axes in (curve, *bars):
         axes.grid(alpha=0.25)
-    figure.supxlabel(seeds_caption(result.seeds, _BARS), fontsize=8)
+    figure.supxlabel(seeds_caption(result.seeds, "Bars: 95% t intervals; bands: ranges."), fontsize=8)
     return figure
 
 
@@ -311,7 +310,7 @@ def lengths_figure(result: ComparisonResult) -> Figure | None:
         axes.legend(fontsize=7)
     for axes in panels[len(tasks) :]:
         axes.axis("off")
-    figure.supxlabel(f"{seeds_caption(result.seeds, _BARS)} Dotted: training length.", fontsize=8)
+    figure.supxlabel(f"{seeds_caption(result.seeds, 'Bars: 95% t intervals.')} Dotted: training length.", fontsize=8)
     return figure
 
 

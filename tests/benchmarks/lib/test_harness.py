@@ -1,4 +1,4 @@
-"""Pages with one section per machine, machine descriptions, and error messages of scripts."""
+"""Pages with one section per machine, and error messages of scripts."""
 
 import socket
 
@@ -7,14 +7,10 @@ import torch
 
 from benchmarks.lib import harness, machine
 from benchmarks.lib.harness import Result, make_parser, run_benchmark, run_main
-from benchmarks.lib.machine import BackgroundLoad, Machine
+from benchmarks.lib.machine import BackgroundLoad
 from benchmarks.lib.report import BEGIN, END, Page, table
 from model.errors import FiftyfoldError
-
-CPUINFO = """processor\t: 0
-model name\t: Some CPU @ 3.00GHz
-flags\t\t: fpu avx2 avx512f avx512_vnni
-"""
+from model.machine import Machine
 
 
 @pytest.fixture()
@@ -82,16 +78,6 @@ def test_a_figure_is_named_after_the_machine(page, monkeypatch):
     run_benchmark(make_parser(None), lambda o: Result("table\n", figure, "Caption"), ["--write", str(page.path)])
     assert "\n![Caption](page-some-cpu-avx-512-vnni.png)\n" in page.path.read_text()
     assert page.path.with_name("page-some-cpu-avx-512-vnni.png").stat().st_size > 1000
-
-
-def test_title_has_processor_instruction_sets_and_masks(tmp_path, monkeypatch):
-    (tmp_path / "cpuinfo").write_text(CPUINFO)
-    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
-    here = Machine.here()
-    assert here.title == "Some CPU @ 3.00GHz; AVX2, AVX-512, VNNI; ONEDNN_MAX_CPU_ISA=AVX2"
-    assert here.slug == "some-cpu-3-00ghz-avx2-avx-512-vnni-onednn-max-cpu-isa-avx2"
 
 
 def test_the_host_name_is_not_published():
