@@ -34,9 +34,8 @@ class MovingAverage(Mixer):
 
     @classmethod
     def check(cls, config):
-        require(
-            cls.channels(config) >= 1, f"mixer_options.ema.channels: must be at least 1, found {cls.channels(config)}"
-        )
+        channels = cls.channels(config)
+        require(channels >= 1, f"must be at least 1, found {channels}", "mixer_options.ema.channels")
 
     @classmethod
     def cache_parts(cls, config):
