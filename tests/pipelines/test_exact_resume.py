@@ -291,8 +291,15 @@ def kill_worker(driver, recipe):
 
 
 def kill_raylet(driver, recipe):
-    (raylet,) = [p for p in processes_below(driver.pid, "raylet/raylet") if Path(p.exe()).name == "raylet"]
-    raylet.kill()
+    raylets = []
+    for process in processes_below(driver.pid, "raylet/raylet"):
+        with suppress(psutil.NoSuchProcess):
+            if Path(process.exe()).name == "raylet":  # or a worker that it has forked and that runs nothing else yet
+                raylets.append(process)
+    assert raylets
+    for raylet in raylets:
+        with suppress(psutil.NoSuchProcess):
+            raylet.kill()
     assert driver.wait() != 0
 
 
