@@ -35,6 +35,7 @@ from serve.engine import Engine
 from serve.gateway.asgi import create_gateway
 from serve.gateway.backend import ReplicaLostError, call_app
 from serve.gateway.router import PrefixRouter
+from serve.replica_address import listen_on_loopback
 
 GATEWAY = "fiftyfold"
 """Name of the gateway's application."""
@@ -76,6 +77,7 @@ class ModelServer:
     """One replica: a model, its engine, and the HTTP routes behind the gateway."""
 
     def __init__(self, args: dict[str, Any]):
+        listen_on_loopback()
         settings = ModelArgs.model_validate(args)
         torch.set_num_threads(settings.threads_per_replica)
         device = "cuda" if settings.gpus_per_replica > 0 else "cpu"
@@ -134,6 +136,7 @@ class Gateway:
     """One gateway process."""
 
     def __init__(self, args: dict[str, Any]):
+        listen_on_loopback()
         self._args = GatewayArgs.model_validate(args)
         self._app: FastAPI | None = None
 
