@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from evals.documents import TASKS
 from evals.scores import Point
 from model.work import WEIGHTING
 from pipelines.reports.arms import METRICS, TESTED, Runs, differences, rates_table, score_cells
@@ -296,21 +297,24 @@ def lengths_figure(result: ComparisonResult) -> Figure | None:
             beside = 2 ** (0.04 * (index - (len(by_arm) - 1) / 2))  # equal scores stay visible
             found = {length: estimate(values) for length, values in scores.get(task, {}).items()}
             if found:
-                half = [each.half_width or 0.0 for each in found.values()]
                 means = [each.mean for each in found.values()]
+                # A score is from 0 to 1; a t interval may exceed that.
+                low = [min(each.half_width or 0.0, each.mean) for each in found.values()]
+                high = [min(each.half_width or 0.0, 1 - each.mean) for each in found.values()]
                 lengths = [length * beside for length in found]
-                axes.errorbar(lengths, means, yerr=half, marker="o", capsize=3, color=color, label=name)
+                axes.errorbar(lengths, means, yerr=[low, high], marker="o", capsize=3, color=color, label=name)
         lengths = sorted({length for scores in by_arm.values() for length in scores.get(task, {})})
         axes.axvline(result.training_length, color="#9aa7b1", linestyle=":", linewidth=1)
         axes.set_xscale("log", base=2)
         axes.set_xticks(lengths, list(map(str, lengths)))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set(title=task, xlabel="document length, tokens", ylabel="score", ylim=(-0.05, 1.05))
+        axes.set(title=task, xlabel="document length, tokens", ylabel=TASKS[task].metric, ylim=(-0.05, 1.05))
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=7)
     for axes in panels[len(tasks) :]:
         axes.axis("off")
-    figure.supxlabel(f"{seeds_caption(result.seeds, 'Bars: 95% t intervals.')} Dotted: training length.", fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(by_arm))
+    caption = seeds_caption(result.seeds, "Bars: 95% t intervals, cut at 0 and 1.")
+    figure.supxlabel(f"{caption} Dotted: training length.", fontsize=8)
     return figure
 
 
