@@ -19,7 +19,7 @@ class Finish(NamedTuple):
     sin: Tensor
     """float32 [B or 1, n, r]"""
     hadamard: bool = False
-    """Whether to multiply entries by the Hadamard matrix. Requires c to be a power of two."""
+    """True to multiply entries by the Hadamard matrix. Requires c to be a power of two."""
 
 
 class DocumentBlocks(NamedTuple):

@@ -187,7 +187,7 @@ class _Entries:
 
     @property
     def is_fused(self) -> bool:
-        """Whether one kernel pools and finishes the entries."""
+        """True if one kernel pools and finishes the entries."""
         return is_fused(len(self.bias), self.c)
 
     @property
