@@ -50,7 +50,8 @@ def parse_json(body: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise RequestError(f"the body is not valid UTF-8 ({error.reason} at byte {error.start})") from None
     except json.JSONDecodeError as error:
-        raise RequestError(f"the body is not valid JSON: {error.msg} at character {error.pos}") from None
+        problem = error.msg.removesuffix(" at")
+        raise RequestError(f"the body is not valid JSON: {problem} at character {error.pos}") from None
     except RecursionError:
         raise RequestError("the body is nested too deeply") from None
     except ValueError:  # Python limits the digits of an integer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 
 import pytest
 
@@ -15,6 +16,8 @@ from pipelines.tracking.mlflow_store import open_tracking
 @pytest.fixture
 def executed(monkeypatch) -> list:
     commands: list = []
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        monkeypatch.setattr(ui, "ADDRESS", ("127.0.0.1", str(free.getsockname()[1])))
     monkeypatch.setattr(os, "execve", lambda _, command, environment: commands.append(command))
     return commands
 
@@ -42,3 +45,14 @@ def test_a_folder_without_a_store_is_refused(tmp_path, monkeypatch, capsys, exec
     assert ui.main() == 1
     assert message in capsys.readouterr().err
     assert executed == [] and list(tmp_path.iterdir()) == []
+
+
+def test_a_port_in_use_is_named(tmp_path, monkeypatch, capsys, executed):
+    open_tracking(recipe_from_dict({"run": {"folder": str(tmp_path)}}))
+    monkeypatch.setenv("RUNS", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        monkeypatch.setattr(ui, "ADDRESS", ("127.0.0.1", str(port)))
+        assert ui.main() == 1
+    assert f"error: make ui: cannot listen on 127.0.0.1:{port} (Address already in use)" in capsys.readouterr().err
+    assert executed == []

@@ -15,6 +15,7 @@ def post(client, content: bytes, headers=JSON, route="/v1/completions"):
     ("content", "param", "words"),
     [
         (b'{"prompt": "a",', None, "not valid JSON"),
+        (b'{"prompt": "def', None, "not valid JSON: Unterminated string starting at character 11"),
         (b"", None, "the body is empty"),
         (b" \n", None, "the body is empty"),
         (b"null", None, "must be a JSON object"),
