@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import sys
 import threading
 import time
@@ -43,6 +42,7 @@ from pipelines.ray_runtime.serve_applications import (
 from pipelines.ray_runtime.session import ray_session
 from pipelines.recipe.messages import naming
 from pipelines.recipe.paths import check_creatable, path_option
+from pipelines.recipe.ports import require_free_port
 from pipelines.recipe.quoting import first_line
 from pipelines.recipe.schema import Recipe, ServeSection
 from pipelines.steps import Step
@@ -293,13 +293,7 @@ def authorization_headers(section: ServeSection) -> dict[str, str]:
 
 def check_port(host: str, port: int) -> None:
     """Raise ConfigError unless a server can listen on the port."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # like servers, ignore connections in TIME_WAIT
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(f"serve.port: cannot listen on {host}:{port} ({error.strerror})") from error
+    require_free_port("serve.port", host, port)
 
 
 def _wait_until_healthy(url: str) -> dict[str, Any]:

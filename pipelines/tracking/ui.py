@@ -6,12 +6,12 @@ The folder is the value of the environment variable RUNS, which may be any path.
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from pathlib import Path
 
-from model.errors import ConfigError, FiftyfoldError
+from model.errors import FiftyfoldError
 from pipelines.recipe.paths import path_option
+from pipelines.recipe.ports import require_free_port
 from pipelines.tracking.connection import DATABASE, connect, default_uri
 from pipelines.tracking.relocation import ARTIFACTS
 
@@ -31,17 +31,6 @@ def server_command(runs: Path) -> list[str]:
     return [*command, "--backend-store-uri", uri, "--default-artifact-root", artifacts]
 
 
-def _check_port() -> None:
-    """Raise ConfigError unless a server can listen on the address. MLflow's own would end with status 0."""
-    host, port = ADDRESS
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # like servers, ignore connections in TIME_WAIT
-        try:
-            probe.bind((host, int(port)))
-        except OSError as error:
-            raise ConfigError(f"make ui: cannot listen on {host}:{port} ({error.strerror})") from error
-
-
 def main() -> int:
     """Replace this process with the server; return the exit status of an error."""
     try:
@@ -50,7 +39,7 @@ def main() -> int:
             print(f"error: {runs / DATABASE}: no such file; run a step first or pass RUNS=folder", file=sys.stderr)
             return 1
         command = server_command(runs)
-        _check_port()
+        require_free_port("make ui", ADDRESS[0], int(ADDRESS[1]))  # MLflow would end with status 0
     except FiftyfoldError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
