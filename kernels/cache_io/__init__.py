@@ -11,14 +11,13 @@ from kernels import native
 from kernels.backends import get_backend
 from kernels.cache_io import cpu, reference, triton
 from kernels.cache_io.layout import FORMAT_BITS, EntryLayout
-from kernels.cache_io.pages import PagedRows, Pages
+from kernels.cache_io.pages import Pages
 from kernels.triton_support.platform import can_run
 
 __all__ = [
     "BACKENDS",
     "FORMAT_BITS",
     "EntryLayout",
-    "PagedRows",
     "Pages",
     "backend_for",
     "pack",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -46,30 +45,3 @@ class Pages:
         """Return rows int64 [...] of the storage: uint8 [..., nbytes]."""
         # index_select is ten times as fast on a CPU as indexing, which copies byte by byte.
         return self.storage.index_select(0, indices.flatten()).view(*indices.shape, self.storage.shape[1])
-
-
-@dataclass(frozen=True)
-class PagedRows:
-    """Rows of a single sequence, whose page numbers are in a list."""
-
-    storage: Tensor
-    """uint8 [rows of all pages, nbytes]"""
-    page_size: int
-    """Rows per page."""
-    pages: list[int]
-    """Page numbers, in order."""
-    is_contiguous: bool
-    """True if the pages are adjacent in the storage. Slices are then views."""
-
-    @cached_property
-    def _page_table(self) -> Tensor:
-        return torch.tensor(self.pages, device=self.storage.device)
-
-    def slice(self, begin: int, end: int) -> Tensor:
-        """Return rows ``begin`` to ``end``: uint8 [end - begin, nbytes]."""
-        if self.is_contiguous:
-            first = self.pages[0] * self.page_size if self.pages else 0
-            return self.storage[first + begin : first + end]
-        first, last = begin // self.page_size, -(-end // self.page_size)
-        pages = self.storage.view(-1, self.page_size, self.storage.shape[1])[self._page_table[first:last]]
-        return pages.flatten(0, 1)[begin - first * self.page_size :][: end - begin]

@@ -4,6 +4,7 @@
 #include "../compress/cpu.cpp"
 #include "../fused_experts/cpu.cpp"
 #include "../gated_delta_rule/cpu.cpp"
+#include "../grouped_attention/cpu.cpp"
 #include "../hadamard/cpu.cpp"
 #include "../hyper_connections/cpu.cpp"
 #include "../index_topk/cpu.cpp"

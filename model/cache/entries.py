@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.cache_io import PagedRows, Pages, write_pages
+from kernels.cache_io import Pages, write_pages
 from model.cache.pages import PageTable
 
 
@@ -37,15 +37,6 @@ class PagedEntries:
     def pages(self) -> Pages:
         """The rows of all sequences in place, by page."""
         return Pages(self._rows, self.per_page, self.table.page_ids)
-
-    def rows(self) -> Tensor:
-        """Return all rows including those of the current step: uint8 [B, T, nbytes], where T is the highest count. Rows
-        past a sequence's count are arbitrary."""
-        most = max(self.counts)
-        if len(self.counts) == 1:
-            pages = PagedRows(self._rows, self.per_page, self.table.pages[0], self.table.is_contiguous(0))
-            return pages.slice(0, most).unsqueeze(0)
-        return self.pages.gather_range(0, most, torch.tensor(self.counts, device=self.table.pool.device))
 
     def _pool_rows(self) -> Tensor:
         """Return the pool row of each entry of a single sequence."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -157,7 +156,6 @@ class PageTable:
 
     def _pages_changed(self) -> None:
         self._page_ids: Tensor | None = None
-        self._contiguous: list[bool] | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -196,12 +194,6 @@ class PageTable:
             rows = [pages + pages[:1] * (most - len(pages)) for pages in self.pages]
             self._page_ids = torch.tensor(rows, dtype=torch.int64, device=self.pool.device)
         return self._page_ids
-
-    def is_contiguous(self, sequence: int) -> bool:
-        """Return whether the sequence's pages are contiguous."""
-        if self._contiguous is None:
-            self._contiguous = [all(b == a + 1 for a, b in pairwise(pages)) for pages in self.pages]
-        return self._contiguous[sequence]
 
     @property
     def new_lengths(self) -> list[int]:

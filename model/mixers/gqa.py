@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.cache_io import EntryLayout, unpack
+from kernels.grouped_attention import grouped_attention
 from kernels.paged_attention import EntrySet
 from kernels.sparse_attention import TiledAttention
 from model.cache.parts import CachePart, GrowingPart, RecurrentPart
@@ -26,9 +27,6 @@ from model.work import Work
 if TYPE_CHECKING:
     from model.cache.layer_cache import LayerCache
     from model.config import ModelConfig
-
-_MAX_SCORES = 1 << 22
-"""Limit on scores computed at once."""
 
 
 class Projected(NamedTuple):
@@ -134,29 +132,21 @@ class GroupedQueryAttention(Mixer):
         rows = self.precision.round_to(rows, "gqa", self.entry_layout, self.training, context.aux)
         if cache is None:
             mask = None if context.documents is None else context.documents.causal_mask().unsqueeze(1)
-            return self._attention(query, rows, mask)
+            query, key, value = (x.transpose(1, 2) for x in (query, *self._heads(rows)))
+            out = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+            )
+            return out.transpose(1, 2)
         cache.entries.append(rows)
         visible = context.positions + 1
         if context.batch_invariant:
             return self._token_by_token(query, EntrySet(cache.entries.pages, visible=visible))
-        rows = unpack(cache.entries.rows(), self.entry_layout)
-        places = torch.arange(rows.shape[1], device=rows.device)
-        step = max(1, min(64, _MAX_SCORES // (len(query) * query.shape[2] * len(places))))
-        runs = zip(query.split(step, dim=1), visible.split(step, dim=1))
-        outputs = [self._attention(some, rows, (places < seen.unsqueeze(-1)).unsqueeze(1)) for some, seen in runs]
-        return torch.cat(outputs, dim=1)
+        pages, kv_heads = cache.entries.pages, self.config.num_kv_heads
+        return grouped_attention(query, pages, visible, kv_heads, self.entry_layout)
 
     def _rows(self, key: Tensor, value: Tensor, rotation: Rotation) -> Tensor:
         """Return each head's rotated key concatenated with its value, [B, S, num_kv_heads * 2 * head_dim]."""
         return torch.cat((rotation.apply(key.unflatten(-1, value.shape[2:])), value), dim=-1).flatten(2)
-
-    def _attention(self, query: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
-        """Attend with query [B, S, H, head_dim] to rows [B, T, ...]. mask bool [B, 1, S, T]; None is causal."""
-        key, value = (x.transpose(1, 2) for x in self._heads(rows))
-        out = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-        )
-        return out.transpose(1, 2)
 
     def _heads(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Split rows [..., num_kv_heads * 2 * head_dim] into keys and values [..., num_kv_heads, head_dim]."""

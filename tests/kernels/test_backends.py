@@ -47,6 +47,7 @@ CALLS = {
     "expert_dispatch.run_experts": (x[0], None, (), None, 1.0),
     "fused_experts.fused_experts": (x, None, None, (), (), 1.0),
     "gated_delta_rule.gated_delta_rule": (x[None], x[None], x[None], x[None], x),
+    "grouped_attention.grouped_attention": (x, None, None, 1, layout),
     "hadamard.hadamard": (x,),
     "hyper_connections.hc_pre": (x[None], x, x, x, x, 1, 1e-6, 1e-6),
     "hyper_connections.hc_post": (x[None], x, x, x),

@@ -2,7 +2,7 @@ import pytest
 import torch
 from backend_testing import needs_native
 
-from kernels.cache_io import EntryLayout, PagedRows, Pages, pack, unpack, write_pages, write_ring
+from kernels.cache_io import EntryLayout, Pages, pack, unpack, write_pages, write_ring
 from kernels.cache_io.layout import FORMAT_BITS
 from kernels.quantize import round_to_format, round_to_layout
 
@@ -109,9 +109,6 @@ def test_rings_wrap_around(dtype):
 def test_rows_are_read_from_pages(pages):
     storage = torch.arange(5 * 4 * 2, dtype=torch.uint8).view(20, 2)
     expected = torch.cat([storage[4 * page : 4 * page + 4] for page in pages])
-    rows = PagedRows(storage, 4, pages, is_contiguous=pages == [1, 2, 3])
-    for begin, end in ((0, 12), (3, 9), (4, 8), (5, 5)):
-        assert torch.equal(rows.slice(begin, end), expected[begin:end])
     batch = Pages(storage, 4, torch.tensor([[0, 1, 2], pages]))
     indices = torch.tensor([[0, 7, 2], [11, 4, 4]])
     assert torch.equal(batch.gather(indices)[1], expected[indices[1]])

@@ -49,3 +49,9 @@ def build(seed=0, **overrides):
 def random_ids(*shape, seed=1):
     """Return token IDs of :data:`SMALL`'s vocabulary."""
     return torch.randint(0, SMALL["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
+
+
+def stored_rows(entries):
+    """Return the rows of a growing cache part: uint8 [B, T, nbytes], where T is the highest count. Rows past a
+    sequence's count repeat its last one."""
+    return entries.pages.gather_range(0, max(entries.counts), torch.tensor(entries.counts))

@@ -16,7 +16,7 @@ from model.forward.context import Context
 from model.generation import prefill
 from model.mixers.gqa import GroupedQueryAttention
 from model.precision import Precision
-from tests.model.networks import BF16, EXACT, LATENT, SMALL, build
+from tests.model.networks import BF16, EXACT, LATENT, SMALL, build, stored_rows
 
 SCHEDULES = {
     "hybrid": ("sliding", "csa", "hca", "csa"),
@@ -152,7 +152,7 @@ def test_cached_values_are_the_training_forwards_bit_for_bit(mixer, formats):
     layer = cache.layers[0]
 
     def stored(entries):
-        return unpack(entries.rows(), entries.layout)
+        return unpack(stored_rows(entries), entries.layout)
 
     if mixer in ("csa", "dsa"):
         queries, keys = seen["index"]

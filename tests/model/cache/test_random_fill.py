@@ -11,7 +11,7 @@ from model.cache.random_fill import fill_random
 from model.cache.ring import Ring
 from model.config import ModelConfig
 from model.errors import CacheError
-from tests.model.networks import SMALL, build
+from tests.model.networks import SMALL, build, stored_rows
 
 LAYERS = ("sliding", "csa", "hca", "gqa", "mla", "dsa")
 
@@ -28,7 +28,7 @@ def test_rows_hold_packed_normal_vectors(tokens, formats):
             if isinstance(part, Ring):
                 values = unpack(part.data, part.part.layout) if part.data.dtype == torch.uint8 else part.data
             else:
-                values = unpack(part.rows(), part.layout)
+                values = unpack(stored_rows(part), part.layout)
                 assert values.shape[1] == tokens // part.ratio
             assert values.isfinite().all() and values.shape[0] == 3
             assert (values.abs().amax(-1) > 0).all()
@@ -40,7 +40,7 @@ def test_rows_do_not_repeat_where_memory_allows():
     config = ModelConfig(**{**SMALL, "layers": ("csa", "csa"), "index_head_dim": 64, "max_positions": 1 << 16})
     cache = Cache(config, 2, 1 << 14)
     fill_random(cache, 1 << 14)
-    rows = [layer.index.rows()[sequence] for layer in cache.layers for sequence in (0, 1)]
+    rows = [stored_rows(layer.index)[sequence] for layer in cache.layers for sequence in (0, 1)]
     for some in rows:
         assert len(some.unique(dim=0)) == len(some)
     assert not any(torch.equal(rows[0], other) for other in rows[1:])
@@ -52,7 +52,7 @@ def test_a_short_piece_is_repeated(monkeypatch):
     cache = Cache(config, 2, 400)
     fill_random(cache, 400)
     for (layer, name), part in cache.pool.parts.items():
-        for rows in getattr(cache.layers[layer], name).rows():
+        for rows in stored_rows(getattr(cache.layers[layer], name)):
             assert len(rows.unique(dim=0)) == min(len(rows), 1000 // part.layout.nbytes), (layer, name)
 
 

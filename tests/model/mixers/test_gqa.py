@@ -9,7 +9,7 @@ from model.config import ModelConfig
 from model.costs import costs_of, fixed_state_bytes
 from model.errors import ConfigError
 from model.forward.execution import Execution
-from tests.model.networks import EXACT, SMALL, build, random_ids
+from tests.model.networks import EXACT, SMALL, build, random_ids, stored_rows
 
 
 def options(kernel=3):
@@ -40,7 +40,7 @@ def test_a_key_depends_on_the_tokens_before_its_own():
         for ids in (first, second):
             cache = Cache(model.config, 1, 20)
             model(ids, cache)
-            rows.append(cache.layers[0].entries.rows()[0])
+            rows.append(stored_rows(cache.layers[0].entries)[0])
         return (rows[0] != rows[1]).any(dim=-1).nonzero().flatten().tolist()
 
     assert changed_rows(network(layers=("gqa",))) == [4, 5, 6]
