@@ -13,7 +13,7 @@ from pipelines.experiments.experiment import Experiment, SelectedRate, open_expe
 from pipelines.experiments.flops import count_decode_flops, training_flops
 from pipelines.experiments.outputs import command_line, publish
 from pipelines.experiments.quantization import score_variants
-from pipelines.experiments.trials import FINAL, Result, Trial, plan
+from pipelines.experiments.trials import Result, Trial, plan
 from pipelines.recipe.metrics import LOSS
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.ablation import AblationResult, ArmResult, CostStage, figure, tables
@@ -58,8 +58,8 @@ def run_ablation(recipe: Recipe, write: Path | None) -> AblationResult:
         scaled_results = experiment.run_seeds(scaled) if scaled else {}
         quantization = {}
         if "qat" in section.choices:
-            folders = {name: [t.folder / FINAL for t in trials if t.arm == name] for name in (FULL, "qat")}
-            quantization = score_variants(recipe, folders[FULL], folders["qat"])
+            pairs = [[trial for trial in trials if trial.arm == name] for name in (FULL, "qat")]
+            quantization = score_variants(recipe, *pairs)
         result = AblationResult(
             section.name,
             command_line("ablate"),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from model import checkpoint
+from model.atomic_files import write_text
 from model.config import CACHE_FORMATS, ModelConfig
 from model.transformer import Transformer
+from pipelines.experiments.trials import FINAL, QUANTIZATION, Trial
 from pipelines.recipe.schema import Recipe
 from pipelines.training.curriculum import curriculum
 from pipelines.training.validation import held_out_batches, validate
@@ -40,17 +42,27 @@ VARIANTS = (
 
 
 def score_variants(
-    recipe: Recipe, with_qat: Sequence[Path], without: Sequence[Path]
+    recipe: Recipe, with_qat: Sequence[Trial], without: Sequence[Trial]
 ) -> dict[str, dict[str, list[float]]]:
-    """Score pairs of checkpoints on the held-out rows; return {variant: {metric: one value per pair}}."""
-    batches, attention = held_out_batches(recipe), curriculum(recipe)[-1].attends
+    """Score pairs of trained networks on the held-out rows; return {variant: {metric: one value per pair}}.
+
+    Scores are stored in the trials' folders and reused.
+    """
     found = {}
     for variant in VARIANTS:
-        each = []
-        for folder in with_qat if variant.trained_with_qat else without:
-            model = Transformer(variant.configure(checkpoint.load_config(folder)))
-            checkpoint.load_weights(model, folder)
-            metrics = validate(model.eval(), batches, attention)
-            each.append({name.removeprefix("validation/"): value for name, value in metrics.items()})
+        each = [_score(recipe, trial, variant) for trial in (with_qat if variant.trained_with_qat else without)]
         found[variant.name] = {name: [scores[name] for scores in each] for name in METRICS if name in each[0]}
     return found
+
+
+def _score(recipe: Recipe, trial: Trial, variant: Variant) -> dict[str, float]:
+    """Return the stored scores of a variant of a trial's network, or compute and store them."""
+    path = trial.folder / QUANTIZATION
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    if variant.name not in stored:
+        model = Transformer(variant.configure(checkpoint.load_config(trial.folder / FINAL)))
+        checkpoint.load_weights(model, trial.folder / FINAL)
+        metrics = validate(model.eval(), held_out_batches(recipe), curriculum(recipe)[-1].attends)
+        stored[variant.name] = {name.removeprefix("validation/"): value for name, value in metrics.items()}
+        write_text(path, json.dumps(stored) + "\n")
+    return stored[variant.name]

@@ -24,6 +24,8 @@ from pipelines.tracking.run_folder import training_identity
 
 RESULT, TRIAL, LAST, FINAL = "result.json", "trial.json", "last", "final"
 """Names in a trial's folder: its result, its description, the checkpoint to resume from, and the trained network."""
+QUANTIZATION = "quantization.json"
+"""Name of the scores of the trained network in other formats, in a trial's folder."""
 
 
 @dataclass(frozen=True)
