@@ -135,8 +135,12 @@ def hypervolume(points: Sequence[tuple[float, float]], higher: bool) -> float:
     return area / (width * height)
 
 
-def table(report: SweepReport) -> Table:
-    """Return the trials by cache size, each with its run."""
+def tables(report: SweepReport) -> list[Table]:
+    """Return the trials by cache size, each with its run, and the scores of the front, if there are any."""
+    return [_trials(report), *([_front_scores(report)] if report.by_length else [])]
+
+
+def _trials(report: SweepReport) -> Table:
     names = [BYTES_PER_TOKEN, *dict.fromkeys((report.metric, RECALL, LOSS))]
     front, finished = report.front, report.finished
     rows = []
@@ -149,6 +153,16 @@ def table(report: SweepReport) -> Table:
     if report.skipped:
         note += f"; invalid points skipped: {len(report.skipped)}"
     return Table(f"{report.name}: trials", ["settings", *names, "steps", "place", "run"], rows, note)
+
+
+def _front_scores(report: SweepReport) -> Table:
+    front = [report.points[i] for i in sorted(report.front)]
+    rows = [
+        [setting, *(f"{scores[point.run_id]:.3f}" if point.run_id in scores else "-" for point in front)]
+        for setting, scores in report.by_length.items()
+    ]
+    columns = [f"{point.cost:.1f} bytes per token, run {point.run_id[:8]}" for point in front]
+    return Table(f"{report.name}: scores of the front", ["task", *columns], rows)
 
 
 def verdict(report: SweepReport) -> list[str]:
@@ -170,13 +184,6 @@ def verdict(report: SweepReport) -> list[str]:
         )
     elif front and len(whole) > 1:
         found.append(f"One point is better than all others: {front[0].label}, run {front[0].run_id}.")
-    for setting, scores in report.by_length.items():
-        listed = [
-            f"{scores[point.run_id]:.3f} with {point.cost:.1f} bytes per token ({point.label})"
-            for point in reversed(front)
-            if point.run_id in scores
-        ]
-        found.append(f"{setting}: {', '.join(listed)}.")
     chosen = report.points[report.chosen]
     found.append(f"Chosen: {chosen.label}, {chosen.cost:.1f} bytes per token, run {chosen.run_id}.")
     return found

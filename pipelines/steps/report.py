@@ -155,7 +155,7 @@ def _sections(
         Section(
             "Pareto front",
             pareto.verdict(swept),
-            [pareto.table(swept)],
+            pareto.tables(swept),
             draw("pareto", lambda: pareto.figure(swept)),
             origins["sweep"],
         ),

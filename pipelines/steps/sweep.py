@@ -38,9 +38,8 @@ from pipelines.recipe.schema import Recipe
 from pipelines.recipe.yaml_format import dump_yaml
 from pipelines.reports.cache_measurement import BYTES_PER_TOKEN, MEASURED_TOKENS, measured_cache
 from pipelines.reports.comparison import task_scores
-from pipelines.reports.pareto import Point, SweepReport, verdict
+from pipelines.reports.pareto import Point, SweepReport, tables, verdict
 from pipelines.reports.pareto import figure as pareto_figure
-from pipelines.reports.pareto import table as pareto_table
 from pipelines.steps import Step
 from pipelines.tracking.lineage import dataset_input
 from pipelines.tracking.mlflow_store import TrackedRun, Tracking, attach, open_tracking
@@ -299,7 +298,7 @@ def _log_results(
     )
     sentences = verdict(report)
     figure = pareto_figure(report)
-    publish(tracked, "sweep", report.to_dict(), [pareto_table(report)], {"pareto": figure}, recipe.sweep_folder)
+    publish(tracked, "sweep", report.to_dict(), tables(report), {"pareto": figure}, recipe.sweep_folder)
     tracked.log_dict({"verdict": sentences, "skipped": skipped}, "verdict.json")
     print("\n".join(f"  {sentence}" for sentence in sentences), flush=True)
     tracked.log_metrics({f"winner/{name}": winner.metrics[name] for name in _SHOWN if name in winner.metrics})

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pipelines.reports.cache_measurement import BYTES_PER_TOKEN
-from pipelines.reports.pareto import Point, SweepReport, figure, hypervolume, pareto_front, table, verdict
+from pipelines.reports.pareto import Point, SweepReport, figure, hypervolume, pareto_front, tables, verdict
 
 
 def report(scores, **changes):
@@ -79,10 +79,12 @@ def test_halves_of_a_continuous_space_are_compared_and_said_to_differ_in_more():
     assert "rate" not in "".join(verdict(report([], points=points[:3]))).partition("Chosen")[0]
 
 
-def test_a_verdict_lists_the_scores_of_the_front_by_length():
-    by_length = {"mqar at 512 tokens": {"run0": 0.25, "run1": 0.5}}
-    text = "\n".join(verdict(report([(10.0, 0.5), (20.0, 0.7)], by_length=by_length)))
-    assert "mqar at 512 tokens: 0.500 with 20.0 bytes per token (topk=1), 0.250 with 10.0 bytes per token" in text
+def test_scores_of_the_front_are_a_table():
+    assert len(tables(report([(10.0, 0.5), (20.0, 0.7)]))) == 1
+    by_length = {"mqar at 512 tokens": {"run0": 0.25, "run1": 0.5}, "needle at 512 tokens": {"run1": 1.0}}
+    _, scores = tables(report([(10.0, 0.5), (20.0, 0.7)], by_length=by_length))
+    assert scores.columns == ["task", "10.0 bytes per token, run run0", "20.0 bytes per token, run run1"]
+    assert scores.rows == [["mqar at 512 tokens", "0.250", "0.500"], ["needle at 512 tokens", "-", "1.000"]]
 
 
 def test_stopped_trials_do_not_count_in_the_verdict():
@@ -92,14 +94,14 @@ def test_stopped_trials_do_not_count_in_the_verdict():
     sentences = verdict(found)
     assert sentences[0].startswith("1 of 2 trials ran to the end (10 steps)")
     assert not any("Along the front" in sentence or "One point" in sentence for sentence in sentences)
-    assert [row[-2] for row in table(found).rows] == ["stopped early", "chosen"] and found.front == {1}
+    assert [row[-2] for row in tables(found)[0].rows] == ["stopped early", "chosen"] and found.front == {1}
 
 
 def test_every_point_of_the_table_has_its_run():
     found = report([(10.0, 0.5), (20.0, 0.7), (30.0, 0.6)], chosen=1, skipped={"x": "invalid"})
-    rows = table(found).rows
-    assert [row[-2:] for row in rows] == [["front", "run0"], ["chosen", "run1"], ["dominated", "run2"]]
-    assert "invalid points skipped: 1" in table(found).note
+    (trials,) = tables(found)
+    assert [row[-2:] for row in trials.rows] == [["front", "run0"], ["chosen", "run1"], ["dominated", "run2"]]
+    assert "invalid points skipped: 1" in trials.note
 
 
 def test_a_report_survives_json_and_is_drawn():
