@@ -27,9 +27,10 @@ settings.register_profile(
 )
 settings.load_profile("suite")
 
-LONGEST = ("test_exact_resume", "test_train", "test_execution", "test_parity", "test_app", "test_sharded_training",
-           "test_trainer", "test_cache")  # fmt: skip
-"""Files that take minutes. Begun first, none of them is still running when all others are done."""
+LONGEST = ("test_exact_resume", "test_train", "test_chaos", "test_evidence_steps", "test_interpreted", "test_compiled",
+           "test_driver", "test_stopping", "test_sharded_training", "test_speculation", "test_sweep_spaces",
+           "test_hostile_input")  # fmt: skip
+"""Files that take half a minute and more. Begun first, none of them is still running when all others are done."""
 
 
 def pytest_collection_modifyitems(items):

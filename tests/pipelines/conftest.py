@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import pytest
+import tracking_stores
 
 from pipelines.recipe.loading import recipe_from_dict
 from pipelines.recipe.schema import Recipe
 from pipelines.steps import prepare
+
+tracking_stores.speed_up()
 
 MODEL = {
     "hidden_size": 32,

@@ -28,11 +28,11 @@ def recipe(prepared, ray_cluster):
             "train.stages": [{"attention": "dense", "steps": 2}, {"attention": "sparse", "steps": 2}],
             "train.validate_every": 2,
             "ablate": {"choices": ["hyper_connections", "qat"], "seeds": [0, 1, 2], "rates": [1.0], "context": 256},
-            "compare": {"arms": {"gqa": GQA}, "seeds": [0, 1], "rates": [1.0, 2.0], "further_rates": 1,
-                        "parameter_tolerance": 0.5, "timed_lengths": [64, 128], "timed_prefill": 64,
-                        "max_measured_bytes": 1 << 18},
+            "compare": {"arms": {"gqa": GQA}, "seeds": [0, 1], "max_concurrent": 1, "rates": [1.0, 2.0],
+                        "further_rates": 1, "parameter_tolerance": 0.5, "timed_lengths": [64, 128],
+                        "timed_prefill": 64, "max_measured_bytes": 1 << 18},
             "evaluate": {"tasks": ["mqar"], "lengths": [96], "samples": 1},
-            "sweep": {"name": "evidence-sweep", "space": {"model.index_topk": [1, 2]},
+            "sweep": {"name": "evidence-sweep", "max_concurrent": 1, "space": {"model.index_topk": [1, 2]},
                       "overrides": {"train.stages": [{"attention": "sparse", "steps": 2}]}},
         },
     )  # fmt: skip
@@ -165,7 +165,8 @@ def test_a_report_shows_all_figures_and_their_runs(recipe, ablated, compared, tm
 
 
 def test_points_without_a_score_at_a_length_do_not_end_a_sweep(recipe, capsys):
-    changes = {"sweep.name": "front", "sweep.evaluate_front": True, "evaluate.lengths": [96, 200_000]}
+    changes = {"sweep.name": "front", "sweep.space": {"model.index_topk": [2]}, "sweep.evaluate_front": True,
+               "evaluate.lengths": [96, 200_000]}  # fmt: skip
     sweep.run(with_overrides(recipe, changes))
     said = capsys.readouterr().out
     assert re.search(r"front: .*: no score: .*evaluate\.lengths: 200000 exceeds the model's context", said)

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import matplotlib.figure
 import mlflow
+import mlflow.store.db.utils as stores
 import pytest
+import tracking_stores
 from mlflow import MlflowClient
 
 from model.errors import ConfigError
@@ -198,6 +200,7 @@ def test_telemetry_is_off():
 
 
 def open_at_once(barrier, results, recipe):
+    stores._initialize_tables = tracking_stores.MIGRATE
     barrier.wait()
     tracking = open_tracking(recipe)
     tracking.start_run("a", kind="train", recipe=recipe).finish()

@@ -235,17 +235,17 @@ def test_the_distribution_of_samples_is_the_network_s(letters, monkeypatch) -> N
             expected[ids] = float(logprobs[range(tokens), list(ids)].sum().exp())
     assert sum(expected.values()) == pytest.approx(1, abs=1e-3)
 
-    def sample() -> tuple[Counter, Scheduler]:
+    def sample(count: int) -> tuple[Counter, Scheduler]:
         scheduler = Scheduler(model, config(2, kept_prefixes=4))
         sequences = [make(letters, prompt, max_tokens=tokens, seed=seed) for seed in range(count)]
         finish(scheduler, sequences)
         return Counter(tuple(one.tokens[len(prompt) :]) for one in sequences), scheduler
 
-    found, scheduler = sample()
+    found, scheduler = sample(count)
     assert 0.1 < scheduler.stats.accepted_tokens / scheduler.stats.drafted_tokens < 0.95
     assert _chi_square(found, expected, count) < 1
 
-    # The test sees a fault: drafts that are taken without being sampled.
+    # The test sees a fault, in fewer samples: drafts that are taken without being sampled.
     unchecked = Scheduler._sample
 
     def take_drafts(self, logits, sequences):
@@ -257,7 +257,7 @@ def test_the_distribution_of_samples_is_the_network_s(letters, monkeypatch) -> N
         return unchecked(self, logits, sequences)
 
     monkeypatch.setattr(Scheduler, "_sample", take_drafts)
-    assert _chi_square(sample()[0], expected, count) > 1
+    assert _chi_square(sample(1000)[0], expected, 1000) > 1
 
 
 def test_models_that_cannot_speculate_are_refused(byte_model) -> None:
