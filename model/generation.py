@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from model.cache import Cache
+from model.decode_graphs import decode_graphs
 from model.transformer import Transformer, check_ids
 
 
@@ -26,11 +27,14 @@ def prefill(model: Transformer, cache: Cache, input_ids: Tensor, chunk: int = 51
     return logits[:, -1]
 
 
-def generate(model: Transformer, input_ids: Tensor, max_new_tokens: int, eos_id: int | None = None) -> Tensor:
+def generate(
+    model: Transformer, input_ids: Tensor, max_new_tokens: int, eos_id: int | None = None, cuda_graphs: bool = True
+) -> Tensor:
     """Return the prompt and its greedy continuation: input_ids int64 [B, S >= 1] -> [B, S + n], n <= max_new_tokens.
 
     Each step takes the most likely token; ties take the lowest ID. Generation stops once every sequence has produced
-    ``eos_id``; sequences that end earlier are padded with it. Raises CacheError if the S + max_new_tokens - 1 tokens
+    ``eos_id``; sequences that end earlier are padded with it. On a GPU, steps are replayed as CUDA graphs unless
+    ``cuda_graphs`` is off (:mod:`model.decode_graphs`). Raises CacheError if the S + max_new_tokens - 1 tokens
     that the model reads exceed its positions.
     """
     check_ids(input_ids)
@@ -40,13 +44,14 @@ def generate(model: Transformer, input_ids: Tensor, max_new_tokens: int, eos_id:
         return input_ids
     batch, length = input_ids.shape
     cache = Cache(model.config, batch, length + max_new_tokens - 1, device=input_ids.device)
+    graphs = decode_graphs(model, batch) if cuda_graphs else None
     tokens = [input_ids]
     with torch.inference_mode():
         ended = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
         logits = prefill(model, cache, input_ids)
         for step in range(max_new_tokens):
             if step:
-                logits = model(tokens[-1], cache, last_only=True)[:, -1]
+                logits = (model(tokens[-1], cache) if graphs is None else graphs.logits(tokens[-1], cache))[:, -1]
             chosen = logits.argmax(dim=-1)
             if eos_id is not None:
                 chosen = chosen.masked_fill(ended, eos_id)

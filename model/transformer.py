@@ -131,6 +131,10 @@ class Transformer(nn.Module):
         cache.advance()
         return streams
 
+    def read_begun(self, input_ids: Tensor, cache: Cache) -> Tensor:
+        """:meth:`read` between ``begin`` and ``advance`` of the cache: what a GPU computes."""
+        return self._run_layers(input_ids, self.embed_tokens(input_ids), self._context(input_ids, cache), cache)
+
     def read_ahead(self, streams: Tensor, next_ids: Tensor, cache: Cache, starts: list[int]) -> Tensor:
         """Run the multi-token prediction module over tokens at positions ``starts`` and following, outside training.
 

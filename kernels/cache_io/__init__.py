@@ -51,7 +51,7 @@ def unpack(packed: Tensor, layout: EntryLayout, backend: str | None = None) -> T
 
 
 def write_pages(
-    x: Tensor, layout: EntryLayout, pages: Pages, first: list[int], last: list[int], backend: str | None = None
+    x: Tensor, layout: EntryLayout, pages: Pages, first: Tensor, last: Tensor, backend: str | None = None
 ) -> None:
     """Pack new entries and write them to the pages of every sequence, in place. No gradient.
 
@@ -60,18 +60,19 @@ def write_pages(
             the others are not written.
         layout: Layout of the rows.
         pages: The rows of all sequences. No page to write to is shared.
-        first: Index of each sequence's first new entry.
-        last: One past the index of its last new entry, at most ``first + n``.
+        first: int64 [B or 1], index of each sequence's first new entry. The pages have a row for it, even if there is
+            none.
+        last: int64 [B or 1], one past the index of its last new entry, at most ``first + n``.
     """
     get_backend(BACKENDS, backend or backend_for(x)).write_pages(x, layout, pages, first, last)
 
 
-def write_ring(ring: Tensor, rows: Tensor, ends: list[int], backend: str | None = None) -> None:
+def write_ring(ring: Tensor, rows: Tensor, first: Tensor, backend: str | None = None) -> None:
     """Write the newest rows of every sequence into its ring buffer, in place.
 
     Args:
         ring: [B, capacity, width], any dtype. The row of position p is at index ``p % capacity``.
         rows: [B, n, width], the dtype of ``ring``, with n at most the capacity.
-        ends: One past the position of the last row, for each sequence.
+        first: int64 [B or 1], position of the first row of each sequence.
     """
-    get_backend(BACKENDS, backend or backend_for(ring)).write_ring(ring, rows, ends)
+    get_backend(BACKENDS, backend or backend_for(ring)).write_ring(ring, rows, first)

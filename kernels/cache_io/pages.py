@@ -22,10 +22,14 @@ class Pages:
     page_table: Tensor
     """int64 [B, P]: the page numbers of each sequence, in order."""
 
+    def places(self, rows: Tensor) -> Tensor:
+        """Return the places in the storage of rows int64 [B, ...] of each sequence."""
+        pages = self.page_table.gather(1, (rows // self.page_size).flatten(1)).view_as(rows)
+        return pages * self.page_size + rows % self.page_size
+
     def gather(self, rows: Tensor) -> Tensor:
         """Return rows int64 [B, ...] of each sequence: uint8 [B, ..., nbytes]. Reads no other rows."""
-        pages = self.page_table.gather(1, (rows // self.page_size).flatten(1)).view_as(rows)
-        return self._read(pages * self.page_size + rows % self.page_size)
+        return self._read(self.places(rows))
 
     def gather_range(self, begin: int, end: int, counts: Tensor) -> Tensor:
         """Return rows ``begin`` to ``end`` of each sequence: uint8 [B, end - begin, nbytes].

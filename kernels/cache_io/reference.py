@@ -50,29 +50,30 @@ def unpack(packed: Tensor, layout: EntryLayout) -> Tensor:
     return torch.cat((body, _unpack_rope(packed, layout)), dim=-1) if layout.rope else body
 
 
-def write_ring(ring: Tensor, rows: Tensor, ends: list[int]) -> None:
+def write_ring(ring: Tensor, rows: Tensor, first: Tensor) -> None:
     """Implement :func:`kernels.cache_io.write_ring`."""
-    count, capacity = rows.shape[1], ring.shape[1]
-    end = torch.tensor(ends, device=ring.device).unsqueeze(-1)
-    slots = (end - count + torch.arange(count, device=ring.device)) % capacity
-    ring[torch.arange(len(ends), device=ring.device).unsqueeze(-1), slots] = rows
+    slots = (first.unsqueeze(-1) + torch.arange(rows.shape[1], device=ring.device)) % ring.shape[1]
+    ring[torch.arange(len(ring), device=ring.device).unsqueeze(-1), slots] = rows
 
 
-def write_pages(x: Tensor, layout: EntryLayout, pages: Pages, first: list[int], last: list[int]) -> None:
+def write_pages(x: Tensor, layout: EntryLayout, pages: Pages, first: Tensor, last: Tensor) -> None:
     """Implement :func:`kernels.cache_io.write_pages`."""
     store_rows(pack(x.detach(), layout), pages, first, last)
 
 
-def store_rows(packed: Tensor, pages: Pages, first: list[int], last: list[int]) -> None:
-    """Write the first ``last - first`` rows of every sequence of packed uint8 [B, n, nbytes] to its pages."""
-    start, end = torch.tensor(first).unsqueeze(-1), torch.tensor(last).unsqueeze(-1)
-    entries = start + torch.arange(packed.shape[1])
-    # Indices are computed on the CPU, so that nothing waits for a GPU.
-    sequences, columns = (entries < end).nonzero(as_tuple=True)
-    indices = torch.stack((sequences, columns, entries[sequences, columns]))
-    sequences, columns, entry = indices.to(packed.device).unbind()
-    places = pages.page_table[sequences, entry // pages.page_size] * pages.page_size + entry % pages.page_size
-    pages.storage.index_copy_(0, places, packed[sequences, columns])
+def store_rows(packed: Tensor, pages: Pages, first: Tensor, last: Tensor) -> None:
+    """Write the first ``last - first`` rows of every sequence of packed uint8 [B, n, nbytes] to its pages.
+
+    Nothing depends on the counts but values, so that nothing waits for a GPU: surplus rows are replaced by a sequence's
+    last one, or, if it has none, by the stored row of its next entry.
+    """
+    B, n, nbytes = packed.shape
+    counts = (last - first).expand(B).unsqueeze(-1)
+    columns = torch.arange(n, device=packed.device).minimum(counts - 1).clamp(min=0)  # [B, n]
+    entries = first.unsqueeze(-1) + columns
+    rows = packed.gather(1, columns.unsqueeze(-1).expand(-1, -1, nbytes))
+    rows = torch.where(counts.unsqueeze(-1) > 0, rows, pages.gather(entries))
+    pages.storage.index_copy_(0, pages.places(entries).flatten(), rows.flatten(0, 1))
 
 
 def _unpack_scales(packed: Tensor, layout: EntryLayout) -> Tensor:

@@ -98,7 +98,7 @@ def unpack(packed: Tensor, layout: EntryLayout) -> Tensor:
     return out.view(*packed.shape[:-1], layout.size)
 
 
-def write_pages(x: Tensor, layout: EntryLayout, pages: Pages, first: list[int], last: list[int]) -> None:
+def write_pages(x: Tensor, layout: EntryLayout, pages: Pages, first: Tensor, last: Tensor) -> None:
     """Implement :func:`kernels.cache_io.write_pages`."""
     reference.store_rows(pack(x, layout), pages, first, last)
 

@@ -69,7 +69,7 @@ def compress_next(
     rows: Tensor,
     bias: Tensor,
     finish: Finish,
-    lengths: list[int],
+    lengths: Tensor,
     overlap: bool,
     layout: EntryLayout,
     pages: Pages,
@@ -83,12 +83,12 @@ def compress_next(
             at least m - 1, or 2m - 1 with overlap.
         rows: float32 [B, S, 2w], the rows of new tokens.
         bias: float32 [m, w], as for :func:`compress`.
-        finish: Norm and rotation of n entries per sequence, where n is the largest number of blocks that any sequence
-            completes. Shorter sequences use the first ones.
-        lengths: Number of tokens of each sequence before the new ones.
+        finish: Norm and rotation of n entries per sequence, where n is the largest number of blocks that S tokens can
+            complete, S / m rounded up. A sequence that completes fewer uses the first ones.
+        lengths: int64 [B or 1], number of tokens of each sequence before the new ones.
         overlap: Whether entries also pool the preceding block.
         layout: Layout of the rows of the pages.
-        pages: Cache pages, updated in place. Entry i of a sequence is its row i. Pages that are written must not be
+        pages: Cache pages, updated in place. Entry i of a sequence is its row i. Pages of new tokens must not be
             shared.
     """
     module = get_backend(BACKENDS, backend or backend_for(rows, finish))
@@ -96,10 +96,13 @@ def compress_next(
     module.compress_next(ring, rows, bias, finish, lengths, overlap, layout, pages)
 
 
-def _check_ring(ring: Tensor, rows: Tensor, bias: Tensor, lengths: list[int], overlap: bool) -> None:
+def _check_ring(ring: Tensor, rows: Tensor, bias: Tensor, lengths: Tensor, overlap: bool) -> None:
     """Raise ValueError unless the ring buffer has the layout that :func:`compress_next` requires."""
-    (m, w), B = bias.shape, len(lengths)
+    (m, w), B = bias.shape, len(rows)
     capacity = 2 * m - 1 if overlap else m - 1
+    if lengths.dtype != torch.int64 or lengths.shape not in ((B,), (1,)):
+        found = f"{str(lengths.dtype).removeprefix('torch.')} {list(lengths.shape)}"
+        raise ValueError(f"compress_next: lengths must be int64 [{B} or 1], found {found}")
     if ring.dtype != torch.float32 or not ring.is_contiguous():
         found = f"{str(ring.dtype).removeprefix('torch.')} with strides {list(ring.stride())}"
         raise ValueError(f"compress_next: ring must be contiguous float32, found {found}")

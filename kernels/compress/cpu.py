@@ -6,9 +6,9 @@ from torch import Tensor
 
 from kernels import native
 from kernels.cache_io import EntryLayout, Pages
+from kernels.cache_io.cpu import per_sequence
 from kernels.compress import eager
 from kernels.compress.inputs import DocumentBlocks, Finish
-from kernels.compress.reference import entry_counts
 
 
 def compress(
@@ -31,11 +31,11 @@ def compress_next(
     rows: Tensor,
     bias: Tensor,
     finish: Finish,
-    lengths: list[int],
+    lengths: Tensor,
     overlap: bool,
     layout: EntryLayout,
     pages: Pages,
 ) -> None:
     """Implement :func:`kernels.compress.compress_next`."""
-    entries = native.op("compress_next")(ring, rows, bias, lengths, overlap)
-    eager.write(entries, finish, layout, pages, *entry_counts(lengths, rows.shape[1], len(bias)))
+    entries = native.op("compress_next")(ring, rows, bias, per_sequence(lengths, len(rows)), overlap)
+    eager.write(entries, finish, lengths, rows.shape[1], len(bias), layout, pages)

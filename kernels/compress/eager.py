@@ -7,7 +7,7 @@ from torch import Tensor
 from kernels.autocast import in_float32
 from kernels.cache_io import EntryLayout, Pages, write_pages
 from kernels.compress.inputs import DocumentBlocks, Finish
-from kernels.compress.reference import entry_counts, pooled, pooled_next
+from kernels.compress.reference import entry_ranges, pooled, pooled_next
 from kernels.hadamard import hadamard
 from kernels.quantize import round_to_layout
 from kernels.rms_norm import rms_norm
@@ -32,14 +32,13 @@ def compress_next(
     rows: Tensor,
     bias: Tensor,
     finish: Finish,
-    lengths: list[int],
+    lengths: Tensor,
     overlap: bool,
     layout: EntryLayout,
     pages: Pages,
 ) -> None:
     """Implement :func:`kernels.compress.compress_next`."""
-    entries = pooled_next(ring, rows, bias, lengths, overlap)
-    write(entries, finish, layout, pages, *entry_counts(lengths, rows.shape[1], len(bias)))
+    write(pooled_next(ring, rows, bias, lengths, overlap), finish, lengths, rows.shape[1], len(bias), layout, pages)
 
 
 def finished(entries: Tensor, finish: Finish, layout: EntryLayout | None = None) -> Tensor:
@@ -51,8 +50,9 @@ def finished(entries: Tensor, finish: Finish, layout: EntryLayout | None = None)
 
 
 def write(
-    entries: Tensor, finish: Finish, layout: EntryLayout, pages: Pages, first: list[int], last: list[int]
+    entries: Tensor, finish: Finish, lengths: Tensor, new: int, m: int, layout: EntryLayout, pages: Pages
 ) -> None:
-    """Write pooled entries [B, n, c] to pages, as rows ``first`` to ``last`` of every sequence."""
-    if entries.shape[1]:
-        write_pages(finished(entries, finish), layout, pages, first, last)
+    """Write pooled entries [B, n, c] to pages: those of ``m`` tokens that ``new`` tokens complete."""
+    if n := entries.shape[1]:
+        finish = finish._replace(cos=finish.cos[:, :n], sin=finish.sin[:, :n])
+        write_pages(finished(entries, finish), layout, pages, *entry_ranges(lengths, new, m))

@@ -32,7 +32,7 @@ def compress_next(
     rows: Tensor,
     bias: Tensor,
     finish: Finish,
-    lengths: list[int],
+    lengths: Tensor,
     overlap: bool,
     layout: EntryLayout,
     pages: Pages,
@@ -40,7 +40,7 @@ def compress_next(
     """Implement :func:`kernels.compress.compress_next`."""
     entries = pooled_next(ring, rows, bias, lengths, overlap)
     if entries.shape[1]:
-        counts = entry_counts(lengths, rows.shape[1], len(bias))
+        counts = entry_ranges(lengths, rows.shape[1], len(bias))
         write_pages(finished(entries, finish), layout, pages, *counts, backend="reference")
 
 
@@ -51,9 +51,14 @@ def finished(entries: Tensor, finish: Finish) -> Tensor:
     return hadamard(rotated, backend="reference") if finish.hadamard else rotated
 
 
-def entry_counts(lengths: list[int], new: int, m: int) -> tuple[list[int], list[int]]:
+def most_completed(new: int, m: int) -> int:
+    """Return how many blocks of ``m`` tokens ``new`` tokens can complete."""
+    return -(-new // m)
+
+
+def entry_ranges(lengths: Tensor, new: int, m: int) -> tuple[Tensor, Tensor]:
     """Return each sequence's number of entries of ``m`` tokens before and after ``new`` tokens."""
-    return [length // m for length in lengths], [(length + new) // m for length in lengths]
+    return lengths // m, (lengths + new) // m
 
 
 def pooled(
@@ -87,15 +92,15 @@ def _pooled(rows: Tensor, bias: Tensor, overlap: bool, has_previous: bool, start
     return entries[:, 1:] if has_previous else entries
 
 
-def pooled_next(ring: Tensor, rows: Tensor, bias: Tensor, lengths: list[int], overlap: bool) -> Tensor:
+def pooled_next(ring: Tensor, rows: Tensor, bias: Tensor, lengths: Tensor, overlap: bool) -> Tensor:
     """Pool the blocks that new tokens complete, as :func:`kernels.compress.compress_next`, to entries [B, n, c] before
-    their norm. Sequences with fewer than n have theirs first, followed by zeros."""
+    their norm, where n is the most that they can complete. A sequence has its own first, followed by zeros."""
     (B, new), capacity, device = rows.shape[:2], ring.shape[1], rows.device
     m, width = bias.shape[0], bias.shape[1] // (2 if overlap else 1)
-    n = max((last - first for first, last in zip(*entry_counts(lengths, new, m))), default=0)
-    if not n:
+    n = most_completed(new, m)
+    if not B * n:
         return rows.new_zeros(B, 0, width)
-    length = torch.tensor(lengths, device=device).view(B, 1, 1)
+    length = lengths.expand(B).view(B, 1, 1)
     block = length // m + torch.arange(n, device=device).view(1, n, 1)
     position = block * m + torch.arange(-m if overlap else 0, m, device=device)
     is_complete = (block + 1) * m <= length + new

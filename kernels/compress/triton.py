@@ -20,7 +20,7 @@ from kernels.autocast import detached
 from kernels.cache_io import EntryLayout, Pages
 from kernels.cache_io.triton import layout_constants
 from kernels.compress.inputs import DocumentBlocks, Finish
-from kernels.compress.reference import entry_counts
+from kernels.compress.reference import most_completed
 from kernels.triton_support.platform import ARCHITECTURES, require_choice, require_device
 from kernels.triton_support.tiles import Tile, Tiles, launch_best, power_of_two
 
@@ -108,7 +108,7 @@ def compress(
     else:
         n = blocks.first.shape[1]
         places, starts = blocks.first.contiguous(), blocks.starts.contiguous().view(torch.int8)
-    _require(rows, finish, layout, n)
+    _require(rows, bias, finish, overlap, layout, n)
     weight, norm_eps, cos, sin, hadamard = finish
     layout = EntryLayout(len(weight), "fp32") if layout is None else layout
     options = _Options(overlap, skipped, norm_eps, hadamard, layout)
@@ -120,24 +120,25 @@ def compress_next(
     rows: Tensor,
     bias: Tensor,
     finish: Finish,
-    lengths: list[int],
+    lengths: Tensor,
     overlap: bool,
     layout: EntryLayout,
     pages: Pages,
 ) -> None:
-    """Implement :func:`kernels.compress.compress_next`, with the restrictions of :func:`compress`."""
-    n = max((last - first for first, last in zip(*entry_counts(lengths, rows.shape[1], len(bias)))), default=0)
-    if not n:
+    """Implement :func:`kernels.compress.compress_next`, with the restrictions of :func:`compress`. The kernels find the
+    completed blocks themselves, so that a launch does not depend on lengths."""
+    n = most_completed(rows.shape[1], len(bias))
+    if not len(rows) * n:
         return
-    _require(rows, finish, layout, n)
+    _require(rows, bias, finish, overlap, layout, n)
     rows, bias, weight = (detached(x).contiguous() for x in (rows, bias, finish.norm_weight))
-    places = torch.tensor(lengths, device=rows.device)
+    places = lengths.expand(len(rows)).contiguous()
     options = _Options(overlap, 0, finish.norm_eps, finish.hadamard, layout)
     entries = _Entries(rows, bias, weight, finish.cos.contiguous(), finish.sin.contiguous(), places, None, options)
     entries.forward(n, ring, pages)
 
 
-def _require(rows: Tensor, finish: Finish, layout: EntryLayout | None, n: int) -> None:
+def _require(rows: Tensor, bias: Tensor, finish: Finish, overlap: bool, layout: EntryLayout | None, n: int) -> None:
     """Raise ValueError unless the kernels support these inputs for n entries."""
     require_device("compress", rows)
     require_choice("compress", "dtypes", rows.dtype, (torch.float32,))
@@ -148,6 +149,12 @@ def _require(rows: Tensor, finish: Finish, layout: EntryLayout | None, n: int) -
         raise ValueError(f"compress: the Hadamard rotation requires a power of two of channels, found {c}")
     if layout is not None and layout.size != c:
         raise ValueError(f"compress: the layout has {layout.size} dims, the entries {c}")
+    w = 2 * c if overlap else c
+    if rows.dim() != 3 or rows.shape[2] != 2 * w or bias.dim() != 2 or bias.shape[1] != w:
+        raise ValueError(
+            f"compress: rows and bias must have the widths {2 * w} and {w} for {c} channels, "
+            f"found {list(rows.shape)} and {list(bias.shape)}"
+        )
     cos, sin = list(finish.cos.shape), list(finish.sin.shape)
     if cos != sin or len(cos) != 3 or cos[0] not in (1, len(rows)) or cos[1] != n or 2 * cos[2] > c:
         expected = f"[1 or {len(rows)}, {n}, at most {c // 2}]"

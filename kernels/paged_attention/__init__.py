@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from kernels import native
@@ -16,9 +17,9 @@ __all__ = ["BACKENDS", "EntrySet", "TokenRows", "backend_for", "paged_attention"
 BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu, "triton": triton}
 
 
-def backend_for(query: Tensor, layout: EntryLayout) -> str:
-    """Return the backend for query and rows of this layout."""
-    if can_run(query) and triton.supports(query, layout):
+def backend_for(query: Tensor, layout: EntryLayout, dtype: torch.dtype | None = None) -> str:
+    """Return the backend for query, rows of this layout, and the ``dtype`` of :func:`paged_attention`."""
+    if can_run(query) and triton.supports(query, layout, dtype):
         return "triton"
     return "cpu" if native.serves(query) else "eager"
 
@@ -32,6 +33,7 @@ def paged_attention(
     window: int = 0,
     scale: float | None = None,
     value_size: int | None = None,
+    dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Compute :func:`kernels.sparse_attention.sparse_attention` of new tokens over a cache.
@@ -48,6 +50,7 @@ def paged_attention(
         window: Tokens that a query attends to, including itself; 0 without ``tokens``.
         scale: Softmax scale, by default ``c ** -0.5``.
         value_size: Values are the first dims of a row, by default all.
+        dtype: Dtype of the weights that projected the queries. Products may have operands of 16 bits if they did there.
 
     Returns:
         float32 [B, S, H, value_size].
@@ -55,6 +58,6 @@ def paged_attention(
     c = query.shape[-1]
     if sink is None:
         sink = query.new_full(query.shape[2:3], float("-inf"))
-    return get_backend(BACKENDS, backend or backend_for(query, layout)).paged_attention(
+    return get_backend(BACKENDS, backend or backend_for(query, layout, dtype)).paged_attention(
         query, tokens, entries, sink, layout, window, c**-0.5 if scale is None else scale, value_size or c
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from model.cache.layer_cache import FixedState, LayerCache
-from model.cache.pages import PagePool, PageTable
+from model.cache.pages import PagePool, PageTable, zeros
 from model.cache.ring import Ring
 from model.errors import CacheError
 
@@ -139,6 +139,31 @@ class Cache:
     def advance(self) -> None:
         """Count the tokens that every layer has appended since :meth:`begin`."""
         self._table.advance()
+
+    # --- steps at fixed addresses
+
+    def fixed_memory(self, batch_size: int) -> list[Tensor]:
+        """Allocate the fixed state of ``batch_size`` sequences, for :meth:`move_into`."""
+        return [zeros((batch_size, *x.shape[1:]), x.dtype, x.device) for x in self._fixed_tensors()]
+
+    def move_into(self, memory: Sequence[Tensor]) -> None:
+        """Move the fixed state to the first rows of ``memory``. Recurrent states cannot be moved."""
+        for ring, rows in zip(self._rings(), memory):
+            ring.data = rows[: self.batch_size].copy_(ring.data)
+
+    def move_out(self) -> None:
+        """Move the fixed state to memory of its own, and give up the tensors of :meth:`place`."""
+        for ring in self._rings():
+            ring.data = ring.data.clone()
+        self._table.leave()
+
+    def place(self, starts: Tensor, page_ids: Tensor) -> None:
+        """Keep the positions of the next tokens, int64 [B], and the page IDs, int64 [B, at least the pages of every
+        sequence], in these tensors for the step that was begun. Its operators then suit all lengths."""
+        self._table.place(starts, page_ids)
+
+    def _rings(self) -> list[Ring]:
+        return [state for state in self._fixed() if isinstance(state, Ring)]
 
     # --- sizes
 

@@ -26,7 +26,7 @@ class PagedEntries:
         """Append new entries, float [B, n, size]. A sequence keeps the entries that its new tokens complete."""
         if not x.shape[1]:
             return
-        write_pages(x, self.layout, self.pages, *self.table.entry_counts(self.ratio))
+        write_pages(x, self.layout, self.pages, *self.table.entry_ranges(self.ratio))
 
     @property
     def counts(self) -> list[int]:

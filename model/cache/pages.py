@@ -150,6 +150,9 @@ class PageTable:
         self._pages_changed()
         self.pages += [pool.allocate(reserved) for _ in range(sequences)]
         self.lengths = [0] * sequences
+        self.ignores_lengths = pool.device.type != "cpu"
+        """True if a step runs the same operators whatever the lengths are, as a GPU's queue and recorded steps need.
+        False if work that no sequence needs is skipped."""
 
     def __del__(self) -> None:
         self.release()
@@ -177,6 +180,7 @@ class PageTable:
     def step(self, tokens: int) -> None:
         self._step = tokens
         self._counts: dict[int, tuple[list[int], list[int]]] = {}
+        self._ranges: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def starts(self) -> Tensor:
@@ -190,15 +194,39 @@ class PageTable:
     def page_ids(self) -> Tensor:
         """Page IDs, int64 [B, pages]. Shorter rows are padded with their first page."""
         if self._page_ids is None:
-            most = max(map(len, self.pages))
-            rows = [pages + pages[:1] * (most - len(pages)) for pages in self.pages]
-            self._page_ids = torch.tensor(rows, dtype=torch.int64, device=self.pool.device)
+            self._page_ids = self._padded_pages(max(map(len, self.pages))).to(self.pool.device)
         return self._page_ids
+
+    def _padded_pages(self, width: int) -> Tensor:
+        return torch.tensor([pages + pages[:1] * (width - len(pages)) for pages in self.pages], dtype=torch.int64)
+
+    def place(self, starts: Tensor, page_ids: Tensor) -> None:
+        """Write the current step's :attr:`starts` and :attr:`page_ids` to tensors, and use these: int64 [B], and [B, n]
+        for at most n pages per sequence. Steps no longer depend on lengths (:attr:`ignores_lengths`)."""
+        self._starts = starts.copy_(torch.tensor(self._lengths))
+        if self._page_ids is not page_ids:
+            self._page_ids = page_ids.copy_(self._padded_pages(page_ids.shape[1]))
+        self._ranges, self.ignores_lengths = {}, True
+
+    def leave(self) -> None:
+        """Stop using the tensors of :meth:`place`."""
+        self._starts = self._page_ids = None
+        self._ranges, self.ignores_lengths = {}, self.pool.device.type != "cpu"
 
     @property
     def new_lengths(self) -> list[int]:
         """Number of tokens of each sequence after the current step."""
         return self.entry_counts(1)[1]
+
+    def entry_ranges(self, ratio: int) -> tuple[Tensor, Tensor]:
+        """Return :meth:`entry_counts` as tensors on the device, int64 [B or 1] each."""
+        if ratio not in self._ranges:
+            self._ranges[ratio] = self.starts // ratio, (self.starts + self._step) // ratio
+        return self._ranges[ratio]
+
+    def may_complete(self, ratio: int) -> bool:
+        """Return whether the current step may complete a block of ``ratio`` tokens."""
+        return self.ignores_lengths or any(first < last for first, last in zip(*self.entry_counts(ratio)))
 
     def entry_counts(self, ratio: int) -> tuple[list[int], list[int]]:
         """Return each sequence's number of entries of ``ratio`` tokens before and after the current step."""

@@ -56,13 +56,10 @@ class Ring:
 
     def append(self, rows: Tensor) -> None:
         """Write the new tokens' rows [B, S, width], or as many of the last as fit. Detaches them."""
-        self.write(rows, self.table.new_lengths)
-
-    def write(self, rows: Tensor, ends: list[int]) -> None:
-        """Write rows [B, n, width] before positions ``ends``."""
-        if rows.shape[1] > self.capacity:
-            rows = rows[:, -self.capacity :]
-        write_ring(self.data, detached(rows), ends)
+        first = self.table.starts
+        if (surplus := rows.shape[1] - self.capacity) > 0:
+            rows, first = rows[:, surplus:], first + surplus
+        write_ring(self.data, detached(rows), first)
 
     def saved(self) -> dict[str, Tensor]:
         """Return the written rows of a single sequence, oldest first, by name."""
@@ -70,7 +67,8 @@ class Ring:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Restore the tensors of :meth:`saved` for a sequence of the same length."""
-        self.write(tensors[""].unsqueeze(0), self.table.lengths)
+        rows = tensors[""].unsqueeze(0)
+        write_ring(self.data, rows, self.table.starts - rows.shape[1])
 
     def _slices(self, end: int, count: int) -> list[slice]:
         """Return one slice of the ``count`` rows before ``end``, or two if they wrap around."""

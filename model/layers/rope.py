@@ -57,12 +57,20 @@ class RotaryFrequencies:
         if rotary.yarn is not None:
             frequencies = _scale_by_yarn(frequencies, rotary, rotary.yarn)
         self.frequencies = frequencies
+        self._copies: dict[torch.device, Tensor] = {}
         self.factor = rotary.yarn.attention_factor if rotary.yarn is not None else 1.0
 
     def at(self, positions: Tensor) -> Rotation:
         """Return the rotation for positions int64 [B or 1, S], in float32."""
-        cos, sin = angles(positions, self.frequencies)
+        cos, sin = angles(positions, self.frequencies if positions.is_cpu else self._on(positions.device))
         return Rotation(cos, sin) if self.factor == 1 else Rotation(cos * self.factor, sin * self.factor)
+
+    def _on(self, device: torch.device) -> Tensor:
+        """Return the copy on another device, made once: a copy per step would wait for it."""
+        if device not in self._copies:
+            with torch.inference_mode(False):
+                self._copies[device] = self.frequencies.to(device)
+        return self._copies[device]
 
 
 def _scale_by_yarn(frequencies: Tensor, rotary: Rotary, yarn: Yarn) -> Tensor:

@@ -68,14 +68,14 @@ class Compressor(nn.Module):
     def append(self, rows: Tensor, state: CompressorState, entries: PagedEntries, batch_invariant: bool) -> None:
         """Pool the blocks that the new tokens' rows [B, S, row width] complete, together with those of unfinished
         blocks in ``state``, and append them to ``entries``."""
-        first, last = entries.table.entry_counts(self.ratio)
-        n = max(end - begin for begin, end in zip(first, last))
-        if n and batch_invariant:
-            entries.append(self._pool_one_by_one(rows, state))
-        elif n:
-            places = (state.table.starts // self.ratio).unsqueeze(-1) + torch.arange(n, device=rows.device)
-            finish, lengths = self._finish(places * self.ratio), state.table.lengths
-            compress_next(state.data, rows, self.ape, finish, lengths, self.overlap, entries.layout, entries.pages)
+        if entries.table.may_complete(self.ratio):
+            if batch_invariant:
+                entries.append(self._pool_one_by_one(rows, state))
+            else:
+                lengths, most = state.table.starts, -(-rows.shape[1] // self.ratio)
+                blocks = (lengths // self.ratio).unsqueeze(-1) + torch.arange(most, device=rows.device)
+                finish = self._finish(blocks * self.ratio)
+                compress_next(state.data, rows, self.ape, finish, lengths, self.overlap, entries.layout, entries.pages)
         state.append(rows)
 
     def _pool_one_by_one(self, rows: Tensor, state: CompressorState) -> Tensor:

@@ -31,8 +31,6 @@ class HeavilyCompressedAttention(CompressedAttention):
         entries = self.pool(projected.history, context)
         return self.core_attention(projected, entries, entry_ranges(context, self.ratio), context)[0]
 
-    def select(self, history: History, context: Context, cache: LayerCache) -> EntrySet | None:
+    def select(self, history: History, context: Context, cache: LayerCache) -> EntrySet:
         self.append(history, context, cache)
-        if not any(cache.entries.counts):
-            return None
         return EntrySet(cache.entries.pages, visible=visible_entries(context, self.ratio))

@@ -89,6 +89,7 @@ class MultiHeadLatentAttention(Mixer):
         "rope": True,
     }
     formats: ClassVar[tuple[str, ...]] = ("kv_format", "rope_format")
+    steps_ignore_lengths = True
     batch_invariant_widths: ClassVar[tuple[str, ...]] = (
         "q_lora_rank",
         "kv_lora_rank",
@@ -278,7 +279,9 @@ class MultiHeadLatentAttention(Mixer):
             layout = self.row_layout
             latents = invariant_attention(projected.query, None, entries, None, layout, context, *settings)
             return in_tiles(self.values, latents)
-        return self.values(paged_attention(projected.query, None, entries, None, self.row_layout, 0, *settings))
+        dtype = self.wkv_b.weight.dtype
+        latents = paged_attention(projected.query, None, entries, None, self.row_layout, 0, *settings, dtype=dtype)
+        return self.values(latents)
 
     def select(self, projected: Projected, context: Context, cache: LayerCache) -> EntrySet:
         """Return the rows of the cache that each query attends to."""

@@ -62,6 +62,7 @@ class SlidingWindowAttention(Mixer):
 
     name = "sliding"
     one_key_value = True
+    steps_ignore_lengths = True
     formats: ClassVar[tuple[str, ...]] = ("kv_format", "rope_format")
     batch_invariant_widths: ClassVar[tuple[str, ...]] = ("q_lora_rank", "o_lora_rank", "head_dim")
 
@@ -162,7 +163,8 @@ class SlidingWindowAttention(Mixer):
         query, rows, layout = projected.query, projected.key_value, self.precision.main_layout
         if context.batch_invariant:
             return invariant_attention(query, cache.window.extend(rows), entries, self.sink, layout, context)
-        return paged_attention(query, cache.window.attended(rows), entries, self.sink, layout, self.config.window)
+        inputs = query, cache.window.attended(rows), entries, self.sink, layout, self.config.window
+        return paged_attention(*inputs, dtype=self.wq_b.weight.dtype)
 
     def attend(self, projected: Projected, context: Context) -> Tensor:
         """Attend within whole sequences."""

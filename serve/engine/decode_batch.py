@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from model.cache import Cache
+from model.decode_graphs import DecodeGraphs
 from model.transformer import Transformer
 from serve.engine.sequence import Sequence
 
@@ -44,10 +45,13 @@ class DecodeBatch:
         self.hidden = self.hidden[kept] if kept and self.hidden is not None else None
         self.sequences = [self.sequences[i] for i in kept]
 
-    def forward(self, model: Transformer, drafts: int = 0) -> Tensor:
+    def forward(self, model: Transformer, drafts: int = 0, graphs: DecodeGraphs | None = None) -> Tensor:
         """Append each sequence's last token and its first ``drafts`` drafts. Return the logits of the token after each,
-        [B, 1 + drafts, vocab]."""
+        [B, 1 + drafts, vocab]. With ``graphs``, steps are replayed and leave no hidden states."""
         assert self.cache is not None
         rows = [[sequence.tokens[-1], *sequence.drafts[:drafts]] for sequence in self.sequences]
-        self.hidden = model.read(torch.tensor(rows, device=self.cache.device), self.cache)
+        ids = torch.tensor(rows, device=self.cache.device)
+        if graphs is not None:
+            return graphs.logits(ids, self.cache)
+        self.hidden = model.read(ids, self.cache)
         return model.logits(self.hidden)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from model.cache import Cache
+from model.decode_graphs import decode_graphs
 from model.errors import FiftyfoldError
 from model.transformer import Transformer
 from serve.engine.config import EngineConfig
@@ -54,6 +55,9 @@ class Scheduler:
         self._vocab_size = vocab_size
         count = config.speculative_tokens
         self.drafter = Drafter(model, count, vocab_size) if count else None
+        # Drafted tokens are read several at a time, for which kernels wait for the number of entries.
+        wants_graphs = config.cuda_graphs and self.drafter is None
+        self.graphs = decode_graphs(model, config.max_active_requests) if wants_graphs else None
         self.model_label = "the model"
         """Name of the model in errors and logs."""
         self._prefill_budget = PrefillBudget(config.prefill_chunk, config.prefill_share)
@@ -126,7 +130,7 @@ class Scheduler:
             return []
         started = time.perf_counter()
         try:
-            logits = self.batch.forward(self.model, drafts)
+            logits = self.batch.forward(self.model, drafts, self.graphs)
             self.stats.model_seconds += time.perf_counter() - started
             results = self._sample_drafted(logits, sequences)
         except Exception as error:

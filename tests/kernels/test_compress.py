@@ -139,13 +139,13 @@ def test_completed_blocks_of_a_ragged_batch(backend, overlap, m, new):
     added = torch.stack([own[length : length + new] for own, length in zip(rows, lengths)])
     ring = ring_of(rows, lengths, (2 * m - 1 if overlap else m - 1) + 2)
     counts = [(length // m, (length + new) // m) for length in lengths]
-    n, most = max(last - first for first, last in counts), counts[-1][1]
+    n, most = -(-new // m), counts[-1][1]
     every = finish_of(most + n, c, 2)
     at = torch.tensor([[first + i for i in range(n)] for first, _ in counts])
     finish = every._replace(cos=every.cos[0, at], sin=every.sin[0, at])
     page_table = torch.randperm(len(lengths) * most).view(len(lengths), most)
     pages = Pages(torch.full((page_table.numel() * 2, layout.nbytes), 0xA5, dtype=torch.uint8), 2, page_table)
-    compress_next(ring, added, bias, finish, lengths, overlap, layout, pages, backend=backend)
+    compress_next(ring, added, bias, finish, torch.tensor(lengths), overlap, layout, pages, backend=backend)
     for sequence, (first, last) in enumerate(counts):
         stored = pages.storage.view(-1, 2, layout.nbytes)[page_table[sequence]].flatten(0, 1)
         if last:
@@ -175,7 +175,7 @@ def test_completed_blocks_of_a_ragged_batch(backend, overlap, m, new):
 )
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 def test_rings_that_do_not_match_are_refused(backend, ring, rows, overlap, message):
-    arguments = torch.zeros(1, 1, rows), torch.zeros(4, 2), finish_of(1, 2 - overlap), [3], overlap
+    arguments = torch.zeros(1, 1, rows), torch.zeros(4, 2), finish_of(1, 2 - overlap), torch.tensor([3]), overlap
     with pytest.raises(ValueError, match=f"^compress_next: {message}"):
         compress_next(ring, *arguments, EntryLayout(2 - overlap, "fp32"), None, backend=backend)
 

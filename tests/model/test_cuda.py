@@ -6,7 +6,9 @@ import torch
 import model.mixers.indexer as indexer
 from model.cache import Cache
 from model.cache.file import restore_cache, save_cache
-from tests.model.networks import BF16, EXACT, build
+from model.decode_graphs import DecodeGraphs, fault
+from model.generation import generate, prefill
+from tests.model.networks import BF16, EXACT, build, random_ids
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 PIECES = [23, 1, 1, 16, 1, 28]
@@ -48,3 +50,19 @@ def test_a_gpu_computes_the_same(change, monkeypatch, tmp_path):
         after = network(ids[:, :1].to("cuda"), moved).cpu()
         network.to("cpu")
         assert (after - network(ids[:, :1], there)).abs().max() <= tolerance * after.abs().max()
+
+
+@pytest.mark.parametrize("layers", [["csa", "hca", "sliding"], ["dsa", "mla"]])
+def test_replayed_cuda_graphs_equal_other_steps(layers):
+    network = build(layers=layers).to("cuda")
+    network.cast_weights(torch.bfloat16)
+    assert fault(network) == ""
+    prompt = random_ids(2, 61).cuda()
+    assert torch.equal(generate(network, prompt, 60), generate(network, prompt, 60, cuda_graphs=False))
+    with torch.inference_mode():
+        cache = Cache(network.config, 2, 200, "cuda")
+        prefill(network, cache, prompt)
+        expected, graphs = cache.fork(), DecodeGraphs(network, 2)
+        for ids in random_ids(2, 30).cuda().split(1, dim=1):
+            torch.testing.assert_close(graphs.logits(ids, cache), network(ids, expected), rtol=1e-2, atol=1e-2)
+    assert len(graphs) and graphs.records

@@ -64,7 +64,7 @@ def test_pages_have_the_bits_of_the_reference():
     for backend in ("triton", "reference"):
         storage = torch.full((7 * size, layout.nbytes), 9, dtype=torch.uint8)
         pages = Pages(storage, size, torch.tensor([[4, 0], [2, 6], [5, 5]]))
-        write_pages(x, layout, pages, [1, 2, 2], [5, 4, 2], backend=backend)
+        write_pages(x, layout, pages, torch.tensor([1, 2, 2]), torch.tensor([5, 4, 2]), backend=backend)
         stored.append(storage)
     assert torch.equal(*stored) and (stored[0] != 9).any()
 

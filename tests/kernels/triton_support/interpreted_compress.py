@@ -137,7 +137,7 @@ def test_completed_blocks_are_packed_into_pages(layout, m, overlap, new):
     rows, bias = torch.randn(len(lengths), tokens, 2 * w), torch.randn(m, w)
     angles = torch.rand(1, tokens // m, 3) * 6
     counts = [(length // m, (length + new) // m) for length in lengths]
-    n = max(last - first for first, last in counts)
+    n = -(-new // m)
     at = torch.tensor([[min(first + i, tokens // m - 1) for i in range(n)] for first, _ in counts])
     finish = Finish(torch.rand(c) + 0.5, 1e-3, angles[0, at].cos(), angles[0, at].sin(), c & (c - 1) == 0)
     capacity = 2 * m + 1
@@ -148,7 +148,7 @@ def test_completed_blocks_are_packed_into_pages(layout, m, overlap, new):
     added = torch.stack([own[length : length + new] for own, length in zip(rows, lengths)])
     pages = cache_of(len(lengths), layout, 2, 3)
     before = pages.storage.clone()
-    compress_next(ring, added, bias, finish, lengths, overlap, layout, pages, backend="triton")
+    compress_next(ring, added, bias, finish, torch.tensor(lengths), overlap, layout, pages, backend="triton")
     written = torch.zeros(len(before), dtype=torch.bool)
     for sequence, (first, last) in enumerate(counts):
         if last > first:
@@ -202,11 +202,12 @@ def test_angles_of_other_entries_are_refused(cos, sin):
         compress(rows, bias, finish, False, blocks=blocks, backend="triton")
     ring, pages = torch.zeros(2, m, 2 * c), cache_of(2, layout, 2, 1)
     with pytest.raises(ValueError, match=message):
-        compress_next(ring, rows, bias, finish, [0, 0], False, layout, pages, backend="triton")
+        compress_next(ring, rows, bias, finish, torch.tensor([0]), False, layout, pages, backend="triton")
 
 
 @torch.no_grad()
 def test_no_sequences():
     finish, layout = finish_of(1, 1, 8, 2), EntryLayout(8, "fp32")
-    arguments = torch.zeros(0, 3, 16), torch.zeros(0, 4, 16), torch.zeros(4, 8), finish, [], False, layout
+    nothing = torch.zeros(0, dtype=torch.int64)
+    arguments = torch.zeros(0, 3, 16), torch.zeros(0, 4, 16), torch.zeros(4, 8), finish, nothing, False, layout
     compress_next(*arguments, cache_of(1, layout, 2, 1), backend="triton")

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from model.cache import Cache
+from model.decode_graphs import DecodeGraphs
 from model.errors import ConfigError
 from model.forward.execution import Execution
 from serve.engine import EngineConfig, RequestAbortedError, SamplingParams
 from serve.engine.prefill_budget import PrefillBudget
 from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import Sequence
+from tests.model.rerun import rerun
 
 
 def sequence(tokenizer, prompt, **params) -> Sequence:
@@ -52,6 +54,29 @@ def test_a_batch_takes_one_forward_pass_per_step(byte_model, byte_tokenizer) -> 
     assert scheduler.stats.decoded_tokens == 19 * len(PROMPTS)
     assert scheduler.stats.decode_steps < 40
     assert scheduler.memory.used_pages == 0
+
+
+def test_recorded_steps_give_the_same_tokens(byte_model, byte_tokenizer, monkeypatch) -> None:
+    """Sequences join and leave the batch, which changes the fixed state at the recorded addresses."""
+    made = []
+
+    def graphs_of(model, max_batch):
+        made.append(DecodeGraphs(model, max_batch, rerun))
+        return made[-1]
+
+    def texts(scheduler):
+        sequences = [
+            sequence(byte_tokenizer, prompt, max_tokens=8 + 9 * i, temperature=0, ignore_eos=True)
+            for i, prompt in enumerate(PROMPTS)
+        ]
+        finish(scheduler, sequences[::2] + sequences[1::2])
+        return [one.tokens for one in sequences]
+
+    expected = texts(Scheduler(byte_model, config(max_active_requests=4)))
+    monkeypatch.setattr("serve.engine.scheduler.decode_graphs", graphs_of)
+    assert texts(Scheduler(byte_model, config(max_active_requests=4))) == expected
+    assert len(made) == 1 and made[0].max_batch == 4 and len(made[0]) >= 4
+    assert Scheduler(byte_model, config(cuda_graphs=False)).graphs is None and len(made) == 1
 
 
 def test_batch_invariant_tokens_are_the_same_alone(byte_model, byte_tokenizer) -> None:
@@ -223,8 +248,8 @@ def test_logits_that_are_not_finite_fail_their_sequence_only(byte_model, byte_to
     scheduler.step(sequences)
     forward = scheduler.batch.forward
 
-    def broken(model, drafts) -> torch.Tensor:
-        logits = forward(model, drafts).clone()
+    def broken(*arguments) -> torch.Tensor:
+        logits = forward(*arguments).clone()
         logits[1] = float("nan")
         return logits
 

@@ -1,0 +1,191 @@
+"""Run by test_decode_graphs.py with TRITON_INTERPRET=1: recorded decode steps equal others, bit for bit.
+
+The operators are those of a GPU, with kernels in Triton's interpreter.
+"""
+
+import importlib
+
+import pytest
+import torch
+
+from kernels import native
+from kernels.cache_io import write_ring
+from kernels.paged_attention import triton as paged
+from model.cache import Cache
+from model.cache.pages import PagePool, PageTable
+from model.cache.ring import Ring
+from model.decode_graphs import DecodeGraphs
+from model.generation import prefill
+from model.mixers.compressor import Compressor
+from tests.model.networks import build, random_ids
+from tests.model.step_recorder import StepRecorder
+
+OPERATIONS = ("cache_io", "compress", "expert_dispatch", "hyper_connections", "index_topk", "paged_attention")
+V4 = {"layers": ["csa", "hca"], "num_experts": 3, "experts_per_token": 1, "num_hash_layers": 1}
+V32 = {"layers": ["dsa", "mla"], "index_format": "fp8_128", "kv_format": "fp8_128"}
+
+
+@pytest.fixture(autouse=True)
+def operators_of_a_gpu(monkeypatch):
+    for name in OPERATIONS:
+        monkeypatch.setattr(importlib.import_module(f"kernels.{name}"), "can_run", lambda x: True)
+    monkeypatch.setattr(native, "level", lambda: None)
+    # The splits of the keys depend on the width of the page table, and the order of sums on the splits.
+    monkeypatch.setattr(paged, "multiprocessors", lambda device: 0)
+
+
+def network(**change):
+    model = build(**change)
+    model.cast_weights(torch.bfloat16)
+    return model
+
+
+def caches_of(model, lengths, pool=None):
+    """Return two equal caches of sequences of these lengths, which share no page that either writes to."""
+    pool = pool or PagePool(model.config, 24)
+    caches = []
+    with pytest.MonkeyPatch.context() as patch:  # kernels of long prompts are slow in the interpreter
+        for name in OPERATIONS:
+            patch.setattr(importlib.import_module(f"kernels.{name}"), "can_run", lambda x: False)
+        for i, length in enumerate(lengths):
+            caches.append(Cache(model.config, 1, 400, pool=pool))
+            prefill(model, caches[-1], random_ids(1, length, seed=i))
+    cache = Cache.join(caches)
+    return cache, cache.fork()
+
+
+def recording(model, max_batch, pool):
+    """Return the recorded steps of a model, and their recorder."""
+
+    def state():
+        return [*graphs._fixed_state, *pool._rows.values()]
+
+    def resident():
+        frequencies = [x.frequencies for x in (*model._frequencies.values(), *compressors(model))]
+        kept = [w for layer in model.moe_layers() for _, stacks in layer._rounded.values() for w in stacks]
+        matrices = importlib.import_module("kernels.hadamard.reference")._MATRICES.values()
+        steps = [x for step in graphs._steps.values() for x in (step.ids, step.starts, step.page_ids)]
+        return [*state(), *model.parameters(), *model.buffers(), *frequencies, *kept, *matrices, *steps]
+
+    recorder = StepRecorder(resident, state)
+    graphs = DecodeGraphs(model, max_batch, recorder)
+    return graphs, recorder
+
+
+def compressors(model):
+    return [module.frequencies for module in model.modules() if isinstance(module, Compressor)]
+
+
+def check_equal(cache, expected):
+    """Every byte in use is equal: the entries of all sequences, and the whole fixed state."""
+    assert cache.lengths == expected.lengths
+    for layer, other in zip(cache.all_layers, expected.all_layers):
+        for name, part in layer.parts.items():
+            if part not in layer.fixed():
+                found, wanted = part.rows(), other.parts[name].rows()
+                for i, count in enumerate(part.counts):
+                    assert torch.equal(found[i, :count], wanted[i, :count]), (name, i)
+    for found, wanted in zip(cache._fixed_tensors(), expected._fixed_tensors(), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@torch.inference_mode()
+def decode(model, graphs, cache, expected, steps, seed=5):
+    ids = random_ids(cache.batch_size, steps, seed=seed)
+    for step in range(steps):
+        wanted = model(ids[:, step : step + 1], expected)
+        found = graphs.logits(ids[:, step : step + 1], cache)
+        assert torch.equal(found, wanted), step
+        check_equal(cache, expected)
+
+
+def test_replayed_steps_equal_others():
+    """Over two periods of the compression ratios and a page border, for sequences of different lengths."""
+    model = network(**V4, hyper_connections=False)
+    size, period = model.config.page_tokens, model.config.hca_ratio
+    assert period % model.config.csa_ratio == 0
+    cache, expected = caches_of(model, [size - 3, 5])
+    graphs, recorder = recording(model, 3, cache.pool)
+    decode(model, graphs, cache, expected, 2 * period + 2)
+    assert len(graphs) == recorder.recorded == 2 and graphs.records  # tables of one page and of two
+    assert cache.lengths[0] > size
+
+
+@pytest.mark.parametrize("change", [{**V4, "layers": ["sliding", "csa"]}, V32], ids=["hyper-connections", "latent"])
+def test_other_layers(change):
+    model = network(**change)
+    cache, expected = caches_of(model, [9, 30])
+    graphs, recorder = recording(model, 2, cache.pool)
+    decode(model, graphs, cache, expected, 6)
+    assert len(graphs) == recorder.recorded == 1
+
+
+def test_sequences_leave_and_join():
+    """Batches of other sizes have other recordings, and the fixed state of each is where its recording expects it."""
+    model = network(**V4, hyper_connections=False)
+    cache, expected = caches_of(model, [9, 30, 17])
+    graphs, recorder = recording(model, 3, cache.pool)
+    decode(model, graphs, cache, expected, 3)
+    cache, expected = cache.take([2, 0]), expected.take([2, 0])
+    decode(model, graphs, cache, expected, 5)
+    one, other = caches_of(model, [22], cache.pool)
+    decode(model, graphs, one, other, 3)  # the first cache moves out
+    decode(model, graphs, cache, expected, 2)  # and in again
+    assert len(graphs) == recorder.recorded == 3
+
+
+def bake_positions(monkeypatch):
+    def append(ring, rows):
+        write_ring(ring.data, rows, torch.full((len(rows),), ring.table.lengths[0]))
+
+    monkeypatch.setattr(Ring, "append", append)
+
+
+def bake_completion(monkeypatch):
+    def may_complete(table, ratio):
+        return any(first < last for first, last in zip(*table.entry_counts(ratio)))
+
+    monkeypatch.setattr(PageTable, "may_complete", may_complete)
+
+
+def bake_pages(monkeypatch):
+    def page_ids(table):
+        pages = [torch.full((), page) for (page,) in table.pages]
+        return torch.stack(pages).view(-1, 1)
+
+    monkeypatch.setattr(PageTable, "page_ids", property(page_ids))
+
+
+@pytest.mark.parametrize("bake", [bake_positions, bake_completion, bake_pages])
+def test_a_number_of_python_in_a_recorded_step_is_noticed(bake, monkeypatch):
+    model = network(**V4, hyper_connections=False)
+    cache, expected = caches_of(model, [20, 20] if bake is bake_positions else [20, 5])
+    graphs, _ = recording(model, 2, cache.pool)
+    bake(monkeypatch)
+    with pytest.raises(AssertionError):
+        decode(model, graphs, cache, expected, 3)
+        decode(model, graphs, expected, cache, 4)  # which have other pages
+    assert graphs.records and len(graphs)
+
+
+def make_lengths_a_tensor(monkeypatch):
+    monkeypatch.setattr(PageTable, "starts", property(lambda table: torch.tensor(table.lengths)))
+
+
+def wait_for_lengths(monkeypatch):
+    monkeypatch.setattr(PageTable, "may_complete", lambda table, ratio: bool((table.starts >= 0).all()))
+
+
+@pytest.mark.parametrize(
+    ("break_step", "reason"),
+    [(make_lengths_a_tensor, "reads a tensor"), (wait_for_lengths, "waits for a value while a step is recorded")],
+)
+def test_a_step_that_cannot_be_recorded_runs_as_usual(break_step, reason, monkeypatch, caplog):
+    model = network(**V4, hyper_connections=False)
+    cache, expected = caches_of(model, [20, 5])
+    graphs, _ = recording(model, 2, cache.pool)
+    break_step(monkeypatch)
+    decode(model, graphs, cache, expected, 4)
+    assert not graphs.records and not len(graphs)
+    (message,) = (record.getMessage() for record in caplog.records if "CUDA graphs" in record.getMessage())
+    assert message.startswith("decoding without CUDA graphs: recording a step failed (") and reason in message
