@@ -133,11 +133,13 @@ class DecodeGraphs:
             step.replay()
             logits = step.logits
         else:
-            logits = self._run(step, cache)
+            logits = self._run(step)
         cache.advance()
         return logits
 
-    def _run(self, step: _Step, cache: Cache) -> Tensor:
+    def _run(self, step: _Step) -> Tensor:
+        cache = self._resident()
+        assert cache is not None
         return self.model.logits(self.model.read_begun(step.ids, cache))
 
     def _step_of(self, input_ids: Tensor, cache: Cache) -> tuple[_Step, bool]:
@@ -154,7 +156,7 @@ class DecodeGraphs:
     def _try_to_record(self, step: _Step, cache: Cache) -> None:
         batch, width = step.page_ids.shape
         try:
-            step.logits, step.replay = self._record(lambda: self._run(step, cache))
+            step.logits, step.replay = self._record(lambda: self._run(step))
         except RuntimeError as error:
             self.records = False
             self._steps.clear()

@@ -22,6 +22,13 @@ class Pages:
     page_table: Tensor
     """int64 [B, P]: the page numbers of each sequence, in order."""
 
+    def shapes(self, sequences: int, nbytes: int) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
+        """Return the tensors with the shapes that rows of ``nbytes`` bytes of this many sequences need."""
+        return {
+            "storage": (self.storage, (len(self.storage), nbytes)),
+            "page_table": (self.page_table, (sequences, *self.page_table.shape[1:2])),
+        }
+
     def places(self, rows: Tensor) -> Tensor:
         """Return the places in the storage of rows int64 [B, ...] of each sequence."""
         pages = self.page_table.gather(1, (rows // self.page_size).flatten(1)).view_as(rows)

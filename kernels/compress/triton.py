@@ -21,7 +21,7 @@ from kernels.cache_io import EntryLayout, Pages
 from kernels.cache_io.triton import layout_constants
 from kernels.compress.inputs import DocumentBlocks, Finish
 from kernels.compress.reference import most_completed
-from kernels.triton_support.platform import ARCHITECTURES, require_choice, require_device
+from kernels.triton_support.platform import ARCHITECTURES, require_choice, require_device, require_shapes
 from kernels.triton_support.tiles import Tile, Tiles, launch_best, power_of_two
 
 MAX_FUSED = 4096
@@ -107,6 +107,7 @@ def compress(
         n = rows.shape[1] // len(bias) - skipped
     else:
         n = blocks.first.shape[1]
+        require_shapes("compress", first=(blocks.first, (len(rows), n)), starts=(blocks.starts, (len(rows), n)))
         places, starts = blocks.first.contiguous(), blocks.starts.contiguous().view(torch.int8)
     _require(rows, bias, finish, overlap, layout, n)
     weight, norm_eps, cos, sin, hadamard = finish
@@ -131,6 +132,7 @@ def compress_next(
     if not len(rows) * n:
         return
     _require(rows, bias, finish, overlap, layout, n)
+    require_shapes("compress_next", **pages.shapes(len(rows), layout.nbytes))
     rows, bias, weight = (detached(x).contiguous() for x in (rows, bias, finish.norm_weight))
     places = lengths.expand(len(rows)).contiguous()
     options = _Options(overlap, 0, finish.norm_eps, finish.hadamard, layout)
@@ -150,11 +152,7 @@ def _require(rows: Tensor, bias: Tensor, finish: Finish, overlap: bool, layout: 
     if layout is not None and layout.size != c:
         raise ValueError(f"compress: the layout has {layout.size} dims, the entries {c}")
     w = 2 * c if overlap else c
-    if rows.dim() != 3 or rows.shape[2] != 2 * w or bias.dim() != 2 or bias.shape[1] != w:
-        raise ValueError(
-            f"compress: rows and bias must have the widths {2 * w} and {w} for {c} channels, "
-            f"found {list(rows.shape)} and {list(bias.shape)}"
-        )
+    require_shapes("compress", rows=(rows, (*rows.shape[:2], 2 * w)), bias=(bias, (len(bias), w)))
     cos, sin = list(finish.cos.shape), list(finish.sin.shape)
     if cos != sin or len(cos) != 3 or cos[0] not in (1, len(rows)) or cos[1] != n or 2 * cos[2] > c:
         expected = f"[1 or {len(rows)}, {n}, at most {c // 2}]"

@@ -15,7 +15,13 @@ from torch import Tensor
 from kernels.expert_dispatch.eager import combine, dispatch
 from kernels.expert_dispatch.permutation import Dispatch
 from kernels.swiglu import swiglu
-from kernels.triton_support.platform import ARCHITECTURES, is_interpreting, require_choice, require_device
+from kernels.triton_support.platform import (
+    ARCHITECTURES,
+    is_interpreting,
+    require_choice,
+    require_device,
+    require_shapes,
+)
 from kernels.triton_support.tiles import Tile, Tiles, launch_best
 
 __all__ = ["combine", "dispatch", "run_experts"]
@@ -45,6 +51,10 @@ def run_experts(rows: Tensor, gains: Tensor, stacks: tuple[Tensor, ...], plan: D
     """Implement :func:`kernels.expert_dispatch.run_experts`. Raises ValueError for unsupported dtypes."""
     require_device("expert_dispatch", rows)
     require_choice("expert_dispatch", "dtypes", rows.dtype, (*DTYPES, torch.float32) if is_interpreting() else DTYPES)
+    (R, d), (E, inner) = rows.shape, stacks[0].shape[:2]
+    narrowing, widening = (E, inner, d), (E, d, inner)
+    weights = dict(zip(("w1", "w3", "w2"), zip(stacks, (narrowing, narrowing, widening))))
+    require_shapes("expert_dispatch", **weights, gains=(gains, (R, 1)), counts=(plan.counts, (E,)))
     w1, w3, w2 = (w.to(rows.dtype) for w in stacks)
     gate, up = (_Multiply.apply(rows, w, plan.counts) for w in (w1, w3))
     return _Multiply.apply(swiglu(gate, up, limit, gains), w2, plan.counts)

@@ -24,6 +24,7 @@ from kernels.triton_support.platform import (
     is_interpreting,
     require_choice,
     require_device,
+    require_shapes,
     split_precision,
 )
 from kernels.triton_support.tiles import Tile, Tiles, launch_best, padded_dim
@@ -82,6 +83,9 @@ def gated_delta_rule(
         raise ValueError(
             f"gated_delta_rule: the triton backend supports key dims up to {MAX_KEY_DIM}; found {q.shape[3]}"
         )
+    (B, S, H, K), V = q.shape, v.shape[-1]
+    shapes = {"k": (k, (B, S, H, K)), "v": (v, (B, S, H, V)), "g": (g, (B, S, H, K)), "beta": (beta, (B, S, H))}
+    require_shapes("gated_delta_rule", **shapes, state=(state, (B, H, K, V)), positions=(positions, (B, S)))
     if state is None:
         state = q.new_zeros(q.shape[0], *q.shape[2:], v.shape[3])
     return _Rule.apply(q, *(x.float() for x in (k, v, g, beta, state)), positions)

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from kernels.autocast import in_float32
 from kernels.hyper_connections import eager
-from kernels.triton_support.platform import ARCHITECTURES, float32_precision, require_choice, require_device
+from kernels.triton_support.platform import (
+    ARCHITECTURES,
+    float32_precision,
+    require_choice,
+    require_device,
+    require_shapes,
+)
 from kernels.triton_support.tiles import Tile, Tiles, launch_best, padded_dim
 
 STREAMS = (1, 2, 4)
@@ -75,6 +81,10 @@ def hc_pre(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Implement :func:`kernels.hyper_connections.hc_pre`. Raises ValueError for unsupported streams."""
     _require(streams)
+    n, d = streams.shape[2:]
+    logits, name = 2 * n + n * n, "hyper_connections"
+    require_shapes(name, fn=(fn, (logits, n * d)), scale=(scale, (3,)), base=(base, (logits,)))
+    require_shapes(name, norm_weight=(norm_weight, (d,)))
     weights = (x.contiguous() for x in (fn, scale, base, norm_weight))
     return _Pre.apply(streams.contiguous(), *weights, iterations, eps, norm_eps)
 
@@ -82,6 +92,9 @@ def hc_pre(
 def hc_post(streams: Tensor, comb: Tensor, post: Tensor, output: Tensor) -> Tensor:
     """Implement :func:`kernels.hyper_connections.hc_post`. Raises ValueError for unsupported streams."""
     _require(streams)
+    B, S, n, d = streams.shape
+    shapes = {"comb": (comb, (B, S, n, n)), "post": (post, (B, S, n)), "output": (output, (B, S, d))}
+    require_shapes("hyper_connections", **shapes)
     return _Post.apply(streams.contiguous(), comb.contiguous(), post.contiguous(), output.contiguous())
 
 

@@ -17,7 +17,14 @@ from kernels.autocast import product_dtype
 from kernels.cache_io import EntryLayout, Pages
 from kernels.cache_io.triton import layout_constants
 from kernels.entry_ranges import EntryRanges
-from kernels.triton_support.platform import ARCHITECTURES, is_interpreting, on_device_of, require_choice, require_device
+from kernels.triton_support.platform import (
+    ARCHITECTURES,
+    is_interpreting,
+    on_device_of,
+    require_choice,
+    require_device,
+    require_shapes,
+)
 from kernels.triton_support.tiles import Tile, Tiles, launch_best, padded_dim, power_of_two
 
 FORMATS = ("bf16", "fp8", "fp8_128", "fp4")
@@ -85,7 +92,7 @@ def index_topk(
 ) -> Tensor:
     """Implement :func:`kernels.index_topk.index_topk`. Scores are always batch-invariant. Raises ValueError for
     unsupported inputs."""
-    _check(query, layout, k, dtype)
+    _check(query, keys, layout, head_weights, None, visible, k, dtype)
     capacity = keys.page_table.shape[1] * keys.page_size
     # The number of entries is known to the GPU only. To wait for it pays for prompts, not for single tokens.
     n = capacity if query.shape[1] == 1 else min(capacity, int(visible.max()))
@@ -97,19 +104,34 @@ def select_entries(
 ) -> Tensor:
     """Implement :func:`kernels.index_topk.select_entries`. Raises ValueError for unsupported inputs."""
     layout = _sequence_layout(query)
-    _check(query, layout, k, dtype)
-    B, T, _ = keys.shape
+    require_device("select_entries", query)
+    B, T = len(query), keys.shape[1]
+    require_shapes("select_entries", keys=(keys, (B, T, layout.size)))
     packed = keys.detach().to(torch.bfloat16).contiguous().view(torch.uint8).view(B * T, layout.nbytes)
     pages = Pages(packed, T, torch.arange(B, device=keys.device).unsqueeze(1))
+    _check(query, pages, layout, head_weights, *visible, k, dtype)
     first, end = (x.contiguous() for x in visible)
     return _best(query, pages, layout, head_weights, first, end, T, k, dtype)
 
 
-def _check(query: Tensor, layout: EntryLayout, k: int, dtype: torch.dtype) -> None:
+def _check(
+    query: Tensor, keys: Pages, layout: EntryLayout, head_weights: Tensor, first: Tensor | None, end: Tensor, k: int,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Raise ValueError unless the kernels support these inputs and do not read beyond them."""
     require_device("index_topk", query)
     require_choice("index_topk", "dtypes of scores", dtype, (torch.float32, torch.bfloat16))
     if fault := _fault(query, layout, k):
         raise ValueError(f"index_topk: the triton backend supports {fault}")
+    B, S, h, _ = query.shape
+    require_shapes(
+        "index_topk",
+        query=(query, (B, S, h, layout.size)),
+        head_weights=(head_weights, (B, S, h)),
+        first=(first, ((B, 1), S)),
+        visible=(end, ((B, 1), S)),
+        **keys.shapes(B, layout.nbytes),
+    )
 
 
 def _best(

@@ -28,6 +28,7 @@ from kernels.triton_support.platform import (
     is_interpreting,
     multiprocessors,
     require_device,
+    require_shapes,
 )
 from kernels.triton_support.tiles import Tile, Tiles, launch_best, padded_dim
 
@@ -81,6 +82,15 @@ def indexer_kl(
     if fault := _fault(query):
         raise ValueError(f"indexer_kl: the triton backend supports {fault}")
     inputs = query, keys, head_weights
+    (B, S, h, c), T = query.shape, keys.shape[1]
+    require_shapes(
+        "indexer_kl",
+        keys=(keys, (B, T, c)),
+        head_weights=(head_weights, (B, S, h)),
+        first=(visible.first, ((B, 1), S)),
+        end=(visible.end, ((B, 1), S)),
+        chosen=(chosen, (B, S, 0 if chosen is None else chosen.shape[-1])),
+    )
     if chosen is not None:
         check_selection("indexer_kl", chosen, keys.shape[1])
     with in_float32(query):

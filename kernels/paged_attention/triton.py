@@ -27,6 +27,7 @@ from kernels.triton_support.platform import (
     on_device_of,
     require_choice,
     require_device,
+    require_shapes,
 )
 from kernels.triton_support.tiles import Tile, Tiles, launch_best, padded_dim, power_of_two
 
@@ -74,6 +75,30 @@ def _fault(layout: EntryLayout) -> str:
     return ""
 
 
+def _check_shapes(
+    query: Tensor, tokens: TokenRows | None, entries: EntrySet | None, sink: Tensor, layout: EntryLayout
+) -> None:
+    """Raise ValueError unless all inputs have the sizes that the kernels read."""
+    (B, S, H, _), name = query.shape, "paged_attention"
+    require_shapes(name, query=(query, (B, S, H, layout.size)), sink=(sink, (H,)))
+    if tokens is not None:
+        several = ((B, 1),)
+        require_shapes(
+            name,
+            rows=(tokens.rows, (B, tokens.rows.shape[1], layout.nbytes)),
+            offsets=(tokens.offsets, several),
+            first=(tokens.first, several),
+        )
+    if entries is not None:
+        chosen = entries.chosen
+        require_shapes(
+            name,
+            **entries.pages.shapes(B, layout.nbytes),
+            chosen=(chosen, (B, S, 0 if chosen is None else chosen.shape[-1])),
+            visible=(entries.visible, ((B, 1), S)),
+        )
+
+
 def row_constants(layout: EntryLayout) -> dict[str, Any]:
     """Return a layout as compile-time constants: the body's pieces, and whether it is unpacked by words."""
     constants: dict[str, Any] = layout_constants(layout)
@@ -109,6 +134,7 @@ def paged_attention(
     require_choice("paged_attention", "dtypes", query.dtype, (torch.float32, torch.bfloat16, torch.float16))
     kernels = importlib.import_module("kernels.paged_attention.triton_kernels")
     B, S, H, _ = query.shape
+    _check_shapes(query, tokens, entries, sink, layout)
     constants = row_constants(layout)
     q = query.detach().float()
     if constants["WORDS"]:

@@ -27,6 +27,7 @@ from kernels.triton_support.platform import (
     on_device_of,
     require_choice,
     require_device,
+    require_shapes,
 )
 from kernels.triton_support.tiles import Tile, Tiles, launch_best
 
@@ -115,6 +116,16 @@ def sparse_attention(
     if isinstance(entry_mask, Tensor) and chosen is None:
         raise ValueError(f"{name}: the triton backend supports ranges of entries; pass those of a mask as chosen")
     ranges = None if chosen is not None else entry_mask
+    (B, S, H, c), past = query.shape, 0 if window_kv is None else window_kv.shape[1]
+    require_shapes(
+        name,
+        window_kv=(window_kv, (B, max(S, past), c)),
+        entries=(entries, (B, 0 if entries is None else entries.shape[1], c)),
+        sink=(sink, (H,)),
+        first=(None if ranges is None else ranges.first, ((B, 1), S)),
+        end=(None if ranges is None else ranges.end, ((B, 1), S)),
+        chosen=(chosen, (B, S, 0 if chosen is None else chosen.shape[-1])),
+    )
     if chosen is not None and entries is not None:
         check_selection(name, chosen, entries.shape[1])
     with in_float32(query):

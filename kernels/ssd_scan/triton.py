@@ -18,6 +18,7 @@ from kernels.triton_support.platform import (
     as_rows,
     require_choice,
     require_device,
+    require_shapes,
     split_precision,
 )
 from kernels.triton_support.tiles import Tile, Tiles, launch_best, padded_dim, settings_for
@@ -74,6 +75,13 @@ def ssd_scan(
     require_choice("ssd_scan", "dtypes", x.dtype, (torch.float32,))
     if x.shape[3] > MAX_HEAD_DIM:
         raise ValueError(f"ssd_scan: the triton backend supports head dims up to {MAX_HEAD_DIM}; found {x.shape[3]}")
+    (batch, S, H, P), (G, N) = x.shape, B.shape[2:]
+    if H % G:
+        raise ValueError(f"ssd_scan: {H} heads do not divide into {G} groups")
+    shapes = {"dt": (dt, (batch, S, H)), "A": (A, (H,)), "B": (B, (batch, S, G, N)), "C": (C, (batch, S, G, N))}
+    require_shapes(
+        "ssd_scan", **shapes, D=(D, (H,)), state=(state, (batch, H, P, N)), positions=(positions, (batch, S))
+    )
     if state is None:
         state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
     return _Scan.apply(x, *(z.float() for z in (dt, A, B, C, D, state)), positions)

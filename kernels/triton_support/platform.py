@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Iterator
+from operator import contains
 
 import torch
 from torch import Tensor
@@ -97,6 +98,20 @@ def require_choice(operation: str, what: str, found: object, supported: tuple) -
         raise ValueError(
             f"{operation}: the triton backend supports {what} {names}; found {str(found).removeprefix('torch.')}"
         )
+
+
+Shape = tuple["int | tuple[int, ...]", ...]
+"""Sizes of a tensor. A tuple permits several."""
+
+
+def require_shapes(operation: str, **tensors: tuple[Tensor | None, Shape]) -> None:
+    """Raise ValueError for the first tensor of another shape, beyond whose end kernels might read. None passes."""
+    for name, (x, sizes) in tensors.items():
+        permitted = [size if isinstance(size, tuple) else (size,) for size in sizes]
+        if x is None or (x.dim() == len(sizes) and all(map(contains, permitted, x.shape))):
+            continue
+        expected = ", ".join(" or ".join(map(str, dict.fromkeys(size))) for size in permitted)
+        raise ValueError(f"{operation}: {name} must have the shape [{expected}], found {list(x.shape)}")
 
 
 @contextlib.contextmanager
