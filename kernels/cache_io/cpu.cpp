@@ -35,39 +35,40 @@ Tensor unpack(const Tensor& packed, at::IntArrayRef spec) {
   return out;
 }
 
-// Write rows [B, n, width] of any dtype into ring [B, capacity, width]. The last row of sequence b has position
-// ends[b] - 1; position p is at index p % capacity.
-void write_ring(Tensor& ring, const Tensor& given, at::IntArrayRef ends) {
+// Write rows [B, n, width] of any dtype into ring [B, capacity, width]. The first row of a sequence has the position
+// `first`, int64 [B or 1]; position p is at index p % capacity.
+void write_ring(Tensor& ring, const Tensor& given, const Tensor& first) {
   const Tensor rows = given.contiguous();
   TORCH_CHECK_VALUE(ring.is_contiguous() && ring.dim() == 3 && rows.dim() == 3 && ring.scalar_type() == rows.scalar_type() &&
-                        ring.size(2) == rows.size(2) && ring.size(0) == rows.size(0) &&
-                        static_cast<int64_t>(ends.size()) == rows.size(0) && rows.size(1) <= ring.size(1),
+                        ring.size(2) == rows.size(2) && ring.size(0) == rows.size(0) && rows.size(1) <= ring.size(1),
                     "write_ring: rows ", rows.sizes(), " do not match ring ", ring.sizes());
   const int64_t width = rows.size(2) * rows.element_size(), n = rows.size(1), capacity = ring.size(1);
+  const std::vector<int64_t> position = per_sequence(first, rows.size(0), "write_ring: first");
   auto* to = static_cast<uint8_t*>(ring.mutable_data_ptr());
   const auto* from = static_cast<const uint8_t*>(rows.const_data_ptr());
   for (int64_t b = 0; b < rows.size(0); ++b) {
-    TORCH_CHECK_VALUE(ends[b] >= n, "write_ring: ", n, " rows cannot end at position ", ends[b]);
+    TORCH_CHECK_VALUE(position[b] >= 0, "write_ring: rows cannot begin at position ", position[b]);
     for (int64_t i = 0; i < n; ++i) {
-      const int64_t place = (ends[b] - n + i) % capacity;
+      const int64_t place = (position[b] + i) % capacity;
       std::memcpy(to + (b * capacity + place) * width, from + (b * n + i) * width, width);
     }
   }
 }
 
 // Pack the first last[b] - first[b] of x float32 [B, n, size] as entries first[b].. of sequence b, into rows of storage
-// uint8 [R, nbytes] by way of page_table int64 [B, P].
+// uint8 [R, nbytes] by way of page_table int64 [B, P]. first and last are int64 [B or 1].
 void write_pages(Tensor& storage, const Tensor& table, int64_t page_size, const Tensor& input, at::IntArrayRef spec,
-                 at::IntArrayRef first, at::IntArrayRef last) {
+                 const Tensor& firsts, const Tensor& lasts) {
   const Layout layout(spec);
   const Tensor x = contiguous_float(input, "write_pages: x"), pages = table.contiguous();
   const int64_t size = layout.size(), nbytes = layout.nbytes(), B = x.size(0), n = x.size(1), P = pages.size(-1);
   TORCH_CHECK_VALUE(storage.is_contiguous() && storage.scalar_type() == at::kByte && storage.dim() == 2 &&
                         storage.size(1) == nbytes && x.dim() == 3 && x.size(2) == size && pages.dim() == 2 &&
-                        pages.size(0) == B && pages.scalar_type() == at::kLong &&
-                        static_cast<int64_t>(first.size()) == B && static_cast<int64_t>(last.size()) == B,
+                        pages.size(0) == B && pages.scalar_type() == at::kLong,
                     "write_pages: x ", x.sizes(), ", storage ", storage.sizes(), " and page table ", pages.sizes(),
                     " do not match");
+  const std::vector<int64_t> first = per_sequence(firsts, B, "write_pages: first");
+  const std::vector<int64_t> last = per_sequence(lasts, B, "write_pages: last");
   const int64_t* ids = pages.const_data_ptr<int64_t>();
   const float* from = x.const_data_ptr<float>();
   auto* to = storage.mutable_data_ptr<uint8_t>();
@@ -87,9 +88,9 @@ void write_pages(Tensor& storage, const Tensor& table, int64_t page_size, const 
 TORCH_LIBRARY_FRAGMENT(fiftyfold, m) {
   m.def("pack(Tensor x, int[] layout) -> Tensor");
   m.def("unpack(Tensor packed, int[] layout) -> Tensor");
-  m.def("write_ring(Tensor(a!) ring, Tensor rows, int[] ends) -> ()");
-  m.def("write_pages(Tensor(a!) storage, Tensor page_table, int page_size, Tensor x, int[] layout, int[] first, "
-        "int[] last) -> ()");
+  m.def("write_ring(Tensor(a!) ring, Tensor rows, Tensor first) -> ()");
+  m.def("write_pages(Tensor(a!) storage, Tensor page_table, int page_size, Tensor x, int[] layout, Tensor first, "
+        "Tensor last) -> ()");
 }
 TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) {
   m.impl("pack", pack);

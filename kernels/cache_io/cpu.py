@@ -22,17 +22,9 @@ def unpack(packed: Tensor, layout: EntryLayout) -> Tensor:
 
 def write_ring(ring: Tensor, rows: Tensor, first: Tensor) -> None:
     """Implement :func:`kernels.cache_io.write_ring`."""
-    count = rows.shape[1]
-    native.op("write_ring")(ring, rows, [position + count for position in per_sequence(first, len(ring))])
+    native.op("write_ring")(ring, rows, first)
 
 
 def write_pages(x: Tensor, layout: EntryLayout, pages: Pages, first: Tensor, last: Tensor) -> None:
     """Implement :func:`kernels.cache_io.write_pages` for float32 x."""
-    counts = (per_sequence(numbers, len(x)) for numbers in (first, last))
-    native.op("write_pages")(pages.storage, pages.page_table, pages.page_size, detached(x), layout.spec, *counts)
-
-
-def per_sequence(numbers: Tensor, sequences: int) -> list[int]:
-    """Return int64 [sequences or 1] as a list with a number for every sequence."""
-    found = numbers.tolist()
-    return found * sequences if len(found) == 1 else found
+    native.op("write_pages")(pages.storage, pages.page_table, pages.page_size, detached(x), layout.spec, first, last)

@@ -68,16 +68,18 @@ Tensor compress(const Tensor& input, const Tensor& biases, bool overlap, bool ha
 }
 
 // ring float32 [B, capacity, 2w]: the row of position p is at p % capacity. rows float32 [B, S, 2w] follow `lengths`
-// tokens. Returns the entries that they complete, float32 [B, n, c], padded with zeros.
-Tensor compress_next(const Tensor& kept, const Tensor& input, const Tensor& biases, at::IntArrayRef lengths, bool overlap) {
+// tokens, int64 [B or 1]. Returns the entries that they complete, float32 [B, n, c], padded with zeros.
+Tensor compress_next(const Tensor& kept, const Tensor& input, const Tensor& biases, const Tensor& tokens,
+                     bool overlap) {
   const Tensor rows = contiguous_float(input, "compress_next: rows"), bias = contiguous_float(biases, "compress_next: bias");
   const Pooling pooling(bias, overlap);
   const int64_t m = pooling.m, w = pooling.w, c = pooling.c, B = rows.size(0), S = rows.size(1);
   TORCH_CHECK_VALUE(kept.is_contiguous() && kept.scalar_type() == at::kFloat && kept.dim() == 3 && rows.dim() == 3 &&
-                        kept.size(0) == B && static_cast<int64_t>(lengths.size()) == B && kept.size(2) == 2 * w &&
-                        rows.size(2) == 2 * w && kept.size(1) >= (overlap ? 2 * m - 1 : m - 1),
-                    "compress_next: ring ", kept.sizes(), ", rows ", rows.sizes(), ", bias ", bias.sizes(), " and ",
-                    lengths.size(), " lengths do not match");
+                        kept.size(0) == B && kept.size(2) == 2 * w && rows.size(2) == 2 * w &&
+                        kept.size(1) >= (overlap ? 2 * m - 1 : m - 1),
+                    "compress_next: ring ", kept.sizes(), ", rows ", rows.sizes(), " and bias ", bias.sizes(),
+                    " do not match");
+  const std::vector<int64_t> lengths = per_sequence(tokens, B, "compress_next: lengths");
   int64_t n = 0;
   for (const int64_t length : lengths) n = std::max(n, (length + S) / m - length / m);
   Tensor out = at::zeros({B, n, c}, rows.options());
@@ -103,7 +105,7 @@ Tensor compress_next(const Tensor& kept, const Tensor& input, const Tensor& bias
 
 TORCH_LIBRARY_FRAGMENT(fiftyfold, m) {
   m.def("compress(Tensor rows, Tensor bias, bool overlap, bool has_previous) -> Tensor");
-  m.def("compress_next(Tensor ring, Tensor rows, Tensor bias, int[] lengths, bool overlap) -> Tensor");
+  m.def("compress_next(Tensor ring, Tensor rows, Tensor bias, Tensor lengths, bool overlap) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) {
   m.impl("compress", compress);

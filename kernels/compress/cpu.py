@@ -6,7 +6,6 @@ from torch import Tensor
 
 from kernels import native
 from kernels.cache_io import EntryLayout, Pages
-from kernels.cache_io.cpu import per_sequence
 from kernels.compress import eager
 from kernels.compress.inputs import DocumentBlocks, Finish
 
@@ -37,5 +36,5 @@ def compress_next(
     pages: Pages,
 ) -> None:
     """Implement :func:`kernels.compress.compress_next`."""
-    entries = native.op("compress_next")(ring, rows, bias, per_sequence(lengths, len(rows)), overlap)
+    entries = native.op("compress_next")(ring, rows, bias, lengths, overlap)
     eager.write(entries, finish, lengths, rows.shape[1], len(bias), layout, pages)

@@ -54,5 +54,6 @@ def write(
 ) -> None:
     """Write pooled entries [B, n, c] to pages: those of ``m`` tokens that ``new`` tokens complete."""
     if n := entries.shape[1]:
-        finish = finish._replace(cos=finish.cos[:, :n], sin=finish.sin[:, :n])
+        if n < finish.cos.shape[1]:
+            finish = finish._replace(cos=finish.cos[:, :n], sin=finish.sin[:, :n])
         write_pages(finished(entries, finish), layout, pages, *entry_ranges(lengths, new, m))

@@ -41,6 +41,17 @@ inline Tensor contiguous_float_or_bf16(const Tensor& x, const char* name) {
   return x.contiguous();
 }
 
+// One number per sequence, from int64 [sequences or 1].
+inline std::vector<int64_t> per_sequence(const Tensor& numbers, int64_t sequences, const char* name) {
+  TORCH_CHECK_VALUE(numbers.scalar_type() == at::kLong && numbers.dim() == 1 && numbers.is_contiguous() &&
+                        (numbers.size(0) == sequences || numbers.size(0) == 1),
+                    name, ": expected int64 [", sequences, " or 1], found ", numbers.scalar_type(), " ", numbers.sizes());
+  const int64_t* values = numbers.const_data_ptr<int64_t>();
+  std::vector<int64_t> found(sequences);
+  for (int64_t b = 0; b < sequences; ++b) found[b] = values[numbers.size(0) == 1 ? 0 : b];
+  return found;
+}
+
 // Elements of a tensor as T: float, or the bits of BF16.
 template <typename T>
 const T* data_of(const Tensor& x) {

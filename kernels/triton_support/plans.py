@@ -74,7 +74,7 @@ class Plan:
     copies_ahead: tuple[str, ...] = ()
     """Architectures on which loads must be asynchronous copies to shared memory."""
     max_spills: dict[str, int] = field(default_factory=dict)
-    """Largest bytes of registers that a thread spills, per architecture; 0 where absent."""
+    """Largest bytes of registers that a thread spills, per architecture, with Triton 3.9; 0 where absent."""
     work: Work | None = None
     tile_constants: Callable[[Tile], dict[str, Any]] = lambda tile: tile.sizes
     """Returns the compile-time constants of a setting."""

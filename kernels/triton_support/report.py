@@ -12,7 +12,7 @@ import json
 import os
 import sys
 
-from kernels.triton_support.compilation import Compiled, compile_plan
+from kernels.triton_support.compilation import Compiled, compile_plan, limits_spills
 from kernels.triton_support.plans import Plan, all_plans
 from kernels.triton_support.platform import ARCHITECTURES, is_interpreting
 from kernels.triton_support.roofline import H100, predict
@@ -62,7 +62,8 @@ def main() -> int:
         sys.exit("error: TRITON_INTERPRET is set; the interpreter cannot compile")
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # silences a warning of triton 3.9
     found = compile_all(options.architectures, options.kernels, options.all_tiles)
-    faults = [fault for plan, _, compiled in found for fault in compiled.faults(plan)]
+    limited = limits_spills()
+    faults = [fault for plan, _, compiled in found for fault in compiled.faults(plan, limited)]
     if options.json:
         print(json.dumps({"kernels": [compiled.to_json() for *_, compiled in found], "faults": faults}))
     else:

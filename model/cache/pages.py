@@ -226,7 +226,8 @@ class PageTable:
 
     def may_complete(self, ratio: int) -> bool:
         """Return whether the current step may complete a block of ``ratio`` tokens."""
-        return self.ignores_lengths or any(first < last for first, last in zip(*self.entry_counts(ratio)))
+        before, after = self.entry_counts(ratio)
+        return self.ignores_lengths or before != after
 
     def entry_counts(self, ratio: int) -> tuple[list[int], list[int]]:
         """Return each sequence's number of entries of ``ratio`` tokens before and after the current step."""

@@ -101,7 +101,7 @@ def test_rings_wrap_around(dtype):
         write_ring(rings[0], rows, torch.tensor(first), backend="cpu")
         write_ring(rings[1], rows, torch.tensor(first), backend="reference")
         assert torch.equal(*rings)
-    with pytest.raises(ValueError, match="2 rows cannot end at position 1"):
+    with pytest.raises(ValueError, match="rows cannot begin at position -1"):
         write_ring(torch.zeros(1, 4, 2), torch.zeros(1, 2, 2), torch.tensor([-1]), backend="cpu")
 
 

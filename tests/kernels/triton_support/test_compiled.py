@@ -110,6 +110,14 @@ def test_figures_beyond_a_limit_are_named(change, fault):
     assert found[-1:] == ([] if fault is None else [f"some.kernel, sm_90, tile: {fault}"])
 
 
+def test_spills_are_limited_for_the_compiler_that_the_limits_are_set_for(monkeypatch):
+    spilling = replace(GOOD, spills=8)
+    for version, limited in (("3.6.0", False), ("3.9.0", True), ("3.10.0+git", True), ("4.0.0", True)):
+        monkeypatch.setattr("triton.__version__", version)
+        assert compilation.limits_spills() == limited
+        assert bool(spilling.faults(PLAN, compilation.limits_spills())) == limited
+
+
 def test_listings_of_both_vendors_are_read(monkeypatch):
     outputs = {
         "cuobjdump": " Function kernel:\n  REG:96 STACK:24 SHARED:0 LOCAL:0 CONSTANT[0]:600",
