@@ -115,7 +115,7 @@ def sparse_attention(
         entries = entry_mask = chosen = None
     if isinstance(entry_mask, Tensor) and chosen is None:
         raise ValueError(f"{name}: the triton backend supports ranges of entries; pass those of a mask as chosen")
-    ranges = None if chosen is not None else entry_mask
+    ranges = entry_mask if chosen is None and isinstance(entry_mask, EntryRanges) else None
     (B, S, H, c), past = query.shape, 0 if window_kv is None else window_kv.shape[1]
     require_shapes(
         name,
