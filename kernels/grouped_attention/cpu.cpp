@@ -17,8 +17,16 @@ Tensor grouped_attention(const Tensor& queries, const Tensor& storage, const Ten
                     "grouped_attention: query ", query.sizes(), " does not match ", kv_heads,
                     " key-value heads in rows of ", layout.size(), " dims");
   const int64_t B = query.size(0), S = query.size(1), c = query.size(3);
-  TORCH_CHECK_VALUE(S >= 1 && storage.is_contiguous() && table.size(0) == B && limits.size(1) == S,
-                    "grouped_attention: query ", query.sizes(), " does not match the pages or visible ", limits.sizes());
+  TORCH_CHECK_VALUE(S >= 1 && table.dim() == 2 && table.size(0) == B && limits.dim() == 2 && limits.size(1) == S &&
+                        (limits.size(0) == 1 || limits.size(0) == B),
+                    "grouped_attention: query ", query.sizes(), " does not match the page table ", table.sizes(),
+                    " or visible ", limits.sizes());
+  TORCH_CHECK_VALUE(storage.is_contiguous() && storage.dim() == 2 && storage.size(1) == layout.nbytes(),
+                    "grouped_attention: expected contiguous rows of ", layout.nbytes(), " bytes, found ", storage.sizes());
+  const auto* limit = limits.const_data_ptr<int64_t>();
+  const int64_t rows = table.size(1) * page_size;
+  TORCH_CHECK_VALUE(std::all_of(limit, limit + limits.numel(), [&](int64_t n) { return n >= 1 && n <= rows; }),
+                    "grouped_attention: visible must be from 1 to the ", rows, " rows of the page table");
   auto limit_of = [&](int64_t b, int64_t s) {
     return limits.const_data_ptr<int64_t>()[(limits.size(0) == 1 ? 0 : b * S) + s];
   };

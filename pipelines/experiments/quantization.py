@@ -10,6 +10,7 @@ from model import checkpoint
 from model.atomic_files import write_text
 from model.config import CACHE_FORMATS, ModelConfig
 from model.transformer import Transformer
+from pipelines.data.batches import Batch
 from pipelines.experiments.trials import FINAL, QUANTIZATION, Trial
 from pipelines.recipe.schema import Recipe
 from pipelines.training.curriculum import curriculum
@@ -48,21 +49,23 @@ def score_variants(
 
     Scores are stored in the trials' folders and reused.
     """
-    found = {}
+    found, batches = {}, held_out_batches(recipe)
     for variant in VARIANTS:
-        each = [_score(recipe, trial, variant) for trial in (with_qat if variant.trained_with_qat else without)]
+        each = [
+            _score(recipe, batches, trial, variant) for trial in (with_qat if variant.trained_with_qat else without)
+        ]
         found[variant.name] = {name: [scores[name] for scores in each] for name in METRICS if name in each[0]}
     return found
 
 
-def _score(recipe: Recipe, trial: Trial, variant: Variant) -> dict[str, float]:
+def _score(recipe: Recipe, batches: dict[str, list[Batch]], trial: Trial, variant: Variant) -> dict[str, float]:
     """Return the stored scores of a variant of a trial's network, or compute and store them."""
     path = trial.folder / QUANTIZATION
     stored = json.loads(path.read_text()) if path.exists() else {}
     if variant.name not in stored:
         model = Transformer(variant.configure(checkpoint.load_config(trial.folder / FINAL)))
         checkpoint.load_weights(model, trial.folder / FINAL)
-        metrics = validate(model.eval(), held_out_batches(recipe), curriculum(recipe)[-1].attends)
+        metrics = validate(model.eval(), batches, curriculum(recipe)[-1].attends)
         stored[variant.name] = {name.removeprefix("validation/"): value for name, value in metrics.items()}
         write_text(path, json.dumps(stored) + "\n")
     return stored[variant.name]

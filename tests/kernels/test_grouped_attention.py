@@ -83,6 +83,10 @@ def test_decoding_runs_natively():
 @needs_native
 def test_sizes_that_do_not_match_are_refused():
     query, pages, visible, _, layout = case(1, 4, 2, 16, "bf16")
-    for kv_heads in (1, 3, 0):
-        with torch.no_grad(), pytest.raises(ValueError, match="key-value heads"):
+    narrow = Pages(pages.storage[:, :-2].contiguous(), PAGE, pages.page_table)
+    calls = [(pages, visible, kv_heads, "key-value heads") for kv_heads in (1, 3, 0)]
+    calls += [(pages, visible[:2], 2, "visible"), (narrow, visible, 2, "expected contiguous rows of 128 bytes")]
+    calls += [(pages, visible * 0 + n, 2, "visible must be from 1 to the 200 rows") for n in (0, T + 1)]
+    for pages, visible, kv_heads, message in calls:
+        with torch.no_grad(), pytest.raises(ValueError, match=message):
             grouped_attention(query, pages, visible, kv_heads, layout, backend="cpu")

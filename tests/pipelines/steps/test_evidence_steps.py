@@ -165,8 +165,7 @@ def test_a_report_shows_all_figures_and_their_runs(recipe, ablated, compared, tm
 
 
 def test_points_without_a_score_at_a_length_do_not_end_a_sweep(recipe, capsys):
-    changes = {"sweep.name": "front", "sweep.space": {"model.index_topk": [2]}, "sweep.evaluate_front": True,
-               "evaluate.lengths": [96, 200_000]}  # fmt: skip
+    changes = {"sweep.name": "front", "sweep.evaluate_front": True, "evaluate.lengths": [96, 200_000]}
     sweep.run(with_overrides(recipe, changes))
     said = capsys.readouterr().out
     assert re.search(r"front: .*: no score: .*evaluate\.lengths: 200000 exceeds the model's context", said)

@@ -6,9 +6,11 @@ import json
 import multiprocessing
 import os
 import shlex
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import matplotlib.figure
@@ -17,6 +19,7 @@ import mlflow.store.db.utils as stores
 import pytest
 import tracking_stores
 from mlflow import MlflowClient
+from sqlalchemy import create_engine
 
 from model.errors import ConfigError
 from pipelines.recipe.loading import load_recipe, recipe_from_dict
@@ -197,6 +200,17 @@ def test_telemetry_is_off():
     # MLflow disables telemetry under pytest and in CI, so their variables must not reach this process.
     clean = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean, check=True)
+
+
+def test_stores_of_tests_have_the_tables_of_mlflow(tmp_path):
+    found = []
+    for make in (tracking_stores.MIGRATE, stores._initialize_tables, stores._initialize_tables):
+        file = tmp_path / f"{len(found)}.db"
+        make(create_engine(f"sqlite:///{file}"))
+        with closing(sqlite3.connect(file)) as database:
+            tables = database.execute("SELECT type, name, sql FROM sqlite_master ORDER BY name").fetchall()
+            found.append((tables, database.execute("SELECT * FROM alembic_version").fetchall()))
+    assert found[0] == found[1] == found[2] and len(found[0][0]) > 10
 
 
 def open_at_once(barrier, results, recipe):
