@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from model.cache import Cache
-from model.decode_graphs import decode_graphs
+from model.decode_graphs import DecodeGraphs
 from model.transformer import Transformer, check_ids
 
 
@@ -28,14 +28,14 @@ def prefill(model: Transformer, cache: Cache, input_ids: Tensor, chunk: int = 51
 
 
 def generate(
-    model: Transformer, input_ids: Tensor, max_new_tokens: int, eos_id: int | None = None, cuda_graphs: bool = True
+    model: Transformer, input_ids: Tensor, max_new_tokens: int, eos_id: int | None = None, cuda_graphs: bool = False
 ) -> Tensor:
     """Return the prompt and its greedy continuation: input_ids int64 [B, S >= 1] -> [B, S + n], n <= max_new_tokens.
 
     Each step takes the most likely token; ties take the lowest ID. Generation stops once every sequence has produced
-    ``eos_id``; sequences that end earlier are padded with it. On a GPU, steps are replayed as CUDA graphs unless
-    ``cuda_graphs`` is off (:mod:`model.decode_graphs`). Raises CacheError if the S + max_new_tokens - 1 tokens
-    that the model reads exceed its positions.
+    ``eos_id``; sequences that end earlier are padded with it. With ``cuda_graphs``, steps on a GPU are recorded and
+    replayed (:mod:`model.decode_graphs`). Every call records anew, which pays for long continuations only (unmeasured).
+    Raises CacheError if the S + max_new_tokens - 1 tokens that the model reads exceed its positions.
     """
     check_ids(input_ids)
     if max_new_tokens < 0:
@@ -44,7 +44,7 @@ def generate(
         return input_ids
     batch, length = input_ids.shape
     cache = Cache(model.config, batch, length + max_new_tokens - 1, device=input_ids.device)
-    graphs = decode_graphs(model, batch) if cuda_graphs else None
+    graphs = DecodeGraphs.if_supported(model, batch) if cuda_graphs else None
     tokens = [input_ids]
     with torch.inference_mode():
         ended = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)

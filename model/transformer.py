@@ -132,7 +132,8 @@ class Transformer(nn.Module):
         return streams
 
     def read_begun(self, input_ids: Tensor, cache: Cache) -> Tensor:
-        """:meth:`read` between ``begin`` and ``advance`` of the cache: what a GPU computes."""
+        """Run the layers over tokens for which ``cache.begin`` was called; the caller calls ``advance``. Return as
+        :meth:`read`."""
         return self._run_layers(input_ids, self.embed_tokens(input_ids), self._context(input_ids, cache), cache)
 
     def read_ahead(self, streams: Tensor, next_ids: Tensor, cache: Cache, starts: list[int]) -> Tensor:

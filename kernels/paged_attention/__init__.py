@@ -17,9 +17,9 @@ __all__ = ["BACKENDS", "EntrySet", "TokenRows", "backend_for", "paged_attention"
 BACKENDS = {"reference": reference, "eager": eager, "cpu": cpu, "triton": triton}
 
 
-def backend_for(query: Tensor, layout: EntryLayout, dtype: torch.dtype | None = None) -> str:
-    """Return the backend for query, rows of this layout, and the ``dtype`` of :func:`paged_attention`."""
-    if can_run(query) and triton.supports(query, layout, dtype):
+def backend_for(query: Tensor, layout: EntryLayout, weight_dtype: torch.dtype | None = None) -> str:
+    """Return the backend for query, rows of this layout, and the ``weight_dtype`` of :func:`paged_attention`."""
+    if can_run(query) and triton.supports(query, layout, weight_dtype):
         return "triton"
     return "cpu" if native.serves(query) else "eager"
 
@@ -33,7 +33,7 @@ def paged_attention(
     window: int = 0,
     scale: float | None = None,
     value_size: int | None = None,
-    dtype: torch.dtype | None = None,
+    weight_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Compute :func:`kernels.sparse_attention.sparse_attention` of new tokens over a cache.
@@ -50,7 +50,8 @@ def paged_attention(
         window: Tokens that a query attends to, including itself; 0 without ``tokens``.
         scale: Softmax scale, by default ``c ** -0.5``.
         value_size: Values are the first dims of a row, by default all.
-        dtype: Dtype of the weights that projected the queries. Products may have operands of 16 bits if they did there.
+        weight_dtype: Dtype of the weights that projected the queries. BF16 products are permitted if these weights have
+            16 bits.
 
     Returns:
         float32 [B, S, H, value_size].
@@ -58,6 +59,6 @@ def paged_attention(
     c = query.shape[-1]
     if sink is None:
         sink = query.new_full(query.shape[2:3], float("-inf"))
-    return get_backend(BACKENDS, backend or backend_for(query, layout, dtype)).paged_attention(
+    return get_backend(BACKENDS, backend or backend_for(query, layout, weight_dtype)).paged_attention(
         query, tokens, entries, sink, layout, window, c**-0.5 if scale is None else scale, value_size or c
     )

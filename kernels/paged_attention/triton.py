@@ -2,8 +2,8 @@
 
 Products are those of BF16 operands with float32 sums: exact for stored keys, while queries and attention weights are
 rounded to BF16. On a GPU the backend therefore runs by default only where BF16 products are permitted: for queries in
-16 bits or from weights in 16 bits, under autocast, or with ``torch.set_float32_matmul_precision("medium")``. Nothing
-waits for the GPU, and the grid depends on capacities and not on lengths, as :mod:`model.decode_graphs` requires.
+16 bits or from weights in 16 bits, under autocast, or with ``torch.set_float32_matmul_precision("medium")``. It does
+not synchronize, and the grid depends on capacities and not on lengths, as :mod:`model.decode_graphs` requires.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ TILES: Tiles = {
 COMBINE_TILES: Tiles = {name: (Tile(4, 1),) for name in ARCHITECTURES}
 
 
-def supports(query: Tensor, layout: EntryLayout, dtype: torch.dtype | None = None) -> bool:
-    """Return whether the backend runs by default for these inputs on a GPU, with queries from weights of ``dtype``."""
-    narrow = {torch.bfloat16, torch.float16} & {product_dtype(query), dtype}
+def supports(query: Tensor, layout: EntryLayout, weight_dtype: torch.dtype | None = None) -> bool:
+    """Return whether the backend runs by default on a GPU for these queries, from weights of ``weight_dtype``."""
+    narrow = {torch.bfloat16, torch.float16} & {product_dtype(query), weight_dtype}
     permits_bf16 = bool(narrow) or torch.get_float32_matmul_precision() == "medium"
     return permits_bf16 and not _fault(layout)
 

@@ -143,24 +143,26 @@ class Cache:
     # --- steps at fixed addresses
 
     def fixed_memory(self, batch_size: int) -> list[Tensor]:
-        """Allocate the fixed state of ``batch_size`` sequences, for :meth:`move_into`."""
-        return [zeros((batch_size, *x.shape[1:]), x.dtype, x.device) for x in self._fixed_tensors()]
+        """Allocate the fixed state of ``batch_size`` sequences except recurrent states, for :meth:`bind_state`."""
+        rows = (ring.data for ring in self._rings())
+        return [zeros((batch_size, *x.shape[1:]), x.dtype, x.device) for x in rows]
 
-    def move_into(self, memory: Sequence[Tensor]) -> None:
-        """Move the fixed state to the first rows of ``memory``. Recurrent states cannot be moved."""
-        for ring, rows in zip(self._rings(), memory):
+    def bind_state(self, memory: Sequence[Tensor]) -> None:
+        """Move the fixed state, except recurrent states, to the first rows of ``memory``."""
+        for ring, rows in zip(self._rings(), memory, strict=True):
             ring.data = rows[: self.batch_size].copy_(ring.data)
 
-    def move_out(self) -> None:
-        """Move the fixed state to memory of its own, and give up the tensors of :meth:`place`."""
+    def unbind_state(self) -> None:
+        """Move the fixed state to memory of its own, and stop using the tensors of :meth:`bind_inputs`."""
         for ring in self._rings():
             ring.data = ring.data.clone()
-        self._table.leave()
+        self._table.unbind_inputs()
 
-    def place(self, starts: Tensor, page_ids: Tensor) -> None:
+    def bind_inputs(self, starts: Tensor, page_ids: Tensor) -> None:
         """Keep the positions of the next tokens, int64 [B], and the page IDs, int64 [B, at least the pages of every
-        sequence], in these tensors for the step that was begun. Its operators then suit all lengths."""
-        self._table.place(starts, page_ids)
+        sequence], in these tensors for the step that was begun. The step then runs the same operators for all
+        lengths."""
+        self._table.bind_inputs(starts, page_ids)
 
     def _rings(self) -> list[Ring]:
         return [state for state in self._fixed() if isinstance(state, Ring)]
@@ -180,7 +182,7 @@ class Cache:
             raise CacheError(f"component '{component}' is not one of {', '.join(self.components)}")
         pages = len({page for pages in self._table.pages for page in pages})
         fixed = sum(
-            tensor.untyped_storage().nbytes()
+            tensor.numel() * tensor.element_size()
             for state in self._fixed()
             if component in (None, state.part.component)
             for tensor in state.tensors().values()
@@ -278,7 +280,7 @@ class Cache:
             raise CacheError("join: expected one or more distinct caches")
         first = caches[0]
         for cache in caches:
-            if cache.pool is not first.pool or cache._options != first._options:
+            if cache.pool is not first.pool or cache.options != first.options:
                 raise CacheError("join: the caches differ in their page pool, rewind or predicts_ahead")
         result = first._like(sum(cache.batch_size for cache in caches))
         result.max_tokens = max(cache.max_tokens for cache in caches)
@@ -312,10 +314,11 @@ class Cache:
 
     def _like(self, batch_size: int) -> Cache:
         """Return an empty cache without pages, with the configuration, pool and rewind of this one."""
-        return Cache(self.config, batch_size, self.max_tokens, pool=self.pool, **self._options)
+        return Cache(self.config, batch_size, self.max_tokens, pool=self.pool, **self.options)
 
     @property
-    def _options(self) -> dict[str, Any]:
+    def options(self) -> dict[str, Any]:
+        """``rewind`` and ``predicts_ahead``, which must be equal in caches that are joined."""
         return {"rewind": self.rewind, "predicts_ahead": self.ahead is not None}
 
     def _fixed(self) -> list[FixedState]:

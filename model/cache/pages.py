@@ -150,9 +150,9 @@ class PageTable:
         self._pages_changed()
         self.pages += [pool.allocate(reserved) for _ in range(sequences)]
         self.lengths = [0] * sequences
-        self.ignores_lengths = pool.device.type != "cpu"
-        """True if a step runs the same operators whatever the lengths are, as a GPU's queue and recorded steps need.
-        False if work that no sequence needs is skipped."""
+        self.has_fixed_shape = False
+        """True if a step runs the same operators at the same shapes for all lengths, as recorded steps must. False if
+        work that no sequence needs is skipped."""
 
     def __del__(self) -> None:
         self.release()
@@ -192,26 +192,27 @@ class PageTable:
 
     @property
     def page_ids(self) -> Tensor:
-        """Page IDs, int64 [B, pages]. Shorter rows are padded with their first page."""
+        """Page IDs, int64 [B, pages]. Shorter rows are padded with their first page, or 0."""
         if self._page_ids is None:
             self._page_ids = self._padded_pages(max(map(len, self.pages))).to(self.pool.device)
         return self._page_ids
 
     def _padded_pages(self, width: int) -> Tensor:
-        return torch.tensor([pages + pages[:1] * (width - len(pages)) for pages in self.pages], dtype=torch.int64)
+        rows = [pages + (pages[:1] or [0]) * (width - len(pages)) for pages in self.pages]
+        return torch.tensor(rows, dtype=torch.int64)
 
-    def place(self, starts: Tensor, page_ids: Tensor) -> None:
+    def bind_inputs(self, starts: Tensor, page_ids: Tensor) -> None:
         """Write the current step's :attr:`starts` and :attr:`page_ids` to tensors, and use these: int64 [B], and [B, n]
-        for at most n pages per sequence. Steps no longer depend on lengths (:attr:`ignores_lengths`)."""
+        for at most n pages per sequence. Steps then have a fixed shape (:attr:`has_fixed_shape`)."""
         self._starts = starts.copy_(torch.tensor(self._lengths))
         if self._page_ids is not page_ids:
             self._page_ids = page_ids.copy_(self._padded_pages(page_ids.shape[1]))
-        self._ranges, self.ignores_lengths = {}, True
+        self._ranges, self.has_fixed_shape = {}, True
 
-    def leave(self) -> None:
-        """Stop using the tensors of :meth:`place`."""
+    def unbind_inputs(self) -> None:
+        """Stop using the tensors of :meth:`bind_inputs`."""
         self._starts = self._page_ids = None
-        self._ranges, self.ignores_lengths = {}, self.pool.device.type != "cpu"
+        self._ranges, self.has_fixed_shape = {}, False
 
     @property
     def new_lengths(self) -> list[int]:
@@ -227,7 +228,7 @@ class PageTable:
     def may_complete(self, ratio: int) -> bool:
         """Return whether the current step may complete a block of ``ratio`` tokens."""
         before, after = self.entry_counts(ratio)
-        return self.ignores_lengths or before != after
+        return self.has_fixed_shape or before != after
 
     def entry_counts(self, ratio: int) -> tuple[list[int], list[int]]:
         """Return each sequence's number of entries of ``ratio`` tokens before and after the current step."""

@@ -47,9 +47,9 @@ class Mixer(nn.Module):
     batch_invariant_widths: ClassVar[tuple[str, ...] | None] = None
     """Configuration fields or options of the mixer whose widths products sum over; None if the mixer has no
     batch-invariant mode."""
-    steps_ignore_lengths: ClassVar[bool] = False
-    """True if, after :meth:`model.cache.Cache.place`, a step of one token per sequence runs the same operators at the
-    same shapes whatever the lengths are."""
+    steps_have_fixed_shape: ClassVar[bool] = False
+    """True if, after :meth:`model.cache.Cache.bind_inputs`, a step of one token per sequence runs the same operators at
+    the same shapes for all lengths."""
     one_key_value: ClassVar[bool] = False
     """True if each token has one vector that is key and value for all heads."""
 

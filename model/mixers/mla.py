@@ -89,7 +89,7 @@ class MultiHeadLatentAttention(Mixer):
         "rope": True,
     }
     formats: ClassVar[tuple[str, ...]] = ("kv_format", "rope_format")
-    steps_ignore_lengths = True
+    steps_have_fixed_shape = True
     batch_invariant_widths: ClassVar[tuple[str, ...]] = (
         "q_lora_rank",
         "kv_lora_rank",
@@ -279,8 +279,8 @@ class MultiHeadLatentAttention(Mixer):
             layout = self.row_layout
             latents = invariant_attention(projected.query, None, entries, None, layout, context, *settings)
             return in_tiles(self.values, latents)
-        dtype = self.wkv_b.weight.dtype
-        latents = paged_attention(projected.query, None, entries, None, self.row_layout, 0, *settings, dtype=dtype)
+        arguments = projected.query, None, entries, None, self.row_layout, 0, *settings
+        latents = paged_attention(*arguments, weight_dtype=self.wkv_b.weight.dtype)
         return self.values(latents)
 
     def select(self, projected: Projected, context: Context, cache: LayerCache) -> EntrySet:

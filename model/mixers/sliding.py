@@ -62,7 +62,7 @@ class SlidingWindowAttention(Mixer):
 
     name = "sliding"
     one_key_value = True
-    steps_ignore_lengths = True
+    steps_have_fixed_shape = True
     formats: ClassVar[tuple[str, ...]] = ("kv_format", "rope_format")
     batch_invariant_widths: ClassVar[tuple[str, ...]] = ("q_lora_rank", "o_lora_rank", "head_dim")
 
@@ -164,7 +164,7 @@ class SlidingWindowAttention(Mixer):
         if context.batch_invariant:
             return invariant_attention(query, cache.window.extend(rows), entries, self.sink, layout, context)
         inputs = query, cache.window.attended(rows), entries, self.sink, layout, self.config.window
-        return paged_attention(*inputs, dtype=self.wq_b.weight.dtype)
+        return paged_attention(*inputs, weight_dtype=self.wq_b.weight.dtype)
 
     def attend(self, projected: Projected, context: Context) -> Tensor:
         """Attend within whole sequences."""

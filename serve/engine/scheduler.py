@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.cache import Cache
-from model.decode_graphs import decode_graphs
+from model.decode_graphs import DecodeGraphs
 from model.errors import FiftyfoldError
 from model.transformer import Transformer
 from serve.engine.config import EngineConfig
@@ -29,6 +29,17 @@ from serve.engine.stats import EngineStats
 logger = logging.getLogger(__name__)
 
 Results = list[tuple[Sequence, Delta]]
+
+
+def _decode_graphs(model: Transformer, config: EngineConfig) -> DecodeGraphs | None:
+    """Return recorded steps if the configuration wants them and the network supports them."""
+    if not config.cuda_graphs:
+        return None
+    if config.speculative_tokens:
+        if next(model.parameters()).is_cuda:
+            logger.info("decoding without CUDA graphs: kernels that read drafted tokens synchronize with the CPU")
+        return None
+    return DecodeGraphs.if_supported(model, config.max_active_requests)
 
 
 class Scheduler:
@@ -55,9 +66,7 @@ class Scheduler:
         self._vocab_size = vocab_size
         count = config.speculative_tokens
         self.drafter = Drafter(model, count, vocab_size) if count else None
-        # Drafted tokens are read several at a time, for which kernels wait for the number of entries.
-        wants_graphs = config.cuda_graphs and self.drafter is None
-        self.graphs = decode_graphs(model, config.max_active_requests) if wants_graphs else None
+        self.graphs = _decode_graphs(model, config)
         self.model_label = "the model"
         """Name of the model in errors and logs."""
         self._prefill_budget = PrefillBudget(config.prefill_chunk, config.prefill_share)

@@ -82,9 +82,10 @@ def check_equal(cache, expected):
     for layer, other in zip(cache.all_layers, expected.all_layers):
         for name, part in layer.parts.items():
             if part not in layer.fixed():
-                found, wanted = part.rows(), other.parts[name].rows()
                 for i, count in enumerate(part.counts):
-                    assert torch.equal(found[i, :count], wanted[i, :count]), (name, i)
+                    rows = torch.tensor([i]), torch.arange(count).unsqueeze(0)
+                    found, wanted = (one.pages.gather_from(*rows) for one in (part, other.parts[name]))
+                    assert torch.equal(found, wanted), (name, i)
     for found, wanted in zip(cache._fixed_tensors(), expected._fixed_tensors(), strict=True):
         assert torch.equal(found, wanted)
 
@@ -172,15 +173,18 @@ def make_lengths_a_tensor(monkeypatch):
     monkeypatch.setattr(PageTable, "starts", property(lambda table: torch.tensor(table.lengths)))
 
 
-def wait_for_lengths(monkeypatch):
+def synchronize_for_lengths(monkeypatch):
     monkeypatch.setattr(PageTable, "may_complete", lambda table, ratio: bool((table.starts >= 0).all()))
 
 
 @pytest.mark.parametrize(
     ("break_step", "reason"),
-    [(make_lengths_a_tensor, "reads a tensor"), (wait_for_lengths, "waits for a value while a step is recorded")],
+    [
+        (make_lengths_a_tensor, "reads a tensor"),
+        (synchronize_for_lengths, "synchronizes with the CPU while a step is recorded"),
+    ],
 )
-def test_a_step_that_cannot_be_recorded_runs_as_usual(break_step, reason, monkeypatch, caplog):
+def test_a_step_that_cannot_be_recorded_runs_normally(break_step, reason, monkeypatch, caplog):
     model = network(**V4, hyper_connections=False)
     cache, expected = caches_of(model, [20, 5])
     graphs, _ = recording(model, 2, cache.pool)
@@ -189,3 +193,33 @@ def test_a_step_that_cannot_be_recorded_runs_as_usual(break_step, reason, monkey
     assert not graphs.records and not len(graphs)
     (message,) = (record.getMessage() for record in caplog.records if "CUDA graphs" in record.getMessage())
     assert message.startswith("decoding without CUDA graphs: recording a step failed (") and reason in message
+
+
+SYNCHRONIZING = {
+    "allclose": lambda x: torch.allclose(x, x),
+    "bincount": lambda x: x.bincount(),
+    "equal": lambda x: torch.equal(x, x),
+    "index": lambda x: x[x >= 0],
+    "index by bytes": lambda x: x[(x >= 0).byte()],
+    "index_put": lambda x: torch.index_put(x, (x >= 0,), x),
+    "index_put_": lambda x: x.clone().index_put_((x >= 0,), x),
+    "item": lambda x: x.sum().item(),
+    "masked_select": lambda x: x.masked_select(x >= 0),
+    "nonzero": lambda x: x.nonzero(),
+    "repeat_interleave": lambda x: x.repeat_interleave(x),
+    "tolist": lambda x: x.tolist(),
+    "truth": lambda x: bool(x.all()),
+    "unique": lambda x: x.unique(),
+    "unique rows": lambda x: x.unsqueeze(1).unique(dim=0),
+    "unique_consecutive": lambda x: x.unique_consecutive(),
+    "unsorted unique": lambda x: torch._unique(x),
+}
+
+
+@pytest.mark.parametrize("operator", SYNCHRONIZING)
+def test_operators_that_synchronize_are_not_recorded(operator):
+    x = torch.tensor([2, 1, 3])
+    recorder = StepRecorder(lambda: [x], lambda: [])
+    recorder(lambda: x[x - 1].repeat_interleave(2).repeat_interleave(x.new_full((6,), 1), output_size=6) / 2)
+    with pytest.raises(RuntimeError, match="synchronizes with the CPU while a step is recorded"):
+        recorder(lambda: (SYNCHRONIZING[operator](x), x / 2)[1])

@@ -2,26 +2,44 @@
 that they read and write, and replays them. Kernels run in Triton's interpreter.
 
 Like a CUDA graph it repeats what Python computed during the recording. What a GPU cannot record raises RuntimeError:
-waiting for a value, and reading a tensor that is neither resident nor a result of the recording, such as one made from
-a Python list.
+synchronizing with the CPU, and reading a tensor that is neither resident nor a result of the recording, such as one
+made from a Python list.
 """
 
 import contextlib
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import InterpretedFunction
 
-WAITING = {
+SYNCHRONIZING = {
     "aten::_local_scalar_dense",
-    "aten::nonzero",
-    "aten::masked_select",
+    "aten::_unique",
     "aten::_unique2",
+    "aten::allclose",
+    "aten::bincount",
     "aten::equal",
     "aten::is_nonzero",
+    "aten::masked_select",
+    "aten::nonzero",
+    "aten::unique_consecutive",
+    "aten::unique_dim",
+    "aten::unique_dim_consecutive",
 }
-"""Operators whose result, or its shape, the CPU waits for."""
+"""Operators that return a value to the CPU, or a tensor whose shape depends on values."""
+INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+MASKS = (torch.bool, torch.uint8)
+
+
+def synchronizes(name, args, kwargs):
+    """Return whether an operator synchronizes with the CPU on a GPU, because of its result or the shape of that."""
+    if name in INDEXING:  # args: the tensor, the indices of its dims
+        return any(index is not None and index.dtype in MASKS for index in args[1])
+    if name == "aten::repeat_interleave":
+        return kwargs.get("output_size") is None
+    return name in SYNCHRONIZING
 
 
 def tensors_in(*values):
@@ -70,8 +88,8 @@ class _Recording(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = function._schema.name
-        if name in WAITING:
-            raise RuntimeError(f"{name} waits for a value while a step is recorded")
+        if synchronizes(name, args, kwargs):
+            raise RuntimeError(f"{name} synchronizes with the CPU while a step is recorded")
         self.check(args, kwargs)
         out = function(*args, **kwargs)
         given = {address(x) for x in tensors_in(args, kwargs)}
@@ -95,7 +113,7 @@ class _Recording(TorchDispatchMode):
                 return run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
 
         def refuse(x):
-            raise RuntimeError("tolist waits for values while a step is recorded")
+            raise RuntimeError("tolist synchronizes with the CPU while a step is recorded")
 
         with patched(InterpretedFunction, "run", record), patched(Tensor, "tolist", refuse):
             yield

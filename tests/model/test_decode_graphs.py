@@ -1,8 +1,11 @@
 """Recorded decode steps. The recordings themselves are tested in a process of their own, ``recorded_decoding.py``."""
 
+import contextlib
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 
 from model.cache import Cache
 from model.cache.pages import PagePool
-from model.decode_graphs import DecodeGraphs, decode_graphs, fault
+from model.decode_graphs import CudaGraphRecorder, DecodeGraphs, unsupported_reason
 from model.errors import CacheError
 from model.forward.execution import Execution
 from model.generation import generate, prefill
@@ -35,7 +38,7 @@ def test_recorded_steps_equal_others():
     assert found.returncode == 0, found.stdout[-4000:] + found.stderr[-1000:]
 
 
-@pytest.mark.parametrize("layers", [["csa", "hca", "sliding"], ["mla", "dsa"]])
+@pytest.mark.parametrize("layers", [["csa", "hca", "sliding"], ["mla", "dsa"], ["sliding"]])
 @torch.inference_mode()
 def test_the_operators_of_a_cpu_compute_the_same_at_fixed_addresses(layers):
     model = build(layers=layers)
@@ -69,34 +72,160 @@ def test_tokens_that_do_not_fit_change_nothing():
     assert cache.lengths == [12]
 
 
+@torch.inference_mode()
+def test_caches_that_do_not_suit_the_recorded_steps_are_refused_unchanged():
+    model = build(layers=["csa", "hca"])
+    pool = PagePool(model.config, 20)
+    graphs = DecodeGraphs(model, 1, rerun)
+    first = Cache(model.config, 1, 50, pool=pool)
+    graphs.logits(random_ids(1, 1), first)
+    for sequences, options, reason in (
+        (1, {"pool": pool, "rewind": 2}, "rewind"),
+        (1, {}, "page pool"),
+        (2, {"pool": pool}, "at most 1 sequences, found 2"),
+    ):
+        cache = Cache(model.config, sequences, 50, **options)
+        free = cache.pool.free_pages
+        with pytest.raises(CacheError, match=reason):
+            graphs.logits(random_ids(sequences, 1), cache)
+        assert cache.pool.free_pages == free and set(cache.lengths) == set(cache.high_water_marks) == {0}
+    graphs.logits(random_ids(1, 1), first)
+    assert first.lengths == [2]
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError, IndexError])
+@torch.inference_mode()
+def test_after_any_failure_steps_run_normally_for_good(kind, caplog):
+    def fail(function):
+        function()
+        attempts.append(function)
+        raise kind("the reason\nand more")
+
+    model, attempts = build(layers=["csa", "hca"]), []
+    cache = Cache(model.config, 1, 50)
+    expected, graphs = cache.fork(), DecodeGraphs(model, 1, fail)
+    for ids in random_ids(1, 10).split(1, dim=1):
+        assert torch.equal(graphs.logits(ids, cache), model(ids, expected))
+    assert len(attempts) == 1 and not graphs.records and not cache._table.has_fixed_shape
+    assert caplog.messages == [f"decoding without CUDA graphs: recording a step failed ({kind.__name__}: the reason)"]
+
+
+@torch.inference_mode()
+def test_steps_are_recorded_anew_after_the_pool_has_grown():
+    model = build(layers=["csa", "hca"])
+    cache = Cache(model.config, 1, 50)
+    expected, graphs = cache.fork(), DecodeGraphs(model, 1, rerun)
+    steps = random_ids(1, 6).split(1, dim=1)
+    for ids in steps[:3]:
+        assert torch.equal(graphs.logits(ids, cache), model(ids, expected))
+    assert len(graphs) == 1
+    cache.pool.grow(3)
+    for ids, recorded in zip(steps[3:], (0, 1, 1)):
+        assert torch.equal(graphs.logits(ids, cache), model(ids, expected))
+        assert len(graphs) == len(graphs._steps) - 1 + recorded == recorded
+
+
+@torch.inference_mode()
+def test_only_bound_caches_have_steps_of_fixed_shape():
+    model = build(layers=["csa", "hca"])
+    caches = [Cache(model.config, 1, 50, pool=PagePool(model.config, 20))]
+    caches.append(caches[0].fork())
+    graphs = DecodeGraphs(model, 1, rerun)
+    for cache, bound in ((None, [False, False]), (caches[0], [True, False]), (caches[1], [False, True])):
+        if cache is not None:
+            graphs.logits(random_ids(1, 1), cache)
+        assert [c._table.has_fixed_shape for c in caches] == bound
+
+
+@torch.inference_mode()
+def test_the_bytes_of_a_bound_cache_do_not_include_memory_of_other_sequences():
+    model = build(layers=["csa", "hca", "sliding"])
+    cache = Cache(model.config, 2, 50)
+    expected, graphs = cache.nbytes(), DecodeGraphs(model, 16, rerun)
+    graphs.logits(random_ids(2, 1), cache)
+    assert cache.nbytes() == expected
+
+
+def test_a_recording_runs_on_the_device_of_the_network(monkeypatch):
+    """One at a time, also of several networks."""
+    captures, threads, barrier = [], [], threading.Barrier(2)
+
+    class Graph:
+        def pool(self):
+            return "pool of a graph"
+
+        def replay(self):
+            pass
+
+    @contextlib.contextmanager
+    def device(number):
+        threads.append(threading.get_ident())
+        yield captures.append(number)
+
+    @contextlib.contextmanager
+    def capture(graph, pool, stream, capture_error_mode):
+        captures.append((pool, stream))
+        yield
+        assert threads[-1] == threading.get_ident()  # no other capture has begun
+
+    for name, value in {
+        "CUDAGraph": Graph,
+        "Stream": "stream of {}".format,
+        "device": device,
+        "graph": capture,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    recorder = CudaGraphRecorder(torch.device("cuda:1"))
+    kept = [recorder(lambda: torch.zeros(1)) for _ in range(2)]
+    del kept
+    recorder(lambda: torch.zeros(1))
+    here, stream = torch.device("cuda:1"), "stream of cuda:1"
+    assert captures == [here, (None, stream), here, ("pool of a graph", stream), here, (None, stream)]
+
+    def record():
+        barrier.wait()
+        CudaGraphRecorder(here)(lambda: time.sleep(0.05))
+        finished.append(True)
+
+    finished = []
+    running = [threading.Thread(target=record) for _ in range(2)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    assert len(finished) == 2
+
+
 def test_networks_without_recorded_steps_are_named(monkeypatch, caplog):
     model = build(layers=["csa", "hca"])
-    assert decode_graphs(model, 4) is None and not caplog.records
-    assert fault(model) == "the network is on cpu"
+    assert DecodeGraphs.if_supported(model, 4) is None and not caplog.records
+    assert unsupported_reason(model) == "the network is on cpu"
     monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
-    assert fault(model).startswith("the Triton kernels do not support this GPU")
+    assert unsupported_reason(model).startswith("the Triton kernels do not support this GPU")
     monkeypatch.setattr("model.decode_graphs.can_run", lambda x: True)
-    assert fault(model).startswith("with float32 weights, attention and experts")
+    assert unsupported_reason(model).startswith("with float32 weights, attention and experts")
     baseline = build(layers=["csa", "gqa"])
     for network in (model, baseline):
         network.cast_weights(torch.bfloat16)
-    assert fault(model) == ""
-    assert fault(baseline) == "steps of 'gqa' layers depend on the lengths of the sequences"
+    assert unsupported_reason(model) == ""
+    assert unsupported_reason(baseline) == "steps of 'gqa' layers depend on the lengths of the sequences"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert unsupported_reason(model).startswith("autocast is enabled")
     model.execution = Execution("batch-invariant")
     with caplog.at_level("INFO", "fiftyfold"):
-        assert decode_graphs(model, 4) is None
+        assert DecodeGraphs.if_supported(model, 4) is None
     assert caplog.messages == ["decoding without CUDA graphs: the batch-invariant mode computes token by token"]
 
 
-def test_generation_uses_them_unless_told_otherwise(monkeypatch):
+def test_generation_uses_them_only_if_asked(monkeypatch):
     model, used = build(layers=["csa", "hca"]), []
 
     def find(model, batch):
         used.append(DecodeGraphs(model, batch, rerun))
         return used[-1]
 
-    monkeypatch.setattr("model.generation.decode_graphs", find)
+    monkeypatch.setattr(DecodeGraphs, "if_supported", find)
     prompt = random_ids(2, 9)
-    expected = generate(model, prompt, 12, cuda_graphs=False)
-    assert not used and torch.equal(generate(model, prompt, 12), expected)
+    expected = generate(model, prompt, 12)
+    assert not used and torch.equal(generate(model, prompt, 12, cuda_graphs=True), expected)
     assert len(used) == len(used[0]) == 1

@@ -12,7 +12,7 @@ from model.errors import ConfigError
 from model.forward.execution import Execution
 from serve.engine import EngineConfig, RequestAbortedError, SamplingParams
 from serve.engine.prefill_budget import PrefillBudget
-from serve.engine.scheduler import Scheduler
+from serve.engine.scheduler import Scheduler, _decode_graphs
 from serve.engine.sequence import Sequence
 from tests.model.rerun import rerun
 
@@ -73,10 +73,19 @@ def test_recorded_steps_give_the_same_tokens(byte_model, byte_tokenizer, monkeyp
         return [one.tokens for one in sequences]
 
     expected = texts(Scheduler(byte_model, config(max_active_requests=4)))
-    monkeypatch.setattr("serve.engine.scheduler.decode_graphs", graphs_of)
+    monkeypatch.setattr(DecodeGraphs, "if_supported", graphs_of)
     assert texts(Scheduler(byte_model, config(max_active_requests=4))) == expected
     assert len(made) == 1 and made[0].max_batch == 4 and len(made[0]) >= 4
     assert Scheduler(byte_model, config(cuda_graphs=False)).graphs is None and len(made) == 1
+
+
+def test_speculation_turns_recorded_steps_off(byte_model, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    with caplog.at_level("INFO"):
+        assert _decode_graphs(byte_model, config(speculative_tokens=1)) is None
+    assert caplog.messages == [
+        "decoding without CUDA graphs: kernels that read drafted tokens synchronize with the CPU"
+    ]
 
 
 def test_batch_invariant_tokens_are_the_same_alone(byte_model, byte_tokenizer) -> None:
