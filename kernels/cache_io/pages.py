@@ -23,20 +23,20 @@ class Pages:
     """int64 [B, P]: the page numbers of each sequence, in order."""
 
     def shapes(self, sequences: int, nbytes: int) -> dict[str, tuple[Tensor, tuple[int, ...]]]:
-        """Return the tensors with the shapes that rows of ``nbytes`` bytes of this many sequences need."""
+        """Return each tensor with its required shape, for ``require_shapes``."""
         return {
             "storage": (self.storage, (len(self.storage), nbytes)),
             "page_table": (self.page_table, (sequences, *self.page_table.shape[1:2])),
         }
 
-    def places(self, rows: Tensor) -> Tensor:
-        """Return the places in the storage of rows int64 [B, ...] of each sequence."""
+    def storage_rows(self, rows: Tensor) -> Tensor:
+        """Return the indices in the storage of rows int64 [B, ...] of each sequence."""
         pages = self.page_table.gather(1, (rows // self.page_size).flatten(1)).view_as(rows)
         return pages * self.page_size + rows % self.page_size
 
     def gather(self, rows: Tensor) -> Tensor:
         """Return rows int64 [B, ...] of each sequence: uint8 [B, ..., nbytes]. Reads no other rows."""
-        return self._read(self.places(rows))
+        return self._read(self.storage_rows(rows))
 
     def gather_range(self, begin: int, end: int, counts: Tensor) -> Tensor:
         """Return rows ``begin`` to ``end`` of each sequence: uint8 [B, end - begin, nbytes].

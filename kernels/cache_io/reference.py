@@ -64,8 +64,8 @@ def write_pages(x: Tensor, layout: EntryLayout, pages: Pages, first: Tensor, las
 def store_rows(packed: Tensor, pages: Pages, first: Tensor, last: Tensor) -> None:
     """Write the first ``last - first`` rows of every sequence of packed uint8 [B, n, nbytes] to its pages.
 
-    Nothing depends on the counts but values, so that nothing waits for a GPU: surplus rows are replaced by a sequence's
-    last one, or, if it has none, by the stored row of its next entry.
+    Shapes do not depend on the counts, so this does not synchronize. Surplus rows are replaced by a sequence's last
+    one, or, if it has none, by the stored row of its next entry.
     """
     B, n, nbytes = packed.shape
     counts = (last - first).expand(B).unsqueeze(-1)
@@ -73,7 +73,7 @@ def store_rows(packed: Tensor, pages: Pages, first: Tensor, last: Tensor) -> Non
     entries = first.unsqueeze(-1) + columns
     rows = packed.gather(1, columns.unsqueeze(-1).expand(-1, -1, nbytes))
     rows = torch.where(counts.unsqueeze(-1) > 0, rows, pages.gather(entries))
-    pages.storage.index_copy_(0, pages.places(entries).flatten(), rows.flatten(0, 1))
+    pages.storage.index_copy_(0, pages.storage_rows(entries).flatten(), rows.flatten(0, 1))
 
 
 def _unpack_scales(packed: Tensor, layout: EntryLayout) -> Tensor:

@@ -52,7 +52,7 @@ def finished(entries: Tensor, finish: Finish, layout: EntryLayout | None = None)
 def write(
     entries: Tensor, finish: Finish, lengths: Tensor, new: int, m: int, layout: EntryLayout, pages: Pages
 ) -> None:
-    """Write pooled entries [B, n, c] to pages: those of ``m`` tokens that ``new`` tokens complete."""
+    """Write the entries that ``new`` tokens complete, of ``m`` tokens each, to pages."""
     if n := entries.shape[1]:
         if n < finish.cos.shape[1]:
             finish = finish._replace(cos=finish.cos[:, :n], sin=finish.sin[:, :n])

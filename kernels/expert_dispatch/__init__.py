@@ -49,7 +49,7 @@ def run_experts(
 
     Returns:
         [rows, d], weighted. The ``triton`` backend multiplies the rows of all experts in one launch per stack, without
-        padding, and never waits for the GPU. The others run one expert after another.
+        padding, and does not synchronize. The others run one expert after another.
     """
     return get_backend(BACKENDS, backend or backend_for(rows)).run_experts(rows, gains, stacks, plan, limit)
 

@@ -22,7 +22,7 @@ class Dispatch(NamedTuple):
 
 
 def by_expert(chosen: Tensor, experts: int, multiple: int = 1) -> Dispatch:
-    """Group the choices of all tokens by expert. Does not wait for a GPU unless rows are padded.
+    """Group the choices of all tokens by expert. Does not synchronize unless rows are padded.
 
     Args:
         chosen: int64 [N, K], the experts of every token.

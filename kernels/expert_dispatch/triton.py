@@ -1,7 +1,7 @@
 """Experts by Triton kernels, forward and backward: products of all experts' rows in one launch, without padding.
 
 A tile of rows belongs to one expert. A launch has as many tiles as the rows fill, and one more per expert, which is
-enough for every distribution. The list of tiles is made on the GPU from the counts, so that nothing waits for it.
+enough for every distribution. The list of tiles is made on the GPU from the counts, which does not synchronize.
 Products have BF16 or FP16 operands and float32 sums, in a fixed order.
 """
 
@@ -52,9 +52,15 @@ def run_experts(rows: Tensor, gains: Tensor, stacks: tuple[Tensor, ...], plan: D
     require_device("expert_dispatch", rows)
     require_choice("expert_dispatch", "dtypes", rows.dtype, (*DTYPES, torch.float32) if is_interpreting() else DTYPES)
     (R, d), (E, inner) = rows.shape, stacks[0].shape[:2]
-    narrowing, widening = (E, inner, d), (E, d, inner)
-    weights = dict(zip(("w1", "w3", "w2"), zip(stacks, (narrowing, narrowing, widening))))
-    require_shapes("expert_dispatch", **weights, gains=(gains, (R, 1)), counts=(plan.counts, (E,)))
+    w1, w3, w2 = stacks
+    require_shapes(
+        "expert_dispatch",
+        w1=(w1, (E, inner, d)),
+        w3=(w3, (E, inner, d)),
+        w2=(w2, (E, d, inner)),
+        gains=(gains, (R, 1)),
+        counts=(plan.counts, (E,)),
+    )
     w1, w3, w2 = (w.to(rows.dtype) for w in stacks)
     gate, up = (_Multiply.apply(rows, w, plan.counts) for w in (w1, w3))
     return _Multiply.apply(swiglu(gate, up, limit, gains), w2, plan.counts)

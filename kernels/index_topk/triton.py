@@ -9,6 +9,7 @@ order that does not depend on other queries or on the number of entries.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from kernels.cache_io.triton import layout_constants
 from kernels.entry_ranges import EntryRanges
 from kernels.triton_support.platform import (
     ARCHITECTURES,
+    Shape,
     is_interpreting,
     on_device_of,
     require_choice,
@@ -92,10 +94,12 @@ def index_topk(
 ) -> Tensor:
     """Implement :func:`kernels.index_topk.index_topk`. Scores are always batch-invariant. Raises ValueError for
     unsupported inputs."""
-    _check(query, keys, layout, head_weights, None, visible, k, dtype)
+    B, S = query.shape[:2]
+    tensors = {"visible": (visible, ((B, 1), S)), **keys.shapes(B, layout.nbytes)}
+    _check("index_topk", query, layout, head_weights, k, dtype, tensors)
     capacity = keys.page_table.shape[1] * keys.page_size
-    # The number of entries is known to the GPU only. To wait for it pays for prompts, not for single tokens.
-    n = capacity if query.shape[1] == 1 else min(capacity, int(visible.max()))
+    # The GPU alone knows the number of entries. Synchronizing for it pays for prompts, not for single tokens.
+    n = capacity if S == 1 else min(capacity, int(visible.max()))
     return _best(query, keys, layout, head_weights, None, visible.contiguous(), n, k, dtype)
 
 
@@ -104,33 +108,31 @@ def select_entries(
 ) -> Tensor:
     """Implement :func:`kernels.index_topk.select_entries`. Raises ValueError for unsupported inputs."""
     layout = _sequence_layout(query)
-    require_device("select_entries", query)
-    B, T = len(query), keys.shape[1]
-    require_shapes("select_entries", keys=(keys, (B, T, layout.size)))
+    (B, S), T = query.shape[:2], keys.shape[1]
+    ranges = {"first": (visible.first, ((B, 1), S)), "end": (visible.end, ((B, 1), S))}
+    tensors = {"keys": (keys, (B, T, layout.size)), **ranges}
+    _check("select_entries", query, layout, head_weights, k, dtype, tensors)
     packed = keys.detach().to(torch.bfloat16).contiguous().view(torch.uint8).view(B * T, layout.nbytes)
     pages = Pages(packed, T, torch.arange(B, device=keys.device).unsqueeze(1))
-    _check(query, pages, layout, head_weights, *visible, k, dtype)
     first, end = (x.contiguous() for x in visible)
     return _best(query, pages, layout, head_weights, first, end, T, k, dtype)
 
 
 def _check(
-    query: Tensor, keys: Pages, layout: EntryLayout, head_weights: Tensor, first: Tensor | None, end: Tensor, k: int,
-    dtype: torch.dtype,
+    operation: str, query: Tensor, layout: EntryLayout, head_weights: Tensor, k: int, dtype: torch.dtype,
+    tensors: Mapping[str, tuple[Tensor, Shape]],
 ) -> None:  # fmt: skip
-    """Raise ValueError unless the kernels support these inputs and do not read beyond them."""
-    require_device("index_topk", query)
-    require_choice("index_topk", "dtypes of scores", dtype, (torch.float32, torch.bfloat16))
+    """Raise ValueError unless the kernels support these inputs and read beyond none of them or of ``tensors``."""
+    require_device(operation, query)
+    require_choice(operation, "dtypes of scores", dtype, (torch.float32, torch.bfloat16))
     if fault := _fault(query, layout, k):
-        raise ValueError(f"index_topk: the triton backend supports {fault}")
+        raise ValueError(f"{operation}: the triton backend supports {fault}")
     B, S, h, _ = query.shape
     require_shapes(
-        "index_topk",
+        operation,
         query=(query, (B, S, h, layout.size)),
         head_weights=(head_weights, (B, S, h)),
-        first=(first, ((B, 1), S)),
-        visible=(end, ((B, 1), S)),
-        **keys.shapes(B, layout.nbytes),
+        **tensors,
     )
 
 

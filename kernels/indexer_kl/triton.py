@@ -154,6 +154,7 @@ class _Block:
         kernels = importlib.import_module("kernels.indexer_kl.triton_kernels")
         q, (B, S, h, c), T, n = self.query, self.query.shape, self.keys.shape[1], queries.stop - queries.start
         teacher = mass.of(queries).contiguous()
+        require_shapes("indexer_kl", mass=(teacher, (B, n, self.width)))
         first, end = (x.to(torch.int32).contiguous() for x in self.visible)
         chosen = first if self.chosen is None else self.chosen.to(torch.int32).contiguous()
         has_gradients = stores or adds

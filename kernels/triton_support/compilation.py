@@ -71,13 +71,13 @@ class Compiled:
         """True if products run on warp-level instructions on a GPU that has faster ones."""
         return self.matrix_kind == "HMMA" and self.architecture != "sm_80"
 
-    def faults(self, plan: Plan, limits_spills: bool = True) -> list[str]:
+    def faults(self, plan: Plan, check_spills: bool = True) -> list[str]:
         """Return the stated limits of the plan that the figures exceed, as sentences."""
         found = []
         if self.shared > SHARED_BYTES[self.architecture]:
             found.append(f"needs {self.shared:,} bytes of shared memory, of {SHARED_BYTES[self.architecture]:,}")
         allowed = plan.max_spills.get(self.architecture, 0)
-        if limits_spills and self.spills > allowed:
+        if check_spills and self.spills > allowed:
             found.append(f"spills {self.spills} bytes, at most {allowed} allowed")
         if plan.multiplies and not self.instructions["matrix"]:
             found.append("has no matrix instruction")

@@ -118,7 +118,7 @@ def require_shapes(operation: str, **tensors: tuple[Tensor | None, Shape]) -> No
 def checked_selections() -> Iterator[None]:
     """Context manager for debugging: Triton backends raise IndexError for selections that are out of range.
 
-    Without it, kernels ignore such a selection, because the check waits for the GPU.
+    Without it, kernels ignore such a selection, because the check synchronizes with the CPU.
     """
     global _debug
     before, _debug = _debug, True

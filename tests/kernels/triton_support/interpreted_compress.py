@@ -160,6 +160,22 @@ def test_completed_blocks_are_packed_into_pages(layout, m, overlap, new):
     assert written.any() and torch.equal(pages.storage[~written], before[~written])
 
 
+@pytest.mark.parametrize("new", [1, 3, 4])
+@torch.no_grad()
+def test_settings_are_not_timed_without_a_block_that_is_sure_to_be_complete(new, monkeypatch):
+    m, c, found = 4, 8, []
+    monkeypatch.setattr(backend, "launch_best", lambda kernel, tiles, *arguments: found.append(tiles))
+    rows, finish = torch.randn(2, new, 2 * c), finish_of(1, 1, c, 4)
+    pages = cache_of(2, EntryLayout(c, "fp32"), 2, 3)
+    compress_next(
+        torch.zeros(2, m, 2 * c), rows, torch.zeros(m, c), finish, torch.tensor([0, 1]), False, EntryLayout(c, "fp32"),
+        pages, backend="triton",
+    )  # fmt: skip
+    (tiles,) = found
+    expected = {name: choices if new >= m else choices[:1] for name, choices in backend.FUSED_TILES.items()}
+    assert tiles == expected and len(backend.FUSED_TILES["sm_90"]) > 1
+
+
 @pytest.mark.parametrize(
     ("tokens", "c", "dtype", "hadamard", "layout", "message"),
     [
