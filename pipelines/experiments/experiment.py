@@ -29,7 +29,7 @@ from pipelines.recipe.metrics import LOSS
 from pipelines.recipe.schema import Recipe
 from pipelines.reports.statistics import too_few
 from pipelines.tracking.lineage import dataset_input
-from pipelines.tracking.mlflow_store import TrackedRun, attach, open_tracking
+from pipelines.tracking.mlflow_store import TrackedRun, open_tracking
 from pipelines.tracking.run_folder import bind, lock_run_folder
 from pipelines.training import compute_dtype
 from pipelines.training.curriculum import check_fills_batch
@@ -191,6 +191,8 @@ def rate_beyond(selected: float, tried: Sequence[float]) -> float | None:
 def open_experiment(step: str, recipe: Recipe, arms: Sequence[Arm], manifest: Manifest) -> Iterator[Experiment]:
     """Start or resume the experiment of a step, ``ablate`` or ``compare``, on a Ray cluster.
 
+    An interrupted run with equal settings is resumed. Otherwise the step starts a new one, and reuses finished trials.
+
     Raises ConfigError or DataError, before any compute, for an arm that cannot be trained on the prepared data.
 
     Args:
@@ -206,11 +208,10 @@ def open_experiment(step: str, recipe: Recipe, arms: Sequence[Arm], manifest: Ma
     tracking = open_tracking(recipe)
     folder = recipe.experiments_folder / section.name
     with lock_run_folder(folder, recipe, ("data",), f"{step}.name") as known_run:
-        if known_run is not None:
-            attach(tracking.uri, known_run)  # raises for a run that does not exist
+        resumed = known_run if known_run and tracking.is_resumable(known_run, recipe) else None
         with ray_session(num_cpus=local_cpus()):  # if Ray does not start, the run stays as it was
             require_resources(f"{step}.cpus_per_trial", section.cpus_per_trial, 1.0 if recipe.train.use_gpu else 0.0)
-            with tracking.start_run(section.name, kind=step, recipe=recipe, run_id=known_run) as tracked:
+            with tracking.start_run(section.name, kind=step, recipe=recipe, run_id=resumed) as tracked:
                 bind(folder, tracked)
                 tracked.log_dataset(dataset_input(recipe.data_folder, manifest, "training"))
                 yield Experiment(step, recipe, tracked)

@@ -157,7 +157,11 @@ class CompareSection(ExperimentSection):
     """``model`` sections by name. They stand beside the recipe's own model, the arm ``hybrid``."""
     parameter_tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.03
     """Largest difference of an arm's parameters from the hybrid's, as a share."""
-    timed_lengths: tuple[Annotated[int, Field(ge=1, le=MAX_LENGTH)], ...] = (1024, 8192, 65_536)
+    timed_lengths: Annotated[tuple[Annotated[int, Field(ge=1, le=MAX_LENGTH)], ...], Field(min_length=1)] = (
+        1024,
+        8192,
+        65_536,
+    )
     """Sequence lengths at which decoding and prefill are timed."""
     timed_prefill: Annotated[int, Field(ge=1)] = 8192
     """Longest prompt whose prefill is timed."""

@@ -167,7 +167,7 @@ def figure(result: AblationResult) -> Figure:
     """Draw the waterfall of cache bytes and FLOPs, and below each choice the quality without it."""
     stages = result.waterfall
     drawn = Figure(figsize=(1.9 * len(stages) + 2.6, 10.5), layout="constrained")
-    cache, work, loss, recall = drawn.subplots(4, 1, sharex=True, height_ratios=(1.2, 1.2, 1, 1))
+    cache, work, loss, recall = drawn.subplots(4, 1, height_ratios=(1.2, 1.2, 1, 1))
     _bars(cache, [s.cache_bytes for s in stages], [s.measured_bytes for s in stages], "measured")
     _bars(work, [s.flops for s in stages], [s.counted_flops for s in stages], "counted")
     cache.set(ylabel="bytes", title=f"cache of one sequence of {result.context:,} tokens")
@@ -176,7 +176,11 @@ def figure(result: AblationResult) -> Figure:
     for axes, name in ((loss, "validation loss"), (recall, "recall")):
         _quality(axes, result, by_name, METRICS[name])
         axes.set(ylabel=name, title=f"{name} without the choice, equal tokens")
-    recall.set_xticks(range(len(stages)), [stage.title for stage in stages], fontsize=9)
+    for axes in (cache, work, loss, recall):
+        without = axes in (loss, recall)
+        titles = [stage.title.replace("+", "without") if without else stage.title for stage in stages]
+        axes.set_xticks(range(len(stages)), titles, fontsize=9)
+        axes.set_xlim(-0.6, len(stages) - 0.4)
     drawn.supxlabel(seeds_caption(result.seeds, "Bars: 95% t intervals. Band: the full recipe."), fontsize=9)
     return drawn
 
@@ -199,7 +203,6 @@ def _bars(axes: Axes, closed: Sequence[float], measured: Sequence[float], label:
 
 
 def _quality(axes: Axes, result: AblationResult, arms: dict[str, ArmResult], metric: str) -> None:
-    axes.set_xlim(-0.6, len(result.waterfall) - 0.4)
     if metric not in result.arms[0].equal_tokens.metrics:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", fontsize=10)
         return

@@ -73,6 +73,12 @@ class Tracking:
             if not token:
                 return
 
+    def is_resumable(self, run_id: str, recipe: Recipe) -> bool:
+        """Return whether a run is unfinished and has the recipe's settings. Raises ConfigError if it does not exist."""
+        attach(self.uri, run_id)
+        run = self.client.get_run(run_id)
+        return run.info.status != "FINISHED" and run.data.params == _params(recipe.to_public_dict())
+
     def start_run(
         self,
         name: str,

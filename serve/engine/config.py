@@ -41,8 +41,9 @@ class EngineConfig(BaseModel):
     """Tokens that the model's multi-token prediction module drafts for every completion and step; 0 drafts none. The
     tokens of a completion do not change (:mod:`serve.engine.speculation`)."""
     cuda_graphs: bool = True
-    """On a GPU, replay decoding steps as CUDA graphs (:mod:`model.decode_graphs`). Without effect on a CPU, and with
-    ``speculative_tokens``."""
+    """On a GPU, replay decoding steps as CUDA graphs (:mod:`model.decode_graphs`), for weights in 16 bits and layers
+    with attention over compressed entries or latents. Without effect on a CPU, and with ``speculative_tokens``. Not yet
+    run on a GPU."""
     request_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
     """Time from submission to the last token, including the time spent waiting; the server answers 504 to later ones.
     A client with less patience disconnects, which removes its completions."""

@@ -337,14 +337,20 @@ def test_a_signal_stops_the_deployment(tmp_path, saved, number) -> None:
     )
     command = [sys.executable, "-c", code, json.dumps(recipe.to_dict())]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        lines = [process.stdout.readline() for _ in range(3)]
-        curl = shlex.split(lines[2])
-        answer = json.loads(subprocess.run([*curl, "-s"], capture_output=True, check=True, text=True).stdout)
-        assert answer["object"] == "text_completion"
-        process.send_signal(number)
-        rest = process.stdout.read()
-        assert process.wait(60) == 0, rest
-    assert lines[0].startswith(f"serving {saved} as 'letters/final' at http://127.0.0.1:{recipe.serve.port}/v1")
+        lines: list[str] = []
+        try:
+            while not lines or not lines[-1].startswith("  curl"):
+                lines.append(process.stdout.readline())
+                assert lines[-1], lines
+            curl = shlex.split(lines[-1])
+            answer = json.loads(subprocess.run([*curl, "-s"], capture_output=True, check=True, text=True).stdout)
+            assert answer["object"] == "text_completion"
+            process.send_signal(number)
+            rest = process.stdout.read()
+            assert process.wait(60) == 0, rest
+        finally:
+            process.kill()
+    assert f"serving {saved} as 'letters/final' at http://127.0.0.1:{recipe.serve.port}/v1" in lines[-3]
     assert [line.split(";")[0] for line in rest.splitlines()] == ["stopping"]
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", recipe.serve.port)) != 0
