@@ -131,7 +131,7 @@ def test_chat_and_reports_behind_the_proxy(deployment, client) -> None:
 
 
 def test_stream_is_incremental_and_equals_the_response(deployment, client) -> None:
-    ask = dict(model=deployment.model_name, prompt="the other rain", max_tokens=60, seed=5, temperature=1)
+    ask = dict(model=deployment.model_name, prompt="the other rain", max_tokens=400, seed=5, temperature=1)
     whole = client.completions.create(**ask)
     times, texts = [], []
     for chunk in client.completions.create(**ask, stream=True, stream_options={"include_usage": True}):
