@@ -1,4 +1,4 @@
-"""Decode steps that are recorded as CUDA graphs and replayed: a step of a small batch is bound by its kernel launches.
+"""Decode steps that are recorded as CUDA graphs and replayed, which saves the launches of their kernels.
 
 A recorded step is right for all lengths, because its operators take every length from tensors:
 
@@ -35,7 +35,6 @@ _log = logging.getLogger("fiftyfold")
 Recorder = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], object]]]
 """Records a function without keeping its effects. Returns the tensor of its result and a function that replays it into
 that tensor."""
-
 
 _capture = threading.Lock()
 """PyTorch permits one capture at a time per process."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels import native
+from kernels.cache_io import Pages
 
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Values of FP4 without signs, in the order of their codes."""
@@ -33,6 +34,18 @@ def outputs_and_gradients(function, tensors, **options):
     upstream = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in outputs]
     torch.autograd.backward(outputs, upstream)
     return *(x.detach() for x in outputs), *(leaf.grad for leaf in leaves)
+
+
+def pages_of(rows, page_size=4):
+    """Store entry rows uint8 [B, T, nbytes] in scattered pages among others that must not be read."""
+    B, T, nbytes = rows.shape
+    count = -(-T // page_size)
+    page_table = torch.randperm(B * count + 3)[: B * count].view(B, count)
+    storage = torch.full(((B * count + 3) * page_size, nbytes), 0xFF, dtype=torch.uint8)
+    for b in range(B):
+        for i in range(T):
+            storage[page_table[b, i // page_size] * page_size + i % page_size] = rows[b, i]
+    return Pages(storage, page_size, page_table)
 
 
 def positions_of(lengths, rows=1):

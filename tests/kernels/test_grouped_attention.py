@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from backend_testing import available, needs_native
+from backend_testing import available, needs_native, pages_of
 
 from kernels.cache_io import EntryLayout, Pages, pack
 from kernels.grouped_attention import BACKENDS, backend_for, grouped_attention
@@ -11,19 +11,10 @@ B, T, PAGE = 3, 200, 4
 FORMATS = ["bf16", "fp8", "fp32"]
 
 
-def pages_of(rows):
-    """Store rows uint8 [B, T, nbytes] in scattered pages among others that must not be read."""
-    count = rows.shape[1] // PAGE
-    table = torch.randperm(B * count + 3)[: B * count].view(B, count)
-    storage = torch.full((B * count + 3, PAGE, rows.shape[2]), 0xFF, dtype=torch.uint8)
-    storage[table] = rows.unflatten(1, (count, PAGE))
-    return Pages(storage.flatten(0, 1), PAGE, table)
-
-
 def case(tokens, heads, kv_heads, c, body_format):
     layout = EntryLayout(kv_heads * 2 * c, body_format)
     query = torch.randn(B, tokens, heads, c)
-    pages = pages_of(pack(torch.randn(B, T, layout.size), layout))
+    pages = pages_of(pack(torch.randn(B, T, layout.size), layout), PAGE)
     visible = (torch.tensor([[1], [62], [T]]) + torch.arange(tokens)).clamp(max=T)
     return query, pages, visible, kv_heads, layout
 

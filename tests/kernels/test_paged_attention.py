@@ -1,8 +1,8 @@
 import pytest
 import torch
-from backend_testing import available
+from backend_testing import available, pages_of
 
-from kernels.cache_io import EntryLayout, Pages, pack, unpack
+from kernels.cache_io import EntryLayout, pack, unpack
 from kernels.paged_attention import BACKENDS, EntrySet, TokenRows, paged_attention
 from kernels.sparse_attention import sparse_attention
 
@@ -21,17 +21,6 @@ def unpacked(query, window, first, rows, mask, sink, layout):
         own_mask = mask.expand(B, -1, -1)[b : b + 1] if mask is not None else None
         outputs.append(sparse_attention(query[b : b + 1], window_kv, entries, own_mask, sink, WINDOW)[0])
     return torch.cat(outputs)
-
-
-def pages_of(rows, page_size=4):
-    """Store entry rows uint8 [B, T, nbytes] in scattered pages among others that must not be read."""
-    count = -(-rows.shape[1] // page_size)
-    page_table = torch.randperm(B * count + 3)[: B * count].view(B, count)
-    storage = torch.full(((B * count + 3) * page_size, rows.shape[2]), 0xFF, dtype=torch.uint8)
-    for b in range(B):
-        for i in range(rows.shape[1]):
-            storage[page_table[b, i // page_size] * page_size + i % page_size] = rows[b, i]
-    return Pages(storage, page_size, page_table)
 
 
 @pytest.mark.parametrize("backend", available(BACKENDS))
