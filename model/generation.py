@@ -33,9 +33,9 @@ def generate(
     """Return the prompt and its greedy continuation: input_ids int64 [B, S >= 1] -> [B, S + n], n <= max_new_tokens.
 
     Each step takes the most likely token; ties take the lowest ID. Generation stops once every sequence has produced
-    ``eos_id``; sequences that end earlier are padded with it. With ``cuda_graphs``, steps on a GPU are recorded and
-    replayed (:mod:`model.decode_graphs`). Every call records anew, which pays for long continuations only (unmeasured).
-    Raises CacheError if the S + max_new_tokens - 1 tokens that the model reads exceed its positions.
+    ``eos_id``; sequences that end earlier are padded with it. Steps are recorded and replayed
+    (:mod:`model.decode_graphs`), on a GPU only with ``cuda_graphs``: every call records anew, which pays for long
+    continuations there (unmeasured). Raises CacheError if the S + max_new_tokens - 1 tokens that the model reads exceed its positions.
     """
     check_ids(input_ids)
     if max_new_tokens < 0:
@@ -44,7 +44,7 @@ def generate(
         return input_ids
     batch, length = input_ids.shape
     cache = Cache(model.config, batch, length + max_new_tokens - 1, device=input_ids.device)
-    graphs = DecodeGraphs.if_supported(model, batch) if cuda_graphs else None
+    graphs = DecodeGraphs.if_supported(model, batch, cuda_graphs)
     tokens = [input_ids]
     with torch.inference_mode():
         ended = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)

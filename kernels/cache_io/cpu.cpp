@@ -59,27 +59,19 @@ void write_ring(Tensor& ring, const Tensor& given, const Tensor& first) {
 // uint8 [R, nbytes] by way of page_table int64 [B, P]. first and last are int64 [B or 1].
 void write_pages(Tensor& storage, const Tensor& table, int64_t page_size, const Tensor& input, at::IntArrayRef spec,
                  const Tensor& firsts, const Tensor& lasts) {
-  const Layout layout(spec);
-  const Tensor x = contiguous_float(input, "write_pages: x"), pages = table.contiguous();
-  const int64_t size = layout.size(), nbytes = layout.nbytes(), B = x.size(0), n = x.size(1), P = pages.size(-1);
-  TORCH_CHECK_VALUE(storage.is_contiguous() && storage.scalar_type() == at::kByte && storage.dim() == 2 &&
-                        storage.size(1) == nbytes && x.dim() == 3 && x.size(2) == size && pages.dim() == 2 &&
-                        pages.size(0) == B && pages.scalar_type() == at::kLong,
-                    "write_pages: x ", x.sizes(), ", storage ", storage.sizes(), " and page table ", pages.sizes(),
-                    " do not match");
+  const Tensor x = contiguous_float(input, "write_pages: x");
+  TORCH_CHECK_VALUE(x.dim() == 3, "write_pages: expected x [B, n, size], found ", x.sizes());
+  const int64_t B = x.size(0), n = x.size(1), size = x.size(2);
+  const WritablePages pages(storage, table, page_size, spec, B, "write_pages");
+  TORCH_CHECK_VALUE(size == pages.layout.size(), "write_pages: expected ", pages.layout.size(), " dims, found ", size);
   const std::vector<int64_t> first = per_sequence(firsts, B, "write_pages: first");
   const std::vector<int64_t> last = per_sequence(lasts, B, "write_pages: last");
-  const int64_t* ids = pages.const_data_ptr<int64_t>();
   const float* from = x.const_data_ptr<float>();
-  auto* to = storage.mutable_data_ptr<uint8_t>();
   for (int64_t b = 0; b < B; ++b) {
-    TORCH_CHECK_VALUE(0 <= first[b] && last[b] - first[b] <= n && last[b] <= P * page_size, "write_pages: entries ",
-                      first[b], " to ", last[b], " of sequence ", b, " do not fit ", n, " entries and ", P, " pages");
-    for (int64_t i = first[b]; i < last[b]; ++i) {
-      const int64_t row = ids[b * P + i / page_size] * page_size + i % page_size;
-      TORCH_CHECK_INDEX(0 <= row && row < storage.size(0), "write_pages: page ", row / page_size, " does not exist");
-      pack_row(from + (b * n + i - first[b]) * size, layout, to + row * nbytes);
-    }
+    TORCH_CHECK_VALUE(0 <= first[b] && last[b] - first[b] <= n && last[b] <= pages.capacity(), "write_pages: entries ",
+                      first[b], " to ", last[b], " of sequence ", b, " do not fit ", n, " entries and ", table.size(1),
+                      " pages");
+    for (int64_t i = first[b]; i < last[b]; ++i) pages.pack(b, i, from + (b * n + i - first[b]) * size);
   }
 }
 

@@ -1,7 +1,5 @@
 // Gated pooling of neighboring tokens.
-#include <ATen/ops/zeros.h>
-
-#include "../native/common.h"
+#include "../native/rows.h"
 
 namespace fiftyfold {
 namespace {
@@ -68,9 +66,12 @@ Tensor compress(const Tensor& input, const Tensor& biases, bool overlap, bool ha
 }
 
 // ring float32 [B, capacity, 2w]: the row of position p is at p % capacity. rows float32 [B, S, 2w] follow `lengths`
-// tokens, int64 [B or 1]. Returns the entries that they complete, float32 [B, n, c], padded with zeros.
-Tensor compress_next(const Tensor& kept, const Tensor& input, const Tensor& biases, const Tensor& tokens,
-                     bool overlap) {
+// tokens, int64 [B or 1]. The entries that they complete are pooled, normalized with the weights norm float32 [c], rotated
+// by the angles of the n-th new entry, float32 [B or 1, N, r], if `rotates_fully` by the Hadamard matrix, and written to
+// pages.
+void compress_next(const Tensor& kept, const Tensor& input, const Tensor& biases, const Tensor& tokens, bool overlap,
+                   const Tensor& norm, double eps, const Tensor& cos, const Tensor& sin, bool rotates_fully,
+                   Tensor& storage, const Tensor& page_table, int64_t page_size, at::IntArrayRef spec) {
   const Tensor rows = contiguous_float(input, "compress_next: rows"), bias = contiguous_float(biases, "compress_next: bias");
   const Pooling pooling(bias, overlap);
   const int64_t m = pooling.m, w = pooling.w, c = pooling.c, B = rows.size(0), S = rows.size(1);
@@ -79,33 +80,47 @@ Tensor compress_next(const Tensor& kept, const Tensor& input, const Tensor& bias
                         kept.size(1) >= (overlap ? 2 * m - 1 : m - 1),
                     "compress_next: ring ", kept.sizes(), ", rows ", rows.sizes(), " and bias ", bias.sizes(),
                     " do not match");
+  const WritablePages pages(storage, page_table, page_size, spec, B, "compress_next");
+  TORCH_CHECK_VALUE(pages.layout.size() == c && norm.numel() == c && (!rotates_fully || (c & (c - 1)) == 0) &&
+                        cos.dim() == 3 && 2 * cos.size(2) <= c,
+                    "compress_next: norm ", norm.sizes(), " and angles ", cos.sizes(), " do not match ", c, " channels");
   const std::vector<int64_t> lengths = per_sequence(tokens, B, "compress_next: lengths");
   int64_t n = 0;
-  for (const int64_t length : lengths) n = std::max(n, (length + S) / m - length / m);
-  Tensor out = at::zeros({B, n, c}, rows.options());
+  for (const int64_t length : lengths) {
+    n = std::max(n, (length + S) / m - length / m);
+    TORCH_CHECK_VALUE((length + S) / m <= pages.capacity(), "compress_next: ", (length + S) / m, " entries do not fit ",
+                      page_table.size(1), " pages");
+  }
+  TORCH_CHECK_VALUE(n <= cos.size(1), "compress_next: ", n, " entries and angles ", cos.sizes(), " do not match");
+  const Angles angles(cos, sin, B, cos.size(1));
   const float *ring = kept.const_data_ptr<float>(), *x = rows.const_data_ptr<float>();
-  float* to = out.mutable_data_ptr<float>();
+  const float* gains = norm.const_data_ptr<float>();
   const int64_t capacity = kept.size(1);
   at::parallel_for(0, B * n, std::max<int64_t>(1, kGrain / (16 * m * c)), [&](int64_t begin, int64_t end) {
-    std::vector<float> peak(c), total(c);
-    for (int64_t entry = begin; entry < end; ++entry) {
-      const int64_t b = entry / n, length = lengths[b], block = length / m + entry % n;
+    std::vector<float> peak(c), total(c), entry(c);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t b = item / n, length = lengths[b], block = length / m + item % n;
       if ((block + 1) * m > length + S) continue;
       auto row_at = [&](int64_t i) {
         const int64_t p = block * m + i;
         return p < length ? ring + (b * capacity + p % capacity) * 2 * w : x + (b * S + p - length) * 2 * w;
       };
-      pooling.pool(row_at, block > 0, peak, total, to + entry * c);
+      pooling.pool(row_at, block > 0, peak, total, entry.data());
+      normalize_row(entry.data(), c, gains, static_cast<float>(eps), entry.data());
+      angles.rotate(b * cos.size(1) + item % n, entry.data(), c, false, entry.data());
+      if (rotates_fully) hadamard_row(entry.data(), c);
+      pages.pack(b, block, entry.data());
     }
   });
-  return out;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fiftyfold, m) {
   m.def("compress(Tensor rows, Tensor bias, bool overlap, bool has_previous) -> Tensor");
-  m.def("compress_next(Tensor ring, Tensor rows, Tensor bias, Tensor lengths, bool overlap) -> Tensor");
+  m.def(
+      "compress_next(Tensor ring, Tensor rows, Tensor bias, Tensor lengths, bool overlap, Tensor norm, float eps, Tensor cos, "
+      "Tensor sin, bool rotates_fully, Tensor(a!) storage, Tensor page_table, int page_size, int[] layout) -> ()");
 }
 TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) {
   m.impl("compress", compress);

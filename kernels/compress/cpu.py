@@ -1,4 +1,4 @@
-"""Gated pooling by a native operator. The norm, rotations and rounding use their own operators."""
+"""Gated pooling by native operators. For whole sequences, norm, rotations and rounding use their own."""
 
 from __future__ import annotations
 
@@ -36,5 +36,8 @@ def compress_next(
     pages: Pages,
 ) -> None:
     """Implement :func:`kernels.compress.compress_next`."""
-    entries = native.op("compress_next")(ring, rows, bias, lengths, overlap)
-    eager.write(entries, finish, lengths, rows.shape[1], len(bias), layout, pages)
+    native.op("compress_next")(
+        *(ring, rows, bias, lengths, overlap),
+        *(finish.norm_weight, finish.norm_eps, finish.cos, finish.sin, finish.hadamard),
+        *(pages.storage, pages.page_table, pages.page_size, layout.spec),
+    )

@@ -38,7 +38,8 @@ def compress_next(
     pages: Pages,
 ) -> None:
     """Implement :func:`kernels.compress.compress_next`."""
-    write(pooled_next(ring, rows, bias, lengths, overlap), finish, lengths, rows.shape[1], len(bias), layout, pages)
+    entries = finished(pooled_next(ring, rows, bias, lengths, overlap), finish)
+    write_pages(entries, layout, pages, *entry_ranges(lengths, rows.shape[1], len(bias)))
 
 
 def finished(entries: Tensor, finish: Finish, layout: EntryLayout | None = None) -> Tensor:
@@ -47,13 +48,3 @@ def finished(entries: Tensor, finish: Finish, layout: EntryLayout | None = None)
         x = rotate(rms_norm(entries, finish.norm_eps, finish.norm_weight), finish.cos, finish.sin)
         x = hadamard(x) if finish.hadamard else x
         return x if layout is None else round_to_layout(x, layout)
-
-
-def write(
-    entries: Tensor, finish: Finish, lengths: Tensor, new: int, m: int, layout: EntryLayout, pages: Pages
-) -> None:
-    """Write the entries that ``new`` tokens complete, of ``m`` tokens each, to pages."""
-    if n := entries.shape[1]:
-        if n < finish.cos.shape[1]:
-            finish = finish._replace(cos=finish.cos[:, :n], sin=finish.sin[:, :n])
-        write_pages(finished(entries, finish), layout, pages, *entry_ranges(lengths, new, m))

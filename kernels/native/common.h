@@ -397,4 +397,31 @@ struct Pages {
   }
 };
 
+// Rows that are written: row `entry` of a sequence b, in storage uint8 [rows, nbytes], by way of page_table int64 [B, P].
+struct WritablePages {
+  Tensor storage, table;
+  Layout layout;
+  int64_t page_size;
+
+  WritablePages(const Tensor& rows, const Tensor& page_table, int64_t per_page, at::IntArrayRef spec, int64_t sequences,
+                const char* name)
+      : storage(rows), table(page_table.contiguous()), layout(spec), page_size(per_page) {
+    TORCH_CHECK_VALUE(storage.is_contiguous() && storage.scalar_type() == at::kByte && storage.dim() == 2 &&
+                          storage.size(1) == layout.nbytes() && table.dim() == 2 && table.size(0) == sequences &&
+                          table.scalar_type() == at::kLong,
+                      name, ": storage ", storage.sizes(), " and page table ", table.sizes(), " do not match ", sequences,
+                      " sequences");
+  }
+
+  // Entries of a sequence that the page table has room for.
+  int64_t capacity() const { return table.size(1) * page_size; }
+
+  void pack(int64_t b, int64_t entry, const float* x) const {
+    const int64_t page = table.const_data_ptr<int64_t>()[b * table.size(1) + entry / page_size];
+    const int64_t row = page * page_size + entry % page_size;
+    TORCH_CHECK_INDEX(0 <= row && row < storage.size(0), "page ", page, " does not exist");
+    pack_row(x, layout, static_cast<uint8_t*>(storage.mutable_data_ptr()) + row * layout.nbytes());
+  }
+};
+
 }  // namespace fiftyfold

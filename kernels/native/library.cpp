@@ -20,3 +20,4 @@
 #include "../ssd_scan/cpu.cpp"
 #include "../swiglu/cpu.cpp"
 #include "memory.cpp"
+#include "recording.cpp"

@@ -104,6 +104,11 @@ class Cache:
         """Page IDs of each sequence in the pool, in order."""
         return [list(pages) for pages in self._table.pages]
 
+    @property
+    def max_pages(self) -> int:
+        """Number of pages of the sequence that has the most."""
+        return max(map(len, self._table.pages))
+
     # --- a step of the network
 
     def begin(self, batch_size: int, tokens: int) -> None:

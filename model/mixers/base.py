@@ -47,9 +47,6 @@ class Mixer(nn.Module):
     batch_invariant_widths: ClassVar[tuple[str, ...] | None] = None
     """Configuration fields or options of the mixer whose widths products sum over; None if the mixer has no
     batch-invariant mode."""
-    steps_have_fixed_shape: ClassVar[bool] = False
-    """True if, after :meth:`model.cache.Cache.bind_inputs`, a step of one token per sequence runs the same operators at
-    the same shapes for all lengths."""
     one_key_value: ClassVar[bool] = False
     """True if each token has one vector that is key and value for all heads."""
 
@@ -79,6 +76,12 @@ class Mixer(nn.Module):
     def indexer_ratio(cls, config: ModelConfig) -> int | None:
         """Return the tokens per entry that the mixer's indexer scores; None without an indexer."""
         return None
+
+    @classmethod
+    def steps_have_fixed_shape(cls, config: ModelConfig, device: str) -> bool:
+        """Return whether, after :meth:`model.cache.Cache.bind_inputs`, a step of one token per sequence runs the same
+        operators at the same shapes for all lengths, on a type of device."""
+        return False
 
     @classmethod
     def cache_parts(cls, config: ModelConfig) -> dict[str, CachePart]:

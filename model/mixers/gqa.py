@@ -77,6 +77,11 @@ class GroupedQueryAttention(Mixer):
         return Rotary(config.head_dim, config.rope_theta)
 
     @classmethod
+    def steps_have_fixed_shape(cls, config: ModelConfig, device: str) -> bool:
+        # On a GPU, attention synchronizes for the longest length. The state of a convolution is found by its position.
+        return device == "cpu" and cls.conv_kernel(config) is None
+
+    @classmethod
     def cache_parts(cls, config: ModelConfig) -> dict[str, CachePart]:
         parts: dict[str, CachePart] = {"entries": GrowingPart(cls.layout(config), 1, cls.name)}
         if (kernel := cls.conv_kernel(config)) is not None:

@@ -89,7 +89,6 @@ class MultiHeadLatentAttention(Mixer):
         "rope": True,
     }
     formats: ClassVar[tuple[str, ...]] = ("kv_format", "rope_format")
-    steps_have_fixed_shape = True
     batch_invariant_widths: ClassVar[tuple[str, ...]] = (
         "q_lora_rank",
         "kv_lora_rank",
@@ -161,6 +160,10 @@ class MultiHeadLatentAttention(Mixer):
         sizes = cls.sizes(config)
         scale = (sizes.qk_nope_head_dim + sizes.qk_rope_head_dim) ** -0.5
         return scale * _mscale(config, sizes.mscale_all_dim) ** 2 if sizes.rope else scale
+
+    @classmethod
+    def steps_have_fixed_shape(cls, config: ModelConfig, device: str) -> bool:
+        return True
 
     @classmethod
     def cache_parts(cls, config: ModelConfig) -> dict[str, CachePart]:

@@ -62,7 +62,6 @@ class SlidingWindowAttention(Mixer):
 
     name = "sliding"
     one_key_value = True
-    steps_have_fixed_shape = True
     formats: ClassVar[tuple[str, ...]] = ("kv_format", "rope_format")
     batch_invariant_widths: ClassVar[tuple[str, ...]] = ("q_lora_rank", "o_lora_rank", "head_dim")
 
@@ -85,6 +84,10 @@ class SlidingWindowAttention(Mixer):
     @classmethod
     def rotary(cls, config: ModelConfig) -> Rotary:
         return Rotary(config.rope_head_dim, config.rope_theta)
+
+    @classmethod
+    def steps_have_fixed_shape(cls, config: ModelConfig, device: str) -> bool:
+        return True
 
     @classmethod
     def cache_parts(cls, config: ModelConfig) -> dict[str, CachePart]:

@@ -32,14 +32,12 @@ Results = list[tuple[Sequence, Delta]]
 
 
 def _decode_graphs(model: Transformer, config: EngineConfig) -> DecodeGraphs | None:
-    """Return recorded steps if the configuration wants them and the network supports them."""
-    if not config.cuda_graphs:
-        return None
+    """Return recorded steps if the configuration permits them and the network supports them."""
     if config.speculative_tokens:
         if next(model.parameters()).is_cuda:
-            logger.info("decoding without CUDA graphs: kernels that read drafted tokens synchronize with the CPU")
+            logger.info("decode steps are not recorded: kernels that read drafted tokens synchronize with the CPU")
         return None
-    return DecodeGraphs.if_supported(model, config.max_active_requests)
+    return DecodeGraphs.if_supported(model, config.max_active_requests, config.cuda_graphs)
 
 
 class Scheduler:

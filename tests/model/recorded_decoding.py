@@ -9,15 +9,14 @@ import pytest
 import torch
 
 from kernels import native
-from kernels.cache_io import write_ring
 from kernels.paged_attention import triton as paged
 from model.cache import Cache
 from model.cache.pages import PagePool, PageTable
-from model.cache.ring import Ring
 from model.decode_graphs import DecodeGraphs
 from model.generation import prefill
 from model.mixers.compressor import Compressor
 from tests.model.networks import build, random_ids
+from tests.model.replayed_steps import BAKES, bake_positions, decode
 from tests.model.step_recorder import StepRecorder
 
 OPERATIONS = ("cache_io", "compress", "expert_dispatch", "hyper_connections", "index_topk", "paged_attention")
@@ -76,30 +75,6 @@ def compressors(model):
     return [module.frequencies for module in model.modules() if isinstance(module, Compressor)]
 
 
-def check_equal(cache, expected):
-    """Every byte in use is equal: the entries of all sequences, and the whole fixed state."""
-    assert cache.lengths == expected.lengths
-    for layer, other in zip(cache.all_layers, expected.all_layers):
-        for name, part in layer.parts.items():
-            if part not in layer.fixed():
-                for i, count in enumerate(part.counts):
-                    rows = torch.tensor([i]), torch.arange(count).unsqueeze(0)
-                    found, wanted = (one.pages.gather_from(*rows) for one in (part, other.parts[name]))
-                    assert torch.equal(found, wanted), (name, i)
-    for found, wanted in zip(cache._fixed_tensors(), expected._fixed_tensors(), strict=True):
-        assert torch.equal(found, wanted)
-
-
-@torch.inference_mode()
-def decode(model, graphs, cache, expected, steps, seed=5):
-    ids = random_ids(cache.batch_size, steps, seed=seed)
-    for step in range(steps):
-        wanted = model(ids[:, step : step + 1], expected)
-        found = graphs.logits(ids[:, step : step + 1], cache)
-        assert torch.equal(found, wanted), step
-        check_equal(cache, expected)
-
-
 def test_replayed_steps_equal_others():
     """Over two periods of the compression ratios and a page border, for sequences of different lengths."""
     model = network(**V4, hyper_connections=False)
@@ -135,29 +110,7 @@ def test_sequences_leave_and_join():
     assert len(graphs) == recorder.recorded == 3
 
 
-def bake_positions(monkeypatch):
-    def append(ring, rows):
-        write_ring(ring.data, rows, torch.full((len(rows),), ring.table.lengths[0]))
-
-    monkeypatch.setattr(Ring, "append", append)
-
-
-def bake_completion(monkeypatch):
-    def may_complete(table, ratio):
-        return any(first < last for first, last in zip(*table.entry_counts(ratio)))
-
-    monkeypatch.setattr(PageTable, "may_complete", may_complete)
-
-
-def bake_pages(monkeypatch):
-    def page_ids(table):
-        pages = [torch.full((), page) for (page,) in table.pages]
-        return torch.stack(pages).view(-1, 1)
-
-    monkeypatch.setattr(PageTable, "page_ids", property(page_ids))
-
-
-@pytest.mark.parametrize("bake", [bake_positions, bake_completion, bake_pages])
+@pytest.mark.parametrize("bake", BAKES)
 def test_a_number_of_python_in_a_recorded_step_is_noticed(bake, monkeypatch):
     model = network(**V4, hyper_connections=False)
     cache, expected = caches_of(model, [20, 20] if bake is bake_positions else [20, 5])
@@ -191,8 +144,8 @@ def test_a_step_that_cannot_be_recorded_runs_normally(break_step, reason, monkey
     break_step(monkeypatch)
     decode(model, graphs, cache, expected, 4)
     assert not graphs.records and not len(graphs)
-    (message,) = (record.getMessage() for record in caplog.records if "CUDA graphs" in record.getMessage())
-    assert message.startswith("decoding without CUDA graphs: recording a step failed (") and reason in message
+    (message,) = (record.getMessage() for record in caplog.records if "not recorded" in record.getMessage())
+    assert message.startswith("decode steps are not recorded: recording a step failed (") and reason in message
 
 
 SYNCHRONIZING = {

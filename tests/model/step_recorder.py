@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import InterpretedFunction
 
+from kernels.native.recording import Recorded
+
 SYNCHRONIZING = {
     "aten::_local_scalar_dense",
     "aten::_unique",
@@ -69,7 +71,12 @@ class StepRecorder:
         mode.check(result)
         result.fill_(float("nan"))
         self.recorded += 1
-        return result, mode.replay
+
+        def replay():
+            mode.replay()
+            return result
+
+        return Recorded(replay(), replay)
 
 
 class _Recording(TorchDispatchMode):

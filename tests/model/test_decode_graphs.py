@@ -16,7 +16,9 @@ from model.cache.pages import PagePool
 from model.decode_graphs import CudaGraphRecorder, DecodeGraphs, unsupported_reason
 from model.errors import CacheError
 from model.forward.execution import Execution
-from model.generation import generate, prefill
+from model.generation import prefill
+from model.mixers.gqa import GroupedQueryAttention
+from model.transformer import Transformer
 from tests.model.networks import build, random_ids
 from tests.model.rerun import rerun
 
@@ -79,16 +81,12 @@ def test_caches_that_do_not_suit_the_recorded_steps_are_refused_unchanged():
     graphs = DecodeGraphs(model, 1, rerun)
     first = Cache(model.config, 1, 50, pool=pool)
     graphs.logits(random_ids(1, 1), first)
-    for sequences, options, reason in (
-        (1, {"pool": pool, "rewind": 2}, "rewind"),
-        (1, {}, "page pool"),
-        (2, {"pool": pool}, "at most 1 sequences, found 2"),
-    ):
-        cache = Cache(model.config, sequences, 50, **options)
+    for options, reason in (({"pool": pool, "rewind": 2}, "rewind"), ({}, "page pool")):
+        cache = Cache(model.config, 1, 50, **options)
         free = cache.pool.free_pages
         with pytest.raises(CacheError, match=reason):
-            graphs.logits(random_ids(sequences, 1), cache)
-        assert cache.pool.free_pages == free and set(cache.lengths) == set(cache.high_water_marks) == {0}
+            graphs.logits(random_ids(1, 1), cache)
+        assert cache.pool.free_pages == free and cache.lengths == cache.high_water_marks == [0]
     graphs.logits(random_ids(1, 1), first)
     assert first.lengths == [2]
 
@@ -107,7 +105,7 @@ def test_after_any_failure_steps_run_normally_for_good(kind, caplog):
     for ids in random_ids(1, 10).split(1, dim=1):
         assert torch.equal(graphs.logits(ids, cache), model(ids, expected))
     assert len(attempts) == 1 and not graphs.records and not cache._table.has_fixed_shape
-    assert caplog.messages == [f"decoding without CUDA graphs: recording a step failed ({kind.__name__}: the reason)"]
+    assert caplog.messages == [f"decode steps are not recorded: recording a step failed ({kind.__name__}: the reason)"]
 
 
 @torch.inference_mode()
@@ -196,36 +194,27 @@ def test_a_recording_runs_on_the_device_of_the_network(monkeypatch):
     assert len(finished) == 2
 
 
-def test_networks_without_recorded_steps_are_named(monkeypatch, caplog):
+def test_networks_without_recorded_steps_on_a_gpu_are_named(monkeypatch, caplog):
     model = build(layers=["csa", "hca"])
-    assert DecodeGraphs.if_supported(model, 4) is None and not caplog.records
-    assert unsupported_reason(model) == "the network is on cpu"
     monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
     assert unsupported_reason(model).startswith("the Triton kernels do not support this GPU")
     monkeypatch.setattr("model.decode_graphs.can_run", lambda x: True)
     assert unsupported_reason(model).startswith("with float32 weights, attention and experts")
-    baseline = build(layers=["csa", "gqa"])
-    for network in (model, baseline):
-        network.cast_weights(torch.bfloat16)
+    model.cast_weights(torch.bfloat16)
     assert unsupported_reason(model) == ""
-    assert unsupported_reason(baseline) == "steps of 'gqa' layers depend on the lengths of the sequences"
+    assert not GroupedQueryAttention.steps_have_fixed_shape(model.config, "cuda")
     with torch.autocast("cpu", torch.bfloat16):
         assert unsupported_reason(model).startswith("autocast is enabled")
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))
     model.execution = Execution("batch-invariant")
     with caplog.at_level("INFO", "fiftyfold"):
         assert DecodeGraphs.if_supported(model, 4) is None
-    assert caplog.messages == ["decoding without CUDA graphs: the batch-invariant mode computes token by token"]
+        assert caplog.messages == ["decode steps are not recorded: the batch-invariant mode computes token by token"]
+        assert DecodeGraphs.if_supported(model, 4, cuda_graphs=False) is None and len(caplog.messages) == 1
 
 
-def test_generation_uses_them_only_if_asked(monkeypatch):
-    model, used = build(layers=["csa", "hca"]), []
-
-    def find(model, batch):
-        used.append(DecodeGraphs(model, batch, rerun))
-        return used[-1]
-
-    monkeypatch.setattr(DecodeGraphs, "if_supported", find)
-    prompt = random_ids(2, 9)
-    expected = generate(model, prompt, 12)
-    assert not used and torch.equal(generate(model, prompt, 12, cuda_graphs=True), expected)
-    assert len(used) == len(used[0]) == 1
+def test_networks_elsewhere_have_no_recorded_steps(monkeypatch):
+    model = build(layers=["csa", "hca"])
+    assert unsupported_reason(Transformer.on_meta(model.config)) == "the network is on meta"
+    monkeypatch.setattr("model.decode_graphs.native.level", lambda: None)
+    assert unsupported_reason(model) == "native CPU operators are not available"
