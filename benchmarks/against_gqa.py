@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.lib.contenders import OURS_DEFAULT, OURS_FASTEST, PRECISIONS, Setting, all_settings, reported_settings
+from benchmarks.lib.decoding import next_logits
 from benchmarks.lib.drawing import log_log
 from benchmarks.lib.harness import Result, make_parser, positive_int, run_benchmark, run_main
 from benchmarks.lib.report import table
@@ -189,7 +190,7 @@ class Bench:
             @torch.inference_mode()
             def run() -> None:
                 for token in ids.split(1, dim=1):
-                    model(token, cache, last_only=True)
+                    next_logits(model, token, cache)
 
             return Timer(run, threads, repeat)
 

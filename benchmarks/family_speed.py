@@ -25,6 +25,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 
+from benchmarks.lib.decoding import next_logits
 from benchmarks.lib.harness import Result, make_parser, positive_int, run_benchmark, run_main
 from benchmarks.lib.report import table
 from benchmarks.lib.timing import Timer, speedup, time_interleaved
@@ -131,7 +132,7 @@ def decode(model: Transformer, cache: Cache, count: int) -> None:
     """Decode ``count`` tokens."""
     token = torch.zeros(1, 1, dtype=torch.long)
     for _ in range(count):
-        model(token, cache, last_only=True)
+        next_logits(model, token, cache)
 
 
 def measure(options: argparse.Namespace) -> Result:

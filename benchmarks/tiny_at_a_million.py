@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.lib.contenders import DEFAULTS, OURS_DEFAULT, OURS_FASTEST, PRECISIONS, Setting, all_settings
+from benchmarks.lib.decoding import next_logits
 from benchmarks.lib.drawing import log_log
 from benchmarks.lib.harness import Result, make_parser, positive_int, run_benchmark, run_main
 from benchmarks.lib.report import table
@@ -116,7 +117,7 @@ def decode(model: Transformer, cache: Cache, ids: Tensor) -> tuple[float, float]
     seconds, logits = [], []
     for token in ids.split(1, dim=1):
         started = time.perf_counter()
-        logits.append(model(token, cache, last_only=True)[:, -1])
+        logits.append(next_logits(model, token, cache)[:, -1])
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds), float(F.cross_entropy(torch.cat(logits[:-1]), ids[0, 1:]))
 

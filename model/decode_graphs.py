@@ -235,9 +235,9 @@ class DecodeGraphs:
     def _bind_state(self, cache: Cache) -> None:
         """Keep the fixed state of a cache at the recorded addresses, in place of that of the cache before it."""
         before = self._resident()
-        if before is cache:
+        if before is cache and cache.bound_to is self._fixed_state:
             return
-        if before is not None:
+        if before is not None and before.bound_to is self._fixed_state:
             before.unbind_state()
         if not self._fixed_state:
             self._fixed_state = cache.fixed_memory(self.max_batch)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from benchmarks.lib.decoding import next_logits
 from benchmarks.lib.timing import Timing, fastest, format_threads
 from model.cache import Cache
 from model.cache.random_fill import fill_random
@@ -96,7 +97,7 @@ class OurNetwork:
     @torch.inference_mode()
     def decode(self, cache: Cache, ids: Tensor) -> None:
         for token in ids.split(1, dim=1):
-            self.model(token, cache, last_only=True)
+            next_logits(self.model, token, cache)
 
 
 class TransformersNetwork:

@@ -32,18 +32,10 @@ def build(level: str, cxx: str) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / target.name
         include = _TORCH / "include"
-        command = [
-            cxx,
-            "-std=c++20",
-            "-O3",
-            "-DNDEBUG",
-            "-fPIC",
-            "-shared",
-            "-fopenmp",
-            "-fno-math-errno",
-            "-fno-trapping-math",
-        ]
-        command += ["-ffp-contract=fast", "-fvisibility=hidden", "-Wno-unknown-pragmas", *FLAGS[level]]
+        # Without NDEBUG, PyTorch's headers declare classes that differ from those of its library.
+        command = [cxx, "-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno"]
+        command += ["-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+        command += FLAGS[level]
         command += [f"-I{include}", str(_SOURCE), "-o", str(made)]
         # Link the OpenMP runtime of PyTorch. A second one would start its own threads.
         command += [f"-L{_TORCH / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{_TORCH / 'lib'}"]

@@ -16,8 +16,6 @@ namespace {
 
 using c10::IValue;
 
-constexpr const char* kNotKept = "an operator reads a tensor that is not kept outside the recording";
-
 // A tensor argument, or a tensor in a list argument, that is a result of an earlier call.
 struct Read {
   size_t argument;
@@ -77,10 +75,6 @@ class RecordedCalls : public torch::CustomClassHolder {
     result_ = found == value_of_.end() ? 0 : found->second;
     kept_.clear();
     value_of_.clear();
-    for (const auto& [constant, uses] : constants_) {
-      // No one else holds it, so no one can update it.
-      if (constant.use_count() == 1 + uses) refuse(kNotKept);
-    }
     if (!refusal_.empty()) return refusal_;
     std::vector<bool> is_read(values_);
     is_read[result_] = true;
@@ -149,14 +143,10 @@ class RecordedCalls : public torch::CustomClassHolder {
       each_tensor(call.arguments[i], [&](const Tensor& x, std::optional<size_t> element) {
         if (!x.defined()) return;
         // Python writes the values of a new tensor without operators.
-        if (unwritten_.erase(x.unsafeGetTensorImpl()) && !writes) refuse(kNotKept);
+        if (unwritten_.erase(x.unsafeGetTensorImpl()) && !writes) refuse(name.name + " reads a tensor that Python made meanwhile");
         selects |= element && (x.scalar_type() == at::kBool || x.scalar_type() == at::kByte);
         const auto found = value_of_.find(x.unsafeGetTensorImpl());
-        if (found != value_of_.end()) {
-          call.reads.push_back({i, element, found->second});
-        } else if (!x.unsafeGetTensorImpl()->is_wrapped_number()) {  // which is a number of Python
-          hold(x);
-        }
+        if (found != value_of_.end()) call.reads.push_back({i, element, found->second});
       });
     }
     // An index without masks has a fixed shape.
@@ -178,16 +168,6 @@ class RecordedCalls : public torch::CustomClassHolder {
     }
   }
 
-  void hold(const Tensor& x) {
-    for (auto& [constant, uses] : constants_) {
-      if (constant.is_same(x)) {
-        ++uses;
-        return;
-      }
-    }
-    constants_.emplace_back(x, 1);
-  }
-
   void refuse(const std::string& reason) {
     if (refusal_.empty()) refusal_ = reason;
   }
@@ -200,7 +180,6 @@ class RecordedCalls : public torch::CustomClassHolder {
   std::unordered_map<const c10::TensorImpl*, size_t> value_of_;
   std::unordered_set<const c10::TensorImpl*> unwritten_;  // made by an operator that leaves them empty
   std::vector<Tensor> kept_;
-  std::vector<std::pair<Tensor, size_t>> constants_;  // and the number of arguments that hold each
   std::string refusal_;
 };
 

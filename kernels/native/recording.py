@@ -31,7 +31,7 @@ def record(function: Callable[[], Tensor]) -> Recorded:
     A repetition sees new values in tensors that exist outside the function, and writes to such tensors. Everything else
     that Python computes is repeated as it was, such as numbers, shapes and branches. Functions are refused if an
     operator returns a number to Python or a tensor whose shape depends on values, or reads a tensor that Python made
-    meanwhile, for example from a list. ``Tensor.tolist`` and ``Tensor.numpy`` are not noticed.
+    from a list meanwhile. ``Tensor.tolist`` and conversions from and to NumPy are not noticed.
 
     Raises RuntimeError if native operators are not available.
     """

@@ -69,6 +69,8 @@ class Cache:
         self.layers = caches[: config.num_layers]
         self.ahead = caches[-1] if predicts_ahead and config.mtp_layers else None
         """Cache of the multi-token prediction module."""
+        self.bound_to: Sequence[Tensor] | None = None
+        """The memory of :meth:`bind_state`."""
         self._recurrent = [state for state in self._fixed() if not isinstance(state, Ring)]
 
     @property
@@ -154,11 +156,13 @@ class Cache:
 
     def bind_state(self, memory: Sequence[Tensor]) -> None:
         """Move the fixed state, except recurrent states, to the first rows of ``memory``."""
+        self.bound_to = memory
         for ring, rows in zip(self._rings(), memory, strict=True):
             ring.data = rows[: self.batch_size].copy_(ring.data)
 
     def unbind_state(self) -> None:
         """Move the fixed state to memory of its own, and stop using the tensors of :meth:`bind_inputs`."""
+        self.bound_to = None
         for ring in self._rings():
             ring.data = ring.data.clone()
         self._table.unbind_inputs()

@@ -81,12 +81,14 @@ def test_recordings_of_several_threads_are_independent():
 
 
 MASKED = "the shape of its result depends on values"
-KEPT = "an operator reads a tensor that is not kept outside the recording"
 REFUSED = {
     "all": (lambda x: x + bool((x > 0).all()), "aten::is_nonzero returns a value to Python"),
     "equal": (lambda x: x + torch.equal(x, x), "aten::equal returns a value to Python"),
     "item": (lambda x: x + x.sum().item(), "aten::item returns a value to Python"),
-    "from a list": (lambda x: x + torch.tensor([1, 2, 3]), KEPT),
+    "from a list": (
+        lambda x: x + torch.tensor([1, 2, 3]),
+        "reads a tensor that Python made meanwhile",
+    ),
     "mask": (lambda x: x[x > 1].sum(), f"aten::index: {MASKED}"),
     "nonzero": (lambda x: x.nonzero().sum(), f"aten::nonzero: {MASKED}"),
     "unique": (lambda x: x.unique().sum(), f"aten::_unique2: {MASKED}"),
@@ -100,7 +102,7 @@ def test_functions_that_cannot_be_repeated_are_refused(name):
     function, reason = REFUSED[name]
     x = torch.tensor([2, 1, 3])
     recorded = record(lambda: function(x))
-    assert recorded.replay is None and recorded.refusal == reason
+    assert recorded.replay is None and reason in recorded.refusal
     assert torch.equal(recorded.result, function(x))
 
 
