@@ -54,7 +54,7 @@ Tensor compress(const Tensor& input, const Tensor& biases, bool overlap, bool ha
   Tensor out = at::empty({B, made, c}, rows.options());
   const float* x = rows.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();
-  at::parallel_for(0, B * made, std::max<int64_t>(1, kGrain / (16 * m * c)), [&](int64_t begin, int64_t end) {
+  parallel_ranges(B * made, 16 * m * c, [&](int64_t begin, int64_t end) {
     std::vector<float> peak(c), total(c);
     for (int64_t entry = begin; entry < end; ++entry) {
       const int64_t b = entry / made, block = entry % made + has_previous;
@@ -96,7 +96,7 @@ void compress_next(const Tensor& kept, const Tensor& input, const Tensor& biases
   const float *ring = kept.const_data_ptr<float>(), *x = rows.const_data_ptr<float>();
   const float* gains = norm.const_data_ptr<float>();
   const int64_t capacity = kept.size(1);
-  at::parallel_for(0, B * n, std::max<int64_t>(1, kGrain / (16 * m * c)), [&](int64_t begin, int64_t end) {
+  parallel_ranges(B * n, 16 * m * c, [&](int64_t begin, int64_t end) {
     std::vector<float> peak(c), total(c), entry(c);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / n, length = lengths[b], block = length / m + item % n;

@@ -304,7 +304,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hc_pre_backward(
   float *out = grad_streams.mutable_data_ptr<float>(), *graw = grad_raw.mutable_data_ptr<float>();
   float* sums = partial.mutable_data_ptr<float>();
   const float small = static_cast<float>(eps);
-  at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+  parallel_ranges(tiles, kGrain, [&](int64_t begin, int64_t end) {
     std::vector<Lane> memory;
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t first = tile * kLanes, count = std::min(kLanes, s.tokens - first);

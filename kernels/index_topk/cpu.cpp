@@ -321,8 +321,8 @@ Tensor index_topk_with(const Tensor& queries, const Tensor& head_weights, const 
     for (int64_t b = 0; b < B; ++b) {
       const int64_t n = limit_of(b, 0);
       scores.resize(n);
-      constexpr int64_t kPiece = 16 * kKeys;
-      at::parallel_for(0, (n + kPiece - 1) / kPiece, 2, [&](int64_t begin, int64_t end) {
+      constexpr int64_t kPiece = 4 * kKeys;
+      parallel_ranges((n + kPiece - 1) / kPiece, kGrain / 8, [&](int64_t begin, int64_t end) {
         Tile tile(layout, h);
         tile.set_queries(q + b * h * c, w + b * h, 1);
         score_keys(tile, 1, pages_of(b), begin * kPiece, std::min(n, end * kPiece), scores.data(), n);
@@ -336,7 +336,7 @@ Tensor index_topk_with(const Tensor& queries, const Tensor& head_weights, const 
   int64_t longest = 1;
   for (int64_t i = 0; i < limit.numel(); ++i) longest = std::max(longest, limits[i]);
   const int64_t together = std::max<int64_t>(1, std::min(kQueries, kScores / longest)), tiles = (S + together - 1) / together;
-  at::parallel_for(0, B * tiles, 1, [&](int64_t begin, int64_t end) {
+  parallel_ranges(B * tiles, kGrain, [&](int64_t begin, int64_t end) {
     Tile tile(layout, h);
     Selector selector;
     std::vector<float> scores;
@@ -380,7 +380,7 @@ Tensor select_topk(const Tensor& scores, const Tensor& permitted, int64_t k) {
   const bool* allowed = mask.const_data_ptr<bool>();
   auto* out = chosen.mutable_data_ptr<int64_t>();
   const bool shared = mask.size(0) == 1;
-  at::parallel_for(0, B * S, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, T)), [&](int64_t begin, int64_t end) {
+  parallel_ranges(B * S, T, [&](int64_t begin, int64_t end) {
     Selector selector;
     std::vector<float> row(T);
     for (int64_t i = begin; i < end; ++i) {

@@ -122,8 +122,7 @@ Tensor attend_in_tiles(const Tensor& query, const Layout& layout, const KeyValue
   auto count_of = [&](int64_t block) { return std::min(together, S - block % blocks * together); };
   int64_t longest = 0;
   for (int64_t b = 0; b < B; ++b) longest = std::max<int64_t>(longest, limit_of(b, S - 1));
-  const int64_t grain = std::max<int64_t>(1, kGrain / (2 * rows * c * (longest / parts + 1)));
-  at::parallel_for(0, B * blocks * parts, grain, [&](int64_t begin, int64_t end) {
+  parallel_ranges(B * blocks * parts, 2 * rows * c * (longest / parts + 1), [&](int64_t begin, int64_t end) {
     std::vector<float> scaled(rows * c), keys(kTile * width), transposed(kTile * width), logits(kHeadGroup * kTile);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t block = item / parts, part = item % parts, b = block / blocks, first = block % blocks * together;

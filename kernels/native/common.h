@@ -1,10 +1,9 @@
-// Helpers shared by the native CPU operators: checks, parallel loops, dot products and number formats.
+// Helpers shared by the native CPU operators: checks, dot products and number formats.
 //
 // The sources are compiled once per instruction set (see build.py). Loops are written for vectorization by the compiler.
 // Only sums with `#pragma omp simd reduction` may be reordered.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -19,16 +18,13 @@
 #include <utility>
 #include <vector>
 
+#include "team.h"
 #include "vectors.h"
 
 namespace fiftyfold {
 
 using at::Tensor;
 using c10::BFloat16;
-
-// Elements of simple work that justify another thread: about 10 microseconds. A thread that is not running must first be
-// woken, and the others wait for it.
-constexpr int64_t kGrain = 1 << 18;
 
 inline Tensor contiguous_float(const Tensor& x, const char* name) {
   TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat, name, ": expected float32, found ", x.scalar_type());
@@ -74,19 +70,6 @@ void by_type(const Tensor& x, F f) {
 }
 
 inline int64_t rows_of(const Tensor& x) { return x.size(-1) ? x.numel() / x.size(-1) : 0; }
-
-// Run f(i) for i in [0, n) in parallel. `cost` is the work of one call, in elements.
-template <typename F>
-void parallel_rows(int64_t n, int64_t cost, F f) {
-  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cost));
-  if (n <= grain) {
-    for (int64_t i = 0; i < n; ++i) f(i);
-    return;
-  }
-  at::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i);
-  });
-}
 
 // --- bits
 

@@ -94,6 +94,7 @@ class RecordedCalls : public torch::CustomClassHolder {
   Tensor replay() {
     std::vector<Tensor> values(values_);
     std::vector<IValue> stack;
+    const Team::Scope team;
     for (Call& call : calls_) {
       stack.assign(call.arguments.begin(), call.arguments.end());
       for (const Read& read : call.reads) {

@@ -104,8 +104,7 @@ Tensor paged_attention(const Tensor& queries, const std::optional<Tensor>& windo
   const int64_t groups = (H + kHeadGroup - 1) / kHeadGroup;
   // Few queries: distribute their heads over threads. Many: a thread unpacks the entries of a query once for all heads.
   const int64_t split = B * S < 2 * at::get_num_threads() ? groups : 1, per_item = (groups + split - 1) / split * kHeadGroup;
-  at::parallel_for(0, B * S * split, std::max<int64_t>(1, kGrain / (per_item * c * (window + K + 1) / 8 + 1)),
-                   [&](int64_t begin, int64_t end) {
+  parallel_ranges(B * S * split, per_item * c * (window + K + 1) / 8 + 1, [&](int64_t begin, int64_t end) {
     std::vector<float> logits, gathered(K * c), scaled(per_item * c);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t at = item / split, b = at / S, s = at % S;

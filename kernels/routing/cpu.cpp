@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> route(const Tensor& given, const Tensor& bias, const 
   const float *z = logits.const_data_ptr<float>(), *b = bias.const_data_ptr<float>();
   auto* picks = chosen.mutable_data_ptr<int64_t>();
   float* gains = weights.mutable_data_ptr<float>();
-  at::parallel_for(0, N, std::max<int64_t>(1, kGrain / (32 * E)), [&](int64_t begin, int64_t end) {
+  parallel_ranges(N, 32 * E, [&](int64_t begin, int64_t end) {
     std::vector<float> affinity(E), keys(E), scores(groups);
     std::vector<int64_t> order(E);
     for (int64_t t = begin; t < end; ++t) {
