@@ -216,7 +216,7 @@ class Transformer(nn.Module):
         if not self.config.hyper_connections:
             return embedding
         # Copies, not views: the CPU library takes a token's streams as one contiguous matrix.
-        return embedding.unsqueeze(2).repeat(1, 1, self.config.hc_mult, 1)
+        return embedding.unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()
 
     def logits(self, streams: Tensor) -> Tensor:
         """Return logits, float32 [B, S, vocab], for the last layer's streams."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from model.forward.execution import Execution
 from model.forward.packing import PackedDocuments
 from model.layers.rope import Rotation
 
+T = TypeVar("T")
 AttentionMode = Literal["dense", "sparse"]
 
 
@@ -33,7 +34,14 @@ class Context:
     forced_experts: Mapping[int, Tensor] = field(default_factory=dict)
     """int64 [B, S, K] by layer: experts to use instead of the router's choice."""
     execution: Execution = field(default_factory=Execution)
+    _shared: dict[Hashable, Any] = field(default_factory=dict)
 
     @property
     def batch_invariant(self) -> bool:
         return self.execution.batch_invariant
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """Return ``compute()``, which is called for the first layer that asks for this key only."""
+        if key not in self._shared:
+            self._shared[key] = compute()
+        return self._shared[key]

@@ -52,6 +52,7 @@ class RotaryFrequencies:
     """Angular frequencies of a rotary embedding, float64 [dim / 2], on the CPU even for a model on the meta device."""
 
     def __init__(self, rotary: Rotary):
+        self.rotary = rotary
         dim, theta = rotary.dim, rotary.theta
         frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
         if rotary.yarn is not None:

@@ -90,7 +90,7 @@ class CompressedAttention(SlidingWindowAttention):
     def append(self, history: History, context: Context, cache: LayerCache) -> None:
         """Append the entries that the new tokens complete to the cache."""
         assert history.rows is not None
-        self.compressor.append(history.rows, cache.tail, cache.entries, context.batch_invariant)
+        self.compressor.append(history.rows, cache.tail, cache.entries, context)
 
     def split_sizes(self) -> dict[str, tuple[int, ...]]:
         return {f"compressor.{name}": rows for name, rows in self.compressor.split_sizes().items()}
@@ -103,7 +103,7 @@ def visible_entries(context: Context, ratio: int) -> Tensor:
     report's wording could also mean one token later. This is the rule of the released code, for which the released
     weights were trained.
     """
-    return (context.positions + 1) // ratio
+    return context.once(("visible entries", ratio), lambda: (context.positions + 1) // ratio)
 
 
 def entry_ranges(context: Context, ratio: int) -> EntryRanges:

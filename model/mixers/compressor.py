@@ -15,7 +15,7 @@ from kernels.linear import linear_concat
 from model.forward.context import Context
 from model.layers.linear import Linear
 from model.layers.norm import RMSNorm
-from model.layers.rope import Rotary, RotaryFrequencies
+from model.layers.rope import Rotary, RotaryFrequencies, Rotation
 
 if TYPE_CHECKING:
     from model.cache.entries import PagedEntries
@@ -65,18 +65,24 @@ class Compressor(nn.Module):
         positions = torch.arange(0, whole, self.ratio, device=rows.device).unsqueeze(0)
         return self._pool(rows[:, :whole], positions, layout=layout)
 
-    def append(self, rows: Tensor, state: CompressorState, entries: PagedEntries, batch_invariant: bool) -> None:
+    def append(self, rows: Tensor, state: CompressorState, entries: PagedEntries, context: Context) -> None:
         """Pool the blocks that the new tokens' rows [B, S, row width] complete, together with those of unfinished
         blocks in ``state``, and append them to ``entries``."""
         if entries.table.may_complete(self.ratio):
-            if batch_invariant:
+            if context.batch_invariant:
                 entries.append(self._pool_one_by_one(rows, state))
             else:
-                lengths, most = state.table.starts, -(-rows.shape[1] // self.ratio)
-                blocks = (lengths // self.ratio).unsqueeze(-1) + torch.arange(most, device=rows.device)
-                finish = self._finish(blocks * self.ratio)
+                lengths, new = state.table.starts, rows.shape[1]
+                key = "rotation of new blocks", self.ratio, self.frequencies.rotary
+                rotation = context.once(key, lambda: self._next_rotation(lengths, new))
+                finish = Finish(self.norm.weight, self.norm.eps, *rotation, self.hadamard)
                 compress_next(state.data, rows, self.ape, finish, lengths, self.overlap, entries.layout, entries.pages)
         state.append(rows)
+
+    def _next_rotation(self, lengths: Tensor, new: int) -> Rotation:
+        """Return the rotation of the blocks that ``new`` tokens after ``lengths`` tokens may complete."""
+        blocks = (lengths // self.ratio).unsqueeze(-1) + torch.arange(-(-new // self.ratio), device=lengths.device)
+        return self.frequencies.at(blocks * self.ratio)
 
     def _pool_one_by_one(self, rows: Tensor, state: CompressorState) -> Tensor:
         """Pool the blocks that new rows complete, in batch-invariant mode: [B, n, width]. All calls have the same

@@ -101,7 +101,7 @@ class CompressedSparseAttention(CompressedAttention):
     def append(self, history: History, context: Context, cache: LayerCache) -> None:
         super().append(history, context, cache)
         assert history.index_rows is not None
-        self.indexer.compressor.append(history.index_rows, cache.index_tail, cache.index, context.batch_invariant)
+        self.indexer.compressor.append(history.index_rows, cache.index_tail, cache.index, context)
 
     def attend(self, projected: Projected, context: Context) -> Tensor:
         history = projected.history

@@ -1,13 +1,20 @@
 """Recordings of operators on a CPU."""
 
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from backend_testing import needs_native
 
 from kernels import native
+from kernels.cache_io import EntryLayout
 from kernels.native.recording import record
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = needs_native
 
@@ -129,3 +136,134 @@ def test_a_fault_in_a_replay_is_raised():
     places.fill_(7)
     with pytest.raises(IndexError, match="out of range"):
         replay()
+
+
+# --- loops shared with other threads
+
+
+@pytest.fixture(params=[2, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def products(seed):
+    """Return a function of many loops that threads share, and its input."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(257, 257, generator=generator) / 16 for _ in range(8)]
+    x = torch.randn(1, 257, generator=generator)
+
+    def function():
+        y = x
+        for weight in weights:
+            y = native.op("linear")(y, [weight])
+        return y
+
+    return function, x
+
+
+@torch.inference_mode()
+def test_shared_loops_compute_the_same(threads):
+    function, x = products(0)
+    replay = record(function).replay
+    for _ in range(300):
+        x.normal_()
+        assert torch.equal(replay(), function())
+
+
+def test_replays_in_several_threads_at_once(threads):
+    """One of them has the team; the loops of the others run by OpenMP."""
+    failed = []
+
+    @torch.inference_mode()
+    def run(seed):
+        torch.set_num_threads(threads)
+        function, x = products(seed)
+        replay = record(function).replay
+        for _ in range(100):
+            x.normal_()
+            if not torch.equal(replay(), function()):
+                failed.append(seed)
+
+    running = [threading.Thread(target=run, args=(seed,)) for seed in range(3)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    assert not failed
+
+
+def test_a_replay_lets_other_threads_run_python():
+    x, counted = torch.randn(1000, 1000), []
+    replay = record(lambda: (x @ x) @ (x @ x)).replay
+    stopping = threading.Event()
+
+    def count():
+        while not stopping.is_set():
+            counted.append(len(counted))
+            time.sleep(0)  # gives the lock back
+
+    other = threading.Thread(target=count)
+    other.start()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)  # Python takes the lock from no thread that does not give it back
+    try:
+        before = len(counted)
+        replay()
+        during = len(counted) - before
+    finally:
+        sys.setswitchinterval(interval)
+        stopping.set()
+        other.join()
+    assert during
+
+
+@torch.inference_mode()
+def test_a_fault_in_a_shared_loop_is_raised_and_leaves_the_team_intact(threads):
+    """Every sequence completes an entry, in pages of one row each."""
+    B, m, c = 8, 4, 128
+    ring, rows, bias = torch.randn(B, m, 2 * c), torch.randn(B, 1, 2 * c), torch.randn(m, c)
+    norm, angles, lengths = torch.ones(c), torch.ones(1, 1, 2), torch.full((1,), m - 1)
+    layout = EntryLayout(c, "fp32")
+    storage, table = torch.zeros(B, layout.nbytes, dtype=torch.uint8), torch.arange(B).unsqueeze(1)
+
+    def function():
+        arguments = ring, rows, bias, lengths, False, norm, 1e-6, angles, angles, False
+        native.op("compress_next")(*arguments, storage, table, 1, layout.spec)
+        return storage + 0
+
+    expected = function()
+    replay = record(function).replay
+    for page in (-1, B):
+        table[B - 1] = page
+        with pytest.raises(IndexError, match=f"page {page} does not exist"):
+            replay()
+        table[B - 1] = B - 1
+        storage.zero_()
+        assert torch.equal(replay(), expected)
+
+
+FORK = """
+import os
+import torch
+from kernels import native
+from kernels.native.recording import record
+torch.set_num_threads(2)
+x, weight = torch.randn(1, 512), torch.randn(512, 512)
+with torch.inference_mode():
+    replay = record(lambda: native.op("linear")(x, [weight])).replay
+    expected = replay()
+    child = os.fork()
+    assert all(torch.equal(replay(), expected) for _ in range(100))
+    if child:
+        assert os.waitpid(child, 0)[1] == 0
+    else:
+        os._exit(0)
+"""
+
+
+def test_a_forked_process_has_a_team_of_its_own():
+    found = subprocess.run([sys.executable, "-c", FORK], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr

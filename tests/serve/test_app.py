@@ -133,15 +133,15 @@ def test_chat_and_reports_behind_the_proxy(deployment, client) -> None:
 def test_stream_is_incremental_and_equals_the_response(deployment, client) -> None:
     ask = dict(model=deployment.model_name, prompt="the other rain", max_tokens=400, seed=5, temperature=1)
     whole = client.completions.create(**ask)
-    times, texts = [], []
+    times, texts, asked = [], [], time.monotonic()
     for chunk in client.completions.create(**ask, stream=True, stream_options={"include_usage": True}):
         times.append(time.monotonic())
         texts += [choice.text for choice in chunk.choices]
     assert "".join(texts) == whole.choices[0].text
     assert chunk.usage == whole.usage
     assert len(texts) > 30
-    # If the server buffered the text, all chunks would arrive within the time of one token.
-    assert times[-1] - times[0] > 0.1
+    # If the server buffered the text, all chunks would arrive at the end.
+    assert times[-1] - times[0] > (times[-1] - asked) / 2
 
 
 def test_concurrent_clients_get_the_same_text_as_sequential_ones(deployment, client) -> None:
