@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kernels import fused_experts, native
+from kernels.linear import supports_weight
 from kernels.native.recording import Recorded, record
 from kernels.triton_support.platform import can_run
 from kernels.triton_support.tiles import power_of_two
@@ -80,6 +81,8 @@ def unsupported_reason(model: Transformer) -> str:
         return "the batch-invariant mode computes token by token"
     if weight.is_cpu and native.level() is None:
         return "native CPU operators are not available"
+    if weight.is_cpu and not all(supports_weight(layer.w1) for layer in model.moe_layers()):
+        return "the native operators read expert weights in float32 and BF16 only"
     if weight.is_cuda and (reason := _unsupported_on_gpu(model)):
         return reason
     for mixer in dict.fromkeys(model.config.mixers):
@@ -115,7 +118,7 @@ class DecodeGraphs:
     """Recorded decode steps of one network, for batches of up to ``max_batch`` sequences.
 
     The network must not change afterwards. A cache keeps its fixed state at the recorded addresses until another one is
-    used. All caches must share a page pool and options. Tests pass another ``record``.
+    used. All caches must share a page pool and options. Not thread-safe. Tests pass another ``recorder``.
     """
 
     def __init__(self, model: Transformer, max_batch: int, recorder: Recorder | None = None):
@@ -158,11 +161,17 @@ class DecodeGraphs:
     def logits(self, input_ids: Tensor, cache: Cache) -> Tensor:
         """Append a token to every sequence, input_ids int64 [B, 1]. Return the next token's logits, float32
         [B, 1, vocab], which the next call may overwrite. Steps of more than ``max_batch`` sequences run normally.
-        Raises CacheError and changes nothing if the tokens do not fit, or for a cache of another page pool or other
-        options."""
-        self._check(cache)
+
+        Raises the errors of :meth:`Transformer.check_step`, ValueError for more than one token per sequence, and
+        CacheError if the tokens do not fit or for a cache of another page pool or other options. Nothing is changed
+        then.
+        """
+        self.model.check_step(input_ids, cache)
+        if input_ids.shape[1] != 1:
+            raise ValueError(f"input_ids: expected one token per sequence, found {list(input_ids.shape)}")
         if not self.records or cache.batch_size > self.max_batch:
             return self.model(input_ids, cache)
+        self._check(cache)
         cache.begin(*input_ids.shape)
         self._bind_state(cache)
         step, is_new = self._step_of(input_ids, cache)

@@ -33,10 +33,10 @@ def generate(
     """Return the prompt and its greedy continuation: input_ids int64 [B, S >= 1] -> [B, S + n], n <= max_new_tokens.
 
     Each step takes the most likely token; ties take the lowest ID. Generation stops once every sequence has produced
-    ``eos_id``; sequences that end earlier are padded with it. Steps are recorded and replayed
-    (:mod:`model.decode_graphs`), on a GPU only with ``cuda_graphs``: every call records anew, which pays for long
-    continuations there (unmeasured). Raises CacheError if the S + max_new_tokens - 1 tokens that the model reads exceed
-    its positions.
+    ``eos_id``; sequences that end earlier are padded with it. Decode steps are recorded and replayed
+    (:mod:`model.decode_graphs`). On a GPU this requires ``cuda_graphs``: every call records its steps again, which pays
+    only for long continuations (not measured). Raises CacheError if the S + max_new_tokens - 1 tokens that the model
+    reads exceed its positions.
     """
     check_ids(input_ids)
     if max_new_tokens < 0:

@@ -174,9 +174,16 @@ class Transformer(nn.Module):
 
     def check_vocabulary(self, input_ids: Tensor) -> None:
         """Raise ValueError if an id is outside the vocabulary."""
-        least, most = int(input_ids.min()), int(input_ids.max())
+        least, most = (int(x) for x in input_ids.aminmax())
         if least < 0 or most >= self.config.vocab_size:
             raise ValueError(f"input_ids: {least} to {most} do not all lie in a vocabulary of {self.config.vocab_size}")
+
+    def check_step(self, input_ids: Tensor, cache: Cache) -> None:
+        """Check the arguments of a step outside training. Raises ValueError unless input_ids is integers [B, S], on a
+        CPU also for an ID outside the vocabulary; CacheError for a cache of another configuration."""
+        self._check_arguments(input_ids, cache, None, "sparse", None)
+        if input_ids.is_cpu:  # on another device, this would wait for it
+            self.check_vocabulary(input_ids)
 
     def _check_arguments(
         self,

@@ -66,13 +66,14 @@ Tensor compress(const Tensor& input, const Tensor& biases, bool overlap, bool ha
 }
 
 // ring float32 [B, capacity, 2w]: the row of position p is at p % capacity. rows float32 [B, S, 2w] follow `lengths`
-// tokens, int64 [B or 1]. The entries that they complete are pooled, normalized with the weights norm float32 [c], rotated
-// by the angles of the n-th new entry, float32 [B or 1, N, r], if `rotates_fully` by the Hadamard matrix, and written to
+// tokens, int64 [B or 1]. Pools the entries that they complete, normalizes them with the weights norm float32 [c], rotates
+// the n-th new entry by its angles, float32 [B or 1, N, r], applies the Hadamard matrix if `hadamard`, and writes them to
 // pages.
 void compress_next(const Tensor& kept, const Tensor& input, const Tensor& biases, const Tensor& tokens, bool overlap,
-                   const Tensor& norm, double eps, const Tensor& cos, const Tensor& sin, bool rotates_fully,
+                   const Tensor& weights, double eps, const Tensor& cos, const Tensor& sin, bool hadamard,
                    Tensor& storage, const Tensor& page_table, int64_t page_size, at::IntArrayRef spec) {
   const Tensor rows = contiguous_float(input, "compress_next: rows"), bias = contiguous_float(biases, "compress_next: bias");
+  const Tensor norm = contiguous_float(weights, "compress_next: norm");
   const Pooling pooling(bias, overlap);
   const int64_t m = pooling.m, w = pooling.w, c = pooling.c, B = rows.size(0), S = rows.size(1);
   TORCH_CHECK_VALUE(kept.is_contiguous() && kept.scalar_type() == at::kFloat && kept.dim() == 3 && rows.dim() == 3 &&
@@ -81,7 +82,7 @@ void compress_next(const Tensor& kept, const Tensor& input, const Tensor& biases
                     "compress_next: ring ", kept.sizes(), ", rows ", rows.sizes(), " and bias ", bias.sizes(),
                     " do not match");
   const WritablePages pages(storage, page_table, page_size, spec, B, "compress_next");
-  TORCH_CHECK_VALUE(pages.layout.size() == c && norm.numel() == c && (!rotates_fully || (c & (c - 1)) == 0) &&
+  TORCH_CHECK_VALUE(pages.layout.size() == c && norm.numel() == c && (!hadamard || (c & (c - 1)) == 0) &&
                         cos.dim() == 3 && 2 * cos.size(2) <= c,
                     "compress_next: norm ", norm.sizes(), " and angles ", cos.sizes(), " do not match ", c, " channels");
   const std::vector<int64_t> lengths = per_sequence(tokens, B, "compress_next: lengths");
@@ -108,7 +109,7 @@ void compress_next(const Tensor& kept, const Tensor& input, const Tensor& biases
       pooling.pool(row_at, block > 0, peak, total, entry.data());
       normalize_row(entry.data(), c, gains, static_cast<float>(eps), entry.data());
       angles.rotate(b * cos.size(1) + item % n, entry.data(), c, false, entry.data());
-      if (rotates_fully) hadamard_row(entry.data(), c);
+      if (hadamard) hadamard_row(entry.data(), c);
       pages.pack(b, block, entry.data());
     }
   });
@@ -120,7 +121,7 @@ TORCH_LIBRARY_FRAGMENT(fiftyfold, m) {
   m.def("compress(Tensor rows, Tensor bias, bool overlap, bool has_previous) -> Tensor");
   m.def(
       "compress_next(Tensor ring, Tensor rows, Tensor bias, Tensor lengths, bool overlap, Tensor norm, float eps, Tensor cos, "
-      "Tensor sin, bool rotates_fully, Tensor(a!) storage, Tensor page_table, int page_size, int[] layout) -> ()");
+      "Tensor sin, bool hadamard, Tensor(a!) storage, Tensor page_table, int page_size, int[] layout) -> ()");
 }
 TORCH_LIBRARY_IMPL(fiftyfold, CPU, m) {
   m.impl("compress", compress);

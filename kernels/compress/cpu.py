@@ -1,4 +1,4 @@
-"""Gated pooling by native operators. For whole sequences, norm, rotations and rounding use their own."""
+"""Gated pooling by native operators. For whole sequences, the norm, rotations and rounding are separate operators."""
 
 from __future__ import annotations
 

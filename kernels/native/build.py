@@ -32,7 +32,7 @@ def build(level: str, cxx: str) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / target.name
         include = _TORCH / "include"
-        # Without NDEBUG, PyTorch's headers declare classes that differ from those of its library.
+        # Without NDEBUG, PyTorch's headers declare other class layouts than its library has.
         command = [cxx, "-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno"]
         command += ["-fno-trapping-math", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
         command += FLAGS[level]

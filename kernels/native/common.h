@@ -380,15 +380,16 @@ struct Pages {
   }
 };
 
-// Rows that are written: row `entry` of a sequence b, in storage uint8 [rows, nbytes], by way of page_table int64 [B, P].
+// Writable rows: row `entry` of sequence b in storage uint8 [rows, nbytes], found through page_table int64 [B, P].
 struct WritablePages {
   Tensor storage, table;
   Layout layout;
   int64_t page_size;
+  const char* name;  // of the operator, for errors
 
   WritablePages(const Tensor& rows, const Tensor& page_table, int64_t per_page, at::IntArrayRef spec, int64_t sequences,
-                const char* name)
-      : storage(rows), table(page_table.contiguous()), layout(spec), page_size(per_page) {
+                const char* op)
+      : storage(rows), table(page_table.contiguous()), layout(spec), page_size(per_page), name(op) {
     TORCH_CHECK_VALUE(storage.is_contiguous() && storage.scalar_type() == at::kByte && storage.dim() == 2 &&
                           storage.size(1) == layout.nbytes() && table.dim() == 2 && table.size(0) == sequences &&
                           table.scalar_type() == at::kLong,
@@ -402,7 +403,7 @@ struct WritablePages {
   void pack(int64_t b, int64_t entry, const float* x) const {
     const int64_t page = table.const_data_ptr<int64_t>()[b * table.size(1) + entry / page_size];
     const int64_t row = page * page_size + entry % page_size;
-    TORCH_CHECK_INDEX(0 <= row && row < storage.size(0), "page ", page, " does not exist");
+    TORCH_CHECK_INDEX(0 <= row && row < storage.size(0), name, ": page ", page, " does not exist");
     pack_row(x, layout, static_cast<uint8_t*>(storage.mutable_data_ptr()) + row * layout.nbytes());
   }
 };

@@ -1,13 +1,15 @@
-// Recording of operator calls, which are then repeated without Python.
+// Recording of operator calls and their replay without Python.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/record_function.h>
 #include <torch/custom_class.h>
 
+#include <algorithm>
+#include <iterator>
 #include <memory>
 #include <optional>
 #include <string>
 #include <unordered_map>
-#include <unordered_set>
+#include <vector>
 
 #include "common.h"
 
@@ -25,14 +27,14 @@ struct Read {
 
 struct Call {
   c10::OperatorHandle op;
-  std::vector<IValue> arguments;
+  std::vector<IValue> arguments;  // without those that are read
   std::vector<Read> reads;
   size_t first_value;  // of the results, which are numbered across all calls
   size_t values;
   std::vector<size_t> unused_after;  // values that no later call reads
 };
 
-// Call use(tensor, element) for a tensor, or for each tensor of a list. Returns false for other values but None.
+// Call use(tensor, element) for a tensor, or for each tensor of a list. Returns false for any other value except None.
 template <typename F>
 bool each_tensor(const IValue& value, F use) {
   if (value.isTensor()) {
@@ -52,8 +54,8 @@ bool each_tensor(const IValue& value, F use) {
   return true;
 }
 
-// The operators that one thread calls, in order, without those that operators call. A repetition calls them with the same
-// numbers and the same tensors, except that results of earlier calls are those of the repetition.
+// The operators that one thread calls directly, in order. A replay calls them with the same numbers and tensors, but with
+// its own results in place of the recorded ones.
 class RecordedCalls : public torch::CustomClassHolder {
  public:
   void begin() {
@@ -68,12 +70,15 @@ class RecordedCalls : public torch::CustomClassHolder {
     active_ = nullptr;
   }
 
-  // Complete the recording of a function that returned `result`. Returns why it cannot be repeated, or an empty string.
+  // Complete the recording of a function that returned `result`. Returns why it cannot be replayed, or an empty string.
   std::string finish(const Tensor& result) {
     const auto found = value_of_.find(result.unsafeGetTensorImpl());
-    if (found == value_of_.end()) refuse("the result is not computed by an operator");
-    result_ = found == value_of_.end() ? 0 : found->second;
-    kept_.clear();
+    if (found == value_of_.end()) {
+      refuse("the result is not computed by an operator");
+    } else {
+      result_ = found->second;
+    }
+    results_.clear();
     value_of_.clear();
     if (!refusal_.empty()) return refusal_;
     std::vector<bool> is_read(values_);
@@ -87,22 +92,25 @@ class RecordedCalls : public torch::CustomClassHolder {
         if (!is_read[value]) call->unused_after.push_back(value);
       }
     }
-    return refusal_;
+    return "";
   }
 
-  // Repeat the calls and return the new result.
+  // Call the operators again and return the new result.
   Tensor replay() {
     std::vector<Tensor> values(values_);
     std::vector<IValue> stack;
     const Team::Scope team;
-    for (Call& call : calls_) {
+    for (const Call& call : calls_) {
       stack.assign(call.arguments.begin(), call.arguments.end());
+      std::optional<size_t> copied;
       for (const Read& read : call.reads) {
-        if (read.element) {
-          stack[read.argument].toList().set(*read.element, values[read.value]);
-        } else {
+        if (!read.element) {
           stack[read.argument] = values[read.value];
+          continue;
         }
+        if (copied != read.argument) stack[read.argument] = stack[read.argument].toList().copy();
+        copied = read.argument;
+        stack[read.argument].toList().set(*read.element, values[read.value]);
       }
       call.op.callBoxed(&stack);
       size_t next = call.first_value;
@@ -118,11 +126,10 @@ class RecordedCalls : public torch::CustomClassHolder {
     return values[result_];
   }
 
-  int64_t size() const { return static_cast<int64_t>(calls_.size()); }
-
  private:
   struct Frame : at::ObserverContext {};
 
+  // A call that began before the recording has no frame.
   static std::unique_ptr<at::ObserverContext> started(const at::RecordFunction& function) {
     if (active_ == nullptr || !function.operator_name()) return nullptr;
     if (active_->depth_++ == 0) active_->add_call(*function.operator_name(), function.inputs());
@@ -137,22 +144,28 @@ class RecordedCalls : public torch::CustomClassHolder {
   void add_call(const c10::OperatorName& name, c10::ArrayRef<const IValue> arguments) {
     Call call{c10::Dispatcher::singleton().findSchemaOrThrow(name.name.c_str(), name.overload_name.c_str()),
               std::vector<IValue>(arguments.begin(), arguments.end()), {}, values_, 0, {}};
-    bool selects = false;
+    bool has_masks = false;
     for (size_t i = 0; i < arguments.size(); ++i) {
-      const auto* alias = call.op.schema().arguments()[i].alias_info();
-      const bool writes = alias && alias->isWrite();
-      each_tensor(call.arguments[i], [&](const Tensor& x, std::optional<size_t> element) {
+      const size_t before = call.reads.size();
+      each_tensor(arguments[i], [&](const Tensor& x, std::optional<size_t> element) {
         if (!x.defined()) return;
-        // Python writes the values of a new tensor without operators.
-        if (unwritten_.erase(x.unsafeGetTensorImpl()) && !writes) refuse(name.name + " reads a tensor that Python made meanwhile");
-        selects |= element && (x.scalar_type() == at::kBool || x.scalar_type() == at::kByte);
+        has_masks |= element && (x.scalar_type() == at::kBool || x.scalar_type() == at::kByte);
         const auto found = value_of_.find(x.unsafeGetTensorImpl());
         if (found != value_of_.end()) call.reads.push_back({i, element, found->second});
       });
+      // Keep no recorded results in memory.
+      if (call.reads.size() > before && !call.reads.back().element) call.arguments[i] = IValue();
+      if (call.reads.size() > before && call.reads.back().element) {
+        call.arguments[i] = arguments[i].toList().copy();
+        for (size_t r = before; r < call.reads.size(); ++r) call.arguments[i].toList().set(*call.reads[r].element, Tensor());
+      }
     }
     // An index without masks has a fixed shape.
-    const bool is_index = name.name == "aten::index" && !selects;
-    if (call.op.hasTag(at::Tag::dynamic_output_shape) && !is_index) refuse(name.name + ": the shape of its result depends on values");
+    const bool has_dynamic_shape = call.op.hasTag(at::Tag::dynamic_output_shape) && (name.name != "aten::index" || has_masks);
+    if (has_dynamic_shape) refuse(name.name + ": the shape of its result depends on values");
+    // torch.tensor and torch.from_numpy call the first, Tensor.tolist and Tensor.numpy the second.
+    if (name.name == "aten::lift_fresh") refuse("a tensor is made from values of Python");
+    if (name.name == "aten::resolve_neg") refuse("Python reads the values of a tensor");
     calls_.push_back(std::move(call));
   }
 
@@ -161,8 +174,7 @@ class RecordedCalls : public torch::CustomClassHolder {
     for (const IValue& result : results) {
       const bool is_tensor = each_tensor(result, [&](const Tensor& x, std::optional<size_t>) {
         value_of_[x.unsafeGetTensorImpl()] = values_++;
-        kept_.push_back(x);  // so that no later tensor has its address
-        if (call.op.operator_name().name.starts_with("aten::empty")) unwritten_.insert(x.unsafeGetTensorImpl());
+        results_.emplace_back(x.getIntrusivePtr());
         ++call.values;
       });
       if (!is_tensor) refuse(call.op.operator_name().name + " returns a value to Python");
@@ -179,8 +191,8 @@ class RecordedCalls : public torch::CustomClassHolder {
   std::vector<Call> calls_;
   size_t values_ = 0, result_ = 0;
   std::unordered_map<const c10::TensorImpl*, size_t> value_of_;
-  std::unordered_set<const c10::TensorImpl*> unwritten_;  // made by an operator that leaves them empty
-  std::vector<Tensor> kept_;
+  // Keep the addresses of results from being used again. Strong references would make Python copy some of them.
+  std::vector<c10::weak_intrusive_ptr<c10::TensorImpl>> results_;
   std::string refusal_;
 };
 
@@ -192,8 +204,7 @@ TORCH_LIBRARY_FRAGMENT(fiftyfold, m) {
       .def("begin", &RecordedCalls::begin)
       .def("end", &RecordedCalls::end)
       .def("finish", &RecordedCalls::finish)
-      .def("replay", &RecordedCalls::replay)
-      .def("__len__", &RecordedCalls::size);
+      .def("replay", &RecordedCalls::replay);
 }
 
 }  // namespace fiftyfold

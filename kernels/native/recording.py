@@ -1,7 +1,6 @@
-"""Recording of the operators that a function calls on a CPU, which are then repeated without Python.
+"""Record the operators that a function calls on a CPU, and replay them without Python.
 
-The operators may be native ones or PyTorch's. :mod:`model.decode_graphs` records decode steps, of which Python takes a
-third.
+The operators may be native ones or PyTorch's. :mod:`model.decode_graphs` records decode steps.
 """
 
 from __future__ import annotations
@@ -16,24 +15,29 @@ from kernels import native
 
 
 class Recorded(NamedTuple):
-    """A function that has run once and was recorded meanwhile."""
+    """The result of :func:`record`."""
 
     result: Tensor
+    """What the function returned."""
     replay: Callable[[], Tensor] | None
-    """Repeats the function and returns its new result. None if it cannot be repeated."""
+    """Replay the function and return its new result. None if it cannot be replayed."""
     refusal: str = ""
-    """Why it cannot be repeated."""
+    """Why the function cannot be replayed, or an empty string."""
 
 
 def record(function: Callable[[], Tensor]) -> Recorded:
-    """Run a function and record the operators that it calls in this thread.
+    """Run a function once and record the operators that it calls in this thread.
 
-    A repetition sees new values in tensors that exist outside the function, and writes to such tensors. Everything else
-    that Python computes is repeated as it was, such as numbers, shapes and branches. Functions are refused if an
-    operator returns a number to Python or a tensor whose shape depends on values, or reads a tensor that Python made
-    from a list meanwhile. ``Tensor.tolist`` and conversions from and to NumPy are not noticed.
+    A replay reads and writes tensors that exist outside the function. Numbers, shapes and branches that Python computes
+    keep their recorded values. The function cannot be replayed if an operator returns a number to Python, if Python
+    reads the values of a tensor or makes a tensor from values, or if the shape of a result depends on values.
+    ``Tensor.data`` and copies of tensors by ``copy`` are not noticed.
 
-    Raises RuntimeError if native operators are not available.
+    Args:
+        function: Returns one tensor, the result of an operator.
+
+    Raises:
+        RuntimeError: If native operators are not available, or another recording is active in this thread.
     """
     if native.level() is None:
         raise RuntimeError("native CPU operators: recordings are not available; install g++ and run `make native`")

@@ -1,8 +1,9 @@
-// Loops in parallel: by OpenMP, or in replayed steps by a team of threads, for loops that take microseconds.
+// Parallel loops. They run on OpenMP, or during a replayed step on a team of threads that stays awake between loops of a
+// few microseconds.
 //
-// An OpenMP loop waits for all of its threads. If another process uses their cores, it waits for the scheduler, several
-// milliseconds each time. A team hands out a loop piece by piece: a thread that does not run takes none, and is not waited
-// for.
+// An OpenMP loop waits for all of its threads. If another process occupies their cores, the loop stalls for several
+// milliseconds. A team's threads take the pieces of a loop one by one, so a thread that is not running takes none. Only a
+// thread that is preempted within a piece delays the loop.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -14,15 +15,17 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
+#include <utility>
 
 namespace fiftyfold {
 
 // Elements of simple work that justify another OpenMP thread: about 10 microseconds. A thread that is not running must
 // first be woken, and the others wait for it.
 constexpr int64_t kGrain = 1 << 18;
-// Elements of a loop that a team shares, whose threads are awake.
-constexpr int64_t kTeamLoop = 1 << 14;
+// Elements that justify another thread of a team, whose threads are awake: less than a microsecond.
+constexpr int64_t kTeamGrain = 1 << 13;
 
 inline void pause_briefly() {
 #if defined(__x86_64__)
@@ -32,17 +35,32 @@ inline void pause_briefly() {
 #endif
 }
 
+// Wait in a loop. After many rounds, offer the core to other threads.
+class Spin {
+ public:
+  void operator()() {
+    if (++rounds_ < 1000) {
+      pause_briefly();
+    } else {
+      sched_yield();
+    }
+  }
+
+ private:
+  int rounds_ = 0;
+};
+
 class Team {
  public:
   using Body = void (*)(void* context, int64_t piece);
 
-  // While it exists, at::get_num_threads() - 1 other threads are awake and share the loops of this thread. Only one scope of
-  // a process has a team. The loops of others run by OpenMP.
+  // Keeps at::get_num_threads() - 1 other threads awake, which share the loops of this thread. Only one scope per process has
+  // a team at a time. In other scopes, loops run on OpenMP.
   class Scope {
    public:
     Scope() {
       const int others = at::get_num_threads() - 1;
-      if (others < 1 || at::in_parallel_region() || !of_process().mutex_.try_lock()) return;
+      if (others < 1 || current_ != nullptr || at::in_parallel_region() || !of_process().mutex_.try_lock()) return;
       team_ = &of_process();
       team_->wake(others);
       current_ = team_;
@@ -62,32 +80,28 @@ class Team {
 
   // The team that shares the loops of this thread, or null.
   static Team* current() { return current_; }
-  // True within a piece. Its own loops are not shared.
+  // Whether this thread is running a piece. Loops within a piece run serially.
   static bool in_piece() { return in_piece_; }
 
-  // Call body(context, i) for i in [0, pieces), where 1 <= pieces < 2^20. Rethrows the first exception.
+  // Call body(context, i) for i in [0, pieces), where 1 <= pieces < 2^16. Rethrows the first exception.
   void run(int64_t pieces, Body body, void* context) {
     body_.store(body, std::memory_order_relaxed);
     context_.store(context, std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
-    loop_ = (loop_ + 1) & kMask;
-    next_.store(loop_ << 40 | static_cast<uint64_t>(pieces) << 20, std::memory_order_release);
+    next_.store(++loop_ << 32 | static_cast<uint64_t>(pieces) << 16, std::memory_order_release);
     while (take_piece()) {
     }
-    for (int waits = 0; done_.load(std::memory_order_acquire) < pieces; ++waits) {
-      if (waits < 1000) {
-        pause_briefly();
-      } else {
-        sched_yield();  // the thread that has the last piece may need this core
-      }
+    // A thread that has lost its core within a piece may need this one.
+    for (Spin spin; done_.load(std::memory_order_acquire) < pieces; spin()) {
     }
     if (failed_.exchange(false)) std::rethrow_exception(std::exchange(fault_, nullptr));
   }
 
  private:
-  static constexpr uint64_t kMask = (uint64_t{1} << 20) - 1;
+  static constexpr uint64_t kMask = 0xFFFF;
 
-  // Never deleted, because its threads run until the process ends. A forked process has none of them and gets a new team.
+  // Never deleted, because its threads run until the process ends. A forked process inherits none of them, so it gets a new
+  // team.
   static Team& of_process() {
     static std::atomic<Team*> team = new Team;
     static const int registered = pthread_atfork(nullptr, nullptr, [] { team.store(new Team); });
@@ -96,26 +110,32 @@ class Team {
   }
 
   void wake(int others) {
-    for (; threads_ < others; ++threads_) std::thread([this, number = threads_] { serve(number); }).detach();
+    try {
+      for (; threads_ < others; ++threads_) std::thread([this, number = threads_] { serve(number); }).detach();
+    } catch (const std::system_error&) {  // go on with the threads that exist
+    }
     awake_.store(others);
     awake_.notify_all();
   }
 
   void serve(int number) {
-    for (;;) {
+    for (Spin spin;;) {
       const int awake = awake_.load();
       if (number >= awake) {
         awake_.wait(awake);
-      } else if (!take_piece()) {
-        pause_briefly();
+        spin = Spin();
+      } else if (take_piece()) {
+        spin = Spin();
+      } else {
+        spin();
       }
     }
   }
 
-  // Run a piece of the current loop. Returns false if none is left.
+  // Take and run a piece of the current loop. Returns false if none is left.
   bool take_piece() {
     uint64_t next = next_.load(std::memory_order_acquire);
-    const uint64_t piece = next & kMask, pieces = next >> 20 & kMask;
+    const uint64_t piece = next & kMask, pieces = next >> 16 & kMask;
     if (piece >= pieces) return false;
     const Body body = body_.load(std::memory_order_relaxed);
     void* context = context_.load(std::memory_order_relaxed);
@@ -139,7 +159,7 @@ class Team {
   int threads_ = 0;
   uint64_t loop_ = 0;
   std::atomic<int> awake_{0};
-  alignas(64) std::atomic<uint64_t> next_{0};  // number of the loop (20 bits), its pieces (20), the next piece (20)
+  alignas(64) std::atomic<uint64_t> next_{0};  // number of the loop (32 bits), its pieces (16), the next piece (16)
   std::atomic<Body> body_{nullptr};
   std::atomic<void*> context_{nullptr};
   alignas(64) std::atomic<int64_t> done_{0};
@@ -150,24 +170,18 @@ class Team {
 // Call f(begin, end) for ranges that cover [0, n), in parallel. `cost` is the work of one index, in elements.
 template <typename F>
 void parallel_ranges(int64_t n, int64_t cost, F f) {
+  if (n < 1) return;
   cost = std::max<int64_t>(1, cost);
-  Team* team = Team::current();
-  if (team != nullptr || Team::in_piece()) {
-    if (team == nullptr || Team::in_piece() || n <= 1 || n * cost < kTeamLoop) {
-      if (n > 0) f(int64_t{0}, n);
-      return;
-    }
-    // One piece per thread: of many small pieces, each core would read rows that lie apart.
-    const int64_t threads = at::get_num_threads(), each = (n + threads - 1) / threads, pieces = (n + each - 1) / each;
+  if (Team* team = Team::current(); team != nullptr || Team::in_piece()) {
+    const int64_t threads = Team::in_piece() ? 1 : std::min<int64_t>(at::get_num_threads(), n * cost / kTeamGrain);
+    if (threads < 2 || n < 2) return f(int64_t{0}, n);
+    // One piece per thread. With many small pieces, each core would read rows that are far apart.
+    const int64_t each = (n + threads - 1) / threads, pieces = (n + each - 1) / each;
     auto body = [&](int64_t piece) { f(piece * each, std::min(n, (piece + 1) * each)); };
-    team->run(pieces, [](void* context, int64_t piece) { (*static_cast<decltype(body)*>(context))(piece); }, &body);
-    return;
+    return team->run(pieces, [](void* context, int64_t piece) { (*static_cast<decltype(body)*>(context))(piece); }, &body);
   }
   const int64_t grain = std::max<int64_t>(1, kGrain / cost);
-  if (n <= grain) {
-    if (n > 0) f(int64_t{0}, n);
-    return;
-  }
+  if (n <= grain) return f(int64_t{0}, n);
   at::parallel_for(0, n, grain, f);
 }
 

@@ -70,7 +70,7 @@ class Cache:
         self.ahead = caches[-1] if predicts_ahead and config.mtp_layers else None
         """Cache of the multi-token prediction module."""
         self.bound_to: Sequence[Tensor] | None = None
-        """The memory of :meth:`bind_state`."""
+        """The ``memory`` passed to :meth:`bind_state`; None after :meth:`unbind_state`."""
         self._recurrent = [state for state in self._fixed() if not isinstance(state, Ring)]
 
     @property
@@ -163,8 +163,9 @@ class Cache:
     def unbind_state(self) -> None:
         """Move the fixed state to memory of its own, and stop using the tensors of :meth:`bind_inputs`."""
         self.bound_to = None
-        for ring in self._rings():
-            ring.data = ring.data.clone()
+        with torch.inference_mode(False):  # inference tensors could only be written to in inference mode
+            for ring in self._rings():
+                ring.data = ring.data.clone()
         self._table.unbind_inputs()
 
     def bind_inputs(self, starts: Tensor, page_ids: Tensor) -> None:

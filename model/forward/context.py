@@ -41,7 +41,7 @@ class Context:
         return self.execution.batch_invariant
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """Return ``compute()``, which is called for the first layer that asks for this key only."""
+        """Return ``compute()``, computed once per ``key`` in a forward call and shared by all layers."""
         if key not in self._shared:
             self._shared[key] = compute()
         return self._shared[key]

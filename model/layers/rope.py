@@ -53,6 +53,7 @@ class RotaryFrequencies:
 
     def __init__(self, rotary: Rotary):
         self.rotary = rotary
+        """The family of these frequencies."""
         dim, theta = rotary.dim, rotary.theta
         frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
         if rotary.yarn is not None:

@@ -80,7 +80,7 @@ class Mixer(nn.Module):
     @classmethod
     def steps_have_fixed_shape(cls, config: ModelConfig, device: str) -> bool:
         """Return whether, after :meth:`model.cache.Cache.bind_inputs`, a step of one token per sequence runs the same
-        operators at the same shapes for all lengths, on a type of device."""
+        operators at the same shapes for all lengths, on devices of type ``device``, such as ``cpu``."""
         return False
 
     @classmethod

@@ -42,8 +42,8 @@ class EngineConfig(BaseModel):
     tokens of a completion do not change (:mod:`serve.engine.speculation`)."""
     cuda_graphs: bool = True
     """On a GPU, replay decoding steps as CUDA graphs (:mod:`model.decode_graphs`), for weights in 16 bits and layers
-    with attention over compressed entries or latents. Without effect with ``speculative_tokens``. Not yet run on a GPU.
-    On a CPU, steps are always recorded where that is possible."""
+    with attention over compressed entries or latents. No effect with ``speculative_tokens``. Not yet run on a GPU. On
+    a CPU, steps are recorded wherever possible, whatever this is."""
     request_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
     """Time from submission to the last token, including the time spent waiting; the server answers 504 to later ones.
     A client with less patience disconnects, which removes its completions."""

@@ -52,3 +52,11 @@ def endless_model(letters: Tokenizer) -> Transformer:
     with torch.no_grad():
         model.head.weight[letters.eos_id] = 0.0
     return model
+
+
+@pytest.fixture(scope="session")
+def long_model(endless_model: Transformer) -> Transformer:
+    """``endless_model`` with a context of 4,096 tokens, so that a completion can take long."""
+    model = Transformer(endless_model.config.replace(max_positions=4096)).eval()
+    model.load_state_dict(endless_model.state_dict())
+    return model

@@ -39,9 +39,9 @@ from serve.app import Gateway, ModelServer, build_gateway, build_model
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory, endless_model, letters) -> Path:
+def saved(tmp_path_factory, long_model, letters) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "letters" / "final"
-    checkpoint.save(endless_model, folder, letters)
+    checkpoint.save(long_model, folder, letters)
     return folder
 
 
@@ -166,7 +166,7 @@ def test_concurrent_clients_get_the_same_text_as_sequential_ones(deployment, cli
     ("change", "error", "words"),
     [
         ({"model": "other"}, openai.NotFoundError, "is not served here"),
-        ({"prompt": [5] * 600}, openai.BadRequestError, "the model's context of 512"),
+        ({"prompt": [5] * 5000}, openai.BadRequestError, "the model's context of 4096"),
         ({"temperature": 9}, openai.BadRequestError, "temperature"),
         ({"logit_bias": {"99": 2}}, openai.BadRequestError, "out of range"),
         ({"n": 9}, openai.BadRequestError, "the server accepts at most 3"),
@@ -178,7 +178,7 @@ def test_errors_reach_the_client(deployment, client, change, error, words) -> No
         client.completions.create(**{"model": deployment.model_name, "prompt": "a", **change})
 
 
-LONG = {"prompt": "the", "max_tokens": 450, "temperature": 0}
+LONG = {"prompt": "the", "max_tokens": 4000, "temperature": 0}
 
 
 def generated_tokens(deployment: Deployment) -> float:
@@ -266,7 +266,7 @@ def test_lm_eval_scores_through_the_endpoint(deployment, endless_model, letters)
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     lm = LocalCompletionsAPI(
-        base_url=f"{deployment.url}/v1/completions", model=deployment.model_name, max_length=512, num_concurrent=2
+        base_url=f"{deployment.url}/v1/completions", model=deployment.model_name, max_length=4096, num_concurrent=2
     )
     pairs = [("the other", " rain"), ("in", "the end"), ("on and on", " at")]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]

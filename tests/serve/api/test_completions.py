@@ -9,6 +9,7 @@ import httpx
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from slow_engine import slow_down
 from tokenizer_files import byte_level as byte_level_content
 from tokenizer_files import unigram, write_files
 
@@ -321,6 +322,7 @@ def test_logprobs_of_bytes_have_distinct_strings(byte_client) -> None:
 def test_a_disconnect_aborts_the_request(endless_model, letters, streamed) -> None:
     async def main() -> None:
         engine = Engine(endless_model, letters)
+        slow_down(engine)
         app = create_app(engine, "letters")
         body = json.dumps({"prompt": "the", "max_tokens": 500, "temperature": 0, "stream": streamed}).encode()
         disconnected = asyncio.Event()

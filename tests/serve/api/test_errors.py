@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import httpx
 import pydantic
 import pytest
+from slow_engine import slow_down
 
 from serve.api.asgi import create_app
 from serve.api.schemas.chat import ChatRequest
@@ -229,6 +230,7 @@ def test_a_full_queue_and_a_timeout(endless_model, letters) -> None:
             letters,
             EngineConfig(max_active_requests=1, max_waiting_requests=1, request_timeout_seconds=0.5),
         )
+        slow_down(engine)
         transport = httpx.ASGITransport(create_app(engine, "letters"))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             body = {"prompt": "the", "max_tokens": 500, "temperature": 0}

@@ -6,6 +6,7 @@ import time
 
 import httpx
 import pytest
+from slow_engine import slow_down
 
 from serve.api.asgi import create_app
 from serve.api.config import HttpConfig
@@ -52,8 +53,7 @@ def test_a_late_answer_names_the_time_limit_after_the_comments(endless_model, le
         engine = Engine(endless_model, letters, EngineConfig(request_timeout_seconds=0.3))
         transport = httpx.ASGITransport(create_app(engine, "letters", HttpConfig(keep_alive_seconds=0.05)))
         async with httpx.AsyncClient(transport=transport, base_url="http://t") as client:
-            step = engine._scheduler.step
-            engine._scheduler.step = lambda arrivals: (time.sleep(0.1), step(arrivals))[1]
+            slow_down(engine, 0.1)
             body = {"prompt": [5] * 400, "max_tokens": 100, "stream": True}
             return (await client.post("/v1/completions", json=body)).text
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from slow_engine import slow_down
 
 from model.cache import Cache
 from model.generation import prefill
@@ -243,11 +244,12 @@ def test_a_finished_request_frees_its_cache_and_keeps_its_size(letters_model, le
 
 def test_deadline(endless_model, letters) -> None:
     async def main() -> None:
-        engine = Engine(endless_model, letters, EngineConfig(max_active_requests=1, request_timeout_seconds=0.02))
+        engine = Engine(endless_model, letters, EngineConfig(max_active_requests=1, request_timeout_seconds=0.2))
+        slow_down(engine)
         asks = [complete(engine, [0, 9], max_tokens=500, temperature=0) for _ in range(2)]
         for result in await asyncio.gather(*asks, return_exceptions=True):
             assert isinstance(result, RequestTimeoutError)
-            assert "0.02 seconds" in str(result)
+            assert "0.2 seconds" in str(result)
         assert engine.unfinished == 0
 
     run(main())

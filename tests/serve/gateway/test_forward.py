@@ -11,6 +11,7 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 from replicas import Replicas
+from slow_engine import slow_down
 
 from serve.api.asgi import create_app
 from serve.api.config import HttpConfig
@@ -184,6 +185,7 @@ def test_a_model_without_replicas_times_out(models) -> None:
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_disconnect_reaches_the_replica(endless_model, letters, streamed) -> None:
     engine = Engine(endless_model, letters)
+    slow_down(engine)
     body = json.dumps({"prompt": "the", "max_tokens": 500, "temperature": 0, "stream": streamed}).encode()
 
     async def main() -> None:
