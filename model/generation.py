@@ -7,7 +7,8 @@ from torch import Tensor
 
 from model.cache import Cache
 from model.decode_graphs import DecodeGraphs
-from model.transformer import Transformer, check_ids
+from model.forward.input_ids import check_ids
+from model.transformer import Transformer
 
 
 @torch.inference_mode()

@@ -21,6 +21,7 @@ from model.errors import CacheError, ConfigError
 from model.forward.aux_outputs import AuxOutputs
 from model.forward.context import AttentionMode, Context
 from model.forward.execution import Execution, in_tiles
+from model.forward.input_ids import check_ids
 from model.forward.packing import PackedDocuments
 from model.layers.hyper_connections import HyperConnection, HyperHead
 from model.layers.linear import Linear
@@ -395,12 +396,3 @@ class Transformer(nn.Module):
 
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
-
-
-def check_ids(input_ids: Tensor) -> None:
-    """Raise ValueError unless ``input_ids`` is int64 or int32 [B, S] with at least one token."""
-    if input_ids.dim() != 2 or not input_ids.numel() or input_ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"input_ids: expected integers [B, S] with at least one token, "
-            f"found {input_ids.dtype} {list(input_ids.shape)}"
-        )
