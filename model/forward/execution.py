@@ -55,7 +55,8 @@ def in_tiles(function: Callable[..., Any], *arguments: Any) -> Any:
     def tiles(x: Any) -> Iterable:
         if not isinstance(x, Tensor):
             return repeat(x)
-        return (tile.unsqueeze(0) for tile in split_tokens(x.expand(B, *x.shape[1:]).flatten(0, 1)))
+        tokens = x.expand(B, *x.shape[1:]).flatten(0, 1).contiguous()  # if S is 1, a view of one row
+        return (tile.unsqueeze(0) for tile in split_tokens(tokens))
 
     pieces = []
     for tile in zip(*map(tiles, leaves)):

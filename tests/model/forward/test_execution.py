@@ -144,6 +144,17 @@ def test_single_tokens_have_the_bits_of_one_piece(name, mode):
     assert not torch.equal(alone(model, ids, [1]), alone(model, ids))
 
 
+@pytest.mark.parametrize("sequences", [TOKEN_TILE - 1, TOKEN_TILE, 2 * TOKEN_TILE])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_many_sequences_of_equal_lengths(name, sequences, mode):
+    """They share their positions, and whole tiles need no padding."""
+    model = mode(MODELS[name], "batch-invariant")
+    ids = random_ids(model, sequences, 3)
+    found = alone(model, ids, pieces=(1,))
+    for place in (0, sequences - 1):
+        assert torch.equal(found[place : place + 1], alone(model, ids[place : place + 1], pieces=(1,)))
+
+
 @pytest.mark.parametrize("name", ["csa", "odd ratios"])
 def test_every_phase_of_a_block_in_one_batch(name, mode):
     model = mode(MODELS[name], "batch-invariant")
