@@ -18,11 +18,11 @@ class Recorded(NamedTuple):
     """The result of :func:`record`."""
 
     result: Tensor
-    """What the function returned."""
+    """Result of the function."""
     replay: Callable[[], Tensor] | None
     """Replay the function and return its new result. None if it cannot be replayed."""
     refusal: str = ""
-    """Why the function cannot be replayed, or an empty string."""
+    """Reason why the function cannot be replayed, or an empty string."""
 
 
 def record(function: Callable[[], Tensor]) -> Recorded:
