@@ -11,12 +11,12 @@ import torch
 from kernels import native
 from kernels.paged_attention import triton as paged
 from model.cache import Cache
-from model.cache.pages import PagePool, PageTable
+from model.cache.pages import PagePool
 from model.decode_graphs import DecodeGraphs
 from model.generation import prefill
 from model.mixers.compressor import Compressor
 from tests.model.networks import build, random_ids
-from tests.model.replayed_steps import BAKES, bake_positions, decode
+from tests.model.replayed_steps import BAKES, bake_positions, decode, make_lengths_a_tensor, read_lengths
 from tests.model.step_recorder import StepRecorder
 
 OPERATIONS = ("cache_io", "compress", "expert_dispatch", "hyper_connections", "index_topk", "paged_attention")
@@ -122,19 +122,11 @@ def test_a_number_of_python_in_a_recorded_step_is_noticed(bake, monkeypatch):
     assert graphs.records and len(graphs)
 
 
-def make_lengths_a_tensor(monkeypatch):
-    monkeypatch.setattr(PageTable, "starts", property(lambda table: torch.tensor(table.lengths)))
-
-
-def synchronize_for_lengths(monkeypatch):
-    monkeypatch.setattr(PageTable, "may_complete", lambda table, ratio: bool((table.starts >= 0).all()))
-
-
 @pytest.mark.parametrize(
     ("break_step", "reason"),
     [
         (make_lengths_a_tensor, "reads a tensor"),
-        (synchronize_for_lengths, "synchronizes with the CPU while a step is recorded"),
+        (read_lengths, "synchronizes with the CPU while a step is recorded"),
     ],
 )
 def test_a_step_that_cannot_be_recorded_runs_normally(break_step, reason, monkeypatch, caplog):

@@ -56,3 +56,13 @@ def bake_pages(monkeypatch):
 
 BAKES = (bake_positions, bake_completion, bake_pages)
 """Replace a tensor of a step by a number of Python, which a recording would repeat."""
+
+
+def make_lengths_a_tensor(monkeypatch):
+    """Make a tensor from a Python list in a step, which cannot be recorded."""
+    monkeypatch.setattr(PageTable, "starts", property(lambda table: torch.tensor(table.lengths)))
+
+
+def read_lengths(monkeypatch):
+    """Return a value to Python in a step, which cannot be recorded."""
+    monkeypatch.setattr(PageTable, "may_complete", lambda table, ratio: bool((table.starts >= 0).all()))

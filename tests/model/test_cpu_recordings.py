@@ -6,11 +6,11 @@ import torch
 from kernels import native
 from model.cache import Cache
 from model.cache.file import restore_cache, save_cache
-from model.cache.pages import PagePool, PageTable
+from model.cache.pages import PagePool
 from model.decode_graphs import DecodeGraphs, unsupported_reason
 from model.generation import generate, prefill
 from tests.model.networks import EXACT, build, random_ids
-from tests.model.replayed_steps import BAKES, bake_positions, decode
+from tests.model.replayed_steps import BAKES, bake_positions, decode, make_lengths_a_tensor, read_lengths
 
 pytestmark = pytest.mark.skipif(native.level() is None, reason="native operators are not built")
 
@@ -155,14 +155,6 @@ def test_a_number_of_python_in_a_recorded_step_is_noticed(bake, monkeypatch):
         decode(model, graphs, cache, expected, 3)
         decode(model, graphs, expected, cache, 4)  # which have other pages
     assert graphs.records and len(graphs)
-
-
-def make_lengths_a_tensor(monkeypatch):
-    monkeypatch.setattr(PageTable, "starts", property(lambda table: torch.tensor(table.lengths)))
-
-
-def read_lengths(monkeypatch):
-    monkeypatch.setattr(PageTable, "may_complete", lambda table, ratio: bool((table.starts >= 0).all()))
 
 
 @pytest.mark.parametrize(
